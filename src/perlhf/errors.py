@@ -1,0 +1,77 @@
+"""Error model: a user mistake raises a `PerlhfError`, a broken internal invariant is an `assert`.
+
+A `PerlhfError` says what failed, where (file:line or key), what is allowed and what to try. The command line prints it
+without a traceback and exits with its `exit_code` (2 for bad input). Each class also inherits the matching built-in, so
+that library users can catch `ValueError` or `OSError` as usual.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PerlhfError(Exception):
+    """A mistake that the user can mend.
+
+    Args:
+        what: what failed, with the value found.
+        where: `file:line` or the configuration key.
+        allowed: what would have been accepted.
+        hint: what to try.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str | None = None, allowed: str | None = None, hint: str | None = None):
+        self.what, self.where, self.allowed, self.hint = what, where, allowed, hint
+        lines = [f"{where}: {what}" if where else what]
+        if allowed:
+            lines.append(f"  allowed: {allowed}")
+        if hint:
+            lines.append(f"  try: {hint}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(PerlhfError, ValueError):
+    """A recipe or an option has a wrong key or value."""
+
+
+class DataError(PerlhfError, ValueError):
+    """A data file, record or split can't be used."""
+
+
+class ModelError(PerlhfError, ValueError):
+    """A base can't be found, loaded or trained here."""
+
+
+class AdapterError(PerlhfError, ValueError):
+    """An adapter doesn't fit: wrong base, unmatched targets, missing files."""
+
+
+class RunError(PerlhfError, RuntimeError):
+    """A run directory can't be used: locked, of another config, unfinished."""
+
+
+class CheckpointError(PerlhfError, ValueError):
+    """A checkpoint is damaged or incomplete."""
+
+
+class StorageError(PerlhfError, OSError):
+    """A file couldn't be written (disk full, no permission); nothing half-written is left."""
+
+
+class DivergenceError(PerlhfError, ArithmeticError):
+    """Training produced a value that is not finite or exploded; the last good checkpoint is kept."""
+
+    exit_code = 3
+
+
+class StaleSamplerError(PerlhfError, RuntimeError):
+    """The sampler did not use the adapter that is being trained."""
+
+    exit_code = 3
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name that looks most like `name`, or None when nothing is close."""
+    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return matches[0] if matches else None
