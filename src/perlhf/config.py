@@ -1,7 +1,7 @@
 """Configuration of every command: frozen pydantic models, unknown keys refused.
 
-A field's docstring is its `--help`. A recipe is the YAML form of one stage's model; `perlhf STAGE recipe.yaml --a.b value`
-overrides it. This module imports no torch, so help and validation are instant.
+A field's docstring is its `--help`. A recipe is the YAML form of one stage's model; `perlhf STAGE recipe.yaml
+--a.b value` overrides it. This module imports no torch, so help and validation are instant.
 """
 
 from pathlib import Path
@@ -41,7 +41,8 @@ class DataConfig(Frozen):
     @model_validator(mode="after")
     def _some_training_data(self) -> "DataConfig":
         if self.validation + self.test >= 1:
-            raise ValueError(f"validation + test = {self.validation + self.test:g} leaves no training group; allowed: below 1")
+            total = self.validation + self.test
+            raise ValueError(f"validation + test = {total:g} leaves no training group; allowed: below 1")
         if not self.paths:
             raise ValueError("paths is empty; give at least one file, directory or name")
         return self
@@ -126,18 +127,24 @@ class StageConfig(Frozen):
     """Shape of the adapter (ignored by `tuning: full`)."""
     optim: OptimConfig = OptimConfig()
     """Optimiser."""
-    tokens_per_microbatch: Positive = 8192
+    tokens_per_microbatch: Positive = 2048
     """Padded tokens in one forward pass; bounds memory, changes no result beyond rounding."""
-    checkpoint_every: Positive = 20
-    """Updates between checkpoints."""
+    checkpoint_every: Positive | None = None
+    """Updates between checkpoints; null takes 20 (1 for a LoRA policy)."""
     log: LogConfig = LogConfig()
     """Optional metric writers."""
+
+    @property
+    def save_every(self) -> int:
+        """Updates between checkpoints in force."""
+        return self.checkpoint_every or 20
 
 
 class SftConfig(StageConfig):
     """Supervised fine-tuning of the `sft` adapter on demonstrations."""
 
     run: Path = Path("runs/sft")
+    """Run directory; running the same command again continues it."""
     epochs: Positive = 1
     """Passes over the training demonstrations."""
     examples_per_update: Positive = 16
@@ -157,6 +164,7 @@ class RewardConfig(StageConfig):
     """Reward model from comparisons (Bradley-Terry), ratings (binary cross-entropy), or both."""
 
     run: Path = Path("runs/reward")
+    """Run directory; running the same command again continues it."""
     sft: Path | None = None
     """SFT run whose adapter the reward adapter starts from; null starts from the base."""
     epochs: Positive = 1
@@ -203,8 +211,9 @@ class PolicyConfig(StageConfig):
     """REINFORCE with a KL anchor (the paper's objective; docs/method.md)."""
 
     run: Path = Path("runs/policy")
+    """Run directory; running the same command again continues it."""
     sft: Path | None = None
-    """SFT run that the policy starts from and is anchored to; null anchors to the base (name your own checkpoint in `base`)."""
+    """SFT run that the policy starts from and is anchored to; null anchors to the base (`base` may be your own)."""
     reward: tuple[str, ...] = ()
     """Reward run directories, `module:function`, or an http(s) address."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
@@ -246,11 +255,17 @@ class PolicyConfig(StageConfig):
     validation_prompts: Positive = 16
     """Held-out prompts of such an evaluation."""
     checkpoint_every: Positive = 1
+    """Updates between checkpoints."""
 
     @property
     def learning_rate(self) -> float:
         """The policy's peak learning rate in force."""
         return self.optim.learning_rate or (1e-4 if self.tuning == "lora" else 1e-5)
+
+    @property
+    def save_every(self) -> int:
+        """Updates between checkpoints in force; adapters are small enough to save each time."""
+        return self.checkpoint_every or (1 if self.tuning == "lora" else 20)
 
     @property
     def value_learning_rate(self) -> float:
@@ -260,11 +275,15 @@ class PolicyConfig(StageConfig):
     @model_validator(mode="after")
     def _consistent(self) -> "PolicyConfig":
         if self.top_p < 1:
-            raise ValueError("top_p: training refuses top_p < 1, since log-probabilities would not be those sampled from; set top_p: 1")
+            raise ValueError(
+                f"top_p: training refuses {self.top_p:g}, since log-probabilities would not be those sampled; use 1"
+            )
         if self.adapter.dropout:
-            raise ValueError("adapter.dropout must be 0 for the policy: sampled and trained log-probabilities would differ")
+            raise ValueError("adapter.dropout must be 0: sampled and trained log-probabilities would differ")
         if self.clip is None and self.steps_per_rollout > 1:
-            raise ValueError("steps_per_rollout > 1 needs clip (for example 0.2): without it a rollout allows one optimiser step")
+            raise ValueError(
+                "steps_per_rollout > 1 needs clip (such as 0.2): without it a rollout allows one optimiser step"
+            )
         if self.baseline in ("leave_one_out", "group_mean") and self.completions_per_prompt < 2:
             raise ValueError(f"baseline: {self.baseline} needs completions_per_prompt of 2 or more")
         if not self.reward:
@@ -299,7 +318,7 @@ class EvaluateConfig(Frozen):
     """Of sampling and bootstrap."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    tokens_per_microbatch: Positive = 8192
+    tokens_per_microbatch: Positive = 2048
     """Padded tokens in one forward pass."""
 
 
@@ -323,7 +342,7 @@ class ScoreConfig(Frozen):
     """JSON lines to write; null prints."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    tokens_per_microbatch: Positive = 8192
+    tokens_per_microbatch: Positive = 2048
     """Padded tokens in one forward pass."""
 
 
@@ -364,7 +383,7 @@ class ExportConfig(Frozen):
 class ReportConfig(Frozen):
     """Turn run directories into one self-contained HTML page."""
 
-    runs: tuple[Path, ...]
+    runs: Annotated[tuple[Path, ...], Field(min_length=1)]
     """Run directories, in the order of the pipeline."""
     output: Path = Path("report.html")
     """Page to write."""
@@ -375,7 +394,7 @@ class ReportConfig(Frozen):
 class CompareConfig(Frozen):
     """Table of several runs: quality, time, memory."""
 
-    runs: tuple[Path, ...]
+    runs: Annotated[tuple[Path, ...], Field(min_length=1)]
     """Run directories of one stage."""
     output: Path | None = None
     """JSON to write besides the table."""
@@ -396,3 +415,56 @@ class DemoConfig(Frozen):
     """All randomness is keyed by this."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+
+class DataFormatsConfig(Frozen):
+    """List the formats that perlhf reads and the data sets that it can pull."""
+
+
+class DataValidateConfig(Frozen):
+    """Check files record by record; each problem is named with its line."""
+
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files, directories, hub names or `builtin:coffee-bar`."""
+    format: str = "auto"
+    """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
+
+
+class DataInspectConfig(Frozen):
+    """Show what files hold: records by kind, groups, labels, lengths and an example."""
+
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files, directories, hub names or `builtin:coffee-bar`."""
+    format: str = "auto"
+    """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
+
+
+class DataSplitConfig(Frozen):
+    """Write train, validation and test files; records of one group stay together."""
+
+    data: DataConfig
+    """Records to split and the shares of the splits."""
+    output: Path
+    """Directory to write."""
+
+
+class DataConvertConfig(Frozen):
+    """Write a data set as JSON lines or Parquet with TRL's column names."""
+
+    path: str
+    """File, directory or hub name."""
+    output: Path
+    """File to write, .jsonl or .parquet."""
+    format: str = "auto"
+    """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
+
+
+class DataPullConfig(Frozen):
+    """Download a published data set, checked against its SHA-256."""
+
+    name: str
+    """Name of the data set (`perlhf data formats` lists them)."""
+    output: Path = Path("data")
+    """Directory in which the set's own directory NAME is made."""
+    source: Path | None = None
+    """Take a local copy from this directory (with a MANIFEST.json) instead of downloading."""

@@ -21,7 +21,14 @@ class PerlhfError(Exception):
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str | None = None, allowed: str | None = None, hint: str | None = None):
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        allowed: str | None = None,
+        hint: str | None = None,
+    ):
         self.what, self.where, self.allowed, self.hint = what, where, allowed, hint
         lines = [f"{where}: {what}" if where else what]
         if allowed:
@@ -57,6 +64,10 @@ class CheckpointError(PerlhfError, ValueError):
 
 class StorageError(PerlhfError, OSError):
     """A file couldn't be written (disk full, no permission); nothing half-written is left."""
+
+
+class ServiceError(PerlhfError, RuntimeError):
+    """A service that was asked over HTTP (judge, reward) doesn't answer, or answers nonsense."""
 
 
 class DivergenceError(PerlhfError, ArithmeticError):

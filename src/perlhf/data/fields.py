@@ -1,0 +1,174 @@
+"""Small checked accessors that every reader uses, so that each mistake in a file is reported in the same words.
+
+`where` is always `file:line` (JSON lines, TSV) or `file[index]` (arrays, Parquet, TFRecord).
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from perlhf.data.records import Comparison, Demonstration, Message, Rating, Record, Text
+from perlhf.errors import DataError, nearest
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row was found, and the row."""
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row of a published file that a reader's stated rule leaves out."""
+
+    reason: str
+    source: str
+
+
+def group_key(text: str) -> str:
+    """Lower-cased, punctuation-free words of `text`; the text itself where nothing else is left (`?!`)."""
+    words = " ".join(re.sub(r"[^\w\s]", "", text.lower()).split())
+    return words or text.strip()
+
+
+def prompt_group(prompt: Text) -> str:
+    """Group of a prompt: the key of its first user turn (of all its text where there is none)."""
+    if isinstance(prompt, str):
+        return group_key(prompt)
+    first_user = next((message["content"] for message in prompt if message["role"] == "user"), None)
+    return group_key(first_user or " ".join(message["content"] for message in prompt))
+
+
+def is_blank(text: Text) -> bool:
+    """True when there is nothing but white space."""
+    return not (text.strip() if isinstance(text, str) else any(message["content"].strip() for message in text))
+
+
+def value(row: Mapping[str, Any], key: str, where: str) -> Any:
+    """The value of a column that must be there; a missing one is reported with the nearest name."""
+    if key not in row:
+        near = nearest(key, row)
+        raise DataError(
+            f"column {key!r} is missing",
+            where=where,
+            allowed=f"found columns {', '.join(map(repr, row)) or 'none'}",
+            hint=f"rename {near!r} to {key!r}"
+            if near
+            else f"add {key!r}, or name another format (`perlhf data formats`)",
+        )
+    return row[key]
+
+
+def text(row: Mapping[str, Any], key: str, where: str) -> str:
+    """A column that must hold text."""
+    found = value(row, key, where)
+    if not isinstance(found, str):
+        wrong_type(found, f"column {key!r}", "text", where)
+    return found
+
+
+def mapping(found: Any, what: str, where: str) -> dict[str, Any]:
+    """`found` as an object with text keys, else a DataError that calls it `what`."""
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        wrong_type(found, what, "an object", where)
+    return found
+
+
+def items(row: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    """A column that must hold a list."""
+    found = value(row, key, where)
+    if not isinstance(found, list):
+        wrong_type(found, f"column {key!r}", "a list", where)
+    return found
+
+
+def choice(row: Mapping[str, Any], key: str, allowed: Sequence[Any], where: str) -> Any:
+    """A column that must hold one of `allowed` (booleans don't pass as 0 and 1)."""
+    found = value(row, key, where)
+    if isinstance(found, bool) or not any(
+        found == option for option in allowed if type(found) in (type(option), float)
+    ):
+        raise DataError(f"column {key!r} is {_show(found)}", where=where, allowed=", ".join(map(str, allowed)))
+    return found
+
+
+def number(row: Mapping[str, Any], key: str, default: float, where: str, least: float = -math.inf) -> float:
+    """An optional column that must hold a finite number of at least `least`."""
+    found = row.get(key, default)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        wrong_type(found, f"column {key!r}", "a number", where)
+    if not -1e300 < found < 1e300 or found < least:
+        raise DataError(
+            f"column {key!r} is {_show(found)}",
+            where=where,
+            allowed="a finite number" + (f" of {least:g} or more" if least > -math.inf else ""),
+        )
+    return float(found)
+
+
+def wrong_type(found: Any, what: str, expected: str, where: str) -> NoReturn:
+    """Raises the DataError for a value of the wrong type."""
+    raise DataError(
+        f"{what} is {_show(found)}, which is no {expected.removeprefix('a ').removeprefix('an ')}",
+        where=where,
+        allowed=expected,
+    )
+
+
+def message(role: str, content: str) -> Message:
+    """One chat message."""
+    return {"role": role, "content": content}
+
+
+def json_text(found: Any) -> str:
+    """How API calls and responses are written as text."""
+    return json.dumps(found, ensure_ascii=False)
+
+
+def parse_json(encoded: str, what: str, where: str) -> Any:
+    """Decodes JSON that a column holds as text."""
+    try:
+        return json.loads(encoded)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} is not valid JSON: {error}", where=where, allowed="JSON encoded as text") from error
+
+
+def checked(record: Record, where: str) -> Record:
+    """`record` itself when it can be trained on.
+
+    Raises:
+        DataError: the prompt or a completion is empty, or some text can't be written as UTF-8 (a lone surrogate).
+    """
+    texts: dict[str, Text] = {"prompt": record.prompt}
+    match record:
+        case Comparison():
+            texts |= {"chosen": record.chosen, "rejected": record.rejected}
+        case Rating() | Demonstration():
+            texts |= {"completion": record.completion}
+    for name, found in texts.items():
+        if is_blank(found):
+            raise DataError(f"{name} is empty", where=where, allowed="text with at least one visible character")
+    strings = [
+        part
+        for found in texts.values()
+        for part in ([found] if isinstance(found, str) else [m["content"] for m in found])
+    ]
+    for part in [*strings, record.group]:
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"text holds {part[error.start]!r}, half of a surrogate pair",
+                where=where,
+                allowed="text that can be written as UTF-8",
+                hint="write the character itself, or both halves of the \\u escape",
+            ) from error
+    return record
+
+
+def _show(found: Any) -> str:
+    """A short form of a value for messages."""
+    shown = repr(found)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -1,0 +1,265 @@
+"""Readers of published single-turn sets: PandaLM, LLMBar, MT-bench, FeedbackQA, SQuALITY, UIBert."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+from perlhf.data.fields import Row, Skipped, choice, group_key, items, mapping, text, value, wrong_type
+from perlhf.data.records import Comparison, Demonstration, Rating, Record
+from perlhf.errors import DataError
+
+GRADES = ("Bad", "Could be Improved", "Acceptable", "Excellent")
+_SYSTEMS = ("bart", "bart-dpr", "human")
+_BOX = ("xmin", "ymin", "xmax", "ymax")
+_SAME_ELEMENT = 0.5
+"""Least overlap (intersection over union) at which a candidate box is taken to be a node of the view hierarchy."""
+
+
+def pandalm(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
+    """PandaLM test set: comparisons by majority of three annotators.
+
+    Rule: at least two annotators must agree on the first or the second response; majority ties and three different
+    labels are skipped, and so are pairs with an empty response. `weight` is the share of annotators who voted for the
+    chosen one, `margin` the votes for it minus those for the other, over 3. A response that is the JSON boolean
+    `true` is the text `True` (a spreadsheet's doing). The prompt is the instruction, a blank line and the input.
+    Group: instruction and input.
+    """
+    for where, row in rows:
+        votes = [choice(row, f"annotator{number}", (0, 1, 2), where) for number in (1, 2, 3)]
+        first, second = (_boolean_as_text(row, f"response{number}", where).strip() for number in (1, 2))
+        prompt = "\n\n".join(
+            part for part in (text(row, "instruction", where).strip(), text(row, "input", where).strip()) if part
+        )
+        for_first, for_second = votes.count(1), votes.count(2)
+        if max(for_first, for_second) < 2:
+            yield Skipped("tie" if votes.count(0) > 1 else "no majority", where)
+        elif not first or not second:
+            yield Skipped("empty completion", where)
+        else:
+            chosen, rejected = (first, second) if for_first > for_second else (second, first)
+            agreement, margin = max(for_first, for_second) / 3, abs(for_first - for_second) / 3
+            yield Comparison(prompt, chosen, rejected, group_key(prompt), weight=agreement, margin=margin, source=where)
+
+
+def llmbar(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
+    """LLMBar and MT-bench: one comparison per row; `label` 1 or 2 says which output is better. Group: the input."""
+    for where, row in rows:
+        prompt = text(row, "input", where)
+        outputs = text(row, "output_1", where).strip(), text(row, "output_2", where).strip()
+        winner = int(choice(row, "label", (1, 2), where)) - 1
+        if not all(outputs):
+            yield Skipped("empty completion", where)
+        else:
+            yield Comparison(prompt, outputs[winner], outputs[1 - winner], group_key(prompt), source=where)
+
+
+def feedbackqa(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
+    """FeedbackQA: comparisons between the passages offered for one question, by their raters' mean grade.
+
+    Rule: grades count Bad 0, Could be Improved 1, Acceptable 2, Excellent 3; every pair of passages with different
+    means is a comparison whose `margin` is the difference of means; equal means are skipped. The completion is the
+    page title, the section headings and the section's text. Group: the question.
+    """
+    offered: dict[str, list[tuple[float, str, str]]] = {}
+    for where, row in rows:
+        grades = _grades(row, where)
+        offered.setdefault(text(row, "question", where), []).append(
+            (sum(grades) / len(grades), _passage(row, where), where)
+        )
+    for question, passages in offered.items():
+        for one, other in combinations(passages, 2):
+            (high, chosen, where), (low, rejected, _) = (one, other) if one[0] >= other[0] else (other, one)
+            if math.isclose(high, low):
+                yield Skipped("equal mean grades", where)
+            else:
+                yield Comparison(question, chosen, rejected, group_key(question), margin=high - low, source=where)
+
+
+def feedbackqa_ratings(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
+    """FeedbackQA as ratings, one per passage.
+
+    Rule: the label is True when most raters said Acceptable or Excellent, False when most said less; evenly divided
+    raters are skipped. `weight` is the share of raters on the label's side. Otherwise as for the comparisons.
+    """
+    for where, row in rows:
+        grades = _grades(row, where)
+        up = sum(grade >= 2 for grade in grades)
+        question, passage = text(row, "question", where), _passage(row, where)
+        if 2 * up == len(grades):
+            yield Skipped("raters evenly divided", where)
+        else:
+            label = 2 * up > len(grades)
+            share = (up if label else len(grades) - up) / len(grades)
+            yield Rating(question, passage, label, group_key(question), weight=share, source=where)
+
+
+def squality(rows: Iterable[Row], stories: Mapping[str, dict[str, Any]]) -> Iterator[Record | Skipped]:
+    """SQuALITY human evaluation: comparisons between three summaries of a story, by majority of the raters' overall
+    ranks.
+
+    Rule: for each pair of summaries, every rater votes for the one they ranked better; an even vote is skipped.
+    `weight` is the winner's share of votes, `margin` the votes for minus against, over the number of raters. The
+    prompt is the story, a blank line and the question, taken from `stories`: rows of the set's `test.jsonl` by
+    passage id. Group: the story.
+    """
+    for where, row in rows:
+        passage = text(row, "passage-id", where)
+        if passage not in stories:
+            raise DataError(f"the story {passage!r} is not among the {len(stories)} stories of test.jsonl", where=where)
+        for number, summaries in mapping(value(row, "questions", where), "column 'questions'", where).items():
+            prompt = _story_question(stories[passage], number, where)
+            summaries = mapping(summaries, f"question {number!r}", where)
+            ranks = {name: _ranks(summaries, name, where) for name in _SYSTEMS}
+            for one, other in combinations(_SYSTEMS, 2):
+                raters = [rater for rater in ranks[one] if rater in ranks[other]]
+                votes = sum(
+                    (ranks[one][rater] < ranks[other][rater]) - (ranks[one][rater] > ranks[other][rater])
+                    for rater in raters
+                )
+                if votes == 0:
+                    yield Skipped("tie", where)
+                    continue
+                winner, loser = (one, other) if votes > 0 else (other, one)
+                chosen, rejected = (text(summaries[name], "response", where).strip() for name in (winner, loser))
+                share = sum(ranks[winner][rater] < ranks[loser][rater] for rater in raters) / len(raters)
+                margin = abs(votes) / len(raters)
+                yield Comparison(prompt, chosen, rejected, passage, weight=share, margin=margin, source=where)
+
+
+def squality_summaries(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
+    """SQuALITY stories: one demonstration per human reference summary. Group: the story."""
+    for where, row in rows:
+        passage = text(mapping(value(row, "metadata", where), "column 'metadata'", where), "passage_id", where)
+        for number, question in enumerate(items(row, "questions", where)):
+            prompt = _story_question(row, str(number), where)
+            for response in items(mapping(question, "a question", where), "responses", where):
+                summary = text(mapping(response, "a response", where), "response_text", where).strip()
+                yield (
+                    Demonstration(prompt, summary, passage, source=where)
+                    if summary
+                    else Skipped("empty completion", where)
+                )
+
+
+def uibert(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
+    """UIBert RefExp: one demonstration per screen; the completion is the index of the element that the instruction
+    means.
+
+    Rule: candidates are listed by index with the class, text, description and id of the view-hierarchy node that
+    overlaps them most (at least half, as intersection over union; otherwise only the box). Boxes are left, top,
+    right, bottom in percent of the screen. Group: the screen.
+    """
+    for where, row in rows:
+        boxes = _boxes(row, "image/object/bbox", where)
+        label = _first(row, "image/ref_exp/label", where)
+        if not isinstance(label, int) or not 0 <= label < len(boxes):
+            raise DataError(f"the right element is {label!r}", where=where, allowed=f"0 to {len(boxes) - 1}")
+        nodes = list(zip(_boxes(row, "image/view_hierarchy/bbox", where), _node_texts(row, where), strict=False))
+        lines = [f"{index}: {_describe(box, nodes)}" for index, box in enumerate(boxes)]
+        instruction = _utf8(_first(row, "image/ref_exp/text", where), where).strip()
+        if not instruction:
+            yield Skipped("empty instruction", where)
+            continue
+        prompt = "\n".join(
+            ["Elements on the screen:", *lines, f"Instruction: {instruction}", "Which element? Answer with its number."]
+        )
+        yield Demonstration(prompt, str(label), _utf8(_first(row, "image/id", where), where), source=where)
+
+
+def _boolean_as_text(row: dict[str, Any], key: str, where: str) -> str:
+    return str(row[key]) if isinstance(row.get(key), bool) else text(row, key, where)
+
+
+def _grades(row: dict[str, Any], where: str) -> list[int]:
+    found = items(row, "rating", where)
+    if not found:
+        raise DataError("column 'rating' is an empty list", where=where, allowed="one grade per rater")
+    return [GRADES.index(choice({"rating": grade}, "rating", GRADES, where)) for grade in found]
+
+
+def _passage(row: dict[str, Any], where: str) -> str:
+    reference = mapping(
+        mapping(value(row, "passage", where), "column 'passage'", where).get("reference"), "passage.reference", where
+    )
+    headers = items(reference, "section_headers", where)
+    if not all(isinstance(header, str) for header in headers):
+        wrong_type(headers, "section_headers", "a list of text", where)
+    parts = [text(reference, "page_title", where), *headers, text(reference, "section_content", where)]
+    return "\n".join(part.strip() for part in parts if part.strip())
+
+
+def _story_question(story: dict[str, Any], number: str, where: str) -> str:
+    questions = items(story, "questions", where)
+    if not number.isdecimal() or not number.isascii() or len(number) > 6 or int(number) >= len(questions):
+        raise DataError(f"question {number!r} is unknown", where=where, allowed=f"0 to {len(questions) - 1}")
+    question = text(mapping(questions[int(number)], "a question", where), "question_text", where)
+    return f"{text(story, 'document', where).strip()}\n\n{question.strip()}"
+
+
+def _ranks(summaries: dict[str, Any], name: str, where: str) -> dict[str, int]:
+    reviews = items(mapping(value(summaries, name, where), f"summary {name!r}", where), "reviews", where)
+    found: dict[str, int] = {}
+    for review in reviews:
+        review = mapping(review, "a review", where)
+        rank = value(review, "overall-rank", where)
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            wrong_type(rank, "overall-rank", "a whole number", where)
+        found[text(review, "worker_id", where)] = rank
+    return found
+
+
+def _first(row: dict[str, Any], key: str, where: str) -> Any:
+    found = items(row, key, where)
+    if not found:
+        raise DataError(f"feature {key!r} is empty", where=where)
+    return found[0]
+
+
+def _utf8(found: Any, where: str) -> str:
+    if not isinstance(found, bytes):
+        wrong_type(found, "a feature", "bytes", where)
+    try:
+        return found.decode()
+    except UnicodeDecodeError as error:
+        raise DataError("a text feature is not valid UTF-8", where=where) from error
+
+
+def _boxes(row: dict[str, Any], prefix: str, where: str) -> list[tuple[float, ...]]:
+    sides = [items(row, f"{prefix}/{side}", where) for side in _BOX]
+    if len({len(side) for side in sides}) > 1 or not all(
+        isinstance(edge, float) and math.isfinite(edge) for side in sides for edge in side
+    ):
+        raise DataError(
+            f"the sides of {prefix} don't form boxes", where=where, allowed="four lists of finite numbers, equally long"
+        )
+    return list(zip(*sides, strict=True))
+
+
+def _node_texts(row: dict[str, Any], where: str) -> list[str]:
+    columns = [
+        items(row, f"image/view_hierarchy/{name}", where) for name in ("class/name", "text", "description", "id/name")
+    ]
+    decoded = [[_utf8(found, where).strip() for found in column] for column in columns]
+    return [
+        " ".join(part for part in (kind, f'"{shown}"' if shown else "", about, name) if part)
+        for kind, shown, about, name in zip(*decoded, strict=False)
+    ]
+
+
+def _describe(box: tuple[float, ...], nodes: list[tuple[tuple[float, ...], str]]) -> str:
+    overlap, words = max(
+        ((_overlap(box, other), words) for other, words in nodes), key=lambda pair: pair[0], default=(0.0, "")
+    )
+    edges = " ".join(f"{100 * edge:.0f}" for edge in box)
+    return f"{words} ({edges})" if overlap >= _SAME_ELEMENT else f"({edges})"
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    """Intersection over union of two (left, top, right, bottom) boxes."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    return width * height / (sum(areas) - width * height)

@@ -1,0 +1,308 @@
+"""What `perlhf data validate | inspect | split | convert | formats` do."""
+
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perlhf.config import DataConfig
+from perlhf.data import files, readers
+from perlhf.data.fields import Skipped, checked
+from perlhf.data.files import DataFile
+from perlhf.data.readers import FORMATS
+from perlhf.data.records import Comparison, Demonstration, Rating, Record, Text
+from perlhf.data.split import SPLITS, kind_of, prompt_text, record_hash, split_of
+from perlhf.errors import DataError
+
+MAX_PROBLEMS = 100
+_OUTPUTS = (".jsonl", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What was found in some files.
+
+    `problems` stop training, `warnings` do not; each problem says where and what to try.
+    """
+
+    files: int
+    records: dict[str, int]
+    skipped: dict[str, int]
+    problems: tuple[DataError, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when every row can be used."""
+        return not self.problems
+
+
+def formats() -> list[dict[str, str]]:
+    """Name, kind of record and rule of every format, for the table of `perlhf data formats`."""
+    return [
+        {"name": one.name, "gives": one.gives, "rule": " ".join((one.reader.__doc__ or "").split())} for one in FORMATS
+    ]
+
+
+def validate(paths: Sequence[str], format: str = "auto", root: Path | None = None) -> Validation:
+    """Reads every row of every path and collects what is wrong (at most MAX_PROBLEMS), instead of stopping at the
+    first.
+
+    Raises:
+        DataError: unknown format, or nothing has one of the names.
+    """
+    readers.check_format(format)
+    records: list[Record] = []
+    skipped: Counter[str] = Counter()
+    problems: list[DataError] = []
+    count = 0
+    for path in paths:
+        if readers.is_builtin(path):
+            records.extend(readers.read(path))
+            count += 1
+            continue
+        for file in files.find(path, root):
+            count += 1
+            for found in _records_or_problems(file, format):
+                if isinstance(found, DataError):
+                    problems.append(found)
+                elif isinstance(found, Skipped):
+                    skipped[found.reason] += 1
+                else:
+                    records.append(found)
+    kinds = Counter(kind_of(record) for record in records)
+    return Validation(count, dict(kinds), dict(skipped), tuple(problems[:MAX_PROBLEMS]), tuple(_warnings(records)))
+
+
+def inspect(
+    paths: Sequence[str], format: str = "auto", root: Path | None = None, config: DataConfig | None = None
+) -> dict[str, Any]:
+    """Summary of some files, ready for a table or JSON.
+
+    Returns:
+        formats (by file), records (by kind), skipped (by reason), groups, splits (records and groups, by `config`),
+        labels {up, down}, lengths in characters {prompt, completion: {median, p90, max}}, duplicates, contradictions.
+
+    Raises:
+        DataError: as `read`.
+    """
+    readings = [readers.read_all(path, format, root) for path in paths]
+    records = [record for reading in readings for record in reading.records]
+    labels = Counter(record.label for record in records if isinstance(record, Rating))
+    skipped = sum((Counter(reading.skipped) for reading in readings), Counter[str]())
+    return {
+        "formats": {name: found for reading in readings for name, found in reading.formats.items()},
+        "records": dict(Counter(kind_of(record) for record in records)),
+        "skipped": dict(skipped),
+        "groups": len({record.group for record in records}),
+        "splits": _split_sizes(records, config or DataConfig()),
+        "labels": {"up": labels[True], "down": labels[False]},
+        "lengths": {
+            "prompt": _quantiles([_length(record.prompt) for record in records]),
+            "completion": _quantiles([len(part) for record in records for part in _completions(record)]),
+        },
+        "duplicates": _duplicates(records),
+        "contradictions": _contradictions(records),
+    }
+
+
+def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
+    """Writes `train.jsonl`, `validation.jsonl` and `test.jsonl`; records keep their kind, and groups stay whole.
+
+    A side whose share is 0 isn't written. `limit` is ignored.
+
+    Returns:
+        {side: {"records": n, "groups": n}} of the written sides.
+
+    Raises:
+        DataError: a file or row is wrong, or a side is empty; nothing is written then.
+        StorageError: the files can't be written.
+    """
+    records = [record for path in config.paths for record in readers.read(path, config.format)]
+    sides = {side: [record for record in records if split_of(record.group, config) == side] for side in SPLITS}
+    shares = {"train": 1.0, "validation": config.validation, "test": config.test}
+    wanted = {side: found for side, found in sides.items() if shares[side] > 0}
+    for side, found in wanted.items():
+        if not found:
+            groups = len({record.group for record in records})
+            raise DataError(
+                f"the {side} side is empty: none of {groups} groups falls into it",
+                where=", ".join(config.paths),
+                allowed="at least one group on each side",
+                hint="change data.validation, data.test or data.split_seed, or give more data",
+            )
+    for side, found in wanted.items():
+        files.write_atomic(output / f"{side}.jsonl", to_jsonl(found))
+    return {
+        side: {"records": len(found), "groups": len({record.group for record in found})}
+        for side, found in wanted.items()
+    }
+
+
+def convert(path: str, output: Path, format: str = "auto", root: Path | None = None) -> int:
+    """Writes the records of `path` with TRL's column names to a `.jsonl` or `.parquet` file.
+
+    Chat prompts are written as lists of messages and their completions as one assistant message; in Parquet, where a
+    column has one type, a plain prompt beside chat prompts is written as one user message.
+
+    Returns:
+        Number of records.
+
+    Raises:
+        DataError: as `read`, or another suffix.
+        StorageError: the file can't be written.
+    """
+    if output.suffix not in _OUTPUTS:
+        raise DataError(
+            f"can't write {output.suffix or 'a file without suffix'!r}",
+            where=str(output),
+            allowed=" or ".join(_OUTPUTS),
+        )
+    records = readers.read(path, format, root)
+    files.write_atomic(output, to_jsonl(records) if output.suffix == ".jsonl" else to_parquet(records))
+    return len(records)
+
+
+def to_jsonl(records: Iterable[Record]) -> bytes:
+    """JSON lines with TRL's column names."""
+    rows = (_trl_row(record, chat=not isinstance(record.prompt, str)) for record in records)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def to_parquet(records: Sequence[Record]) -> bytes:
+    """Parquet with TRL's column names."""
+    import pyarrow
+    import pyarrow.parquet
+
+    chat = any(not isinstance(record.prompt, str) for record in records)
+    rows = [_trl_row(record, chat) for record in records]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = pyarrow.Table.from_pydict({name: [row.get(name) for row in rows] for name in columns})
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(table, stream)
+    return stream.getvalue()
+
+
+def _trl_row(record: Record, chat: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"prompt": _written(record.prompt, "user", chat)}
+    match record:
+        case Comparison():
+            row |= {
+                "chosen": _written(record.chosen, "assistant", chat),
+                "rejected": _written(record.rejected, "assistant", chat),
+            }
+            row |= {"weight": record.weight, "margin": record.margin, "annotator": record.annotator}
+        case Rating():
+            row |= {"completion": _written(record.completion, "assistant", chat), "label": record.label}
+            row |= {"weight": record.weight, "annotator": record.annotator}
+        case Demonstration():
+            row |= {"completion": _written(record.completion, "assistant", chat), "weight": record.weight}
+    row |= {"group": record.group, "source": record.source or None}
+    return {name: found for name, found in row.items() if found is not None}
+
+
+def _written(found: Text, role: str, chat: bool) -> str | list[dict[str, str]]:
+    if isinstance(found, str):
+        return [{"role": role, "content": found}] if chat else found
+    return [dict(message) for message in found]
+
+
+def _records_or_problems(file: DataFile, format: str) -> Iterable[Record | Skipped | DataError]:
+    """Every record of a file, with an error in place of each row that can't be read."""
+    good: list[tuple[str, dict[str, Any]]] = []
+    try:
+        for where, row in files.rows_or_errors(file):
+            if isinstance(row, DataError):
+                yield row
+            else:
+                good.append((where, row))
+        if not good:
+            return
+        reader = readers.reader_of(readers.detect(good[0][1]) if format == "auto" else format, file)
+    except DataError as error:
+        yield error
+        return
+    usable: list[tuple[str, dict[str, Any]]] = []
+    for where, row in good:
+        try:
+            for record in reader([(where, row)]):
+                if not isinstance(record, Skipped):
+                    checked(record, where)
+            usable.append((where, row))
+        except DataError as error:
+            yield error
+    for record in reader(usable):
+        try:
+            yield record if isinstance(record, Skipped) else checked(record, record.source)
+        except DataError as error:
+            yield error
+
+
+def _warnings(records: Sequence[Record]) -> Iterable[str]:
+    if duplicates := _duplicates(records):
+        yield f"{duplicates} records repeat another one exactly"
+    if contradictions := _contradictions(records):
+        yield f"{contradictions} judgements are contradicted by another record (both labels, or both orders)"
+    if same := sum(isinstance(record, Comparison) and record.chosen == record.rejected for record in records):
+        yield f"{same} comparisons have the same text on both sides"
+    labels = {record.label for record in records if isinstance(record, Rating)}
+    if len(labels) == 1:
+        yield f"all ratings have the label {str(labels.pop()).lower()}: a reward model can't learn from them alone"
+    groups = len({record.group for record in records})
+    if 0 < groups < 10:
+        yield f"there are only {groups} groups: a split by group may leave a side empty"
+
+
+def _duplicates(records: Iterable[Record]) -> int:
+    return sum(count - 1 for count in Counter(record_hash(record) for record in records).values())
+
+
+def _contradictions(records: Iterable[Record]) -> int:
+    """Number of (prompt, completion) with both labels plus number of pairs judged in both orders."""
+    verdicts: dict[tuple[str, ...], set[bool]] = defaultdict(set)
+    for record in records:
+        if isinstance(record, Rating):
+            verdicts[prompt_text(record.prompt), prompt_text(record.completion)].add(record.label)
+        elif isinstance(record, Comparison) and record.chosen != record.rejected:
+            sides = sorted((prompt_text(record.chosen), prompt_text(record.rejected)))
+            verdicts[prompt_text(record.prompt), *sides].add(sides[0] == prompt_text(record.chosen))
+    return sum(len(found) == 2 for found in verdicts.values())
+
+
+def _completions(record: Record) -> list[Text]:
+    match record:
+        case Comparison():
+            return [record.chosen, record.rejected]
+        case Rating() | Demonstration():
+            return [record.completion]
+        case _:
+            return []
+
+
+def _length(found: Text) -> int:
+    return len(found) if isinstance(found, str) else sum(len(message["content"]) for message in found)
+
+
+def _quantiles(lengths: list[int]) -> dict[str, int]:
+    """Median, 90th percentile (both as an element of the list, lower of two) and maximum."""
+    ordered = sorted(lengths)
+    if not ordered:
+        return {"median": 0, "p90": 0, "max": 0}
+    return {
+        "median": ordered[(len(ordered) - 1) // 2],
+        "p90": ordered[(len(ordered) - 1) * 9 // 10],
+        "max": ordered[-1],
+    }
+
+
+def _split_sizes(records: Sequence[Record], config: DataConfig) -> dict[str, dict[str, int]]:
+    sides: dict[str, list[Record]] = {side: [] for side in SPLITS}
+    for record in records:
+        sides[split_of(record.group, config)].append(record)
+    return {
+        side: {"records": len(found), "groups": len({record.group for record in found})}
+        for side, found in sides.items()
+    }

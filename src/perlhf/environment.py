@@ -1,0 +1,83 @@
+"""What a run ran on: versions, commit, hardware, threads, memory. Imports no torch; looks at it where it is loaded."""
+
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from perlhf import __version__
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit (None outside a git checkout), hardware and CPU threads (None before torch is loaded)."""
+    versions = {"perlhf": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else None
+    return {"versions": versions, **_commit(), "hardware": _hardware(), "threads": threads}
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    try:
+        # ru_maxrss starts from the parent's peak; VmHWM is this process's own.
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except FileNotFoundError:
+        found = None
+    if found:
+        return int(found[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def cuda_peak_bytes() -> int:
+    """The most GPU memory that torch held at a time in this process; 0 where it used no GPU."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_allocated() if torch and torch.cuda.is_initialized() else 0
+
+
+def _commit() -> dict[str, Any]:
+    """The commit of this package's source, if git tracks it there (an installed copy inside another checkout isn't)."""
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return {"commit": None, "uncommitted_changes": None}
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": _git("diff", "--quiet", "HEAD", "--", ".") is None,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in this package's directory; None when git is missing or says no."""
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _hardware() -> dict[str, Any]:
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_initialized() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"platform": platform.platform(), "cpu": _cpu_name(), "cores": cores, "memory_bytes": memory, "gpu": gpu}
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except FileNotFoundError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()

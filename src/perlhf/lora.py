@@ -1,0 +1,148 @@
+"""The adapted linear layer: one frozen weight, any number of named low-rank updates (LoRA, arXiv 2106.09685; PERL, arXiv 2403.10704).
+
+y = x W^T + bias + sum_i (alpha_i / rank_i) (drop(x) A_i^T) B_i^T over the active adapters i. The low-rank path runs in the
+base's dtype on float32 master weights; the backward below saves only x and x A^T and never forms a gradient for W.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perlhf.errors import AdapterError, nearest
+
+
+@dataclass
+class LowRank:
+    """The pair of one adapter on one layer, float32 masters: `a` [rank, in], `b` [out, rank], scale alpha / rank."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+    dropout: float = 0.0
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        dropped = flat if keep is None else flat * keep.reshape(flat.shape)
+        low = dropped @ a.t()
+        y = F.linear(flat, weight, bias).addmm_(low, b.t())
+        ctx.save_for_backward(x, weight, a, b, low, keep)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        x, weight, a, b, low, keep = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        grad_low = grad @ b
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            if keep is None:
+                grad_x = (grad @ weight).addmm_(grad_low, a)
+            else:
+                grad_x = (grad @ weight) + (grad_low @ a) * keep.reshape(-1, x.shape[-1])
+            grad_x = grad_x.view_as(x)
+        if ctx.needs_input_grad[3]:
+            flat = x.reshape(-1, x.shape[-1])
+            grad_a = grad_low.t() @ (flat if keep is None else flat * keep.reshape(flat.shape))
+        if ctx.needs_input_grad[4]:
+            grad_b = grad.t() @ low
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def adapted_linear(
+    x: Float[Tensor, "*batch inputs"],
+    weight: Float[Tensor, "outputs inputs"],
+    bias: Float[Tensor, " outputs"] | None,
+    a: Float[Tensor, "rank inputs"],
+    b: Float[Tensor, "outputs rank"],
+    keep: Float[Tensor, "*batch inputs"] | None = None,
+) -> Float[Tensor, "*batch outputs"]:
+    """x W^T + bias + ((x * keep) a^T) b^T, with the scale already inside `b`; all in the dtype of `weight`.
+
+    `weight` and `bias` get no gradient. `keep` is the scaled dropout mask (0 or 1 / (1 - p)).
+    """
+    return _AdaptedLinear.apply(x, weight, bias, a, b, keep)  # pyright: ignore[reportReturnType]
+
+
+class AdaptedLinear(nn.Module):
+    """Replaces an `nn.Linear` of the base. With no active adapter it is that layer exactly.
+
+    The adapters in `pairs` are deliberately not registered as parameters: the base's names and parameters stay its own.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.pairs: dict[str, LowRank] = {}
+        self.active: tuple[str, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out] under the active adapters."""
+        pairs = [self.pairs[name] for name in self.active if name in self.pairs]
+        if not pairs:
+            return F.linear(x, self.weight, self.bias)
+        dtype = self.weight.dtype
+        a = torch.cat([p.a for p in pairs]).to(dtype) if len(pairs) > 1 else pairs[0].a.to(dtype)
+        b = torch.cat([p.b * p.scale for p in pairs], 1).to(dtype) if len(pairs) > 1 else (pairs[0].b * pairs[0].scale).to(dtype)
+        p = max(pair.dropout for pair in pairs)
+        keep = F.dropout(torch.ones_like(x), p) if p and self.training else None
+        return adapted_linear(x, self.weight, self.bias, a, b, keep)
+
+
+def new_pair(layer: AdaptedLinear, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> LowRank:
+    """A zero update: A uniform in +-1/sqrt(in) (as PEFT), B = 0. Drawn on the CPU, so that devices agree."""
+    bound = 1 / math.sqrt(layer.in_features)
+    a = (torch.rand(rank, layer.in_features, generator=generator) * 2 - 1) * bound
+    device = layer.weight.device
+    return LowRank(
+        nn.Parameter(a.to(device)),
+        nn.Parameter(torch.zeros(layer.out_features, rank, device=device)),
+        alpha / rank,
+        dropout,
+    )
+
+
+def match_targets(modules: Iterable[tuple[str, nn.Module]], targets: str | tuple[str, ...], skip: tuple[str, ...] = ()) -> list[str]:
+    """Module paths that `targets` names, in module order.
+
+    Args:
+        modules: `named_modules()` of the base.
+        targets: `attention` (linear layers inside a module called `*attn*` or `*attention*`), `all` linear layers, or
+            names that equal a path's end (`q_proj`, `layers.0.mlp.up_proj`).
+        skip: paths never adapted (the output head).
+
+    Raises:
+        AdapterError: a name that matches nothing, with the nearest existing one.
+    """
+    linear = [n for n, m in modules if isinstance(m, nn.Linear | AdaptedLinear) and n not in skip]
+    last = sorted({name.split(".")[-1] for name in linear})
+    if targets == "all":
+        found = linear
+    elif targets == "attention":
+        found = [n for n in linear if any("attn" in part or "attention" in part for part in n.split(".")[:-1])]
+    else:
+        wanted = (targets,) if isinstance(targets, str) else targets
+        for target in wanted:
+            if not any(n == target or n.endswith("." + target) for n in linear):
+                raise AdapterError(
+                    f"adapter target '{target}' matches no linear layer of the base",
+                    where="adapter.targets",
+                    allowed=f"attention, all, or names among {', '.join(last)}",
+                    hint=nearest(target, last),
+                )
+        found = [n for n in linear if any(n == t or n.endswith("." + t) for t in wanted)]
+    if not found:
+        raise AdapterError(
+            f"adapter targets '{targets}' match no linear layer of the base",
+            where="adapter.targets",
+            allowed=f"names among {', '.join(last) or '(the base has no nn.Linear)'}",
+        )
+    return found

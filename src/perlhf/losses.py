@@ -1,0 +1,98 @@
+"""Losses as pure functions. Each returns `(loss, metrics)`: the loss is a sum over its arguments divided by `divisor`, the
+number of items in the whole update, so that adding the losses of micro-batches gives the update's loss; metrics are detached sums.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+Metrics = dict[str, float]
+
+
+def bradley_terry(
+    chosen_scores: Float[Tensor, " batch"],
+    rejected_scores: Float[Tensor, " batch"],
+    *,
+    weights: Float[Tensor, " batch"],
+    margins: Float[Tensor, " batch"],
+    label_smoothing: float,
+    divisor: float,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """-log sigmoid(r(x, y_w) - r(x, y_l) - margin), the paper's pairwise loss (arXiv 2403.10704, section 3).
+
+    `label_smoothing` eps mixes in the swapped pair: (1 - eps) * loss + eps * loss of the swapped pair. Divisor: comparisons.
+    """
+    gap = chosen_scores - rejected_scores - margins
+    loss = -(1 - label_smoothing) * F.logsigmoid(gap) - label_smoothing * F.logsigmoid(-gap)
+    right = (chosen_scores > rejected_scores).float() + 0.5 * (chosen_scores == rejected_scores).float()
+    return (weights * loss).sum() / divisor, {"right": right.sum().item(), "count": float(len(right))}
+
+
+def rating_cross_entropy(
+    scores: Float[Tensor, " batch"],
+    labels: Bool[Tensor, " batch"],
+    *,
+    weights: Float[Tensor, " batch"],
+    label_smoothing: float,
+    divisor: float,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """Binary cross-entropy on sigmoid(score): -p log s - (1 - p) log(1 - s), s = sigmoid(score).
+
+    The paper prints the second term as (1 - p) log sigmoid(1 - r); this is the correct one. Smoothing eps turns
+    labels 0 and 1 into eps and 1 - eps. Divisor: ratings.
+    """
+    target = labels.float() * (1 - 2 * label_smoothing) + label_smoothing
+    loss = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
+    right = ((scores > 0) == labels).float()
+    return (weights * loss).sum() / divisor, {"right": right.sum().item(), "count": float(len(right))}
+
+
+def sft_loss(
+    logprobs: Float[Tensor, "batch time"],
+    completion_mask: Bool[Tensor, "batch time"],
+    *,
+    weights: Float[Tensor, " batch"],
+    divisor: float,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """-sum of completion log-probabilities, end token included. Divisor: completion tokens."""
+    loss = -(torch.where(completion_mask, logprobs, 0.0).sum(-1) * weights).sum() / divisor
+    return loss, {"tokens": float(completion_mask.sum().item())}
+
+
+def policy_loss(
+    logprobs: Float[Tensor, "batch time"],
+    old_logprobs: Float[Tensor, "batch time"],
+    advantages: Float[Tensor, "batch time"],
+    completion_mask: Bool[Tensor, "batch time"],
+    *,
+    clip: float | None,
+    divisor: float,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """REINFORCE, -sum_t logprobs_t * stopgrad(advantage_t) (arXiv 2309.00267, appendix), or PPO's clipped ratio with `clip`.
+
+    With `clip`: -sum_t min(ratio_t A_t, clamp(ratio_t, 1 - clip, 1 + clip) A_t), ratio = exp(logprobs - old_logprobs); at
+    ratio 1 its gradient is REINFORCE's. Divisor: completions.
+    """
+    advantages = advantages.detach()
+    if clip is None:
+        objective, clipped = logprobs * advantages, torch.zeros_like(completion_mask)
+    else:
+        ratio = torch.exp(logprobs - old_logprobs.detach())
+        limited = ratio.clamp(1 - clip, 1 + clip) * advantages
+        objective, clipped = torch.minimum(ratio * advantages, limited), limited < ratio * advantages
+    loss = -torch.where(completion_mask, objective, 0.0).sum() / divisor
+    return loss, {"clipped": float((clipped & completion_mask).sum().item())}
+
+
+def value_loss(
+    values: Float[Tensor, "batch time"],
+    returns: Float[Tensor, "batch time"],
+    completion_mask: Bool[Tensor, "batch time"],
+    *,
+    divisor: float,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """sum_t (V_t - stopgrad(Z_t))^2, Z the return-to-go (arXiv 2309.00267, appendix). Divisor: completions."""
+    error = torch.where(completion_mask, values - returns.detach(), 0.0)
+    loss = error.square().sum() / divisor
+    return loss, {"squared_error": float(error.square().sum().item())}

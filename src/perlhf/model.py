@@ -1,0 +1,359 @@
+"""One frozen base, any number of named adapters. Callers pass sequences of ids and an adapter name; layout stays inside.
+
+`adapter=None` is the bare base. LoRA and full tuning differ in `add_adapter` (what is trainable) and `_run` (how the
+forward uses it) and nowhere else.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from perlhf import base as bases
+from perlhf.errors import AdapterError
+from perlhf.lora import AdaptedLinear, LowRank, match_targets, new_pair
+from perlhf.packing import Ids, Packing, length_mask, pad, share_prefixes
+
+Role = Literal["sft", "reward", "policy", "value"]
+VOCAB_CHUNK_TOKENS = 512
+"""Tokens whose logits exist at one time."""
+
+
+@dataclass
+class Adapter:
+    """Everything that one role trains: low-rank pairs or full weights, and a scalar head for reward and value."""
+
+    name: str
+    role: Role
+    rank: int = 0
+    alpha: float = 0.0
+    dropout: float = 0.0
+    pairs: dict[str, LowRank] = field(default_factory=dict)
+    weights: dict[str, nn.Parameter] = field(default_factory=dict)
+    head: nn.Parameter | None = None
+    bias: nn.Parameter | None = None
+    beneath: str | None = None
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """All its tensors by a stable name."""
+        named = {f"{path}.lora_A": pair.a for path, pair in self.pairs.items()}
+        named |= {f"{path}.lora_B": pair.b for path, pair in self.pairs.items()}
+        named |= {f"base.{name}": weight for name, weight in self.weights.items()}
+        if self.head is not None and self.bias is not None:
+            named |= {"score.weight": self.head, "score.bias": self.bias}
+        return named
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Its parameters with gradients, in a stable order."""
+        return [p for p in self.tensors().values() if p.requires_grad]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Per completion token, [batch, time], 0 beyond each completion."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    mask: Tensor
+
+
+class Model:
+    """The base with its adapters, on one device.
+
+    Args:
+        base: a causal language model of transformers; frozen here.
+        fingerprint: name and SHA-256 of the base, recorded with every adapter.
+    """
+
+    def __init__(self, base: PreTrainedModel, fingerprint: dict[str, str]):
+        self.base = base.eval().requires_grad_(False)
+        self.fingerprint = fingerprint
+        self.decoder: nn.Module = getattr(base, base.base_model_prefix)
+        self.prefix = base.base_model_prefix + "."
+        self.adapters: dict[str, Adapter] = {}
+        self.dtype, self.device = base.dtype, base.device
+        self.hidden_size = int(base.config.get_text_config().hidden_size)
+
+    @classmethod
+    def load(cls, name: str, dtype: str = "auto", device: str = "auto") -> "Model":
+        """The base by name, hub id or directory (see `base.resolve`).
+
+        Raises:
+            ModelError: not found, not supported.
+        """
+        where = bases.resolve(name)
+        target = bases.pick_device(device)
+        chosen, _ = bases.pick_dtype(dtype, target.type)
+        network = bases.load_base(where, chosen, target)
+        bases.verify_forward(network)
+        return cls(network, bases.fingerprint(where))
+
+    # adapters
+
+    def add_adapter(
+        self,
+        name: str,
+        role: Role,
+        *,
+        tuning: Literal["lora", "full"] = "lora",
+        rank: int = 16,
+        alpha: float = 32.0,
+        targets: str | tuple[str, ...] = "attention",
+        dropout: float = 0.0,
+        seed: int = 0,
+        beneath: str | None = None,
+    ) -> Adapter:
+        """A new adapter that leaves every output as it is: B = 0, or a float32 copy of the weights under `beneath`.
+
+        Args:
+            beneath: adapter that stays active and frozen under this one (LoRA), or is merged into the copy (full).
+
+        Raises:
+            AdapterError: a target that matches nothing.
+        """
+        adapter = Adapter(name, role, rank, alpha, dropout, beneath=beneath)
+        if tuning == "full":
+            adapter.rank, adapter.beneath = 0, None
+            adapter.weights = {n: nn.Parameter(w) for n, w in self._merged(beneath).items()}
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            for path in self.targets(targets):
+                adapter.pairs[path] = new_pair(self._adapted(path), rank, alpha, dropout, generator)
+        if role in ("reward", "value"):
+            adapter.head = nn.Parameter(torch.zeros(1, self.hidden_size, device=self.device))
+            adapter.bias = nn.Parameter(torch.zeros(1, device=self.device), requires_grad=role == "value")
+        self._register(adapter)
+        return adapter
+
+    def copy_adapter(self, source: str, name: str, role: Role) -> Adapter:
+        """A trainable copy of `source` under another name; a new zero head where the role has one."""
+        old = self.adapters[source]
+        new = Adapter(name, role, old.rank, old.alpha, old.dropout, beneath=old.beneath)
+        new.pairs = {
+            path: LowRank(nn.Parameter(p.a.detach().clone()), nn.Parameter(p.b.detach().clone()), p.scale, p.dropout)
+            for path, p in old.pairs.items()
+        }
+        new.weights = {n: nn.Parameter(w.detach().clone()) for n, w in old.weights.items()}
+        if role in ("reward", "value"):
+            new.head = nn.Parameter(torch.zeros(1, self.hidden_size, device=self.device))
+            new.bias = nn.Parameter(torch.zeros(1, device=self.device), requires_grad=role == "value")
+        self._register(new)
+        return new
+
+    def adopt(self, adapter: Adapter) -> Adapter:
+        """Adds an adapter read from disk; its paths must exist in the base."""
+        modules = dict(self.base.named_modules())
+        for path, pair in adapter.pairs.items():
+            layer = modules.get(path)
+            if not isinstance(layer, nn.Linear | AdaptedLinear):
+                raise AdapterError(f"the adapter adapts '{path}', which the base lacks", hint="use the base it was trained on")
+            expected = (layer.in_features, layer.out_features)
+            if (pair.a.shape[1], pair.b.shape[0]) != expected:
+                raise AdapterError(
+                    f"shape {pair.a.shape[1]} -> {pair.b.shape[0]} at '{path}'", allowed=f"{expected[0]} -> {expected[1]}"
+                )
+        for tensor in adapter.tensors().values():
+            tensor.data = tensor.data.to(self.device)
+        self._register(adapter)
+        return adapter
+
+    def targets(self, targets: str | tuple[str, ...]) -> list[str]:
+        """Paths of the base that `targets` names."""
+        return match_targets(self.base.named_modules(), targets, skip=self._head_path())
+
+    def freeze(self, name: str) -> None:
+        """No tensor of the adapter gets a gradient any more."""
+        for tensor in self.adapters[name].tensors().values():
+            tensor.requires_grad_(False)
+
+    def digest(self, name: str | None) -> str:
+        """SHA-256 over all tensors that `name` makes active: the adapter's version."""
+        digest = hashlib.sha256()
+        for adapter in self._chain(name):
+            for key, tensor in adapter.tensors().items():
+                digest.update(key.encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    # forward passes
+
+    def scores(self, sequences: Sequence[Ids], adapter: str, *, packing: Packing = "prefix", dropout: bool = False) -> Tensor:
+        """Scalar head on the state of each sequence's last token, float32 [batch]."""
+        shared = share_prefixes(sequences, packing)
+        states = self._states(shared.rows, adapter, dropout=dropout)
+        last = torch.tensor([len(ids) - 1 for ids in sequences], device=self.device)
+        return self._head(states[torch.tensor(shared.row_of, device=self.device), last], adapter)
+
+    def values(self, prompts: Sequence[Ids], completions: Sequence[Ids], adapter: str) -> Tensor:
+        """Scalar head where each completion token is predicted, float32 [batch, time]; values[t] has not seen token t."""
+        states, mask = self._predicting_states(prompts, completions, adapter, dropout=False)
+        return _spread(self._head(states, adapter), mask)
+
+    def logprobs(
+        self,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        adapter: str | None,
+        *,
+        temperature: float = 1.0,
+        dropout: bool = False,
+    ) -> TokenLogprobs:
+        """log softmax(logits / temperature) of the completion tokens and the entropy there; no full logits are kept."""
+        states, mask = self._predicting_states(prompts, completions, adapter, dropout=dropout)
+        targets = torch.tensor([token for ids in completions for token in ids], dtype=torch.long, device=self.device)
+        weight = self._output_weight(adapter)
+        parts = [
+            checkpoint(_chunk_logprobs, s, weight, t, temperature, use_reentrant=False, preserve_rng_state=False)
+            for s, t in zip(states.split(VOCAB_CHUNK_TOKENS), targets.split(VOCAB_CHUNK_TOKENS), strict=True)
+        ]
+        logprobs = torch.cat([part[0] for part in parts]) if parts else states.new_zeros(0).float()
+        entropy = torch.cat([part[1] for part in parts]) if parts else states.new_zeros(0).float()
+        return TokenLogprobs(_spread(logprobs, mask), _spread(entropy, mask), mask)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Ids], adapter: str | None) -> tuple[Tensor, DynamicCache]:
+        """States of each prompt's last token [prompt, hidden] and the key/value cache of the right-padded prompts."""
+        cache = DynamicCache()
+        states = self._run(adapter, input_ids=pad(prompts, 0, self.device), past_key_values=cache, use_cache=True)
+        last = torch.tensor([len(ids) - 1 for ids in prompts], device=self.device)
+        return states[torch.arange(len(prompts), device=self.device), last], cache
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, positions: Tensor, visible: Tensor, cache: DynamicCache, adapter: str | None) -> Tensor:
+        """One more token a row: ids and positions [batch], visible [batch, cache + 1] True where attended; states [batch, hidden]."""
+        states = self._run(
+            adapter,
+            input_ids=ids[:, None],
+            position_ids=positions[:, None],
+            attention_mask=visible,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return states[:, -1]
+
+    def logits(self, states: Tensor, adapter: str | None) -> Tensor:
+        """Vocabulary logits of states [..., hidden], float32."""
+        return (states @ self._output_weight(adapter).t()).float()
+
+    # inside
+
+    def _run(self, adapter: str | None, *, dropout: bool = False, **inputs: Any) -> Tensor:
+        chain = self._chain(adapter)
+        full = [a for a in chain if a.weights]
+        with self._active(tuple(a.name for a in chain), dropout):
+            if full:
+                weights = {
+                    name.removeprefix(self.prefix): weight.to(self.dtype)
+                    for name, weight in full[-1].weights.items()
+                    if name.startswith(self.prefix)
+                }
+                return functional_call(self.decoder, weights, kwargs=inputs).last_hidden_state
+            return self.decoder(**inputs).last_hidden_state
+
+    @contextmanager
+    def _active(self, names: tuple[str, ...], dropout: bool) -> Iterator[None]:
+        layers = [m for m in self.base.modules() if isinstance(m, AdaptedLinear)]
+        before = [(layer.active, layer.training) for layer in layers]
+        try:
+            for layer in layers:
+                layer.active, layer.training = names, dropout
+            yield
+        finally:
+            for layer, (active, training) in zip(layers, before, strict=True):
+                layer.active, layer.training = active, training
+
+    def _chain(self, name: str | None) -> list[Adapter]:
+        chain: list[Adapter] = []
+        while name is not None:
+            if name not in self.adapters:
+                raise AdapterError(f"no adapter '{name}' is loaded", allowed=", ".join(self.adapters) or "none is")
+            chain.insert(0, self.adapters[name])
+            name = self.adapters[name].beneath
+        return chain
+
+    def _states(self, rows: Sequence[Ids], adapter: str | None, *, dropout: bool) -> Tensor:
+        return self._run(adapter, dropout=dropout, input_ids=pad(rows, 0, self.device), use_cache=False)
+
+    def _predicting_states(
+        self, prompts: Sequence[Ids], completions: Sequence[Ids], adapter: str | None, *, dropout: bool
+    ) -> tuple[Tensor, Tensor]:
+        """States [tokens, hidden] from which each completion token is predicted, and the completion mask [batch, time]."""
+        assert all(len(ids) for ids in prompts), "a completion needs a token to be predicted from"
+        rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+        states = self._states(rows, adapter, dropout=dropout)
+        row = [i for i, ids in enumerate(completions) for _ in ids]
+        position = [len(p) - 1 + t for p, c in zip(prompts, completions, strict=True) for t in range(len(c))]
+        mask = length_mask([len(c) for c in completions], self.device)
+        return states[torch.tensor(row, device=self.device).long(), torch.tensor(position, device=self.device).long()], mask
+
+    def _head(self, states: Tensor, adapter: str) -> Tensor:
+        head = self.adapters[adapter]
+        assert head.head is not None and head.bias is not None, f"adapter '{adapter}' has no score head"
+        return (states.float() @ head.head.t()).squeeze(-1) + head.bias
+
+    def _output_weight(self, adapter: str | None) -> Tensor:
+        path = self._head_path()[0] + ".weight"
+        for owner in reversed(self._chain(adapter)):
+            if owner.weights:
+                tied = path not in owner.weights
+                name = f"{self.prefix}{self._embedding_path()}.weight" if tied else path
+                return owner.weights[name].to(self.dtype)
+        return self.base.get_output_embeddings().weight  # pyright: ignore[reportReturnType,reportOptionalMemberAccess]
+
+    def _head_path(self) -> tuple[str, ...]:
+        head = self.base.get_output_embeddings()
+        return tuple(name for name, module in self.base.named_modules() if module is head)
+
+    def _embedding_path(self) -> str:
+        embedding = self.base.get_input_embeddings()
+        return next(name for name, module in self.decoder.named_modules() if module is embedding)
+
+    def _adapted(self, path: str) -> AdaptedLinear:
+        parent_path, _, leaf = path.rpartition(".")
+        parent = self.base.get_submodule(parent_path)
+        layer = getattr(parent, leaf)
+        if not isinstance(layer, AdaptedLinear):
+            layer = AdaptedLinear(layer)
+            setattr(parent, leaf, layer)
+        return layer
+
+    def _register(self, adapter: Adapter) -> None:
+        assert adapter.name not in self.adapters, f"adapter '{adapter.name}' exists"
+        self.adapters[adapter.name] = adapter
+        for path, pair in adapter.pairs.items():
+            self._adapted(path).pairs[adapter.name] = pair
+
+    @torch.no_grad()
+    def _merged(self, name: str | None) -> dict[str, Tensor]:
+        """Float32 weights of the base with everything that `name` makes active added in."""
+        chain = self._chain(name)
+        full = [a for a in chain if a.weights]
+        source: Any = full[-1].weights.items() if full else self.base.named_parameters()
+        merged = {n: w.detach().float().clone() for n, w in source}
+        for adapter in chain:
+            for path, pair in adapter.pairs.items():
+                merged[path + ".weight"] += pair.scale * (pair.b.float() @ pair.a.float())
+        return merged
+
+
+def _chunk_logprobs(states: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    log_probs = torch.log_softmax((states @ weight.t()).float() / temperature, -1)
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def _spread(flat: Tensor, mask: Tensor) -> Tensor:
+    """Values of the True positions, in order, into [batch, time]; 0 elsewhere."""
+    out = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device)
+    return out.masked_scatter(mask, flat)
+
+

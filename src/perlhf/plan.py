@@ -1,0 +1,291 @@
+"""What a stage would do, from its configuration, the record counts and the shapes of the base; no torch, no training.
+
+Trainable parameters are exact: rank * (inputs + outputs) for each adapted layer, all weights for `tuning: full`, and
+hidden for a score head, hidden + 1 for a value head. Memory is an estimate (`_activation_bytes` has the formula).
+"""
+
+import json
+import math
+import os
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perlhf import data
+from perlhf.config import DEFAULT_BASE, AdapterConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.data.split import SPLITS
+from perlhf.errors import AdapterError, ModelError, nearest
+
+Stage = SftConfig | RewardConfig | PolicyConfig
+Shapes = Mapping[str, tuple[int, ...]]
+
+OVERHEAD_BYTES = 450 * 2**20
+"""The interpreter with torch and transformers loaded, measured on Linux."""
+OPTIMISER_BYTES = 16
+"""Of one trainable parameter: float32 weight, gradient and AdamW's two moments."""
+VOCAB_CHUNK_TOKENS = 512
+"""Tokens whose logits exist at one time, as in `model.py`."""
+BF16_CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base's configuration and the shape of every tensor."""
+
+    config: Mapping[str, Any]
+    shapes: Shapes
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights; a tied output head counts once."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage would do. Memory is in bytes, by what holds it."""
+
+    stage: str
+    records: dict[str, int]
+    updates: int
+    learning_rate: float
+    base_parameters: int
+    trainable: dict[str, int]
+    dtype: str
+    memory_bytes: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Estimated peak."""
+        return sum(self.memory_bytes.values())
+
+
+def plan(config: Stage) -> Plan:
+    """The plan of a training stage.
+
+    Raises:
+        DataError: no records of the kind, or an empty split.
+        ModelError: the base isn't here.
+        AdapterError: a target that matches no layer.
+    """
+    base = read_base(config.base)
+    stage, kinds = _stage(config)
+    records = count_records(config, kinds)
+    trainable = trainable_parameters(config, base)
+    dtype = dtype_in_force(config.dtype, config.device)
+    memory = {
+        "libraries": OVERHEAD_BYTES,
+        "base": base.parameters * _size(dtype),
+        "adapters and optimiser": sum(trainable.values()) * OPTIMISER_BYTES,
+        "frozen adapters": _frozen_adapters(config) * next(iter(trainable.values())) * 4,
+        "activations": _activation_bytes(config, base, dtype),
+    }
+    updates = count_updates(config, records["train"])
+    return Plan(stage, records, updates, config.learning_rate, base.parameters, trainable, dtype, memory)
+
+
+def _stage(config: Stage) -> tuple[str, tuple[str, ...]]:
+    match config:
+        case SftConfig():
+            return "sft", ("demonstration",)
+        case RewardConfig():
+            return "reward", ("comparison", "rating")
+        case PolicyConfig():
+            return "policy", ("prompt",)
+
+
+def count_records(config: Stage, kinds: tuple[str, ...]) -> dict[str, int]:
+    """Records of each split, at most `limit` of each.
+
+    Raises:
+        DataError: no records of these kinds, or a split that should have some is empty.
+    """
+    unlimited = config.data.model_copy(update={"limit": None})
+    found = Counter(data.split_of(record.group, config.data) for record in data.load(unlimited, kinds, "all"))
+    for split in SPLITS:
+        if not found[split] and (split == "train" or getattr(config.data, split) > 0):
+            data.load(config.data, kinds, split)  # raises, saying what is empty and what to change
+    return {split: min(found[split], config.data.limit or found[split]) for split in SPLITS}
+
+
+def count_updates(config: Stage, training_records: int) -> int:
+    """ceil(records / examples_per_update) * epochs, at most `max_updates`; a policy's are in its configuration."""
+    if isinstance(config, PolicyConfig):
+        return config.updates * config.steps_per_rollout
+    updates = math.ceil(training_records / config.examples_per_update) * config.epochs
+    return min(updates, config.max_updates) if config.max_updates else updates
+
+
+def trainable_parameters(config: Stage, base: Base) -> dict[str, int]:
+    """Trainable parameters of each adapter, head included."""
+    hidden = int(base.config["hidden_size"])
+    body = base.parameters if config.tuning == "full" else lora_parameters(config.adapter, base.shapes)
+    match config:
+        case SftConfig():
+            return {"sft": body}
+        case RewardConfig():
+            return {"reward": body + hidden}
+        case PolicyConfig() if config.baseline == "value":
+            return {"policy": body, "value": body + hidden + 1}
+        case PolicyConfig():
+            return {"policy": body}
+
+
+def lora_parameters(adapter: AdapterConfig, shapes: Shapes) -> int:
+    """Sum of rank * (inputs + outputs) over the layers that `targets` names.
+
+    Raises:
+        AdapterError: a name that matches no linear layer.
+    """
+    linear = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if _is_linear(name, shape)}
+    if adapter.targets == "all":
+        chosen = list(linear)
+    elif adapter.targets == "attention":
+        chosen = [n for n in linear if any("attn" in part or "attention" in part for part in n.split(".")[:-1])]
+    else:
+        chosen = []
+        for target in adapter.targets:
+            found = [n for n in linear if n == target or n.endswith(f".{target}")]
+            if not found:
+                last = sorted({n.rsplit(".", 1)[-1] for n in linear})
+                raise AdapterError(
+                    f"adapter target '{target}' matches no linear layer of the base",
+                    where="adapter.targets",
+                    allowed=f"attention, all, or names among {', '.join(last)}",
+                    hint=nearest(target, last),
+                )
+            chosen += found
+    return adapter.rank * sum(sum(linear[name]) for name in dict.fromkeys(chosen))
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the weight of a linear layer below the output head: a matrix that embeds nothing."""
+    parts = name.split(".")
+    embeds = any(word in part for part in parts for word in ("embed", "wte", "wpe", "lm_head"))
+    return len(shape) == 2 and parts[-1] == "weight" and not embeds
+
+
+def _frozen_adapters(config: Stage) -> int:
+    """Adapters held without gradients: the reference and the reward models of a policy."""
+    if not isinstance(config, PolicyConfig):
+        return 0
+    return (config.sft is not None) + sum(1 for reward in config.reward if ":" not in reward)
+
+
+def dtype_in_force(dtype: str, device: str) -> str:
+    """`auto` resolved as far as that is possible without torch: bfloat16 on CUDA or where the CPU computes in it."""
+    if dtype != "auto":
+        return dtype
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
+    return "bfloat16" if device.startswith("cuda") or any(flag in flags for flag in BF16_CPU_FLAGS) else "float32"
+
+
+def _size(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else 4
+
+
+def _activation_bytes(config: Stage, base: Base, dtype: str) -> int:
+    """Kept for the backward pass of one micro-batch, plus one chunk of float32 logits and its gradient.
+
+    Per token and layer: 8 vectors of the hidden size (residuals, norms, attention in and out), q, k, v, and 3 vectors
+    of the feed-forward size.
+    """
+    layers, hidden = int(base.config["num_hidden_layers"]), int(base.config["hidden_size"])
+    heads = int(base.config.get("num_attention_heads") or 1)
+    kv_heads = int(base.config.get("num_key_value_heads") or heads)
+    head_size = int(base.config.get("head_dim") or hidden // heads)
+    feed_forward = int(base.config.get("intermediate_size") or 4 * hidden)
+    per_token = layers * (8 * hidden + (heads + 2 * kv_heads) * head_size + 3 * feed_forward)
+    logits = 2 * VOCAB_CHUNK_TOKENS * int(base.config["vocab_size"]) * 4
+    return config.tokens_per_microbatch * per_token * _size(dtype) + logits
+
+
+# ---- shapes of a base ---------------------------------------------------------------------------------------------
+
+
+def read_base(name: str) -> Base:
+    """Configuration and tensor shapes of a base that is here; those of the packaged base are known without it.
+
+    Raises:
+        ModelError: it isn't here (says how to get it), or its files can't be read.
+    """
+    directory = _directory(name)
+    if directory is None:
+        if name == DEFAULT_BASE:
+            return Base(SMOLLM2_CONFIG, llama_shapes(SMOLLM2_CONFIG))
+        raise ModelError(f"base {name} is not here", where="base", hint=f"perlhf pull {name}")
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        shapes = {name: shape for file in sorted(directory.glob("*.safetensors")) for name, shape in _header(file)}
+    except (OSError, ValueError, struct.error) as error:
+        raise ModelError(f"can't read the base: {error}", where=str(directory), hint=f"perlhf pull {name}") from error
+    missing = [key for key in ("hidden_size", "num_hidden_layers", "vocab_size") if key not in config]
+    if missing or not shapes:
+        what = f"config.json lacks {missing[0]}" if missing else "no safetensors files"
+        raise ModelError(f"the base can't be planned with: {what}", where=str(directory))
+    return Base(config, shapes)
+
+
+def _directory(name: str) -> Path | None:
+    """Where the base's files are, by the rules of `base.resolve`, or None."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    cache = Path(os.environ.get("PERLHF_CACHE") or "~/.cache/perlhf").expanduser()
+    for directory in (cache / "bases" / name, Path(name).expanduser()):
+        if (directory / "config.json").is_file():
+            return directory
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _header(file: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes from a safetensors file: 8 bytes of length, then that much JSON."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > 100 * 2**20:
+            raise ValueError(f"{file.name} is no safetensors file")
+        header = json.loads(stream.read(length))
+    return [(name, tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"]
+
+
+SMOLLM2_CONFIG: Mapping[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+}
+"""Of the packaged SmolLM2-135M-Instruct, so that a plan needs no download."""
+
+
+def llama_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Tensor shapes of a Llama network with tied embeddings."""
+    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    keys = hidden // int(config["num_attention_heads"]) * int(config["num_key_value_heads"])
+    layer = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (int(config["vocab_size"]), hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for index in range(int(config["num_hidden_layers"])):
+        shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes

@@ -1,0 +1,156 @@
+"""Curves as inline SVG: numbers in, markup out.
+
+Colours are CSS variables of the page (and text is `currentColor`), so one figure serves the light and the dark page.
+matplotlib knows no CSS, so it draws with stand-in colours that are swapped afterwards. Equal numbers give equal bytes.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Point = tuple[float, float]
+
+_TEXT, _GRID = "#010101", "#020202"
+_SERIES = ("#030303", "#040404", "#050505")
+_CSS = {_TEXT: "currentColor", _GRID: "var(--rule)"} | {
+    colour: f"var(--series-{index})" for index, colour in enumerate(_SERIES, start=1)
+}
+_SIZE, _SQUARER = (3.6, 2.05), (3.6, 2.7)  # inches; the page scales a figure to its column
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line or cloud of a figure."""
+
+    label: str
+    points: Sequence[Point]
+
+
+def curves(name: str, series: Sequence[Series], kept: float | None = None) -> str:
+    """Lines over steps. A line of 30 points or more is drawn thin under its running mean.
+
+    Args:
+        name: unique on the page; prefixes all ids.
+        series: at most three.
+        kept: step of the kept checkpoint, drawn as a vertical line.
+    """
+    with _drawing(name) as drawing:
+        axes = drawing.axes
+        for colour, one in zip(_SERIES, series, strict=False):
+            steps, values = [step for step, _ in one.points], [value for _, value in one.points]
+            width = smoothing(len(values))
+            if width > 1:
+                axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+                values = running_mean(values, width)
+            few = len(values) <= 24
+            axes.plot(steps, values, color=colour, linewidth=1.7, marker="o" if few else None, markersize=2.8)
+        if kept is not None:
+            axes.axvline(kept, color=_TEXT, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6)
+        axes.locator_params(axis="x", integer=True, nbins=5)
+        axes.locator_params(axis="y", nbins=5)
+    return drawing.svg
+
+
+def calibration(name: str, bins: Sequence[tuple[float, float, int]]) -> str:
+    """Observed share of positive labels over predicted probability, with the diagonal.
+
+    Args:
+        name: unique on the page; prefixes all ids.
+        bins: (mean predicted, observed share, number of ratings) of each bin; the number sets the dot's area.
+    """
+    predicted, observed = [x for x, _, _ in bins], [y for _, y, _ in bins]
+    largest = max(n for _, _, n in bins)
+    with _drawing(name, _SQUARER) as drawing:
+        axes = drawing.axes
+        axes.plot([0, 1], [0, 1], color=_TEXT, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6)
+        axes.plot(predicted, observed, color=_SERIES[0], linewidth=1.2, alpha=0.7)
+        axes.scatter(predicted, observed, s=[max(90 * n / largest, 6) for _, _, n in bins], color=_SERIES[0], zorder=3)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="predicted", ylabel="observed")
+    return drawing.svg
+
+
+def cloud(name: str, series: Sequence[Series], xlabel: str, ylabel: str) -> str:
+    """Points with a ringed mean for each series, and an arrow between the means if there are two."""
+    with _drawing(name, _SQUARER) as drawing:
+        axes, means = drawing.axes, []
+        for colour, one in zip(_SERIES, series, strict=False):
+            xs, ys = [x for x, _ in one.points], [y for _, y in one.points]
+            axes.scatter(xs, ys, s=10, color=colour, alpha=0.45, linewidths=0)
+            means.append((sum(xs) / len(xs), sum(ys) / len(ys)))
+        if len(means) == 2:
+            arrow = {"arrowstyle": "-|>", "color": _TEXT, "linewidth": 1.1, "shrinkA": 5, "shrinkB": 5}
+            axes.annotate("", xy=means[1], xytext=means[0], arrowprops=arrow, zorder=4)
+        for colour, (x, y) in zip(_SERIES, means, strict=False):
+            axes.scatter([x], [y], s=60, color=colour, edgecolors=_TEXT, linewidths=1.1, zorder=5)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+    return drawing.svg
+
+
+def smoothing(points: int) -> int:
+    """Width of the running mean for a line of so many points: odd, 1 (none) below 30."""
+    return 1 if points < 30 else 2 * (points // 30) + 3
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Centred mean over `width` values (odd); near the ends over as many as there are on the shorter side."""
+    half = width // 2
+    means = []
+    for index in range(len(values)):
+        reach = min(half, index, len(values) - 1 - index)
+        window = values[index - reach : index + reach + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+@dataclass
+class _Drawing:
+    axes: "Axes"
+    svg: str = ""
+
+
+@contextmanager
+def _drawing(name: str, size: tuple[float, float] = _SIZE) -> Iterator[_Drawing]:
+    """Bare axes in the page's style; `svg` is there once the block is left."""
+    # Imported here: matplotlib costs half a second, and help and validation must not pay for it.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the page
+        matplotlib.rcParams.update({"svg.hashsalt": name, "svg.fonttype": "none", "axes.formatter.useoffset": False})
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        figure.patch.set_alpha(0)
+        axes.patch.set_alpha(0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(_GRID)
+        axes.tick_params(colors=_TEXT, length=0, labelsize=8)
+        axes.xaxis.label.set(color=_TEXT, fontsize=8)
+        axes.yaxis.label.set(color=_TEXT, fontsize=8)
+        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        drawing = _Drawing(axes)
+        yield drawing
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    drawing.svg = _inline(name, buffer.getvalue())
+
+
+def _inline(name: str, text: str) -> str:
+    """The `<svg>` element alone: no prolog, metadata, namespaces, fonts or styles that would leak into the page."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"| font-family: [^;"]*;', "", text)
+    text = re.sub(r'<svg[^>]* (viewBox="[^"]*")[^>]*>', r'<svg aria-hidden="true" focusable="false" \1>', text, count=1)
+    used = set(re.findall(r'(?:url\(|xlink:href=")#([^)"]*)', text))
+    text = re.sub(r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
+    text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
+    for drawn, shown in _CSS.items():
+        text = text.replace(drawn, shown)
+    return re.sub(r"\s*\n\s*", "\n", text).strip()

@@ -1,0 +1,136 @@
+"""Local sampler: the same network and adapters that train, with a key/value cache.
+
+Each prompt is computed once for its K completions, finished rows are dropped, the end token is kept. Randomness is keyed
+by (seed, step, prompt, sample), so that a rollout doesn't depend on how rows are batched beyond rounding.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perlhf.errors import StaleSamplerError
+from perlhf.model import Model
+from perlhf.packing import Ids, length_mask
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of prompts, ordered by prompt, then sample."""
+
+    prompts: list[list[int]]
+    """Prompt of each completion."""
+    completions: list[list[int]]
+    sampler_logprobs: list[list[float]]
+    ended: list[bool]
+    """False where the completion was stopped by its length."""
+    prompt_states: Tensor
+    """[prompt, hidden] states that the first tokens were sampled from: what the probe compares."""
+    adapter_digest: str
+    """Version of the adapter that was sampled."""
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens."""
+        return sum(map(len, self.completions))
+
+
+def uniforms(seed: int, step: int, prompts: Sequence[int], samples: int, length: int) -> Tensor:
+    """Random numbers in [0, 1), float64 [prompt * sample, length], each row keyed by (seed, step, prompt, sample)."""
+    rows = []
+    for prompt in prompts:
+        for sample in range(samples):
+            key = hashlib.sha256(f"{seed}:{step}:{prompt}:{sample}".encode()).digest()[:16]
+            rows.append(np.random.Generator(np.random.Philox(key=int.from_bytes(key))).random(length))
+    return torch.from_numpy(np.array(rows).reshape(len(prompts) * samples, length))
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    prompts: Sequence[Ids],
+    *,
+    adapter: str | None,
+    draws: Tensor,
+    end_id: int,
+    temperature: float,
+    max_completion_tokens: int,
+) -> Rollout:
+    """Samples `len(draws) / len(prompts)` completions of each prompt.
+
+    Args:
+        draws: uniform numbers [prompt * sample, max_completion_tokens] (`uniforms`).
+        temperature: 0 takes the most likely token; its log-probabilities are then at temperature 1.
+    """
+    samples = len(draws) // len(prompts)
+    states, cache = model.prefill(prompts, adapter)
+    prompt_states = states
+    cache.batch_repeat_interleave(samples)
+    states = states.repeat_interleave(samples, 0)
+    lengths = [len(ids) for ids in prompts for _ in range(samples)]
+    visible = length_mask(lengths, model.device)
+    positions = torch.tensor(lengths, device=model.device)
+    draws = draws.to(model.device)
+    rows = torch.arange(len(lengths), device=model.device)
+    completions: list[list[int]] = [[] for _ in lengths]
+    logprobs: list[list[float]] = [[] for _ in lengths]
+    for time in range(max_completion_tokens):
+        tokens, chosen = _draw(model.logits(states, adapter), draws[rows, time], temperature)
+        for row, token, logprob in zip(rows.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
+            completions[row].append(token)
+            logprobs[row].append(logprob)
+        going = torch.nonzero(tokens != end_id).squeeze(-1)
+        if not len(going) or time + 1 == max_completion_tokens:
+            break
+        if len(going) < len(rows):
+            cache.batch_select_indices(going)
+            rows, tokens, visible, positions = rows[going], tokens[going], visible[going], positions[going]
+        visible = torch.cat([visible, torch.ones_like(visible[:, :1])], 1)
+        states = model.decode(tokens, positions, visible, cache, adapter)
+        positions = positions + 1
+    return Rollout(
+        [list(ids) for ids in prompts for _ in range(samples)],
+        completions,
+        logprobs,
+        [ids[-1] == end_id for ids in completions],
+        prompt_states,
+        model.digest(adapter),
+    )
+
+
+@torch.no_grad()
+def probe(model: Model, rollout: Rollout, adapter: str | None) -> None:
+    """Proves that `rollout` was sampled from `adapter` as it is now.
+
+    The digest of the weights must agree, and the states of the same prompts in the same batch layout must be equal bit for bit.
+
+    Raises:
+        StaleSamplerError: the sampler used other weights.
+    """
+    unique = [ids for i, ids in enumerate(rollout.prompts) if i % (len(rollout.prompts) // len(rollout.prompt_states)) == 0]
+    states, _ = model.prefill(unique, adapter)
+    same_digest = rollout.adapter_digest == model.digest(adapter)
+    if same_digest and torch.equal(states, rollout.prompt_states):
+        return
+    worst = (states.float() - rollout.prompt_states.float()).abs().max().item()
+    raise StaleSamplerError(
+        f"the sampler did not use the current adapter '{adapter}': digests {'agree' if same_digest else 'differ'}, "
+        f"prompt states differ by up to {worst:.3g}",
+        allowed="equal digests and bit-equal states on the same batch layout",
+        hint="sync the sampler's weights before every rollout",
+    )
+
+
+def _draw(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling: tokens [batch] and their log-probabilities from float32 logits [batch, vocab]."""
+    log_probs = torch.log_softmax(logits / (temperature or 1.0), -1)
+    if temperature == 0:
+        tokens = log_probs.argmax(-1)
+    else:
+        cumulative = log_probs.double().exp().cumsum(-1)
+        wanted = (draws * cumulative[:, -1])[:, None]
+        tokens = torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)

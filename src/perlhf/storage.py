@@ -1,0 +1,111 @@
+"""Files and directories that appear complete or not at all: temporary name, fsync, rename.
+
+A process killed half-way leaves only names that start with `TEMPORARY`; readers ignore them and `remove_leftovers`
+deletes them. Whatever the system refuses (disk full, no permission) becomes a `StorageError`, with the old content
+still in place.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from perlhf.errors import StorageError
+
+TEMPORARY = ".tmp-"
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns an `OSError` raised inside into a `StorageError` that names `path`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise storage_error(path, error.errno, error.strerror or str(error)) from error
+
+
+def storage_error(path: Path, number: int | None, reason: str) -> StorageError:
+    """The `StorageError` for a write to `path` that failed with errno `number`."""
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    hint = "free some disk space and run the same command again" if full else "check the path and its permissions"
+    return StorageError(f"can't write: {reason}", where=str(path), hint=hint)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes `path` (text as UTF-8) so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        StorageError: it can't be written; the old file, if any, is untouched and nothing else is left.
+    """
+    temporary = _temporary(path)
+    data = content.encode() if isinstance(content, str) else content
+    with storage_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
+
+
+@contextmanager
+def directory_atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary directory beside `path` that becomes `path` when the block ends without an exception.
+
+    A directory that is already there is replaced. On an exception the temporary directory is deleted and `path` keeps
+    its content.
+
+    Raises:
+        StorageError: something can't be written.
+    """
+    temporary = _temporary(path)
+    with storage_errors(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+            _sync(temporary)
+            remove_directory(path)
+            os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _sync(path.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Deletes a directory if it is there; killed half-way it leaves a temporary name, never a part of `path`."""
+    if path.exists():
+        doomed = _temporary(path)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Deletes what killed processes left directly inside `directory`; nobody may be writing there."""
+    for leftover in directory.glob(f"{TEMPORARY}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+
+
+def _sync(path: Path) -> None:
+    """Has the system write a file, or a directory's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

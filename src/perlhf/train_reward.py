@@ -1,0 +1,277 @@
+"""Reward stage: a score head on an adapter, from comparisons (Bradley-Terry), ratings (cross-entropy), or both.
+
+Beside the paper: ratings use the correct second term of the cross-entropy; the score's bias holds the log-odds of the
+ratings, so that update 0 predicts their share; the kept checkpoint is the best on held-out groups.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from perlhf import optim, statistics, store, training
+from perlhf.config import RewardConfig
+from perlhf.data import load
+from perlhf.data.records import Comparison, Rating, Record
+from perlhf.encode import Encoder
+from perlhf.errors import DataError
+from perlhf.losses import bradley_terry, rating_cross_entropy
+from perlhf.model import Adapter, Model
+from perlhf.packing import microbatches, share_prefixes
+from perlhf.run import open_run
+from perlhf.training import Best, Interrupted
+
+NAME = "reward_0"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One encoded comparison (chosen, rejected; `label` None) or rating."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    label: bool | None
+    weight: float
+    margin: float
+    group: str
+
+
+def train_reward(config: RewardConfig) -> dict[str, Any]:
+    """Trains a reward adapter into `config.run` and returns its result.
+
+    Raises:
+        DataError: unusable records; ConfigError, ModelError, AdapterError, RunError as the parts say.
+        DivergenceError: loss or gradient not finite; the last checkpoint is kept.
+    """
+    with open_run(config.run, "reward", config, training.facts(config)) as run:
+        if run.finished:
+            return run.result()
+        model, encoder = training.open_model(config)
+        train, counts = encode_items(encoder, load(config.data, ("comparison", "rating"), "train"))
+        validation, _ = encode_items(encoder, load(config.data, ("comparison", "rating"), "validation"))
+        weights, balance = class_weights(train, config.class_weight)
+        adapter = _start(model, encoder, config, train)
+        plan = training.plan_updates(
+            [item.group for item in train],
+            config.examples_per_update,
+            config.epochs,
+            config.seed,
+            config.order,
+            config.max_updates,
+        )
+        optimizers = optim.build({NAME: (adapter.trainable(), config.learning_rate)}, config.optim)
+        step, best, state = training.restore(run, model, optimizers)
+        tokens = state.get("tokens", 0)
+        with run.progress(len(plan), step, "reward") as bar:
+            while step < len(plan):
+                step += 1
+                values = _update(model, adapter, optimizers[NAME], [train[i] for i in plan[step - 1]], weights, step, len(plan), config)
+                tokens += int(values["tokens"])
+                improved = False
+                if step % config.validate_every == 0 or step == len(plan):
+                    metrics = evaluate_items(model, validation, config)
+                    values |= {f"validation_{key}": value for key, value in metrics.items()}
+                    quality = _quality(metrics, config)
+                    if improved := quality > best.value:
+                        best = Best(step, quality, metrics)
+                run.log(step, values)
+                if improved or step % config.save_every == 0 or run.stop_requested:
+                    training.save(run, step, model, optimizers, best, {"tokens": tokens})
+                bar.advance()
+                if run.stop_requested and step < len(plan):
+                    raise Interrupted(f"stopped at update {step} of {len(plan)}", hint="run the same command to continue")
+        training.restore_best(run.path, best, adapter)
+        store.save_adapter(model, NAME, run.path / "adapter", encoder, config.base)
+        result = {
+            "updates": len(plan),
+            "best_step": best.step,
+            "validation": best.metrics,
+            "validation_examples": len(validation),
+            "train_examples": len(train),
+            "class_balance": balance,
+            "counts": counts,
+            "tokens": tokens,
+            "trainable_parameters": sum(p.numel() for p in adapter.trainable()),
+            "tuning": config.tuning,
+        }
+        run.finish(result)
+        return run.result()
+
+
+def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Item], dict[str, int]]:
+    """Comparisons and ratings as token sequences, with counts of cut and dropped ones."""
+    pairs = []
+    for record in records:
+        completions = (record.chosen, record.rejected) if isinstance(record, Comparison) else (_rating(record).completion,)
+        pairs += [(record.prompt, completion, record.source) for completion in completions]
+    examples, counts = training.encode_all(encoder, pairs, encoder.config.drop_long)
+    items, at = [], 0
+    for record in records:
+        size = 2 if isinstance(record, Comparison) else 1
+        found = [e.ids for e in examples[at : at + size] if e is not None]
+        at += size
+        if len(found) < size:
+            continue
+        label, margin = (None, record.margin) if isinstance(record, Comparison) else (_rating(record).label, 0.0)
+        items.append(Item(tuple(found), label, _rating_or_comparison(record).weight, margin, record.group))
+    return items, counts
+
+
+def class_weights(items: Sequence[Item], how: str) -> tuple[dict[bool, float], dict[str, int]]:
+    """Loss weight of up and down ratings (`balanced`: n / (2 n_class)) and their numbers."""
+    labels = [item.label for item in items if item.label is not None]
+    up = sum(labels)
+    balance = {"up": up, "down": len(labels) - up, "comparisons": len(items) - len(labels)}
+    if not labels or how == "none":
+        return {True: 1.0, False: 1.0}, balance
+    return {True: len(labels) / (2 * up), False: len(labels) / (2 * (len(labels) - up))}, balance
+
+
+@torch.no_grad()
+def score_items(model: Model, items: Sequence[Item], adapter: str, max_tokens: int, packing: Any = "prefix") -> list[list[float]]:
+    """Scores of each item's sequences."""
+    out: list[list[float]] = [[] for _ in items]
+    for batch in microbatches([item.sequences for item in items], max_tokens, packing):
+        scores = model.scores([ids for i in batch for ids in items[i].sequences], adapter, packing=packing).tolist()
+        for i in batch:
+            out[i], scores = scores[: len(items[i].sequences)], scores[len(items[i].sequences) :]
+    return out
+
+
+def evaluate_items(model: Model, items: Sequence[Item], config: RewardConfig) -> dict[str, float]:
+    """Loss and accuracy of held-out items: AUC and balanced accuracy for ratings, pairwise accuracy for comparisons."""
+    scores = score_items(model, items, NAME, config.tokens_per_microbatch, config.packing)
+    rated = [(s[0], item.label) for s, item in zip(scores, items, strict=True) if item.label is not None]
+    compared = [s for s, item in zip(scores, items, strict=True) if item.label is None]
+    metrics: dict[str, float] = {}
+    losses = []
+    if rated:
+        values, labels = [s for s, _ in rated], [bool(label) for _, label in rated]
+        metrics["accuracy"] = statistics.accuracy(values, labels)
+        losses.append(statistics.log_loss(values, labels))
+        if len(set(labels)) == 2:
+            metrics["balanced_accuracy"] = statistics.balanced_accuracy(values, labels)
+            metrics["auc"] = statistics.auc(values, labels)
+    if compared:
+        chosen, rejected = [s[0] for s in compared], [s[1] for s in compared]
+        metrics["pairwise_accuracy"] = statistics.pairwise_accuracy(chosen, rejected)
+        losses.append(float(np.logaddexp(0, np.array(rejected) - np.array(chosen)).mean()))
+    metrics["loss"] = sum(losses)
+    return metrics
+
+
+def _start(model: Model, encoder: Encoder, config: RewardConfig, train: Sequence[Item]) -> Adapter:
+    """The reward adapter, from the SFT adapter or the base; its bias is the log-odds of the (weighted) ratings."""
+    start = None
+    if config.sft is not None:
+        start = store.load_adapter(model, config.sft / "adapter", "sft", encoder, base=config.base).name
+        model.freeze(start)
+    adapter = training.new_adapter(model, NAME, "reward", config, start=start)
+    labels = [item.label for item in train if item.label is not None]
+    if labels and config.class_weight == "none":
+        up = sum(labels)
+        if up in (0, len(labels)):
+            raise DataError(f"all {len(labels)} ratings are {'up' if up else 'down'}", hint="a reward model needs both labels")
+        assert adapter.bias is not None
+        adapter.bias.data.fill_(float(np.log(up / (len(labels) - up))))
+    return adapter
+
+
+def _update(
+    model: Model,
+    adapter: Adapter,
+    optimizer: torch.optim.AdamW,
+    items: Sequence[Item],
+    class_weight: dict[bool, float],
+    step: int,
+    total: int,
+    config: RewardConfig,
+) -> dict[str, float]:
+    """One optimiser step on `items`, in micro-batches whose losses add up to the update's."""
+    began = time.perf_counter()
+    torch.manual_seed(training.keyed_seed(config.seed, "dropout", step))
+    compared = sum(item.label is None for item in items)
+    rated = len(items) - compared
+    sums = {"loss": 0.0, "right": 0.0, "count": 0.0, "tokens": 0.0}
+    for batch in microbatches([item.sequences for item in items], config.tokens_per_microbatch, config.packing):
+        chosen = [items[i] for i in batch]
+        sequences = [ids for item in chosen for ids in item.sequences]
+        scores = model.scores(sequences, NAME, packing=config.packing, dropout=config.adapter.dropout > 0)
+        loss = torch.zeros((), device=model.device)
+        pairs = [i for i, item in enumerate(chosen) if item.label is None]
+        starts = np.cumsum([0, *[len(item.sequences) for item in chosen]])
+        if pairs:
+            part, metrics = bradley_terry(
+                scores[[int(starts[i]) for i in pairs]],
+                scores[[int(starts[i]) + 1 for i in pairs]],
+                weights=_floats([chosen[i].weight for i in pairs], scores),
+                margins=_floats([config.margin * chosen[i].margin for i in pairs], scores),
+                label_smoothing=config.label_smoothing,
+                divisor=compared,
+            )
+            loss = loss + config.comparison_weight * part
+            _add(sums, metrics)
+        ratings = [i for i, item in enumerate(chosen) if item.label is not None]
+        if ratings:
+            labels = [bool(chosen[i].label) for i in ratings]
+            part, metrics = rating_cross_entropy(
+                scores[[int(starts[i]) for i in ratings]],
+                torch.tensor(labels, device=model.device),
+                weights=_floats([chosen[i].weight * class_weight[bool(chosen[i].label)] for i in ratings], scores),
+                label_smoothing=config.label_smoothing,
+                divisor=rated,
+            )
+            loss = loss + config.rating_weight * part
+            _add(sums, metrics)
+        loss.backward()
+        sums["loss"] += loss.item()
+        sums["tokens"] += share_prefixes(sequences, config.packing).tokens
+    training.check_finite("loss", sums["loss"], step)
+    learning_rate = optim.learning_rate_at(step, total, config.learning_rate, config.optim)
+    norm = training.optimiser_step(optimizer, adapter, learning_rate, config.optim.max_grad_norm)
+    return {
+        "loss": sums["loss"],
+        "accuracy": sums["right"] / sums["count"],
+        "learning_rate": learning_rate,
+        "grad_norm": norm,
+        "tokens": sums["tokens"],
+        "examples": len(items),
+        "groups": len({item.group for item in items}),
+        "tokens_per_second": sums["tokens"] / (time.perf_counter() - began),
+    }
+
+
+def _quality(metrics: dict[str, float], config: RewardConfig) -> float:
+    """The number that picks the kept checkpoint; higher is better."""
+    wanted = config.select
+    if wanted == "auto":
+        wanted = "auc" if "auc" in metrics else "pairwise_accuracy" if "pairwise_accuracy" in metrics else "loss"
+    if wanted not in metrics:
+        raise DataError(
+            f"the validation groups give no {wanted}",
+            where="select",
+            allowed=", ".join(metrics),
+            hint="raise data.validation or name another metric",
+        )
+    return -metrics["loss"] if wanted == "loss" else metrics[wanted]
+
+
+def _rating(record: Record) -> Rating:
+    assert isinstance(record, Rating)
+    return record
+
+
+def _rating_or_comparison(record: Record) -> Rating | Comparison:
+    assert isinstance(record, Rating | Comparison)
+    return record
+
+
+def _floats(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)
+
+
+def _add(sums: dict[str, float], metrics: dict[str, float]) -> None:
+    for key, value in metrics.items():
+        sums[key] = sums.get(key, 0.0) + value

@@ -1,0 +1,135 @@
+"""SFT stage: the `sft` adapter imitates demonstrations. It becomes the policy's start and anchor."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from perlhf import optim, store, training
+from perlhf.config import SftConfig
+from perlhf.data import load
+from perlhf.data.records import Demonstration, Record
+from perlhf.encode import Encoder, Example
+from perlhf.losses import sft_loss
+from perlhf.model import Adapter, Model
+from perlhf.packing import microbatches
+from perlhf.run import open_run
+from perlhf.training import Best, Interrupted
+
+NAME = "sft"
+Weighted = tuple[Example, float, str]
+"""An example, its weight and its group."""
+
+
+def train_sft(config: SftConfig) -> dict[str, Any]:
+    """Trains the SFT adapter into `config.run` and returns its result.
+
+    Raises:
+        DataError, ConfigError, ModelError, AdapterError, RunError: as the parts say.
+        DivergenceError: loss or gradient not finite; the last checkpoint is kept.
+    """
+    with open_run(config.run, "sft", config, training.facts(config)) as run:
+        if run.finished:
+            return run.result()
+        model, encoder = training.open_model(config)
+        train, counts = _encode(encoder, load(config.data, ("demonstration",), "train"))
+        validation, _ = _encode(encoder, load(config.data, ("demonstration",), "validation"))
+        adapter = training.new_adapter(model, NAME, "sft", config)
+        plan = training.plan_updates(
+            [group for _, _, group in train],
+            config.examples_per_update,
+            config.epochs,
+            config.seed,
+            max_updates=config.max_updates,
+        )
+        optimizers = optim.build({NAME: (adapter.trainable(), config.learning_rate)}, config.optim)
+        step, best, state = training.restore(run, model, optimizers)
+        tokens = state.get("tokens", 0)
+        with run.progress(len(plan), step, "sft") as bar:
+            while step < len(plan):
+                step += 1
+                examples = [train[i] for i in plan[step - 1]]
+                values = _update(model, adapter, optimizers[NAME], examples, step, len(plan), config)
+                tokens += int(values["tokens"])
+                improved = False
+                if step % config.validate_every == 0 or step == len(plan):
+                    values["validation_loss"] = validation_loss(model, validation, config.tokens_per_microbatch)
+                    if improved := -values["validation_loss"] > best.value:
+                        best = Best(step, -values["validation_loss"], {"loss": values["validation_loss"]})
+                run.log(step, values)
+                if improved or step % config.save_every == 0 or run.stop_requested:
+                    training.save(run, step, model, optimizers, best, {"tokens": tokens})
+                bar.advance()
+                if run.stop_requested and step < len(plan):
+                    raise Interrupted(f"stopped at update {step} of {len(plan)}", hint="run the same command to continue")
+        training.restore_best(run.path, best, adapter)
+        store.save_adapter(model, NAME, run.path / "adapter", encoder, config.base)
+        result = {
+            "updates": len(plan),
+            "best_step": best.step,
+            "validation_loss": best.metrics["loss"],
+            "validation_examples": len(validation),
+            "train_examples": len(train),
+            "counts": counts,
+            "tokens": tokens,
+            "trainable_parameters": sum(p.numel() for p in adapter.trainable()),
+            "tuning": config.tuning,
+        }
+        run.finish(result)
+        return run.result()
+
+
+@torch.no_grad()
+def validation_loss(model: Model, examples: Sequence[Weighted], max_tokens: int) -> float:
+    """Mean negative log-probability of a completion token, in nats."""
+    total = 0.0
+    for batch in microbatches([[e.ids] for e, _, _ in examples], max_tokens, "none"):
+        chosen = [examples[i][0] for i in batch]
+        out = model.logprobs([e.prompt for e in chosen], [e.completion for e in chosen], NAME)
+        total -= out.logprobs.double().sum().item()
+    return total / sum(len(e.completion) for e, _, _ in examples)
+
+
+def _encode(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Weighted], dict[str, int]]:
+    demonstrations = [record for record in records if isinstance(record, Demonstration)]
+    pairs = [(record.prompt, record.completion, record.source) for record in demonstrations]
+    examples, counts = training.encode_all(encoder, pairs, encoder.config.drop_long)
+    kept = zip(examples, demonstrations, strict=True)
+    return [(example, record.weight, record.group) for example, record in kept if example is not None], counts
+
+
+def _update(
+    model: Model,
+    adapter: Adapter,
+    optimizer: torch.optim.AdamW,
+    examples: Sequence[Weighted],
+    step: int,
+    total: int,
+    config: SftConfig,
+) -> dict[str, float]:
+    """One optimiser step on `examples`, in micro-batches whose losses add up to the update's."""
+    began = time.perf_counter()
+    torch.manual_seed(training.keyed_seed(config.seed, "dropout", step))
+    completion_tokens = sum(len(e.completion) for e, _, _ in examples)
+    summed = 0.0
+    for batch in microbatches([[e.ids] for e, _, _ in examples], config.tokens_per_microbatch, "none"):
+        chosen = [examples[i][0] for i in batch]
+        out = model.logprobs(
+            [e.prompt for e in chosen], [e.completion for e in chosen], NAME, dropout=config.adapter.dropout > 0
+        )
+        weights = torch.tensor([examples[i][1] for i in batch], device=model.device)
+        loss, _ = sft_loss(out.logprobs, out.mask, weights=weights, divisor=completion_tokens)
+        loss.backward()
+        summed += loss.item()
+    training.check_finite("loss", summed, step)
+    learning_rate = optim.learning_rate_at(step, total, config.learning_rate, config.optim)
+    norm = training.optimiser_step(optimizer, adapter, learning_rate, config.optim.max_grad_norm)
+    tokens = sum(len(e.ids) for e, _, _ in examples)
+    return {
+        "loss": summed,
+        "learning_rate": learning_rate,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "tokens_per_second": tokens / (time.perf_counter() - began),
+    }

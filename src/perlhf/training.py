@@ -1,0 +1,236 @@
+"""What the three loops share: opening a stage, the order of updates, one optimiser step, and saving so that a resumed run is bit-equal."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perlhf import base as bases
+from perlhf import checkpoint, optim
+from perlhf.config import AdapterConfig, StageConfig
+from perlhf.encode import Encoder, Example, TooLong
+from perlhf.errors import DataError, DivergenceError, PerlhfError
+from perlhf.data import content_hash
+from perlhf.data.records import Text
+from perlhf.model import Adapter, Model
+from perlhf.run import Run
+
+
+Item = TypeVar("Item")
+
+
+class Interrupted(PerlhfError):
+    """Ctrl-C: a checkpoint was saved; the same command continues."""
+
+    exit_code = 130
+
+
+@dataclass
+class Best:
+    """The best validation so far, saved with every checkpoint."""
+
+    step: int = 0
+    value: float = -math.inf
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def facts(config: StageConfig) -> dict[str, Any]:
+    """What a run's result depends on besides its configuration."""
+    return {
+        "data": content_hash(config.data),
+        "base": bases.fingerprint(bases.resolve(config.base)),
+        "threads": config.threads or torch.get_num_threads(),
+    }
+
+
+def open_model(config: StageConfig) -> tuple[Model, Encoder]:
+    """The base and the encoder that a stage's configuration names; sets threads and prints why a dtype was chosen."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    model = Model.load(config.base, config.dtype, config.device)
+    return model, Encoder(bases.load_tokenizer(bases.resolve(config.base)), config.encoding)
+
+
+def encode_all(
+    encoder: Encoder, pairs: Sequence[tuple[Text, Text, str]], drop_long: bool
+) -> tuple[list[Example | None], dict[str, int]]:
+    """Examples of (prompt, completion, where); None for a dropped one. Counts of cut prompts and dropped examples.
+
+    Raises:
+        TooLong: a completion that can't fit, unless `drop_long`.
+    """
+    examples: list[Example | None] = []
+    counts = {"cut_prompts": 0, "dropped_long": 0}
+    for prompt, completion, where in pairs:
+        try:
+            example = encoder.example(prompt, completion, where)
+        except TooLong:
+            if not drop_long:
+                raise
+            example = None
+        counts["cut_prompts"] += example is not None and example.cut > 0
+        counts["dropped_long"] += example is None
+        examples.append(example)
+    if not any(examples):
+        raise DataError("every example is longer than encoding.max_tokens", hint="raise encoding.max_tokens")
+    return examples, counts
+
+
+def keyed_seed(*parts: object) -> int:
+    """A 63-bit seed from any key: the same on every machine."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def plan_updates(
+    groups: Sequence[str],
+    examples_per_update: int,
+    epochs: int,
+    seed: int,
+    order: Literal["shuffled", "grouped"] = "shuffled",
+    max_updates: int | None = None,
+) -> list[list[int]]:
+    """Example numbers of each update.
+
+    `shuffled` permutes examples in every epoch. `grouped` permutes whole groups and closes an update as soon as it has
+    `examples_per_update` examples, so that updates hold whole groups and vary in size.
+    """
+    updates: list[list[int]] = []
+    for epoch in range(epochs):
+        rng = np.random.default_rng(keyed_seed(seed, "order", epoch))
+        if order == "shuffled":
+            permuted = rng.permutation(len(groups)).tolist()
+            updates += [permuted[i : i + examples_per_update] for i in range(0, len(permuted), examples_per_update)]
+            continue
+        members: dict[str, list[int]] = {}
+        for number, group in enumerate(groups):
+            members.setdefault(group, []).append(number)
+        names = list(members)
+        updates.append([])
+        for index in rng.permutation(len(names)).tolist():
+            if len(updates[-1]) >= examples_per_update:
+                updates.append([])
+            updates[-1].extend(members[names[index]])
+    return updates[:max_updates]
+
+
+def new_adapter(
+    model: Model, name: str, role: Any, config: StageConfig, *, start: str | None = None, beneath: str | None = None
+) -> Adapter:
+    """The adapter that a stage trains: a copy of `start` when the shapes agree, else new (over `beneath`)."""
+    if start is not None and same_shape(model.adapters[start], config.adapter, config.tuning, model):
+        return model.copy_adapter(start, name, role)
+    shape: AdapterConfig = config.adapter
+    return model.add_adapter(
+        name,
+        role,
+        tuning=config.tuning,
+        rank=shape.rank,
+        alpha=shape.alpha,
+        targets=shape.targets,
+        dropout=shape.dropout if role in ("sft", "reward") else 0.0,
+        seed=keyed_seed(config.seed, "adapter", name) % 2**31,
+        beneath=beneath if beneath is not None else start,
+    )
+
+
+def same_shape(adapter: Adapter, shape: AdapterConfig, tuning: str, model: Model) -> bool:
+    """Whether a new adapter of this shape could be a copy of `adapter`."""
+    if tuning == "full" or adapter.weights:
+        return tuning == "full" and bool(adapter.weights)
+    if (adapter.rank, adapter.alpha) != (shape.rank, shape.alpha):
+        return False
+    return set(adapter.pairs) == set(model.targets(shape.targets))
+
+
+def optimiser_step(
+    optimizer: torch.optim.AdamW, adapter: Adapter, learning_rate: float, max_grad_norm: float
+) -> float:
+    """Clips, steps and clears gradients; returns the gradient norm before clipping.
+
+    Raises:
+        DivergenceError: the gradient isn't finite; no weight was touched.
+    """
+    norm = optim.clip(adapter.trainable(), max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def check_finite(name: str, value: float, step: int) -> None:
+    """Raises DivergenceError unless `value` is finite."""
+    if not math.isfinite(value):
+        raise DivergenceError(
+            f"{name} is {value} at update {step}",
+            allowed="a finite number",
+            hint="lower optim.learning_rate; the last checkpoint is kept",
+        )
+
+
+def save(
+    run: Run, step: int, model: Model, optimizers: dict[str, torch.optim.AdamW], best: Best, state: dict[str, Any]
+) -> None:
+    """A checkpoint of the named adapters and their optimisers; the best one stays."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, optimizer in optimizers.items():
+        tensors[name] = {key: t.detach() for key, t in model.adapters[name].tensors().items()}
+        tensors[f"{name}.optimizer"] = optim.state_tensors(optimizer)
+    kept = {"best": {"step": best.step, "value": best.value if best.step else None, "metrics": best.metrics}, **state}
+    checkpoint.save(run.path, step, tensors, kept, pinned=best.step or None)
+
+
+def restore(
+    run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW]
+) -> tuple[int, Best, dict[str, Any]]:
+    """The newest checkpoint put back: its step (0 for none), the best validation, and the stage's own state."""
+    saved = checkpoint.load(run.path)
+    if saved is None:
+        run.rewind(-1)
+        return 0, Best(), {}
+    for name, optimizer in optimizers.items():
+        load_adapter_tensors(model.adapters[name], saved.tensors[name])
+        optim.load_state_tensors(optimizer, saved.tensors[f"{name}.optimizer"])
+    run.rewind(saved.step)
+    found = saved.state["best"]
+    best = Best(found["step"], found["value"] if found["step"] else -math.inf, found["metrics"])
+    return saved.step, best, saved.state
+
+
+def restore_best(run_path: Path, best: Best, adapter: Adapter) -> None:
+    """Puts the weights of the best validation back (nothing to do when there was none)."""
+    if best.step:
+        saved = checkpoint.load(run_path, best.step)
+        assert saved is not None
+        load_adapter_tensors(adapter, saved.tensors[adapter.name])
+
+
+@torch.no_grad()
+def load_adapter_tensors(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
+    """Copies saved tensors into an adapter of the same shape."""
+    own = adapter.tensors()
+    assert own.keys() == tensors.keys(), f"adapter '{adapter.name}' has other tensors than its checkpoint"
+    for key, tensor in own.items():
+        tensor.copy_(tensors[key])
+
+
+def cycle(total: int, count: int, step: int, seed: int) -> list[int]:
+    """The `count` numbers below `total` that update `step` (from 1) uses: consecutive ones of endlessly many permutations."""
+    out: list[int] = []
+    for position in range((step - 1) * count, step * count):
+        permutation = np.random.default_rng(keyed_seed(seed, "prompts", position // total)).permutation(total)
+        out.append(int(permutation[position % total]))
+    return out
+
+
+def choose(items: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """At most `count` items, the same for the same seed."""
+    order = np.random.default_rng(keyed_seed(seed, "choose")).permutation(len(items))
+    return [items[i] for i in sorted(order[:count].tolist())]

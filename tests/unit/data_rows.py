@@ -1,0 +1,204 @@
+"""One small valid file of each published layout, written for the tests; shared by the reader and fuzz tests."""
+
+import json
+import struct
+from typing import Any
+
+from perlhf.data.tfrecord import crc32c
+
+GREETING = {"role": "agent", "text": "Welcome!"}
+REWARD_ROW: dict[str, Any] = {
+    "conversation_id": "a",
+    "context": json.dumps(
+        [
+            GREETING,
+            {"role": "user", "text": "Two lattes, please!"},
+            {"role": "agent", "api": {"get_menu_items": {"query": "café"}}},
+            {"role": "api", "response": {"get_menu_items": {"items": []}}},
+        ]
+    ),
+    "generation": json.dumps({"role": "agent", "text": "Hot or iced?"}),
+    "reward": 1.0,
+}
+
+
+def note(name: str, value: str, context: str) -> dict[str, str]:
+    return {"name": name, "value": value, "context": context}
+
+
+DIALOG_ROW: dict[str, Any] = {
+    "conversation_id": "d",
+    "vertical": "Coffee",
+    "utterances": [
+        {
+            "speaker": "user",
+            "text": "A mocha.",
+            "annotations": [
+                note("api_call", "get_menu_items", "api_call_0"),
+                note("request", '{"query": "mocha"}', "api_call_0"),
+                note("api_response", "get_menu_items", "api_response_0"),
+                note("response", '{"menu_items":[{"menu_item_id":""mocha-1"","name":"Mocha"}]}', "api_response_0"),
+                note("api_call", "show_menu", "api_call_1"),
+                note("api_response", "show_menu", "api_response_1"),
+                note("response", '{"menu_items":["Mocha"]}', "api_response_1"),
+            ],
+        },
+        {"speaker": "assistant", "text": "Here you are.", "annotations": []},
+        {"speaker": "user", "text": "Thanks", "annotations": []},
+    ],
+}
+TSV = (
+    "<PR>find<PRAN>name.movie<PRAV>Dune<PRAV>Nope<C><S><A>Hello.<U>What is on?<PN>find<PAN>location<PAV>here"
+    "\t[A]Dune and Nope.\tdlg-1\r\n"
+    '"<U>I want ""Dune""."\t"[A]OK.[PN]book[PAN]name.movie[PAV]""Dune"""\tdlg-2\r\n'
+    "<S>\t[A]Hello.\tdlg-3\r\n"
+)
+HH_ROW = {
+    "chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: Take care",
+    "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: No",
+}
+
+
+def judge(instruction: str, response: str) -> str:
+    return (
+        f"###Task\n\n###The instruction to evaluate:\n{instruction}\n\n###Response to evaluate:\n{response}"
+        "\n\n###Score Rubrics:\n[x]"
+    )
+
+
+HHH_ROW = {
+    "source": "honest",
+    "chosen_instruction": judge("Hi\n\nAssistant: Yes?\n\nHuman: Is it late?", "It is nine."),
+    "rejected_instruction": judge("Hi\n\nAssistant: Yes?\n\nHuman: Is it late?", "Dunno."),
+}
+
+
+def reply(text: str, rank: int | None, synthetic: bool = False, replies: list[Any] | None = None) -> dict[str, Any]:
+    found = {"text": text, "role": "assistant", "synthetic": synthetic, "deleted": False, "replies": replies or []}
+    return found if rank is None else found | {"rank": rank}
+
+
+OASST_ROW: dict[str, Any] = {
+    "message_tree_id": "t",
+    "tree_state": "ready_for_export",
+    "prompt": {
+        "text": "Why is the sky blue?",
+        "role": "prompter",
+        "replies": [
+            reply("worst", 2),
+            reply("made by a model", 1, synthetic=True),
+            reply(
+                "best",
+                0,
+                replies=[{"text": "And red?", "role": "prompter", "replies": [reply("b", 1), reply("a", 0)]}],
+            ),
+        ],
+    },
+}
+
+
+def panda(one: int, two: int, three: int, **changes: Any) -> dict[str, Any]:
+    row = {"idx": 1, "instruction": "Say it.", "input": "", "response1": "first", "response2": "second"}
+    return row | {"annotator1": one, "annotator2": two, "annotator3": three} | changes
+
+
+LLMBAR_ROW = {"input": "Add 1 and 2", "output_1": "4", "output_2": "3", "label": 2}
+
+
+def graded(passage: str, *ratings: str, question: str = "When?") -> dict[str, Any]:
+    reference = {"page_title": "Title", "section_headers": ["Part"], "section_content": passage}
+    return {"question": question, "passage": {"reference": reference}, "feedback": [""], "rating": list(ratings)}
+
+
+STORY: dict[str, Any] = {
+    "metadata": {"passage_id": "7"},
+    "document": "Once.",
+    "questions": [{"question_text": "What happens?", "responses": [{"response_text": "Nothing."}]}],
+}
+
+
+def summary(text: str, *ranks: int) -> dict[str, Any]:
+    return {"response": text, "reviews": [{"worker_id": str(n), "overall-rank": rank} for n, rank in enumerate(ranks)]}
+
+
+SQUALITY_ROW: dict[str, Any] = {
+    "passage-id": "7",
+    "questions": {
+        "0": {"bart": summary("B", 3, 2, 3), "bart-dpr": summary("D", 2, 3, 2), "human": summary("H", 1, 1, 1)}
+    },
+}
+
+
+def varint(number: int) -> bytes:
+    out = b""
+    while number > 0x7F:
+        out, number = out + bytes([number & 0x7F | 0x80]), number >> 7
+    return out + bytes([number])
+
+
+def block(field: int, content: bytes) -> bytes:
+    return varint(field << 3 | 2) + varint(len(content)) + content
+
+
+def example(features: dict[str, list[Any]]) -> bytes:
+    """A `tf.train.Example`, written by the protobuf rules."""
+    entries = b""
+    for name, values in features.items():
+        if isinstance(values[0], bytes):
+            held = block(1, b"".join(block(1, value) for value in values))
+        elif isinstance(values[0], float):
+            held = block(2, block(1, struct.pack(f"<{len(values)}f", *values)))
+        else:
+            held = block(3, block(1, b"".join(varint(value) for value in values)))
+        entries += block(1, block(1, name.encode()) + block(2, held))
+    return block(1, entries)
+
+
+def framed(content: bytes) -> bytes:
+    """One TFRecord frame; its CRC function has a test of its own."""
+
+    def masked(data: bytes) -> bytes:
+        crc = crc32c(data)
+        return struct.pack("<I", ((crc >> 15 | crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    length = struct.pack("<Q", len(content))
+    return length + masked(length) + content + masked(content)
+
+
+UIBERT_FEATURES: dict[str, list[Any]] = {
+    "image/id": [b"300"],
+    "image/ref_exp/text": [b"press save"],
+    "image/ref_exp/label": [1],
+    "image/object/bbox/xmin": [0.0, 0.5],
+    "image/object/bbox/xmax": [0.5, 1.0],
+    "image/object/bbox/ymin": [0.0, 0.5],
+    "image/object/bbox/ymax": [0.5, 1.0],
+    "image/view_hierarchy/bbox/xmin": [0.5],
+    "image/view_hierarchy/bbox/xmax": [1.0],
+    "image/view_hierarchy/bbox/ymin": [0.5],
+    "image/view_hierarchy/bbox/ymax": [0.9375],
+    "image/view_hierarchy/class/name": [b"BUTTON"],
+    "image/view_hierarchy/text": [b"save"],
+    "image/view_hierarchy/description": [b""],
+    "image/view_hierarchy/id/name": [b"saveButton"],
+}
+UIBERT = framed(example(UIBERT_FEATURES))
+
+ROWS: dict[str, list[Any]] = {
+    "taskmaster-rewards": [REWARD_ROW],
+    "taskmaster-dialogs": [DIALOG_ROW],
+    "hh": [HH_ROW],
+    "hhh": [HHH_ROW],
+    "oasst": [OASST_ROW],
+    "pandalm": [panda(1, 1, 2)],
+    "llmbar": [LLMBAR_ROW],
+    "feedbackqa": [graded("a", "Bad", "Excellent"), graded("b", "Bad", "Bad")],
+    "squality": [SQUALITY_ROW],
+    "squality-summaries": [STORY],
+    "trl": [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0.5, "weight": 2.0, "annotator": "x"},
+        {"prompt": [{"role": "user", "content": "p"}], "completion": "c", "label": True},
+        {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]},
+    ],
+}
+"""JSON layouts by format name (`taskmaster-tsv` and `uibert` are not JSON)."""

@@ -1,0 +1,301 @@
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_rows import (
+    DIALOG_ROW,
+    HH_ROW,
+    HHH_ROW,
+    LLMBAR_ROW,
+    OASST_ROW,
+    REWARD_ROW,
+    ROWS,
+    SQUALITY_ROW,
+    STORY,
+    TSV,
+    UIBERT,
+    UIBERT_FEATURES,
+    example,
+    framed,
+    graded,
+    note,
+    panda,
+)
+
+from perlhf.data.fields import group_key, prompt_group
+from perlhf.data.readers import FORMATS, Reading, detect, read_all
+from perlhf.data.readers_dialog import COFFEE_GREETING
+from perlhf.data.records import Comparison, Demonstration, Rating
+from perlhf.data.tfrecord import crc32c, read_examples
+from perlhf.errors import DataError
+
+
+def reading(tmp_path: Path, *rows: dict[str, Any], format: str = "auto") -> Reading:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_all("a.jsonl", format, root=tmp_path)
+
+
+def refused(tmp_path: Path, row: dict[str, Any], match: str) -> None:
+    with pytest.raises(DataError, match=match) as caught:
+        reading(tmp_path, row)
+    assert caught.value.where == "a.jsonl:1"
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def tool(text: str) -> dict[str, str]:
+    return {"role": "tool", "content": text}
+
+
+def test_group_key_is_lower_case_words() -> None:
+    assert group_key("  Hi,\tI'd like\nTWO lattés! ") == "hi id like two lattés"
+    assert group_key("?!") == "?!"
+    assert prompt_group((assistant("Welcome"), user("Tea."), user("No"))) == "tea"
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_formats_are_told_apart_by_their_first_row(name: str) -> None:
+    assert detect(ROWS[name][0]) == name
+
+
+def test_every_format_states_its_rule() -> None:
+    assert len({one.name for one in FORMATS}) == len(FORMATS) == 14
+    assert all("Group:" in (one.reader.__doc__ or "") or one.name in ("trl", "feedbackqa-ratings") for one in FORMATS)
+
+
+def test_taskmaster_rewards(tmp_path: Path) -> None:
+    down = REWARD_ROW | {"reward": 0.0, "generation": '{"role": "agent", "api": {"": {}}}'}
+    lost = REWARD_ROW | {"context": "[]"}
+    mute = REWARD_ROW | {"generation": '{"role": "agent", "text": ""}'}
+    found = reading(tmp_path, REWARD_ROW, down, lost, mute)
+    prompt = (
+        assistant("Welcome!"),
+        user("Two lattes, please!"),
+        assistant('{"get_menu_items": {"query": "café"}}'),
+        tool('{"get_menu_items": {"items": []}}'),
+    )
+    assert found.records == [
+        Rating(prompt, "Hot or iced?", True, "two lattes please", source="a.jsonl:1"),
+        Rating(prompt, '{"": {}}', False, "two lattes please", source="a.jsonl:2"),
+    ]
+    assert found.skipped == {"empty context": 1, "empty generation": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"reward": 0.5}, "column 'reward' is 0.5"),
+        ({"reward": True}, "column 'reward' is True"),
+        ({"context": "[{"}, "context is not valid JSON"),
+        ({"context": "{}"}, "which is no list of turns"),
+        ({"context": '[{"role": "waiter", "text": "x"}]'}, "column 'role' is 'waiter'"),
+        ({"context": '[{"role": "user"}]'}, "neither text nor api nor response"),
+        ({"generation": '{"role": "user", "text": "x"}'}, "generation has the role 'user'"),
+        ({"generation": '{"role": "agent", "api": "x"}'}, "which is no object"),
+    ],
+)
+def test_bad_taskmaster_rows(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
+    refused(tmp_path, REWARD_ROW | changes, match)
+
+
+def test_taskmaster_dialogs_are_written_as_in_the_reward_files(tmp_path: Path) -> None:
+    found = reading(tmp_path, DIALOG_ROW)
+    turns = (
+        assistant(COFFEE_GREETING),
+        user("A mocha."),
+        assistant('{"get_menu_items": {"query": "mocha"}}'),
+        tool('{"get_menu_items": {"items": [{"menu_item_id": "mocha-1", "name": "Mocha"}]}}'),
+        assistant('{"show_menu": {}}'),
+        tool('{"show_menu": {"menu_items": ["Mocha"]}}'),
+        assistant("Here you are."),
+    )
+    assert found.records == [
+        Demonstration(turns[:at], turns[at]["content"], "a mocha", source="a.jsonl:1") for at in (2, 4, 6)
+    ]
+    assert not found.skipped
+
+
+def test_a_call_that_is_no_json_ends_its_dialog(tmp_path: Path) -> None:
+    broken = [note("api_call", "x", "api_call_0"), note("request", '{"query": ', "api_call_0")]
+    turns = [
+        {"speaker": "user", "text": "Hi", "annotations": []},
+        {"speaker": "assistant", "text": "Hello", "annotations": []},
+        {"speaker": "user", "text": "Tea", "annotations": broken},
+        {"speaker": "assistant", "text": "Never seen", "annotations": []},
+    ]
+    found = reading(tmp_path, DIALOG_ROW | {"utterances": turns})
+    assert [record.completion for record in found.records if isinstance(record, Demonstration)] == ["Hello"]
+    assert found.skipped == {"rest of a dialog after a call that isn't JSON": 1}
+
+
+def test_taskmaster_tsv_is_put_back_in_order(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_bytes(TSV.encode())
+    found = read_all("a.tsv", root=tmp_path)
+    first = (
+        assistant("Hello."),
+        user("What is on?"),
+        assistant('{"find": {"location": "here"}}'),
+        tool('{"find": {"name.movie": ["Dune", "Nope"]}}'),
+    )
+    second = (user('I want "Dune".'),)
+    assert found.records == [
+        Demonstration(first, "Dune and Nope.", "what is on", source="a.tsv:1"),
+        Demonstration(second, "OK.", "i want dune", source="a.tsv:2"),
+        Demonstration(
+            (*second, assistant("OK.")), '{"book": {"name.movie": "\\"Dune\\""}}', "i want dune", source="a.tsv:2"
+        ),
+    ]
+    assert found.skipped == {"empty turn, or nothing before it": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ("<U>Hi\t[U]Hi\td", "no agent act"),
+        ("Hi<U>x\t[A]Hi\td", "text before the first marker"),
+        ("<PAV>x\t[A]Hi\td", "outside a call"),
+    ],
+)
+def test_bad_tsv_rows(tmp_path: Path, row: str, match: str) -> None:
+    (tmp_path / "a.tsv").write_text(row)
+    with pytest.raises(DataError, match=match):
+        read_all("a.tsv", root=tmp_path)
+
+
+def test_hh_is_split_at_the_last_assistant_turn(tmp_path: Path) -> None:
+    other = HH_ROW | {"rejected": "\n\nHuman: Hi\n\nAssistant: No"}
+    empty = HH_ROW | {"chosen": HH_ROW["chosen"].removesuffix("Take care")}
+    found = reading(tmp_path, HH_ROW, other, empty)
+    prompt = (user("Hi"), assistant("Hello"), user("Bye"))
+    assert found.records == [Comparison(prompt, "Take care", "No", "hi", source="a.jsonl:1")]
+    assert found.skipped == {"the prompts of chosen and rejected differ": 1, "empty completion": 1}
+    refused(tmp_path, HH_ROW | {"rejected": "\n\nHuman: Hi"}, "rejected has no assistant turn")
+
+
+def test_hhh_is_unwrapped(tmp_path: Path) -> None:
+    prompt = (user("Hi"), assistant("Yes?"), user("Is it late?"))
+    expected = Comparison(prompt, "It is nine.", "Dunno.", "hi", source="a.jsonl:1")
+    assert reading(tmp_path, HHH_ROW).records == [expected]
+    refused(tmp_path, HHH_ROW | {"chosen_instruction": "plain"}, "lacks the judge prompt's headings")
+
+
+def test_oasst_ranks_become_pairs_without_synthetic_replies(tmp_path: Path) -> None:
+    found = reading(tmp_path, OASST_ROW)
+    sky = user("Why is the sky blue?")
+    deeper = (sky, assistant("best"), user("And red?"))
+    group = "why is the sky blue"
+    assert found.records == [
+        Comparison((sky,), "best", "worst", group, margin=2.0, source="a.jsonl:1"),
+        Comparison(deeper, "a", "b", group, margin=1.0, source="a.jsonl:1"),
+    ]
+    assert found.skipped == {"a synthetic reply": 2}
+
+
+def test_pandalm_majority(tmp_path: Path) -> None:
+    third, unit = 1 / 3, 1.0
+    votes = [(1, 1, 1), (2, 1, 2), (1, 0, 1), (0, 0, 1), (0, 1, 2)]
+    found = reading(tmp_path, *[panda(*vote) for vote in votes], panda(1, 1, 1, response2=""))
+    assert [(r.chosen, r.weight, r.margin) for r in found.records if isinstance(r, Comparison)] == [
+        ("first", unit, unit),
+        ("second", 2 / 3, third),
+        ("first", 2 / 3, 2 / 3),
+    ]
+    assert found.skipped == {"tie": 1, "no majority": 1, "empty completion": 1}
+
+
+def test_pandalm_prompt_and_boolean_response(tmp_path: Path) -> None:
+    found = reading(tmp_path, panda(2, 2, 2, response2=True, input="Here."))
+    assert found.records == [
+        Comparison("Say it.\n\nHere.", "True", "first", "say it here", weight=1.0, margin=1.0, source="a.jsonl:1")
+    ]
+    refused(tmp_path, panda(1, 1, 3), "column 'annotator3' is 3")
+
+
+def test_llmbar(tmp_path: Path) -> None:
+    assert reading(tmp_path, LLMBAR_ROW, LLMBAR_ROW | {"label": 1}).records == [
+        Comparison("Add 1 and 2", "3", "4", "add 1 and 2", source="a.jsonl:1"),
+        Comparison("Add 1 and 2", "4", "3", "add 1 and 2", source="a.jsonl:2"),
+    ]
+    refused(tmp_path, LLMBAR_ROW | {"label": 0}, "column 'label' is 0")
+
+
+def test_feedbackqa_grades_become_pairs(tmp_path: Path) -> None:
+    rows = [
+        graded("low", "Bad", "Could be Improved"),  # mean 0.5
+        graded("high", "Excellent", "Acceptable"),  # mean 2.5
+        graded("also low", "Could be Improved", "Bad"),
+        graded("alone", "Bad", question="Where?"),
+    ]
+    found = reading(tmp_path, *rows)
+    assert found.records == [
+        Comparison("When?", "Title\nPart\nhigh", "Title\nPart\nlow", "when", margin=2.0, source="a.jsonl:2"),
+        Comparison("When?", "Title\nPart\nhigh", "Title\nPart\nalso low", "when", margin=2.0, source="a.jsonl:2"),
+    ]
+    assert found.skipped == {"equal mean grades": 1}
+    refused(tmp_path, graded("x", "Good"), "column 'rating' is 'Good'")
+
+
+def test_feedbackqa_as_ratings(tmp_path: Path) -> None:
+    rows = [
+        graded("a", "Bad", "Excellent"),
+        graded("b", "Acceptable", "Excellent", "Bad"),
+        graded("c", "Bad", "Could be Improved"),
+    ]
+    found = reading(tmp_path, *rows, format="feedbackqa-ratings")
+    assert [(r.label, r.weight) for r in found.records if isinstance(r, Rating)] == [(True, 2 / 3), (False, 1.0)]
+    assert found.skipped == {"raters evenly divided": 1}
+
+
+def test_squality_takes_the_story_from_the_other_file(tmp_path: Path) -> None:
+    (tmp_path / "human-eval").mkdir()
+    (tmp_path / "v1-3" / "txt").mkdir(parents=True)
+    (tmp_path / "human-eval" / "all.jsonl").write_text(json.dumps(SQUALITY_ROW))
+    with pytest.raises(DataError, match="the stories that these judgements are about are missing"):
+        read_all("human-eval/all.jsonl", root=tmp_path)
+    (tmp_path / "v1-3" / "txt" / "test.jsonl.gz").write_bytes(gzip.compress(json.dumps(STORY).encode()))
+    found = read_all("human-eval", root=tmp_path).records
+    prompt, source = "Once.\n\nWhat happens?", "human-eval/all.jsonl:1"
+    assert found == [  # ranks: bart 3 2 3, bart-dpr 2 3 2, human 1 1 1
+        Comparison(prompt, "D", "B", "7", weight=2 / 3, margin=1 / 3, source=source),
+        Comparison(prompt, "H", "B", "7", weight=1.0, margin=1.0, source=source),
+        Comparison(prompt, "H", "D", "7", weight=1.0, margin=1.0, source=source),
+    ]
+    (summary,) = read_all("v1-3", root=tmp_path).records
+    assert summary == Demonstration(prompt, "Nothing.", "7", source="v1-3/txt/test.jsonl.gz:1")
+
+
+def test_uibert_lists_the_candidates(tmp_path: Path) -> None:
+    (tmp_path / "a.tfrecord").write_bytes(UIBERT)
+    prompt = (
+        'Elements on the screen:\n0: (0 0 50 50)\n1: BUTTON "save" saveButton (50 50 100 100)\n'
+        "Instruction: press save\nWhich element? Answer with its number."
+    )
+    assert read_all("a.tfrecord", root=tmp_path).records == [
+        Demonstration(prompt, "1", "300", source="a.tfrecord[0]")
+    ]
+    (tmp_path / "a.tfrecord").write_bytes(UIBERT + framed(example(UIBERT_FEATURES | {"image/ref_exp/label": [2]})))
+    with pytest.raises(DataError, match="the right element is 2") as caught:
+        read_all("a.tfrecord", root=tmp_path)
+    assert caught.value.where == "a.tfrecord[1]"
+
+
+def test_crc32c_of_the_published_check_value() -> None:
+    assert crc32c(b"123456789") == 0xE3069283  # RFC 3720, appendix B.4 and the CRC catalogue
+    assert crc32c(bytes(32)) == 0x8A9136AA
+
+
+def test_a_flipped_byte_of_a_tfrecord_is_seen() -> None:
+    for position in (0, 9, 40, len(UIBERT) - 1):
+        damaged = bytearray(UIBERT)
+        damaged[position] ^= 1
+        with pytest.raises(DataError, match="truncated or damaged"):
+            list(read_examples(bytes(damaged), "a"))

@@ -1,0 +1,155 @@
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perlhf.config import DataConfig
+from perlhf.data import check_labels, content_hash, load, read, split_of
+from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
+from perlhf.errors import DataError
+
+
+def put(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    """Three ratings of each conversation, cut after its first, second and third answer."""
+    rows = []
+    for number in range(count):
+        turns = [{"role": "user", "content": f"Order {number}!"}]
+        for turn in range(3):
+            rows.append({"prompt": list(turns), "completion": f"{turn}", "label": turn != 1})
+            turns += [{"role": "assistant", "content": f"{turn}"}, {"role": "user", "content": "More."}]
+    return rows
+
+
+def test_split_of_is_the_stated_hash() -> None:
+    config = DataConfig(test=0.3, validation=0.2, split_seed=5)
+    for group in ("", "two lattes", "tea", "é", "x" * 1000):
+        digits = hashlib.sha256(b"5:" + group.encode()).hexdigest()[:16]
+        share = int(digits, 16) / 16**16
+        assert split_of(group, config) == ("test" if share < 0.3 else "validation" if share < 0.5 else "train")
+
+
+def test_split_of_known_groups() -> None:
+    # First 8 hex digits of `printf '0:a' | sha256sum` and so on: a 3b3b7f, ... worked with coreutils, not with perlhf.
+    shares = {"order 0": 0x7E, "order 1": 0xF7}
+    for group in shares:
+        shares[group] = int(hashlib.sha256(f"0:{group}".encode()).hexdigest()[:2], 16)
+        everything = DataConfig(test=0.5, validation=0.0)
+        assert split_of(group, everything) == ("test" if shares[group] < 0x80 else "train")
+
+
+def test_no_conversation_is_on_two_sides_and_nothing_is_lost(tmp_path: Path) -> None:
+    config = DataConfig(paths=(put(tmp_path / "a.jsonl", conversations(60)),), test=0.3, validation=0.3)
+    sides = {name: load(config, ("rating",), name) for name in ("train", "validation", "test")}
+    groups = {name: {record.group for record in found} for name, found in sides.items()}
+    assert not groups["train"] & groups["test"]
+    assert not groups["train"] & groups["validation"]
+    assert not groups["validation"] & groups["test"]
+    assert sum(map(len, groups.values())) == 60
+    assert sum(map(len, sides.values())) == 180 == len(load(config, ("rating",), "all"))
+
+
+def test_splits_and_limits_do_not_depend_on_order_or_files(tmp_path: Path) -> None:
+    rows = conversations(40)
+    shuffled = random.Random(1).sample(rows, len(rows))
+    one = DataConfig(paths=(put(tmp_path / "a.jsonl", rows),), limit=7)
+    two = DataConfig(paths=(put(tmp_path / "b.jsonl", shuffled[:50]), put(tmp_path / "c.jsonl", shuffled[50:])), limit=7)
+
+    def keys(config: DataConfig, name: Any) -> list[str]:
+        return [f"{r.group}/{r.completion}" for r in load(config, ("rating",), name) if isinstance(r, Rating)]
+
+    for name in ("train", "test", "all"):
+        assert sorted(keys(one, name)) == sorted(keys(two, name))
+        assert len(keys(one, name)) == 7
+    whole = keys(one.model_copy(update={"limit": None}), "train")
+    kept = keys(one, "train")
+    assert kept == [key for key in whole if key in kept] != whole[:7]
+
+
+def test_another_seed_gives_another_split(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", conversations(60))
+    tests = [
+        {r.group for r in load(DataConfig(paths=(path,), split_seed=seed), ("rating",), "test")} for seed in (0, 1)
+    ]
+    assert tests[0] != tests[1]
+
+
+def test_conversion_rules(tmp_path: Path) -> None:
+    path = put(
+        tmp_path / "a.jsonl",
+        [
+            {"prompt": "A", "completion": "up", "label": True, "weight": 0.5},
+            {"prompt": "A", "completion": "down", "label": False},
+            {"prompt": "B", "chosen": "c", "rejected": "r"},
+            {"prompt": "C", "completion": "d"},
+            {"prompt": "D"},
+        ],
+    )
+    config = DataConfig(paths=(path,))
+    assert load(config, ("demonstration",), "all") == [
+        Demonstration("A", "up", "a", weight=0.5, source=f"{path}:1"),
+        Demonstration("B", "c", "b", source=f"{path}:3"),
+        Demonstration("C", "d", "c", source=f"{path}:4"),
+    ]
+    assert load(config, ("prompt",), "all") == [
+        Prompt("A", "a", source=f"{path}:1"),
+        Prompt("B", "b", source=f"{path}:3"),
+        Prompt("C", "c", source=f"{path}:4"),
+        Prompt("D", "d", source=f"{path}:5"),
+    ]
+    both = load(config, ("comparison", "rating"), "all")
+    assert [type(record) for record in both] == [Rating, Rating, Comparison]
+
+
+def test_embedded_records_of_each_kind() -> None:
+    config = DataConfig()
+    for kind, record_type in (("rating", Rating), ("comparison", Comparison), ("demonstration", Demonstration)):
+        found = load(config, (kind,), "all")
+        assert found and all(isinstance(record, record_type) for record in found)
+    assert all(isinstance(record, Rating) for record in read("builtin:coffee-bar/rating"))
+    only_ratings = config.model_copy(update={"paths": ("builtin:coffee-bar/rating",)})
+    assert {type(record) for record in load(only_ratings, ("comparison", "rating"), "all")} == {Rating}
+
+
+def test_empty_sides_and_kinds_are_errors(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", [{"prompt": "only", "completion": "c"}])
+    config = DataConfig(paths=(path,), validation=0.1, test=0.1)
+    side = split_of("only", config)
+    empty = next(name for name in ("train", "validation", "test") if name != side)
+    with pytest.raises(DataError, match=f"the {empty} split is empty: none of 1 groups") as caught:
+        load(config, ("demonstration",), empty)
+    assert caught.value.where == path and "split_seed" in (caught.value.hint or "")
+    with pytest.raises(DataError, match="no record can serve as comparison or rating"):
+        load(config, ("rating", "comparison"), "all")
+    with pytest.raises(DataError, match="no kind of record is called 'ratings'"):
+        load(config, ("ratings",), "all")
+
+
+def test_labels_that_are_all_equal() -> None:
+    up, down = Rating("p", "c", True, "p"), Rating("p", "d", False, "p")
+    check_labels([up, down, up])
+    check_labels([Demonstration("p", "c", "p")])
+    with pytest.raises(DataError, match="all 2 ratings have the label true"):
+        check_labels([up, up])
+    with pytest.raises(DataError, match="all 1 ratings have the label false"):
+        check_labels([down])
+
+
+def test_content_hash_follows_content(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", [{"prompt": "a"}])
+    file_hash = hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
+    config = DataConfig(paths=(path, str(tmp_path), "builtin:coffee-bar"))
+    before = content_hash(config)
+    assert before[path] == file_hash and list(before) == list(config.paths)
+    assert content_hash(config) == before
+    put(tmp_path / "b.jsonl", [{"prompt": "b"}])
+    after = content_hash(config)
+    assert after[path] == file_hash and after[str(tmp_path)] != before[str(tmp_path)]
+    assert len(after["builtin:coffee-bar"]) == 64

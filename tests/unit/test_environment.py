@@ -1,0 +1,65 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import perlhf
+from perlhf.environment import environment, peak_memory_bytes
+
+
+def git(directory: Path, *arguments: str) -> str:
+    options = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", str(directory), *options, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def environment_of(package_parent: Path) -> dict:
+    code = "import json; from perlhf.environment import environment; print(json.dumps(environment()))"
+    variables = os.environ | {"PYTHONPATH": str(package_parent), "GIT_CEILING_DIRECTORIES": str(package_parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=variables)
+    return json.loads(done.stdout)
+
+
+def test_commit_is_that_of_the_package_and_only_if_it_is_tracked(tmp_path):
+    source = Path(perlhf.__file__).parent
+    (tmp_path / "perlhf").mkdir()
+    for name in ("__init__.py", "environment.py"):
+        shutil.copy(source / name, tmp_path / "perlhf" / name)
+    outside = environment_of(tmp_path)
+    assert (outside["commit"], outside["uncommitted_changes"]) == (None, None)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "of somebody else's repository")
+    assert environment_of(tmp_path)["commit"] is None
+    git(tmp_path, "add", "perlhf/__init__.py", "perlhf/environment.py")
+    git(tmp_path, "commit", "-q", "-m", "package")
+    clean = environment_of(tmp_path)
+    assert (clean["commit"], clean["uncommitted_changes"]) == (git(tmp_path, "rev-parse", "HEAD"), False)
+    with open(tmp_path / "perlhf" / "__init__.py", "a") as file:
+        file.write("\n")
+    assert environment_of(tmp_path)["uncommitted_changes"] is True
+
+
+def test_versions_hardware_and_threads():
+    found = environment()
+    assert found["versions"]["perlhf"] == perlhf.__version__ and found["versions"]["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["hardware"]["memory_bytes"] > 2**28 and found["hardware"]["cpu"]
+
+
+def test_peak_memory_is_of_this_process_and_stays():
+    code = (
+        "from perlhf.environment import cuda_peak_bytes, peak_memory_bytes as peak\n"
+        "before = peak(); block = bytearray(200_000_000); block[::4096] = bytes(len(block[::4096]))\n"
+        "with_block = peak(); del block; print(before, with_block, peak(), cuda_peak_bytes())"
+    )
+    # Started from this process, which holds torch and so far more: the child's own peak must not inherit that.
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    before, with_block, after, cuda = map(int, done.stdout.split())
+    megabyte = 1_000_000  # the system's own count is this exact
+    assert before < 100 * megabyte < 150 * megabyte < peak_memory_bytes()
+    assert 199 * megabyte <= with_block - before < 250 * megabyte
+    assert after >= with_block - megabyte and cuda == 0

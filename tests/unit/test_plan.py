@@ -1,0 +1,132 @@
+"""Plans: parameter counts worked by hand and compared with a real network, updates, memory, missing bases."""
+
+from pathlib import Path
+
+import pytest
+
+from perlhf.config import AdapterConfig, DataConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.errors import AdapterError, DataError, ModelError
+from perlhf.plan import (
+    SMOLLM2_CONFIG,
+    count_records,
+    count_updates,
+    dtype_in_force,
+    llama_shapes,
+    lora_parameters,
+    plan,
+    read_base,
+    trainable_parameters,
+)
+
+DATA = DataConfig(limit=20)
+
+
+def test_counts_of_the_packaged_base_need_no_download():
+    shapes = llama_shapes(SMOLLM2_CONFIG)
+    # Embedding 49152 x 576, then per layer q, o: 576 x 576, k, v: 192 x 576, three of 1536 x 576, two norms; last norm.
+    layer = 2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576 + 2 * 576
+    assert sum(a * (b[0] if b else 1) for a, *b in shapes.values()) == 49152 * 576 + 30 * layer + 576
+    assert lora_parameters(AdapterConfig(rank=1), shapes) == 30 * (2 * (576 + 576) + 2 * (576 + 192))
+    everything = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
+    assert lora_parameters(AdapterConfig(rank=3, targets="all"), shapes) == 3 * 30 * everything
+    assert lora_parameters(AdapterConfig(rank=2, targets=("up_proj", "layers.0.mlp.up_proj")), shapes) == 2 * 30 * 2112
+
+
+def test_counts_agree_with_the_network(tiny_base: Path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    base = read_base(str(tiny_base))
+    assert base.parameters == sum(parameter.numel() for parameter in model.parameters())
+    full = trainable_parameters(SftConfig(tuning="full"), base)
+    assert full == {"sft": base.parameters}
+
+
+def test_heads_are_counted(tiny_base: Path):
+    base = read_base(str(tiny_base))
+    body = 2 * (2 * (64 + 64) + 2 * (64 + 32))  # 2 layers; q, o: 64 -> 64; k, v: 64 -> 32; rank 1
+    rank1 = AdapterConfig(rank=1)
+    assert trainable_parameters(RewardConfig(adapter=rank1), base) == {"reward": body + 64}
+    policy = PolicyConfig(adapter=rank1, reward=("runs/r",))
+    assert trainable_parameters(policy, base) == {"policy": body, "value": body + 64 + 1}
+    without_value = policy.model_copy(update={"baseline": "leave_one_out"})
+    assert trainable_parameters(without_value, base) == {"policy": body}
+
+
+@pytest.mark.parametrize(
+    ("settings", "updates"),
+    [
+        (SftConfig(examples_per_update=16), 7),
+        (SftConfig(examples_per_update=16, epochs=3), 21),
+        (SftConfig(examples_per_update=100), 1),
+        (RewardConfig(examples_per_update=16, epochs=3, max_updates=5), 5),
+        (PolicyConfig(updates=9, steps_per_rollout=2, clip=0.2, reward=("a:b",)), 18),
+    ],
+)
+def test_updates_for_100_records(settings, updates):
+    assert count_updates(settings, 100) == updates
+
+
+def test_limit_caps_each_split_and_an_empty_split_is_an_error(tmp_path: Path):
+    whole = count_records(SftConfig(), ("demonstration",))
+    assert sum(whole.values()) == 900, "the embedded set has 900 demonstrations"
+    few = count_records(SftConfig(data=DATA), ("demonstration",))
+    assert few == {"train": 20, "validation": 20, "test": 20}
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError):
+        count_records(SftConfig(data=DataConfig(paths=(str(path),))), ("demonstration",))
+    alone = SftConfig(data=DataConfig(paths=(str(path),), validation=0, test=0))
+    assert count_records(alone, ("demonstration",)) == {"train": 1, "validation": 0, "test": 0}
+
+
+def test_memory_parts(tiny_base: Path):
+    settings = RewardConfig(base=str(tiny_base), dtype="float32", data=DATA, tokens_per_microbatch=100)
+    planned = plan(settings)
+    parameters = planned.base_parameters
+    assert planned.memory_bytes["base"] == 4 * parameters
+    assert planned.memory_bytes["adapters and optimiser"] == 16 * planned.trainable["reward"]
+    # Per token: 2 layers of 8 x 64 + (4 + 2 x 2) heads of 16 + 3 x 128 numbers of 4 bytes; 512 x vocabulary logits, twice.
+    logits = 2 * 512 * 272 * 4
+    assert planned.memory_bytes["activations"] == 100 * 2 * (512 + 128 + 384) * 4 + logits
+    full = plan(settings.model_copy(update={"tuning": "full"}))
+    assert full.memory_bytes["adapters and optimiser"] == 16 * (parameters + 64)
+    assert planned.total_bytes == sum(planned.memory_bytes.values())
+
+
+def test_frozen_adapters_of_a_policy_are_counted(tiny_base: Path):
+    settings = PolicyConfig(base=str(tiny_base), data=DATA, sft=Path("runs/s"), reward=("runs/a", "runs/b", "mod:f"))
+    planned = plan(settings)
+    assert planned.memory_bytes["frozen adapters"] == 3 * 4 * planned.trainable["policy"]
+
+
+def test_dtype_without_torch():
+    assert dtype_in_force("float32", "cuda") == "float32"
+    assert dtype_in_force("auto", "cuda:1") == "bfloat16"
+    assert dtype_in_force("auto", "cpu") in ("bfloat16", "float32")
+
+
+def test_targets_that_match_nothing_name_the_nearest(tiny_base: Path):
+    with pytest.raises(AdapterError, match="'q_porj' matches no linear layer") as caught:
+        lora_parameters(AdapterConfig(targets=("q_porj",)), read_base(str(tiny_base)).shapes)
+    assert caught.value.hint == "q_proj"
+
+
+def test_a_missing_base_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PERLHF_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="perlhf pull nobody/nothing"):
+        read_base("nobody/nothing")
+    with pytest.raises(ModelError, match="perlhf pull no such base!"):
+        read_base("no such base!")
+
+
+def test_a_damaged_base_is_named(tiny_base: Path, tmp_path: Path):
+    (tmp_path / "config.json").write_text((tiny_base / "config.json").read_text())
+    with pytest.raises(ModelError, match="no safetensors files"):
+        read_base(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ModelError, match="can't read the base"):
+        read_base(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ModelError, match="is no safetensors file"):
+        read_base(str(tmp_path))
