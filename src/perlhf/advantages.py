@@ -18,9 +18,10 @@ def token_rewards(
     *,
     kl_coef: float,
 ) -> Float[Tensor, "batch time"]:
-    """-kl_coef * (logprobs - ref_logprobs) at each token, plus (1 - kl_coef) * score at the last one (PAPER: J, section 3.3).
+    """-kl_coef * (logprobs - ref_logprobs) at each token, plus (1 - kl_coef) * score at the last one.
 
-    Detached: the KL enters through the reward, not through its own gradient. A row without tokens pays nothing.
+    The objective J of arXiv 2403.10704, section 3.3. Detached: the KL enters through the reward, not through its own
+    gradient. A row without tokens pays nothing.
     """
     kl = (logprobs - ref_logprobs).detach()
     rewards = torch.where(completion_mask, -kl_coef * kl, 0.0)
@@ -60,9 +61,9 @@ def gae(
 def group_baseline(
     totals: Float[Tensor, " batch"], group_size: int, *, baseline: Literal["leave_one_out", "group_mean"]
 ) -> Float[Tensor, " batch"]:
-    """Mean total reward of a prompt's other completions (`leave_one_out`, arXiv 2402.14740) or of all of them (`group_mean`).
+    """Mean total reward of a prompt's other completions (`leave_one_out`) or of all of them (`group_mean`).
 
-    Rows are ordered by prompt, `group_size` completions each.
+    Leave-one-out is RLOO's (arXiv 2402.14740). Rows are ordered by prompt, `group_size` completions each.
     """
     grouped = totals.view(-1, group_size)
     if baseline == "group_mean":
@@ -72,11 +73,14 @@ def group_baseline(
 
 
 def normalise(
-    advantages: Float[Tensor, "batch time"], completion_mask: Bool[Tensor, "batch time"], how: Literal["none", "center", "whiten"]
+    advantages: Float[Tensor, "batch time"],
+    completion_mask: Bool[Tensor, "batch time"],
+    how: Literal["none", "center", "whiten"],
 ) -> Float[Tensor, "batch time"]:
     """`center` subtracts the mean over all tokens of the update, `whiten` also divides by their standard deviation.
 
-    Equal advantages become 0 (no division by a vanishing deviation); masked positions stay 0.
+    Masked positions become 0. So do whitened advantages that are equal but for float32 rounding: a deviation below 1e-6
+    of the largest advantage (or of 1) counts as none.
     """
     if how == "none" or not completion_mask.any():
         return advantages
@@ -84,12 +88,15 @@ def normalise(
     centred = advantages - chosen.mean()
     if how == "whiten":
         deviation = chosen.std(correction=0)
-        centred = centred / deviation.clamp_min(1e-8) if deviation > 1e-8 else torch.zeros_like(centred)
+        rounding = 1e-6 * chosen.abs().max().clamp_min(1.0)
+        centred = centred / deviation if deviation > rounding else torch.zeros_like(centred)
     return torch.where(completion_mask, centred, 0.0)
 
 
 def completion_kl(
-    logprobs: Float[Tensor, "batch time"], ref_logprobs: Float[Tensor, "batch time"], completion_mask: Bool[Tensor, "batch time"]
+    logprobs: Float[Tensor, "batch time"],
+    ref_logprobs: Float[Tensor, "batch time"],
+    completion_mask: Bool[Tensor, "batch time"],
 ) -> Float[Tensor, " batch"]:
     """k1 estimate of KL(policy || reference) of each completion: sum_t logprobs - ref_logprobs."""
     return torch.where(completion_mask, logprobs - ref_logprobs, 0.0).sum(-1).detach()

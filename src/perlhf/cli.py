@@ -82,6 +82,15 @@ def data_help() -> str:
     return overview("perlhf data", DATA_SUMMARY, summaries(DATA_COMMANDS)).replace(" [recipe.yaml]", "", 1)
 
 
+def evaluated_data(arguments: list[str]) -> dict[str, Any] | None:
+    """With `--data.*` options, `evaluate` starts from the data of the run, not from the models' defaults."""
+    if not any(argument.startswith("--data.") for argument in arguments):
+        return None
+    settings, _ = parse(COMMANDS["evaluate"], arguments)
+    stored = settings.run / "config.yaml"
+    return {"data": read_recipe(stored).values.get("data", {})} if stored.is_file() else None
+
+
 def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] == "--version":
         print(f"perlhf {__version__}")
@@ -105,7 +114,7 @@ def _choose(arguments: list[str], commands: Mapping[str, Command[Any]], help_tex
 
 def _run(name: str, arguments: list[str]) -> int:
     """Every command but `data`."""
-    defaults = _evaluated_data(arguments) if name == "evaluate" else None
+    defaults = evaluated_data(arguments) if name == "evaluate" else None
     settings, dry_run = parse(COMMANDS[name], arguments, defaults)
     if dry_run:
         from perlhf.plan import plan
@@ -196,12 +205,3 @@ def _run_data(name: str, arguments: list[str]) -> int:
         case _:
             raise AssertionError(f"no branch for {name}")
     return 0
-
-
-def _evaluated_data(arguments: list[str]) -> dict[str, Any] | None:
-    """With `--data.*` options, `evaluate` starts from the data of the run, not from the models' defaults."""
-    if not any(argument.startswith("--data.") for argument in arguments):
-        return None
-    settings, _ = parse(COMMANDS["evaluate"], arguments)
-    stored = settings.run / "config.yaml"
-    return {"data": read_recipe(stored).values.get("data", {})} if stored.is_file() else None

@@ -4,13 +4,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from perlhf.run_directory import strict_json
 from perlhf.run_files import Summary, count, duration, interval, memory, number, read_runs, summarise
 from perlhf.storage import storage_errors, write_atomic
+
+_TEXTS = ("run", "stage", "tuning", "targets", "metric")
+_COSTS = ("trainable", "time", "tokens/s", "peak memory")
 
 
 def compare(runs: Sequence[Path], output: Path | None = None) -> list[Summary]:
@@ -26,7 +31,7 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> list[Summary]:
         with storage_errors(output.parent):
             output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(output, strict_json([asdict(row) for row in rows], indent=2) + "\n")
-    Console().print(rendered(rows))
+    show(rows, Console())
     return rows
 
 
@@ -35,8 +40,21 @@ def table(runs: Sequence[Path]) -> list[Summary]:
     return [summarise(run) for run in read_runs(runs)]
 
 
-def rendered(rows: Sequence[Summary]) -> Table:
-    """The rows for a terminal; a column that no run fills is left out."""
+def show(rows: Sequence[Summary], console: Console) -> None:
+    """Prints the rows: as one table, or where that is too wide as one of quality and one of costs."""
+    columns = _columns(rows)
+    whole = _table("runs", columns)
+    unbounded = console.options.update(width=10_000)
+    if Measurement.get(console, unbounded, whole).maximum <= console.width:
+        console.print(whole)
+        return
+    costs = {name: columns[name] for name in columns if name in ("run", *_COSTS)}
+    console.print(_table("quality", {name: columns[name] for name in columns if name not in _COSTS}))
+    console.print(_table("costs", costs))
+
+
+def _columns(rows: Sequence[Summary]) -> dict[str, list[str]]:
+    """The cells of each column; one that no run fills is left out."""
     columns = {
         "run": [row.name for row in rows],
         "stage": [row.stage for row in rows],
@@ -51,12 +69,15 @@ def rendered(rows: Sequence[Summary]) -> Table:
         "tokens/s": [count(row.tokens_per_second) for row in rows],
         "peak memory": [memory(row.peak_memory_bytes) for row in rows],
     }
-    left = ("run", "stage", "tuning", "targets", "metric")
-    shown = {name: cells for name, cells in columns.items() if name in ("run", "stage") or set(cells) != {"–"}}
-    made = Table(title="runs", title_justify="left")
-    for name in shown:
-        made.add_column(name, justify="left" if name in left else "right", overflow="fold")
-    for cells in zip(*shown.values(), strict=True):
+    return {name: cells for name, cells in columns.items() if name in ("run", "stage") or set(cells) != {"–"}}
+
+
+def _table(title: str, columns: dict[str, list[str]]) -> Table:
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in columns:
+        text = name in _TEXTS
+        made.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+    for cells in zip(*columns.values(), strict=True):
         # Text, since a run's name may look like markup.
         made.add_row(*(Text(cell) for cell in cells))
     return made

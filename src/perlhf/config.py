@@ -127,8 +127,10 @@ class StageConfig(Frozen):
     """Shape of the adapter (ignored by `tuning: full`)."""
     optim: OptimConfig = OptimConfig()
     """Optimiser."""
+    packing: Literal["none", "tree"] = "tree"
+    """`tree` computes a shared prefix once and pads nothing; `none` pads each sequence (the slow twin)."""
     tokens_per_microbatch: Positive = 2048
-    """Padded tokens in one forward pass; bounds memory, changes no result beyond rounding."""
+    """Computed tokens in one forward pass; bounds memory, changes no result beyond rounding."""
     checkpoint_every: Positive | None = None
     """Updates between checkpoints; null takes 20 (1 for a LoRA policy)."""
     log: LogConfig = LogConfig()
@@ -173,8 +175,6 @@ class RewardConfig(StageConfig):
     """Comparisons and ratings per optimiser step."""
     order: Literal["shuffled", "grouped"] = "shuffled"
     """`shuffled` by record; `grouped` keeps records of a group together, so that more tokens are shared."""
-    packing: Literal["none", "prefix"] = "prefix"
-    """`prefix` computes an example that is a prefix of another one once; `none` pads each (the slow twin)."""
     max_updates: Positive | None = None
     """Stop after this many updates."""
     validate_every: Positive = 20
@@ -319,7 +319,7 @@ class EvaluateConfig(Frozen):
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     tokens_per_microbatch: Positive = 2048
-    """Padded tokens in one forward pass."""
+    """Computed tokens in one forward pass."""
 
 
 class PullConfig(Frozen):
@@ -343,7 +343,7 @@ class ScoreConfig(Frozen):
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     tokens_per_microbatch: Positive = 2048
-    """Padded tokens in one forward pass."""
+    """Computed tokens in one forward pass."""
 
 
 class ChatConfig(Frozen):

@@ -55,7 +55,7 @@ class Encoder:
 
     def prompt(self, text: Text) -> list[int]:
         """Ids of a prompt, up to where the completion starts."""
-        if isinstance(text, str) and self._template is None:
+        if isinstance(text, str) and self._template is None and self.config.system is None:
             return list(self._text_ids(text))
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
         if self.config.system is not None and not (messages and messages[0]["role"] == "system"):

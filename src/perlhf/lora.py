@@ -1,12 +1,13 @@
-"""The adapted linear layer: one frozen weight, any number of named low-rank updates (LoRA, arXiv 2106.09685; PERL, arXiv 2403.10704).
+"""The adapted linear layer: one frozen weight, any number of named low-rank updates (LoRA, arXiv 2106.09685).
 
-y = x W^T + bias + sum_i (alpha_i / rank_i) (drop(x) A_i^T) B_i^T over the active adapters i. The low-rank path runs in the
-base's dtype on float32 master weights; the backward below saves only x and x A^T and never forms a gradient for W.
+y = x W^T + bias + sum_i (alpha_i / rank_i) (drop(x) A_i^T) B_i^T over the active adapters i. The low-rank path runs in
+the base's dtype on float32 master weights; the backward below saves only x and x A^T and never forms a gradient for W.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,9 @@ class LowRank:
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None
+    ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         dropped = flat if keep is None else flat * keep.reshape(flat.shape)
         low = dropped @ a.t()
@@ -37,8 +40,9 @@ class _AdaptedLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
-        x, weight, a, b, low, keep = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
+        x, weight, a, b, low = cast(tuple[Tensor, ...], ctx.saved_tensors[:5])
+        keep = cast(Tensor | None, ctx.saved_tensors[5])
         grad = grads[0].reshape(-1, weight.shape[0])
         grad_low = grad @ b
         grad_x = grad_a = grad_b = None
@@ -68,7 +72,8 @@ def adapted_linear(
 
     `weight` and `bias` get no gradient. `keep` is the scaled dropout mask (0 or 1 / (1 - p)).
     """
-    return _AdaptedLinear.apply(x, weight, bias, a, b, keep)  # pyright: ignore[reportReturnType]
+    apply = cast(Callable[..., Tensor], _AdaptedLinear.apply)  # pyright: ignore[reportUnknownMemberType]: untyped in torch
+    return apply(x, weight, bias, a, b, keep)
 
 
 class AdaptedLinear(nn.Module):
@@ -90,8 +95,10 @@ class AdaptedLinear(nn.Module):
         if not pairs:
             return F.linear(x, self.weight, self.bias)
         dtype = self.weight.dtype
-        a = torch.cat([p.a for p in pairs]).to(dtype) if len(pairs) > 1 else pairs[0].a.to(dtype)
-        b = torch.cat([p.b * p.scale for p in pairs], 1).to(dtype) if len(pairs) > 1 else (pairs[0].b * pairs[0].scale).to(dtype)
+        downs: list[Tensor] = [pair.a for pair in pairs]
+        ups = [pair.b * pair.scale for pair in pairs]
+        a = (torch.cat(downs) if len(pairs) > 1 else downs[0]).to(dtype)
+        b = (torch.cat(ups, 1) if len(pairs) > 1 else ups[0]).to(dtype)
         p = max(pair.dropout for pair in pairs)
         keep = F.dropout(torch.ones_like(x), p) if p and self.training else None
         return adapted_linear(x, self.weight, self.bias, a, b, keep)
@@ -110,7 +117,9 @@ def new_pair(layer: AdaptedLinear, rank: int, alpha: float, dropout: float, gene
     )
 
 
-def match_targets(modules: Iterable[tuple[str, nn.Module]], targets: str | tuple[str, ...], skip: tuple[str, ...] = ()) -> list[str]:
+def match_targets(
+    modules: Iterable[tuple[str, nn.Module]], targets: str | tuple[str, ...], skip: tuple[str, ...] = ()
+) -> list[str]:
     """Module paths that `targets` names, in module order.
 
     Args:

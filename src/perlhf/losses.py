@@ -1,5 +1,7 @@
-"""Losses as pure functions. Each returns `(loss, metrics)`: the loss is a sum over its arguments divided by `divisor`, the
-number of items in the whole update, so that adding the losses of micro-batches gives the update's loss; metrics are detached sums.
+"""Losses as pure functions. Each returns `(loss, metrics)`; metrics are detached sums.
+
+The loss is a sum over its arguments divided by `divisor`, the number of items in the whole update, so that adding the
+losses of micro-batches gives the update's loss.
 """
 
 import torch
@@ -17,11 +19,12 @@ def bradley_terry(
     weights: Float[Tensor, " batch"],
     margins: Float[Tensor, " batch"],
     label_smoothing: float,
-    divisor: float,
+    divisor: int | float,
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """-log sigmoid(r(x, y_w) - r(x, y_l) - margin), the paper's pairwise loss (arXiv 2403.10704, section 3).
 
-    `label_smoothing` eps mixes in the swapped pair: (1 - eps) * loss + eps * loss of the swapped pair. Divisor: comparisons.
+    `label_smoothing` eps mixes in the swapped pair: (1 - eps) * loss + eps * loss of the swapped pair.
+    Divisor: comparisons.
     """
     gap = chosen_scores - rejected_scores - margins
     loss = -(1 - label_smoothing) * F.logsigmoid(gap) - label_smoothing * F.logsigmoid(-gap)
@@ -35,7 +38,7 @@ def rating_cross_entropy(
     *,
     weights: Float[Tensor, " batch"],
     label_smoothing: float,
-    divisor: float,
+    divisor: int | float,
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """Binary cross-entropy on sigmoid(score): -p log s - (1 - p) log(1 - s), s = sigmoid(score).
 
@@ -53,7 +56,7 @@ def sft_loss(
     completion_mask: Bool[Tensor, "batch time"],
     *,
     weights: Float[Tensor, " batch"],
-    divisor: float,
+    divisor: int | float,
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """-sum of completion log-probabilities, end token included. Divisor: completion tokens."""
     loss = -(torch.where(completion_mask, logprobs, 0.0).sum(-1) * weights).sum() / divisor
@@ -67,12 +70,12 @@ def policy_loss(
     completion_mask: Bool[Tensor, "batch time"],
     *,
     clip: float | None,
-    divisor: float,
+    divisor: int | float,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """REINFORCE, -sum_t logprobs_t * stopgrad(advantage_t) (arXiv 2309.00267, appendix), or PPO's clipped ratio with `clip`.
+    """REINFORCE (arXiv 2309.00267, appendix), or PPO's clipped ratio (arXiv 1707.06347) with `clip`.
 
-    With `clip`: -sum_t min(ratio_t A_t, clamp(ratio_t, 1 - clip, 1 + clip) A_t), ratio = exp(logprobs - old_logprobs); at
-    ratio 1 its gradient is REINFORCE's. Divisor: completions.
+    REINFORCE: -sum_t logprobs_t * stopgrad(advantage_t). With `clip`: -sum_t min(ratio_t A_t, clamp(ratio_t, 1 - clip,
+    1 + clip) A_t), ratio = exp(logprobs - old_logprobs); at ratio 1 its gradient is REINFORCE's. Divisor: completions.
     """
     advantages = advantages.detach()
     if clip is None:
@@ -90,7 +93,7 @@ def value_loss(
     returns: Float[Tensor, "batch time"],
     completion_mask: Bool[Tensor, "batch time"],
     *,
-    divisor: float,
+    divisor: int | float,
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """sum_t (V_t - stopgrad(Z_t))^2, Z the return-to-go (arXiv 2309.00267, appendix). Divisor: completions."""
     error = torch.where(completion_mask, values - returns.detach(), 0.0)

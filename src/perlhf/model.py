@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from perlhf import attention
 from perlhf import base as bases
-from perlhf.errors import AdapterError
+from perlhf.errors import AdapterError, ModelError
 from perlhf.lora import AdaptedLinear, LowRank, match_targets, new_pair
-from perlhf.packing import Ids, Packing, length_mask, pad, share_prefixes
+from perlhf.packing import Ids, Layout, Packing, lay_out, length_mask, pad
 
 Role = Literal["sft", "reward", "policy", "value"]
 VOCAB_CHUNK_TOKENS = 512
@@ -81,6 +82,8 @@ class Model:
         self.adapters: dict[str, Adapter] = {}
         self.dtype, self.device = base.dtype, base.device
         self.hidden_size = int(base.config.get_text_config().hidden_size)
+        base.set_attn_implementation(attention.register())
+        self._check_tree()
 
     @classmethod
     def load(cls, name: str, dtype: str = "auto", device: str = "auto") -> "Model":
@@ -185,16 +188,17 @@ class Model:
 
     # forward passes
 
-    def scores(self, sequences: Sequence[Ids], adapter: str, *, packing: Packing = "prefix", dropout: bool = False) -> Tensor:
+    def scores(self, sequences: Sequence[Ids], adapter: str, *, packing: Packing = "tree", dropout: bool = False) -> Tensor:
         """Scalar head on the state of each sequence's last token, float32 [batch]."""
-        shared = share_prefixes(sequences, packing)
-        states = self._states(shared.rows, adapter, dropout=dropout)
-        last = torch.tensor([len(ids) - 1 for ids in sequences], device=self.device)
-        return self._head(states[torch.tensor(shared.row_of, device=self.device), last], adapter)
+        layout = lay_out(sequences, packing)
+        last = [layout.index(i, len(ids) - 1) for i, ids in enumerate(sequences)]
+        return self._head(self._states(layout, adapter, last, dropout=dropout), adapter)
 
-    def values(self, prompts: Sequence[Ids], completions: Sequence[Ids], adapter: str) -> Tensor:
+    def values(
+        self, prompts: Sequence[Ids], completions: Sequence[Ids], adapter: str, *, packing: Packing = "tree"
+    ) -> Tensor:
         """Scalar head where each completion token is predicted, float32 [batch, time]; values[t] has not seen token t."""
-        states, mask = self._predicting_states(prompts, completions, adapter, dropout=False)
+        states, mask = self._predicting_states(prompts, completions, adapter, packing, dropout=False)
         return _spread(self._head(states, adapter), mask)
 
     def logprobs(
@@ -204,10 +208,11 @@ class Model:
         adapter: str | None,
         *,
         temperature: float = 1.0,
+        packing: Packing = "tree",
         dropout: bool = False,
     ) -> TokenLogprobs:
         """log softmax(logits / temperature) of the completion tokens and the entropy there; no full logits are kept."""
-        states, mask = self._predicting_states(prompts, completions, adapter, dropout=dropout)
+        states, mask = self._predicting_states(prompts, completions, adapter, packing, dropout=dropout)
         targets = torch.tensor([token for ids in completions for token in ids], dtype=torch.long, device=self.device)
         weight = self._output_weight(adapter)
         parts = [
@@ -279,20 +284,53 @@ class Model:
             name = self.adapters[name].beneath
         return chain
 
-    def _states(self, rows: Sequence[Ids], adapter: str | None, *, dropout: bool) -> Tensor:
-        return self._run(adapter, dropout=dropout, input_ids=pad(rows, 0, self.device), use_cache=False)
+    def _states(self, layout: Layout, adapter: str | None, wanted: Sequence[int], *, dropout: bool) -> Tensor:
+        """States [wanted, hidden] at flat positions of the layout."""
+        inputs: dict[str, Any] = {"input_ids": layout.ids.to(self.device), "use_cache": False}
+        if layout.nodes is not None:
+            # A four-dimensional mask is passed on as it is: the tree's attention needs none and no [T, T] one is built.
+            inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
+            inputs |= {"position_ids": layout.positions.to(self.device), "tree": layout.nodes}
+        states = self._run(adapter, dropout=dropout, **inputs)
+        return states.reshape(-1, states.shape[-1])[torch.tensor(list(wanted), dtype=torch.long, device=self.device)]
 
     def _predicting_states(
-        self, prompts: Sequence[Ids], completions: Sequence[Ids], adapter: str | None, *, dropout: bool
+        self,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        adapter: str | None,
+        packing: Packing,
+        *,
+        dropout: bool,
     ) -> tuple[Tensor, Tensor]:
         """States [tokens, hidden] from which each completion token is predicted, and the completion mask [batch, time]."""
         assert all(len(ids) for ids in prompts), "a completion needs a token to be predicted from"
-        rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-        states = self._states(rows, adapter, dropout=dropout)
-        row = [i for i, ids in enumerate(completions) for _ in ids]
-        position = [len(p) - 1 + t for p, c in zip(prompts, completions, strict=True) for t in range(len(c))]
+        layout = lay_out([[*p, *c] for p, c in zip(prompts, completions, strict=True)], packing)
+        wanted = [
+            at
+            for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
+            for at in layout.indices(i, len(p) - 1, len(c))
+        ]
         mask = length_mask([len(c) for c in completions], self.device)
-        return states[torch.tensor(row, device=self.device).long(), torch.tensor(position, device=self.device).long()], mask
+        return self._states(layout, adapter, wanted, dropout=dropout), mask
+
+    @torch.no_grad()
+    def _check_tree(self) -> None:
+        """A network that doesn't hand our attention its tree, or isn't causal by position, is refused."""
+        vocab = int(self.base.config.get_text_config().vocab_size)
+        sequences = [[(37 * t + 11 * s) % vocab for t in range(5)] for s in (40, 41)]
+        sequences += [sequences[0][:3], [*sequences[0][:2], *sequences[1][:3]]]
+        shared, separate = (
+            self._states(lay_out(sequences, p), None, _ends(lay_out(sequences, p), sequences), dropout=False).float()
+            for p in ("tree", "none")
+        )
+        worst = ((shared - separate).norm() / separate.norm()).item()
+        if worst > (1e-3 if self.dtype == torch.float32 else 0.1):
+            raise ModelError(
+                f"{type(self.base).__name__} gives other states for shared than for separate prefixes (off by {worst:.1%})",
+                where="base",
+                allowed="causal decoders whose attention goes through transformers' AttentionInterface",
+            )
 
     def _head(self, states: Tensor, adapter: str) -> Tensor:
         head = self.adapters[adapter]
@@ -349,6 +387,10 @@ def _chunk_logprobs(states: Tensor, weight: Tensor, targets: Tensor, temperature
     with torch.no_grad():
         entropy = -(log_probs.exp() * log_probs).sum(-1)
     return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def _ends(layout: Layout, sequences: Sequence[Ids]) -> list[int]:
+    return [layout.index(i, len(ids) - 1) for i, ids in enumerate(sequences)]
 
 
 def _spread(flat: Tensor, mask: Tensor) -> Tensor:

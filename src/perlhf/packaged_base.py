@@ -214,6 +214,7 @@ def _convert(gguf: Path, target: Path, report: Report) -> None:
         settings = config.to_dict()
         for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
             settings.pop(key, None)
+        settings["pad_token_id"] = tokenizer.pad_token_id
         clean = AutoModelForCausalLM.from_config(type(config).from_dict(settings), dtype=torch.bfloat16)
         clean.load_state_dict(packed.state_dict())
         report("writing safetensors")

@@ -1,7 +1,8 @@
-"""Which tokens are computed together: rows shared by prefixes, and micro-batches under a token budget.
+"""Which tokens are computed together: prefix trees, and micro-batches under a token budget.
 
-A sequence that is a prefix of another needs no row of its own: under causal attention its states are the longer row's
-first ones. Only this module knows; callers pass and receive whole sequences.
+Under causal attention a token's state depends on its prefix alone, so sequences that share a prefix share its states. `tree`
+lays the distinct tokens of all sequences in one row without padding; `none` gives each sequence a padded row and is the
+slow twin that tests compare with. Only this module and `attention` know; callers pass and receive whole sequences.
 """
 
 from collections.abc import Sequence
@@ -13,77 +14,121 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 Ids = Sequence[int]
-Packing = Literal["none", "prefix"]
+Packing = Literal["none", "tree"]
+Span = tuple[int, int]
+"""First packed position and number of tokens."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows to compute, and where each sequence ends in them."""
+class Node:
+    """New tokens of one sequence: packed positions `start .. start + length`, after the spans of their shared prefix."""
 
-    rows: list[Ids]
-    row_of: list[int]
-    """Row that holds sequence i."""
+    start: int
+    length: int
+    prefix: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of each sequence are computed."""
+
+    ids: Int[Tensor, "rows width"]
+    positions: Int[Tensor, "rows width"]
+    """Depth of each token in its sequence."""
+    nodes: tuple[Node, ...] | None
+    """Of a tree, in packed order; None for padded rows."""
+    spans: tuple[tuple[Span, ...], ...]
+    """Flat positions of each sequence, in order."""
     tokens: int
-    """Tokens in all rows, padding not counted."""
+    """Tokens computed, padding not counted."""
+
+    def index(self, sequence: int, position: int) -> int:
+        """Flat position (row * width + column) of a token."""
+        for start, length in self.spans[sequence]:
+            if position < length:
+                return start + position
+            position -= length
+        raise IndexError(f"sequence {sequence} has no position {position}")
+
+    def indices(self, sequence: int, first: int, count: int) -> list[int]:
+        """Flat positions of `count` consecutive tokens."""
+        flat = [at for start, length in self.spans[sequence] for at in range(start, start + length)]
+        return flat[first : first + count]
 
 
-def share_prefixes(sequences: Sequence[Ids], packing: Packing) -> Rows:
-    """Rows such that sequence i equals `rows[row_of[i]][: len(sequences[i])]`.
-
-    `none` keeps one row a sequence. `prefix` sorts lexicographically: a sequence is a prefix of a later one exactly if it
-    is one of its successor, so that one backward pass finds every shared row.
-    """
+def lay_out(sequences: Sequence[Ids], packing: Packing) -> Layout:
+    """The layout of `sequences` (at least one, none empty), on the CPU."""
     if packing == "none":
-        return Rows(list(sequences), list(range(len(sequences))), sum(map(len, sequences)))
-    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
-    rows: list[Ids] = []
-    row_of = [0] * len(sequences)
-    for i in reversed(order):
+        ids = pad(sequences, 0)
+        positions = torch.arange(ids.shape[1]).expand(ids.shape)
+        spans = tuple(((row * ids.shape[1], len(s)),) for row, s in enumerate(sequences))
+        return Layout(ids, positions, None, spans, sum(map(len, sequences)))
+    # In descending order a sequence's longest shared prefix is with its neighbour, and extensions precede their prefixes.
+    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]), reverse=True)
+    packed: list[int] = []
+    depths: list[int] = []
+    nodes: list[Node] = []
+    spans_of: list[tuple[Span, ...]] = [()] * len(sequences)
+    before: Ids = ()
+    spans: tuple[Span, ...] = ()
+    for i in order:
         ids = sequences[i]
-        if not rows or list(rows[-1][: len(ids)]) != list(ids):
-            rows.append(ids)
-        row_of[i] = len(rows) - 1
-    return Rows(rows, row_of, sum(map(len, rows)))
+        shared = common_prefix(before, ids)
+        spans = _first(spans, shared)
+        if shared < len(ids):
+            nodes.append(Node(len(packed), len(ids) - shared, spans))
+            spans = (*spans, (len(packed), len(ids) - shared))
+            packed.extend(ids[shared:])
+            depths.extend(range(shared, len(ids)))
+        spans_of[i] = spans
+        before = ids
+    return Layout(torch.tensor([packed]), torch.tensor([depths]), tuple(nodes), tuple(spans_of), len(packed))
 
 
 def microbatches(examples: Sequence[Sequence[Ids]], max_tokens: int, packing: Packing) -> list[list[int]]:
-    """Splits examples (each a list of sequences that must be computed together) into groups of example numbers.
+    """Splits examples (each a list of sequences computed together) into groups of example numbers.
 
-    Padded tokens (rows times the longest row) stay within `max_tokens` unless one unit alone exceeds it. Examples that share a row stay
-    together. The result depends on nothing but the arguments, so that a resumed run splits alike.
+    Computed tokens (padding included) stay within `max_tokens` unless one example alone exceeds it. The result depends on nothing but the arguments,
+    so that a resumed run splits alike.
     """
-    flat = [ids for example in examples for ids in example]
-    shared = share_prefixes(flat, packing)
-    owner = [number for number, example in enumerate(examples) for _ in example]
-    parent = list(range(len(examples)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first_in_row: dict[int, int] = {}
-    for sequence, number in enumerate(owner):
-        other = first_in_row.setdefault(shared.row_of[sequence], number)
-        parent[root(number)] = root(other)
-    units: dict[int, list[int]] = {}
-    for number in range(len(examples)):
-        units.setdefault(root(number), []).append(number)
-    unit_rows: dict[int, set[int]] = {unit: set() for unit in units}
-    for sequence, number in enumerate(owner):
-        unit_rows[root(number)].add(shared.row_of[sequence])
-    longest = {unit: max(len(shared.rows[row]) for row in rows) for unit, rows in unit_rows.items()}
-
-    batches: list[list[int]] = []
-    rows_now, width = 0, 0
-    for unit in sorted(units, key=lambda u: (-longest[u], u)):
-        if not batches or (rows_now + len(unit_rows[unit])) * width > max_tokens:
+    if packing == "none":
+        longest = [max(map(len, example)) for example in examples]
+        order = sorted(range(len(examples)), key=lambda i: (-longest[i], i))
+        batches: list[list[int]] = []
+        rows, width = 0, 0
+        for i in order:
+            if not batches or (rows + len(examples[i])) * width > max_tokens:
+                batches.append([])
+                rows, width = 0, longest[i]
+            batches[-1].append(i)
+            rows += len(examples[i])
+        return batches
+    order = sorted(range(len(examples)), key=lambda i: tuple(examples[i][0]), reverse=True)
+    batches = []
+    total = 0
+    for i in order:
+        first, *others = examples[i]
+        own = sum(len(ids) - common_prefix(first, ids) for ids in others)
+        shared = common_prefix(examples[batches[-1][-1]][0], first) if batches else 0
+        cost = len(first) - shared + own
+        if not batches or total + cost > max_tokens:
             batches.append([])
-            rows_now, width = 0, longest[unit]
-        batches[-1].extend(units[unit])
-        rows_now += len(unit_rows[unit])
+            total, cost = 0, len(first) + own
+        batches[-1].append(i)
+        total += cost
     return batches
+
+
+def common_prefix(first: Ids, second: Ids) -> int:
+    """Number of leading tokens that agree."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tuple(first[low:middle]) == tuple(second[low:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def pad(sequences: Sequence[Ids], value: int, device: torch.device | str = "cpu") -> Int[Tensor, "batch time"]:
@@ -99,3 +144,14 @@ def length_mask(lengths: Sequence[int], device: torch.device | str = "cpu") -> B
     """True at positions before each length: masks come from lengths, never from ids."""
     width = max(lengths, default=0)
     return (torch.arange(width)[None, :] < torch.tensor(list(lengths), dtype=torch.long)[:, None]).to(device)
+
+
+def _first(spans: tuple[Span, ...], count: int) -> tuple[Span, ...]:
+    """The spans of the first `count` tokens."""
+    kept: list[Span] = []
+    for start, length in spans:
+        if count <= 0:
+            break
+        kept.append((start, min(length, count)))
+        count -= length
+    return tuple(kept)

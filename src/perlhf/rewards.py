@@ -84,7 +84,7 @@ def score_ids(
     """Scores of prompt + completion ids under one reward adapter, at their last token (the end token, unless cut)."""
     sequences = [tuple(p) + tuple(c) for p, c in zip(prompts, completions, strict=True)]
     out = [0.0] * len(sequences)
-    for batch in microbatches([[ids] for ids in sequences], max_tokens, "prefix"):
+    for batch in microbatches([[ids] for ids in sequences], max_tokens, "tree"):
         for i, score in zip(batch, model.scores([sequences[i] for i in batch], adapter).tolist(), strict=True):
             out[i] = score
     return out

@@ -162,17 +162,18 @@ def number(value: float | None, scale: float | None = None) -> str:
     if size >= 1000:
         text = f"{value:,.0f}"
     elif 0 < size < 0.001:
-        text = f"{value:.1e}"
+        mantissa, exponent = f"{value:.1e}".split("e")
+        text = f"{mantissa}e{int(exponent)}"
     else:
-        text = f"{value:.{1 if size >= 100 else 2 if size >= 10 else 3}f}"
+        text = f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
     return text.replace("-", "−")
 
 
-def interval(metric: Measured) -> str:
-    """`low to high`, or nothing where there is no interval."""
-    if metric.low is None or metric.high is None:
+def interval(metric: Measured, scale: float | None = None) -> str:
+    """`low to high` with the decimals of the value (or of `scale`); empty where there is none, or one of no width."""
+    if metric.low is None or metric.high is None or metric.low == metric.high:
         return ""
-    scale = max(abs(metric.value), abs(metric.low), abs(metric.high))
+    scale = metric.value if scale is None else scale
     return f"{number(metric.low, scale)} to {number(metric.high, scale)}"
 
 

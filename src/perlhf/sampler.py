@@ -78,7 +78,7 @@ def sample(
     completions: list[list[int]] = [[] for _ in lengths]
     logprobs: list[list[float]] = [[] for _ in lengths]
     for time in range(max_completion_tokens):
-        tokens, chosen = _draw(model.logits(states, adapter), draws[rows, time], temperature)
+        tokens, chosen = draw(model.logits(states, adapter), draws[rows, time], temperature)
         for row, token, logprob in zip(rows.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
             completions[row].append(token)
             logprobs[row].append(logprob)
@@ -124,7 +124,7 @@ def probe(model: Model, rollout: Rollout, adapter: str | None) -> None:
     )
 
 
-def _draw(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Inverse-CDF sampling: tokens [batch] and their log-probabilities from float32 logits [batch, vocab]."""
     log_probs = torch.log_softmax(logits / (temperature or 1.0), -1)
     if temperature == 0:

@@ -304,7 +304,7 @@ def _logistic(train_features: Any, train: Sequence[Rating], test_features: Any, 
 
 
 def _words(texts: list[str]) -> tuple[Any, Any]:
-    """Fitted vectoriser and its sparse [texts, words]: tf-idf of words and pairs, one-letter ones too, of 1 + log(count)."""
+    """Fitted vectoriser and its sparse [texts, words]: tf-idf of words and word pairs, with 1 + log(count)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     if not any(character.isalnum() for text in texts for character in text):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from perlhf.errors import ModelError
 
@@ -106,6 +106,8 @@ def _unsupported(config: PreTrainedConfig) -> Iterator[str]:
     """Why a configuration is refused, most telling reason first."""
     if config.is_encoder_decoder:
         yield "it is an encoder-decoder"
+    if type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False):
+        yield "it attends to later tokens (is_decoder is false)"
     if config.get_text_config(decoder=True) is not config:
         yield "it joins several networks (a text model inside a multimodal one)"
     if getattr(config, "quantization_config", None) is not None:

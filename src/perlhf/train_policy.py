@@ -231,8 +231,8 @@ def _score(stage: Stage, rollout: Rollout, prompts: Sequence[Prompt], centre: Ce
     old, ref, entropy = (torch.zeros(mask.shape, device=model.device) for _ in range(3))
     for batch in _microbatches(rollout, config):
         chosen = [rollout.prompts[i] for i in batch], [rollout.completions[i] for i in batch]
-        now = model.logprobs(*chosen, adapter, temperature=config.temperature)
-        reference = model.logprobs(*chosen, stage.reference, temperature=config.temperature)
+        now = model.logprobs(*chosen, adapter, temperature=config.temperature, packing=config.packing)
+        reference = model.logprobs(*chosen, stage.reference, temperature=config.temperature, packing=config.packing)
         width = now.mask.shape[1]
         old[batch, :width], ref[batch, :width] = now.logprobs, reference.logprobs
         entropy[batch, :width] = now.entropy
@@ -259,7 +259,7 @@ def _learn(
             prompts = [scored.rollout.prompts[i] for i in batch]
             chosen = [scored.rollout.completions[i] for i in batch]
             if not warming_up:
-                now = model.logprobs(prompts, chosen, POLICY, temperature=config.temperature)
+                now = model.logprobs(prompts, chosen, POLICY, temperature=config.temperature, packing=config.packing)
                 width = now.mask.shape[1]
                 loss, metrics = policy_loss(
                     now.logprobs,
@@ -273,7 +273,7 @@ def _learn(
                 summed["policy_loss"] += loss.item()
                 summed["clipped"] += metrics["clipped"]
             if VALUE in optimizers:
-                predicted = model.values(prompts, chosen, VALUE)
+                predicted = model.values(prompts, chosen, VALUE, packing=config.packing)
                 width = predicted.shape[1]
                 mask = scored.mask[batch, :width]
                 loss, _ = value_loss(predicted, returns[batch, :width], mask, divisor=completions)
@@ -310,7 +310,8 @@ def _advantages(stage: Stage, scored: Scored, rewards: Tensor, returns: Tensor) 
             values = torch.zeros_like(rewards)
             for batch in _microbatches(scored.rollout, config):
                 prompts = [scored.rollout.prompts[i] for i in batch]
-                predicted = model.values(prompts, [scored.rollout.completions[i] for i in batch], VALUE)
+                chosen = [scored.rollout.completions[i] for i in batch]
+                predicted = model.values(prompts, chosen, VALUE, packing=config.packing)
                 values[batch, : predicted.shape[1]] = predicted
             advantage = advantages.gae(rewards, values, scored.mask, gae_lambda=config.gae_lambda)
         case "leave_one_out" | "group_mean":
@@ -355,7 +356,7 @@ def _validate(stage: Stage, centre: Centre, adapter: str | None) -> dict[str, fl
 
 def _microbatches(rollout: Rollout, config: PolicyConfig) -> list[list[int]]:
     rows = [[(*p, *c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
-    return microbatches(rows, config.tokens_per_microbatch, "none")
+    return microbatches(rows, config.tokens_per_microbatch, config.packing)
 
 
 def _rows(

@@ -20,7 +20,7 @@ from perlhf.encode import Encoder
 from perlhf.errors import DataError
 from perlhf.losses import bradley_terry, rating_cross_entropy
 from perlhf.model import Adapter, Model
-from perlhf.packing import microbatches, share_prefixes
+from perlhf.packing import Packing, lay_out, microbatches
 from perlhf.run import open_run
 from perlhf.training import Best, Interrupted
 
@@ -130,7 +130,7 @@ def class_weights(items: Sequence[Item], how: str) -> tuple[dict[bool, float], d
 
 
 @torch.no_grad()
-def score_items(model: Model, items: Sequence[Item], adapter: str, max_tokens: int, packing: Any = "prefix") -> list[list[float]]:
+def score_items(model: Model, items: Sequence[Item], adapter: str, max_tokens: int, packing: Packing = "tree") -> list[list[float]]:
     """Scores of each item's sequences."""
     out: list[list[float]] = [[] for _ in items]
     for batch in microbatches([item.sequences for item in items], max_tokens, packing):
@@ -227,7 +227,7 @@ def _update(
             _add(sums, metrics)
         loss.backward()
         sums["loss"] += loss.item()
-        sums["tokens"] += share_prefixes(sequences, config.packing).tokens
+        sums["tokens"] += lay_out(sequences, config.packing).tokens
     training.check_finite("loss", sums["loss"], step)
     learning_rate = optim.learning_rate_at(step, total, config.learning_rate, config.optim)
     norm = training.optimiser_step(optimizer, adapter, learning_rate, config.optim.max_grad_norm)

@@ -13,7 +13,7 @@ from perlhf.data.records import Demonstration, Record
 from perlhf.encode import Encoder, Example
 from perlhf.losses import sft_loss
 from perlhf.model import Adapter, Model
-from perlhf.packing import microbatches
+from perlhf.packing import Packing, lay_out, microbatches
 from perlhf.run import open_run
 from perlhf.training import Best, Interrupted
 
@@ -54,7 +54,9 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
                 tokens += int(values["tokens"])
                 improved = False
                 if step % config.validate_every == 0 or step == len(plan):
-                    values["validation_loss"] = validation_loss(model, validation, config.tokens_per_microbatch)
+                    values["validation_loss"] = validation_loss(
+                        model, validation, config.tokens_per_microbatch, config.packing
+                    )
                     if improved := -values["validation_loss"] > best.value:
                         best = Best(step, -values["validation_loss"], {"loss": values["validation_loss"]})
                 run.log(step, values)
@@ -81,12 +83,12 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def validation_loss(model: Model, examples: Sequence[Weighted], max_tokens: int) -> float:
+def validation_loss(model: Model, examples: Sequence[Weighted], max_tokens: int, packing: Packing = "tree") -> float:
     """Mean negative log-probability of a completion token, in nats."""
     total = 0.0
-    for batch in microbatches([[e.ids] for e, _, _ in examples], max_tokens, "none"):
+    for batch in microbatches([[e.ids] for e, _, _ in examples], max_tokens, packing):
         chosen = [examples[i][0] for i in batch]
-        out = model.logprobs([e.prompt for e in chosen], [e.completion for e in chosen], NAME)
+        out = model.logprobs([e.prompt for e in chosen], [e.completion for e in chosen], NAME, packing=packing)
         total -= out.logprobs.double().sum().item()
     return total / sum(len(e.completion) for e, _, _ in examples)
 
@@ -112,12 +114,17 @@ def _update(
     began = time.perf_counter()
     torch.manual_seed(training.keyed_seed(config.seed, "dropout", step))
     completion_tokens = sum(len(e.completion) for e, _, _ in examples)
-    summed = 0.0
-    for batch in microbatches([[e.ids] for e, _, _ in examples], config.tokens_per_microbatch, "none"):
+    summed, tokens = 0.0, 0
+    for batch in microbatches([[e.ids] for e, _, _ in examples], config.tokens_per_microbatch, config.packing):
         chosen = [examples[i][0] for i in batch]
         out = model.logprobs(
-            [e.prompt for e in chosen], [e.completion for e in chosen], NAME, dropout=config.adapter.dropout > 0
+            [e.prompt for e in chosen],
+            [e.completion for e in chosen],
+            NAME,
+            packing=config.packing,
+            dropout=config.adapter.dropout > 0,
         )
+        tokens += lay_out([e.ids for e in chosen], config.packing).tokens
         weights = torch.tensor([examples[i][1] for i in batch], device=model.device)
         loss, _ = sft_loss(out.logprobs, out.mask, weights=weights, divisor=completion_tokens)
         loss.backward()
@@ -125,7 +132,6 @@ def _update(
     training.check_finite("loss", summed, step)
     learning_rate = optim.learning_rate_at(step, total, config.learning_rate, config.optim)
     norm = training.optimiser_step(optimizer, adapter, learning_rate, config.optim.max_grad_norm)
-    tokens = sum(len(e.ids) for e, _, _ in examples)
     return {
         "loss": summed,
         "learning_rate": learning_rate,

@@ -14,10 +14,10 @@ from torch import Tensor
 from perlhf import base as bases
 from perlhf import checkpoint, optim
 from perlhf.config import AdapterConfig, StageConfig
-from perlhf.encode import Encoder, Example, TooLong
-from perlhf.errors import DataError, DivergenceError, PerlhfError
 from perlhf.data import content_hash
 from perlhf.data.records import Text
+from perlhf.encode import Encoder, Example, TooLong
+from perlhf.errors import DataError, DivergenceError, PerlhfError
 from perlhf.model import Adapter, Model
 from perlhf.run import Run
 
@@ -41,18 +41,17 @@ class Best:
 
 
 def facts(config: StageConfig) -> dict[str, Any]:
-    """What a run's result depends on besides its configuration."""
+    """What a run's result depends on besides its configuration; sets the threads, so that the manifest tells them."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     return {
         "data": content_hash(config.data),
         "base": bases.fingerprint(bases.resolve(config.base)),
-        "threads": config.threads or torch.get_num_threads(),
     }
 
 
 def open_model(config: StageConfig) -> tuple[Model, Encoder]:
-    """The base and the encoder that a stage's configuration names; sets threads and prints why a dtype was chosen."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    """The base and the encoder that a stage's configuration names."""
     model = Model.load(config.base, config.dtype, config.device)
     return model, Encoder(bases.load_tokenizer(bases.resolve(config.base)), config.encoding)
 

@@ -23,7 +23,7 @@ def cross_validated(baseline, records):
     return np.array([scores[index] for index in range(len(records))])
 
 
-# Bag of words: 0.74 and 0.70 say the README of the files. The other two were measured here; neither knows what was said.
+# Bag of words: 0.74 and 0.70 says the README of the files. The other two were measured here.
 # The reader leaves out 6 records with an empty context (Coffee) and 3 with an empty generation (Ticketing).
 @pytest.mark.parametrize(
     ("name", "number", "words", "position", "length"),

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from perlhf import __version__, cli, config
-from perlhf.cli import COMMANDS, DATA_COMMANDS, main
-from perlhf.options import Command, parse
+from perlhf import __version__, config
+from perlhf.cli import COMMANDS, DATA_COMMANDS, evaluated_data, main
+from perlhf.options import parse
+from perlhf.recipe import submodel
 
 PERLHF = [sys.executable, "-m", "perlhf"]
 
@@ -48,15 +49,11 @@ def plain(text: str) -> str:
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted name and docstring of every field."""
     for name, info in model.model_fields.items():
-        nested = [kind for kind in (info.annotation, *getattr(info.annotation, "__args__", ())) if _is_model(kind)]
+        nested = submodel(info.annotation)
         if nested:
-            yield from leaves(nested[0], f"{prefix}{name}.")
+            yield from leaves(nested, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info.description or ""
-
-
-def _is_model(kind: object) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 ALL = [(name,) for name in COMMANDS] + [("data", name) for name in DATA_COMMANDS]
@@ -170,27 +167,13 @@ def test_data_of_evaluate_is_null_unless_asked_for():
     assert stage("evaluate", "runs/r", "--data.limit", "5")[0].data == config.DataConfig(limit=5)
 
 
-def test_data_options_of_evaluate_start_from_the_data_of_the_run(tmp_path, monkeypatch):
+def test_data_options_of_evaluate_start_from_the_data_of_the_run(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 1\ndata: {paths: [coffee.json], test: 0.3}\n")
-    seen = {}
-    monkeypatch.setattr(
-        cli, "parse", lambda command, arguments, defaults=None: _keep(seen, command, arguments, defaults)
-    )
-    with pytest.raises(_Stop):
-        main(["evaluate", str(tmp_path), "--data.limit", "5"])
-    assert seen["settings"].data == config.DataConfig(paths=("coffee.json",), test=0.3, limit=5)
-
-
-class _Stop(Exception):
-    """Ends a command before it does anything."""
-
-
-def _keep(seen: dict[str, object], command: Command[BaseModel], arguments: list[str], defaults: object):
-    settings, dry_run = parse(command, arguments, defaults)
-    if defaults is None:
-        return settings, dry_run
-    seen["settings"] = settings
-    raise _Stop
+    arguments = [str(tmp_path), "--data.limit", "5"]
+    settings, _ = parse(COMMANDS["evaluate"], arguments, evaluated_data(arguments))
+    assert settings.data == config.DataConfig(paths=("coffee.json",), test=0.3, limit=5)
+    assert evaluated_data([str(tmp_path)]) is None
+    assert evaluated_data([str(tmp_path / "elsewhere"), "--data.limit", "5"]) is None
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -219,7 +202,10 @@ def test_data_commands(tmp_path, capsys):
     assert re.search(r"groups +│ 2", capsys.readouterr().out)
     assert main(["data", "convert", str(path), str(tmp_path / "out.jsonl")]) == 0
     assert "2 records" in capsys.readouterr().out
-    assert [json.loads(line)["chosen"] for line in (tmp_path / "out.jsonl").open()] == ["Yes.", "Please."]
+    assert [json.loads(line)["chosen"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [
+        "Yes.",
+        "Please.",
+    ]
     assert main(["data", "formats"]) == 0
     assert "trl" in capsys.readouterr().out
     path.write_text(json.dumps({"prompt": "Tea?", "chosen": "", "rejected": "No."}) + "\n")

@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from perlhf.data import read
-from perlhf.data.files import DataFile, find, rows, write_atomic
+from perlhf.data.files import DataFile, find, rows
 from perlhf.data.records import Demonstration, Rating
-from perlhf.errors import DataError, StorageError
+from perlhf.errors import DataError
 
 ROW = {"prompt": "Tea?", "completion": "Yes", "label": True}
 
@@ -29,8 +29,9 @@ def failure(path: str, format: str = "auto") -> DataError:
 
 
 def test_same_records_from_every_container(tmp_path: Path) -> None:
-    lines = '{"prompt": "Tea?", "completion": "Yes", "label": true}\n\n{"prompt": "é", "completion": "No", "label": false}\n'
-    array = '[{"prompt": "Tea?", "completion": "Yes", "label": true},\n {"prompt": "é", "completion": "No", "label": false} ]\n'
+    one = '{"prompt": "Tea?", "completion": "Yes", "label": true}'
+    two = '{"prompt": "é", "completion": "No", "label": false}'
+    lines, array = f"{one}\n\n{two}\n", f"[{one},\n {two} ]\n"
     table = pyarrow.table({"prompt": ["Tea?", "é"], "completion": ["Yes", "No"], "label": [True, False]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     made = {
@@ -78,7 +79,8 @@ def test_datasets_directories_give_all_splits(tmp_path: Path) -> None:
         "datasets.DatasetDict(train=one, test=two).save_to_disk(sys.argv[1] + '/both');"
         "one.save_to_disk(sys.argv[1] + '/one');"
         "from perlhf.data import read;"
-        "print([(r.prompt, r.completion, r.source.split('/')[-1]) for n in ('one', 'both') for r in read(sys.argv[1] + '/' + n)]);"
+        "found = [r for name in ('one', 'both') for r in read(sys.argv[1] + '/' + name)];"
+        "print([(r.prompt, r.completion, r.source.split('/')[-1]) for r in found])"
     )
     done = in_process(script, str(tmp_path))
     assert done.stdout.strip().splitlines()[-1] == str(
@@ -158,19 +160,6 @@ def test_rows_of_a_wrong_path_type_need_no_file() -> None:
     with pytest.raises(DataError, match="can't be read"):
         list(rows(DataFile("gone.jsonl", Path("/nonexistent/gone.jsonl"))))
     assert find("owner/name") == [DataFile("owner/name", None)]
-
-
-def test_writing_is_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "a.jsonl"
-    write_atomic(target, b"one")
-    write_atomic(target, b"two")
-    assert target.read_bytes() == b"two" and list(target.parent.iterdir()) == [target]
-    with pytest.raises(StorageError, match="can't write"):
-        write_atomic(target / "below" / "a.jsonl", b"x")
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(StorageError, match="can't write"):
-        write_atomic(tmp_path / "taken", b"x")
-    assert sorted(part.name for part in tmp_path.iterdir()) == ["new", "taken"]
 
 
 def test_plain_files_of_demonstrations(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from perlhf.errors import DataError
 
 FORMAT_NAMES = ["auto", *(one.name for one in FORMATS)]
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".tsv", ".tfrecord", ".parquet")
-JSON = st.recursive(
+EDGES = st.sampled_from([None, True, [], {}, "", " ", -1, 2**70, 1e308, [[]], [{}], "\ud800"])
+JSON = EDGES | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=8), inside, max_size=3),
     max_leaves=8,

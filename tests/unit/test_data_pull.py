@@ -91,7 +91,9 @@ def test_the_list_of_sets_is_complete() -> None:
         "squality": 2,
         "uibert": 2,
     }
-    assert all(len(one["commit"]) == 40 and one["licence"] and one["repository"].count("/") == 1 for one in known.values())
+    assert all(
+        len(one["commit"]) == 40 and one["licence"] and one["repository"].count("/") == 1 for one in known.values()
+    )
 
 
 def test_download(tmp_path: Path, address: str, published: Path) -> None:
@@ -122,7 +124,9 @@ def test_failed_downloads_leave_nothing(
     monkeypatch.setenv("PERLHF_DATA_ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(DataError, match="the download failed") as caught:
         pull("oasst", out)
-    assert "--source" in (caught.value.hint or "") and str(caught.value.where).startswith("http://127.0.0.1:9/LAION-AI/")
+    assert "--source" in (caught.value.hint or "") and str(caught.value.where).startswith(
+        "http://127.0.0.1:9/LAION-AI/"
+    )
     assert list(out.iterdir()) == []
 
 
@@ -134,7 +138,7 @@ def test_unknown_set_and_taken_directory(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="was not made by pull"):
         pull("pandalm", tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="can't write the set"):
+    with pytest.raises(StorageError, match="can't write"):
         pull("pandalm", tmp_path / "file" / "below", source=local_copy(tmp_path / "s", "pandalm/a.json", CONTENT))
 
 
@@ -215,7 +219,8 @@ def test_unsafe_archives_are_refused_whole(tmp_path: Path, name: str, content: b
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("a.zip", zipped("x/", "x/a.json")), ("a.tar.gz", tarred("x/a.json")), ("a.tgz", tarred("x/a.json"))]
+    ("name", "content"),
+    [("a.zip", zipped("x/", "x/a.json")), ("a.tar.gz", tarred("x/a.json")), ("a.tgz", tarred("x/a.json"))],
 )
 def test_archives_are_unpacked(tmp_path: Path, name: str, content: bytes) -> None:
     target = pull("pandalm", tmp_path / "out", source=local_copy(tmp_path / "source", f"pandalm/{name}", content))

@@ -242,6 +242,7 @@ def test_feedbackqa_grades_become_pairs(tmp_path: Path) -> None:
     ]
     assert found.skipped == {"equal mean grades": 1}
     refused(tmp_path, graded("x", "Good"), "column 'rating' is 'Good'")
+    refused(tmp_path, graded("x"), "column 'rating' is an empty list")
 
 
 def test_feedbackqa_as_ratings(tmp_path: Path) -> None:
@@ -279,9 +280,7 @@ def test_uibert_lists_the_candidates(tmp_path: Path) -> None:
         'Elements on the screen:\n0: (0 0 50 50)\n1: BUTTON "save" saveButton (50 50 100 100)\n'
         "Instruction: press save\nWhich element? Answer with its number."
     )
-    assert read_all("a.tfrecord", root=tmp_path).records == [
-        Demonstration(prompt, "1", "300", source="a.tfrecord[0]")
-    ]
+    assert read_all("a.tfrecord", root=tmp_path).records == [Demonstration(prompt, "1", "300", source="a.tfrecord[0]")]
     (tmp_path / "a.tfrecord").write_bytes(UIBERT + framed(example(UIBERT_FEATURES | {"image/ref_exp/label": [2]})))
     with pytest.raises(DataError, match="the right element is 2") as caught:
         read_all("a.tfrecord", root=tmp_path)
@@ -291,6 +290,21 @@ def test_uibert_lists_the_candidates(tmp_path: Path) -> None:
 def test_crc32c_of_the_published_check_value() -> None:
     assert crc32c(b"123456789") == 0xE3069283  # RFC 3720, appendix B.4 and the CRC catalogue
     assert crc32c(bytes(32)) == 0x8A9136AA
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"\x0a\x05\x0a", "a field runs past the end"),
+        (b"\x0b", "unknown wire type 3"),
+        (b"\x08" + b"\xff" * 10, "longer than 10 bytes"),
+        (b"\x08\x01", "missing or of the wrong kind"),
+        (b"\x0a", "index out of range"),
+    ],
+)
+def test_messages_that_are_no_example(content: bytes, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        list(read_examples(framed(content), "a"))
 
 
 def test_a_flipped_byte_of_a_tfrecord_is_seen() -> None:

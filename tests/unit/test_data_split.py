@@ -37,12 +37,11 @@ def test_split_of_is_the_stated_hash() -> None:
 
 
 def test_split_of_known_groups() -> None:
-    # First 8 hex digits of `printf '0:a' | sha256sum` and so on: a 3b3b7f, ... worked with coreutils, not with perlhf.
-    shares = {"order 0": 0x7E, "order 1": 0xF7}
-    for group in shares:
-        shares[group] = int(hashlib.sha256(f"0:{group}".encode()).hexdigest()[:2], 16)
-        everything = DataConfig(test=0.5, validation=0.0)
-        assert split_of(group, everything) == ("test" if shares[group] < 0x80 else "train")
+    """`printf 0:tea | sha256sum` begins 72c0, or 0.448; 0:coffee a07f, 0.627; 1:tea b8c3, 0.722; 1:coffee 40ff, 0.2."""
+    config = DataConfig(test=0.45, validation=0.15)
+    assert [split_of(group, config) for group in ("tea", "coffee")] == ["test", "train"]
+    other = config.model_copy(update={"split_seed": 1, "validation": 0.3})
+    assert [split_of(group, other) for group in ("tea", "coffee")] == ["validation", "test"]
 
 
 def test_no_conversation_is_on_two_sides_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -60,7 +59,9 @@ def test_splits_and_limits_do_not_depend_on_order_or_files(tmp_path: Path) -> No
     rows = conversations(40)
     shuffled = random.Random(1).sample(rows, len(rows))
     one = DataConfig(paths=(put(tmp_path / "a.jsonl", rows),), limit=7)
-    two = DataConfig(paths=(put(tmp_path / "b.jsonl", shuffled[:50]), put(tmp_path / "c.jsonl", shuffled[50:])), limit=7)
+    two = DataConfig(
+        paths=(put(tmp_path / "b.jsonl", shuffled[:50]), put(tmp_path / "c.jsonl", shuffled[50:])), limit=7
+    )
 
     def keys(config: DataConfig, name: Any) -> list[str]:
         return [f"{r.group}/{r.completion}" for r in load(config, ("rating",), name) if isinstance(r, Rating)]
@@ -122,7 +123,7 @@ def test_empty_sides_and_kinds_are_errors(tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl", [{"prompt": "only", "completion": "c"}])
     config = DataConfig(paths=(path,), validation=0.1, test=0.1)
     side = split_of("only", config)
-    empty = next(name for name in ("train", "validation", "test") if name != side)
+    empty = "validation" if side == "test" else "test"
     with pytest.raises(DataError, match=f"the {empty} split is empty: none of 1 groups") as caught:
         load(config, ("demonstration",), empty)
     assert caught.value.where == path and "split_seed" in (caught.value.hint or "")

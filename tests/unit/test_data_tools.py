@@ -8,7 +8,7 @@ from data_rows import graded
 from perlhf.config import DataConfig
 from perlhf.data import read
 from perlhf.data.tools import convert, formats, inspect, split, validate
-from perlhf.errors import DataError
+from perlhf.errors import DataError, StorageError
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi é"}]
 
@@ -89,7 +89,22 @@ def test_inspect_counts(tmp_path: Path) -> None:
         },
         "duplicates": 1,
         "contradictions": 2,
+        "example": {
+            "kind": "rating",
+            "prompt": "aa",
+            "completion": "x",
+            "label": True,
+            "weight": 1.0,
+            "group": "aa",
+            "source": f"{path}:1",
+        },
     }
+
+
+def test_the_example_is_short_and_shows_the_end(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", [{"prompt": [*CHAT, {"role": "user", "content": "x" * 389 + "!"}]}])
+    shown = inspect([path])["example"]["prompt"]
+    assert shown == "...i é\nuser: " + "x" * 389 + "!"
 
 
 def test_split_writes_whole_groups(tmp_path: Path) -> None:
@@ -129,7 +144,9 @@ def test_convert_and_read_back(tmp_path: Path, suffix: str) -> None:
 
 
 def test_convert_writes_the_column_names_of_trl(tmp_path: Path) -> None:
-    path = put(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c", "label": True}, {"prompt": CHAT, "completion": "c"}])
+    path = put(
+        tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c", "label": True}, {"prompt": CHAT, "completion": "c"}]
+    )
     convert(path, tmp_path / "b.jsonl")
     one, two = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
     assert one == {"prompt": "p", "completion": "c", "label": True, "weight": 1.0, "group": "p", "source": f"{path}:1"}
@@ -145,6 +162,17 @@ def test_convert_refuses_another_suffix_before_reading(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"can't write '.csv'") as caught:
         convert("nowhere.jsonl", tmp_path / "a.csv")
     assert caught.value.allowed == ".jsonl or .parquet"
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", [{"prompt": f"{n}"} for n in range(30)])
+    (tmp_path / "taken.jsonl").mkdir()
+    for output in (tmp_path / "a.jsonl" / "below.jsonl", tmp_path / "taken.jsonl"):
+        with pytest.raises(StorageError, match="can't write"):
+            convert(path, output)
+    with pytest.raises(StorageError, match="can't write"):
+        split(DataConfig(paths=(path,), test=0.3, validation=0.3), tmp_path / "a.jsonl" / "below")
+    assert sorted(part.name for part in tmp_path.iterdir()) == ["a.jsonl", "taken.jsonl"]
 
 
 def test_formats_have_names_and_rules() -> None:

@@ -64,7 +64,11 @@ def test_whole_conversations_are_split_after_their_common_beginning(tmp_path: Pa
 @pytest.mark.parametrize(
     ("row", "what", "hint"),
     [
-        ({"prompt": "a", "chosen": "b", "rejectd": "c"}, "column 'rejected' is missing", "rename 'rejectd' to 'rejected'"),
+        (
+            {"prompt": "a", "chosen": "b", "rejectd": "c"},
+            "column 'rejected' is missing",
+            "rename 'rejectd' to 'rejected'",
+        ),
         ({"promt": "a", "completion": "b"}, "column 'prompt' is missing", "rename 'promt' to 'prompt'"),
         ({"question": "a"}, "column 'prompt' is missing", ""),
         ({"prompt": "a", "completon": "b"}, "column 'completon' is unknown", "rename 'completon' to 'completion'"),

@@ -86,7 +86,7 @@ def test_memory_parts(tiny_base: Path):
     parameters = planned.base_parameters
     assert planned.memory_bytes["base"] == 4 * parameters
     assert planned.memory_bytes["adapters and optimiser"] == 16 * planned.trainable["reward"]
-    # Per token: 2 layers of 8 x 64 + (4 + 2 x 2) heads of 16 + 3 x 128 numbers of 4 bytes; 512 x vocabulary logits, twice.
+    # Per token: 2 layers of 8 x 64 + (4 + 2 x 2) heads of 16 + 3 x 128 float32 numbers; 512 x 272 logits, twice.
     logits = 2 * 512 * 272 * 4
     assert planned.memory_bytes["activations"] == 100 * 2 * (512 + 128 + 384) * 4 + logits
     full = plan(settings.model_copy(update={"tuning": "full"}))

@@ -1,5 +1,7 @@
 """Networks that can't be a base are refused by name, or found out on eight tokens."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -90,7 +92,7 @@ def test_plain_causal_models_are_allowed(config: PreTrainedConfig) -> None:
         (GraniteConfig(logits_scaling=8.0), r"logits_scaling = 8\.0"),
         (Gemma2Config(layer_types=["full_attention"] * 26), "final_logit_softcapping|attn_logit_softcapping"),
         (FalconConfig(alibi=True), "ALiBi"),
-        (LlamaConfig(quantization_config={"quant_method": "gguf"}), "quantized"),
+        (LlamaConfig.from_dict({"quantization_config": {"quant_method": "gguf"}}), "quantized"),
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else None,
 )
@@ -113,7 +115,7 @@ def test_forward_of_plain_models_is_as_assumed() -> None:
         GPT2LMHeadModel(gpt2),
     ):
         verify_forward(model.eval())
-        verify_forward(model.to(torch.bfloat16))
+        verify_forward(model.bfloat16())
 
 
 def test_changed_logits_are_found_out() -> None:
@@ -125,7 +127,8 @@ def test_changed_logits_are_found_out() -> None:
 def test_attention_to_later_tokens_is_found_out() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
     for layer in model.model.layers:
-        layer.self_attn.is_causal = False
+        attention: Any = layer.get_submodule("self_attn")
+        attention.is_causal = False
     with pytest.raises(ModelError, match="attention is not causal"):
         verify_forward(model)
 

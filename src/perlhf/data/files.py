@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from perlhf.data.tfrecord import read_examples
-from perlhf.errors import DataError, StorageError, nearest
+from perlhf.errors import DataError, nearest
 
 BUILTIN = "builtin:coffee-bar"
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".tsv", ".tfrecord", ".parquet")
@@ -109,25 +109,6 @@ def read_bytes(path: Path, name: str) -> bytes:
         raise DataError("the gzip file is truncated", where=name, hint="download or copy it again") from error
     except (OSError, zlib.error) as error:
         raise DataError(f"the gzip file is damaged: {error}", where=name, hint="download or copy it again") from error
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: a temporary name in the same directory, then a rename.
-
-    Raises:
-        StorageError: the disk is full or the place can't be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        hint = "free some space or name another place"
-        raise StorageError(f"can't write the file: {error.strerror}", where=str(path), hint=hint) from error
 
 
 def _all_rows(file: DataFile) -> Iterator[tuple[str, Any]]:

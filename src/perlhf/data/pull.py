@@ -11,21 +11,19 @@ import os
 import shutil
 import stat
 import tarfile
-import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from perlhf.errors import DataError, StorageError, nearest
+from perlhf.errors import DataError, nearest
+from perlhf.storage import directory_atomic
 
 ADDRESS = "https://raw.githubusercontent.com"
 """Files are at ADDRESS/{repository}/{commit}/{path}; $PERLHF_DATA_ADDRESS takes its place when set."""
@@ -68,7 +66,7 @@ def pull(name: str, output: Path, source: Path | None = None, address: str | Non
     target = output / name
     if target.exists():
         return _check_present(target)
-    with _staged(target) as stage:
+    with directory_atomic(target) as stage:
         if source is None:
             entries = _download(known[name], stage, address or os.environ.get("PERLHF_DATA_ADDRESS") or ADDRESS)
         else:
@@ -256,26 +254,3 @@ def _check_hash(place: Path, expected: str, where: str) -> None:
             allowed=f"{expected}, as MANIFEST.json says",
             hint="the file was changed or damaged; copy it again",
         )
-
-
-@contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its name when the block ends well, and goes when it doesn't."""
-    stage: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        stage.chmod(0o755)
-        yield stage
-        os.replace(stage, target)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(
-            f"can't write the set: {error.strerror or error}",
-            where=str(target),
-            hint="free some space or name another --output",
-        ) from error
-    finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)

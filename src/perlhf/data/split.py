@@ -66,7 +66,10 @@ def split_of(group: str, config: DataConfig) -> Split:
 
 
 def content_hash(config: DataConfig) -> dict[str, str]:
-    """SHA-256 by path: of a file's bytes, of a directory's file names and hashes, else of the records."""
+    """SHA-256 by path: of a file's bytes, a directory's names and hashes, the records of a hub name.
+
+    For the embedded set it is that of the code which makes it.
+    """
     return {path: _path_hash(path, config) for path in config.paths}
 
 
@@ -179,8 +182,12 @@ def _empty_split(split: str, config: DataConfig, groups: int) -> DataError:
 
 
 def _path_hash(path: str, config: DataConfig) -> str:
-    found = [] if readers.is_builtin(path) else files.find(path)
-    if not found or any(file.path is None for file in found):
+    if readers.is_builtin(path):
+        readers.builtin_kinds(path)
+        code = sorted(Path(__file__).parent.glob("coffee_bar*.py"))
+        return _sha256(json.dumps([(part.name, _file_hash(part)) for part in code]).encode())
+    found = files.find(path)
+    if any(file.path is None for file in found):
         return _sha256("\n".join(record_hash(record) for record in readers.read(path, config.format)).encode())
     hashes = [(file.name, _file_hash(file.path)) for file in found if file.path]
     return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == path else _sha256(json.dumps(hashes).encode())

@@ -16,8 +16,10 @@ from perlhf.data.readers import FORMATS
 from perlhf.data.records import Comparison, Demonstration, Rating, Record, Text
 from perlhf.data.split import SPLITS, kind_of, prompt_text, record_hash, split_of
 from perlhf.errors import DataError
+from perlhf.storage import storage_errors, write_atomic
 
 MAX_PROBLEMS = 100
+EXAMPLE_CHARACTERS = 400
 _OUTPUTS = (".jsonl", ".parquet")
 
 
@@ -84,7 +86,8 @@ def inspect(
 
     Returns:
         formats (by file), records (by kind), skipped (by reason), groups, splits (records and groups, by `config`),
-        labels {up, down}, lengths in characters {prompt, completion: {median, p90, max}}, duplicates, contradictions.
+        labels {up, down}, lengths in characters {prompt, completion: {median, p90, max}}, duplicates, contradictions,
+        example (the first record, long text shortened).
 
     Raises:
         DataError: as `read`.
@@ -106,6 +109,7 @@ def inspect(
         },
         "duplicates": _duplicates(records),
         "contradictions": _contradictions(records),
+        "example": _example(records[0]) if records else {},
     }
 
 
@@ -134,8 +138,10 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
                 allowed="at least one group on each side",
                 hint="change data.validation, data.test or data.split_seed, or give more data",
             )
+    with storage_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
     for side, found in wanted.items():
-        files.write_atomic(output / f"{side}.jsonl", to_jsonl(found))
+        write_atomic(output / f"{side}.jsonl", to_jsonl(found))
     return {
         side: {"records": len(found), "groups": len({record.group for record in found})}
         for side, found in wanted.items()
@@ -162,7 +168,9 @@ def convert(path: str, output: Path, format: str = "auto", root: Path | None = N
             allowed=" or ".join(_OUTPUTS),
         )
     records = readers.read(path, format, root)
-    files.write_atomic(output, to_jsonl(records) if output.suffix == ".jsonl" else to_parquet(records))
+    with storage_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, to_jsonl(records) if output.suffix == ".jsonl" else to_parquet(records))
     return len(records)
 
 
@@ -280,6 +288,18 @@ def _completions(record: Record) -> list[Text]:
             return [record.completion]
         case _:
             return []
+
+
+def _example(record: Record) -> dict[str, Any]:
+    row = _trl_row(record, chat=False)
+    return {"kind": kind_of(record)} | {name: _shortened(found) for name, found in row.items()}
+
+
+def _shortened(found: Any) -> Any:
+    """Text of at most EXAMPLE_CHARACTERS, the end kept; chat messages as `role: content` lines."""
+    if isinstance(found, list):
+        found = "\n".join(f"{message['role']}: {message['content']}" for message in found)
+    return f"...{found[-EXAMPLE_CHARACTERS:]}" if isinstance(found, str) and len(found) > EXAMPLE_CHARACTERS else found
 
 
 def _length(found: Text) -> int:

@@ -6,7 +6,6 @@ escaped by the template or embedded as JSON that the page's script shows with `t
 
 import base64
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -16,10 +15,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from perlhf.report import figures, findings, samples
+from perlhf.report import charts, findings, samples
+from perlhf.report.charts import Chart
+from perlhf.run_directory import strict_json
 from perlhf.run_files import (
     Measured,
     RunFiles,
+    Summary,
     count,
     duration,
     finite,
@@ -36,37 +38,6 @@ from perlhf.storage import storage_errors, write_atomic
 _STAGE_TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "policy": "Policy", "unknown": "Run"}
 _TABLE_ROWS = 40
 
-# (title, unit, ((key of metrics.jsonl, what the line is), ...)); a chart appears where a key was logged.
-_CURVES = (
-    ("Loss", "", (("loss", "training"), ("validation_loss", "validation"))),
-    ("AUC", "", (("auc", "training"), ("validation_auc", "validation"))),
-    ("Accuracy", "", (("accuracy", "training"), ("validation_accuracy", "validation"))),
-    (
-        "Pairwise accuracy",
-        "",
-        (("pairwise_accuracy", "training"), ("validation_pairwise_accuracy", "validation")),
-    ),
-    ("Score", "", (("score_mean", "rollouts"), ("validation_score", "validation"))),
-    ("Gold score", "", (("gold_mean", "rollouts"), ("validation_gold", "validation"))),
-    ("Reward", "", (("reward_mean", "rollouts"), ("validation_reward", "validation"))),
-    ("KL to the reference", "nats", (("kl", "rollouts"), ("validation_kl", "validation"))),
-    ("Entropy", "nats", (("entropy", "rollouts"),)),
-    (
-        "Completion length",
-        "tokens",
-        (("completion_tokens", "rollouts"), ("validation_completion_tokens", "validation")),
-    ),
-    ("End-token rate", "", (("end_rate", "rollouts"), ("validation_end_rate", "validation"))),
-)
-_MORE_CURVES = (
-    ("Sampler gap", "nats", (("sampler_gap_mean", "mean"), ("sampler_gap_max", "largest"))),
-    ("Policy loss", "", (("policy_loss", "policy"),)),
-    ("Value loss", "", (("value_loss", "value"),)),
-    ("Gradient norm", "", (("grad_norm", "adapter"), ("value_grad_norm", "value adapter"))),
-    ("Learning rate", "", (("learning_rate", "adapter"), ("value_learning_rate", "value adapter"))),
-    ("Speed", "tokens/s", (("tokens_per_second", "all"),)),
-    ("Time of an update", "s", (("seconds_sample", "sample"), ("seconds_score", "score"), ("seconds_learn", "learn"))),
-)
 _POLICY_ROWS = {
     "gold": "Gold score",
     "score": "Score",
@@ -76,17 +47,6 @@ _POLICY_ROWS = {
     "distinct_1": "Distinct words",
     "distinct_2": "Distinct bigrams",
 }
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure with its words: `text` says in a sentence what the picture shows."""
-
-    title: str
-    svg: Markup
-    legend: list[str]
-    text: str
-    last: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,9 +66,11 @@ class Section:
     id: str
     title: str
     run: RunFiles
+    summary: Summary
     facts: list[tuple[str, str]]
     missing: list[str]
     tables: list[Table]
+    evaluation_charts: list[Chart]
     charts: list[Chart]
     more_charts: list[Chart]
     numbers: Table | None
@@ -133,9 +95,8 @@ def write(runs: Sequence[Path], output: Path, title: str) -> Path:
 
 def render(runs: Sequence[RunFiles], title: str) -> str:
     """The page as text; equal run files give an equal page."""
-    lists = sum(samples.number_of_explorers(run) for run in runs)
-    limit = samples.LIMIT // max(lists, 1)
-    sections = [_section(f"run-{index}", run, limit) for index, run in enumerate(runs, start=1)]
+    parts = zip(runs, samples.explorers(runs), strict=True)
+    sections = [_section(f"run-{index}", run, lists) for index, (run, lists) in enumerate(parts, start=1)]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("perlhf.report", "templates"),
         autoescape=True,
@@ -150,6 +111,7 @@ def render(runs: Sequence[RunFiles], title: str) -> str:
         "memory": memory,
         "count": count,
     }
+    environment.filters["scale"] = lambda cells: findings.largest(cell for cell in cells if isinstance(cell, Measured))
     environment.tests["measured"] = lambda cell: isinstance(cell, Measured)
     templates = resources.files("perlhf.report") / "templates"
     script = (templates / "report.js").read_text(encoding="utf-8")
@@ -159,7 +121,6 @@ def render(runs: Sequence[RunFiles], title: str) -> str:
         headline=findings.headline(runs),
         remarks=findings.remarks(runs),
         tiles=findings.tiles(runs),
-        summaries=[(summarise(section.run), section) for section in sections],
         sections=sections,
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -176,7 +137,7 @@ def render(runs: Sequence[RunFiles], title: str) -> str:
 
 def _script_json(value: object) -> Markup:
     """JSON that can't end the script element it stands in, nor start another one."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = strict_json(value)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)
@@ -189,65 +150,53 @@ def _subtitle(runs: Sequence[RunFiles]) -> list[str]:
     return parts + [f"perlhf {version}" for version in dict.fromkeys(versions) if version]
 
 
-def _section(section_id: str, run: RunFiles, limit: int) -> Section:
-    title = _STAGE_TITLES[run.stage]
-    missing = [
-        f"No {name}: {what}"
-        for name, there, what in (
-            ("config.yaml", run.config_text, "the configuration can't be shown."),
-            ("manifest.json", run.manifest, "versions and hardware can't be shown."),
-            ("metrics.jsonl", run.metrics, "there are no curves."),
-            ("result.json", run.result, "the run is not finished."),
-            (
-                "evaluation.json",
-                run.evaluation or run.stage not in ("reward", "policy"),
-                "not evaluated on unseen groups.",
-            ),
-        )
-        if not there
-    ]
-    kept = finite(run.result.get("best_step"))
-    charts = [
-        chart
-        for index, (name, unit, keys) in enumerate(_CURVES)
-        if (chart := _curve(f"{section_id}-a{index}", run, name, unit, keys, kept))
-    ]
-    more = [
-        chart
-        for index, (name, unit, keys) in enumerate(_MORE_CURVES)
-        if (chart := _curve(f"{section_id}-b{index}", run, name, unit, keys, None))
-    ]
+def _section(section_id: str, run: RunFiles, explorers: list[samples.Explorer]) -> Section:
     return Section(
         id=section_id,
-        title=title,
+        title=_STAGE_TITLES[run.stage],
         run=run,
+        summary=summarise(run),
         facts=_facts(run),
-        missing=missing,
+        missing=_missing(run),
         tables=_tables(run),
-        charts=[*charts, *_evaluation_charts(section_id, run)],
-        more_charts=more,
+        evaluation_charts=charts.of_evaluation(section_id, run),
+        charts=charts.of_training(section_id, run),
+        more_charts=charts.of_optimisation(section_id, run),
         numbers=_numbers(run),
-        explorers=samples.explorers(run, limit),
+        explorers=explorers,
         manifest=_flatten(run.manifest),
     )
+
+
+def _missing(run: RunFiles) -> list[str]:
+    evaluated = run.evaluation or run.stage not in ("reward", "policy")
+    parts = (
+        (run.config_text, "No config.yaml: the configuration can't be shown."),
+        (run.manifest, "No manifest.json: versions and hardware can't be shown."),
+        (run.metrics, "No metrics.jsonl: there are no curves."),
+        (run.result, "No result.json: the run is not finished."),
+        (evaluated, "No evaluation.json: the run was not evaluated on unseen groups."),
+    )
+    return [text for there, text in parts if not there]
 
 
 def _facts(run: RunFiles) -> list[tuple[str, str]]:
     line, config = summarise(run), run.config
     data, adapter = mapping(config.get("data")), mapping(config.get("adapter"))
-    shape = f"LoRA, rank {adapter.get('rank')}, alpha {adapter.get('alpha')}, {line.targets}" if line.rank else None
+    shape = f"LoRA, rank {line.rank}, alpha {_plain(adapter.get('alpha'))}, {line.targets}" if line.rank else None
     seconds, peak = line.seconds, line.peak_memory_bytes
     best, updates = finite(run.result.get("best_step")), finite(run.result.get("updates"))
+    balance = mapping(run.result.get("class_balance"))
     facts = {
         "Data": ", ".join(str(path) for path in data.get("paths") or []),
         "Tuning": shape or ("all weights" if line.tuning == "full" else line.tuning),
         "Trainable parameters": line.trainable_parameters and count(line.trainable_parameters),
-        "Updates": updates and count(updates) + (f", kept {count(best)}" if best is not None else ""),
+        "Updates": updates and count(updates) + (f" (kept: {count(best)})" if best is not None else ""),
         "Tokens": finite(run.result.get("tokens")) and count(finite(run.result.get("tokens"))),
         "Time": seconds and duration(seconds),
         "Speed": line.tokens_per_second and f"{count(line.tokens_per_second)} tokens/s",
         "Peak memory": peak and memory(peak),
-        "Class balance": _plain(run.result.get("class_balance")),
+        "Class balance": ", ".join(f"{count(n)} {name}" for name, n in balance.items() if n),
         "Seed": _plain(config.get("seed")),
     }
     return [(name, text) for name, text in facts.items() if text]
@@ -288,8 +237,7 @@ def _policy_table(run: RunFiles) -> Table | None:
         pair = findings.before_after(run, key)
         if pair is not None:
             change = pair[1].value - pair[0].value
-            sign = "+" if change > 0 else ""
-            rows.append((label, [pair[0], pair[1], sign + number(change, pair[1].value)]))
+            rows.append((label, [*pair, ("+" if change > 0 else "") + number(change, findings.largest(pair))]))
     caption = f"On unseen prompts: {findings.size(run)}"
     if not rows:
         before, after = (measured(run.result.get(key)) for key in ("score_before", "score_after"))
@@ -308,67 +256,18 @@ def _policy_table(run: RunFiles) -> Table | None:
     return Table(caption, ["Before", "After", "Change"], rows, note)
 
 
-def _curve(
-    name: str, run: RunFiles, title: str, unit: str, keys: Sequence[tuple[str, str]], kept: float | None
-) -> Chart | None:
-    lines = [figures.Series(label, points) for key, label in keys if (points := run.series(key))]
-    if not lines:
-        return None
-    unit = f" {unit}" if unit else ""
-    parts = [
-        f"{one.label} from {number(one.points[0][1])} at step {count(one.points[0][0])}"
-        f" to {number(one.points[-1][1])}{unit} at step {count(one.points[-1][0])}"
-        for one in lines
-    ]
-    last = number(lines[-1].points[-1][1]) + unit
-    legend = [one.label for one in lines] if len(lines) > 1 else []
-    return Chart(title, Markup(figures.curves(name, lines, kept)), legend, f"{title}: {'; '.join(parts)}.", last)
-
-
-def _evaluation_charts(section_id: str, run: RunFiles) -> list[Chart]:
-    charts = []
-    bins = [
-        (predicted, observed, int(n))
-        for row in run.evaluation.get("calibration") or []
-        if isinstance(row, dict)
-        and (predicted := finite(row.get("mean_predicted"))) is not None
-        and (observed := finite(row.get("observed"))) is not None
-        and (n := finite(row.get("n")))
-    ]
-    if bins:
-        svg = Markup(figures.calibration(f"{section_id}-calibration", bins))
-        words = "; ".join(f"predicted {number(x)}, observed {number(y)}, {count(n)} ratings" for x, y, n in bins)
-        charts.append(Chart("Calibration", svg, [], f"Calibration on unseen groups: {words}."))
-    clouds = [figures.Series(side, points) for side in ("before", "after") if (points := _score_and_gold(run, side))]
-    if len(clouds) == 2:
-        svg = Markup(figures.cloud(f"{section_id}-gold", clouds, "score", "gold score"))
-        words = f"{len(clouds[1].points)} completions each; rings are means"
-        charts.append(
-            Chart("Score against gold score", svg, ["before", "after"], f"Score against gold score, {words}.")
-        )
-    return charts
-
-
-def _score_and_gold(run: RunFiles, side: str) -> list[figures.Point]:
-    points = []
-    for row in run.evaluation.get("samples") or []:
-        if isinstance(row, dict):
-            score, gold = finite(row.get(f"score_{side}")), finite(row.get(f"gold_{side}"))
-            if score is not None and gold is not None:
-                points.append((score, gold))
-    return points
-
-
 def _numbers(run: RunFiles) -> Table | None:
-    """The curves' values at up to 40 steps."""
-    keys = [key for _, _, keys in _CURVES for key, _ in keys if run.series(key)]
+    """The curves' values at up to 40 steps, half of them steps with a validation."""
+    keys = [key for key in charts.TRAINING_KEYS if run.series(key)]
     by_step: dict[float, dict[str, float]] = {}
     for key in keys:
         for step, value in run.series(key):
             by_step.setdefault(step, {})[key] = value
     if not by_step:
         return None
-    steps = samples.spread(sorted(by_step), _TABLE_ROWS)
+    validated = [step for step, values in by_step.items() if any(key.startswith("validation_") for key in values)]
+    half = _TABLE_ROWS // 2
+    steps = sorted({*samples.spread(sorted(by_step), half), *samples.spread(sorted(validated), half)})
     rows: list[tuple[str, list[Measured | str]]] = [
         (count(step), [number(by_step[step].get(key)) for key in keys]) for step in steps
     ]
@@ -395,5 +294,5 @@ def _plain(value: Any) -> str | None:
     if isinstance(value, list):
         return ", ".join(_plain(item) or "–" for item in value)
     if isinstance(value, float):
-        return number(value)
+        return f"{value:.6g}"
     return str(value)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,19 +17,20 @@ if TYPE_CHECKING:
 Point = tuple[float, float]
 
 _TEXT, _GRID = "#010101", "#020202"
-_SERIES = ("#030303", "#040404", "#050505")
+_COLOURS = {"1": "#030303", "2": "#040404", "3": "#050505", "was": "#060606"}
 _CSS = {_TEXT: "currentColor", _GRID: "var(--rule)"} | {
-    colour: f"var(--series-{index})" for index, colour in enumerate(_SERIES, start=1)
+    drawn: f"var(--series-{name})" for name, drawn in _COLOURS.items()
 }
 _SIZE, _SQUARER = (3.6, 2.05), (3.6, 2.7)  # inches; the page scales a figure to its column
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line or cloud of a figure."""
+    """One line or cloud of a figure; `colour` names the page's variable `--series-COLOUR`."""
 
     label: str
     points: Sequence[Point]
+    colour: Literal["1", "2", "3", "was"] = "1"
 
 
 def curves(name: str, series: Sequence[Series], kept: float | None = None) -> str:
@@ -37,12 +38,13 @@ def curves(name: str, series: Sequence[Series], kept: float | None = None) -> st
 
     Args:
         name: unique on the page; prefixes all ids.
-        series: at most three.
+        series: lines that hold at least one point.
         kept: step of the kept checkpoint, drawn as a vertical line.
     """
     with _drawing(name) as drawing:
         axes = drawing.axes
-        for colour, one in zip(_SERIES, series, strict=False):
+        for one in series:
+            colour = _COLOURS[one.colour]
             steps, values = [step for step, _ in one.points], [value for _, value in one.points]
             width = smoothing(len(values))
             if width > 1:
@@ -69,8 +71,9 @@ def calibration(name: str, bins: Sequence[tuple[float, float, int]]) -> str:
     with _drawing(name, _SQUARER) as drawing:
         axes = drawing.axes
         axes.plot([0, 1], [0, 1], color=_TEXT, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6)
-        axes.plot(predicted, observed, color=_SERIES[0], linewidth=1.2, alpha=0.7)
-        axes.scatter(predicted, observed, s=[max(90 * n / largest, 6) for _, _, n in bins], color=_SERIES[0], zorder=3)
+        axes.plot(predicted, observed, color=_COLOURS["1"], linewidth=1.2, alpha=0.7)
+        areas = [max(90 * n / largest, 6) for _, _, n in bins]
+        axes.scatter(predicted, observed, s=areas, color=_COLOURS["1"], zorder=3, clip_on=False)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="predicted", ylabel="observed")
     return drawing.svg
 
@@ -79,16 +82,17 @@ def cloud(name: str, series: Sequence[Series], xlabel: str, ylabel: str) -> str:
     """Points with a ringed mean for each series, and an arrow between the means if there are two."""
     with _drawing(name, _SQUARER) as drawing:
         axes, means = drawing.axes, []
-        for colour, one in zip(_SERIES, series, strict=False):
+        for one in series:
             xs, ys = [x for x, _ in one.points], [y for _, y in one.points]
-            axes.scatter(xs, ys, s=10, color=colour, alpha=0.45, linewidths=0)
+            axes.scatter(xs, ys, s=10, color=_COLOURS[one.colour], alpha=0.45, linewidths=0)
             means.append((sum(xs) / len(xs), sum(ys) / len(ys)))
         if len(means) == 2:
             arrow = {"arrowstyle": "-|>", "color": _TEXT, "linewidth": 1.1, "shrinkA": 5, "shrinkB": 5}
             axes.annotate("", xy=means[1], xytext=means[0], arrowprops=arrow, zorder=4)
-        for colour, (x, y) in zip(_SERIES, means, strict=False):
-            axes.scatter([x], [y], s=60, color=colour, edgecolors=_TEXT, linewidths=1.1, zorder=5)
+        for one, (x, y) in zip(series, means, strict=True):
+            axes.scatter([x], [y], s=60, color=_COLOURS[one.colour], edgecolors=_TEXT, linewidths=1.1, zorder=5)
         axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.locator_params(nbins=5)
     return drawing.svg
 
 
@@ -98,12 +102,11 @@ def smoothing(points: int) -> int:
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Centred mean over `width` values (odd); near the ends over as many as there are on the shorter side."""
+    """Centred mean over `width` values (odd); near the ends over those of them that there are."""
     half = width // 2
     means = []
     for index in range(len(values)):
-        reach = min(half, index, len(values) - 1 - index)
-        window = values[index - reach : index + reach + 1]
+        window = values[max(index - half, 0) : index + half + 1]
         means.append(sum(window) / len(window))
     return means
 

@@ -43,6 +43,8 @@ class Tile:
     label: str
     bars: list[Bar]
     note: str
+    scale: float
+    """Largest value: fixes the decimals of all."""
 
 
 def direction(before: Measured, after: Measured) -> Literal["rose", "fell", "unclear"]:
@@ -79,18 +81,20 @@ def remarks(runs: Sequence[RunFiles]) -> list[Remark]:
 
 
 def tiles(runs: Sequence[RunFiles]) -> list[Tile]:
-    """Key figures: reward quality beside its strongest baseline, gold, score and KL before and after."""
+    """Key figures: reward quality and its strongest baseline; gold, score and KL; SFT's loss if that is all."""
     found = []
     for run in runs:
         if run.stage == "policy":
             found += _policy_tiles(run)
             continue
         name, quality = summarise(run).quality_name, summarise(run).quality
-        if quality is not None and run.stage in ("sft", "reward"):
+        if quality is not None and run.stage == "reward":
             strongest = strongest_baseline(run)
             beside = [] if strongest is None else [(strongest[0], Measured(strongest[1]))]
-            stage = "SFT" if run.stage == "sft" else "Reward model"
-            found.append(_tile(f"{stage}: {name}", [*beside, ("model", quality)], size(run)))
+            found.append(_tile(f"Reward model: {name}", [*beside, ("model", quality)], size(run)))
+    if not found:
+        losses = [summarise(run).quality for run in runs if run.stage == "sft"]
+        found = [_tile("SFT: validation loss", [("model", loss)], "") for loss in losses if loss is not None]
     return found
 
 
@@ -107,6 +111,11 @@ def strongest_baseline(run: RunFiles) -> tuple[str, float] | None:
 def judged_by(run: RunFiles) -> str:
     """The metric of evaluation.json that a reward run is judged by: AUC, or pairwise accuracy where there is none."""
     return "auc" if measured(mapping(run.evaluation.get("metrics")).get("auc")) else "pairwise_accuracy"
+
+
+def largest(values: Iterable[Measured]) -> float:
+    """The largest absolute value, by which numbers that are read together are all rounded."""
+    return max((abs(one.value) for one in values), default=0.0)
 
 
 def size(run: RunFiles) -> str:
@@ -131,7 +140,8 @@ def _policy_headline(run: RunFiles) -> Remark:
         if pair is None:
             continue
         before, after = pair
-        values = f"from {number(before.value)} to {number(after.value)}"
+        scale = largest(pair)
+        values = f"from {number(before.value, scale)} to {number(after.value, scale)}"
         judge = "" if key == "gold" else " by the reward model's own judgement"
         on = f" on {run.evaluation.get('n', 0):,} unseen prompts{judge}"
         match direction(before, after):
@@ -250,7 +260,7 @@ def _policy_tiles(run: RunFiles) -> list[Tile]:
         pair = before_after(run, key)
         if pair is not None:
             sides = [("before", pair[0]), ("after", pair[1])]
-            found.append(_tile(f"Policy: {name}", sides[1:] if key == "kl" else sides, size(run)))
+            found.append(_tile(f"Policy: {name}", sides[1:] if key == "kl" else sides, "" if found else size(run)))
     return found
 
 
@@ -265,4 +275,4 @@ def _tile(label: str, values: Sequence[tuple[str, Measured]], note: str) -> Tile
     for name, one in values:
         start, end = (one.value if edge is None else edge for edge in (one.low, one.high))
         bars.append(Bar(name, one, percent(one.value), percent(start), percent(end)))
-    return Tile(label, bars, note)
+    return Tile(label, bars, note, largest(one for _, one in values))

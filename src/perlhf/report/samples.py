@@ -1,7 +1,8 @@
 """Chooses the samples that a page embeds, in one plain form; the page's script searches and sorts them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from perlhf.run_files import RunFiles, count, finite, read_json_lines
@@ -50,23 +51,22 @@ class Explorer:
     """For pairs: the scores that a completion can be better or worse by."""
 
 
-def explorers(run: RunFiles, limit: int) -> list[Explorer]:
-    """The lists of a run, at most `limit` samples in each."""
-    samples = run.evaluation.get("samples")
-    samples = [row for row in samples if isinstance(row, dict)] if isinstance(samples, list) else []
-    found = []
-    if samples and run.stage == "policy":
-        found.append(_pairs(samples, limit))
-    if samples and run.stage == "reward":
-        found.append(_ratings(samples, limit))
-    if run.rollouts:
-        found.append(_rollouts(run, limit))
+def explorers(runs: Sequence[RunFiles], limit: int = LIMIT) -> list[list[Explorer]]:
+    """The lists of each run, together with at most `limit` samples (but one for each list)."""
+    sources = [(index, total, make) for index, run in enumerate(runs) for total, make in _sources(run)]
+    found: list[list[Explorer]] = [[] for _ in runs]
+    for (index, _, make), share in zip(sources, shares([total for _, total, _ in sources], limit), strict=True):
+        found[index].append(make(max(share, 1)))
     return found
 
 
-def number_of_explorers(run: RunFiles) -> int:
-    """How many lists `explorers` would give, so that the page's limit can be shared out."""
-    return bool(run.evaluation.get("samples") and run.stage in ("policy", "reward")) + bool(run.rollouts)
+def shares(totals: Sequence[int], limit: int) -> list[int]:
+    """Divides `limit` among lists of these lengths: evenly, where what a short list doesn't need goes to the others."""
+    given, left = [0] * len(totals), limit
+    for done, index in enumerate(sorted(range(len(totals)), key=lambda index: totals[index])):
+        given[index] = min(totals[index], left // (len(totals) - done))
+        left -= given[index]
+    return given
 
 
 def spread(items: Sequence[Item], number: int) -> list[Item]:
@@ -85,6 +85,20 @@ def turns(text: object) -> list[list[str]]:
             [str(turn.get("role", "")), _clip(str(turn.get("content", "")))] for turn in text if isinstance(turn, dict)
         ]
     return [["", _clip(str(text))]]
+
+
+def _sources(run: RunFiles) -> list[tuple[int, Callable[[int], Explorer]]]:
+    """(number of samples, what makes the list of at most so many) for each kind of sample that a run has."""
+    samples = run.evaluation.get("samples")
+    sources: list[tuple[int, Callable[[int], Explorer]]] = []
+    if samples and run.stage == "policy":
+        sources.append((len(samples), partial(_pairs, samples)))
+    if samples and run.stage == "reward":
+        sources.append((len(samples), partial(_ratings, samples)))
+    if run.rollouts:
+        # One file stands for all: they have the same number of completions.
+        sources.append((len(run.rollouts) * len(read_json_lines(run.rollouts[0])), partial(_rollouts, run)))
+    return sources
 
 
 def _pairs(samples: list[dict[str, Any]], limit: int) -> Explorer:
@@ -111,7 +125,7 @@ def _ratings(samples: list[dict[str, Any]], limit: int) -> Explorer:
     for place, sample in spread(list(enumerate(samples, start=1)), limit):
         text = {"prompt": turns(sample.get("prompt", "")), "completion": _flat(sample.get("completion"))}
         rows.append({"place": place, **text, "label": sample.get("label"), "score": _rounded(sample.get("score"))})
-    filters = [("all", "all"), ("up", "labelled good"), ("down", "labelled bad")]
+    filters = [("all", "all"), ("up", "thumbs up"), ("down", "thumbs down")]
     note = _shown(rows, len(samples), "examples")
     return Explorer("ratings", "Scored examples", note, rows, filters, _RATING_SORTS, [])
 

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const PAGE = 8;
+  const PAGE = 6;
   const SHOWN_TURNS = 2;
 
   // All text reaches the page through textContent, so whatever a model wrote stays text.
@@ -39,14 +39,17 @@
 
   function prompt(turns, needle) {
     const box = element("div", "turns");
-    const earlier = turns.slice(0, -SHOWN_TURNS);
+    // The system message is mostly the same everywhere: it is folded away with the earlier turns.
+    const spoken = turns.filter(([role], index) => role !== "system" || index === turns.length - 1);
+    const shown = spoken.slice(-SHOWN_TURNS);
+    const earlier = turns.filter((one) => !shown.includes(one));
     if (earlier.length) {
       const title = earlier.length === 1 ? "1 earlier message" : `${earlier.length} earlier messages`;
       const folded = element("details", "", element("summary", "", title), ...earlier.map((one) => turn(one, needle)));
       folded.open = Boolean(needle) && earlier.some(([, content]) => content.toLowerCase().includes(needle));
       box.append(folded);
     }
-    box.append(...turns.slice(-SHOWN_TURNS).map((one) => turn(one, needle)));
+    box.append(...shown.map((one) => turn(one, needle)));
     return box;
   }
 
@@ -124,7 +127,7 @@
         wrong: (row) => (row.label ? negative(row.score) : row.score),
       },
       card: (row, needle) => {
-        const label = element("span", row.label ? "up" : "down", row.label ? "▲ labelled good" : "▼ labelled bad");
+        const label = element("span", row.label ? "up" : "down", row.label ? "▲ thumbs up" : "▼ thumbs down");
         const known = typeof row.label === "boolean";
         const head = element("div", "card-head", element("span", "place", `Example ${row.place}`), known ? label : null);
         const sides = element("div", "sides one", side("Completion", [fact("score", row.score)], row.completion, needle, true));

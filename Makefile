@@ -1,0 +1,60 @@
+# `make demo` and `make test` set everything up; nothing is reinstalled unless pyproject.toml or constraints.txt change.
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format docs clean
+
+# The first interpreter that is new enough; `make demo PYTHON=/path/to/python` names another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+export NO_MKDOCS_2_WARNING := 1
+
+help:
+	@echo "make demo     the whole pipeline on the embedded feedback: SFT, reward, policy, report.html"
+	@echo "make test     all tests"
+	@echo "make check    lint, formatting, types, import rules, documentation, wheel"
+	@echo "make format   format the code and mend what ruff can"
+	@echo "make docs     write docs/commands.md and build the documentation into build/site"
+	@echo "make clean    remove .venv and everything that was built (runs/ stays)"
+
+demo: $(VENV)/.installed
+	$(BIN)/perlhf demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python scripts/check_wheel.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python scripts/generate_command_reference.py
+	$(BIN)/mkdocs build --quiet --strict
+
+clean:
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; try: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# setuptools comes from constraints.txt too, hence no build isolation.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt setuptools
+	$(PIP) install --progress-bar on --constraint constraints.txt --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --progress-bar on --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
