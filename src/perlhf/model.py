@@ -96,7 +96,6 @@ class Model:
         target = bases.pick_device(device)
         chosen, _ = bases.pick_dtype(dtype, target.type)
         network = bases.load_base(where, chosen, target)
-        bases.verify_forward(network)
         return cls(network, bases.fingerprint(where))
 
     # adapters
@@ -155,6 +154,8 @@ class Model:
         """Adds an adapter read from disk; its paths must exist in the base."""
         modules = dict(self.base.named_modules())
         for path, pair in adapter.pairs.items():
+            if path in self._head_path():
+                raise AdapterError(f"the adapter adapts the output head '{path}'", allowed="linear layers below the head")
             layer = modules.get(path)
             if not isinstance(layer, nn.Linear | AdaptedLinear):
                 raise AdapterError(f"the adapter adapts '{path}', which the base lacks", hint="use the base it was trained on")

@@ -44,10 +44,11 @@ class Layout:
 
     def index(self, sequence: int, position: int) -> int:
         """Flat position (row * width + column) of a token."""
+        left = position
         for start, length in self.spans[sequence]:
-            if position < length:
-                return start + position
-            position -= length
+            if left < length:
+                return start + left
+            left -= length
         raise IndexError(f"sequence {sequence} has no position {position}")
 
     def indices(self, sequence: int, first: int, count: int) -> list[int]:

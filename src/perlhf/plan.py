@@ -18,6 +18,7 @@ from perlhf import data
 from perlhf.config import DEFAULT_BASE, AdapterConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.data.split import SPLITS
 from perlhf.errors import AdapterError, ModelError, nearest
+from perlhf.order import plan_updates
 
 Stage = SftConfig | RewardConfig | PolicyConfig
 Shapes = Mapping[str, tuple[int, ...]]
@@ -83,7 +84,7 @@ def plan(config: Stage) -> Plan:
         "frozen adapters": _frozen_adapters(config) * next(iter(trainable.values())) * 4,
         "activations": _activation_bytes(config, base, dtype),
     }
-    updates = count_updates(config, records["train"])
+    updates = count_updates(config, kinds)
     return Plan(stage, records, updates, config.learning_rate, base.parameters, trainable, dtype, memory)
 
 
@@ -111,12 +112,13 @@ def count_records(config: Stage, kinds: tuple[str, ...]) -> dict[str, int]:
     return {split: min(found[split], config.data.limit or found[split]) for split in SPLITS}
 
 
-def count_updates(config: Stage, training_records: int) -> int:
-    """ceil(records / examples_per_update) * epochs, at most `max_updates`; a policy's are in its configuration."""
+def count_updates(config: Stage, kinds: tuple[str, ...]) -> int:
+    """Optimiser steps of the whole run, by the same plan that the stage follows."""
     if isinstance(config, PolicyConfig):
         return config.updates * config.steps_per_rollout
-    updates = math.ceil(training_records / config.examples_per_update) * config.epochs
-    return min(updates, config.max_updates) if config.max_updates else updates
+    groups = [record.group for record in data.load(config.data, kinds, "train")]
+    how = config.order if isinstance(config, RewardConfig) else "shuffled"
+    return len(plan_updates(groups, config.examples_per_update, config.epochs, config.seed, how, config.max_updates))
 
 
 def trainable_parameters(config: Stage, base: Base) -> dict[str, int]:

@@ -5,6 +5,7 @@ by (seed, step, prompt, sample), so that a rollout doesn't depend on how rows ar
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,10 +40,16 @@ class Rollout:
 
 
 def uniforms(seed: int, step: int, prompts: Sequence[int], samples: int, length: int) -> Tensor:
-    """Random numbers in [0, 1), float64 [prompt * sample, length], each row keyed by (seed, step, prompt, sample)."""
+    """Random numbers in [0, 1), float64 [prompt * sample, length], each row keyed by (seed, step, prompt, sample).
+
+    A prompt that occurs again goes on counting its samples, so that no two rows are equal.
+    """
     rows = []
+    seen: Counter[int] = Counter()
     for prompt in prompts:
-        for sample in range(samples):
+        first = seen[prompt]
+        seen[prompt] += samples
+        for sample in range(first, first + samples):
             key = hashlib.sha256(f"{seed}:{step}:{prompt}:{sample}".encode()).digest()[:16]
             rows.append(np.random.Generator(np.random.Philox(key=int.from_bytes(key))).random(length))
     return torch.from_numpy(np.array(rows).reshape(len(prompts) * samples, length))

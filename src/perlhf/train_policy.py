@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perlhf import advantages, optim, store, training
+from perlhf import advantages, optim, order, store, training
 from perlhf.config import PolicyConfig
 from perlhf.data import load
 from perlhf.data.records import Prompt
@@ -148,7 +148,7 @@ def _open(config: PolicyConfig) -> Stage:
     rewards = load_rewards(model, config.reward, config.combine, encoder)
     prompts = [record for record in load(config.data, ("prompt",), "train") if isinstance(record, Prompt)]
     held_out = [record for record in load(config.data, ("prompt",), "validation") if isinstance(record, Prompt)]
-    chosen = training.choose(held_out, config.validation_prompts, config.seed)
+    chosen = order.choose(held_out, config.validation_prompts, config.seed)
     return Stage(config, model, encoder, rewards, prompts, chosen, reference)
 
 
@@ -158,7 +158,7 @@ def _step(
     """One rollout and its optimiser steps: sample, probe, score, reference, advantages, learn."""
     config, model = stage.config, stage.model
     began = time.perf_counter()
-    numbers = training.cycle(len(stage.prompts), config.prompts_per_update, step, config.seed)
+    numbers = order.cycle(len(stage.prompts), config.prompts_per_update, step, config.seed)
     prompts = [stage.prompts[i] for i in numbers]
     rollout = _sample(stage, prompts, POLICY, config.completions_per_prompt, step, numbers)
     probe(model, rollout, POLICY)
@@ -326,7 +326,7 @@ def _advantages(stage: Stage, scored: Scored, rewards: Tensor, returns: Tensor) 
 def _centre(stage: Stage) -> Centre:
     """Mean and deviation of the reference's scores on `centre_prompts` training prompts, one completion each."""
     config = stage.config
-    numbers = training.cycle(len(stage.prompts), min(config.centre_prompts, len(stage.prompts)), 1, config.seed)
+    numbers = order.cycle(len(stage.prompts), min(config.centre_prompts, len(stage.prompts)), 1, config.seed)
     prompts = [stage.prompts[i] for i in numbers]
     rollout = _sample(stage, prompts, stage.reference, 1, 0, numbers)
     texts = [record.prompt for record in prompts]

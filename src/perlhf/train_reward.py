@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from perlhf import optim, statistics, store, training
+from perlhf import optim, order, statistics, store, training
 from perlhf.config import RewardConfig
 from perlhf.data import load
 from perlhf.data.records import Comparison, Rating, Record
@@ -53,7 +53,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         validation, _ = encode_items(encoder, load(config.data, ("comparison", "rating"), "validation"))
         weights, balance = class_weights(train, config.class_weight)
         adapter = _start(model, encoder, config, train)
-        plan = training.plan_updates(
+        plan = order.plan_updates(
             [item.group for item in train],
             config.examples_per_update,
             config.epochs,
@@ -120,10 +120,18 @@ def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Item
 
 
 def class_weights(items: Sequence[Item], how: str) -> tuple[dict[bool, float], dict[str, int]]:
-    """Loss weight of up and down ratings (`balanced`: n / (2 n_class)) and their numbers."""
+    """Loss weight of up and down ratings (`balanced`: n / (2 n_class)) and their numbers.
+
+    Raises:
+        DataError: all ratings are up, or all are down.
+    """
     labels = [item.label for item in items if item.label is not None]
     up = sum(labels)
     balance = {"up": up, "down": len(labels) - up, "comparisons": len(items) - len(labels)}
+    if labels and up in (0, len(labels)):
+        raise DataError(
+            f"all {len(labels)} ratings are {'up' if up else 'down'}", hint="a reward model needs both labels"
+        )
     if not labels or how == "none":
         return {True: 1.0, False: 1.0}, balance
     return {True: len(labels) / (2 * up), False: len(labels) / (2 * (len(labels) - up))}, balance
@@ -172,8 +180,6 @@ def _start(model: Model, encoder: Encoder, config: RewardConfig, train: Sequence
     labels = [item.label for item in train if item.label is not None]
     if labels and config.class_weight == "none":
         up = sum(labels)
-        if up in (0, len(labels)):
-            raise DataError(f"all {len(labels)} ratings are {'up' if up else 'down'}", hint="a reward model needs both labels")
         assert adapter.bias is not None
         adapter.bias.data.fill_(float(np.log(up / (len(labels) - up))))
     return adapter
@@ -191,7 +197,7 @@ def _update(
 ) -> dict[str, float]:
     """One optimiser step on `items`, in micro-batches whose losses add up to the update's."""
     began = time.perf_counter()
-    torch.manual_seed(training.keyed_seed(config.seed, "dropout", step))
+    torch.manual_seed(order.keyed_seed(config.seed, "dropout", step))
     compared = sum(item.label is None for item in items)
     rated = len(items) - compared
     sums = {"loss": 0.0, "right": 0.0, "count": 0.0, "tokens": 0.0}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from perlhf import optim, store, training
+from perlhf import optim, order, store, training
 from perlhf.config import SftConfig
 from perlhf.data import load
 from perlhf.data.records import Demonstration, Record
@@ -36,7 +36,7 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
         train, counts = _encode(encoder, load(config.data, ("demonstration",), "train"))
         validation, _ = _encode(encoder, load(config.data, ("demonstration",), "validation"))
         adapter = training.new_adapter(model, NAME, "sft", config)
-        plan = training.plan_updates(
+        plan = order.plan_updates(
             [group for _, _, group in train],
             config.examples_per_update,
             config.epochs,
@@ -112,7 +112,7 @@ def _update(
 ) -> dict[str, float]:
     """One optimiser step on `examples`, in micro-batches whose losses add up to the update's."""
     began = time.perf_counter()
-    torch.manual_seed(training.keyed_seed(config.seed, "dropout", step))
+    torch.manual_seed(order.keyed_seed(config.seed, "dropout", step))
     completion_tokens = sum(len(e.completion) for e, _, _ in examples)
     summed, tokens = 0.0, 0
     for batch in microbatches([[e.ids] for e, _, _ in examples], config.tokens_per_microbatch, config.packing):

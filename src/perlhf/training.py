@@ -1,13 +1,11 @@
 """What the three loops share: opening a stage, the order of updates, one optimiser step, and saving so that a resumed run is bit-equal."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,12 +15,10 @@ from perlhf.config import AdapterConfig, StageConfig
 from perlhf.data import content_hash
 from perlhf.data.records import Text
 from perlhf.encode import Encoder, Example, TooLong
-from perlhf.errors import DataError, DivergenceError, PerlhfError
+from perlhf.errors import ConfigError, DataError, DivergenceError, PerlhfError
 from perlhf.model import Adapter, Model
+from perlhf.order import keyed_seed
 from perlhf.run import Run
-
-
-Item = TypeVar("Item")
 
 
 class Interrupted(PerlhfError):
@@ -81,51 +77,30 @@ def encode_all(
     return examples, counts
 
 
-def keyed_seed(*parts: object) -> int:
-    """A 63-bit seed from any key: the same on every machine."""
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8]) >> 1
-
-
-def plan_updates(
-    groups: Sequence[str],
-    examples_per_update: int,
-    epochs: int,
-    seed: int,
-    order: Literal["shuffled", "grouped"] = "shuffled",
-    max_updates: int | None = None,
-) -> list[list[int]]:
-    """Example numbers of each update.
-
-    `shuffled` permutes examples in every epoch. `grouped` permutes whole groups and closes an update as soon as it has
-    `examples_per_update` examples, so that updates hold whole groups and vary in size.
-    """
-    updates: list[list[int]] = []
-    for epoch in range(epochs):
-        rng = np.random.default_rng(keyed_seed(seed, "order", epoch))
-        if order == "shuffled":
-            permuted = rng.permutation(len(groups)).tolist()
-            updates += [permuted[i : i + examples_per_update] for i in range(0, len(permuted), examples_per_update)]
-            continue
-        members: dict[str, list[int]] = {}
-        for number, group in enumerate(groups):
-            members.setdefault(group, []).append(number)
-        names = list(members)
-        updates.append([])
-        for index in rng.permutation(len(names)).tolist():
-            if len(updates[-1]) >= examples_per_update:
-                updates.append([])
-            updates[-1].extend(members[names[index]])
-    return updates[:max_updates]
-
-
 def new_adapter(
     model: Model, name: str, role: Any, config: StageConfig, *, start: str | None = None, beneath: str | None = None
 ) -> Adapter:
-    """The adapter that a stage trains: a copy of `start` when the shapes agree, else new (over `beneath`)."""
-    if start is not None and same_shape(model.adapters[start], config.adapter, config.tuning, model):
-        return model.copy_adapter(start, name, role)
+    """The adapter that a stage trains: a copy of `start` when the shapes agree, else new (over `beneath`).
+
+    Raises:
+        AdapterError: a target that matches nothing.
+        ConfigError: LoRA on a fully tuned start, which an adapter's files couldn't hold.
+    """
+    if config.tuning == "lora" and start is not None and model.adapters[start].weights:
+        raise ConfigError(
+            "lora can't start from an SFT run with tuning: full",
+            where="tuning",
+            allowed="full",
+            hint="perlhf export --format merged writes that run as a checkpoint that base can name",
+        )
     shape: AdapterConfig = config.adapter
+    dropout = shape.dropout if role in ("sft", "reward") else 0.0
+    if start is not None and same_shape(model.adapters[start], shape, config.tuning, model):
+        copy = model.copy_adapter(start, name, role)
+        copy.dropout = dropout
+        for pair in copy.pairs.values():
+            pair.dropout = dropout
+        return copy
     return model.add_adapter(
         name,
         role,
@@ -133,7 +108,7 @@ def new_adapter(
         rank=shape.rank,
         alpha=shape.alpha,
         targets=shape.targets,
-        dropout=shape.dropout if role in ("sft", "reward") else 0.0,
+        dropout=dropout,
         seed=keyed_seed(config.seed, "adapter", name) % 2**31,
         beneath=beneath if beneath is not None else start,
     )
@@ -218,18 +193,3 @@ def load_adapter_tensors(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
     assert own.keys() == tensors.keys(), f"adapter '{adapter.name}' has other tensors than its checkpoint"
     for key, tensor in own.items():
         tensor.copy_(tensors[key])
-
-
-def cycle(total: int, count: int, step: int, seed: int) -> list[int]:
-    """The `count` numbers below `total` that update `step` (from 1) uses: consecutive ones of endlessly many permutations."""
-    out: list[int] = []
-    for position in range((step - 1) * count, step * count):
-        permutation = np.random.default_rng(keyed_seed(seed, "prompts", position // total)).permutation(total)
-        out.append(int(permutation[position % total]))
-    return out
-
-
-def choose(items: Sequence[Item], count: int, seed: int) -> list[Item]:
-    """At most `count` items, the same for the same seed."""
-    order = np.random.default_rng(keyed_seed(seed, "choose")).permutation(len(items))
-    return [items[i] for i in sorted(order[:count].tolist())]

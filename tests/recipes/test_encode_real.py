@@ -34,7 +34,7 @@ def test_conversation_with_completion(encoder: Encoder) -> None:
         ],
         "Done.",
     )
-    turns = USER + [26843] + CLOSE + ASSISTANT + [2705, 4189, 676, 47] + CLOSE + USER + [10539] + CLOSE + ASSISTANT
+    turns = [*USER, 26843, *CLOSE, *ASSISTANT, 2705, 4189, 676, 47, *CLOSE, *USER, 10539, *CLOSE, *ASSISTANT]
     assert list(example.prompt) == SYSTEM + turns
     assert example.completion == (41462, 30, 2)  # the template's newline after the end token is dropped
     assert encoder.end_id == encoder.pad_id == 2

@@ -1,4 +1,7 @@
-"""From records to tokens. Ids of the tiny tokenizer: 0 <|im_start|>, 1 <|im_end|>, then the byte letters from "!" on."""
+"""From records to tokens.
+
+Ids of the tiny tokenizer: 0 <|im_start|>, 1 <|im_end|>, then the byte letters from "!" on.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +56,7 @@ class TestChat:
 
     def test_merges_apply_within_a_text(self, encoder: Encoder) -> None:
         # " coffee" is the merge " coffe" (271) and "e"
-        assert encoder.prompt(" coffee") == USER + [271, *letters("e")] + CLOSE + ASSISTANT
+        assert encoder.prompt(" coffee") == [*USER, 271, *letters("e"), *CLOSE, *ASSISTANT]
 
     def test_markup_and_text_are_tokenised_apart(self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
         """Else "h" of the template and "e" of the text would merge into "he" (259)."""
@@ -70,11 +73,10 @@ class TestChat:
             encoder.completion(chat("a", "b"))
 
     def test_system_message_of_the_recipe(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        brief = Encoder(tokenizer, EncodingConfig(system="Be kind."))
+        brief = Encoder(tokenizer, EncodingConfig(system="Be good."))
         system = [START, *letters("system"), NEWLINE]
-        kind = [*letters("Be"), SPACE, *letters("kind.")]
-        kind[5:7] = [261]  # "in" is a merge
-        assert brief.prompt("hi") == system + kind + CLOSE + USER + letters("hi") + CLOSE + ASSISTANT
+        good = [*letters("Be"), SPACE, *letters("good.")]
+        assert brief.prompt("hi") == system + good + CLOSE + USER + letters("hi") + CLOSE + ASSISTANT
         own: Text = [{"role": "system", "content": "Go!"}, *chat("hi")]
         assert brief.prompt(own) == system + letters("Go!") + CLOSE + USER + letters("hi") + CLOSE + ASSISTANT
 
@@ -153,7 +155,7 @@ class TestLength:
     def test_the_start_of_the_prompt_is_cut_and_counted(self, tokenizer: PreTrainedTokenizerBase) -> None:
         example = self.encode(tokenizer, self.PROMPT + self.COMPLETION - 3)
         assert example.cut == 3
-        assert list(example.ids) == (USER + letters("hi") + CLOSE + ASSISTANT)[3:] + [*letters("yes"), END]
+        assert list(example.ids) == [*(USER + letters("hi") + CLOSE + ASSISTANT)[3:], *letters("yes"), END]
         assert self.encode(tokenizer, self.COMPLETION + 1).prompt == (NEWLINE,)
 
     def test_a_completion_that_leaves_no_room_is_too_long(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -171,7 +173,7 @@ class TestLength:
 
 
 class TestPlain:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def plain(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         return Encoder(tokenizer, EncodingConfig(template="plain"))
 

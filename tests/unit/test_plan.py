@@ -53,6 +53,9 @@ def test_heads_are_counted(tiny_base: Path):
     assert trainable_parameters(without_value, base) == {"policy": body}
 
 
+KINDS = {SftConfig: ("demonstration",), RewardConfig: ("rating",), PolicyConfig: ("prompt",)}
+
+
 @pytest.mark.parametrize(
     ("settings", "updates"),
     [
@@ -64,7 +67,8 @@ def test_heads_are_counted(tiny_base: Path):
     ],
 )
 def test_updates_for_100_records(settings, updates):
-    assert count_updates(settings, 100) == updates
+    limited = settings.model_copy(update={"data": DataConfig(limit=100)})
+    assert count_updates(limited, KINDS[type(settings)]) == updates
 
 
 def test_limit_caps_each_split_and_an_empty_split_is_an_error(tmp_path: Path):

@@ -1,8 +1,7 @@
-"""What the evaluations of the three stages share: intervals, plain copies of texts, progress."""
+"""What the evaluations of the three stages share: intervals, sampling in batches, progress."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,12 +9,20 @@ from numpy.typing import NDArray
 from perlhf import statistics
 from perlhf.config import EvaluateConfig
 from perlhf.data.records import Record, Text
+from perlhf.encode import Encoder
 from perlhf.environment import peak_memory_bytes
 from perlhf.errors import DataError
+from perlhf.model import Model
+from perlhf.packing import Ids
 from perlhf.progress import Progress
+from perlhf.sampler import Rollout, sample, uniforms
 
 Statistic = Callable[[NDArray[np.intp]], float]
 """A number from the records at these indices."""
+ROWS = 32
+"""Prompts sampled at a time."""
+DRAWS_STEP = -2
+"""Key of the random draws; training uses 0 and up, its validation -1."""
 Measured = dict[str, float]
 """`value`, `low`, `high`."""
 
@@ -29,7 +36,7 @@ def progress(total: int, description: str) -> Iterator[Progress]:
 
 
 def with_interval(statistic: Statistic, groups: Sequence[str], config: EvaluateConfig) -> Measured | None:
-    """A statistic of all records with its cluster-bootstrap interval; None where it isn't defined (AUC of one class)."""
+    """A statistic of all records with its cluster-bootstrap interval; None where undefined (as AUC of one class)."""
     try:
         value = statistic(np.arange(len(groups)))
     except DataError:
@@ -43,6 +50,35 @@ def with_interval(statistic: Statistic, groups: Sequence[str], config: EvaluateC
 def mean_of(values: NDArray[np.float64]) -> Statistic:
     """The mean, as a statistic."""
     return lambda indices: float(values[indices].mean())
+
+
+def by_length(prompts: Sequence[Ids]) -> list[list[int]]:
+    """Numbers of the prompts in batches of at most `ROWS`, shortest first, so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    return [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
+
+
+def sample_batch(
+    model: Model,
+    encoder: Encoder,
+    prompts: Sequence[Ids],
+    batch: Sequence[int],
+    *,
+    adapter: str | None,
+    temperature: float,
+    max_completion_tokens: int,
+    seed: int,
+) -> Rollout:
+    """One completion of each prompt that `batch` numbers; draws depend on the seed and the prompt's number alone."""
+    return sample(
+        model,
+        [prompts[i] for i in batch],
+        adapter=adapter,
+        draws=uniforms(seed, DRAWS_STEP, batch, 1, max_completion_tokens),
+        end_id=encoder.end_id,
+        temperature=temperature,
+        max_completion_tokens=max_completion_tokens,
+    )
 
 
 def seen_groups(records: Iterable[Record], trained_on: Iterable[Record]) -> int:

@@ -1,4 +1,4 @@
-"""Evaluation of a policy run: answers of the reference and of the policy to the same held-out prompts with the same draws."""
+"""Evaluation of a policy run: its answers beside the reference's, to the same held-out prompts with the same draws."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,27 +8,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from perlhf import advantages, statistics, store, training
-from perlhf.config import EncodingConfig, EvaluateConfig, PolicyConfig
+from perlhf import advantages, order, statistics, store
+from perlhf.config import EvaluateConfig, PolicyConfig
 from perlhf.data import BUILTIN, load
 from perlhf.data.coffee_bar import gold
 from perlhf.data.records import Prompt, Text
 from perlhf.encode import Encoder
-from perlhf.evaluate.common import mean_of, plain, progress, seen_groups, with_interval
+from perlhf.evaluate.common import by_length, mean_of, plain, progress, sample_batch, seen_groups, with_interval
 from perlhf.finished import Finished
 from perlhf.judge import judge
 from perlhf.model import Model
-from perlhf.packing import Ids, microbatches
+from perlhf.packing import microbatches
 from perlhf.progress import Progress
 from perlhf.rewards import Rewards, load_rewards
-from perlhf.sampler import Rollout, sample, uniforms
+from perlhf.sampler import Rollout
 
-ROWS = 32
-"""Prompts sampled at a time."""
 JUDGED = 8
 """Pairs that the judge is asked about between two steps of the bar."""
-DRAWS_STEP = -2
-"""Key of the random draws; training uses 0 and up, its validation -1."""
 
 
 @dataclass(frozen=True)
@@ -100,55 +96,13 @@ def evaluate_policy(finished: Finished, config: EvaluateConfig) -> dict[str, Any
     }
 
 
-@torch.no_grad()
-def sample_batches(
-    model: Model,
-    prompts: Sequence[Ids],
-    adapter: str | None,
-    batches: Sequence[Sequence[int]],
-    end_id: int,
-    temperature: float,
-    max_completion_tokens: int,
-    seed: int,
-    bar: Progress,
-) -> list[Rollout]:
-    """One completion of each prompt, batch by batch; the draws depend on the seed and the prompt's number alone."""
-    rollouts = []
-    for batch in batches:
-        draws = uniforms(seed, DRAWS_STEP, batch, 1, max_completion_tokens)
-        rollouts.append(
-            sample(
-                model,
-                [prompts[i] for i in batch],
-                adapter=adapter,
-                draws=draws,
-                end_id=end_id,
-                temperature=temperature,
-                max_completion_tokens=max_completion_tokens,
-            )
-        )
-        bar.advance()
-    return rollouts
-
-
-def by_length(prompts: Sequence[Ids]) -> list[list[int]]:
-    """Numbers of the prompts in batches of at most `ROWS`, shortest first, so that little is padded."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    return [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
-
-
-def room(encoding: EncodingConfig, wanted: int) -> int:
-    """Completion tokens that leave at least half of `max_tokens` to the prompt."""
-    return min(wanted, max(encoding.max_tokens // 2, 1))
-
-
 def _set_up(finished: Finished, config: EvaluateConfig) -> tuple[Setting, list[Prompt]]:
     """The setting, and the prompts that the policy was trained on."""
     policy = finished.config
     assert isinstance(policy, PolicyConfig)
     trained_on = _prompts(load(policy.data, ("prompt",), "train"))
     found = _prompts(load(config.data or policy.data, ("prompt",), config.split))
-    records = training.choose(found, config.prompts, config.seed)
+    records = order.choose(found, config.prompts, config.seed)
     model, encoder = finished.open(config.device)
     reference = None
     if policy.sft is not None:
@@ -169,7 +123,7 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
     config, policy, count = setting.config, setting.policy, len(setting.records)
     texts, scores, tokens, ended, kl = [""] * count, np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count)
     for batch in setting.batches:
-        rollout = _rollout(setting, adapter, batch, config.temperature, bar)
+        rollout = _rollout(setting, adapter, batch, config.temperature)
         chosen: list[Text] = [setting.records[i].prompt for i in batch]
         scores[batch] = setting.rewards.scores(
             setting.model,
@@ -184,6 +138,7 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
             kl[batch] = _kl(setting, adapter, rollout, config.temperature)
         for i, ids in zip(batch, rollout.completions, strict=True):
             texts[i] = setting.encoder.decode(ids)
+        bar.advance()
     paths = (config.data or policy.data).paths
     golden = None
     if all(path.split("/")[0] == BUILTIN for path in paths):
@@ -191,20 +146,17 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
     return Answers(texts, scores, tokens, ended, kl if config.temperature else None, golden)
 
 
-def _rollout(setting: Setting, adapter: str | None, batch: list[int], temperature: float, bar: Progress) -> Rollout:
-    config, policy = setting.config, setting.policy
-    (rollout,) = sample_batches(
+def _rollout(setting: Setting, adapter: str | None, batch: list[int], temperature: float) -> Rollout:
+    return sample_batch(
         setting.model,
+        setting.encoder,
         setting.prompts,
-        adapter,
-        [batch],
-        setting.encoder.end_id,
-        temperature,
-        policy.max_completion_tokens,
-        config.seed,
-        bar,
+        batch,
+        adapter=adapter,
+        temperature=temperature,
+        max_completion_tokens=setting.policy.max_completion_tokens,
+        seed=setting.config.seed,
     )
-    return rollout
 
 
 @torch.no_grad()
@@ -223,7 +175,8 @@ def _kl(setting: Setting, adapter: str | None, rollout: Rollout, temperature: fl
 def _kl_at_one(setting: Setting, adapter: str, bar: Progress) -> NDArray[np.float64]:
     found = np.zeros(len(setting.records))
     for batch in setting.batches:
-        found[batch] = _kl(setting, adapter, _rollout(setting, adapter, batch, 1.0, bar), 1.0)
+        found[batch] = _kl(setting, adapter, _rollout(setting, adapter, batch, 1.0), 1.0)
+        bar.advance()
     return found
 
 

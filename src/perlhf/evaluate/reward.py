@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from perlhf import statistics, training
+from perlhf import order, statistics, training
 from perlhf.config import EvaluateConfig
 from perlhf.data import load
 from perlhf.data.records import Comparison, Demonstration, Rating, Record
@@ -88,7 +88,7 @@ def evaluate_reward(finished: Finished, config: EvaluateConfig) -> dict[str, Any
         "calibration": _calibration(own[0], test, config),
         "bootstrap": config.bootstrap,
         "seed": config.seed,
-        "samples": _samples(training.choose(pairs, MAX_SAMPLES, config.seed)),
+        "samples": _samples(order.choose(pairs, MAX_SAMPLES, config.seed)),
     }
 
 
@@ -157,7 +157,7 @@ def _comparison_statistics(scores: Scores) -> dict[str, Statistic]:
 
 
 def _baselines(train: Judged, test: Judged) -> dict[str, tuple[Scores | None, Scores | None, str]]:
-    """By name: scores of the test ratings and comparisons (None where it has none), and why a fit failed ("" if none did)."""
+    """By name: scores of the test ratings and comparisons (None where it has none), and why a fit failed or ""."""
     fits: dict[str, tuple[Callable[[], Scores] | None, Callable[[], Scores] | None]] = {
         "bag_of_words": (
             lambda: statistics.bag_of_words(train.ratings, test.ratings),

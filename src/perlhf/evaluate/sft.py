@@ -1,4 +1,4 @@
-"""Evaluation of an SFT run: loss of held-out demonstrations without and with the adapter, and answers to a few prompts."""
+"""Evaluation of an SFT run: loss of held-out demonstrations and a few answers, without and with the adapter."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,17 +7,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from perlhf import training
+from perlhf import order, training
 from perlhf.config import EvaluateConfig
 from perlhf.data import load
 from perlhf.data.records import Demonstration
 from perlhf.encode import Encoder, Example
-from perlhf.evaluate.common import Statistic, plain, progress, seen_groups, with_interval
-from perlhf.evaluate.policy import by_length, room, sample_batches
+from perlhf.evaluate.common import Statistic, by_length, plain, progress, sample_batch, seen_groups, with_interval
 from perlhf.finished import Finished
 from perlhf.model import Model
 from perlhf.packing import Packing, microbatches
-from perlhf.progress import Progress
 
 MAX_SAMPLES = 16
 COMPLETION_TOKENS = 128
@@ -38,7 +36,7 @@ def evaluate_sft(finished: Finished, config: EvaluateConfig) -> dict[str, Any]:
         side: _losses(model, [example for _, example in kept], adapter, config, finished.config.packing, groups)
         for side, adapter in sides.items()
     }
-    shown = training.choose([record for record, _ in kept], min(config.prompts, MAX_SAMPLES), config.seed)
+    shown = order.choose([record for record, _ in kept], min(config.prompts, MAX_SAMPLES), config.seed)
     return {
         "kind": "sft",
         "split": config.split,
@@ -86,22 +84,27 @@ def _samples(
     model: Model, encoder: Encoder, records: Sequence[Demonstration], adapter: str, config: EvaluateConfig
 ) -> list[dict[str, Any]]:
     """Answers of the base and of the adapter to the same prompts with the same draws, beside what a person wrote."""
-    length = room(encoder.config, COMPLETION_TOKENS)
+    # At least half of the encoding's tokens stay for the prompt.
+    length = min(COMPLETION_TOKENS, max(encoder.config.max_tokens // 2, 1))
     prompts = [encoder.cut_prompt(record.prompt, length) for record in records]
     batches = by_length(prompts)
-
-    def answers(name: str | None, bar: Progress) -> dict[int, str]:
-        rollouts = sample_batches(
-            model, prompts, name, batches, encoder.end_id, config.temperature, length, config.seed, bar
-        )
-        return {
-            number: encoder.decode(ids)
-            for batch, rollout in zip(batches, rollouts, strict=True)
-            for number, ids in zip(batch, rollout.completions, strict=True)
-        }
-
+    before: dict[int, str] = {}
+    after: dict[int, str] = {}
     with progress(2 * len(batches), "answers") as bar:
-        before, after = answers(None, bar), answers(adapter, bar)
+        for name, texts in ((None, before), (adapter, after)):
+            for batch in batches:
+                rollout = sample_batch(
+                    model,
+                    encoder,
+                    prompts,
+                    batch,
+                    adapter=name,
+                    temperature=config.temperature,
+                    max_completion_tokens=length,
+                    seed=config.seed,
+                )
+                texts |= zip(batch, map(encoder.decode, rollout.completions), strict=True)
+                bar.advance()
     return [
         {
             "prompt": plain(record.prompt),

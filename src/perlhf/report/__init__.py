@@ -103,6 +103,7 @@ def render(runs: Sequence[RunFiles], title: str) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {
         "number": number,
@@ -225,7 +226,7 @@ def _reward_table(run: RunFiles) -> Table | None:
             cells = [measured(baseline.get(key)) or "–" for key in keys]
             if any(isinstance(cell, Measured) for cell in cells):
                 rows.append((f"Baseline: {label}", cells))
-        caption = f"On unseen groups: {findings.size(run)}"
+        caption = f"On {findings.size(run)}"
     else:
         caption = "On the validation groups that also chose the checkpoint"
     return Table(caption, [findings.METRICS[key] for key in keys], rows)
@@ -238,7 +239,7 @@ def _policy_table(run: RunFiles) -> Table | None:
         if pair is not None:
             change = pair[1].value - pair[0].value
             rows.append((label, [*pair, ("+" if change > 0 else "") + number(change, findings.largest(pair))]))
-    caption = f"On unseen prompts: {findings.size(run)}"
+    caption = f"On {findings.size(run)}"
     if not rows:
         before, after = (measured(run.result.get(key)) for key in ("score_before", "score_after"))
         if before is None or after is None:

@@ -84,7 +84,7 @@ def of_evaluation(section_id: str, run: RunFiles) -> list[Chart]:
     if bins:
         svg = Markup(figures.calibration(f"{section_id}-calibration", bins))
         words = "; ".join(f"predicted {number(x)}, observed {number(y)}, {count(n)} ratings" for x, y, n in bins)
-        found.append(Chart("Calibration", svg, [], f"Calibration on unseen groups: {words}."))
+        found.append(Chart("Calibration", svg, [], f"Calibration: {words}."))
     before, after = _score_and_gold(run, "before"), _score_and_gold(run, "after")
     if before and after:
         clouds = [figures.Series("before", before, "was"), figures.Series("after", after)]

@@ -48,12 +48,13 @@ def curves(name: str, series: Sequence[Series], kept: float | None = None) -> st
             steps, values = [step for step, _ in one.points], [value for _, value in one.points]
             width = smoothing(len(values))
             if width > 1:
-                axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+                axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.45)
                 values = running_mean(values, width)
             few = len(values) <= 24
             axes.plot(steps, values, color=colour, linewidth=1.7, marker="o" if few else None, markersize=2.8)
         if kept is not None:
             axes.axvline(kept, color=_TEXT, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6)
+        axes.set_xlim(0, 1.03 * max(step for one in series for step, _ in one.points) or 1)
         axes.locator_params(axis="x", integer=True, nbins=5)
         axes.locator_params(axis="y", nbins=5)
     return drawing.svg

@@ -119,12 +119,15 @@ def largest(values: Iterable[Measured]) -> float:
 
 
 def size(run: RunFiles) -> str:
-    """How much was evaluated, such as `240 prompts in 60 groups, test split`."""
-    n, groups, split = (run.evaluation.get(key) for key in ("n", "groups", "split"))
-    if not n:
-        return ""
-    things = "prompts" if run.stage == "policy" else "examples"
-    return f"{n:,} {things}" + (f" in {groups:,} groups" if groups else "") + (f", {split} split" if split else "")
+    """How much was evaluated, such as `240 unseen prompts in 60 groups`."""
+    n, groups = run.evaluation.get("n"), run.evaluation.get("groups")
+    return f"{n:,} {things(run)}" + (f" in {groups:,} groups" if groups else "") if n else ""
+
+
+def things(run: RunFiles) -> str:
+    """What was evaluated: only the test split is unseen, since the validation split chose the checkpoint."""
+    name, split = "prompts" if run.stage == "policy" else "examples", run.evaluation.get("split", "test")
+    return f"unseen {name}" if split == "test" else f"{name} of the {split} split"
 
 
 def before_after(run: RunFiles, key: str) -> tuple[Measured, Measured] | None:
@@ -143,7 +146,7 @@ def _policy_headline(run: RunFiles) -> Remark:
         scale = largest(pair)
         values = f"from {number(before.value, scale)} to {number(after.value, scale)}"
         judge = "" if key == "gold" else " by the reward model's own judgement"
-        on = f" on {run.evaluation.get('n', 0):,} unseen prompts{judge}"
+        on = f" on {run.evaluation.get('n', 0):,} {things(run)}{judge}"
         match direction(before, after):
             case "rose":
                 return Remark("good", f"The {name} rose {values}{on}.")
@@ -224,6 +227,10 @@ def _completeness(run: RunFiles) -> Iterable[Remark]:
         yield Remark("caution", f"The {stage} run stopped early: {run.result['stopped']}.")
     if run.stage in ("reward", "policy") and not run.evaluation:
         yield Remark("caution", f"The {stage} run was not evaluated on unseen groups: perlhf evaluate does that.")
+    if run.evaluation.get("split", "test") != "test":
+        yield Remark(
+            "caution", f"The {stage} evaluation is of the {run.evaluation['split']} split, which training saw."
+        )
     n = run.evaluation.get("n") or FEW
     if n < FEW:
         yield Remark("caution", f"The {stage} evaluation rests on {size(run)}: too few for small differences.")

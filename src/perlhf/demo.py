@@ -1,0 +1,212 @@
+"""The whole pipeline on the embedded coffee-bar feedback: SFT, reward, policy, evaluation, report.
+
+The feedback is simulated (perlhf/data/coffee_bar.py), the network and the training are real. The gold score is computed by
+rules that the reward model never sees, so that the demo can say whether the policy became better or only scores higher.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from perlhf import base as bases
+from perlhf import report
+from perlhf.config import (
+    AdapterConfig,
+    DataConfig,
+    DemoConfig,
+    EncodingConfig,
+    EvaluateConfig,
+    OptimConfig,
+    PolicyConfig,
+    RewardConfig,
+    SftConfig,
+    ValueConfig,
+)
+from perlhf.data import load, tools
+from perlhf.data.records import Rating
+from perlhf.evaluate import evaluate
+from perlhf.order import keyed_seed
+from perlhf.storage import write_atomic
+from perlhf.train_policy import train_policy
+from perlhf.train_reward import train_reward
+from perlhf.train_sft import train_sft
+
+SYSTEM = "You take orders in a coffee bar."
+SHOWN = 5
+"""Prompts whose answers before and after are printed."""
+
+
+def demo(config: DemoConfig) -> dict[str, Any]:
+    """Runs (or continues, or reuses) every stage under `config.directory` and prints the summary.
+
+    Returns:
+        The numbers of the summary, also written to summary.json.
+
+    Raises:
+        PerlhfError: as the stages say.
+    """
+    console = Console()
+    began = time.monotonic()
+    bases.pull(config.base)
+    dtype, reason = bases.pick_dtype("auto", bases.pick_device(config.device))
+    console.print(f"[bold]perlhf demo[/bold]: simulated coffee-bar feedback, real training of {config.base}. {reason}")
+    sft, reward, policy = stages(config)
+    results = {"sft": train_sft(sft), "reward": train_reward(reward)}
+    reward_evaluation = _evaluated(EvaluateConfig(run=reward.run, data=_real_labels(reward), device=config.device))
+    results["policy"] = train_policy(policy)
+    prompts = 8 if config.quick else 200
+    policy_evaluation = _evaluated(EvaluateConfig(run=policy.run, prompts=prompts, device=config.device))
+    page = report.write((sft.run, reward.run, policy.run), config.directory / "report.html", "perlhf demo: a coffee bar")
+    summary = summarise(results, reward_evaluation, policy_evaluation)
+    summary |= {"dtype": str(dtype).removeprefix("torch."), "seconds_this_call": round(time.monotonic() - began, 1)}
+    write_atomic(config.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+    _show(console, summary, policy_evaluation, page, config)
+    return summary
+
+
+def stages(config: DemoConfig) -> tuple[SftConfig, RewardConfig, PolicyConfig]:
+    """The three recipes of the demo."""
+    root, quick = config.directory, config.quick
+    common: dict[str, Any] = {
+        "base": config.base,
+        "device": config.device,
+        "seed": config.seed,
+        "encoding": EncodingConfig(system=SYSTEM, max_tokens=256),
+        "adapter": AdapterConfig(rank=8, targets="all"),
+    }
+    sft = SftConfig(
+        run=root / "sft",
+        data=DataConfig(limit=32 if quick else 400),
+        optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
+        examples_per_update=16,
+        max_updates=2 if quick else None,
+        validate_every=25,
+        **common,
+    )
+    reward = RewardConfig(
+        run=root / "reward",
+        sft=sft.run,
+        data=DataConfig(paths=(str(_labels(config)),), limit=32 if quick else None),
+        optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
+        examples_per_update=16,
+        max_updates=2 if quick else None,
+        validate_every=25,
+        **common,
+    )
+    policy = PolicyConfig(
+        run=root / "policy",
+        sft=sft.run,
+        reward=(str(reward.run),),
+        optim=OptimConfig(learning_rate=1e-3),
+        value=ValueConfig(learning_rate=1e-3, warmup_updates=1),
+        updates=2 if quick else 25,
+        prompts_per_update=2 if quick else 8,
+        completions_per_prompt=4,
+        max_completion_tokens=64,
+        advantage_norm="whiten",
+        centre_prompts=4 if quick else 32,
+        validation_prompts=4 if quick else 32,
+        validate_every=5,
+        **common,
+    )
+    return sft, reward, policy
+
+
+def summarise(
+    results: dict[str, Any], reward_evaluation: dict[str, Any], policy_evaluation: dict[str, Any]
+) -> dict[str, Any]:
+    """The summary's numbers, and whether the gold score rose: its 95 % intervals before and after don't overlap."""
+    before, after = policy_evaluation["before"], policy_evaluation["after"]
+    gold = {"before": before["gold"], "after": after["gold"]}
+    rose = gold["after"]["low"] is not None and gold["after"]["low"] > gold["before"]["high"]
+    return {
+        "reward_auc": reward_evaluation["metrics"]["auc"],
+        "bag_of_words_auc": reward_evaluation["baselines"]["bag_of_words"]["auc"],
+        "reward_test_ratings": reward_evaluation["n"],
+        "gold": gold,
+        "gold_rose": bool(rose),
+        "score": {"before": before["score"], "after": after["score"]},
+        "kl": after["kl"],
+        "test_prompts": policy_evaluation["n"],
+        "seconds": {stage: result["seconds"] for stage, result in results.items()},
+        "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results.values()),
+        "trainable_parameters": {stage: result["trainable_parameters"] for stage, result in results.items()},
+    }
+
+
+def _labels(config: DemoConfig) -> Path | str:
+    """What the reward model learns from: the simulated ratings, or a copy with shuffled labels (the control)."""
+    if not config.shuffled_labels:
+        return "builtin:coffee-bar/rating"
+    path = config.directory / "shuffled.jsonl"
+    records = [r for r in load(DataConfig(paths=("builtin:coffee-bar/rating",)), ("rating",), "all")]
+    ratings = [record for record in records if isinstance(record, Rating)]
+    order = sorted(range(len(ratings)), key=lambda i: keyed_seed(config.seed, "shuffle", i))
+    shuffled = [
+        Rating(r.prompt, r.completion, ratings[i].label, r.group, source=r.source)
+        for r, i in zip(ratings, order, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, tools.to_jsonl(shuffled))
+    return path
+
+
+def _real_labels(reward: RewardConfig) -> DataConfig:
+    """Test ratings with their true labels, also for the control."""
+    return DataConfig(paths=("builtin:coffee-bar/rating",))
+
+
+def _evaluated(config: EvaluateConfig) -> dict[str, Any]:
+    """The evaluation of a run, made once and reused."""
+    path = config.run / "evaluation.json"
+    if path.is_file() and path.stat().st_mtime >= (config.run / "result.json").stat().st_mtime:
+        return json.loads(path.read_text(encoding="utf-8"))
+    return evaluate(config)
+
+
+def _show(console: Console, summary: dict[str, Any], evaluation: dict[str, Any], page: Path, config: DemoConfig) -> None:
+    table = Table(title=f"perlhf demo, {evaluation['n']} unseen prompts, one seed, 95 % intervals over prompts")
+    for column in ("", "before RL (SFT)", "after RL"):
+        table.add_column(column)
+    for name in ("gold", "score"):
+        row = summary[name]
+        table.add_row(f"mean {name} score", _interval(row["before"]), _interval(row["after"]))
+    table.add_row("KL to the SFT policy, nats a completion", "0", _interval(summary["kl"]))
+    for name, label in (("tokens", "completion tokens"), ("end_rate", "ended by themselves")):
+        table.add_row(label, _interval(evaluation["before"][name]), _interval(evaluation["after"][name]))
+    console.print(table)
+    auc = summary["reward_auc"]
+    words = summary["bag_of_words_auc"]
+    console.print(
+        f"reward model: AUC {_interval(auc)} on {summary['reward_test_ratings']} ratings of unseen groups "
+        f"(bag of words: {_interval(words)})"
+    )
+    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items())
+    console.print(f"time: {seconds}; peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
+    for sample in evaluation["samples"][:SHOWN]:
+        _show_sample(console, sample)
+    if config.quick:
+        console.print("[yellow]--quick: a few updates each; these numbers prove nothing.[/yellow]")
+    elif summary["gold_rose"]:
+        console.print("[green]The gold score rose clearly: the intervals don't overlap.[/green]")
+    else:
+        console.print("[red]The gold score did NOT rise clearly: the intervals overlap.[/red]")
+    console.print(f"report: {page}", soft_wrap=True)
+
+
+def _show_sample(console: Console, sample: dict[str, Any]) -> None:
+    prompt = sample["prompt"]
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    console.print(f"\n[bold]customer[/bold] {text}", highlight=False)
+    for when in ("before", "after"):
+        console.print(f"  {when} (gold {sample[f'gold_{when}']:.2f}): {sample[when]}", highlight=False, markup=False)
+
+
+def _interval(value: dict[str, Any]) -> str:
+    if value.get("low") is None:
+        return f"{value['value']:.3g}"
+    return f"{value['value']:.3g} ({value['low']:.3g} to {value['high']:.3g})"

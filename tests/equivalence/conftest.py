@@ -1,0 +1,19 @@
+"""A fresh tiny model for every test: tests add adapters and change weights."""
+
+from pathlib import Path
+
+import pytest
+from tiny_models import open_encoder, open_model
+
+from perlhf.encode import Encoder
+from perlhf.model import Model
+
+
+@pytest.fixture
+def model(tiny_base: Path) -> Model:
+    return open_model(tiny_base)
+
+
+@pytest.fixture(scope="session")
+def encoder(tiny_base: Path) -> Encoder:
+    return open_encoder(tiny_base)

@@ -1,0 +1,326 @@
+"""Adapters on one base: off, zero, copied, stacked, saved and loaded give what they must."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import open_encoder, open_model, random_ids, randomise, reference_logprobs
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from perlhf import store
+from perlhf.config import EncodingConfig
+from perlhf.encode import Encoder
+from perlhf.errors import AdapterError, CheckpointError
+from perlhf.lora import AdaptedLinear, LowRank
+from perlhf.model import Adapter, Model
+
+PROMPTS = random_ids([5, 9, 1], seed=1)
+COMPLETIONS = random_ids([4, 1, 7], seed=2)
+
+
+def logprobs(model: Model, adapter: str | None, temperature: float = 1.0) -> Tensor:
+    with torch.no_grad():
+        return model.logprobs(PROMPTS, COMPLETIONS, adapter, temperature=temperature).logprobs
+
+
+def states(model: Model, adapter: str | None) -> Tensor:
+    return model.prefill(PROMPTS, adapter)[0]
+
+
+def untouched(directory: Path) -> list[Tensor]:
+    """What transformers itself computes, one completion at a time."""
+    network = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return [reference_logprobs(network, p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+
+
+class TestOff:
+    def test_the_base_is_what_transformers_computes(self, model: Model, tiny_base: Path) -> None:
+        found = logprobs(model, None)
+        for row, expected in zip(found, untouched(tiny_base), strict=True):
+            torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=2e-5)
+            assert not row[len(expected) :].any()
+
+    @pytest.mark.parametrize("targets", ["attention", "all"])
+    def test_adapter_off_is_the_base_exactly(self, model: Model, targets: str) -> None:
+        before, before_states = logprobs(model, None), states(model, None)
+        model.add_adapter("policy", "policy", rank=4, targets=targets)
+        randomise(model, "policy")
+        assert not torch.allclose(logprobs(model, "policy"), before, atol=0.1)
+        assert torch.equal(logprobs(model, None), before)
+        assert torch.equal(states(model, None), before_states)
+
+    @pytest.mark.parametrize("targets", ["attention", "all", ("q_proj", "layers.1.mlp.down_proj")])
+    def test_a_new_adapter_is_the_base_exactly(self, model: Model, targets: str | tuple[str, ...]) -> None:
+        before, before_states = logprobs(model, None), states(model, None)
+        model.add_adapter("policy", "policy", rank=4, targets=targets)
+        assert torch.equal(logprobs(model, "policy"), before)
+        assert torch.equal(states(model, "policy"), before_states)
+
+    def test_the_head_of_the_base_is_no_target(self, model: Model) -> None:
+        adapter = model.add_adapter("policy", "policy", rank=2, targets="all")
+        assert len(adapter.pairs) == 2 * 7 and "lm_head" not in adapter.pairs
+
+    def test_only_the_adapter_is_trainable(self, model: Model) -> None:
+        adapter = model.add_adapter("policy", "policy", rank=4)
+        model.logprobs(PROMPTS, COMPLETIONS, "policy").logprobs.sum().backward()
+        assert all(p.grad is None for p in model.base.parameters())
+        # 2 layers, q k v o: rank * (in + out) = 4 * (128 + 96 + 96 + 128)
+        assert sum(p.numel() for p in adapter.trainable()) == 2 * 4 * 448
+        assert all(p.grad is not None for p in adapter.trainable())
+
+
+class TestTemperature:
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+    def test_logprobs_are_those_of_tempered_logits(self, model: Model, tiny_base: Path, temperature: float) -> None:
+        network = LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        found = logprobs(model, None, temperature)
+        for row, prompt, completion in zip(found, PROMPTS, COMPLETIONS, strict=True):
+            expected = reference_logprobs(network, prompt, completion, temperature)
+            torch.testing.assert_close(row[: len(completion)], expected, rtol=0, atol=5e-5)
+
+    def test_entropy_is_that_of_the_tempered_distribution(self, model: Model, tiny_base: Path) -> None:
+        network = LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        with torch.no_grad():
+            logits = network(torch.tensor([PROMPTS[2]])).logits[0, -1]
+            found = model.logprobs(PROMPTS, COMPLETIONS, None, temperature=0.7).entropy[2, 0]
+        expected = torch.distributions.Categorical(logits=logits / 0.7).entropy()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class TestFullTuning:
+    def test_step_0_of_lora_full_and_base_agree(self, model: Model) -> None:
+        model.add_adapter("lora", "policy", rank=4)
+        model.add_adapter("full", "policy", tuning="full")
+        assert torch.equal(logprobs(model, "lora"), logprobs(model, None))
+        torch.testing.assert_close(logprobs(model, "full"), logprobs(model, None), rtol=0, atol=1e-5)
+
+    def test_starts_from_what_is_merged_beneath(self, model: Model) -> None:
+        model.add_adapter("sft", "sft", rank=4)
+        randomise(model, "sft")
+        model.add_adapter("policy", "policy", tuning="full", beneath="sft")
+        torch.testing.assert_close(logprobs(model, "policy"), logprobs(model, "sft"), rtol=0, atol=1e-4)
+        assert model.adapters["policy"].beneath is None
+
+    def test_all_weights_get_gradients_and_the_base_stays(self, model: Model) -> None:
+        before = {name: p.clone() for name, p in model.base.named_parameters()}
+        adapter = model.add_adapter("policy", "policy", tuning="full")
+        model.logprobs(PROMPTS, COMPLETIONS, "policy").logprobs.sum().backward()
+        assert set(adapter.weights) == set(before)
+        assert all(p.grad is not None and p.grad.any() for p in adapter.trainable())
+        with torch.no_grad():
+            for p in adapter.trainable():
+                p.add_(0.1)
+        assert all(torch.equal(p, before[name]) for name, p in model.base.named_parameters())
+
+    def test_gradients_are_those_of_the_untied_network(self, model: Model, tiny_base: Path) -> None:
+        """Embeddings are tied: their gradient has a part from the input and one from the output."""
+        adapter = model.add_adapter("policy", "policy", tuning="full")
+        model.logprobs(PROMPTS[:1], COMPLETIONS[:1], "policy").logprobs.sum().backward()
+        network = LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        ids = [*PROMPTS[0], *COMPLETIONS[0]]
+        logits = network(torch.tensor([ids])).logits[0, len(PROMPTS[0]) - 1 : -1]
+        torch.log_softmax(logits, -1)[torch.arange(4), torch.tensor(COMPLETIONS[0])].sum().backward()
+        for name, parameter in network.named_parameters():
+            torch.testing.assert_close(adapter.weights[name].grad, parameter.grad, rtol=1e-3, atol=1e-4)
+
+    def test_round_trip(self, model: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path) -> None:
+        model.add_adapter("reward_0", "reward", tuning="full")
+        randomise(model, "reward_0")
+        store.save_adapter(model, "reward_0", tmp_path / "adapter", encoder, "tiny")
+        other = open_model(tiny_base)
+        loaded = store.load_adapter(other, tmp_path / "adapter", "again", encoder).tensors()
+        assert all(torch.equal(loaded[key], t) for key, t in model.adapters["reward_0"].tensors().items())
+        torch.testing.assert_close(other.scores(PROMPTS, "again"), model.scores(PROMPTS, "reward_0"))
+        weights = tmp_path / "adapter" / store.FULL_WEIGHTS
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(bytes(data))
+        with pytest.raises(CheckpointError, match="SHA-256"):
+            store.load_adapter(open_model(tiny_base), tmp_path / "adapter", "again", encoder)
+
+
+class TestStacked:
+    @pytest.fixture
+    def stacked(self, model: Model) -> Model:
+        """Attention adapter of rank 4 beneath a rank-2 one on all layers."""
+        model.add_adapter("sft", "sft", rank=4, alpha=8.0, seed=1)
+        randomise(model, "sft", 1)
+        model.freeze("sft")
+        model.add_adapter("policy", "policy", rank=2, alpha=6.0, targets="all", seed=2, beneath="sft")
+        return model
+
+    def test_starts_as_the_adapter_beneath_exactly(self, stacked: Model) -> None:
+        assert torch.equal(logprobs(stacked, "policy"), logprobs(stacked, "sft"))
+
+    def test_is_the_sum_of_both_updates(self, stacked: Model, tiny_base: Path) -> None:
+        randomise(stacked, "policy", 2)
+        network = LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        with torch.no_grad():
+            for name, scale in (("sft", 8 / 4), ("policy", 6 / 2)):
+                for path, pair in stacked.adapters[name].pairs.items():
+                    network.get_parameter(path + ".weight").add_(scale * pair.b @ pair.a)
+        found = logprobs(stacked, "policy")
+        for row, prompt, completion in zip(found, PROMPTS, COMPLETIONS, strict=True):
+            expected = reference_logprobs(network, prompt, completion)
+            torch.testing.assert_close(row[: len(completion)], expected, rtol=0, atol=1e-4)
+
+    def test_only_the_upper_one_learns(self, stacked: Model) -> None:
+        randomise(stacked, "policy", 2)
+        stacked.logprobs(PROMPTS, COMPLETIONS, "policy").logprobs.sum().backward()
+        assert all(p.grad is None for p in stacked.adapters["sft"].tensors().values())
+        assert all(p.grad is not None for p in stacked.adapters["policy"].trainable())
+
+    def test_saved_as_one_that_loads_alone(
+        self, stacked: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path
+    ) -> None:
+        randomise(stacked, "policy", 2)
+        store.save_adapter(stacked, "policy", tmp_path / "adapter", encoder, "tiny")
+        other = open_model(tiny_base)
+        loaded = store.load_adapter(other, tmp_path / "adapter", "policy", encoder)
+        assert loaded.rank == 6 and loaded.beneath is None
+        torch.testing.assert_close(logprobs(other, "policy"), logprobs(stacked, "policy"), rtol=0, atol=1e-5)
+
+    def test_digest_covers_the_one_beneath(self, stacked: Model) -> None:
+        before = stacked.digest("policy")
+        with torch.no_grad():
+            next(iter(stacked.adapters["sft"].pairs.values())).b[0, 0] += 1e-3
+        assert stacked.digest("policy") != before
+
+    def test_value_adapter_over_the_same_sft(self, stacked: Model) -> None:
+        """The value adapter shares the frozen SFT adapter; its head starts at 0, so it predicts its bias."""
+        value = stacked.add_adapter("value", "value", rank=2, beneath="sft")
+        assert value.bias is not None
+        value.bias.data.fill_(1.5)
+        found = stacked.values(PROMPTS, COMPLETIONS, "value")
+        assert found[1].tolist() == [1.5, 0, 0, 0, 0, 0, 0]
+        assert torch.equal(found[2], torch.full((7,), 1.5))
+
+
+class TestCopy:
+    def test_equals_its_source_exactly_and_shares_nothing(self, model: Model) -> None:
+        model.add_adapter("sft", "sft", rank=4)
+        randomise(model, "sft")
+        model.freeze("sft")
+        model.copy_adapter("sft", "policy", "policy")
+        before = logprobs(model, "sft")
+        assert torch.equal(logprobs(model, "policy"), before)
+        assert model.adapters["policy"].trainable() and not model.adapters["sft"].trainable()
+        randomise(model, "policy", 9)
+        assert torch.equal(logprobs(model, "sft"), before)
+
+    def test_a_value_copy_gets_a_zero_head(self, model: Model) -> None:
+        model.add_adapter("sft", "sft", rank=4)
+        value = model.copy_adapter("sft", "value", "value")
+        assert value.head is not None and not value.head.any() and value.head.dtype == torch.float32
+        assert value.bias is not None and value.bias.requires_grad
+
+
+class TestSelection:
+    def test_undone_after_an_exception(self, model: Model) -> None:
+        model.add_adapter("policy", "policy", rank=4)
+        randomise(model, "policy")
+        before = logprobs(model, None)
+        layers = [m for m in model.base.modules() if isinstance(m, AdaptedLinear)]
+        selected = [(layer.active, layer.training) for layer in layers]
+        assert len(layers) == 2 * 4
+
+        class Broken(Exception):
+            pass
+
+        def refuse(module: nn.Module, inputs: object, output: object) -> None:
+            raise Broken
+
+        hook = model.base.get_submodule("model.layers.1.mlp").register_forward_hook(refuse)
+        with pytest.raises(Broken):
+            model.logprobs(PROMPTS, COMPLETIONS, "policy", dropout=True)
+        hook.remove()
+        assert [(layer.active, layer.training) for layer in layers] == selected
+        assert torch.equal(logprobs(model, None), before)
+
+    def test_unknown_adapter(self, model: Model) -> None:
+        model.add_adapter("sft", "sft", rank=2)
+        with pytest.raises(AdapterError, match="'policy'") as caught:
+            logprobs(model, "policy")
+        assert "allowed: sft" in str(caught.value)
+
+    def test_dropout_only_when_asked(self, model: Model) -> None:
+        model.add_adapter("reward_0", "reward", rank=4, dropout=0.5)
+        randomise(model, "reward_0")
+        still = model.scores(PROMPTS, "reward_0")
+        assert torch.equal(still, model.scores(PROMPTS, "reward_0"))
+        assert not torch.allclose(still, model.scores(PROMPTS, "reward_0", dropout=True))
+
+
+class TestRefused:
+    @pytest.fixture
+    def saved(self, model: Model, encoder: Encoder, tmp_path: Path) -> Path:
+        model.add_adapter("reward_0", "reward", rank=2)
+        randomise(model, "reward_0")
+        store.save_adapter(model, "reward_0", tmp_path / "adapter", encoder, "tiny", extra={"note": 1})
+        return tmp_path / "adapter"
+
+    def test_round_trip_with_head_and_bias(self, model: Model, saved: Path, encoder: Encoder, tiny_base: Path) -> None:
+        other = open_model(tiny_base)
+        loaded = store.load_adapter(other, saved, "mine", encoder)
+        assert torch.equal(other.scores(PROMPTS, "mine"), model.scores(PROMPTS, "reward_0"))
+        assert loaded.bias is not None and loaded.bias.item() != 0 and not loaded.bias.requires_grad
+        assert store.encoding_of(saved) == encoder.identity()
+
+    @pytest.mark.parametrize("tuning", ["lora", "full"])
+    def test_adapter_of_another_base(
+        self, model: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path, tuning: str
+    ) -> None:
+        model.add_adapter("sft", "sft", rank=2, tuning=tuning)  # pyright: ignore[reportArgumentType]
+        store.save_adapter(model, "sft", tmp_path / "adapter", encoder, "tiny")
+        other = open_model(tiny_base)
+        other.fingerprint = {"name": "another-base", "sha256": "0" * 64}
+        with pytest.raises(AdapterError) as caught:
+            store.load_adapter(other, tmp_path / "adapter", "sft", encoder)
+        assert "another-base" in str(caught.value) and model.fingerprint["name"] in str(caught.value)
+        assert not other.adapters
+
+    @pytest.mark.parametrize(
+        ("config", "key"),
+        [
+            (EncodingConfig(system="Be brief."), "encoding.system"),
+            (EncodingConfig(template="plain"), "encoding.template"),
+        ],
+    )
+    def test_another_encoding(self, saved: Path, tiny_base: Path, config: EncodingConfig, key: str) -> None:
+        with pytest.raises(AdapterError, match=key):
+            store.load_adapter(open_model(tiny_base), saved, "mine", open_encoder(tiny_base, config))
+
+    def test_only_the_length_may_differ(self, saved: Path, tiny_base: Path) -> None:
+        store.load_adapter(open_model(tiny_base), saved, "mine", open_encoder(tiny_base, EncodingConfig(max_tokens=64)))
+
+    def test_nothing_there(self, model: Model, tmp_path: Path) -> None:
+        with pytest.raises(AdapterError, match="no adapter at"):
+            store.load_adapter(model, tmp_path / "none", "mine")
+
+    def test_a_damaged_description(self, model: Model, encoder: Encoder, tmp_path: Path) -> None:
+        model.add_adapter("sft", "sft", tuning="full")
+        store.save_adapter(model, "sft", tmp_path / "adapter", encoder, "tiny")
+        (tmp_path / "adapter" / store.FULL_META).write_text('{"role": ')
+        with pytest.raises(CheckpointError, match="damaged"):
+            store.load_adapter(model, tmp_path / "adapter", "again")
+
+    @pytest.mark.parametrize(
+        ("path", "inputs", "outputs", "says"),
+        [
+            ("model.layers.7.self_attn.q_proj", 64, 64, "which the base lacks"),
+            ("model.layers.0.self_attn", 64, 64, "which the base lacks"),
+            ("model.layers.0.self_attn.q_proj", 64, 32, "64 -> 32"),
+            ("lm_head", 64, 272, "output head"),
+        ],
+    )
+    def test_layers_that_do_not_fit(self, model: Model, path: str, inputs: int, outputs: int, says: str) -> None:
+        pair = LowRank(nn.Parameter(torch.zeros(2, inputs)), nn.Parameter(torch.zeros(outputs, 2)), 1.0)
+        with pytest.raises(AdapterError, match=says):
+            model.adopt(Adapter("mine", "sft", 2, 2.0, pairs={path: pair}))
+        assert not model.adapters
+
+    def test_written_files_name_the_base(self, saved: Path, model: Model) -> None:
+        details = json.loads((saved / "perlhf.json").read_text())
+        assert details["base"] == model.fingerprint and details["extra"] == {"note": 1}

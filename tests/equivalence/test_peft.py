@@ -1,0 +1,123 @@
+"""The real peft on the tiny base: it opens our adapters and we open its, with the same logits and scores."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import END, random_ids, randomise, reference_logprobs
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+
+from perlhf import store
+from perlhf.encode import Encoder
+from perlhf.errors import AdapterError
+from perlhf.model import Model
+
+PROMPTS = random_ids([5, 9, 1], seed=1)
+COMPLETIONS = random_ids([4, 1, 7], seed=2)
+
+
+def network(directory: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def check_same(model: Model, adapter: str, other: torch.nn.Module) -> None:
+    with torch.no_grad():
+        found = model.logprobs(PROMPTS, COMPLETIONS, adapter).logprobs
+        bare = model.logprobs(PROMPTS, COMPLETIONS, None).logprobs
+    assert (found - bare).abs().max() > 0.1  # the adapter does something
+    for row, prompt, completion in zip(found, PROMPTS, COMPLETIONS, strict=True):
+        expected = reference_logprobs(other, prompt, completion)
+        torch.testing.assert_close(row[: len(completion)], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["attention", "all", ("q_proj", "layers.1.mlp.down_proj")])
+def test_peft_gives_the_same_with_our_adapter(
+    model: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path, targets: str | tuple[str, ...]
+) -> None:
+    model.add_adapter("sft", "sft", rank=4, alpha=10.0, targets=targets)
+    randomise(model, "sft")
+    store.save_adapter(model, "sft", tmp_path / "adapter", encoder, "tiny")
+    theirs = PeftModel.from_pretrained(network(tiny_base), str(tmp_path / "adapter")).eval()
+    check_same(model, "sft", theirs)
+
+
+def test_peft_gives_the_same_with_stacked_adapters(
+    model: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path
+) -> None:
+    model.add_adapter("sft", "sft", rank=4, alpha=8.0)
+    model.add_adapter("policy", "policy", rank=2, alpha=6.0, targets="all", beneath="sft")
+    randomise(model, "sft", 1)
+    randomise(model, "policy", 2)
+    store.save_adapter(model, "policy", tmp_path / "adapter", encoder, "tiny")
+    theirs = PeftModel.from_pretrained(network(tiny_base), str(tmp_path / "adapter")).eval()
+    check_same(model, "policy", theirs)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_we_give_the_same_with_an_adapter_of_peft(
+    model: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path, use_rslora: bool
+) -> None:
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        init_lora_weights=False,
+        use_rslora=use_rslora,
+    )
+    theirs = get_peft_model(network(tiny_base), config).eval()
+    theirs.save_pretrained(str(tmp_path / "peft"))
+    store.load_adapter(model, tmp_path / "peft", "sft", encoder)
+    with torch.no_grad():
+        for parameter in model.adapters["sft"].tensors().values():
+            assert parameter.any()
+    check_same_loose = model.logprobs(PROMPTS, COMPLETIONS, None).logprobs
+    found = model.logprobs(PROMPTS, COMPLETIONS, "sft").logprobs
+    assert not torch.allclose(found, check_same_loose, atol=1e-3)
+    for row, prompt, completion in zip(found.detach(), PROMPTS, COMPLETIONS, strict=True):
+        expected = reference_logprobs(theirs, prompt, completion)
+        torch.testing.assert_close(row[: len(completion)], expected, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_of_peft_on_the_output_head_is_refused(model: Model, tiny_base: Path, tmp_path: Path) -> None:
+    """Log-probabilities come from the head's weight in chunks; an update to it would silently be left out."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "gate_proj"])
+    theirs = get_peft_model(network(tiny_base), config)
+    theirs.save_pretrained(str(tmp_path / "fine"))
+    store.load_adapter(model, tmp_path / "fine", "fine")
+    untied = network(tiny_base)
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "lm_head"])
+    get_peft_model(untied, config).save_pretrained(str(tmp_path / "head"), save_embedding_layers=False)
+    with pytest.raises(AdapterError, match="output head 'lm_head'"):
+        store.load_adapter(model, tmp_path / "head", "head")
+
+
+@pytest.mark.filterwarnings("ignore:.*were not initialized.*")
+@pytest.mark.parametrize("role", ["reward", "value"])
+def test_a_scoring_adapter_opens_as_sequence_classification(
+    model: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path, role: str
+) -> None:
+    """Same scores but for the bias, which holds the labels' log-odds and which peft's layout has no place for."""
+    adapter = model.add_adapter("scorer", role, rank=4)  # pyright: ignore[reportArgumentType]
+    randomise(model, "scorer")
+    assert adapter.bias is not None
+    adapter.bias.data.fill_(1.25)
+    store.save_adapter(model, "scorer", tmp_path / "adapter", encoder, "tiny")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1, dtype=torch.float32)
+    classifier.config.pad_token_id = END
+    theirs = PeftModel.from_pretrained(classifier, str(tmp_path / "adapter")).eval()
+    sequences = [[*p, *c, END] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    with torch.no_grad():
+        ours = model.scores(sequences, "scorer")
+        # pad equals the end token, so transformers would score the token before it: give positions one more token
+        expected = torch.stack([_score(theirs, ids) for ids in sequences])
+    torch.testing.assert_close(ours - 1.25, expected, rtol=0, atol=1e-4)
+    assert ours.std() > 0.1
+
+
+def _score(classifier: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    hidden = torch.tensor([ids])
+    return classifier(hidden, attention_mask=torch.ones_like(hidden)).logits[0, 0]

@@ -1,0 +1,83 @@
+"""`chat` with runs of the real stages on the tiny base."""
+
+import io
+from pathlib import Path
+
+import pytest
+from tiny_runs import TinyRuns, make_tiny_runs
+
+from perlhf.chat import chat, stream
+from perlhf.config import ChatConfig
+from perlhf.errors import ConfigError, RunError
+from perlhf.finished import read_finished
+from perlhf.sampler import sample, uniforms
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> TinyRuns:
+    """One run of each stage."""
+    return make_tiny_runs(tmp_path_factory.mktemp("tiny_runs"), tiny_base)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_is_what_the_sampler_samples(runs: TinyRuns, temperature: float):
+    model, encoder = read_finished(runs.policy).open("cpu")
+    prompt = encoder.prompt("a large tea please")
+    ended = []
+    for seed in range(8):
+        draws = uniforms(seed, 0, [0], 1, 40)
+        rollout = sample(
+            model,
+            [prompt],
+            adapter="policy",
+            draws=draws,
+            end_id=encoder.end_id,
+            temperature=temperature,
+            max_completion_tokens=40,
+        )
+        ended += rollout.ended
+        wanted = rollout.completions[0][:-1] if rollout.ended[0] else rollout.completions[0]
+        assert list(stream(model, prompt, "policy", draws[0], encoder.end_id, temperature)) == wanted
+    assert temperature == 0 or len(set(ended)) == 2
+
+
+def test_one_message_gets_one_answer(runs: TinyRuns, capsys: pytest.CaptureFixture[str]):
+    config = ChatConfig(run=runs.sft, message="a small tea", max_completion_tokens=12, device="cpu")
+    question, answer = chat(config)
+    assert question == {"role": "user", "content": "a small tea"}
+    shown = capsys.readouterr().out
+    assert shown.endswith("\n")
+    printable = "".join(sign for sign in answer["content"] if sign.isprintable() or sign in "\n\t")
+    assert shown.rstrip("\n") == printable.rstrip("\n")
+    assert chat(config)[1] == answer
+
+
+def test_the_conversation_is_kept_until_exit_and_new_forgets_it(runs: TinyRuns, monkeypatch: pytest.MonkeyPatch):
+    config = ChatConfig(run=runs.policy, max_completion_tokens=8, temperature=0, device="cpu")
+    first = chat(config.model_copy(update={"message": "a tea"}))
+
+    def typed(*lines: str) -> list[dict[str, str]]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        return [dict(message) for message in chat(config)]
+
+    kept = typed("a tea", "", "large", "/exit", "never read")
+    assert [message["role"] for message in kept] == ["user", "assistant", "user", "assistant"]
+    assert kept[:2] == first
+    assert [message["content"] for message in kept if message["role"] == "user"] == ["a tea", "large"]
+    # Input that ends is like /exit.
+    assert typed("a tea", "large") == kept
+    assert typed("something else", "/new", "a tea") == first
+
+
+def test_the_system_message_can_be_another_one_than_in_training(runs: TinyRuns, tiny_base: Path):
+    config = ChatConfig(run=runs.sft, message="a tea", max_completion_tokens=8, temperature=0, device="cpu")
+    assert chat(config) != chat(config.model_copy(update={"system": "You are a pirate, and you sell nothing."}))
+    assert len(chat(ChatConfig(base=str(tiny_base), message="a tea", max_completion_tokens=4, device="cpu"))) == 2
+
+
+def test_what_cannot_talk_is_refused(runs: TinyRuns):
+    with pytest.raises(RunError, match="stage reward") as caught:
+        chat(ChatConfig(run=runs.reward, message="a tea"))
+    assert "stage policy or sft" in str(caught.value)
+    with pytest.raises(ConfigError, match="max_completion_tokens 512"):
+        chat(ChatConfig(run=runs.sft, message="a tea", max_completion_tokens=512))

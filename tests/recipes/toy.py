@@ -1,0 +1,197 @@
+"""What the tests of whole commands share: small feedback files, each stage's options on the tiny base, and ways to run a command."""
+
+import json
+import os
+import random
+import re
+import resource
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from perlhf.cli import main
+
+DRINKS = ("tea", "cocoa", "water", "juice", "cider", "milk")
+GOOD, BAD = ("sure, here", "here you go", "with pleasure"), ("nope", "go away", "not now")
+
+REWARD_MODULE = '''
+"""Rewards for the toy policy runs: prompts and completions in, one score each out."""
+
+import hashlib
+
+
+def letters(prompts, completions):
+    """Share of characters that are lower-case ASCII letters."""
+    return [sum("a" <= c <= "z" for c in text) / max(1, len(text)) for text in completions]
+
+
+def constant(prompts, completions):
+    return [0.5 for _ in completions]
+
+
+def shuffled(prompts, completions):
+    """Scores of `letters`, each given to another completion of the batch."""
+    order = sorted(range(len(completions)), key=lambda i: hashlib.sha256(completions[i].encode()).hexdigest())
+    scores = letters(prompts, completions)
+    return [scores[i] for i in order]
+
+
+def not_a_number(prompts, completions):
+    return [float("nan") for _ in completions]
+'''
+
+
+class Done(NamedTuple):
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def ratings(count: int = 64) -> list[dict[str, Any]]:
+    """Polite answers are up, rude ones down; two of each group."""
+    draw = random.Random(1)
+    rows = []
+    for number in range(count // 2):
+        prompt = {"prompt": f"a {draw.choice(DRINKS)} please {number}", "group": f"r{number}"}
+        rows.append(prompt | {"completion": draw.choice(GOOD), "label": True})
+        rows.append(prompt | {"completion": draw.choice(BAD), "label": False})
+    return rows
+
+
+def comparisons(count: int = 32) -> list[dict[str, Any]]:
+    """A polite answer is chosen over a rude one."""
+    draw = random.Random(2)
+    return [
+        {
+            "prompt": f"one {draw.choice(DRINKS)} {number}",
+            "chosen": draw.choice(GOOD),
+            "rejected": draw.choice(BAD),
+            "margin": 0.5 * (number % 2),
+            "group": f"c{number}",
+        }
+        for number in range(count)
+    ]
+
+
+def demonstrations(count: int = 32) -> list[dict[str, Any]]:
+    """Polite answers only."""
+    draw = random.Random(3)
+    return [
+        {"prompt": f"{draw.choice(DRINKS)} {number}?", "completion": draw.choice(GOOD), "group": f"d{number}"}
+        for number in range(count)
+    ]
+
+
+def prompts(count: int = 32) -> list[dict[str, Any]]:
+    """Orders without an answer."""
+    draw = random.Random(4)
+    return [{"prompt": f"{draw.choice(DRINKS)} {number}!", "group": f"p{number}"} for number in range(count)]
+
+
+def write_feedback(directory: Path) -> Path:
+    """One file of each kind, and the module `toy_reward`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for rows in (ratings, comparisons, demonstrations, prompts):
+        write_rows(directory / f"{rows.__name__}.jsonl", rows())
+    (directory / "toy_reward.py").write_text(REWARD_MODULE)
+    return directory
+
+
+def command(stage: str, base: Path, data: Path | str, run: Path, *options: str) -> list[str]:
+    """A stage's command line on the tiny base: few tokens, high learning rates; `options` come last and win."""
+    common = ["--base", str(base), "--dtype", "float32", "--device", "cpu", "--threads", "1", "--run", str(run)]
+    common += ["--data.paths", str(data), "--data.validation", "0.25", "--data.test", "0.1"]
+    common += ["--encoding.max-tokens", "96", "--adapter.rank", "4", "--adapter.alpha", "8", "--adapter.targets", "all"]
+    own = {
+        "sft": "--optim.learning-rate 1e-2 --examples-per-update 8 --max-updates 3 --validate-every 2",
+        "reward": "--optim.learning-rate 1e-2 --examples-per-update 8 --max-updates 3 --validate-every 2",
+        "policy": "--optim.learning-rate 3e-3 --value.learning-rate 3e-3 --value.warmup-updates 1 --updates 3 "
+        "--prompts-per-update 4 --completions-per-prompt 2 --max-completion-tokens 6 --centre-prompts 4 "
+        "--validation-prompts 4 --validate-every 2 --reward toy_reward:letters",
+    }[stage].split()
+    return [stage, *override([*common, *own], options)]
+
+
+def override(options: Sequence[str], later: Sequence[str]) -> list[str]:
+    """Options with the values of `later` in place of their own."""
+    chosen: dict[str, list[str]] = {}
+    for words in (options, later):
+        fresh: dict[str, list[str]] = {}
+        for word in words:
+            if word.startswith("--"):
+                fresh[word] = []
+            else:
+                fresh[next(reversed(fresh))].append(word)
+        chosen |= fresh
+    return [word for name, values in chosen.items() for word in (name, *values)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return read_lines(run / "metrics.jsonl")
+
+
+_TIMES = re.compile(r"time_seconds|tokens_per_second|seconds(_.*)?|.*memory_bytes")
+
+
+def lasting(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What doesn't depend on how fast the machine was or how much memory it used."""
+    return {key: value for key, value in values.items() if not _TIMES.fullmatch(key)}
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Everything of a finished run that must be the same whenever its command is run: bytes of files, and numbers."""
+    found: dict[str, Any] = {"result": lasting(read_json(run / "result.json"))}
+    found["metrics"] = [lasting(line) for line in metrics(run)]
+    for folder in ("adapter", "value", "rollouts", "checkpoints"):
+        for file in sorted((run / folder).rglob("*")):
+            if file.is_file():
+                found[str(file.relative_to(run))] = file.read_bytes()
+    return found
+
+
+# ---- a command in a process of its own ----------------------------------------------------------------------------
+
+
+def start(arguments: Sequence[str], log: Path, directory: Path, file_bytes: int | None = None) -> BaseProcess:
+    """Starts a command in its own process, to be signalled; what it prints goes to `log`.
+
+    The process is forked from one that has the packages imported already, which saves seconds a start.
+
+    Args:
+        directory: its working directory.
+        file_bytes: no file may grow beyond this, which is how a full disk looks.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["perlhf.train_sft", "perlhf.train_reward", "perlhf.train_policy"])
+    process = context.Process(target=_run, args=(list(arguments), str(log), str(directory), file_bytes))
+    process.start()
+    return process
+
+
+def _run(arguments: list[str], log: str, directory: str, file_bytes: int | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(directory)
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    sys.exit(main(arguments))

@@ -1,0 +1,50 @@
+"""The tiny random base with adapters that do something, for tests that run the real network."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from perlhf import base
+from perlhf.config import EncodingConfig
+from perlhf.encode import Encoder
+from perlhf.model import Model
+from perlhf.packing import Ids
+
+VOCAB = 272
+END = 1
+
+
+def open_model(directory: Path) -> Model:
+    return Model.load(str(directory), "float32", "cpu")
+
+
+def open_encoder(directory: Path, config: EncodingConfig | None = None) -> Encoder:
+    return Encoder(base.load_tokenizer(directory), config or EncodingConfig(max_tokens=256))
+
+
+@torch.no_grad()
+def randomise(model: Model, name: str, seed: int = 0, size: float = 0.2) -> None:
+    """Random weights for an adapter, as training would have left: the update is as large as the base's own weights."""
+    draw = torch.Generator().manual_seed(seed)
+    for key, tensor in model.adapters[name].tensors().items():
+        noise = torch.randn(tensor.shape, generator=draw) * size
+        if key.startswith("base."):
+            tensor.add_(noise * 0.2)
+        else:
+            tensor.copy_(noise)
+
+
+def random_ids(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Sequences of ordinary tokens (no control tokens)."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, VOCAB, (length,), generator=draw).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def reference_logprobs(network: torch.nn.Module, prompt: Ids, completion: Ids, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of a completion by a plain forward pass of transformers over prompt + completion alone."""
+    logits = network(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].float()
+    chosen = torch.log_softmax(logits / temperature, -1)
+    return chosen[torch.arange(len(completion)), torch.tensor(completion)]
