@@ -17,7 +17,7 @@ help:
 	@echo "make test     all tests"
 	@echo "make check    lint, formatting, types, import rules, documentation, wheel"
 	@echo "make format   format the code and mend what ruff can"
-	@echo "make docs     write docs/commands.md and build the documentation into build/site"
+	@echo "make docs     write the generated pages and build the documentation into build/site"
 	@echo "make clean    remove .venv and everything that was built (runs/ stays)"
 
 demo: $(VENV)/.installed
@@ -40,6 +40,7 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python scripts/generate_command_reference.py
+	$(BIN)/python scripts/generate_data_reference.py
 	$(BIN)/mkdocs build --quiet --strict
 
 clean:

@@ -1,6 +1,7 @@
 """Attention over a prefix tree: each node's tokens attend to their own path only, by one small causal product a node.
 
-transformers' networks call it through `AttentionInterface`; without a tree it is their scaled-dot-product attention. The
+transformers' networks call it through `AttentionInterface`; without a tree it is their scaled-dot-product
+attention. The
 backward recomputes the probabilities, so that only queries, keys and values are kept.
 """
 

@@ -1,6 +1,7 @@
 """The whole pipeline on the embedded coffee-bar feedback: SFT, reward, policy, evaluation, report.
 
-The feedback is simulated (perlhf/data/coffee_bar.py), the network and the training are real. The gold score is computed by
+The feedback is simulated (perlhf/data/coffee_bar.py), the network and the training are real. The gold score is
+computed by
 rules that the reward model never sees, so that the demo can say whether the policy became better or only scores higher.
 """
 
@@ -60,7 +61,9 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     results["policy"] = train_policy(policy)
     prompts = 8 if config.quick else 200
     policy_evaluation = _evaluated(EvaluateConfig(run=policy.run, prompts=prompts, device=config.device))
-    page = report.write((sft.run, reward.run, policy.run), config.directory / "report.html", "perlhf demo: a coffee bar")
+    page = report.write(
+        (sft.run, reward.run, policy.run), config.directory / "report.html", "perlhf demo: a coffee bar"
+    )
     summary = summarise(results, reward_evaluation, policy_evaluation)
     summary |= {"dtype": str(dtype).removeprefix("torch."), "seconds_this_call": round(time.monotonic() - began, 1)}
     write_atomic(config.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -80,7 +83,7 @@ def stages(config: DemoConfig) -> tuple[SftConfig, RewardConfig, PolicyConfig]:
     }
     sft = SftConfig(
         run=root / "sft",
-        data=DataConfig(limit=32 if quick else 400),
+        data=DataConfig(limit=32 if quick else 256),
         optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
         examples_per_update=16,
         max_updates=2 if quick else None,
@@ -90,7 +93,7 @@ def stages(config: DemoConfig) -> tuple[SftConfig, RewardConfig, PolicyConfig]:
     reward = RewardConfig(
         run=root / "reward",
         sft=sft.run,
-        data=DataConfig(paths=(str(_labels(config)),), limit=32 if quick else None),
+        data=DataConfig(paths=(str(_labels(config)),), limit=32 if quick else 600),
         optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
         examples_per_update=16,
         max_updates=2 if quick else None,
@@ -101,16 +104,16 @@ def stages(config: DemoConfig) -> tuple[SftConfig, RewardConfig, PolicyConfig]:
         run=root / "policy",
         sft=sft.run,
         reward=(str(reward.run),),
-        optim=OptimConfig(learning_rate=1e-3),
+        optim=OptimConfig(learning_rate=5e-4),
         value=ValueConfig(learning_rate=1e-3, warmup_updates=1),
-        updates=2 if quick else 25,
+        updates=2 if quick else 16,
         prompts_per_update=2 if quick else 8,
         completions_per_prompt=4,
-        max_completion_tokens=64,
+        max_completion_tokens=48,
         advantage_norm="whiten",
         centre_prompts=4 if quick else 32,
-        validation_prompts=4 if quick else 32,
-        validate_every=5,
+        validation_prompts=4 if quick else 24,
+        validate_every=4,
         **common,
     )
     return sft, reward, policy
@@ -143,7 +146,7 @@ def _labels(config: DemoConfig) -> Path | str:
     if not config.shuffled_labels:
         return "builtin:coffee-bar/rating"
     path = config.directory / "shuffled.jsonl"
-    records = [r for r in load(DataConfig(paths=("builtin:coffee-bar/rating",)), ("rating",), "all")]
+    records = load(DataConfig(paths=("builtin:coffee-bar/rating",)), ("rating",), "all")
     ratings = [record for record in records if isinstance(record, Rating)]
     order = sorted(range(len(ratings)), key=lambda i: keyed_seed(config.seed, "shuffle", i))
     shuffled = [
@@ -168,13 +171,15 @@ def _evaluated(config: EvaluateConfig) -> dict[str, Any]:
     return evaluate(config)
 
 
-def _show(console: Console, summary: dict[str, Any], evaluation: dict[str, Any], page: Path, config: DemoConfig) -> None:
+def _show(
+    console: Console, summary: dict[str, Any], evaluation: dict[str, Any], page: Path, config: DemoConfig
+) -> None:
     table = Table(title=f"perlhf demo, {evaluation['n']} unseen prompts, one seed, 95 % intervals over prompts")
     for column in ("", "before RL (SFT)", "after RL"):
         table.add_column(column)
     for name in ("gold", "score"):
         row = summary[name]
-        table.add_row(f"mean {name} score", _interval(row["before"]), _interval(row["after"]))
+        table.add_row("mean gold score (rules)" if name == "gold" else "mean reward-model score", _interval(row["before"]), _interval(row["after"]))
     table.add_row("KL to the SFT policy, nats a completion", "0", _interval(summary["kl"]))
     for name, label in (("tokens", "completion tokens"), ("end_rate", "ended by themselves")):
         table.add_row(label, _interval(evaluation["before"][name]), _interval(evaluation["after"][name]))

@@ -1,7 +1,8 @@
 """The one function that turns a record into tokens, for training, scoring and sampling alike.
 
 The chat template is rendered around placeholders, so that its own markers and the texts of people are tokenised apart:
-text can't produce control tokens, and a prefix of a conversation is a prefix of its tokens. Whatever a template puts after
+text can't produce control tokens, and a prefix of a conversation is a prefix of its tokens. Whatever a template
+puts after
 a completion's end token is dropped.
 """
 
@@ -148,10 +149,12 @@ class Encoder:
     def _tokenise_text(self, text: str) -> tuple[int, ...]:
         if not text:
             return ()
-        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])  # pyright: ignore
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return tuple(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
 
     def _tokenise_markup(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
+        encoded = self.tokenizer(text, add_special_tokens=False)
+        return tuple(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
 
     def _end_token(self) -> int:
         """The control token that the template puts after an assistant's content, else the tokenizer's end token."""

@@ -1,4 +1,5 @@
-"""One frozen base, any number of named adapters. Callers pass sequences of ids and an adapter name; layout stays inside.
+"""One frozen base, any number of named adapters. Callers pass sequences of ids and an adapter name; layout stays
+inside.
 
 `adapter=None` is the bare base. LoRA and full tuning differ in `add_adapter` (what is trainable) and `_run` (how the
 forward uses it) and nowhere else.
@@ -155,14 +156,19 @@ class Model:
         modules = dict(self.base.named_modules())
         for path, pair in adapter.pairs.items():
             if path in self._head_path():
-                raise AdapterError(f"the adapter adapts the output head '{path}'", allowed="linear layers below the head")
+                raise AdapterError(
+                    f"the adapter adapts the output head '{path}'", allowed="linear layers below the head"
+                )
             layer = modules.get(path)
             if not isinstance(layer, nn.Linear | AdaptedLinear):
-                raise AdapterError(f"the adapter adapts '{path}', which the base lacks", hint="use the base it was trained on")
+                raise AdapterError(
+                    f"the adapter adapts '{path}', which the base lacks", hint="use the base it was trained on"
+                )
             expected = (layer.in_features, layer.out_features)
             if (pair.a.shape[1], pair.b.shape[0]) != expected:
                 raise AdapterError(
-                    f"shape {pair.a.shape[1]} -> {pair.b.shape[0]} at '{path}'", allowed=f"{expected[0]} -> {expected[1]}"
+                    f"shape {pair.a.shape[1]} -> {pair.b.shape[0]} at '{path}'",
+                    allowed=f"{expected[0]} -> {expected[1]}",
                 )
         for tensor in adapter.tensors().values():
             tensor.data = tensor.data.to(self.device)
@@ -189,7 +195,9 @@ class Model:
 
     # forward passes
 
-    def scores(self, sequences: Sequence[Ids], adapter: str, *, packing: Packing = "tree", dropout: bool = False) -> Tensor:
+    def scores(
+        self, sequences: Sequence[Ids], adapter: str, *, packing: Packing = "tree", dropout: bool = False
+    ) -> Tensor:
         """Scalar head on the state of each sequence's last token, float32 [batch]."""
         layout = lay_out(sequences, packing)
         last = [layout.index(i, len(ids) - 1) for i, ids in enumerate(sequences)]
@@ -198,7 +206,9 @@ class Model:
     def values(
         self, prompts: Sequence[Ids], completions: Sequence[Ids], adapter: str, *, packing: Packing = "tree"
     ) -> Tensor:
-        """Scalar head where each completion token is predicted, float32 [batch, time]; values[t] has not seen token t."""
+        """Scalar head where each completion token is predicted, float32 [batch, time]; values[t] has not seen token
+        t.
+        """
         states, mask = self._predicting_states(prompts, completions, adapter, packing, dropout=False)
         return _spread(self._head(states, adapter), mask)
 
@@ -233,8 +243,12 @@ class Model:
         return states[torch.arange(len(prompts), device=self.device), last], cache
 
     @torch.no_grad()
-    def decode(self, ids: Tensor, positions: Tensor, visible: Tensor, cache: DynamicCache, adapter: str | None) -> Tensor:
-        """One more token a row: ids and positions [batch], visible [batch, cache + 1] True where attended; states [batch, hidden]."""
+    def decode(
+        self, ids: Tensor, positions: Tensor, visible: Tensor, cache: DynamicCache, adapter: str | None
+    ) -> Tensor:
+        """One more token a row: ids and positions [batch], visible [batch, cache + 1] True where attended; states
+        [batch, hidden].
+        """
         states = self._run(
             adapter,
             input_ids=ids[:, None],
@@ -304,7 +318,9 @@ class Model:
         *,
         dropout: bool,
     ) -> tuple[Tensor, Tensor]:
-        """States [tokens, hidden] from which each completion token is predicted, and the completion mask [batch, time]."""
+        """States [tokens, hidden] from which each completion token is predicted, and the completion mask [batch,
+        time].
+        """
         assert all(len(ids) for ids in prompts), "a completion needs a token to be predicted from"
         layout = lay_out([[*p, *c] for p, c in zip(prompts, completions, strict=True)], packing)
         wanted = [
@@ -328,7 +344,8 @@ class Model:
         worst = ((shared - separate).norm() / separate.norm()).item()
         if worst > (1e-3 if self.dtype == torch.float32 else 0.1):
             raise ModelError(
-                f"{type(self.base).__name__} gives other states for shared than for separate prefixes (off by {worst:.1%})",
+                f"{type(self.base).__name__} gives other states for shared than for separate prefixes "
+                f"(off by {worst:.1%})",
                 where="base",
                 allowed="causal decoders whose attention goes through transformers' AttentionInterface",
             )
@@ -398,5 +415,3 @@ def _spread(flat: Tensor, mask: Tensor) -> Tensor:
     """Values of the True positions, in order, into [batch, time]; 0 elsewhere."""
     out = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device)
     return out.masked_scatter(mask, flat)
-
-

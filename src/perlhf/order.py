@@ -48,7 +48,9 @@ def plan_updates(
 
 
 def cycle(total: int, count: int, step: int, seed: int) -> list[int]:
-    """The `count` numbers below `total` that update `step` (from 1) uses: consecutive ones of endlessly many permutations."""
+    """The `count` numbers below `total` that update `step` (from 1) uses: consecutive ones of endlessly many
+    permutations.
+    """
     out: list[int] = []
     for position in range((step - 1) * count, step * count):
         permutation = np.random.default_rng(keyed_seed(seed, "prompts", position // total)).permutation(total)

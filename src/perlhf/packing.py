@@ -1,6 +1,7 @@
 """Which tokens are computed together: prefix trees, and micro-batches under a token budget.
 
-Under causal attention a token's state depends on its prefix alone, so sequences that share a prefix share its states. `tree`
+Under causal attention a token's state depends on its prefix alone, so sequences that share a prefix share its
+states. `tree`
 lays the distinct tokens of all sequences in one row without padding; `none` gives each sequence a padded row and is the
 slow twin that tests compare with. Only this module and `attention` know; callers pass and receive whole sequences.
 """
@@ -21,7 +22,9 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Node:
-    """New tokens of one sequence: packed positions `start .. start + length`, after the spans of their shared prefix."""
+    """New tokens of one sequence: packed positions `start .. start + length`, after the spans of their shared
+    prefix.
+    """
 
     start: int
     length: int
@@ -64,7 +67,8 @@ def lay_out(sequences: Sequence[Ids], packing: Packing) -> Layout:
         positions = torch.arange(ids.shape[1]).expand(ids.shape)
         spans = tuple(((row * ids.shape[1], len(s)),) for row, s in enumerate(sequences))
         return Layout(ids, positions, None, spans, sum(map(len, sequences)))
-    # In descending order a sequence's longest shared prefix is with its neighbour, and extensions precede their prefixes.
+    # In descending order a sequence's longest shared prefix is with its neighbour, and extensions precede their
+    # prefixes.
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]), reverse=True)
     packed: list[int] = []
     depths: list[int] = []
@@ -89,7 +93,8 @@ def lay_out(sequences: Sequence[Ids], packing: Packing) -> Layout:
 def microbatches(examples: Sequence[Sequence[Ids]], max_tokens: int, packing: Packing) -> list[list[int]]:
     """Splits examples (each a list of sequences computed together) into groups of example numbers.
 
-    Computed tokens (padding included) stay within `max_tokens` unless one example alone exceeds it. The result depends on nothing but the arguments,
+    Computed tokens (padding included) stay within `max_tokens` unless one example alone exceeds it. The result
+    depends on nothing but the arguments,
     so that a resumed run splits alike.
     """
     if packing == "none":

@@ -1,4 +1,6 @@
-"""Where scores of completions come from: reward adapters on the same base, Python functions, HTTP addresses, and their combination."""
+"""Where scores of completions come from: reward adapters on the same base, Python functions, HTTP addresses, and
+their combination.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +38,8 @@ class Rewards:
     ) -> np.ndarray:
         """One combined score per completion, float64 [batch].
 
-        Reward adapters see the sampled ids as they are; functions and services get the prompts' texts and decoded completions.
+        Reward adapters see the sampled ids as they are; functions and services get the prompts' texts and decoded
+        completions.
         """
         members = [score_ids(model, prompts, completions, name, max_tokens) for name in self.adapters]
         if self.scorers:

@@ -21,12 +21,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from perlhf.environment import cuda_peak_bytes, peak_memory_bytes
-from perlhf.errors import ConfigError, RunError
+from perlhf.errors import ConfigError, PerlhfError, RunError
 from perlhf.progress import Progress
 from perlhf.run_directory import (
     MANIFEST,
     RESULT,
     check_is_run_directory,
+    discard_unstarted,
     locked,
     read_json,
     start_or_continue,
@@ -41,6 +42,8 @@ METRICS = "metrics.jsonl"
 @contextmanager
 def open_run(path: Path, stage: str, config: BaseModel, facts: dict[str, Any]) -> Iterator["Run"]:
     """Opens a run directory, new or to be continued, for this process alone.
+
+    A `PerlhfError` raised inside before anything was logged or saved leaves no run directory behind.
 
     Inside, the first Ctrl-C or SIGTERM sets `Run.stop_requested`; Ctrl-C after that raises KeyboardInterrupt. Only the
     main thread can have this; in another one signals stay as they are.
@@ -60,6 +63,7 @@ def open_run(path: Path, stage: str, config: BaseModel, facts: dict[str, Any]) -
     log = settings.get("log") or {}
     _check_writers(log)
     check_is_run_directory(path)
+    is_new = not path.exists()
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     with locked(path):
@@ -75,6 +79,10 @@ def open_run(path: Path, stage: str, config: BaseModel, facts: dict[str, Any]) -
                 yield run
                 if not run.finished:
                     run._record_session()
+        except PerlhfError:
+            # Mostly a mistake in the data or the base; the corrected command must not meet a directory of other data.
+            discard_unstarted(path, is_new)
+            raise
         finally:
             run._close()
 

@@ -62,6 +62,8 @@ def locked(path: Path) -> Iterator[None]:
                     where=str(path),
                     hint=f"wait for it, stop it (kill {owner}), or name another run directory",
                 ) from None
+            if not _is_still(descriptor, path / LOCK):
+                raise RunError("another process has just given the run directory up", where=str(path), hint="try again")
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
@@ -116,6 +118,32 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
     write_atomic(path / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_atomic(path / MANIFEST, strict_json(manifest, indent=2) + "\n")
     return manifest
+
+
+def discard_unstarted(path: Path, is_new: bool) -> None:
+    """Takes back what `start_or_continue` wrote, unless the directory holds anything else; the lock must be held.
+
+    Args:
+        is_new: the directory was made for this run, so it goes too.
+    """
+    with storage_errors(path):
+        folders = [entry for entry in path.iterdir() if entry.is_dir()]
+        files = {entry.name for entry in path.iterdir()} - {folder.name for folder in folders}
+        if files - {MANIFEST, CONFIG, LOCK} or any(True for folder in folders for _ in folder.iterdir()):
+            return
+        # The manifest first: a directory without it is one of a start that was killed, which is started again.
+        for name in (MANIFEST, CONFIG, LOCK):
+            (path / name).unlink(missing_ok=True)
+        for folder in [*folders, *([path] if is_new else [])]:
+            folder.rmdir()
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    """Whether `path` is the open file, and not another one or none."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _bound(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Local sampler: the same network and adapters that train, with a key/value cache.
 
-Each prompt is computed once for its K completions, finished rows are dropped, the end token is kept. Randomness is keyed
+Each prompt is computed once for its K completions, finished rows are dropped, the end token is kept. Randomness is
+keyed
 by (seed, step, prompt, sample), so that a rollout doesn't depend on how rows are batched beyond rounding.
 """
 
@@ -112,12 +113,15 @@ def sample(
 def probe(model: Model, rollout: Rollout, adapter: str | None) -> None:
     """Proves that `rollout` was sampled from `adapter` as it is now.
 
-    The digest of the weights must agree, and the states of the same prompts in the same batch layout must be equal bit for bit.
+    The digest of the weights must agree, and the states of the same prompts in the same batch layout must be equal
+    bit for bit.
 
     Raises:
         StaleSamplerError: the sampler used other weights.
     """
-    unique = [ids for i, ids in enumerate(rollout.prompts) if i % (len(rollout.prompts) // len(rollout.prompt_states)) == 0]
+    unique = [
+        ids for i, ids in enumerate(rollout.prompts) if i % (len(rollout.prompts) // len(rollout.prompt_states)) == 0
+    ]
     states, _ = model.prefill(unique, adapter)
     same_digest = rollout.adapter_digest == model.digest(adapter)
     if same_digest and torch.equal(states, rollout.prompt_states):

@@ -1,4 +1,6 @@
-"""Adapters between the model and run directories: LoRA in PEFT's layout, full tuning as float32 weights beside a perlhf.json."""
+"""Adapters between the model and run directories: LoRA in PEFT's layout, full tuning as float32 weights beside a
+perlhf.json.
+"""
 
 import hashlib
 import json
@@ -20,7 +22,9 @@ FULL_WEIGHTS = "full_weights.safetensors"
 FULL_META = "perlhf_full.json"
 
 
-def save_adapter(model: Model, name: str, directory: Path, encoder: Encoder, base: str, extra: dict[str, Any] | None = None) -> None:
+def save_adapter(
+    model: Model, name: str, directory: Path, encoder: Encoder, base: str, extra: dict[str, Any] | None = None
+) -> None:
     """Writes adapter `name`, with whatever stays active beneath it concatenated in, so that it loads on its own.
 
     Raises:
@@ -50,7 +54,9 @@ def save_adapter(model: Model, name: str, directory: Path, encoder: Encoder, bas
     )
 
 
-def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | None = None, *, base: str = "") -> Adapter:
+def load_adapter(
+    model: Model, directory: Path, name: str, encoder: Encoder | None = None, *, base: str = ""
+) -> Adapter:
     """Reads an adapter into the model as `name`.
 
     Args:
@@ -70,7 +76,9 @@ def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | No
     adapter = Adapter(name, role, files.rank, files.alpha, files.dropout)
     for path, (a, b) in files.weights.items():
         scale = files.alpha / a.shape[0]
-        adapter.pairs[path] = LowRank(nn.Parameter(a.float().clone()), nn.Parameter(b.float().clone()), scale, files.dropout)
+        adapter.pairs[path] = LowRank(
+            nn.Parameter(a.float().clone()), nn.Parameter(b.float().clone()), scale, files.dropout
+        )
     if files.head is not None:
         adapter.head = nn.Parameter(files.head.float().clone())
         adapter.bias = nn.Parameter(torch.tensor([files.bias], dtype=torch.float32), requires_grad=role == "value")
@@ -88,7 +96,8 @@ def encoding_of(directory: Path) -> dict[str, Any]:
 def stacked_pairs(model: Model, name: str) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
     """Rank and (A, B) of an adapter together with the ones beneath it.
 
-    One adapter alone is given as it is. Of several, A is their concatenation along the rank and B that of scale * B, to be used with
+    One adapter alone is given as it is. Of several, A is their concatenation along the rank and B that of scale *
+    B, to be used with
     scale 1; a layer that one of them lacks gets zeros.
     """
     chain: list[Adapter] = []
@@ -164,7 +173,7 @@ def _check_encoding(trained: dict[str, Any], encoder: Encoder | None, directory:
         if key in trained and trained[key] != now[key]:
             option = "encoding.template" if key != "system" else "encoding.system"
             raise AdapterError(
-                f"{option}: the adapter in {directory} was trained with {key} = {trained[key]!r}, this run uses {now[key]!r}",
+                f"the adapter in {directory} was trained with {key} = {trained[key]!r}, this run uses {now[key]!r}",
                 where=option,
                 hint="use the same encoding in every stage",
             )
@@ -176,5 +185,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-

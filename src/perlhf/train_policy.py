@@ -1,8 +1,10 @@
 """Policy stage: REINFORCE with a KL anchor and a learned value baseline, every trained part a LoRA adapter on one base.
 
-The paper's objective (arXiv 2403.10704, section 3.3; loop of arXiv 2309.00267, appendix): reward = (1 - beta) score - beta KL
+The paper's objective (arXiv 2403.10704, section 3.3; loop of arXiv 2309.00267, appendix): reward = (1 - beta) score
+- beta KL
 folded in per token, gamma 1, loss = -sum logprobs * stopgrad(return - value), separate value adapter. Added, since the
-paper is silent: scores are centred by the reference's mean, the value head starts at the first rollout's mean return, and a
+paper is silent: scores are centred by the reference's mean, the value head starts at the first rollout's mean
+return, and a
 completion without end token pays a penalty. Not included: dropout, several epochs without `clip`.
 """
 
@@ -83,7 +85,11 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         model = stage.model
         optimizers = optim.build(
             {POLICY: (model.adapters[POLICY].trainable(), config.learning_rate)}
-            | ({VALUE: (model.adapters[VALUE].trainable(), config.value_learning_rate)} if VALUE in model.adapters else {}),
+            | (
+                {VALUE: (model.adapters[VALUE].trainable(), config.value_learning_rate)}
+                if VALUE in model.adapters
+                else {}
+            ),
             config.optim,
         )
         step, best, state = training.restore(run, model, optimizers)
@@ -98,20 +104,22 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
                 values = _step(stage, run, optimizers, centre, step)
                 state["tokens"] += int(values["tokens"])
                 improved = False
-                if step % config.validate_every == 0 or step == config.updates:
+                if config.max_kl is not None and values["kl"] > config.max_kl:
+                    state["stopped"] = f"KL {values['kl']:.3g} exceeded max_kl {config.max_kl:g} at update {step}"
+                if step % config.validate_every == 0 or step == config.updates or state["stopped"]:
                     held_out = _validate(stage, centre, POLICY)
                     values |= {f"validation_{key}": value for key, value in held_out.items()}
                     if improved := held_out["reward"] > best.value:
                         best = Best(step, held_out["reward"], held_out)
-                if config.max_kl is not None and values["kl"] > config.max_kl:
-                    state["stopped"] = f"KL {values['kl']:.3g} exceeded max_kl {config.max_kl:g} at update {step}"
                 run.log(step, values)
                 if improved or state["stopped"] or step % config.save_every == 0 or run.stop_requested:
                     kept = {key: state[key] for key in ("centre", "before", "tokens", "stopped")}
                     training.save(run, step, model, optimizers, best, kept)
                 bar.advance()
                 if run.stop_requested and step < config.updates:
-                    raise Interrupted(f"stopped at update {step} of {config.updates}", hint="run the same command to continue")
+                    raise Interrupted(
+                        f"stopped at update {step} of {config.updates}", hint="run the same command to continue"
+                    )
         training.restore_best(run.path, best, model.adapters[POLICY])
         store.save_adapter(model, POLICY, run.path / "adapter", stage.encoder, config.base)
         if VALUE in model.adapters:
@@ -219,7 +227,9 @@ def _sample(
 
 @torch.no_grad()
 def _score(stage: Stage, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre, adapter: str | None) -> Scored:
-    """Scores, and log-probabilities under `adapter` and the reference on the same batch layouts (so equal weights give KL 0)."""
+    """Scores, and log-probabilities under `adapter` and the reference on the same batch layouts (so equal weights
+    give KL 0).
+    """
     config, model = stage.config, stage.model
     samples = len(rollout.completions) // len(prompts)
     texts = [record.prompt for record in prompts for _ in range(samples)]

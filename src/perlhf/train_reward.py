@@ -67,7 +67,16 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         with run.progress(len(plan), step, "reward") as bar:
             while step < len(plan):
                 step += 1
-                values = _update(model, adapter, optimizers[NAME], [train[i] for i in plan[step - 1]], weights, step, len(plan), config)
+                values = _update(
+                    model,
+                    adapter,
+                    optimizers[NAME],
+                    [train[i] for i in plan[step - 1]],
+                    weights,
+                    step,
+                    len(plan),
+                    config,
+                )
                 tokens += int(values["tokens"])
                 improved = False
                 if step % config.validate_every == 0 or step == len(plan):
@@ -81,7 +90,9 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
                     training.save(run, step, model, optimizers, best, {"tokens": tokens})
                 bar.advance()
                 if run.stop_requested and step < len(plan):
-                    raise Interrupted(f"stopped at update {step} of {len(plan)}", hint="run the same command to continue")
+                    raise Interrupted(
+                        f"stopped at update {step} of {len(plan)}", hint="run the same command to continue"
+                    )
         training.restore_best(run.path, best, adapter)
         store.save_adapter(model, NAME, run.path / "adapter", encoder, config.base)
         result = {
@@ -104,7 +115,9 @@ def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Item
     """Comparisons and ratings as token sequences, with counts of cut and dropped ones."""
     pairs = []
     for record in records:
-        completions = (record.chosen, record.rejected) if isinstance(record, Comparison) else (_rating(record).completion,)
+        completions = (
+            (record.chosen, record.rejected) if isinstance(record, Comparison) else (_rating(record).completion,)
+        )
         pairs += [(record.prompt, completion, record.source) for completion in completions]
     examples, counts = training.encode_all(encoder, pairs, encoder.config.drop_long)
     items, at = [], 0
@@ -138,7 +151,9 @@ def class_weights(items: Sequence[Item], how: str) -> tuple[dict[bool, float], d
 
 
 @torch.no_grad()
-def score_items(model: Model, items: Sequence[Item], adapter: str, max_tokens: int, packing: Packing = "tree") -> list[list[float]]:
+def score_items(
+    model: Model, items: Sequence[Item], adapter: str, max_tokens: int, packing: Packing = "tree"
+) -> list[list[float]]:
     """Scores of each item's sequences."""
     out: list[list[float]] = [[] for _ in items]
     for batch in microbatches([item.sequences for item in items], max_tokens, packing):

@@ -64,7 +64,9 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
                     training.save(run, step, model, optimizers, best, {"tokens": tokens})
                 bar.advance()
                 if run.stop_requested and step < len(plan):
-                    raise Interrupted(f"stopped at update {step} of {len(plan)}", hint="run the same command to continue")
+                    raise Interrupted(
+                        f"stopped at update {step} of {len(plan)}", hint="run the same command to continue"
+                    )
         training.restore_best(run.path, best, adapter)
         store.save_adapter(model, NAME, run.path / "adapter", encoder, config.base)
         result = {

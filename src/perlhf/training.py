@@ -1,4 +1,6 @@
-"""What the three loops share: opening a stage, the order of updates, one optimiser step, and saving so that a resumed run is bit-equal."""
+"""What the three loops share: opening a stage, the order of updates, one optimiser step, and saving so that a
+resumed run is bit-equal.
+"""
 
 import math
 from collections.abc import Sequence
@@ -123,9 +125,7 @@ def same_shape(adapter: Adapter, shape: AdapterConfig, tuning: str, model: Model
     return set(adapter.pairs) == set(model.targets(shape.targets))
 
 
-def optimiser_step(
-    optimizer: torch.optim.AdamW, adapter: Adapter, learning_rate: float, max_grad_norm: float
-) -> float:
+def optimiser_step(optimizer: torch.optim.AdamW, adapter: Adapter, learning_rate: float, max_grad_norm: float) -> float:
     """Clips, steps and clears gradients; returns the gradient norm before clipping.
 
     Raises:
@@ -161,9 +161,7 @@ def save(
     checkpoint.save(run.path, step, tensors, kept, pinned=best.step or None)
 
 
-def restore(
-    run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW]
-) -> tuple[int, Best, dict[str, Any]]:
+def restore(run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW]) -> tuple[int, Best, dict[str, Any]]:
     """The newest checkpoint put back: its step (0 for none), the best validation, and the stage's own state."""
     saved = checkpoint.load(run.path)
     if saved is None:

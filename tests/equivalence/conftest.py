@@ -3,10 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import open_encoder, open_model
 
 from perlhf.encode import Encoder
 from perlhf.model import Model
+
+
+@pytest.fixture(autouse=True)
+def one_thread(seeded: None) -> None:
+    """A second thread gains nothing on such a small network, and on a busy machine waits for its turn at every product."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -67,7 +67,9 @@ def perlhf(capsys: pytest.CaptureFixture[str], feedback: Path, monkeypatch: pyte
 
 @pytest.fixture
 def stage(perlhf: Perlhf, tiny_base: Path, feedback: Path, tmp_path: Path) -> Stage:
-    """`stage("sft", "--epochs", "2", data="ratings.jsonl", run="name", base=...)`: the run directory and what was shown."""
+    """`stage("sft", "--epochs", "2", data="ratings.jsonl", run="name", base=...)`: the run directory and what was
+    shown.
+    """
     usual = {
         "sft": "demonstrations.jsonl",
         "reward": "ratings.jsonl",

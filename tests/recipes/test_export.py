@@ -154,7 +154,7 @@ def test_nothing_of_the_users_is_overwritten(runs: TinyRuns, tmp_path: Path):
     (output / "thesis.tex").write_text("years of work")
     for format, error in (("merged", ConfigError), ("peft", AdapterError)):
         with pytest.raises(error, match="holds"):
-            export(ExportConfig(run=runs.sft, output=output, format=format, device="cpu"))  # pyright: ignore
+            export(ExportConfig(run=runs.sft, output=output, format=format, device="cpu"))  # pyright: ignore[reportArgumentType]
     assert [path.name for path in output.iterdir()] == ["thesis.tex"]
     with pytest.raises(ConfigError, match="inside the run"):
         export(ExportConfig(run=runs.sft, output=runs.sft / "adapter", device="cpu"))
@@ -163,5 +163,5 @@ def test_nothing_of_the_users_is_overwritten(runs: TinyRuns, tmp_path: Path):
 def test_an_export_is_replaced_by_the_next(runs: TinyRuns, tmp_path: Path):
     for format in ("merged", "merged", "peft"):
         output = tmp_path / format
-        export(ExportConfig(run=runs.sft, output=output, format=format, device="cpu"))  # pyright: ignore
+        export(ExportConfig(run=runs.sft, output=output, format=format, device="cpu"))  # pyright: ignore[reportArgumentType]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

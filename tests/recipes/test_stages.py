@@ -66,7 +66,7 @@ def test_all_of_a_layer_kind_costs_what_the_ranks_say(stage):
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_reward_learns_what_separates_up_from_down(stage, tuning):
-    rate = {"lora": "1e-2", "full": "1e-3"}[tuning]
+    rate = {"lora": "1e-2", "full": "3e-3"}[tuning]
     run, done = stage("reward", *LEARN, "--tuning", tuning, "--optim.learning-rate", rate)
     assert done.code == 0
     lines = metrics(run)
@@ -180,7 +180,7 @@ def test_policy_choices(stage, options):
     lines, found = metrics(run), result(run)
     assert set(POLICY_KEYS) <= lines[1].keys()
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-4 if "full" in options else 0), "the policy starts as its anchor"
-    assert lines[-1]["kl"] > 0
+    assert abs(lines[-1]["kl"]) > 1e-4, "an estimate from 8 completions; either sign"
     assert max(line["sampler_gap_max"] for line in lines) < 1e-4
     assert {"validation_score", "validation_kl"} <= lines[1].keys()
     assert {"stage", "updates", "best_step", "score_before", "score_after", "kl", "stopped"} <= found.keys()
@@ -249,7 +249,7 @@ def test_policy_of_another_rank_is_stacked_on_sft(stage, sft_run):
     run, done = stage("policy", "--sft", str(sft_run), "--adapter.rank", "2", "--adapter.targets", "attention")
     assert done.code == 0
     assert metrics(run)[0]["kl"] == 0
-    assert metrics(run)[-1]["kl"] > 0
+    assert abs(metrics(run)[-1]["kl"]) > 1e-4
     # The saved adapter stands on its own: rank 4 of the SFT adapter and 2 of its own.
     assert read_json(run / "adapter" / "adapter_config.json")["r"] == 6
     same, _ = stage("policy", "--sft", str(sft_run), run="same")
@@ -366,7 +366,8 @@ def test_a_reward_that_says_nothing_teaches_nothing(stage, reward):
 
 def test_the_anchor_holds_the_policy_back(stage):
     free, _ = stage("policy", *RL, run="free")
-    held, _ = stage("policy", *RL, "--kl-coef", "0.3", run="held")
+    held, done = stage("policy", *RL, "--kl-coef", "0.3", run="held")
+    assert done.code == 0
     assert metrics(held)[-1]["kl"] < metrics(free)[-1]["kl"] / 3
 
 

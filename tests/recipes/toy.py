@@ -1,15 +1,19 @@
-"""What the tests of whole commands share: small feedback files, each stage's options on the tiny base, and ways to run a command."""
+"""What the tests of whole commands share: small feedback files, each stage's options on the tiny base, and ways to
+run a command.
+"""
 
 import json
 import os
 import random
 import re
 import resource
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from perlhf.cli import main
@@ -171,27 +175,67 @@ def outcome(run: Path) -> dict[str, Any]:
 # ---- a command in a process of its own ----------------------------------------------------------------------------
 
 
-def start(arguments: Sequence[str], log: Path, directory: Path, file_bytes: int | None = None) -> BaseProcess:
-    """Starts a command in its own process, to be signalled; what it prints goes to `log`.
+class Moment(NamedTuple):
+    """The `count`-th call of a function, by its qualified name: where a process sends itself `signal`."""
+
+    function: str
+    count: int
+    signal: int = signal.SIGKILL
+
+
+def start(
+    arguments: Sequence[str], log: Path, directory: Path, moment: Moment | None = None, file_bytes: int | None = None
+) -> BaseProcess:
+    """Starts a command in its own process; what it prints goes to `log`.
 
     The process is forked from one that has the packages imported already, which saves seconds a start.
 
     Args:
         directory: its working directory.
+        moment: when it gets a signal, exactly, however slow the machine is; the command knows nothing of it.
         file_bytes: no file may grow beyond this, which is how a full disk looks.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["perlhf.train_sft", "perlhf.train_reward", "perlhf.train_policy"])
-    process = context.Process(target=_run, args=(list(arguments), str(log), str(directory), file_bytes))
+    process = context.Process(target=_run, args=(list(arguments), str(log), str(directory), moment, file_bytes))
     process.start()
     return process
 
 
-def _run(arguments: list[str], log: str, directory: str, file_bytes: int | None) -> None:
+def finish(*arguments: Any, **options: Any) -> int | None:
+    """`start`, and the exit code; -9 for a process that was killed."""
+    process = start(*arguments, **options)
+    process.join(120)
+    assert process.exitcode is not None, "the command hangs"
+    return process.exitcode
+
+
+def _run(arguments: list[str], log: str, directory: str, moment: Moment | None, file_bytes: int | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(directory)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    if moment is not None:
+        _send_at(moment)
     sys.exit(main(arguments))
+
+
+def _send_at(moment: Moment) -> None:
+    left = moment.count
+
+    def watch(frame: FrameType, event: str, called: Any) -> None:
+        nonlocal left
+        if event == "call":
+            name = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
+        elif event == "c_call":
+            name = f"{called.__module__}.{called.__name__}"
+        else:
+            return
+        if name == moment.function:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), moment.signal)
+
+    sys.setprofile(watch)

@@ -127,7 +127,7 @@ def test_it_shows_the_numbers_of_every_stage(page: Page):
 def test_it_draws_the_curves_of_each_stage(page: Page):
     labels = [element.attributes["aria-label"] for element in page.all("figure")]
     titles = [label.split(":")[0] for label in labels]
-    learned = ["Score", "Reward", "KL, nats", "Entropy, nats", "Completion length, tokens", "End-token rate"]
+    learned = ["Score", "Reward", "KL, nats", "Entropy, nats", "Length, tokens", "End-token rate"]
     assert titles == [
         *("Loss", "Gradient norm", "Learning rate", "Speed, tokens/s"),
         *("Calibration", "Loss", "AUC", "Accuracy"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from perlhf import base
 from perlhf.config import EncodingConfig
@@ -48,3 +49,13 @@ def reference_logprobs(network: torch.nn.Module, prompt: Ids, completion: Ids, t
     logits = network(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].float()
     chosen = torch.log_softmax(logits / temperature, -1)
     return chosen[torch.arange(len(completion)), torch.tensor(completion)]
+
+
+@torch.no_grad()
+def merged_network(directory: Path, model: Model, *adapters: str) -> LlamaForCausalLM:
+    """transformers' own network with the named adapters' updates added into its weights."""
+    network = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for name in adapters:
+        for path, pair in model.adapters[name].pairs.items():
+            network.get_parameter(path + ".weight").add_(pair.scale * pair.b @ pair.a)
+    return network

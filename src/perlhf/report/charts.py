@@ -26,7 +26,7 @@ _TRAINING = (
     ("KL", "nats", (("kl", "rollouts"), ("validation_kl", "validation"))),
     ("Entropy", "nats", (("entropy", "rollouts"),)),
     (
-        "Completion length",
+        "Length",
         "tokens",
         (("completion_tokens", "rollouts"), ("validation_completion_tokens", "validation")),
     ),

@@ -1,0 +1,156 @@
+"""Writes docs/data.md from the record types and the readers' own rules. Run by `make docs`; a test compares."""
+
+import dataclasses
+from pathlib import Path
+
+from perlhf.config import DataConfig
+from perlhf.data import Comparison, Demonstration, Prompt, Rating, pull, tools
+from perlhf.data.files import SUFFIXES
+from perlhf.data.readers import FORMATS
+from perlhf.data.readers_trl import COLUMNS
+
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "data.md"
+
+INTRODUCTION = """# Data
+
+Generated from the code by `make docs`. The rules below are the readers' own documentation; `perlhf data formats` prints
+them too.
+
+    perlhf data formats                              what can be read and pulled
+    perlhf data validate ratings.jsonl               every problem with its line, exit code 2 if there is one
+    perlhf data inspect ratings.jsonl                records, groups, labels, lengths, duplicates, an example
+    perlhf data convert taskmaster-coffee/reward coffee.jsonl
+    perlhf data split coffee.jsonl --output splits   writes train, validation and test files
+    perlhf data pull taskmaster-coffee               downloads a published set into data/taskmaster-coffee
+
+## Records
+
+Training needs one of four kinds of record. A prompt is a string, which means a single user message, or a list of chat
+messages `{"role": ..., "content": ...}`. A completion is the text of one assistant message, without its end token.
+"""
+
+GROUPS = """## Groups and splits
+
+Every record has a `group`. All records of a group are on the same side of every split: one conversation, cut after
+each of its turns and rated each time, would otherwise be learned from and tested on. Unless a file names it, the
+group is the first user turn in lower case without punctuation (question, prompt, screen or story where a reader
+says so).
+
+The side of a group is a hash of its name: u = sha256("split_seed:group") read as a fraction of [0, 1). Below
+`data.test` ({test:g}) is test, then comes `data.validation` ({validation:g}), the rest is train. So the split
+depends on no file order and no other record; records added later never move old ones. Code: `data.split.split_of`.
+A side that is empty is an error.
+
+- **train** is learned from.
+- **validation** picks the kept checkpoint, nothing else.
+- **test** is for `perlhf evaluate`. Choosing a recipe by test results makes them training results.
+
+`data.limit` keeps at most so many records of a side, chosen by a hash of their content. Every run records the
+SHA-256 of its data in `manifest.json`, and refuses to continue on other data.
+
+## Which records a stage takes
+
+- `perlhf reward` takes comparisons and ratings.
+- `perlhf sft` takes demonstrations. A rating with thumbs up becomes one, and so does the chosen side of a
+  comparison.
+- `perlhf policy` takes prompts. Every record gives its prompt; each different prompt counts once.
+
+The embedded set has records of every kind, so nothing of it is converted.
+
+## Files
+
+`data.paths` takes any number of files, directories (searched for files ending in {suffixes}, `.gz` may follow),
+directories that `datasets` saved, names on the hub (`owner/name`) and `builtin:coffee-bar`. JSON may be an array or
+one object a line; gzip and Parquet are known by their content. Relative paths are looked up in the working
+directory, then under `$PERLHF_DATA`.
+
+`data.format: auto` goes by the columns of a file's first row. When a file should be read by another rule, name the
+format.
+
+What a reader leaves out by its rule (ties, missing answers) is counted, and `perlhf data inspect` shows the counts.
+Everything else that is wrong is an error with file and line: bad JSON, invalid UTF-8, a missing or misspelt column,
+a label that is no boolean, an empty prompt or completion, a key that occurs twice, a truncated gzip file.
+"""
+
+FORMATS_HEAD = """## Formats
+
+"""
+
+EMBEDDED = """## The embedded set
+
+`builtin:coffee-bar` is simulated: a program wrote the orders, the answers and the judgements. It needs no download and
+comes with rules that score an answer (`gold`), which reward models never see, so that a run can tell a better policy
+from one that only scores higher. `builtin:coffee-bar/rating`, `/comparison`, `/demonstration` and `/prompt` name one
+kind of its records. Code: `data.coffee_bar`.
+
+```python
+import perlhf
+from perlhf.data.coffee_bar import gold
+
+rating = perlhf.read("builtin:coffee-bar/rating")[0]
+print(rating.label, gold(rating.prompt, rating.completion))
+```
+
+"""
+
+SETS_HEAD = """## Published sets
+
+`perlhf data pull NAME` fetches a set from where its authors publish it, at a fixed commit. `--source DIR` takes a local
+copy instead, checked against the SHA-256 in its `MANIFEST.json`. A set is whole or absent. Its licence is its authors';
+read it before you train on it.
+
+| name | published in | licence |
+|---|---|---|
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    defaults, suffixes = DataConfig(), ", ".join(f"`{suffix}`" for suffix in SUFFIXES)
+    records = "\n".join(_record(kind) for kind in (Comparison, Rating, Demonstration, Prompt))
+    parts = [INTRODUCTION, records, _columns()]
+    parts.append(GROUPS.format(test=defaults.test, validation=defaults.validation, suffixes=suffixes))
+    parts.append(FORMATS_HEAD + "\n".join(_format(row) for row in tools.formats()))
+    parts.append(EMBEDDED + SETS_HEAD + "".join(_set(name) for name in pull.sources()))
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+KNOWN = {
+    "trl": "Taken when no other format fits.",
+    "hh": "Recognised by: `chosen` and `rejected` that begin with a human turn, and no `prompt`.",
+    "feedbackqa-ratings": "Taken only when named (`data.format: feedbackqa-ratings`).",
+}
+"""How formats are told apart that no set of columns shows."""
+
+
+def _record(kind: type) -> str:
+    fields = [field for field in dataclasses.fields(kind) if field.name != "source"]
+    needed = ", ".join(f"`{field.name}`" for field in fields if field.default is dataclasses.MISSING)
+    optional = ", ".join(f"`{field.name}`" for field in fields if field.default is not dataclasses.MISSING)
+    about = " ".join((kind.__doc__ or "").split())
+    return f"- **{kind.__name__}**: {about} Fields: {needed}." + (f" Optional: {optional}." if optional else "")
+
+
+def _columns() -> str:
+    names = ", ".join(f"`{name}`" for name in COLUMNS)
+    return (
+        f"Files of your own use the column names of TRL: {names}. The format `trl` below says which make what. "
+        "`group` defaults to the first user turn, `source` to the file and line."
+    )
+
+
+def _format(row: dict[str, str]) -> str:
+    columns = next(one.columns for one in FORMATS if one.name == row["name"])
+    known = f"Recognised by: {', '.join(f'`{name}`' for name in sorted(columns))}." if columns else KNOWN[row["name"]]
+    summary, rule, text = row["rule"].partition(" Rule: ")
+    text = f"{summary}\n\n**Rule.** {text[:1].upper()}{text[1:]}" if rule else summary
+    return f"### {row['name']}\n\n{text.replace(' Group: ', ' **Group:** ')}\n\nGives: {row['gives']}. {known}\n"
+
+
+def _set(name: str) -> str:
+    source = pull.sources()[name]
+    return f"| `{name}` | {source['repository']} | {source['licence']} |\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(reference(), encoding="utf-8")

@@ -1,0 +1,231 @@
+"""The cached, batched sampler against plain forward passes; its randomness; the probe that catches a stale adapter."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from tiny_models import END, VOCAB, merged_network, random_ids, randomise, reference_logprobs
+
+from perlhf.errors import StaleSamplerError
+from perlhf.model import Model
+from perlhf.packing import Ids
+from perlhf.sampler import Rollout, draw, probe, sample, uniforms
+
+PROMPTS = random_ids([7, 2, 11], seed=3)
+LENGTH = 8
+
+
+@pytest.fixture
+def adapted(model: Model) -> Model:
+    """A policy adapter that is well away from the base."""
+    model.add_adapter("policy", "policy", rank=4)
+    randomise(model, "policy", size=0.15)
+    return model
+
+
+def roll(
+    model: Model,
+    prompts: list[list[int]] = PROMPTS,
+    *,
+    numbers: tuple[int, ...] = (0, 1, 2),
+    samples: int = 3,
+    end_id: int = END,
+    temperature: float = 1.0,
+    adapter: str | None = "policy",
+) -> Rollout:
+    return sample(
+        model,
+        prompts,
+        adapter=adapter,
+        draws=uniforms(5, 1, numbers, samples, LENGTH),
+        end_id=end_id,
+        temperature=temperature,
+        max_completion_tokens=LENGTH,
+    )
+
+
+@torch.no_grad()
+def greedy(network: torch.nn.Module, prompt: Ids) -> list[int]:
+    """The most likely token again and again, each by a forward pass over everything."""
+    ids = list(prompt)
+    for _ in range(LENGTH):
+        ids.append(int(network(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+class TestAgainstForwardPasses:
+    @pytest.mark.parametrize("adapter", [None, "policy"])
+    def test_greedy_is_step_by_step_argmax(self, adapted: Model, tiny_base: Path, adapter: str | None) -> None:
+        network = merged_network(tiny_base, adapted, *([adapter] if adapter else []))
+        expected = [greedy(network, prompt) for prompt in PROMPTS]
+        found = roll(adapted, samples=2, temperature=0, end_id=-1, adapter=adapter)
+        assert found.completions == [ids for ids in expected for _ in range(2)]
+        assert found.ended == [False] * 6
+
+    @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.4])
+    def test_logprobs_are_the_models(self, adapted: Model, tiny_base: Path, temperature: float) -> None:
+        found = roll(adapted, temperature=temperature)
+        with torch.no_grad():
+            trainer = adapted.logprobs(found.prompts, found.completions, "policy", temperature=temperature)
+        network = merged_network(tiny_base, adapted, "policy")
+        for row, (prompt, ids) in enumerate(zip(found.prompts, found.completions, strict=True)):
+            reported = torch.tensor(found.sampler_logprobs[row])
+            torch.testing.assert_close(reported, trainer.logprobs[row, : len(ids)], rtol=0, atol=1e-4)
+            expected = reference_logprobs(network, prompt, ids, temperature)
+            torch.testing.assert_close(reported, expected, rtol=0, atol=1e-4)
+
+    def test_greedy_logprobs_are_at_temperature_one(self, adapted: Model) -> None:
+        found = roll(adapted, samples=1, temperature=0)
+        with torch.no_grad():
+            trainer = adapted.logprobs(found.prompts, found.completions, "policy")
+        flat = torch.tensor([value for row in found.sampler_logprobs for value in row])
+        torch.testing.assert_close(flat, trainer.logprobs[trainer.mask], rtol=0, atol=1e-4)
+
+    def test_full_tuning_samples_its_own_weights(self, model: Model) -> None:
+        model.add_adapter("policy", "policy", tuning="full")
+        randomise(model, "policy")
+        found = roll(model)
+        with torch.no_grad():
+            trainer = model.logprobs(found.prompts, found.completions, "policy").logprobs
+            base = model.logprobs(found.prompts, found.completions, None).logprobs
+        reported = torch.zeros_like(trainer)
+        for row, values in enumerate(found.sampler_logprobs):
+            reported[row, : len(values)] = torch.tensor(values)
+        torch.testing.assert_close(reported, trainer, rtol=0, atol=1e-4)
+        assert not torch.allclose(reported, base, atol=0.1)
+
+
+class TestEnds:
+    def test_the_end_token_is_kept_and_other_rows_do_not_notice(self, adapted: Model) -> None:
+        endless = roll(adapted, end_id=-1)
+        assert all(len(ids) == LENGTH for ids in endless.completions)
+        # Some token that ends a few rows early, at different times.
+        counts = np.bincount([token for ids in endless.completions for token in ids], minlength=VOCAB)
+        end = int(counts.argmax())
+        found = roll(adapted, end_id=end)
+        lengths = []
+        for row, whole in enumerate(endless.completions):
+            expected = whole[: whole.index(end) + 1] if end in whole else whole
+            assert found.completions[row] == expected
+            assert found.ended[row] == (end in whole)
+            assert len(found.sampler_logprobs[row]) == len(expected)
+            assert found.sampler_logprobs[row] == pytest.approx(
+                endless.sampler_logprobs[row][: len(expected)], abs=1e-4
+            )
+            lengths.append(len(expected))
+        assert min(lengths) < LENGTH and len(set(lengths)) > 1
+        assert found.tokens == sum(lengths)
+
+    def test_an_end_token_in_the_last_place_counts(self, adapted: Model) -> None:
+        endless = roll(adapted, samples=1, end_id=-1)
+        last = endless.completions[0][-1]
+        if last not in endless.completions[0][:-1]:
+            assert roll(adapted, samples=1, end_id=last).ended[0]
+        first = endless.completions[1][0]
+        found = roll(adapted, samples=1, end_id=first)
+        assert found.completions[1] == [first] and found.ended[1]
+
+
+class TestRandomness:
+    def test_a_rollout_does_not_depend_on_its_company(self, adapted: Model) -> None:
+        together = roll(adapted)
+        for number, prompt in enumerate(PROMPTS):
+            alone = roll(adapted, [prompt], numbers=(number,))
+            rows = slice(3 * number, 3 * number + 3)
+            assert alone.completions == together.completions[rows]
+            for one, other in zip(alone.sampler_logprobs, together.sampler_logprobs[rows], strict=True):
+                assert one == pytest.approx(other, abs=1e-4)
+        backwards = roll(adapted, PROMPTS[::-1], numbers=(2, 1, 0))
+        assert backwards.completions[:3] == together.completions[6:]
+
+    def test_draws_are_keyed_by_seed_step_prompt_and_sample(self) -> None:
+        rows = uniforms(5, 1, [0, 4], 3, 6)
+        assert rows.shape == (6, 6) and rows.dtype == torch.float64
+        assert ((rows >= 0) & (rows < 1)).all() and rows.unique().numel() == 36
+        assert torch.equal(uniforms(5, 1, [4], 2, 6), rows[3:5])
+        assert torch.equal(uniforms(5, 1, [4], 2, 3), rows[3:5, :3])
+        for other in (uniforms(6, 1, [0], 1, 6), uniforms(5, 2, [0], 1, 6)):
+            assert not torch.equal(other[0], rows[0])
+
+    def test_a_prompt_that_occurs_twice_gets_other_completions(self) -> None:
+        """Few prompts, many a rollout: the second visit must not repeat the first one's random numbers."""
+        rows = uniforms(5, 1, [7, 2, 7], 2, 4)
+        assert torch.equal(rows[[0, 1, 4, 5]], uniforms(5, 1, [7], 4, 4))
+
+    def test_inverse_cdf_by_hand(self) -> None:
+        # 0.1 | 0.2 | 0 | 0.3 | 0.4: cumulative 0.1, 0.3, 0.3, 0.6, 1
+        logits = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4]).log().expand(7, 5)
+        draws = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 0.61, 1 - 2**-53], dtype=torch.float64)
+        tokens, logprobs = draw(logits, draws, 1.0)
+        assert tokens.tolist() == [0, 0, 1, 1, 3, 4, 4]
+        expected = [math.log(p) for p in (0.1, 0.1, 0.2, 0.2, 0.3, 0.4, 0.4)]
+        assert logprobs.tolist() == pytest.approx(expected, rel=1e-5)
+
+    def test_impossible_tokens_are_never_drawn(self) -> None:
+        logits = torch.tensor([[-math.inf, 0.0, -math.inf]]).expand(2, 3)
+        assert draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0)[0].tolist() == [1, 1]
+
+    def test_temperature_by_hand(self) -> None:
+        # at temperature 1/2 probabilities 1/3, 2/3 become 1/5, 4/5
+        logits = torch.tensor([1 / 3, 2 / 3]).log().expand(2, 2)
+        tokens, logprobs = draw(logits, torch.tensor([0.19, 0.21], dtype=torch.float64), 0.5)
+        assert tokens.tolist() == [0, 1]
+        assert logprobs.tolist() == pytest.approx([math.log(0.2), math.log(0.8)], rel=1e-5)
+
+    @pytest.mark.parametrize(("actual", "claimed", "agrees"), [(0.7, 0.7, True), (1.0, 0.7, False)])
+    def test_frequencies(self, adapted: Model, tiny_base: Path, actual: float, claimed: float, agrees: bool) -> None:
+        """Chi-square of 4,000 first tokens against softmax(logits / temperature); rare tokens pooled."""
+        count = 4000
+        found = sample(
+            adapted,
+            [PROMPTS[1]],
+            adapter="policy",
+            draws=uniforms(11, 1, [0], count, 1),
+            end_id=END,
+            temperature=actual,
+            max_completion_tokens=1,
+        )
+        network = merged_network(tiny_base, adapted, "policy")
+        with torch.no_grad():
+            logits = network(torch.tensor([PROMPTS[1]])).logits[0, -1].double()
+        expected = torch.softmax(logits / claimed, -1).numpy() * count
+        observed = np.bincount([ids[0] for ids in found.completions], minlength=VOCAB)
+        common = expected >= 5
+        table = np.append(observed[common], observed[~common].sum())
+        p_value = chisquare(table, np.append(expected[common], expected[~common].sum())).pvalue
+        assert common.sum() > 10
+        assert (p_value > 1e-3) if agrees else (p_value < 1e-9)
+
+
+class TestProbe:
+    def test_passes_for_the_current_adapter(self, adapted: Model) -> None:
+        probe(adapted, roll(adapted), "policy")
+        probe(adapted, roll(adapted, adapter=None), None)
+
+    def test_catches_weights_that_changed_after_sampling(self, adapted: Model) -> None:
+        rollout = roll(adapted)
+        with torch.no_grad():
+            next(iter(adapted.adapters["policy"].pairs.values())).b[0, 0] += 1e-4
+        with pytest.raises(StaleSamplerError, match="digests differ"):
+            probe(adapted, rollout, "policy")
+
+    @pytest.mark.parametrize("stale", [None, "old"])
+    def test_catches_a_sampler_that_claims_the_right_version(self, adapted: Model, stale: str | None) -> None:
+        """It sampled from the base, or from a copy that missed the last update, yet reports the current digest."""
+        adapted.copy_adapter("policy", "old", "policy")
+        with torch.no_grad():
+            for pair in adapted.adapters["policy"].pairs.values():
+                pair.b += 1e-3
+        rollout = dataclasses.replace(roll(adapted, adapter=stale), adapter_digest=adapted.digest("policy"))
+        with pytest.raises(StaleSamplerError, match=r"digests agree, prompt states differ by up to \d"):
+            probe(adapted, rollout, "policy")
+
+    def test_compares_prompts_in_their_own_layout(self, adapted: Model) -> None:
+        """One state a prompt, however many samples; prompts that are equal stay apart."""
+        rollout = roll(adapted, [PROMPTS[0], PROMPTS[0]], numbers=(0, 1), samples=2)
+        assert rollout.prompt_states.shape == (2, 64)
+        probe(adapted, rollout, "policy")

@@ -1,0 +1,181 @@
+"""What the documentation says is so: its Python runs, its commands parse, its links and names lead somewhere."""
+
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from pydantic import BaseModel
+
+from perlhf.cli import COMMANDS, DATA_COMMANDS
+from perlhf.config import EvaluateConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.options import parse
+from perlhf.recipe import submodel
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
+METHOD = REPOSITORY / "docs" / "method.md"
+LISTS = re.compile(r"^- (Code|Key|Test): (.*(?:\n  .*)*)", re.MULTILINE)
+
+
+def test_there_is_something_to_check():
+    assert {"README.md", "docs/index.md", "docs/method.md", "docs/recipes.md", "docs/data.md"} <= set(NAMES)
+    assert len(list(python_blocks(REPOSITORY / "README.md"))) == 1
+    assert len(list(commands(REPOSITORY / "docs" / "recipes.md"))) > 20
+    for kind in ("Code", "Key", "Test"):
+        assert len(named(kind)) > 20, kind
+
+
+# ---- code ---------------------------------------------------------------------------------------------------------
+
+
+def python_blocks(page: Path) -> Iterator[str]:
+    return iter(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """The blocks of a page run one after another, as a reader would type them."""
+    (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for number, block in enumerate(python_blocks(page), start=1):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+
+
+def test_yaml_blocks_are_recipes(tmp_path):
+    blocks = [
+        block
+        for page in PAGES
+        for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    ]
+    assert blocks
+    for number, block in enumerate(blocks):
+        recipe = tmp_path / f"{number}.yaml"
+        recipe.write_text(block, encoding="utf-8")
+        parse(COMMANDS["reward"], [str(recipe)])
+
+
+# ---- command lines ------------------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Words of each `perlhf ...` line that a reader could type; what follows two spaces is a remark."""
+    if page.name == "commands.md":
+        return
+    for line in re.findall(r"^    (?:[A-Z_]+=\S+ )*(perlhf .*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        words = shlex.split(re.split(r"  +", line)[0], comments=True)
+        yield words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_command_lines_parse(page, monkeypatch):
+    """Recipes are read, options and values are checked; nothing is run."""
+    monkeypatch.chdir(REPOSITORY)
+    for words in commands(page):
+        table, rest = (DATA_COMMANDS, words[1:]) if words[0] == "data" else (COMMANDS, words)
+        assert rest[0] in table, words
+        try:
+            parse(table[rest[0]], rest[1:])
+        except SystemExit as stopped:
+            pytest.fail(f"perlhf {' '.join(words)}: exit code {stopped.code}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_in_the_text_exist(page):
+    for command in re.findall(r"`perlhf ([a-z]+(?: [a-z]+)?)", page.read_text(encoding="utf-8")):
+        first, _, second = command.partition(" ")
+        assert first in {*COMMANDS, "data"}, command
+        assert first != "data" or not second or second in DATA_COMMANDS, command
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+def named(kind: str) -> list[str]:
+    """What the method page names after `- Code:`, `- Key:` or `- Test:`."""
+    found = LISTS.findall(METHOD.read_text(encoding="utf-8"))
+    return [name for label, text in found if label == kind for name in re.findall(r"`([^`]+)`", text)]
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(named("Code")))
+def test_code_that_the_method_page_names_exists(name):
+    module, *attributes = name.split(".")
+    found: ModuleType | object = importlib.import_module(f"perlhf.{module}")
+    for attribute in attributes:
+        found = getattr(found, attribute)
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(named("Key")))
+def test_keys_that_the_method_page_names_exist(name):
+    assert any(has_key(model, name) for model in (SftConfig, RewardConfig, PolicyConfig, EvaluateConfig))
+
+
+def has_key(model: type[BaseModel] | None, name: str) -> bool:
+    first, _, rest = name.partition(".")
+    if model is None or first not in model.model_fields:
+        return False
+    return not rest or has_key(submodel(model.model_fields[first].annotation), rest)
+
+
+def test_tests_that_the_pages_name_exist():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    files = set(re.findall(r"tests/[\w/]+\.py", text))
+    assert all((REPOSITORY / file).is_file() for file in files)
+    missing = [
+        f"{file}::{name}"
+        for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text)
+        if not re.search(rf"^ *(?:def|class) {name}\b", (REPOSITORY / file).read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert not missing
+
+
+def test_every_decision_of_the_method_page_has_a_test():
+    """A section or paragraph that names code names the test that guards it."""
+    labels = [label for label, _ in LISTS.findall(METHOD.read_text(encoding="utf-8"))]
+    assert labels.count("Code") == labels.count("Test")
+    for before, after in zip(labels, [*labels[1:], "Code"], strict=True):
+        assert (before == "Test") == (after == "Code"), labels
+
+
+def test_default_learning_rates_of_the_method_page():
+    text = METHOD.read_text(encoding="utf-8")
+    rows = {
+        stage: (float(lora), float(full))
+        for stage, lora, full in re.findall(r"^\| `perlhf (\w+)`.*? \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+    }
+    for name, model, needed in (
+        ("sft", SftConfig, {}),
+        ("reward", RewardConfig, {}),
+        ("policy", PolicyConfig, {"reward": ("m:f",)}),
+    ):
+        assert rows[name] == tuple(model(tuning=tuning, **needed).learning_rate for tuning in ("lora", "full"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_to_files_lead_somewhere(page):
+    for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+# ---- generated pages ----------------------------------------------------------------------------------------------
+
+
+def test_data_reference_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("generator", REPOSITORY / "scripts" / "generate_data_reference.py")
+    assert spec and spec.loader
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8") == generator.reference(), "run `make docs`"
+
+
+def test_every_recipe_is_described():
+    text = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8")
+    recipes = [str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "recipes").rglob("*.yaml")]
+    assert recipes
+    assert not [recipe for recipe in recipes if f"`{recipe}`" not in text]
