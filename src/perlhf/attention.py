@@ -49,8 +49,8 @@ class _TreeAttention(torch.autograd.Function):
             visible = ~_hidden(node, queries, keys)
             own = _own(out, node)
             # Four dimensions: with three, torch takes its slow path.
-            four = (t[None] for t in (queries, keys, values))
-            own.copy_(F.scaled_dot_product_attention(*four, visible, scale=scaling).view(own.shape))
+            mixed = F.scaled_dot_product_attention(queries[None], keys[None], values[None], visible, scale=scaling)
+            own.copy_(mixed.view(own.shape))
         ctx.save_for_backward(query, key, value)
         ctx.nodes, ctx.scaling = nodes, scaling
         return out

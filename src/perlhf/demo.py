@@ -177,9 +177,9 @@ def _show(
     table = Table(title=f"perlhf demo, {evaluation['n']} unseen prompts, one seed, 95 % intervals over prompts")
     for column in ("", "before RL (SFT)", "after RL"):
         table.add_column(column)
-    for name in ("gold", "score"):
+    for name, label in (("gold", "mean gold score (rules)"), ("score", "mean reward-model score")):
         row = summary[name]
-        table.add_row("mean gold score (rules)" if name == "gold" else "mean reward-model score", _interval(row["before"]), _interval(row["after"]))
+        table.add_row(label, _interval(row["before"]), _interval(row["after"]))
     table.add_row("KL to the SFT policy, nats a completion", "0", _interval(summary["kl"]))
     for name, label in (("tokens", "completion tokens"), ("end_rate", "ended by themselves")):
         table.add_row(label, _interval(evaluation["before"][name]), _interval(evaluation["after"][name]))

@@ -65,8 +65,8 @@ def lay_out(sequences: Sequence[Ids], packing: Packing) -> Layout:
     if packing == "none":
         ids = pad(sequences, 0)
         positions = torch.arange(ids.shape[1]).expand(ids.shape)
-        spans = tuple(((row * ids.shape[1], len(s)),) for row, s in enumerate(sequences))
-        return Layout(ids, positions, None, spans, sum(map(len, sequences)))
+        alone = tuple(((row * ids.shape[1], len(s)),) for row, s in enumerate(sequences))
+        return Layout(ids, positions, None, alone, sum(map(len, sequences)))
     # In descending order a sequence's longest shared prefix is with its neighbour, and extensions precede their
     # prefixes.
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]), reverse=True)

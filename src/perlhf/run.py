@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ class Run:
                     rollout.unlink()
         self._rewound_to = step
 
-    def log(self, step: int, values: dict[str, float | int | str]) -> None:
+    def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Appends one line to metrics.jsonl, and feeds the progress bar and the optional writers.
 
         A value that isn't finite is written as null. Log a step before saving its checkpoint: a kill in between would

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perlhf.errors import StaleSamplerError
+from perlhf.errors import DivergenceError, StaleSamplerError
 from perlhf.model import Model
 from perlhf.packing import Ids, length_mask
 
@@ -118,7 +118,14 @@ def probe(model: Model, rollout: Rollout, adapter: str | None) -> None:
 
     Raises:
         StaleSamplerError: the sampler used other weights.
+        DivergenceError: the adapter's states aren't finite.
     """
+    if not torch.isfinite(rollout.prompt_states).all():
+        raise DivergenceError(
+            f"adapter '{adapter}' gives states that are not finite",
+            allowed="finite numbers",
+            hint="lower optim.learning_rate; the last checkpoint is kept",
+        )
     unique = [
         ids for i, ids in enumerate(rollout.prompts) if i % (len(rollout.prompts) // len(rollout.prompt_states)) == 0
     ]

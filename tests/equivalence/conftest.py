@@ -12,7 +12,7 @@ from perlhf.model import Model
 
 @pytest.fixture(autouse=True)
 def one_thread(seeded: None) -> None:
-    """A second thread gains nothing on such a small network, and on a busy machine waits for its turn at every product."""
+    """A second thread gains nothing on so small a network, and on a busy machine every product waits for it."""
     torch.set_num_threads(1)
 
 

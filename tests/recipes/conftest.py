@@ -35,7 +35,9 @@ def sft_run(tiny_base: Path, feedback: Path, tmp_path_factory: pytest.TempPathFa
 def reward_run(tiny_base: Path, feedback: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished reward run that tells polite answers from rude ones."""
     run = tmp_path_factory.mktemp("runs") / "reward"
-    assert main(command("reward", tiny_base, feedback / "ratings.jsonl", run, "--max-updates", "12", "--epochs", "3")) == 0
+    assert (
+        main(command("reward", tiny_base, feedback / "ratings.jsonl", run, "--max-updates", "12", "--epochs", "3")) == 0
+    )
     return run
 
 

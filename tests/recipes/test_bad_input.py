@@ -1,4 +1,4 @@
-"""Every kind of bad input through the command: exit code 2, one message that says what, where and what to do, nothing written."""
+"""Every kind of bad input through the command: exit code 2, one message (what, where, what to do), nothing written."""
 
 import gzip
 import hashlib
@@ -191,19 +191,25 @@ def test_long_completions_are_dropped_and_counted_where_the_recipe_says_so(stage
 
 
 RECIPES = {
-    "unknown key": ("adapter:\n  rnk: 4\n", (":2: unknown key `adapter.rnk`", "allowed: rank, alpha", "`adapter.rank`")),
+    "unknown key": (
+        "adapter:\n  rnk: 4\n",
+        (":2: unknown key `adapter.rnk`", "allowed: rank", "`adapter.rank`"),
+    ),
     "unknown key at the top": ("epoch: 2\n", (":1: unknown key `epoch`", "allowed:", "try: `epochs`")),
     "unknown value": (
         "optim:\n  schedule: cosin\n",
-        (":2: `optim.schedule` can't be \"cosin\"", "allowed: constant, linear or cosine", "try: cosine"),
+        (':2: `optim.schedule` can\'t be "cosin"', "allowed: constant, linear or cosine", "try: cosine"),
     ),
     "number out of range": ("seed: 1\nepochs: 0\n", (":2: `epochs` can't be 0", "allowed: a whole number above 0")),
-    "text for a number": ("epochs: two\n", (":1: `epochs` can't be \"two\"", "allowed: a whole number above 0")),
-    "no for false": ("encoding: {drop_long: no}\n", ("`encoding.drop_long` can't be \"no\"", "true or false")),
+    "text for a number": ("epochs: two\n", (':1: `epochs` can\'t be "two"', "allowed: a whole number above 0")),
+    "no for false": ("encoding: {drop_long: no}\n", (':1: `encoding.drop_long` can\'t be "no"', "true or false")),
     "repeated key": ("seed: 1\nepochs: 2\nseed: 3\n", (":3: `seed` is given twice, first on line 1",)),
-    "bad YAML": ("data: {paths: [a\n", ("bad YAML",)),
-    "empty": ("", ("the recipe is empty", "allowed: `key: value` lines")),
-    "shares": ("data: {validation: 0.6, test: 0.5}\n", ("validation + test = 1.1 leaves no training group", "below 1")),
+    "bad YAML": ("data: {paths: [a\n", ("recipe.yaml:", "bad YAML")),
+    "empty": ("", ("recipe.yaml: the recipe is empty", "allowed: `key: value` lines")),
+    "shares": (
+        "data: {validation: 0.6, test: 0.5}\n",
+        ("data: validation + test = 1.1 leaves no training", "below 1"),
+    ),
     "unknown format": ("data: {format: trll}\n", ("unknown format 'trll'", "allowed:", "did you mean 'trl'")),
 }
 
@@ -215,8 +221,7 @@ def test_recipes_that_cannot_be_used(perlhf, tiny_base, feedback, tmp_path, cont
     options = ("--base", str(tiny_base), "--run", str(tmp_path / "run"))
     if "paths" not in content:
         options += ("--data.paths", str(feedback / "ratings.jsonl"))
-    message = refused(perlhf("reward", str(recipe), *options), *parts)
-    assert "recipe.yaml" in message or "format" in message
+    refused(perlhf("reward", str(recipe), *options), *parts)
     assert not (tmp_path / "run").exists()
 
 
@@ -276,7 +281,7 @@ ARCHITECTURES = {
     ),
     "recurrent": (
         transformers.MambaConfig(hidden_size=64, num_hidden_layers=2),
-        ("mamba can't be a base", "it keeps a recurrent state"),
+        ("mamba can't be a base", "it has linear_attention layers"),
     ),
     "encoder-decoder": (
         transformers.T5Config(d_model=64, num_layers=2),

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import pytest
-from tiny_runs import TinyRuns, make_tiny_runs
+from tiny_runs import TinyRuns, tiny_runs
 
 from perlhf.chat import chat, stream
 from perlhf.config import ChatConfig
@@ -16,7 +16,7 @@ from perlhf.sampler import sample, uniforms
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> TinyRuns:
     """One run of each stage."""
-    return make_tiny_runs(tmp_path_factory.mktemp("tiny_runs"), tiny_base)
+    return tiny_runs(tmp_path_factory.getbasetemp() / "tiny_runs", tiny_base)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

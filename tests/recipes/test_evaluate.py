@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import SHORT, TinyRuns, make_tiny_runs
+from tiny_runs import SHORT, TinyRuns, tiny_runs
 from transformers import AutoModelForCausalLM
 
 from perlhf import base as bases
@@ -31,7 +31,7 @@ GOLD = "perlhf.data.coffee_bar:gold_reward"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> TinyRuns:
     """One run of each stage."""
-    return make_tiny_runs(tmp_path_factory.mktemp("tiny_runs"), tiny_base)
+    return tiny_runs(tmp_path_factory.getbasetemp() / "tiny_runs", tiny_base)
 
 
 def checked(run: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:

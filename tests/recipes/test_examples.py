@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from toy import read_json, read_lines
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -16,6 +17,7 @@ def as_when_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    torch.set_num_threads(1)  # two threads on a network this small wait for each other
 
 
 def example(name: str) -> ModuleType:

@@ -1,13 +1,15 @@
 """`export` on runs of the real stages with the tiny base: what other libraries load gives what perlhf computes."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from tiny_runs import SYSTEM, TinyRuns, make_tiny_runs
+from tiny_runs import SYSTEM, TinyRuns, tiny_runs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from perlhf.config import EncodingConfig, ExportConfig, SftConfig
@@ -19,6 +21,9 @@ from perlhf.export import DETAILS, chat_template, export
 from perlhf.finished import read_finished
 from perlhf.train_sft import train_sft
 
+# peft asks transformers for a name that is on its way out.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 TALK = [
     {"role": "user", "content": "a tea"},
     {"role": "assistant", "content": "sure"},
@@ -29,7 +34,7 @@ TALK = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> TinyRuns:
     """One run of each stage."""
-    return make_tiny_runs(tmp_path_factory.mktemp("tiny_runs"), tiny_base)
+    return tiny_runs(tmp_path_factory.getbasetemp() / "tiny_runs", tiny_base)
 
 
 def plain_base(path: Path, classifier: bool = False) -> Any:
@@ -45,13 +50,25 @@ def logits(network: Any, ids: list[int]) -> torch.Tensor:
     return network.eval()(torch.tensor([ids])).logits[0, -1]
 
 
+@pytest.fixture(scope="module")
+def exported(runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    """Directory and details of a stage's export in a format, made once."""
+
+    @cache
+    def made(stage: str, format: Any) -> tuple[Path, dict[str, Any]]:
+        output = tmp_path_factory.mktemp("exports") / "out"
+        return output, export(ExportConfig(run=getattr(runs, stage), output=output, format=format, device="cpu"))
+
+    return made
+
+
 @pytest.mark.parametrize("stage", ["sft", "policy"])
 @pytest.mark.parametrize("format", ["peft", "merged"])
 def test_a_language_model_gives_the_same_logits_elsewhere(
-    runs: TinyRuns, tiny_base: Path, tmp_path: Path, stage: str, format: Any
+    runs: TinyRuns, tiny_base: Path, exported: Any, stage: str, format: str
 ):
-    run, output = getattr(runs, stage), tmp_path / "out"
-    details = export(ExportConfig(run=run, output=output, format=format, device="cpu"))
+    run = getattr(runs, stage)
+    output, details = exported(stage, format)
     model, encoder = read_finished(run).open("cpu")
     ids = encoder.prompt(TALK)
     states, _ = model.prefill([ids], stage)
@@ -69,9 +86,8 @@ def test_a_language_model_gives_the_same_logits_elsewhere(
 
 
 @pytest.mark.parametrize("format", ["peft", "merged"])
-def test_a_reward_model_gives_the_same_scores_elsewhere(runs: TinyRuns, tiny_base: Path, tmp_path: Path, format: Any):
-    output = tmp_path / "out"
-    details = export(ExportConfig(run=runs.reward, output=output, format=format, device="cpu"))
+def test_a_reward_model_gives_the_same_scores_elsewhere(runs: TinyRuns, tiny_base: Path, exported: Any, format: str):
+    output, details = exported("reward", format)
     finished = read_finished(runs.reward)
     model, encoder = finished.open("cpu")
     records = [record for record in load(finished.config.data, ("rating",), "test") if isinstance(record, Rating)]
@@ -128,14 +144,14 @@ def test_full_tuning_is_exported_merged_only(tiny_base: Path, runs: TinyRuns, tm
 
 
 @pytest.mark.parametrize("messages", [TALK, [{"role": "system", "content": "Sell tea."}, *TALK]])
-def test_the_exported_tokenizer_renders_prompts_as_in_training(runs: TinyRuns, tmp_path: Path, messages: Any):
-    export(ExportConfig(run=runs.sft, output=tmp_path / "out", format="merged", device="cpu"))
+def test_the_exported_tokenizer_renders_prompts_as_in_training(runs: TinyRuns, exported: Any, messages: Any):
+    output, _ = exported("sft", "merged")
     _, encoder = read_finished(runs.sft).open("cpu")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(output)
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert (SYSTEM in rendered) is (messages[0]["role"] != "system")
     assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == encoder.prompt(messages)
-    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    generation = json.loads((output / "generation_config.json").read_text())
     assert generation["eos_token_id"] == encoder.end_id
 
 
@@ -160,8 +176,10 @@ def test_nothing_of_the_users_is_overwritten(runs: TinyRuns, tmp_path: Path):
         export(ExportConfig(run=runs.sft, output=runs.sft / "adapter", device="cpu"))
 
 
-def test_an_export_is_replaced_by_the_next(runs: TinyRuns, tmp_path: Path):
-    for format in ("merged", "merged", "peft"):
-        output = tmp_path / format
+def test_an_export_is_replaced_by_the_next(runs: TinyRuns, exported: Any):
+    for format in ("merged", "peft"):
+        output, _ = exported("sft", format)
+        (output / "adapter_model.safetensors" if format == "peft" else output / "model.safetensors").unlink()
         export(ExportConfig(run=runs.sft, output=output, format=format, device="cpu"))  # pyright: ignore[reportArgumentType]
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+        assert list(output.glob("*.safetensors"))
+        assert [path.name for path in output.parent.iterdir()] == ["out"]

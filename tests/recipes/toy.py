@@ -128,16 +128,15 @@ def command(stage: str, base: Path, data: Path | str, run: Path, *options: str) 
 
 
 def override(options: Sequence[str], later: Sequence[str]) -> list[str]:
-    """Options with the values of `later` in place of their own."""
+    """Options with the values of `later` in place of their own; the last of several counts."""
+    name = ""
     chosen: dict[str, list[str]] = {}
-    for words in (options, later):
-        fresh: dict[str, list[str]] = {}
-        for word in words:
-            if word.startswith("--"):
-                fresh[word] = []
-            else:
-                fresh[next(reversed(fresh))].append(word)
-        chosen |= fresh
+    for word in (*options, *later):
+        if word.startswith("--"):
+            name = word
+            chosen[name] = []
+        else:
+            chosen[name].append(word)
     return [word for name, values in chosen.items() for word in (name, *values)]
 
 

@@ -14,7 +14,7 @@ from perlhf.model import Model
 from perlhf.packing import Ids
 
 VOCAB = 272
-END = 1
+START, END = 0, 1
 
 
 def open_model(directory: Path) -> Model:

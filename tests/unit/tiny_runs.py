@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ class TinyRuns:
     reward_result: dict[str, Any]
 
 
-def make_tiny_runs(directory: Path, base: Path) -> TinyRuns:
-    """SFT, reward (comparisons and ratings) and policy, a few updates each; 30 groups."""
+@cache
+def tiny_runs(directory: Path, base: Path) -> TinyRuns:
+    """SFT, reward (comparisons and ratings) and policy, a few updates each; 30 groups. Made once a directory."""
+    directory.mkdir()
     ratings, comparisons = directory / "ratings.jsonl", directory / "comparisons.jsonl"
     rated, compared = [], []
     for number, (drink, size) in enumerate((drink, size) for drink in DRINKS for size in SIZES):
@@ -62,9 +65,9 @@ def make_tiny_runs(directory: Path, base: Path) -> TinyRuns:
     train_sft(SftConfig(run=sft, max_updates=4, **shared))
     config = RewardConfig(run=reward, sft=sft, max_updates=4, **shared)
     result, scores = _train_reward_and_look(config)
-    train_policy(
-        PolicyConfig(run=policy, sft=sft, reward=(str(reward),), **(shared | SHORT | {"updates": 3}))
-    )  # the first update is the value head's alone
+    # The first update is the value head's alone.
+    shared |= SHORT | {"updates": 3}
+    train_policy(PolicyConfig(run=policy, sft=sft, reward=(str(reward),), **shared))
     return TinyRuns(data, str(ratings), str(comparisons), sft, reward, policy, scores, result)
 
 
@@ -90,6 +93,6 @@ def _train_reward_and_look(config: RewardConfig) -> tuple[dict[str, Any], list[l
         save(model, name, directory, encoder, base)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_reward.store, "save_adapter", save_and_look)
+        patch.setattr(store, "save_adapter", save_and_look)
         result = train_reward.train_reward(config)
     return result, seen

@@ -46,10 +46,10 @@ def is_blank(text: Text) -> bool:
     return not (text.strip() if isinstance(text, str) else any(message["content"].strip() for message in text))
 
 
-def value(row: Mapping[str, Any], key: str, where: str) -> Any:
-    """The value of a column that must be there; a missing one is reported with the nearest name."""
+def value(row: Mapping[str, Any], key: str, where: str, known: Sequence[str] = ()) -> Any:
+    """The value of a column that must be there; a missing one is reported with the nearest name that isn't `known`."""
     if key not in row:
-        near = nearest(key, row)
+        near = nearest(key, [name for name in row if name not in known])
         raise DataError(
             f"column {key!r} is missing",
             where=where,

@@ -62,7 +62,7 @@ def trl(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
 
 
 def _comparison(row: dict[str, Any], where: str) -> Comparison:
-    sides = value(row, "chosen", where), value(row, "rejected", where)
+    sides = value(row, "chosen", where, COLUMNS), value(row, "rejected", where, COLUMNS)
     _refuse_misspelt(row, ("prompt", "weight", "margin", "annotator", "group"), where)
     if "prompt" not in row and all(isinstance(side, list) for side in sides):
         prompt, chosen, rejected = _split_conversations(*sides, where)
@@ -83,7 +83,7 @@ def _comparison(row: dict[str, Any], where: str) -> Comparison:
 
 def _completion(row: dict[str, Any], where: str) -> Rating | Demonstration:
     prompt = _prompt(row, where)
-    completion = _answer(value(row, "completion", where), prompt, "completion", where)
+    completion = _answer(value(row, "completion", where, COLUMNS), prompt, "completion", where)
     group, weight = _group(row, prompt, where), number(row, "weight", 1.0, where, least=0.0)
     _refuse_misspelt(row, ("label", "weight", "annotator", "group"), where)
     if "label" not in row:
@@ -115,7 +115,7 @@ def _last_turn(row: dict[str, Any], where: str) -> Demonstration:
 
 
 def _prompt(row: dict[str, Any], where: str) -> Text:
-    found = value(row, "prompt", where)
+    found = value(row, "prompt", where, COLUMNS)
     return found if isinstance(found, str) else _messages(found, "prompt", where)
 
 

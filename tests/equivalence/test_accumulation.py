@@ -1,0 +1,197 @@
+"""How an update is cut into forward passes changes nothing: packed = padded, and 1x8 = 8x1 for gradients.
+
+The policy's accumulation is in test_policy_objective.py.
+"""
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from tiny_models import END, open_model, random_ids, randomise
+from torch import Tensor
+from torch.nn import functional as F
+
+from perlhf import optim, train_reward, train_sft
+from perlhf.config import OptimConfig, RewardConfig, SftConfig
+from perlhf.encode import Example
+from perlhf.model import Model
+from perlhf.packing import Packing
+
+# With beta1 = 0 AdamW's first moment is the gradient itself, as long as nothing is clipped.
+PLAIN = OptimConfig(beta1=0.0, max_grad_norm=1e9)
+CUTS = [(10_000, "none"), (1, "none"), (40, "none"), (10_000, "tree"), (1, "tree"), (40, "tree")]
+
+# Two prompts with several completions each, and one conversation that goes on.
+ROOT_A, ROOT_B = random_ids([9, 4], seed=5)
+TAILS = [[*ids, END] for ids in random_ids([3, 6, 1, 5, 2, 4], seed=6)]
+SEQUENCES = [
+    [*ROOT_A, *TAILS[0]],
+    [*ROOT_A, *TAILS[1]],
+    [*ROOT_A, *TAILS[0], *TAILS[2]],
+    [*ROOT_B, *TAILS[3]],
+    [*ROOT_B, *TAILS[4]],
+    [*ROOT_B, *TAILS[3]],
+    [*ROOT_A, *TAILS[0], *TAILS[5]],
+    TAILS[5],
+]
+
+
+def gradients(optimizer: torch.optim.AdamW) -> list[Tensor]:
+    return [optimizer.state[p]["exp_avg"] for group in optimizer.param_groups for p in group["params"]]
+
+
+def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected) > 0
+    assert max(gradient.abs().max() for gradient in expected) > 1e-3
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+class TestPacking:
+    """`tree` against its slow twin `none`, values and gradients, on sequences that share much."""
+
+    @staticmethod
+    def results(directory: Path, what: str, packing: Packing, targets: str) -> list[Tensor]:
+        model = open_model(directory)
+        adapter = model.add_adapter("a", "value", rank=4, targets=targets)
+        randomise(model, "a")
+        # prompts of equal and different lengths, completions of one token among them
+        prompts = [ids[: len(ids) // 2] for ids in SEQUENCES]
+        completions = [ids[len(ids) // 2 :] for ids in SEQUENCES]
+        if what == "scores":
+            out = model.scores(SEQUENCES, "a", packing=packing)
+        elif what == "values":
+            out = model.values(prompts, completions, "a", packing=packing)
+        else:
+            out = model.logprobs(prompts, completions, "a", packing=packing, temperature=0.7).logprobs
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        (out * weights).sum().backward()
+        return [out.detach(), *(p.grad for p in adapter.trainable() if p.grad is not None)]
+
+    @pytest.mark.parametrize("targets", ["attention", "all"])
+    @pytest.mark.parametrize("what", ["scores", "values", "logprobs"])
+    def test_tree_is_none(self, tiny_base: Path, what: str, targets: str) -> None:
+        found = self.results(tiny_base, what, "tree", targets)
+        expected = self.results(tiny_base, what, "none", targets)
+        torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
+        check_close(found, expected)
+
+    def test_a_sequence_scores_the_same_in_any_company(self, model: Model) -> None:
+        model.add_adapter("a", "reward", rank=4)
+        randomise(model, "a")
+        together = model.scores(SEQUENCES, "a")
+        alone = torch.cat([model.scores([ids], "a", packing="none") for ids in SEQUENCES])
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+        assert together[3] == together[5]
+
+    def test_one_token(self, model: Model) -> None:
+        model.add_adapter("a", "reward", rank=2)
+        randomise(model, "a")
+        torch.testing.assert_close(model.scores([[5]], "a"), model.scores([[5], [5, 6]], "a", packing="none")[:1])
+
+
+class TestReward:
+    ITEMS = (
+        train_reward.Item((tuple(SEQUENCES[0]), tuple(SEQUENCES[1])), None, 1.0, 0.5, "a"),
+        train_reward.Item((tuple(SEQUENCES[3]), tuple(SEQUENCES[4])), None, 2.0, 0.0, "b"),
+        train_reward.Item((tuple(SEQUENCES[6]), tuple(SEQUENCES[2])), None, 1.0, 1.0, "a"),
+        *(
+            train_reward.Item((tuple(SEQUENCES[i]),), label, weight, 0.0, group)
+            for i, label, weight, group in (
+                (0, True, 1.0, "a"),
+                (2, False, 1.0, "a"),
+                (3, True, 0.5, "b"),
+                (5, False, 1.0, "b"),
+                (7, True, 1.0, "c"),
+            )
+        ),
+    )
+    CLASS_WEIGHT: ClassVar = {True: 0.8, False: 1.25}
+
+    def update(self, directory: Path, max_tokens: int, packing: Packing) -> tuple[dict[str, float], list[Tensor]]:
+        model = open_model(directory)
+        adapter = model.add_adapter(train_reward.NAME, "reward", rank=4)
+        randomise(model, train_reward.NAME)
+        config = RewardConfig(
+            tokens_per_microbatch=max_tokens,
+            packing=packing,
+            optim=PLAIN,
+            label_smoothing=0.1,
+            margin=0.7,
+            comparison_weight=0.5,
+            rating_weight=2.0,
+        )
+        optimizer = optim.build({"x": (adapter.trainable(), 1e-3)}, config.optim)["x"]
+        values = train_reward._update(model, adapter, optimizer, self.ITEMS, self.CLASS_WEIGHT, 1, 10, config)
+        return values, gradients(optimizer)
+
+    def by_formula(self, directory: Path) -> tuple[float, list[Tensor]]:
+        """Every sequence alone, the loss written out for the whole update."""
+        model = open_model(directory)
+        adapter = model.add_adapter(train_reward.NAME, "reward", rank=4)
+        randomise(model, train_reward.NAME)
+        total = torch.zeros(())
+        for item in self.ITEMS:
+            scores = [model.scores([ids], train_reward.NAME, packing="none")[0] for ids in item.sequences]
+            if item.label is None:
+                gap = scores[0] - scores[1] - 0.7 * item.margin
+                loss = 0.9 * F.softplus(-gap) + 0.1 * F.softplus(gap)
+                total = total + 0.5 * item.weight * loss / 3
+            else:
+                up = 0.9 if item.label else 0.1
+                loss = up * F.softplus(-scores[0]) + (1 - up) * F.softplus(scores[0])
+                total = total + 2.0 * item.weight * self.CLASS_WEIGHT[item.label] * loss / 5
+        total.backward()
+        return total.item(), [p.grad for p in adapter.trainable() if p.grad is not None]
+
+    @pytest.mark.parametrize(("max_tokens", "packing"), CUTS)
+    def test_update(self, tiny_base: Path, max_tokens: int, packing: Packing) -> None:
+        loss, expected = self.by_formula(tiny_base)
+        values, found = self.update(tiny_base, max_tokens, packing)
+        assert values["loss"] == pytest.approx(loss, rel=1e-5)
+        assert values["examples"] == 8 and values["groups"] == 3
+        check_close(found, expected)
+
+
+class TestSft:
+    EXAMPLES = tuple(
+        (Example(tuple(ids[:-cut]), tuple(ids[-cut:])), weight, "g")
+        for ids, cut, weight in zip(
+            SEQUENCES, (4, 7, 2, 6, 3, 1, 5, 4), (1.0, 1.0, 2.0, 1.0, 0.5, 1.0, 1.0, 1.0), strict=True
+        )
+    )
+
+    def by_formula(self, directory: Path) -> tuple[float, list[Tensor]]:
+        model = open_model(directory)
+        adapter = model.add_adapter(train_sft.NAME, "sft", rank=4)
+        randomise(model, train_sft.NAME)
+        tokens = sum(len(example.completion) for example, _, _ in self.EXAMPLES)
+        assert tokens == 4 + 7 + 2 + 6 + 3 + 1 + 5 + 4
+        total = torch.zeros(())
+        for example, weight, _ in self.EXAMPLES:
+            out = model.logprobs([example.prompt], [example.completion], train_sft.NAME, packing="none")
+            total = total - weight * out.logprobs.sum() / tokens
+        total.backward()
+        return total.item(), [p.grad for p in adapter.trainable() if p.grad is not None]
+
+    @pytest.mark.parametrize(("max_tokens", "packing"), CUTS)
+    def test_update(self, tiny_base: Path, max_tokens: int, packing: Packing) -> None:
+        loss, expected = self.by_formula(tiny_base)
+        model = open_model(tiny_base)
+        adapter = model.add_adapter(train_sft.NAME, "sft", rank=4)
+        randomise(model, train_sft.NAME)
+        config = SftConfig(tokens_per_microbatch=max_tokens, packing=packing, optim=PLAIN)
+        optimizer = optim.build({"x": (adapter.trainable(), 1e-3)}, config.optim)["x"]
+        values = train_sft._update(model, adapter, optimizer, self.EXAMPLES, 1, 10, config)
+        assert values["loss"] == pytest.approx(loss, rel=1e-5)
+        check_close(gradients(optimizer), expected)
+
+    @pytest.mark.parametrize("packing", ["none", "tree"])
+    def test_validation_loss_is_a_mean_over_tokens(self, model: Model, packing: Packing) -> None:
+        model.add_adapter(train_sft.NAME, "sft", rank=4)
+        whole = train_sft.validation_loss(model, self.EXAMPLES, 10_000, packing)
+        parts = train_sft.validation_loss(model, self.EXAMPLES, 1, packing)
+        with torch.no_grad():
+            out = [model.logprobs([e.prompt], [e.completion], None).logprobs.sum().item() for e, _, _ in self.EXAMPLES]
+        assert whole == pytest.approx(-sum(out) / 32, rel=1e-5) and parts == pytest.approx(whole, rel=1e-5)

@@ -1,0 +1,443 @@
+"""The policy stage's decisions (DESIGN.md section 5), each against numbers worked out apart from the code."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import END, merged_network, open_encoder, open_model, random_ids, randomise, reference_logprobs
+from torch import Tensor
+
+from perlhf import optim, training
+from perlhf import train_policy as stage_code
+from perlhf.config import AdapterConfig, OptimConfig, PolicyConfig, ValueConfig
+from perlhf.data.records import Prompt, Text
+from perlhf.errors import DivergenceError, StaleSamplerError
+from perlhf.model import Model
+from perlhf.packing import length_mask
+from perlhf.rewards import Rewards
+from perlhf.run import open_run
+from perlhf.sampler import Rollout, sample
+from perlhf.scorers import Scorer
+from perlhf.train_policy import Centre, Scored, Stage
+
+POLICY, VALUE, SFT = "policy", "value", "sft"
+# With beta1 = 0 AdamW's first moment is the gradient itself, as long as nothing is clipped.
+PLAIN = OptimConfig(beta1=0.0, max_grad_norm=1e9)
+ROWS = random_ids([5, 5, 3, 3], seed=1)
+COMPLETIONS = [[*ids, END] for ids in random_ids([2, 4, 1], seed=2)] + random_ids([6], seed=3)
+ENDED = [True, True, True, False]
+
+
+def number(prompts: list[Text], completions: list[str]) -> list[float]:
+    """The prompt's own number is every completion's score."""
+    return [float(str(prompt)) for prompt in prompts]
+
+
+def constant(value: float) -> Scorer:
+    return lambda prompts, completions: [value] * len(completions)
+
+
+def new_stage(
+    directory: Path, scorer: Scorer = number, prompts: Sequence[str] = ("1", "2", "3", "6"), **options: Any
+) -> Stage:
+    """A stage on the tiny base with an SFT adapter as its reference, as `_open` leaves it."""
+    options = {
+        "optim": PLAIN,
+        "adapter": AdapterConfig(rank=4, alpha=8.0),
+        "value": ValueConfig(warmup_updates=0),
+    } | options
+    sizes: dict[str, Any] = {"prompts_per_update": 2, "completions_per_prompt": 2, "max_completion_tokens": 6}
+    config = PolicyConfig(reward=("given:directly",), **(sizes | options))
+    model = open_model(directory)
+    model.add_adapter(SFT, "sft", rank=4, alpha=8.0, dropout=0.3)
+    randomise(model, SFT, 1)
+    model.freeze(SFT)
+    training.new_adapter(model, POLICY, "policy", config, start=SFT)
+    if config.baseline == "value":
+        training.new_adapter(model, VALUE, "value", config, start=SFT)
+    records = [Prompt(text, text) for text in prompts]
+    return Stage(config, model, open_encoder(directory), Rewards((), (scorer,), "mean"), records, records, SFT)
+
+
+def optimizers(stage: Stage) -> dict[str, torch.optim.AdamW]:
+    rates = {POLICY: stage.config.learning_rate, VALUE: stage.config.value_learning_rate}
+    adapters = stage.model.adapters
+    return optim.build({n: (adapters[n].trainable(), rates[n]) for n in rates if n in adapters}, stage.config.optim)
+
+
+def gradients(optimizer: torch.optim.AdamW) -> list[Tensor]:
+    return [optimizer.state[p]["exp_avg"] for group in optimizer.param_groups for p in group["params"]]
+
+
+def rollout(ended: list[bool] = ENDED) -> Rollout:
+    return Rollout(ROWS, COMPLETIONS, [[0.0] * len(c) for c in COMPLETIONS], ended, torch.zeros(2, 64), "")
+
+
+UNCENTRED = Centre(mean=0.0, std=1.0, penalty=0.0)
+
+
+def score(stage: Stage, centre: Centre = UNCENTRED) -> Scored:
+    return stage_code._score(stage, rollout(), stage.prompts[:2], centre, POLICY)
+
+
+class TestStart:
+    """KL at step 0."""
+
+    @pytest.mark.parametrize("packing", ["tree", "none"])
+    @pytest.mark.parametrize("max_tokens", [10, 10_000])
+    @pytest.mark.parametrize(
+        ("shape", "beneath"),
+        [
+            (AdapterConfig(rank=4, alpha=8.0), None),  # a copy of the SFT adapter
+            (AdapterConfig(rank=2), SFT),  # other rank: stacked over it
+            (AdapterConfig(rank=4, alpha=4.0), SFT),  # other scale
+            (AdapterConfig(rank=4, alpha=8.0, targets="all"), SFT),  # other layers
+        ],
+    )
+    def test_kl_is_exactly_zero(
+        self, tiny_base: Path, shape: AdapterConfig, beneath: str | None, max_tokens: int, packing: str
+    ) -> None:
+        stage = new_stage(tiny_base, adapter=shape, tokens_per_microbatch=max_tokens, packing=packing)
+        assert stage.model.adapters[POLICY].beneath == beneath
+        scored = score(stage)
+        assert torch.equal(scored.old_logprobs, scored.ref_logprobs)
+        assert scored.old_logprobs[scored.mask].abs().min() > 0
+
+    def test_kl_of_full_tuning_is_zero_within_rounding(self, tiny_base: Path) -> None:
+        stage = new_stage(tiny_base, tuning="full")
+        assert stage.model.adapters[POLICY].weights
+        scored = score(stage)
+        torch.testing.assert_close(scored.old_logprobs, scored.ref_logprobs, rtol=0, atol=1e-4)
+
+    def test_the_reference_is_the_sft_adapter(self, tiny_base: Path) -> None:
+        stage = new_stage(tiny_base)
+        randomise(stage.model, POLICY, 2)
+        scored = score(stage)
+        networks = {name: merged_network(tiny_base, stage.model, name) for name in (POLICY, SFT)}
+        for name, found in ((POLICY, scored.old_logprobs), (SFT, scored.ref_logprobs)):
+            for row, (prompt, ids) in enumerate(zip(ROWS, COMPLETIONS, strict=True)):
+                expected = reference_logprobs(networks[name], prompt, ids)
+                torch.testing.assert_close(found[row, : len(ids)], expected, rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("shape", [AdapterConfig(rank=4, alpha=8.0), AdapterConfig(rank=2)])
+    def test_no_dropout_although_sft_had_some(self, tiny_base: Path, shape: AdapterConfig) -> None:
+        stage = new_stage(tiny_base, adapter=shape)
+        for name in (POLICY, VALUE):
+            assert {pair.dropout for pair in stage.model.adapters[name].pairs.values()} == {0.0}
+
+
+class TestTemperature:
+    def test_all_logprobs_are_at_the_sampling_temperature(self, tiny_base: Path) -> None:
+        stage = new_stage(tiny_base, temperature=0.6)
+        randomise(stage.model, POLICY, 2, size=0.1)
+        rolled = stage_code._sample(stage, stage.prompts[:2], POLICY, 2, 1, [0, 1])
+        scored = stage_code._score(stage, rolled, stage.prompts[:2], UNCENTRED, POLICY)
+        policy, reference = (merged_network(tiny_base, stage.model, name) for name in (POLICY, SFT))
+        for row, (prompt, ids) in enumerate(zip(rolled.prompts, rolled.completions, strict=True)):
+            reported = torch.tensor(rolled.sampler_logprobs[row])
+            expected = reference_logprobs(policy, prompt, ids, 0.6)
+            torch.testing.assert_close(reported, expected, rtol=0, atol=1e-4)
+            torch.testing.assert_close(scored.old_logprobs[row, : len(ids)], expected, rtol=0, atol=1e-4)
+            anchor = reference_logprobs(reference, prompt, ids, 0.6)
+            torch.testing.assert_close(scored.ref_logprobs[row, : len(ids)], anchor, rtol=0, atol=1e-4)
+
+    def test_truncated_sampling_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="top_p"):
+            PolicyConfig(reward=("a:b",), top_p=0.9)
+
+
+class TestValuePosition:
+    @pytest.mark.parametrize("packing", ["none", "tree"])
+    def test_a_value_has_not_seen_its_token(self, model: Model, packing: Any) -> None:
+        """values[t] is read where token t is predicted; from t + 1 on they know it."""
+        model.add_adapter(VALUE, "value", rank=4)
+        randomise(model, VALUE)
+        prompt, completion = ROWS[0], random_ids([6], seed=9)[0]
+        with torch.no_grad():
+            before = model.values([prompt], [completion], VALUE, packing=packing)[0]
+            for t in range(6):
+                other = [*completion[:t], (completion[t] + 1) % 200 + 2, *completion[t + 1 :]]
+                after = model.values([prompt], [other], VALUE, packing=packing)[0]
+                torch.testing.assert_close(after[: t + 1], before[: t + 1], rtol=0, atol=1e-5)
+                assert t == 5 or (after[t + 1 :] - before[t + 1 :]).abs().max() > 0.1
+
+    def test_the_first_value_is_at_the_last_prompt_token(self, model: Model) -> None:
+        model.add_adapter(VALUE, "value", rank=4)
+        randomise(model, VALUE)
+        with torch.no_grad():
+            values = model.values([ROWS[0]], [COMPLETIONS[0]], VALUE)
+            torch.testing.assert_close(values[0, :1], model.scores([ROWS[0]], VALUE))
+            seen = model.scores([[*ROWS[0], COMPLETIONS[0][0]]], VALUE)
+        torch.testing.assert_close(values[0, 1:2], seen)
+
+
+class TestScores:
+    def test_centring(self, tiny_base: Path) -> None:
+        """Mean and deviation of the reference's scores on the prompts 1, 2, 3, 6: 3 and sqrt((4 + 1 + 0 + 9) / 4)."""
+        centre = stage_code._centre(new_stage(tiny_base))
+        assert (centre.mean, centre.std) == pytest.approx((3, 3.5**0.5))
+        assert centre.penalty == pytest.approx(3.5**0.5)
+        assert stage_code._centre(new_stage(tiny_base, missing_end_penalty=0.25)).penalty == 0.25
+        assert stage_code._centre(new_stage(tiny_base, missing_end_penalty=0.0)).penalty == 0
+
+    def test_centring_scores_the_reference_not_the_policy(self, tiny_base: Path) -> None:
+        seen: list[str] = []
+
+        def remember(prompts: list[Text], completions: list[str]) -> list[float]:
+            seen.extend(completions)
+            return [0.0] * len(completions)
+
+        stage = new_stage(tiny_base, remember)
+        stage_code._centre(stage)
+        first = seen.copy()
+        seen.clear()
+        randomise(stage.model, POLICY, 7)
+        stage_code._centre(stage)
+        assert seen == first
+
+    def test_a_missing_end_is_scored_and_then_pays(self, tiny_base: Path) -> None:
+        # prompts 1 and 2, two completions each, the last one without its end token
+        scored = score(new_stage(tiny_base), Centre(mean=0.5, std=1.0, penalty=0.75))
+        assert scored.scores.tolist() == [1, 1, 2, 2]  # raw, as logged
+        assert scored.paid.tolist() == [0.5, 0.5, 1.5, 0.75]
+
+    def test_sampled_ids_are_scored_as_they_are(self, tiny_base: Path) -> None:
+        """ "h", "e" (two tokens) would come back from text as "he" (one); the reward adapter must see the two."""
+        stage = new_stage(tiny_base)
+        model, encoder = stage.model, stage.encoder
+        model.add_adapter("reward_0", "reward", rank=4)
+        randomise(model, "reward_0", 4)
+        sampled = [73, 70, END]
+        again = encoder.completion(encoder.decode(sampled))
+        assert again == [259, END]
+        one = dataclasses.replace(rollout([True]), prompts=ROWS[:1], completions=[sampled])
+        stage = dataclasses.replace(stage, rewards=Rewards(("reward_0",), (), "mean"))
+        found = stage_code._score(stage, one, stage.prompts[:1], UNCENTRED, POLICY).scores
+        with torch.no_grad():
+            as_sampled, re_encoded = model.scores([[*ROWS[0], *sampled], [*ROWS[0], *again]], "reward_0").tolist()
+        assert found[0] == pytest.approx(as_sampled, abs=1e-5)
+        assert abs(as_sampled - re_encoded) > 1e-2
+
+    def test_functions_see_the_text_without_its_end_token(self, tiny_base: Path) -> None:
+        seen: list[tuple[Text, str]] = []
+
+        def remember(prompts: list[Text], completions: list[str]) -> list[float]:
+            seen.extend(zip(prompts, completions, strict=True))
+            return [0.0] * len(completions)
+
+        stage = new_stage(tiny_base, remember)
+        ends = dataclasses.replace(rollout([True, True]), prompts=ROWS[:2], completions=[[73, 74, END], [73, 70, END]])
+        stage_code._score(stage, ends, stage.prompts[:2], UNCENTRED, POLICY)
+        assert seen == [("1", "hi"), ("2", "he")]
+
+
+def by_formula(directory: Path) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of policy and value from the paper's two sums, one completion at a time, divided by 4 completions."""
+    stage = new_stage(directory)
+    prepare(stage)
+    model, scored = stage.model, score(stage)
+    rewards = reward_of(scored, 0.1)
+    for row, (prompt, ids) in enumerate(zip(ROWS, COMPLETIONS, strict=True)):
+        logprobs = model.logprobs([prompt], [ids], POLICY, packing="none").logprobs[0]
+        values = model.values([prompt], [ids], VALUE, packing="none")[0]
+        returns = torch.stack([rewards[row, t : len(ids)].sum() for t in range(len(ids))])
+        loss = -(logprobs * (returns - values.detach())).sum() / 4 + ((values - returns) ** 2).sum() / 4
+        loss.backward()
+    found = [[p.grad for p in model.adapters[n].trainable() if p.grad is not None] for n in (POLICY, VALUE)]
+    return found[0], found[1]
+
+
+def prepare(stage: Stage) -> None:
+    randomise(stage.model, POLICY, 2, size=0.1)
+    if VALUE in stage.model.adapters:
+        randomise(stage.model, VALUE, 3, size=0.1)
+
+
+def reward_of(scored: Scored, kl_coef: float) -> Tensor:
+    """Token rewards written out: the KL of every token, and the score at the last."""
+    rewards = torch.zeros(scored.mask.shape)
+    for row, ids in enumerate(COMPLETIONS):
+        for t in range(len(ids)):
+            rewards[row, t] = -kl_coef * (scored.old_logprobs[row, t] - scored.ref_logprobs[row, t])
+        rewards[row, len(ids) - 1] += (1 - kl_coef) * scored.paid[row]
+    return rewards
+
+
+def returns_of(rewards: Tensor) -> Tensor:
+    return torch.stack([rewards[:, t:].sum(-1) for t in range(rewards.shape[1])], 1)
+
+
+class TestGradients:
+    @pytest.mark.parametrize("clip", [None, 0.2])
+    @pytest.mark.parametrize(("max_tokens", "packing"), [(10_000, "tree"), (1, "tree"), (10_000, "none"), (15, "none")])
+    def test_are_those_of_the_paper_however_the_update_is_cut(
+        self, tiny_base: Path, max_tokens: int, packing: str, clip: float | None
+    ) -> None:
+        """The divisor is 4 completions, not those of a micro-batch. At ratio 1 the clipped objective's are the same."""
+        expected = by_formula(tiny_base)
+        stage = new_stage(tiny_base, tokens_per_microbatch=max_tokens, packing=packing, clip=clip)
+        prepare(stage)
+        scored = score(stage)
+        rewards = reward_of(scored, 0.1)
+        trained = optimizers(stage)
+        stage_code._learn(stage, trained, scored, rewards, returns_of(rewards), step=1)
+        for name, wanted in zip((POLICY, VALUE), expected, strict=True):
+            found = gradients(trained[name])
+            assert len(found) == len(wanted) and max(g.abs().max() for g in wanted) > 1e-2
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+    def test_clip_allows_several_steps_and_limits_them(self, tiny_base: Path) -> None:
+        big_steps = OptimConfig(learning_rate=0.02, beta1=0.0, max_grad_norm=1e9)
+        stage = new_stage(tiny_base, clip=0.1, steps_per_rollout=5, optim=big_steps)
+        prepare(stage)
+        scored = score(stage)
+        rewards = reward_of(scored, 0.1)
+        values = stage_code._learn(stage, optimizers(stage), scored, rewards, returns_of(rewards), step=1)
+        assert values["clipped"] > 0  # of the last step: by then ratios have left 1 +- 0.1
+        with pytest.raises(ValueError, match="steps_per_rollout"):
+            PolicyConfig(reward=("a:b",), steps_per_rollout=2)
+
+    def test_not_a_number_stops_before_any_weight_changes(self, tiny_base: Path) -> None:
+        stage = new_stage(tiny_base)
+        prepare(stage)
+        scored, before = score(stage), stage.model.digest(POLICY)
+        rewards = reward_of(scored, 0.1)
+        rewards[0, 0] = float("nan")
+        with pytest.raises(DivergenceError, match="policy_loss is nan at update 4"):
+            stage_code._learn(stage, optimizers(stage), scored, rewards, returns_of(rewards), step=4)
+        assert stage.model.digest(POLICY) == before
+
+    def test_norms_are_clipped_per_adapter(self, tiny_base: Path) -> None:
+        """A huge policy gradient is cut to norm 1 and leaves the value adapter's small one as it is."""
+        stage = new_stage(tiny_base, optim=OptimConfig(beta1=0.0, max_grad_norm=1.0))
+        trained = optimizers(stage)
+        for name, size in ((POLICY, 100.0), (VALUE, 1e-4)):
+            for parameter in stage.model.adapters[name].trainable():
+                parameter.grad = torch.full_like(parameter, size)
+        values = stage_code._optimise(stage, trained, 1, warming_up=False)
+        norm = torch.stack([g.norm() for g in gradients(trained[POLICY])]).norm().item()
+        assert norm == pytest.approx(1.0, rel=1e-4) and values["grad_norm"] > 1000
+        assert all(torch.allclose(g, torch.full_like(g, 1e-4)) for g in gradients(trained[VALUE]))
+
+    def test_the_value_adapter_has_its_own_learning_rate(self, tiny_base: Path) -> None:
+        value = ValueConfig(learning_rate=3e-3, warmup_updates=0)
+        stage = new_stage(tiny_base, value=value, optim=OptimConfig(learning_rate=5e-4))
+        values = stage_code._optimise(stage, optimizers(stage), 1, warming_up=False)
+        assert (values["learning_rate"], values["value_learning_rate"]) == (5e-4, 3e-3)
+
+
+class TestAdvantages:
+    REWARDS = torch.tensor([[1.0, 0, 2, 0, 0, 0], [0, 0, 0, 0, 3, 0], [4.0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 6.0]])
+    TOTALS = (3.0, 3.0, 5.0, 6.0)
+    MASK = length_mask([3, 5, 2, 6])
+
+    def advantages(self, directory: Path, **options: Any) -> Tensor:
+        stage = new_stage(directory, **options)
+        prepare(stage)
+        return stage_code._advantages(stage, score(stage), self.REWARDS, returns_of(self.REWARDS))
+
+    def test_none(self, tiny_base: Path) -> None:
+        assert torch.equal(self.advantages(tiny_base, baseline="none"), returns_of(self.REWARDS))
+
+    def test_leave_one_out(self, tiny_base: Path) -> None:
+        # of two completions, each is compared with the other: 3, 3 and 6, 5
+        expected = torch.where(self.MASK, returns_of(self.REWARDS) - torch.tensor([[3.0], [3], [6], [5]]), 0)
+        torch.testing.assert_close(self.advantages(tiny_base, baseline="leave_one_out"), expected)
+
+    def test_group_mean(self, tiny_base: Path) -> None:
+        expected = torch.where(self.MASK, returns_of(self.REWARDS) - torch.tensor([[3.0], [3], [5.5], [5.5]]), 0)
+        torch.testing.assert_close(self.advantages(tiny_base, baseline="group_mean"), expected)
+
+    @pytest.mark.parametrize("max_tokens", [1, 10_000])
+    def test_value(self, tiny_base: Path, max_tokens: int) -> None:
+        stage = new_stage(tiny_base)
+        prepare(stage)
+        with torch.no_grad():
+            rows = [stage.model.values([p], [c], VALUE)[0] for p, c in zip(ROWS, COMPLETIONS, strict=True)]
+        found = self.advantages(tiny_base, tokens_per_microbatch=max_tokens)
+        for row, values in enumerate(rows):
+            length = len(values)
+            expected = returns_of(self.REWARDS)[row, :length] - values
+            torch.testing.assert_close(found[row, :length], expected, rtol=0, atol=1e-5)
+            assert not found[row, length:].any()
+
+    @pytest.mark.parametrize("max_tokens", [1, 10_000])
+    def test_whitening_is_over_the_update_not_per_micro_batch(self, tiny_base: Path, max_tokens: int) -> None:
+        options = {"baseline": "none", "tokens_per_microbatch": max_tokens}
+        found = self.advantages(tiny_base, advantage_norm="whiten", **options)
+        tokens = returns_of(self.REWARDS)[self.MASK].numpy()
+        assert len(tokens) == 16
+        expected = (tokens - tokens.mean()) / tokens.std()
+        np.testing.assert_allclose(found[self.MASK].numpy(), expected, rtol=1e-5)
+        assert abs(found[0, :3].mean()) > 0.1  # a row by itself is not centred
+        centred = self.advantages(tiny_base, advantage_norm="center", **options)
+        np.testing.assert_allclose(centred[self.MASK].numpy(), tokens - tokens.mean(), rtol=1e-5, atol=1e-6)
+
+
+class TestSteps:
+    """Whole steps of the loop, in a real run directory."""
+
+    CENTRE = Centre(mean=1.0, std=1.0, penalty=0.0)
+
+    def step(self, stage: Stage, directory: Path, steps: int = 1) -> list[dict[str, float]]:
+        trained = optimizers(stage)
+        with open_run(directory / "run", "policy", stage.config, {}) as run:
+            return [stage_code._step(stage, run, trained, self.CENTRE, step) for step in range(1, steps + 1)]
+
+    def test_cold_start_of_the_value(self, tiny_base: Path, tmp_path: Path) -> None:
+        """All scores 3, centred by 1: returns are 0.95 * 2 everywhere, which the value predicts before it learns."""
+        stage = new_stage(
+            tiny_base, constant(3.0), kl_coef=0.05, value=ValueConfig(learning_rate=1e-6, warmup_updates=1)
+        )
+        head, bias = stage.model.adapters[VALUE].head, stage.model.adapters[VALUE].bias
+        assert head is not None and bias is not None and not head.any() and bias.item() == 0
+        (values,) = self.step(stage, tmp_path)
+        assert values["kl"] == 0 and values["reward_mean"] == pytest.approx(1.9)
+        assert bias.item() == pytest.approx(1.9, abs=1e-5)
+        assert values["value_loss"] == pytest.approx(0, abs=1e-9)
+        assert values["advantage_std"] == pytest.approx(0, abs=1e-6)
+
+    def test_value_learns_alone_at_first(self, tiny_base: Path, tmp_path: Path) -> None:
+        stage = new_stage(tiny_base, value=ValueConfig(warmup_updates=2))
+        start = {name: stage.model.digest(name) for name in (POLICY, VALUE, SFT)}
+        first = self.step(stage, tmp_path, 2)
+        assert [values["policy_loss"] for values in first] == [0, 0] and "grad_norm" not in first[0]
+        assert stage.model.digest(POLICY) == start[POLICY] and stage.model.digest(VALUE) != start[VALUE]
+        third = self.step(stage, tmp_path / "longer", 3)[-1]
+        assert third["grad_norm"] > 0 and stage.model.digest(POLICY) != start[POLICY]
+        assert stage.model.digest(SFT) == start[SFT]
+
+    def test_gap_between_sampler_and_trainer_is_reported(self, tiny_base: Path, tmp_path: Path) -> None:
+        (values,) = self.step(new_stage(tiny_base), tmp_path)
+        assert 0 <= values["sampler_gap_mean"] <= values["sampler_gap_max"] < 1e-4
+
+    @pytest.mark.parametrize("stale", [None, SFT])
+    def test_a_stale_sampler_stops_the_run(
+        self, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: str | None
+    ) -> None:
+        """Planted: an engine that goes on with the base, or with the weights of step 0, and claims the current ones."""
+        stage = new_stage(tiny_base)
+        randomise(stage.model, POLICY, 2)
+
+        def engine(model: Model, prompts: Any, *, adapter: str | None, **options: Any) -> Rollout:
+            rolled = sample(model, prompts, adapter=stale, **options)
+            return dataclasses.replace(rolled, adapter_digest=model.digest(adapter))
+
+        monkeypatch.setattr(stage_code, "sample", engine)
+        before = stage.model.digest(POLICY)
+        with pytest.raises(StaleSamplerError, match="'policy'"):
+            self.step(stage, tmp_path)
+        assert stage.model.digest(POLICY) == before
+
+    def test_repeats_bit_for_bit(self, tiny_base: Path, tmp_path: Path) -> None:
+        digests = []
+        for name in ("a", "b"):
+            stage = new_stage(tiny_base)
+            self.step(stage, tmp_path / name, 2)
+            digests.append((stage.model.digest(POLICY), stage.model.digest(VALUE)))
+        assert digests[0] == digests[1]
