@@ -137,7 +137,9 @@ def test_tests_that_the_pages_name_exist():
 
 def test_every_decision_of_the_method_page_has_a_test():
     """A section or paragraph that names code names the test that guards it."""
-    labels = [label for label, _ in LISTS.findall(METHOD.read_text(encoding="utf-8"))]
+    found = LISTS.findall(METHOD.read_text(encoding="utf-8"))
+    assert all("`tests/" in text for label, text in found if label == "Test")
+    labels = [label for label, _ in found]
     assert labels.count("Code") == labels.count("Test")
     for before, after in zip(labels, [*labels[1:], "Code"], strict=True):
         assert (before == "Test") == (after == "Code"), labels

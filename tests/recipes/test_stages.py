@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from toy import comparisons, lasting, metrics, ratings, read_json, read_lines, write_rows
+from toy import command, comparisons, lasting, metrics, ratings, read_json, read_lines, write_rows
+
+from perlhf.cli import main
 
 LN2 = math.log(2)
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -345,9 +347,18 @@ RL = (
 ).split()
 
 
-def test_a_policy_learns_what_it_is_paid_for(stage):
-    run, done = stage("policy", *RL)
-    assert done.code == 0
+@pytest.fixture(scope="module")
+def paid_for_letters(tiny_base, feedback, tmp_path_factory) -> Path:
+    """A run that is paid for letters and held by no anchor."""
+    run = tmp_path_factory.mktemp("runs") / "letters"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(feedback))
+        assert main(command("policy", tiny_base, feedback / "prompts.jsonl", run, *RL)) == 0
+    return run
+
+
+def test_a_policy_learns_what_it_is_paid_for(paid_for_letters):
+    run = paid_for_letters
     assert letters(run, range(1, 4)) < 0.35
     assert letters(run, range(18, 21)) > 0.6
     found = result(run)
@@ -364,11 +375,10 @@ def test_a_reward_that_says_nothing_teaches_nothing(stage, reward):
         assert metrics(run)[-1]["kl"] == 0, "no advantage, no gradient"
 
 
-def test_the_anchor_holds_the_policy_back(stage):
-    free, _ = stage("policy", *RL, run="free")
-    held, done = stage("policy", *RL, "--kl-coef", "0.3", run="held")
+def test_the_anchor_holds_the_policy_back(stage, paid_for_letters):
+    held, done = stage("policy", *RL, "--kl-coef", "0.3")
     assert done.code == 0
-    assert metrics(held)[-1]["kl"] < metrics(free)[-1]["kl"] / 3
+    assert metrics(held)[-1]["kl"] < metrics(paid_for_letters)[-1]["kl"] / 3
 
 
 # ---- golden curves ------------------------------------------------------------------------------------------------
