@@ -5,13 +5,14 @@ the base's dtype on float32 master weights; the backward below saves only x and 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from perlhf.errors import AdapterError, nearest
@@ -40,6 +41,7 @@ class _AdaptedLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
         x, weight, a, b, low = cast(tuple[Tensor, ...], ctx.saved_tensors[:5])
         keep = cast(Tensor | None, ctx.saved_tensors[5])
@@ -94,14 +96,22 @@ class AdaptedLinear(nn.Module):
         pairs = [self.pairs[name] for name in self.active if name in self.pairs]
         if not pairs:
             return F.linear(x, self.weight, self.bias)
-        dtype = self.weight.dtype
+        dtype, top = self.weight.dtype, pairs[-1]
+        if top.dropout and self.training:
+            keep = F.dropout(torch.ones_like(x), top.dropout)
+            a, b = top.a.to(dtype), (top.b * top.scale).to(dtype)
+            if len(pairs) == 1:
+                return adapted_linear(x, self.weight, self.bias, a, b, keep)
+            # What lies beneath is frozen: its input isn't dropped.
+            return self._adapted(x, pairs[:-1]) + F.linear(F.linear(x * keep, a), b)
+        return self._adapted(x, pairs)
+
+    def _adapted(self, x: Tensor, pairs: Sequence[LowRank]) -> Tensor:
         downs: list[Tensor] = [pair.a for pair in pairs]
         ups = [pair.b * pair.scale for pair in pairs]
-        a = (torch.cat(downs) if len(pairs) > 1 else downs[0]).to(dtype)
-        b = (torch.cat(ups, 1) if len(pairs) > 1 else ups[0]).to(dtype)
-        p = max(pair.dropout for pair in pairs)
-        keep = F.dropout(torch.ones_like(x), p) if p and self.training else None
-        return adapted_linear(x, self.weight, self.bias, a, b, keep)
+        a = (torch.cat(downs) if len(pairs) > 1 else downs[0]).to(self.weight.dtype)
+        b = (torch.cat(ups, 1) if len(pairs) > 1 else ups[0]).to(self.weight.dtype)
+        return adapted_linear(x, self.weight, self.bias, a, b)
 
 
 def new_pair(layer: AdaptedLinear, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> LowRank:

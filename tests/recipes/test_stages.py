@@ -264,8 +264,9 @@ def test_policy_anchored_to_a_checkpoint_of_ones_own(stage, tiny_base, tmp_path)
     shutil.copytree(tiny_base, own)
     model = transformers.LlamaForCausalLM.from_pretrained(tiny_base)
     with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight.mul_(1.5)
+        for name, weight in model.named_parameters():
+            if name.endswith("down_proj.weight"):
+                weight.mul_(1.5)
     model.save_pretrained(own)
     run, done = stage("policy", base=own)
     assert done.code == 0
