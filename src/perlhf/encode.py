@@ -48,6 +48,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: EncodingConfig):
         self.tokenizer, self.config = tokenizer, config
+        self.max_tokens = min(config.max_tokens, tokenizer.model_max_length)
         self._template = _template(tokenizer, config.template)
         self._text_ids = lru_cache(maxsize=100_000)(self._tokenise_text)
         self._markup_ids = lru_cache(maxsize=10_000)(self._tokenise_markup)
@@ -73,28 +74,32 @@ class Encoder:
         space = " " if self._template is None else ""
         return [*self._text_ids(space + text), self.end_id]
 
-    def example(self, prompt: Text, completion: Text, where: str = "") -> Example:
-        """Both, the prompt's start cut so that they fit in `max_tokens`.
+    def examples(self, prompt: Text, completions: Sequence[Text], where: str = "") -> list[Example]:
+        """Each completion with the prompt, whose start is cut alike for all so that the longest fits in `max_tokens`.
 
         Raises:
-            TooLong: the completion alone leaves no room for a token of prompt.
+            TooLong: a completion leaves no room for a token of prompt.
         """
-        ids, answer = self.prompt(prompt), self.completion(completion)
-        room = self.config.max_tokens - len(answer)
+        ids, answers = self.prompt(prompt), [self.completion(completion) for completion in completions]
+        room = self.max_tokens - max(map(len, answers))
         if room < 1:
             raise TooLong(
-                f"completion of {len(answer)} tokens does not fit",
+                f"completion of {max(map(len, answers))} tokens does not fit",
                 where=where or None,
-                allowed=f"encoding.max_tokens = {self.config.max_tokens}, of which one must stay for the prompt",
+                allowed=f"{self.max_tokens} tokens (encoding.max_tokens, or the base's context), one for the prompt",
                 hint="raise encoding.max_tokens, or set encoding.drop_long: true to drop and count such records",
             )
         cut = max(0, len(ids) - room)
-        return Example(tuple(ids[cut:]), tuple(answer), cut)
+        return [Example(tuple(ids[cut:]), tuple(answer), cut) for answer in answers]
+
+    def example(self, prompt: Text, completion: Text, where: str = "") -> Example:
+        """One prompt and completion (`examples`)."""
+        return self.examples(prompt, [completion], where)[0]
 
     def cut_prompt(self, text: Text, max_completion_tokens: int) -> list[int]:
         """Ids of a prompt whose start is cut so that `max_completion_tokens` still fit."""
         ids = self.prompt(text)
-        room = self.config.max_tokens - max_completion_tokens
+        room = self.max_tokens - max_completion_tokens
         if room < 1:
             raise ConfigError(
                 f"max_completion_tokens {max_completion_tokens} leaves no room for a prompt",

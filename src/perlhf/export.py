@@ -190,9 +190,9 @@ def _texts(finished: Finished, encoder: Encoder) -> list[list[int]]:
     for record in records:
         assert isinstance(record, Comparison | Rating)
         text = record.chosen if isinstance(record, Comparison) else record.completion
-        pairs.append((record.prompt, text, record.source))
+        pairs.append((record.prompt, [text], record.source))
     examples, _ = training.encode_all(encoder, pairs, drop_long=True)
-    return [list(example.ids) for example in examples if example is not None]
+    return [list(found[0].ids) for found in examples if found is not None]
 
 
 @torch.no_grad()

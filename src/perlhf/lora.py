@@ -42,7 +42,9 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  the decorator's own signature
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
         x, weight, a, b, low = cast(tuple[Tensor, ...], ctx.saved_tensors[:5])
         keep = cast(Tensor | None, ctx.saved_tensors[5])
         grad = grads[0].reshape(-1, weight.shape[0])

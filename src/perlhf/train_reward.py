@@ -15,7 +15,7 @@ import torch
 from perlhf import optim, order, statistics, store, training
 from perlhf.config import RewardConfig
 from perlhf.data import load
-from perlhf.data.records import Comparison, Rating, Record
+from perlhf.data.records import Comparison, Rating, Record, Text
 from perlhf.encode import Encoder
 from perlhf.errors import DataError
 from perlhf.losses import bradley_terry, rating_cross_entropy
@@ -113,22 +113,16 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
 
 def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Item], dict[str, int]]:
     """Comparisons and ratings as token sequences, with counts of cut and dropped ones."""
-    pairs = []
-    for record in records:
-        completions = (
-            (record.chosen, record.rejected) if isinstance(record, Comparison) else (_rating(record).completion,)
-        )
-        pairs += [(record.prompt, completion, record.source) for completion in completions]
-    examples, counts = training.encode_all(encoder, pairs, encoder.config.drop_long)
-    items, at = [], 0
-    for record in records:
-        size = 2 if isinstance(record, Comparison) else 1
-        found = [e.ids for e in examples[at : at + size] if e is not None]
-        at += size
-        if len(found) < size:
-            continue
-        label, margin = (None, record.margin) if isinstance(record, Comparison) else (_rating(record).label, 0.0)
-        items.append(Item(tuple(found), label, _rating_or_comparison(record).weight, margin, record.group))
+    judged = [record for record in records if isinstance(record, Comparison | Rating)]
+    encoded, counts = training.encode_all(
+        encoder, [(record.prompt, _completions(record), record.source) for record in judged], encoder.config.drop_long
+    )
+    items = []
+    for record, examples in zip(judged, encoded, strict=True):
+        if examples is not None:
+            label, margin = (None, record.margin) if isinstance(record, Comparison) else (record.label, 0.0)
+            sequences = tuple(example.ids for example in examples)
+            items.append(Item(sequences, label, record.weight, margin, record.group))
     return items, counts
 
 
@@ -279,14 +273,8 @@ def _quality(metrics: dict[str, float], config: RewardConfig) -> float:
     return -metrics["loss"] if wanted == "loss" else metrics[wanted]
 
 
-def _rating(record: Record) -> Rating:
-    assert isinstance(record, Rating)
-    return record
-
-
-def _rating_or_comparison(record: Record) -> Rating | Comparison:
-    assert isinstance(record, Rating | Comparison)
-    return record
+def _completions(record: Comparison | Rating) -> list[Text]:
+    return [record.chosen, record.rejected] if isinstance(record, Comparison) else [record.completion]
 
 
 def _floats(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

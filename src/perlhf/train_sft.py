@@ -97,10 +97,10 @@ def validation_loss(model: Model, examples: Sequence[Weighted], max_tokens: int,
 
 def _encode(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Weighted], dict[str, int]]:
     demonstrations = [record for record in records if isinstance(record, Demonstration)]
-    pairs = [(record.prompt, record.completion, record.source) for record in demonstrations]
+    pairs = [(record.prompt, [record.completion], record.source) for record in demonstrations]
     examples, counts = training.encode_all(encoder, pairs, encoder.config.drop_long)
     kept = zip(examples, demonstrations, strict=True)
-    return [(example, record.weight, record.group) for example, record in kept if example is not None], counts
+    return [(found[0], record.weight, record.group) for found, record in kept if found is not None], counts
 
 
 def _update(

@@ -55,28 +55,28 @@ def open_model(config: StageConfig) -> tuple[Model, Encoder]:
 
 
 def encode_all(
-    encoder: Encoder, pairs: Sequence[tuple[Text, Text, str]], drop_long: bool
-) -> tuple[list[Example | None], dict[str, int]]:
-    """Examples of (prompt, completion, where); None for a dropped one. Counts of cut prompts and dropped examples.
+    encoder: Encoder, records: Sequence[tuple[Text, Sequence[Text], str]], drop_long: bool
+) -> tuple[list[list[Example] | None], dict[str, int]]:
+    """Examples of each (prompt, completions, where); None for a dropped one. Counts of cut and dropped records.
 
     Raises:
         TooLong: a completion that can't fit, unless `drop_long`.
     """
-    examples: list[Example | None] = []
+    encoded: list[list[Example] | None] = []
     counts = {"cut_prompts": 0, "dropped_long": 0}
-    for prompt, completion, where in pairs:
+    for prompt, completions, where in records:
         try:
-            example = encoder.example(prompt, completion, where)
+            examples = encoder.examples(prompt, completions, where)
         except TooLong:
             if not drop_long:
                 raise
-            example = None
-        counts["cut_prompts"] += example is not None and example.cut > 0
-        counts["dropped_long"] += example is None
-        examples.append(example)
-    if not any(examples):
+            examples = None
+        counts["cut_prompts"] += examples is not None and examples[0].cut > 0
+        counts["dropped_long"] += examples is None
+        encoded.append(examples)
+    if not any(encoded):
         raise DataError("every example is longer than encoding.max_tokens", hint="raise encoding.max_tokens")
-    return examples, counts
+    return encoded, counts
 
 
 def new_adapter(

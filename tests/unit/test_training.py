@@ -26,15 +26,28 @@ def model(tiny_base: Path) -> Model:
 
 
 class TestEncodeAll:
-    PAIRS: tuple[tuple[Text, Text, str], ...] = (("hi", "yes", "a:1"), ("hi", "longer", "a:2"), ("hi", "x" * 40, "a:3"))
+    PAIRS: tuple[tuple[Text, list[Text], str], ...] = (
+        ("hi", ["yes"], "a:1"),
+        ("hi", ["longer"], "a:2"),
+        ("hi", ["x" * 40], "a:3"),
+    )
 
     def test_counts_what_is_cut_and_dropped(self, tiny_base: Path) -> None:
         encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=PROMPT + 4))
         examples, counts = training.encode_all(encoder, self.PAIRS, drop_long=True)
         assert counts == {"cut_prompts": 1, "dropped_long": 1}
-        assert examples[0] is not None and examples[0].cut == 0
-        assert examples[1] is not None and examples[1].cut > 0
+        assert examples[0] is not None and examples[0][0].cut == 0
+        assert examples[1] is not None and examples[1][0].cut > 0
         assert examples[2] is None
+
+    def test_both_sides_of_a_comparison_keep_the_same_prompt(self, tiny_base: Path) -> None:
+        encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=PROMPT + 4))
+        examples, counts = training.encode_all(encoder, [("hi", ["no", "longer"], "a:1")], drop_long=False)
+        assert counts == {"cut_prompts": 1, "dropped_long": 0}
+        assert examples[0] is not None
+        short, long = examples[0]
+        assert short.prompt == long.prompt == tuple(encoder.prompt("hi")[long.cut :])
+        assert long.cut > 0
 
     def test_too_long_is_an_error_unless_asked_otherwise(self, tiny_base: Path) -> None:
         encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=PROMPT + 4))

@@ -99,20 +99,16 @@ def score_records(
     """Scores of each record's completions (chosen, rejected; or the one), None for a record dropped as too long.
 
     Records are laid out as in training's own validation, so that the same records give bit-equal scores. Also counts of
-    cut prompts and dropped completions.
+    cut and dropped records.
 
     Raises:
         TooLong: a completion that can't fit, unless the run's encoding.drop_long says to drop it.
     """
-    texts = [(record.prompt, text, record.source) for record in records for text in _completions(record)]
-    examples, counts = training.encode_all(encoder, texts, encoder.config.drop_long)
-    following = iter(examples)
-    whole: dict[int, list[Ids]] = {}
-    for number, record in enumerate(records):
-        own = [next(following) for _ in _completions(record)]
-        ids = [example.ids for example in own if example is not None]
-        if len(ids) == len(own):
-            whole[number] = list(ids)
+    texts = [(record.prompt, _completions(record), record.source) for record in records]
+    encoded, counts = training.encode_all(encoder, texts, encoder.config.drop_long)
+    whole: dict[int, list[Ids]] = {
+        number: [example.ids for example in examples] for number, examples in enumerate(encoded) if examples is not None
+    }
     numbers = list(whole)
     scores: list[list[float] | None] = [None] * len(records)
     batches = microbatches([whole[number] for number in numbers], max_tokens, packing)

@@ -27,9 +27,9 @@ def evaluate_sft(finished: Finished, config: EvaluateConfig) -> dict[str, Any]:
     found = load(config.data or finished.config.data, ("demonstration",), config.split)
     demonstrations = [record for record in found if isinstance(record, Demonstration)]
     model, encoder = finished.open(config.device)
-    triples = [(record.prompt, record.completion, record.source) for record in demonstrations]
+    triples = [(record.prompt, [record.completion], record.source) for record in demonstrations]
     encoded, counts = training.encode_all(encoder, triples, encoder.config.drop_long)
-    kept = [(record, example) for record, example in zip(demonstrations, encoded, strict=True) if example is not None]
+    kept = [(record, found[0]) for record, found in zip(demonstrations, encoded, strict=True) if found is not None]
     groups = [record.group for record, _ in kept]
     sides = {"before": None, "after": finished.stage}
     measured = {
