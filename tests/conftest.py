@@ -42,9 +42,9 @@ def seeded() -> Iterator[None]:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

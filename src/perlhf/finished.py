@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
+
 from perlhf import store, training
 from perlhf.config import PolicyConfig, RewardConfig, SftConfig
 from perlhf.encode import Encoder
@@ -28,9 +30,14 @@ class Finished:
     def open(self, device: str) -> tuple[Model, Encoder]:
         """The base with the run's adapter, frozen and named after the stage, and the encoder it was trained with.
 
+        Sets the number of CPU threads where the run's configuration does.
+
         Raises:
             ModelError: the base isn't there; AdapterError, CheckpointError: the adapter is damaged or for another base.
         """
+        # Another number of threads adds up in another order: scores would differ in the last bits.
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
         model, encoder = training.open_model(self.config.model_copy(update={"device": device}))
         store.load_adapter(model, self.path / "adapter", self.stage, encoder)
         model.freeze(self.stage)
