@@ -24,7 +24,6 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, suppres
 settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-THREADS = min(2, os.cpu_count() or 1)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

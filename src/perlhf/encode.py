@@ -83,10 +83,11 @@ class Encoder:
         ids, answers = self.prompt(prompt), [self.completion(completion) for completion in completions]
         room = self.max_tokens - max(map(len, answers))
         if room < 1:
+            limit = "encoding.max_tokens" if self.max_tokens == self.config.max_tokens else "the base's context"
             raise TooLong(
                 f"completion of {max(map(len, answers))} tokens does not fit",
                 where=where or None,
-                allowed=f"{self.max_tokens} tokens (encoding.max_tokens, or the base's context), one for the prompt",
+                allowed=f"{limit} = {self.max_tokens}, of which one must stay for the prompt",
                 hint="raise encoding.max_tokens, or set encoding.drop_long: true to drop and count such records",
             )
         cut = max(0, len(ids) - room)

@@ -239,10 +239,22 @@ def test_help_validation_and_dry_run_import_nothing_heavy(arguments, code, tmp_p
     assert time.monotonic() - started < 15, "about 0.4 s on an idle machine, 2 s for the dry run"
 
 
+HEARS_INTERRUPTS = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
 def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path):
     pipe = tmp_path / "slow.yaml"
     os.mkfifo(pipe)
-    process = subprocess.Popen([*PERLHF, "sft", str(pipe)], stderr=subprocess.PIPE, text=True)
+    # A shell's background job ignores SIGINT and hands that on; a person's command doesn't.
+    process = subprocess.Popen(
+        [sys.executable, "-c", HEARS_INTERRUPTS, *PERLHF, "sft", str(pipe)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     with pipe.open("w"):  # returns once the command reads the recipe
         process.send_signal(signal.SIGINT)
         _, shown = process.communicate(timeout=60)
