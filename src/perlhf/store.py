@@ -23,7 +23,7 @@ FULL_META = "perlhf_full.json"
 
 
 def save_adapter(
-    model: Model, name: str, directory: Path, encoder: Encoder, base: str, extra: dict[str, Any] | None = None
+    model: Model, name: str, directory: Path, encoder: Encoder, extra: dict[str, Any] | None = None
 ) -> None:
     """Writes adapter `name`, with whatever stays active beneath it concatenated in, so that it loads on its own.
 
@@ -54,9 +54,7 @@ def save_adapter(
     )
 
 
-def load_adapter(
-    model: Model, directory: Path, name: str, encoder: Encoder | None = None, *, base: str = ""
-) -> Adapter:
+def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | None = None) -> Adapter:
     """Reads an adapter into the model as `name`.
 
     Args:

@@ -121,9 +121,9 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
                         f"stopped at update {step} of {config.updates}", hint="run the same command to continue"
                     )
         training.restore_best(run.path, best, model.adapters[POLICY])
-        store.save_adapter(model, POLICY, run.path / "adapter", stage.encoder, config.base)
+        store.save_adapter(model, POLICY, run.path / "adapter", stage.encoder)
         if VALUE in model.adapters:
-            store.save_adapter(model, VALUE, run.path / "value", stage.encoder, config.base)
+            store.save_adapter(model, VALUE, run.path / "value", stage.encoder)
         result = {
             "updates": step,
             "stopped": state["stopped"],
@@ -148,7 +148,7 @@ def _open(config: PolicyConfig) -> Stage:
     model, encoder = training.open_model(config)
     reference = None
     if config.sft is not None:
-        reference = store.load_adapter(model, config.sft / "adapter", SFT, encoder, base=config.base).name
+        reference = store.load_adapter(model, config.sft / "adapter", SFT, encoder).name
         model.freeze(SFT)
     training.new_adapter(model, POLICY, "policy", config, start=reference)
     if config.baseline == "value":

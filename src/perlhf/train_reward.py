@@ -94,7 +94,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
                         f"stopped at update {step} of {len(plan)}", hint="run the same command to continue"
                     )
         training.restore_best(run.path, best, adapter)
-        store.save_adapter(model, NAME, run.path / "adapter", encoder, config.base)
+        store.save_adapter(model, NAME, run.path / "adapter", encoder)
         result = {
             "updates": len(plan),
             "best_step": best.step,
@@ -183,7 +183,7 @@ def _start(model: Model, encoder: Encoder, config: RewardConfig, train: Sequence
     """The reward adapter, from the SFT adapter or the base; its bias is the log-odds of the (weighted) ratings."""
     start = None
     if config.sft is not None:
-        start = store.load_adapter(model, config.sft / "adapter", "sft", encoder, base=config.base).name
+        start = store.load_adapter(model, config.sft / "adapter", "sft", encoder).name
         model.freeze(start)
     adapter = training.new_adapter(model, NAME, "reward", config, start=start)
     labels = [item.label for item in train if item.label is not None]

@@ -68,7 +68,7 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
                         f"stopped at update {step} of {len(plan)}", hint="run the same command to continue"
                     )
         training.restore_best(run.path, best, adapter)
-        store.save_adapter(model, NAME, run.path / "adapter", encoder, config.base)
+        store.save_adapter(model, NAME, run.path / "adapter", encoder)
         result = {
             "updates": len(plan),
             "best_step": best.step,

@@ -128,7 +128,7 @@ class TestFullTuning:
     def test_round_trip(self, model: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path) -> None:
         model.add_adapter("reward_0", "reward", tuning="full")
         randomise(model, "reward_0")
-        store.save_adapter(model, "reward_0", tmp_path / "adapter", encoder, "tiny")
+        store.save_adapter(model, "reward_0", tmp_path / "adapter", encoder)
         other = open_model(tiny_base)
         loaded = store.load_adapter(other, tmp_path / "adapter", "again", encoder).tensors()
         assert all(torch.equal(loaded[key], t) for key, t in model.adapters["reward_0"].tensors().items())
@@ -176,7 +176,7 @@ class TestStacked:
         self, stacked: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path
     ) -> None:
         randomise(stacked, "policy", 2)
-        store.save_adapter(stacked, "policy", tmp_path / "adapter", encoder, "tiny")
+        store.save_adapter(stacked, "policy", tmp_path / "adapter", encoder)
         other = open_model(tiny_base)
         loaded = store.load_adapter(other, tmp_path / "adapter", "policy", encoder)
         assert loaded.rank == 6 and loaded.beneath is None
@@ -258,7 +258,7 @@ class TestRefused:
     def saved(self, model: Model, encoder: Encoder, tmp_path: Path) -> Path:
         model.add_adapter("reward_0", "reward", rank=2)
         randomise(model, "reward_0")
-        store.save_adapter(model, "reward_0", tmp_path / "adapter", encoder, "tiny", extra={"note": 1})
+        store.save_adapter(model, "reward_0", tmp_path / "adapter", encoder, extra={"note": 1})
         return tmp_path / "adapter"
 
     def test_round_trip_with_head_and_bias(self, model: Model, saved: Path, encoder: Encoder, tiny_base: Path) -> None:
@@ -273,7 +273,7 @@ class TestRefused:
         self, model: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path, tuning: str
     ) -> None:
         model.add_adapter("sft", "sft", rank=2, tuning=tuning)  # pyright: ignore[reportArgumentType]
-        store.save_adapter(model, "sft", tmp_path / "adapter", encoder, "tiny")
+        store.save_adapter(model, "sft", tmp_path / "adapter", encoder)
         other = open_model(tiny_base)
         other.fingerprint = {"name": "another-base", "sha256": "0" * 64}
         with pytest.raises(AdapterError) as caught:
@@ -301,7 +301,7 @@ class TestRefused:
 
     def test_a_damaged_description(self, model: Model, encoder: Encoder, tmp_path: Path) -> None:
         model.add_adapter("sft", "sft", tuning="full")
-        store.save_adapter(model, "sft", tmp_path / "adapter", encoder, "tiny")
+        store.save_adapter(model, "sft", tmp_path / "adapter", encoder)
         (tmp_path / "adapter" / store.FULL_META).write_text('{"role": ')
         with pytest.raises(CheckpointError, match="damaged"):
             store.load_adapter(model, tmp_path / "adapter", "again")

@@ -40,7 +40,7 @@ def test_peft_gives_the_same_with_our_adapter(
 ) -> None:
     model.add_adapter("sft", "sft", rank=4, alpha=10.0, targets=targets)
     randomise(model, "sft")
-    store.save_adapter(model, "sft", tmp_path / "adapter", encoder, "tiny")
+    store.save_adapter(model, "sft", tmp_path / "adapter", encoder)
     theirs = PeftModel.from_pretrained(network(tiny_base), str(tmp_path / "adapter")).eval()
     check_same(model, "sft", theirs)
 
@@ -52,7 +52,7 @@ def test_peft_gives_the_same_with_stacked_adapters(
     model.add_adapter("policy", "policy", rank=2, alpha=6.0, targets="all", beneath="sft")
     randomise(model, "sft", 1)
     randomise(model, "policy", 2)
-    store.save_adapter(model, "policy", tmp_path / "adapter", encoder, "tiny")
+    store.save_adapter(model, "policy", tmp_path / "adapter", encoder)
     theirs = PeftModel.from_pretrained(network(tiny_base), str(tmp_path / "adapter")).eval()
     check_same(model, "policy", theirs)
 
@@ -96,7 +96,7 @@ def test_a_scoring_adapter_opens_as_sequence_classification(
     randomise(model, "scorer")
     assert adapter.bias is not None
     adapter.bias.data.fill_(1.25)
-    store.save_adapter(model, "scorer", tmp_path / "adapter", encoder, "tiny")
+    store.save_adapter(model, "scorer", tmp_path / "adapter", encoder)
     classifier = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1, dtype=torch.float32)
     # Transformers scores the last token that isn't pad, and would pass over the end token when the two are one.
     classifier.config.pad_token_id = START
