@@ -22,6 +22,7 @@ from perlhf.config import PolicyConfig
 from perlhf.data import load
 from perlhf.data.records import Prompt
 from perlhf.encode import Encoder
+from perlhf.environment import peak_memory_bytes
 from perlhf.losses import policy_loss, value_loss
 from perlhf.model import Model
 from perlhf.packing import length_mask, microbatches
@@ -207,6 +208,7 @@ def _step(
         "seconds_sample": sampled - began,
         "seconds_score": finished_scoring - sampled,
         "seconds_learn": ended - finished_scoring,
+        "memory_bytes": peak_memory_bytes(),
     }
 
 
