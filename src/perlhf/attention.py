@@ -1,8 +1,9 @@
-"""Attention over a prefix tree: each node's tokens attend to their own path only, by one small causal product a node.
+"""Attention over a prefix tree: each node's tokens attend to their own path only, by small causal products.
 
-transformers' networks call it through `AttentionInterface`; without a tree it is their scaled-dot-product
-attention. The
-backward recomputes the probabilities, so that only queries, keys and values are kept.
+transformers' networks call it through `AttentionInterface`; without a tree it is their scaled-dot-product attention.
+Nodes are cut into blocks of queries that look no further than their own end: about half the products of a long node,
+and matrices that stay in the cache. The backward recomputes the probabilities, so that only queries, keys and values
+are kept.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from perlhf.packing import Node
+from perlhf.packing import Node, Span
 
 NAME = "perlhf_tree"
+BLOCK = 128
+"""Queries computed together: measured on a CPU by `benchmarks/attention.py`; untested on a GPU, where more may win."""
 
 
 def register() -> str:
@@ -37,22 +40,24 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, nodes: Sequence[No
     Returns:
         [heads, tokens, width].
     """
-    return _TreeAttention.apply(query, key, value, tuple(nodes), scaling)  # pyright: ignore[reportReturnType]
+    blocks = tuple(block for node in nodes for block in _blocks(node))
+    return _TreeAttention.apply(query, key, value, blocks, scaling)  # pyright: ignore[reportReturnType]
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scaling: float) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Node, ...], scaling: float) -> Tensor:
         out = torch.empty_like(query)
-        for node in nodes:
-            queries, keys, values = _folded(query, node, len(key)), _path(key, node), _path(value, node)
-            visible = ~_hidden(node, queries, keys)
-            own = _own(out, node)
+        for block in blocks:
+            queries, keys, values = _folded(query, block, len(key)), _path(key, block), _path(value, block)
+            own = _own(out, block)
             # Four dimensions: with three, torch takes its slow path.
-            mixed = F.scaled_dot_product_attention(queries[None], keys[None], values[None], visible, scale=scaling)
+            mixed = F.scaled_dot_product_attention(
+                queries[None], keys[None], values[None], _visible(block, queries, keys), scale=scaling
+            )
             own.copy_(mixed.view(own.shape))
         ctx.save_for_backward(query, key, value)
-        ctx.nodes, ctx.scaling = nodes, scaling
+        ctx.blocks, ctx.scaling = blocks, scaling
         return out
 
     @staticmethod
@@ -61,19 +66,26 @@ class _TreeAttention(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         grad_value = torch.zeros_like(grad_key)
-        for node in ctx.nodes:
-            queries, keys, values = _folded(query, node, len(key)), _path(key, node), _path(value, node)
+        for block in ctx.blocks:
+            queries, keys, values = _folded(query, block, len(key)), _path(key, block), _path(value, block)
             # Rounded logits would move the probabilities, so this one product is float32.
-            logits = (queries.float() @ keys.float().transpose(1, 2)).mul_(ctx.scaling)
-            p = torch.softmax(logits.masked_fill_(_hidden(node, queries, keys), -torch.inf), -1)
-            grad = _folded(grads[0], node, len(key))
-            _scatter(grad_value, node, p.to(grad.dtype).transpose(1, 2) @ grad)
+            logits = (queries.float() * ctx.scaling) @ keys.float().transpose(1, 2)
+            _hide_later(logits, block)
+            p = torch.softmax(logits, -1)
+            grad = _folded(grads[0], block, len(key))
+            _scatter(grad_value, block, p.to(grad.dtype).transpose(1, 2) @ grad)
             inner = (grad @ values.transpose(1, 2)).float()
-            inner = (inner.sub_((p * inner).sum(-1, keepdim=True)).mul_(p).mul_(ctx.scaling)).to(query.dtype)
-            own = _own(grad_query, node)
+            inner = torch.ops.aten._softmax_backward_data(inner, p, -1, torch.float32).to(query.dtype)
+            own = _own(grad_query, block)
             own.copy_((inner @ keys).view(own.shape))
-            _scatter(grad_key, node, inner.transpose(1, 2) @ queries)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+            _scatter(grad_key, block, inner.transpose(1, 2) @ queries)
+        return (
+            grad_query.mul_(ctx.scaling),
+            grad_key.mul_(ctx.scaling).to(key.dtype),
+            grad_value.to(value.dtype),
+            None,
+            None,
+        )
 
 
 def _attention(
@@ -98,34 +110,55 @@ def _attention(
     return tree_attention(query[0], key[0], value[0], tree, scale).transpose(0, 1)[None], None
 
 
-def _hidden(node: Node, queries: Tensor, keys: Tensor) -> Tensor:
-    """[share * n, past + n], True where a query may not look: later tokens of its own node."""
-    n, total = node.length, keys.shape[1]
-    past = torch.zeros(n, total - n, dtype=torch.bool, device=keys.device)
-    own = torch.ones(n, n, dtype=torch.bool, device=keys.device).triu(1)
-    return torch.cat([past, own], 1).repeat(queries.shape[1] // n, 1)
+def _blocks(node: Node) -> list[Node]:
+    """The node as consecutive nodes of at most `BLOCK` tokens, each after all that comes before it."""
+    return [
+        Node(node.start + at, min(BLOCK, node.length - at), _extended(node.prefix, (node.start, at)))
+        for at in range(0, node.length, BLOCK)
+    ]
 
 
-def _own(tensor: Tensor, node: Node) -> Tensor:
-    return tensor[:, node.start : node.start + node.length]
+def _extended(spans: tuple[Span, ...], span: Span) -> tuple[Span, ...]:
+    """`spans` and then `span`, in as few spans as possible: one span is read without a copy."""
+    if span[1] == 0:
+        return spans
+    if spans and sum(spans[-1]) == span[0]:
+        return (*spans[:-1], (spans[-1][0], spans[-1][1] + span[1]))
+    return (*spans, span)
 
 
-def _folded(tensor: Tensor, node: Node, kv_heads: int) -> Tensor:
+def _visible(block: Node, queries: Tensor, keys: Tensor) -> Tensor:
+    """[share * n, past + n], True where a query may look: not at later tokens of its own block."""
+    visible = torch.ones(block.length, keys.shape[1], dtype=torch.bool, device=keys.device)
+    return visible.tril_(keys.shape[1] - block.length).repeat(queries.shape[1] // block.length, 1)
+
+
+def _hide_later(logits: Tensor, block: Node) -> None:
+    """Sets [kv_heads, share * n, past + n] to -inf where `_visible` is False."""
+    n = block.length
+    own = logits.view(len(logits), -1, n, logits.shape[-1])[..., -n:]
+    own.masked_fill_(torch.ones(n, n, dtype=torch.bool, device=logits.device).triu_(1), -torch.inf)
+
+
+def _own(tensor: Tensor, block: Node) -> Tensor:
+    return tensor[:, block.start : block.start + block.length]
+
+
+def _folded(tensor: Tensor, block: Node, kv_heads: int) -> Tensor:
     """[heads, n, width] as [kv_heads, share * n, width]: heads that share keys become rows."""
-    own = _own(tensor, node)
+    own = _own(tensor, block)
     return own.reshape(kv_heads, -1, own.shape[-1])
 
 
-def _path(tensor: Tensor, node: Node) -> Tensor:
-    spans = (*node.prefix, (node.start, node.length))
-    if not node.prefix:
-        return _own(tensor, node)
-    return torch.cat([tensor[:, start : start + length] for start, length in spans], 1)
+def _path(tensor: Tensor, block: Node) -> Tensor:
+    spans = _extended(block.prefix, (block.start, block.length))
+    parts = [tensor[:, start : start + length] for start, length in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _scatter(total: Tensor, node: Node, part: Tensor) -> None:
+def _scatter(total: Tensor, block: Node, part: Tensor) -> None:
     """Adds [kv_heads, past + n, width] to the path's places."""
     at = 0
-    for start, length in (*node.prefix, (node.start, node.length)):
+    for start, length in _extended(block.prefix, (block.start, block.length)):
         total[:, start : start + length] += part[:, at : at + length]
         at += length
