@@ -248,7 +248,7 @@ def _quality(run: RunFiles) -> tuple[str | None, Measured | None]:
     on_validation = mapping(run.result.get("validation"))
     evaluated, after = mapping(run.evaluation.get("metrics")), mapping(run.evaluation.get("after"))
     choices = {
-        "sft": [("loss", "validation", run.result.get("validation_loss"))],
+        "sft": [("loss", split, evaluated.get("loss")), ("loss", "validation", run.result.get("validation_loss"))],
         "reward": [
             ("AUC", split, evaluated.get("auc")),
             ("pairwise accuracy", split, evaluated.get("pairwise_accuracy")),

@@ -263,6 +263,29 @@ def test_a_run_that_has_only_begun_is_reported_as_such(tmp_path: Path, stage: st
     assert ("No evaluation.json" in body) == (stage != "sft")
 
 
+def test_an_evaluated_sft_run_shows_its_loss_and_answers(tmp_path: Path):
+    sample = {"prompt": "A latte", "before": "Ask me anything", "after": "One latte.", "demonstration": ATTACK}
+    evaluation = {
+        "kind": "sft",
+        "split": "test",
+        "n": 40,
+        "metrics": {"loss": about(1.2, 0.1)},
+        "before": {"loss": about(2.5, 0.2), "perplexity": about(12.0, 2.0)},
+        "after": {"loss": about(1.2, 0.1), "perplexity": about(3.3, 0.3)},
+        "samples": [sample],
+    }
+    run = write_run(tmp_path / "run", "sft", result={"validation_loss": 1.1}, evaluation=evaluation)
+    text = report.render(read_runs([run]), "SFT")
+    body = _words(_parse(text).one("main").text)
+    for words in ("On 40 unseen examples", "Loss, nats a token 2.5", "Perplexity 12.0", "test loss of 1.2", "-1.3"):
+        assert words in body.replace("−", "-")
+    (found,) = samples.explorers(read_runs([run]))[0]
+    assert found.kind == "pairs" and found.rows[0]["demonstration"] == ATTACK
+    # without scores there is nothing to filter or sort by
+    assert [key for key, _ in found.filters] == ["all"] and [key for key, _ in found.sorts] == ["order"]
+    assert ATTACK not in text
+
+
 def test_a_run_of_metrics_alone_still_gives_curves(tmp_path: Path):
     run = tmp_path / "run"
     run.mkdir()

@@ -47,6 +47,7 @@ _POLICY_ROWS = {
     "distinct_1": "Distinct words",
     "distinct_2": "Distinct bigrams",
 }
+_SFT_ROWS = {"loss": "Loss, nats a token", "perplexity": "Perplexity"}
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,17 @@ def _tables(run: RunFiles) -> list[Table]:
     elif run.stage == "policy":
         table = _policy_table(run)
     else:
-        table = None
+        table = _sft_table(run)
     return [] if table is None else [table]
+
+
+def _sft_table(run: RunFiles) -> Table | None:
+    rows: list[tuple[str, list[Measured | str]]] = []
+    for key, label in _SFT_ROWS.items():
+        pair = findings.before_after(run, key)
+        if pair is not None:
+            rows.append((label, [*pair, number(pair[1].value - pair[0].value, findings.largest(pair))]))
+    return Table(f"On {findings.size(run)}", ["Before", "After", "Change"], rows) if rows else None
 
 
 def _reward_table(run: RunFiles) -> Table | None:

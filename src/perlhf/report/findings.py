@@ -93,8 +93,8 @@ def tiles(runs: Sequence[RunFiles]) -> list[Tile]:
             beside = [] if strongest is None else [(strongest[0], Measured(strongest[1]))]
             found.append(_tile(f"Reward model: {name}", [*beside, ("model", quality)], size(run)))
     if not found:
-        losses = [summarise(run).quality for run in runs if run.stage == "sft"]
-        found = [_tile("SFT: validation loss", [("model", loss)], "") for loss in losses if loss is not None]
+        lines = [summarise(run) for run in runs if run.stage == "sft"]
+        found = [_tile(f"SFT: {line.quality_name}", [("model", line.quality)], "") for line in lines if line.quality]
     return found
 
 
@@ -169,10 +169,12 @@ def _reward_headline(run: RunFiles) -> Remark:
 
 
 def _sft_headline(run: RunFiles) -> Remark:
-    loss = summarise(run).quality
-    if loss is None:
+    line = summarise(run)
+    if line.quality is None or line.quality_name is None:
         return Remark("note", "Supervised fine-tuning has no validation loss.")
-    return Remark("note", f"Supervised fine-tuning reached a validation loss of {number(loss.value)}.")
+    where = line.quality_name.split(", ")[1]
+    spread = f" ({interval(line.quality)})" if interval(line.quality) else ""
+    return Remark("note", f"Supervised fine-tuning reached a {where} loss of {number(line.quality.value)}{spread}.")
 
 
 def _reward_remarks(run: RunFiles) -> Iterable[Remark]:

@@ -91,7 +91,7 @@ def _sources(run: RunFiles) -> list[tuple[int, Callable[[int], Explorer]]]:
     """(number of samples, what makes the list of at most so many) for each kind of sample that a run has."""
     samples = run.evaluation.get("samples")
     sources: list[tuple[int, Callable[[int], Explorer]]] = []
-    if samples and run.stage == "policy":
+    if samples and run.stage in ("sft", "policy"):
         sources.append((len(samples), partial(_pairs, samples)))
     if samples and run.stage == "reward":
         sources.append((len(samples), partial(_ratings, samples)))
@@ -108,16 +108,20 @@ def _pairs(samples: list[dict[str, Any]], limit: int) -> Explorer:
             key: _rounded(sample.get(key)) for key in ("score_before", "score_after", "gold_before", "gold_after")
         }
         texts = {"before": _flat(sample.get("before")), "after": _flat(sample.get("after"))}
+        if sample.get("demonstration") is not None:
+            texts["demonstration"] = _flat(sample["demonstration"])
         rows.append({"place": place, "prompt": turns(sample.get("prompt", "")), **texts, **scores})
     scales = [
         (key, name)
         for key, name in (("gold", "gold score"), ("score", "score"))
         if any(row[f"{key}_before"] is not None and row[f"{key}_after"] is not None for row in rows)
     ]
-    filters = [("all", "all"), ("better", "improved"), ("worse", "got worse"), ("same", "unchanged")]
-    return Explorer(
-        "pairs", "Before and after", _shown(rows, len(samples), "prompts"), rows, filters, _PAIR_SORTS, scales
-    )
+    filters, sorts = [("all", "all")], _PAIR_SORTS[:1]
+    if scales:
+        filters += [("better", "improved"), ("worse", "got worse"), ("same", "unchanged")]
+        sorts = _PAIR_SORTS
+    note = _shown(rows, len(samples), "prompts")
+    return Explorer("pairs", "Before and after", note, rows, filters, sorts, scales)
 
 
 def _ratings(samples: list[dict[str, Any]], limit: int) -> Explorer:

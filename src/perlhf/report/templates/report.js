@@ -75,7 +75,7 @@
 
   const kinds = {
     pairs: {
-      texts: (row) => [row.before, row.after],
+      texts: (row) => [row.before, row.after, row.demonstration].filter((text) => text !== undefined),
       keep: (row, chosen) => {
         const difference = change(row, chosen.scale);
         return chosen.filter === "all" || (difference !== null && verdict(difference) === chosen.filter);
@@ -96,6 +96,7 @@
           const facts = [fact("gold", row[`gold_${when}`]), fact("score", row[`score_${when}`])];
           return side(when === "before" ? "Before" : "After", facts, row[when], needle, when === "after");
         });
+        if (row.demonstration !== undefined) sides.push(side("Demonstration", [], row.demonstration, needle, false));
         return [head, prompt(row.prompt, needle), element("div", "sides", ...sides)];
       },
     },
