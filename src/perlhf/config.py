@@ -460,7 +460,7 @@ class DataConvertConfig(Frozen):
 
 
 class DataPullConfig(Frozen):
-    """Download a published data set and write down the SHA-256 of each file; a local copy is checked against its own."""
+    """Download a published data set and note each file's SHA-256; a local copy is checked against its manifest's."""
 
     name: str
     """Name of the data set (`perlhf data formats` lists them)."""
