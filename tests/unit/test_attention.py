@@ -29,10 +29,11 @@ def slow(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     return torch.stack([rows[at] for at in range(layout.tokens)], 1)
 
 
-def inputs(tokens: int, seed: int = 0) -> list[Tensor]:
+def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Query [4, tokens, 8], key and value [2, tokens, 8]: two heads share keys."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(heads, tokens, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(heads, tokens, 8, generator=generator).requires_grad_() for heads in (4, 2, 2))
+    return query, key, value
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 128])
@@ -40,13 +41,13 @@ def inputs(tokens: int, seed: int = 0) -> list[Tensor]:
 def test_equals_the_slow_twin(block: int, sequences: list[list[int]]) -> None:
     layout = lay_out(sequences, "tree")
     assert layout.nodes is not None
-    tensors = inputs(layout.tokens)
-    expected = slow(*tensors, layout)
+    tensors = query, key, value = inputs(layout.tokens)
+    expected = slow(query, key, value, layout)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     wanted = torch.autograd.grad((expected * weight).sum(), tensors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
-        found = attention.tree_attention(*tensors, layout.nodes, SCALING)
+        found = attention.tree_attention(query, key, value, layout.nodes, SCALING)
         grads = torch.autograd.grad((found * weight).sum(), tensors)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     for grad, want in zip(grads, wanted, strict=True):
