@@ -144,17 +144,12 @@ def class_weights(items: Sequence[Item], how: str) -> tuple[dict[bool, float], d
     return {True: len(labels) / (2 * up), False: len(labels) / (2 * (len(labels) - up))}, balance
 
 
-@torch.no_grad()
 def score_items(
     model: Model, items: Sequence[Item], adapter: str, max_tokens: int, packing: Packing = "tree"
 ) -> list[list[float]]:
     """Scores of each item's sequences."""
-    out: list[list[float]] = [[] for _ in items]
-    for batch in microbatches([item.sequences for item in items], max_tokens, packing):
-        scores = model.scores([ids for i in batch for ids in items[i].sequences], adapter, packing=packing).tolist()
-        for i in batch:
-            out[i], scores = scores[: len(items[i].sequences)], scores[len(items[i].sequences) :]
-    return out
+    sequences = [item.sequences for item in items]
+    return training.score_batches(model, sequences, microbatches(sequences, max_tokens, packing), adapter, packing)
 
 
 def evaluate_items(model: Model, items: Sequence[Item], config: RewardConfig) -> dict[str, float]:

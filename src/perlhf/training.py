@@ -3,7 +3,7 @@ resumed run is bit-equal.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from perlhf.encode import Encoder, Example, TooLong
 from perlhf.errors import ConfigError, DataError, DivergenceError, PerlhfError
 from perlhf.model import Adapter, Model
 from perlhf.order import keyed_seed
+from perlhf.packing import Ids, Packing
 from perlhf.run import Run
 
 
@@ -77,6 +78,26 @@ def encode_all(
     if not any(encoded):
         raise DataError("every example is longer than encoding.max_tokens", hint="raise encoding.max_tokens")
     return encoded, counts
+
+
+@torch.no_grad()
+def score_batches(
+    model: Model,
+    examples: Sequence[Sequence[Ids]],
+    batches: Sequence[Sequence[int]],
+    adapter: str,
+    packing: Packing,
+    done: Callable[[], None] = lambda: None,
+) -> list[list[float]]:
+    """Scores of each example's sequences, batch (of example numbers) by batch; calls `done` after each."""
+    scores: list[list[float]] = [[] for _ in examples]
+    for batch in batches:
+        flat = model.scores([ids for i in batch for ids in examples[i]], adapter, packing=packing).tolist()
+        for i in batch:
+            size = len(examples[i])
+            scores[i], flat = flat[:size], flat[size:]
+        done()
+    return scores
 
 
 def new_adapter(

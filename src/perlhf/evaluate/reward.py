@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 
@@ -92,7 +91,6 @@ def evaluate_reward(finished: Finished, config: EvaluateConfig) -> dict[str, Any
     }
 
 
-@torch.no_grad()
 def score_records(
     model: Model, encoder: Encoder, records: Sequence[Record], adapter: str, max_tokens: int, packing: Packing
 ) -> tuple[list[list[float] | None], dict[str, int]]:
@@ -106,20 +104,14 @@ def score_records(
     """
     texts = [(record.prompt, _completions(record), record.source) for record in records]
     encoded, counts = training.encode_all(encoder, texts, encoder.config.drop_long)
-    whole: dict[int, list[Ids]] = {
-        number: [example.ids for example in examples] for number, examples in enumerate(encoded) if examples is not None
-    }
-    numbers = list(whole)
-    scores: list[list[float] | None] = [None] * len(records)
-    batches = microbatches([whole[number] for number in numbers], max_tokens, packing)
+    kept = [number for number, examples in enumerate(encoded) if examples is not None]
+    sequences: list[list[Ids]] = [[example.ids for example in examples] for examples in encoded if examples is not None]
+    batches = microbatches(sequences, max_tokens, packing)
     with progress(len(batches), "scores") as bar:
-        for batch in batches:
-            chosen = [numbers[place] for place in batch]
-            flat = model.scores([ids for n in chosen for ids in whole[n]], adapter, packing=packing).tolist()
-            for number in chosen:
-                size = len(whole[number])
-                scores[number], flat = flat[:size], flat[size:]
-            bar.advance()
+        found = training.score_batches(model, sequences, batches, adapter, packing, bar.advance)
+    scores: list[list[float] | None] = [None] * len(records)
+    for number, line in zip(kept, found, strict=True):
+        scores[number] = line
     return scores, counts
 
 
