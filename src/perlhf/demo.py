@@ -199,7 +199,7 @@ def _show(
     elif summary["gold_rose"]:
         console.print("[green]The gold score rose clearly: the intervals don't overlap.[/green]")
     else:
-        console.print("[red]The gold score did NOT rise clearly: the intervals overlap.[/red]")
+        console.print("[red]The gold score did NOT rise clearly: its interval is not above the one before.[/red]")
     console.print(f"report: {page}", soft_wrap=True)
 
 
