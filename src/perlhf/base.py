@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionRe
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from perlhf.environment import cpu_computes_in_bf16
 from perlhf.errors import ModelError, PerlhfError, StorageError, nearest
 from perlhf.packaged_base import (
     MARKER,
@@ -167,22 +168,23 @@ def pick_dtype(dtype: str, device: str | torch.device) -> tuple[torch.dtype, str
     """The base's dtype and one sentence that says why.
 
     Args:
-        dtype: `auto`, `bfloat16` or `float32`; `auto` is bfloat16 where the hardware computes in it.
+        dtype: `auto`, `bfloat16` or `float32`; `auto` is bfloat16 where the hardware is faster in it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
     """
     if pick_device(device).type == "cuda":
-        native, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        why = "this GPU computes in it" if fast else "this GPU has no bfloat16 instructions"
     else:
-        native, where = bool(_bf16_flags(_cpuinfo())), "this CPU"
+        fast, why = cpu_computes_in_bf16()
     match dtype:
-        case "bfloat16" if not native:
-            return torch.bfloat16, f"bfloat16 as asked; {where} has no bfloat16 instructions, so it will be slow"
+        case "bfloat16" if not fast:
+            return torch.bfloat16, f"bfloat16 as asked; {why}: it will be slow"
         case "bfloat16" | "float32":
             return getattr(torch, dtype), f"{dtype} as asked"
-        case "auto" if native:
-            return torch.bfloat16, f"bfloat16: {where} computes in it"
+        case "auto" if fast:
+            return torch.bfloat16, f"bfloat16: {why}"
         case "auto":
-            return torch.float32, f"float32: {where} has no bfloat16 instructions (slower, twice the memory)"
+            return torch.float32, f"float32: {why} (twice the memory of bfloat16)"
         case _:
             raise ModelError(f"unknown dtype {dtype}", where="dtype", allowed="auto, bfloat16, float32")
 
@@ -281,16 +283,6 @@ def _name_of(path: Path) -> str:
 
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _cpuinfo() -> str:
-    file = Path("/proc/cpuinfo")
-    return file.read_text("utf-8", errors="replace") if file.is_file() else ""
-
-
-def _bf16_flags(cpuinfo: str) -> set[str]:
-    """The flags in /proc/cpuinfo that stand for bfloat16 matrix or dot-product instructions (x86, ARM)."""
-    return set(re.findall(r"\b(avx512_bf16|amx_bf16|bf16|svebf16)\b", cpuinfo))
 
 
 @contextlib.contextmanager

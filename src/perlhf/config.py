@@ -110,7 +110,7 @@ class StageConfig(Frozen):
     base: str = DEFAULT_BASE
     """The frozen network: a packaged name, a hub id, or a local directory (`perlhf pull` fetches it)."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of the base; `auto` is bfloat16 where the hardware computes in it, else float32."""
+    """Dtype of the base; `auto` is bfloat16 where the hardware is faster in it, else float32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     threads: Positive | None = None
@@ -151,10 +151,14 @@ class SftConfig(StageConfig):
     """Passes over the training demonstrations."""
     examples_per_update: Positive = 16
     """Demonstrations per optimiser step."""
+    order: Literal["shuffled", "grouped"] = "shuffled"
+    """`shuffled` by record; `grouped` keeps records of a group together, so that more tokens are shared."""
     max_updates: Positive | None = None
     """Stop after this many updates."""
     validate_every: Positive = 20
     """Updates between validations; the adapter with the lowest validation loss is kept."""
+    validation_examples: Positive | None = None
+    """About this many held-out demonstrations, of whole groups, are validated on; null takes all."""
 
     @property
     def learning_rate(self) -> float:
@@ -179,6 +183,8 @@ class RewardConfig(StageConfig):
     """Stop after this many updates."""
     validate_every: Positive = 20
     """Updates between validations."""
+    validation_examples: Positive | None = None
+    """About this many held-out records, of whole groups, are validated on; null takes all."""
     select: Literal["auto", "auc", "pairwise_accuracy", "loss"] = "auto"
     """Which validation metric picks the kept checkpoint; `auto` is AUC for ratings, else pairwise accuracy."""
     class_weight: Literal["none", "balanced"] = "none"

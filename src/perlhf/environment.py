@@ -47,6 +47,26 @@ def cuda_peak_bytes() -> int:
     return torch.cuda.max_memory_allocated() if torch and torch.cuda.is_initialized() else 0
 
 
+def cpu_computes_in_bf16(cpuinfo: str | None = None) -> tuple[bool, str]:
+    """Whether bfloat16 products are the faster ones on this CPU, and a few words that say why.
+
+    Intel's AVX-512 alone has bfloat16 products, but torch's run at about half the float32 rate there (84 against 160
+    GFLOP/s a core, docs/experiments.md); with AMX, on AMD and on ARM they win.
+
+    Args:
+        cpuinfo: text of /proc/cpuinfo; None reads it.
+    """
+    if cpuinfo is None:
+        file = Path("/proc/cpuinfo")
+        cpuinfo = file.read_text("utf-8", errors="replace") if file.is_file() else ""
+    flags = set(re.findall(r"\b(avx512_bf16|amx_bf16|bf16|svebf16)\b", cpuinfo))
+    if not flags:
+        return False, "this CPU has no bfloat16 instructions"
+    if flags == {"avx512_bf16"} and "GenuineIntel" in cpuinfo:
+        return False, "this CPU has bfloat16 instructions but no AMX, so float32 is the faster one"
+    return True, "this CPU computes in it"
+
+
 def _commit() -> dict[str, Any]:
     """The commit of this package's source, if git tracks it there (an installed copy inside another checkout isn't)."""
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:

@@ -1,6 +1,7 @@
 """The order in which records are learned from: a function of the seed alone, so that a resumed run goes on alike."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
@@ -62,3 +63,21 @@ def choose(items: Sequence[Item], count: int, seed: int) -> list[Item]:
     """At most `count` items, the same for the same seed."""
     order = np.random.default_rng(keyed_seed(seed, "choose")).permutation(len(items))
     return [items[i] for i in sorted(order[:count].tolist())]
+
+
+def whole_groups(groups: Sequence[str], count: int | None, seed: int) -> list[int]:
+    """Numbers of examples, in order: those of whole groups, taken in a seeded order until there are `count`.
+
+    None takes all. A group stays whole, since its members share most of their tokens.
+    """
+    if count is None or count >= len(groups):
+        return list(range(len(groups)))
+    sizes = Counter(groups)
+    taken: set[str] = set()
+    total = 0
+    for name in sorted(sizes, key=lambda name: (keyed_seed(seed, "whole_groups", name), name)):
+        if total >= count:
+            break
+        taken.add(name)
+        total += sizes[name]
+    return [number for number, group in enumerate(groups) if group in taken]

@@ -17,6 +17,7 @@ from typing import Any
 from perlhf import data
 from perlhf.config import DEFAULT_BASE, AdapterConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.data.split import SPLITS
+from perlhf.environment import cpu_computes_in_bf16
 from perlhf.errors import AdapterError, ModelError, nearest
 from perlhf.order import plan_updates
 
@@ -29,7 +30,6 @@ OPTIMISER_BYTES = 16
 """Of one trainable parameter: float32 weight, gradient and AdamW's two moments."""
 VOCAB_CHUNK_TOKENS = 512
 """Tokens whose logits exist at one time, as in `model.py`."""
-BF16_CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def count_updates(config: Stage, kinds: tuple[str, ...]) -> int:
     if isinstance(config, PolicyConfig):
         return config.updates * config.steps_per_rollout
     groups = [record.group for record in data.load(config.data, kinds, "train")]
-    how = config.order if isinstance(config, RewardConfig) else "shuffled"
-    return len(plan_updates(groups, config.examples_per_update, config.epochs, config.seed, how, config.max_updates))
+    size, epochs = config.examples_per_update, config.epochs
+    return len(plan_updates(groups, size, epochs, config.seed, config.order, config.max_updates))
 
 
 def trainable_parameters(config: Stage, base: Base) -> dict[str, int]:
@@ -178,12 +178,10 @@ def _frozen_adapters(config: Stage) -> int:
 
 
 def dtype_in_force(dtype: str, device: str) -> str:
-    """`auto` resolved as far as that is possible without torch: bfloat16 on CUDA or where the CPU computes in it."""
+    """`auto` resolved as far as that is possible without torch: bfloat16 on CUDA or where the CPU is faster in it."""
     if dtype != "auto":
         return dtype
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
-    return "bfloat16" if device.startswith("cuda") or any(flag in flags for flag in BF16_CPU_FLAGS) else "float32"
+    return "bfloat16" if device.startswith("cuda") or cpu_computes_in_bf16()[0] else "float32"
 
 
 def _size(dtype: str) -> int:

@@ -50,7 +50,8 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
             return run.result()
         model, encoder = training.open_model(config)
         train, counts = encode_items(encoder, load(config.data, ("comparison", "rating"), "train"))
-        validation, _ = encode_items(encoder, load(config.data, ("comparison", "rating"), "validation"))
+        held_out = load(config.data, ("comparison", "rating"), "validation")
+        validation, _ = encode_items(encoder, training.some(held_out, config.validation_examples, config.seed))
         weights, balance = class_weights(train, config.class_weight)
         adapter = _start(model, encoder, config, train)
         plan = order.plan_updates(

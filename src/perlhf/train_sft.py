@@ -34,14 +34,16 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
             return run.result()
         model, encoder = training.open_model(config)
         train, counts = _encode(encoder, load(config.data, ("demonstration",), "train"))
-        validation, _ = _encode(encoder, load(config.data, ("demonstration",), "validation"))
+        held_out = load(config.data, ("demonstration",), "validation")
+        validation, _ = _encode(encoder, training.some(held_out, config.validation_examples, config.seed))
         adapter = training.new_adapter(model, NAME, "sft", config)
         plan = order.plan_updates(
             [group for _, _, group in train],
             config.examples_per_update,
             config.epochs,
             config.seed,
-            max_updates=config.max_updates,
+            config.order,
+            config.max_updates,
         )
         optimizers = optim.build({NAME: (adapter.trainable(), config.learning_rate)}, config.optim)
         step, best, state = training.restore(run, model, optimizers)

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from perlhf import base as bases
-from perlhf import checkpoint, optim
+from perlhf import checkpoint, optim, order
 from perlhf.config import AdapterConfig, StageConfig
 from perlhf.data import content_hash
-from perlhf.data.records import Text
+from perlhf.data.records import Record, Text
 from perlhf.encode import Encoder, Example, TooLong
 from perlhf.errors import ConfigError, DataError, DivergenceError, PerlhfError
 from perlhf.model import Adapter, Model
-from perlhf.order import keyed_seed
 from perlhf.packing import Ids, Packing
 from perlhf.run import Run
 
@@ -80,6 +79,11 @@ def encode_all(
     return encoded, counts
 
 
+def some(records: Sequence[Record], count: int | None, seed: int) -> list[Record]:
+    """About `count` of the records, of whole groups; all for None."""
+    return [records[number] for number in order.whole_groups([record.group for record in records], count, seed)]
+
+
 @torch.no_grad()
 def score_batches(
     model: Model,
@@ -132,7 +136,7 @@ def new_adapter(
         alpha=shape.alpha,
         targets=shape.targets,
         dropout=dropout,
-        seed=keyed_seed(config.seed, "adapter", name) % 2**31,
+        seed=order.keyed_seed(config.seed, "adapter", name) % 2**31,
         beneath=beneath if beneath is not None else start,
     )
 

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from perlhf import base
 from perlhf.config import DEFAULT_BASE
+from perlhf.environment import cpu_computes_in_bf16
 from perlhf.errors import ModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -209,19 +210,11 @@ def test_tokenizer_gets_padding_and_a_limit(copy: Path) -> None:
 def test_dtype_as_asked_or_by_hardware() -> None:
     assert base.pick_dtype("float32", "cpu")[0] == torch.float32
     assert base.pick_dtype("bfloat16", "cpu")[0] == torch.bfloat16
-    native = torch.cpu.get_capabilities()
-    has = any(native.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     dtype, reason = base.pick_dtype("auto", "cpu")
-    assert dtype == (torch.bfloat16 if has else torch.float32)
+    assert dtype == (torch.bfloat16 if cpu_computes_in_bf16()[0] else torch.float32)
     assert "this CPU" in reason and reason.startswith(str(dtype).removeprefix("torch."))
     with pytest.raises(ModelError, match="float16"):
         base.pick_dtype("float16", "cpu")
-
-
-def test_bf16_flags_of_cpuinfo() -> None:
-    assert base._bf16_flags("flags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile\n") == {"avx512_bf16", "amx_bf16"}
-    assert base._bf16_flags("Features\t: fp asimd bf16 i8mm\n") == {"bf16"}
-    assert base._bf16_flags("flags\t\t: fpu avx2 avx512f avx512_vnni amx_tile\n") == set()
 
 
 def test_device_must_exist() -> None:

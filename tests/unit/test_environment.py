@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import perlhf
-from perlhf.environment import environment, peak_memory_bytes
+from perlhf.environment import cpu_computes_in_bf16, environment, peak_memory_bytes
 
 
 def git(directory: Path, *arguments: str) -> str:
@@ -63,3 +64,18 @@ def test_peak_memory_is_of_this_process_and_stays():
     assert before < 100 * megabyte < 150 * megabyte < peak_memory_bytes()
     assert 199 * megabyte <= with_block - before < 250 * megabyte
     assert after >= with_block - megabyte and cuda == 0
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("vendor_id : GenuineIntel\nflags\t\t: avx512f avx512_bf16 amx_bf16 amx_tile\n", True),
+        ("vendor_id : GenuineIntel\nflags\t\t: avx512f avx512_bf16\n", False),  # half the float32 rate
+        ("vendor_id : AuthenticAMD\nflags\t\t: avx512f avx512_bf16\n", True),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("vendor_id : GenuineIntel\nflags\t\t: avx2 avx512f avx512_vnni\n", False),
+        ("", False),
+    ],
+)
+def test_bf16_where_it_is_the_faster_one(cpuinfo: str, expected: bool):
+    assert cpu_computes_in_bf16(cpuinfo)[0] is expected

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perlhf.order import choose, cycle, keyed_seed, plan_updates
+from perlhf.order import choose, cycle, keyed_seed, plan_updates, whole_groups
 
 GROUPS = st.lists(st.sampled_from("abcde"), min_size=1, max_size=20)
 
@@ -74,3 +74,20 @@ def test_choose() -> None:
 def test_no_example_no_update(order: str) -> None:
     updates = plan_updates([], 4, 1, 0, order)  # pyright: ignore[reportArgumentType]
     assert [i for update in updates for i in update] == []
+
+
+class TestWholeGroups:
+    @given(groups=GROUPS, count=st.integers(1, 25), seed=st.integers(0, 9))
+    def test_groups_stay_whole_and_just_enough_are_taken(self, groups: list[str], count: int, seed: int) -> None:
+        numbers = whole_groups(groups, count, seed)
+        taken = {groups[i] for i in numbers}
+        assert numbers == [i for i, group in enumerate(groups) if group in taken]
+        assert len(numbers) >= min(count, len(groups))
+        # Without the group that was taken last there were too few.
+        assert any(len(numbers) - groups.count(group) < count for group in taken)
+
+    def test_file_order_changes_no_choice(self) -> None:
+        groups = [f"g{i % 7}" for i in range(40)]
+        chosen = {groups[i] for i in whole_groups(groups, 12, 3)}
+        assert {groups[::-1][i] for i in whole_groups(groups[::-1], 12, 3)} == chosen
+        assert whole_groups(groups, None, 3) == list(range(40)) == whole_groups(groups, 40, 3)
