@@ -27,9 +27,9 @@ from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
 from perlhf.errors import DataError
 
 SHA256 = {
-    "rating": "d492b7f7e191838e157bb5e4215dde52da72b422eeb31bd47066cfdd0df70a2b",
-    "comparison": "473abf04f11a6bd494d48a82bdf745254ebab35f2390b160810d8ac514522789",
-    "demonstration": "aa836dd8e59c962d34c2e0b7902b3ba20d21b3c27cc45aac84f498b672b6cca9",
+    "rating": "42476a76cf7e36445680330019124be88912fc1dab531e78c3a2df12738754cc",
+    "comparison": "7d1f845c7527e57567699473a45a04b497dd5e05ae6c31bc20f133f1beba4e0c",
+    "demonstration": "fc9ff8c7256b2bf3230cb67074f87d48f95d128124a3938f1950ab133812b6c4",
     "prompt": "879ff2c99940a20e121c7003f0e5bb507d9c85d3c22175fd7898bd959d981ea0",
 }
 

@@ -41,7 +41,7 @@ SOURCE = "builtin:coffee-bar"
 KINDS = ("rating", "comparison", "demonstration", "prompt")
 
 NUM_PROMPTS, NUM_RATED_PROMPTS, NUM_COMPARISONS, NUM_DEMONSTRATIONS = 1400, 600, 800, 900
-TWO_TURN_SHARE, GOOD_SHARE, OFF_TOPIC_SHARE, FLIP_SHARE = 0.2, 0.4, 0.12, 0.08
+TWO_TURN_SHARE, GOOD_SHARE, OFF_TOPIC_SHARE, CURT_SHARE, FLIP_SHARE = 0.2, 0.4, 0.12, 0.12, 0.08
 STEEPNESS = 12.0
 """Slope of the simulated annotators' logistic: a gold difference of 0.1 changes the log-odds by 1.2."""
 ANNOTATORS = {"ann": 0.45, "ben": 0.55, "cas": 0.65, "dot": 0.75, "eli": 0.85}
@@ -245,13 +245,17 @@ def _good(rng: random.Random, order: Order) -> str:
 
 
 def _mixture(rng: random.Random, prompt: Text) -> str:
-    """A completion as logs hold them: good, off the point, or with two to four flaws."""
+    """A completion as logs hold them: good, off the point, civil without a word about the order, or with two to four
+    flaws.
+    """
     order, kind = ordered_in(prompt), rng.random()
     if kind < GOOD_SHARE:
         return _good(rng, order)
     if kind < GOOD_SHARE + OFF_TOPIC_SHARE:
         menu = f"We have {', '.join(_shuffled(rng, ITEMS)[:9])}. Would you like something?"
         return _pick(rng, (menu, user_turns(prompt)[-1], *_OFF_TOPIC))
+    if kind < GOOD_SHARE + OFF_TOPIC_SHARE + CURT_SHARE:
+        return f"{_pick(rng, _OPENINGS)} {_pick(rng, _CLOSINGS)}"
     return _flawed(rng, order, _shuffled(rng, _FLAWS)[: _pick(rng, (2, 3, 3, 4))])
 
 
