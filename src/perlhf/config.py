@@ -185,6 +185,10 @@ class RewardConfig(StageConfig):
     """Updates between validations."""
     validation_examples: Positive | None = None
     """About this many held-out records, of whole groups, are validated on; null takes all."""
+    head_start: Literal["zero", "probe"] = "zero"
+    """The score head at the start: `zero`, or `probe`, fitted on the states of the network as it is (linear probe)."""
+    probe_examples: Positive = 4096
+    """For `head_start: probe`: about this many training records, of whole groups, are fitted."""
     select: Literal["auto", "auc", "pairwise_accuracy", "loss"] = "auto"
     """Which validation metric picks the kept checkpoint; `auto` is AUC for ratings, else pairwise accuracy."""
     class_weight: Literal["none", "balanced"] = "none"

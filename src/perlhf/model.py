@@ -199,9 +199,15 @@ class Model:
         self, sequences: Sequence[Ids], adapter: str, *, packing: Packing = "tree", dropout: bool = False
     ) -> Tensor:
         """Scalar head on the state of each sequence's last token, float32 [batch]."""
+        return self._head(self.last_states(sequences, adapter, packing=packing, dropout=dropout), adapter)
+
+    def last_states(
+        self, sequences: Sequence[Ids], adapter: str | None, *, packing: Packing = "tree", dropout: bool = False
+    ) -> Tensor:
+        """State of each sequence's last token, what the score head reads: [batch, hidden]."""
         layout = lay_out(sequences, packing)
         last = [layout.index(i, len(ids) - 1) for i, ids in enumerate(sequences)]
-        return self._head(self._states(layout, adapter, last, dropout=dropout), adapter)
+        return self._states(layout, adapter, last, dropout=dropout)
 
     def values(
         self, prompts: Sequence[Ids], completions: Sequence[Ids], adapter: str, *, packing: Packing = "tree"

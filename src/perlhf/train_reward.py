@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from perlhf import optim, order, statistics, store, training
+from perlhf import linear_probe, optim, order, statistics, store, training
 from perlhf.config import RewardConfig
 from perlhf.data import load
 from perlhf.data.records import Comparison, Rating, Record, Text
@@ -21,7 +21,7 @@ from perlhf.errors import DataError
 from perlhf.losses import bradley_terry, rating_cross_entropy
 from perlhf.model import Adapter, Model
 from perlhf.packing import Packing, lay_out, microbatches
-from perlhf.run import open_run
+from perlhf.run import Run, open_run
 from perlhf.training import Best, Interrupted
 
 NAME = "reward_0"
@@ -65,6 +65,8 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         optimizers = optim.build({NAME: (adapter.trainable(), config.learning_rate)}, config.optim)
         step, best, state = training.restore(run, model, optimizers)
         tokens = state.get("tokens", 0)
+        if step == 0 and config.head_start == "probe":
+            _start_head(run, model, adapter, train, weights, config)
         with run.progress(len(plan), step, "reward") as bar:
             while step < len(plan):
                 step += 1
@@ -188,6 +190,34 @@ def _start(model: Model, encoder: Encoder, config: RewardConfig, train: Sequence
         assert adapter.bias is not None
         adapter.bias.data.fill_(float(np.log(up / (len(labels) - up))))
     return adapter
+
+
+@torch.no_grad()
+def _start_head(
+    run: Run, model: Model, adapter: Adapter, train: Sequence[Item], weight: dict[bool, float], config: RewardConfig
+) -> None:
+    """Fits the head (and its constant bias) on the states before the first update: `linear_probe`."""
+    assert adapter.head is not None and adapter.bias is not None
+    numbers = order.whole_groups([item.group for item in train], config.probe_examples, config.seed)
+    items = [train[i] for i in numbers]
+    batches = microbatches([item.sequences for item in items], config.tokens_per_microbatch, config.packing)
+    states = [np.zeros((0, model.hidden_size))] * len(items)
+    with run.progress(len(batches), 0, "score head") as bar:
+        for batch in batches:
+            sequences = [ids for i in batch for ids in items[i].sequences]
+            found = model.last_states(sequences, NAME, packing=config.packing).double().cpu().numpy()
+            ends = np.cumsum([len(items[i].sequences) for i in batch])
+            for i, part in zip(batch, np.split(found, ends[:-1]), strict=True):
+                states[i] = part
+            bar.advance()
+    labels = [item.label for item in items]
+    weights = [
+        item.weight * (config.comparison_weight if item.label is None else config.rating_weight * weight[item.label])
+        for item in items
+    ]
+    probe = linear_probe.fit(states, labels, [item.group for item in items], weights)
+    adapter.head.copy_(torch.from_numpy(probe.weight)[None])
+    adapter.bias.fill_(probe.bias)
 
 
 def _update(

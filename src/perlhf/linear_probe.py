@@ -1,0 +1,94 @@
+"""A score head fitted on states of the network as it is, before an adapter moves them.
+
+Logistic regression on standardised states. Starting the head there instead of at zero spares the adapter a first phase
+in which gradients pass through a head that points nowhere and bend good states (linear probing, then fine-tuning:
+Kumar et al., arXiv 2202.10054).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Inverse regularisation, weakest last; cross-validation over groups picks one."""
+FOLDS = 5
+INTERCEPT_SCALE = 10.0
+"""The intercept is a constant feature of this size: 1 / 100 of the other weights' regularisation."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A head: score = state @ weight + bias."""
+
+    weight: Floats
+    bias: float
+    strength: float
+    """Of `STRENGTHS`, the one that was picked."""
+    log_loss: float
+    """Mean held-out loss of the cross-validation, nats an example."""
+
+
+def fit(
+    states: Sequence[Floats],
+    labels: Sequence[bool | None],
+    groups: Sequence[str],
+    weights: Sequence[float],
+) -> Probe:
+    """The head that minimises log-loss on ratings (label True or False) and comparisons (label None).
+
+    Args:
+        states: one [1, hidden] a rating, [2, hidden] a comparison (chosen, rejected).
+        labels, groups, weights: one an example; folds hold whole groups.
+
+    Returns:
+        The head in raw states. Comparisons don't see `bias`, which makes their mean score 0 where there are no ratings.
+    """
+    every = np.concatenate(states)
+    mean, deviation = every.mean(axis=0), every.std(axis=0) + 1e-6
+    rated = np.array([label is not None for label in labels])
+    # The direction of every second comparison is turned, so that both classes exist; without intercept nothing changes.
+    turned = np.where(np.arange(len(labels)) % 2, -1.0, 1.0)
+    rows = [
+        (s[0] - mean) / deviation if is_rating else turn * (s[0] - s[1]) / deviation
+        for s, is_rating, turn in zip(states, rated, turned, strict=True)
+    ]
+    features = np.column_stack([rows, INTERCEPT_SCALE * rated])
+    targets = np.array([turn > 0 if label is None else label for label, turn in zip(labels, turned, strict=True)])
+    held_out = {strength: _held_out_loss(features, targets, groups, weights, strength) for strength in STRENGTHS}
+    best = min(STRENGTHS, key=lambda strength: held_out[strength])
+    found = _regression(features, targets, weights, best)
+    weight = found[:-1] / deviation
+    return Probe(weight, float(INTERCEPT_SCALE * found[-1] - weight @ mean), best, held_out[best])
+
+
+def _held_out_loss(
+    features: Floats, targets: NDArray[np.bool_], groups: Sequence[str], weights: Sequence[float], strength: float
+) -> float:
+    """Weighted mean log-loss over folds of whole groups; of the training data itself where no fold has both classes."""
+    from sklearn.model_selection import GroupKFold
+
+    count = min(FOLDS, len(set(groups)))
+    folds = list(GroupKFold(count).split(features, targets, groups)) if count > 1 else []
+    usable = [(a, b) for a, b in folds if len(set(targets[a].tolist())) == 2]
+    everything = np.arange(len(targets))
+    scale = np.asarray(weights)
+    total = norm = 0.0
+    for fitted, tested in usable or [(everything, everything)]:
+        found = _regression(features[fitted], targets[fitted], scale[fitted], strength)
+        loss = np.logaddexp(0, np.where(targets[tested], -1, 1) * (features[tested] @ found))
+        total, norm = total + float(scale[tested] @ loss), norm + float(scale[tested].sum())
+    return total / norm
+
+
+def _regression(
+    features: Floats, targets: NDArray[np.bool_], weights: Sequence[float] | Floats, strength: float
+) -> Floats:
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=strength, fit_intercept=False, max_iter=1000, tol=1e-6)
+    model.fit(features, targets, sample_weight=np.asarray(weights))
+    return np.asarray(model.coef_[0], dtype=float)
