@@ -35,7 +35,7 @@ def commands(tiny_base: Path, feedback: Path, tmp_path_factory: pytest.TempPathF
         }[stage]
         own = {
             "sft": "--max-updates 9 --epochs 9 --validate-every 4 --adapter.dropout 0.1 --optim.schedule cosine",
-            "reward": "--max-updates 9 --epochs 9 --validate-every 4 --adapter.dropout 0.1 --optim.warmup-updates 3",
+            "reward": "--max-updates 9 --epochs 9 --validate-every 4 --adapter.dropout 0.1 --head-start probe",
             "policy": "--updates 6 --validate-every 4 --checkpoint-every 2 --clip 0.2 --steps-per-rollout 2",
         }[stage].split()
         words = command(stage, tiny_base, feedback / paths[0], run, *own, "--checkpoint-every", "2", *options)

@@ -156,6 +156,15 @@ def test_reward_may_start_from_sft_and_keep_groups_together(stage, sft_run):
     assert metrics(run)[0]["grad_norm"] != metrics(fresh)[0]["grad_norm"], "the states differ by the SFT adapter"
 
 
+def test_the_head_may_start_from_a_linear_probe(stage):
+    run, done = stage("reward", "--head-start", "probe")
+    assert done.code == 0 and "score head" in done.err
+    fresh, _ = stage("reward", run="fresh")
+    assert metrics(run)[0]["loss"] < metrics(fresh)[0]["loss"] - 0.2, "polite and rude differ before the first update"
+    pairs, done = stage("reward", "--head-start", "probe", data="comparisons.jsonl", run="pairs")
+    assert done.code == 0 and metrics(pairs)[0]["loss"] < LN2 - 0.2
+
+
 # ---- policy: choices ----------------------------------------------------------------------------------------------
 
 
