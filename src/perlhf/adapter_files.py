@@ -119,9 +119,11 @@ def write_adapter(directory: Path, files: AdapterFiles) -> None:
         "extra": files.extra,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
+    config = _peft_config(files)
+    details["seal"] = _seal(details, config)
     with directory_atomic(directory) as temporary:
         (temporary / TENSORS).write_bytes(data)
-        (temporary / CONFIG).write_text(_json(_peft_config(files)), "utf-8")
+        (temporary / CONFIG).write_text(_json(config), "utf-8")
         (temporary / DETAILS).write_text(_json(details), "utf-8")
 
 
@@ -137,6 +139,8 @@ def read_adapter(directory: Path) -> AdapterFiles:
     data = _read_tensors(directory)
     if details is not None and hashlib.sha256(data).hexdigest() != details.get("sha256"):
         raise _damaged(directory / TENSORS, f"its SHA-256 is not the one in {DETAILS}")
+    if details is not None and details.get("seal") != _seal(details, config):
+        raise _damaged(directory / DETAILS, f"it, or rank and alpha in {CONFIG}, were changed after saving")
     try:
         tensors = {name: tensor.float() for name, tensor in safetensors.torch.load(data).items()}
     except SafetensorError as error:
@@ -183,6 +187,13 @@ def check_base(files: AdapterFiles, fingerprint: dict[str, str]) -> None:
     if not sha256:
         hint += f"; if the two are the same, correct base_model_name_or_path in {CONFIG}"
     raise AdapterError(f"the adapter is for base {theirs}, not for {ours}", where="base", allowed=name, hint=hint)
+
+
+def _seal(details: dict[str, Any], config: dict[str, Any]) -> str:
+    """SHA-256 over what perlhf.json says and the numbers of PEFT's configuration that change scores."""
+    said = {key: value for key, value in details.items() if key != "seal"}
+    numbers = [config.get(key) for key in ("r", "lora_alpha", "use_rslora")]
+    return hashlib.sha256(json.dumps([said, numbers], sort_keys=True).encode()).hexdigest()
 
 
 def _peft_config(files: AdapterFiles) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from perlhf import store
 from perlhf.errors import CheckpointError
-from perlhf.storage import directory_atomic, remove_directory, storage_error, storage_errors
+from perlhf.storage import directory_atomic, remove_directory, storage_errors
 
 STATE_FILE = "state.json"
 
@@ -62,7 +62,7 @@ def save(
         sums = {}
         for name, named_tensors in tensors.items():
             file = temporary / f"{name}.safetensors"
-            _write_tensors(file, named_tensors, target)
+            store.write_tensors(file, named_tensors, target)
             sums[file.name] = _sha256(file)
         body = f'{{"step":{step},"files":{json.dumps(sums)},"state":{state_text}}}'
         (temporary / STATE_FILE).write_bytes(_sealed(body.encode()))
@@ -109,25 +109,6 @@ def _steps(run_dir: Path) -> list[int]:
     """Steps of the complete checkpoints, ascending. A directory without its last file doesn't exist."""
     found = (run_dir / "checkpoints").glob(f"*/{STATE_FILE}")
     return sorted(int(file.parent.name) for file in found if re.fullmatch(r"\d{8,}", file.parent.name))
-
-
-def _write_tensors(file: Path, tensors: dict[str, torch.Tensor], target: Path) -> None:
-    """One safetensors file; tensors that share memory (tied weights) are written once each. Errors name `target`."""
-    seen: set[int] = set()
-    plain = {}
-    for name, tensor in tensors.items():
-        held = tensor.detach().to("cpu").contiguous()
-        address = held.untyped_storage().data_ptr()
-        plain[name] = held.clone() if address in seen else held
-        seen.add(address)
-    try:
-        save_file(plain, file)
-    except SafetensorError as error:
-        # The Rust library reports what the system refused as text only.
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise storage_error(target, int(number[1]), str(error)) from error
 
 
 def _sha256(file: Path) -> str:

@@ -264,8 +264,6 @@ class PolicyConfig(StageConfig):
     """Updates between evaluations on held-out prompts; the adapter with the best held-out reward is kept."""
     validation_prompts: Positive = 16
     """Held-out prompts of such an evaluation."""
-    checkpoint_every: Positive = 1
-    """Updates between checkpoints."""
 
     @property
     def learning_rate(self) -> float:

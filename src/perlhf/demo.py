@@ -37,6 +37,7 @@ from perlhf.train_reward import train_reward
 from perlhf.train_sft import train_sft
 
 SYSTEM = "You take orders in a coffee bar."
+STAGES = ("sft", "reward", "policy")
 SHOWN = 5
 """Prompts whose answers before and after are printed."""
 
@@ -56,11 +57,13 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     dtype, reason = bases.pick_dtype("auto", bases.pick_device(config.device))
     console.print(f"[bold]perlhf demo[/bold]: simulated coffee-bar feedback, real training of {config.base}. {reason}")
     sft, reward, policy = stages(config)
-    results = {"sft": train_sft(sft), "reward": train_reward(reward)}
-    reward_evaluation = _evaluated(EvaluateConfig(run=reward.run, data=_real_labels(reward), device=config.device))
+    results: dict[str, Any] = {"sft": train_sft(sft), "reward": train_reward(reward)}
+    true_labels = DataConfig(paths=("builtin:coffee-bar/rating",))  # also for the control
+    judged = EvaluateConfig(run=reward.run, data=true_labels, device=config.device)
+    reward_evaluation = _evaluated(judged, results, "reward")
     results["policy"] = train_policy(policy)
-    prompts = 8 if config.quick else 200
-    policy_evaluation = _evaluated(EvaluateConfig(run=policy.run, prompts=prompts, device=config.device))
+    sampled = EvaluateConfig(run=policy.run, prompts=8 if config.quick else 200, device=config.device)
+    policy_evaluation = _evaluated(sampled, results, "policy")
     page = report.write(
         (sft.run, reward.run, policy.run), config.directory / "report.html", "perlhf demo: a coffee bar"
     )
@@ -137,8 +140,8 @@ def summarise(
         "kl": after["kl"],
         "test_prompts": policy_evaluation["n"],
         "seconds": {stage: result["seconds"] for stage, result in results.items()},
-        "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results.values()),
-        "trainable_parameters": {stage: result["trainable_parameters"] for stage, result in results.items()},
+        "peak_memory_bytes": max(results[stage]["peak_memory_bytes"] for stage in STAGES),
+        "trainable_parameters": {stage: results[stage]["trainable_parameters"] for stage in STAGES},
     }
 
 
@@ -159,17 +162,21 @@ def _labels(config: DemoConfig) -> Path | str:
     return path
 
 
-def _real_labels(reward: RewardConfig) -> DataConfig:
-    """Test ratings with their true labels, also for the control."""
-    return DataConfig(paths=("builtin:coffee-bar/rating",))
-
-
-def _evaluated(config: EvaluateConfig) -> dict[str, Any]:
-    """The evaluation of a run, made once and reused."""
-    path = config.run / "evaluation.json"
-    if path.is_file() and path.stat().st_mtime >= (config.run / "result.json").stat().st_mtime:
-        return json.loads(path.read_text(encoding="utf-8"))
-    return evaluate(config)
+def _evaluated(config: EvaluateConfig, results: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The evaluation of a run, made once and reused; an evaluation with other settings, made by hand, is made anew."""
+    path, settings = config.run / "evaluation.json", config.run / "evaluation-settings.json"
+    wanted = config.model_dump(mode="json") | {"seconds_of_run": results[stage]["seconds"]}
+    if path.is_file() and settings.is_file() and path.stat().st_mtime <= settings.stat().st_mtime:
+        found = json.loads(settings.read_text(encoding="utf-8"))
+        if found["settings"] == wanted:
+            results[f"{stage} evaluation"] = {"seconds": found["seconds"]}
+            return json.loads(path.read_text(encoding="utf-8"))
+    began = time.monotonic()
+    evaluation = evaluate(config)
+    seconds = round(time.monotonic() - began, 3)
+    write_atomic(settings, json.dumps({"settings": wanted, "seconds": seconds}, indent=2) + "\n")
+    results[f"{stage} evaluation"] = {"seconds": seconds}
+    return evaluation
 
 
 def _show(

@@ -194,9 +194,10 @@ def _template(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
         return str(tokenizer.chat_template)
     try:
         return Path(name).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(
-            f"can't read the template '{name}': {error.strerror}",
+            f"can't read the template '{name}': {why}",
             where="encoding.template",
             allowed="tokenizer, plain, or the path of a Jinja file",
         ) from error

@@ -1,5 +1,6 @@
 """What a run ran on: versions, commit, hardware, threads, memory. Imports no torch; looks at it where it is loaded."""
 
+import contextlib
 import os
 import platform
 import re
@@ -39,6 +40,12 @@ def peak_memory_bytes() -> int:
         return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory() -> None:
+    """Starts the peak anew, so that each stage of a process tells its own; nothing happens where the system can't."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def cuda_peak_bytes() -> int:

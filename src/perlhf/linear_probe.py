@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from perlhf.errors import DataError
+
 Floats = NDArray[np.float64]
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -46,49 +48,63 @@ def fit(
 
     Returns:
         The head in raw states. Comparisons don't see `bias`, which makes their mean score 0 where there are no ratings.
+
+    Raises:
+        DataError: one label only.
     """
     every = np.concatenate(states)
     mean, deviation = every.mean(axis=0), every.std(axis=0) + 1e-6
-    rated = np.array([label is not None for label in labels])
-    # The direction of every second comparison is turned, so that both classes exist; without intercept nothing changes.
-    turned = np.where(np.arange(len(labels)) % 2, -1.0, 1.0)
-    rows = [
-        (s[0] - mean) / deviation if is_rating else turn * (s[0] - s[1]) / deviation
-        for s, is_rating, turn in zip(states, rated, turned, strict=True)
-    ]
-    features = np.column_stack([rows, INTERCEPT_SCALE * rated])
-    targets = np.array([turn > 0 if label is None else label for label, turn in zip(labels, turned, strict=True)])
-    held_out = {strength: _held_out_loss(features, targets, groups, weights, strength) for strength in STRENGTHS}
+    rows: list[Floats] = []
+    targets: list[bool] = []
+    owners: list[int] = []
+    for number, (state, label) in enumerate(zip(states, labels, strict=True)):
+        if label is None:  # once each way round, half the weight each: the same loss, and both classes exist
+            difference = np.append((state[0] - state[1]) / deviation, 0.0)
+            rows += [difference, -difference]
+            targets += [True, False]
+            owners += [number, number]
+        else:
+            rows.append(np.append((state[0] - mean) / deviation, INTERCEPT_SCALE))
+            targets.append(label)
+            owners.append(number)
+    share = np.array([weights[i] * (0.5 if labels[i] is None else 1.0) for i in owners])
+    features, right, names = np.array(rows), np.array(targets), [groups[i] for i in owners]
+    if len(set(right[share > 0].tolist())) < 2:
+        raise DataError(
+            f"the {len(labels)} records for the score head have one label only, or no weight",
+            where="probe_examples",
+            allowed="records of both labels",
+            hint="raise probe_examples, or set head_start: zero",
+        )
+    held_out = {strength: _held_out_loss(features, right, names, share, strength) for strength in STRENGTHS}
     best = min(STRENGTHS, key=lambda strength: held_out[strength])
-    found = _regression(features, targets, weights, best)
+    found = _regression(features, right, share, best)
     weight = found[:-1] / deviation
     return Probe(weight, float(INTERCEPT_SCALE * found[-1] - weight @ mean), best, held_out[best])
 
 
 def _held_out_loss(
-    features: Floats, targets: NDArray[np.bool_], groups: Sequence[str], weights: Sequence[float], strength: float
+    features: Floats, targets: NDArray[np.bool_], groups: Sequence[str], weights: Floats, strength: float
 ) -> float:
     """Weighted mean log-loss over folds of whole groups; of the training data itself where no fold has both classes."""
     from sklearn.model_selection import GroupKFold
 
     count = min(FOLDS, len(set(groups)))
     folds = list(GroupKFold(count).split(features, targets, groups)) if count > 1 else []
-    usable = [(a, b) for a, b in folds if len(set(targets[a].tolist())) == 2]
+    counted = weights > 0
+    usable = [(a, b) for a, b in folds if len(set(targets[a][counted[a]].tolist())) == 2 and counted[b].any()]
     everything = np.arange(len(targets))
-    scale = np.asarray(weights)
     total = norm = 0.0
     for fitted, tested in usable or [(everything, everything)]:
-        found = _regression(features[fitted], targets[fitted], scale[fitted], strength)
+        found = _regression(features[fitted], targets[fitted], weights[fitted], strength)
         loss = np.logaddexp(0, np.where(targets[tested], -1, 1) * (features[tested] @ found))
-        total, norm = total + float(scale[tested] @ loss), norm + float(scale[tested].sum())
+        total, norm = total + float(weights[tested] @ loss), norm + float(weights[tested].sum())
     return total / norm
 
 
-def _regression(
-    features: Floats, targets: NDArray[np.bool_], weights: Sequence[float] | Floats, strength: float
-) -> Floats:
+def _regression(features: Floats, targets: NDArray[np.bool_], weights: Floats, strength: float) -> Floats:
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=strength, fit_intercept=False, max_iter=1000, tol=1e-6)
-    model.fit(features, targets, sample_weight=np.asarray(weights))
+    model.fit(features, targets, sample_weight=weights)
     return np.asarray(model.coef_[0], dtype=float)

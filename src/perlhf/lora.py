@@ -98,8 +98,8 @@ class AdaptedLinear(nn.Module):
         pairs = [self.pairs[name] for name in self.active if name in self.pairs]
         if not pairs:
             return F.linear(x, self.weight, self.bias)
-        dtype, top = self.weight.dtype, pairs[-1]
-        if top.dropout and self.training:
+        dtype, top = self.weight.dtype, self.pairs.get(self.active[-1])
+        if top is not None and top.dropout and self.training:
             keep = F.dropout(torch.ones_like(x), top.dropout)
             a, b = top.a.to(dtype), (top.b * top.scale).to(dtype)
             if len(pairs) == 1:

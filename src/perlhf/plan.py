@@ -18,7 +18,7 @@ from perlhf import data
 from perlhf.config import DEFAULT_BASE, AdapterConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.data.split import SPLITS
 from perlhf.environment import cpu_computes_in_bf16
-from perlhf.errors import AdapterError, ModelError, nearest
+from perlhf.errors import AdapterError, ModelError, RunError, nearest
 from perlhf.order import plan_updates
 
 Stage = SftConfig | RewardConfig | PolicyConfig
@@ -68,12 +68,14 @@ def plan(config: Stage) -> Plan:
     """The plan of a training stage.
 
     Raises:
+        RunError: an SFT or reward run that isn't there.
         DataError: no records of the kind, or an empty split.
         ModelError: the base isn't here.
         AdapterError: a target that matches no layer.
     """
     base = read_base(config.base)
     stage, kinds = _stage(config)
+    _check_earlier_runs(config)
     records = count_records(config, kinds)
     trainable = trainable_parameters(config, base)
     dtype = dtype_in_force(config.dtype, config.device)
@@ -86,6 +88,18 @@ def plan(config: Stage) -> Plan:
     }
     updates = count_updates(config, kinds)
     return Plan(stage, records, updates, config.learning_rate, base.parameters, trainable, dtype, memory)
+
+
+def _check_earlier_runs(config: Stage) -> None:
+    """Raises RunError for an SFT or reward run that isn't there: the stage itself would stop at it."""
+    sft = None if isinstance(config, SftConfig) else config.sft
+    rewards = config.reward if isinstance(config, PolicyConfig) else ()
+    runs = [("sft", sft)] if sft else []
+    runs += [("reward", Path(source)) for source in rewards if ":" not in source]
+    for key, run in runs:
+        if not (run / "adapter").is_dir():
+            stage = "sft" if key == "sft" else "reward"
+            raise RunError(f"{key} names {run}, which is no finished run", where=key, hint=f"train it: perlhf {stage}")
 
 
 def _stage(config: Stage) -> tuple[str, tuple[str, ...]]:
@@ -107,7 +121,7 @@ def count_records(config: Stage, kinds: tuple[str, ...]) -> dict[str, int]:
     unlimited = config.data.model_copy(update={"limit": None})
     found = Counter(data.split_of(record.group, config.data) for record in data.load(unlimited, kinds, "all"))
     for split in SPLITS:
-        if not found[split] and (split == "train" or getattr(config.data, split) > 0):
+        if not found[split] and (split != "test" or config.data.test > 0):
             data.load(config.data, kinds, split)  # raises, saying what is empty and what to change
     return {split: min(found[split], config.data.limit or found[split]) for split in SPLITS}
 

@@ -63,7 +63,8 @@ class Progress:
         try:
             yield
         finally:
-            if self._last_line != self._line():
+            # Nothing is said where an error came before the first update.
+            if (self._done > self._start or self._done == self._total) and self._last_line != self._line():
                 self._print_line()
 
     def advance(self, values: Mapping[str, float | int | str] | None = None) -> None:

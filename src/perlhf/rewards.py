@@ -15,7 +15,7 @@ from perlhf.data.records import Text
 from perlhf.encode import Encoder
 from perlhf.errors import ConfigError
 from perlhf.model import Model
-from perlhf.packing import Ids, microbatches
+from perlhf.packing import Ids, Packing, microbatches
 from perlhf.scorers import Scorer, combine, http_reward, load_function
 
 
@@ -35,13 +35,14 @@ class Rewards:
         completions: Sequence[Ids],
         texts: Sequence[Text],
         max_tokens: int,
+        packing: Packing = "tree",
     ) -> np.ndarray:
         """One combined score per completion, float64 [batch].
 
         Reward adapters see the sampled ids as they are; functions and services get the prompts' texts and decoded
         completions.
         """
-        members = [score_ids(model, prompts, completions, name, max_tokens) for name in self.adapters]
+        members = [score_ids(model, prompts, completions, name, max_tokens, packing) for name in self.adapters]
         if self.scorers:
             decoded = [encoder.decode(ids) for ids in completions]
             members += [scorer(list(texts), decoded) for scorer in self.scorers]
@@ -82,12 +83,18 @@ def load_rewards(
 
 @torch.no_grad()
 def score_ids(
-    model: Model, prompts: Sequence[Ids], completions: Sequence[Ids], adapter: str, max_tokens: int
+    model: Model,
+    prompts: Sequence[Ids],
+    completions: Sequence[Ids],
+    adapter: str,
+    max_tokens: int,
+    packing: Packing = "tree",
 ) -> list[float]:
     """Scores of prompt + completion ids under one reward adapter, at their last token (the end token, unless cut)."""
     sequences = [tuple(p) + tuple(c) for p, c in zip(prompts, completions, strict=True)]
     out = [0.0] * len(sequences)
-    for batch in microbatches([[ids] for ids in sequences], max_tokens, "tree"):
-        for i, score in zip(batch, model.scores([sequences[i] for i in batch], adapter).tolist(), strict=True):
+    for batch in microbatches([[ids] for ids in sequences], max_tokens, packing):
+        found = model.scores([sequences[i] for i in batch], adapter, packing=packing)
+        for i, score in zip(batch, found.tolist(), strict=True):
             out[i] = score
     return out

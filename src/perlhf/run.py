@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from perlhf.environment import cuda_peak_bytes, peak_memory_bytes
+from perlhf.environment import cuda_peak_bytes, peak_memory_bytes, reset_peak_memory
 from perlhf.errors import ConfigError, PerlhfError, RunError
 from perlhf.progress import Progress
 from perlhf.run_directory import (
@@ -67,6 +67,7 @@ def open_run(path: Path, stage: str, config: BaseModel, facts: dict[str, Any]) -
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     with locked(path):
+        reset_peak_memory()
         for directory in (path, path / "checkpoints", path / "rollouts"):
             with storage_errors(directory):
                 remove_leftovers(directory)

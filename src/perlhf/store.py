@@ -4,10 +4,13 @@ perlhf.json.
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,7 +19,7 @@ from perlhf.encode import Encoder
 from perlhf.errors import AdapterError, CheckpointError
 from perlhf.lora import LowRank
 from perlhf.model import Adapter, Model, Role
-from perlhf.storage import directory_atomic
+from perlhf.storage import directory_atomic, storage_error
 
 FULL_WEIGHTS = "full_weights.safetensors"
 FULL_META = "perlhf_full.json"
@@ -83,6 +86,14 @@ def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | No
     return model.adopt(adapter)
 
 
+def files_hash(directory: Path) -> str:
+    """SHA-256 over the names and bytes of an adapter directory's files."""
+    digest = hashlib.sha256()
+    for file in sorted(part for part in directory.iterdir() if part.is_file()):
+        digest.update(f"{file.name}:{_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def encoding_of(directory: Path) -> dict[str, Any]:
     """The encoding that an adapter on disk was trained with ({} when it says none)."""
     if (directory / FULL_META).is_file():
@@ -120,8 +131,7 @@ def stacked_pairs(model: Model, name: str) -> tuple[int, dict[str, tuple[Tensor,
 
 def _save_full(model: Model, adapter: Adapter, directory: Path, encoder: Encoder, extra: dict[str, Any]) -> None:
     with directory_atomic(directory) as temporary:
-        tensors = {key: t.detach().cpu().contiguous() for key, t in adapter.tensors().items()}
-        save_file(tensors, temporary / FULL_WEIGHTS)
+        write_tensors(temporary / FULL_WEIGHTS, adapter.tensors(), directory)
         meta = {
             "role": adapter.role,
             "base": model.fingerprint,
@@ -132,8 +142,29 @@ def _save_full(model: Model, adapter: Adapter, directory: Path, encoder: Encoder
         (temporary / FULL_META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], target: Path) -> None:
+    """One safetensors file; tensors that share memory (tied weights) are written once each. Errors name `target`."""
+    seen: set[int] = set()
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        held = tensor.detach().to("cpu").contiguous()
+        address = held.untyped_storage().data_ptr()
+        plain[name] = held.clone() if address in seen else held
+        seen.add(address)
+    try:
+        save_file(plain, file)
+    except SafetensorError as error:
+        # The Rust library reports what the system refused as text only.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise storage_error(target, int(number[1]), str(error)) from error
+
+
 def _load_full(model: Model, directory: Path, name: str, encoder: Encoder | None) -> Adapter:
     meta = _full_meta(directory)
+    if not (directory / FULL_WEIGHTS).is_file():
+        raise CheckpointError("the weights are missing", where=str(directory / FULL_WEIGHTS))
     if meta["base"]["sha256"] != model.fingerprint["sha256"]:
         raise AdapterError(
             f"trained on base {meta['base']['name']}, not on {model.fingerprint['name']}",
@@ -158,9 +189,12 @@ def _load_full(model: Model, directory: Path, name: str, encoder: Encoder | None
 
 def _full_meta(directory: Path) -> dict[str, Any]:
     try:
-        return json.loads((directory / FULL_META).read_text(encoding="utf-8"))
+        meta = json.loads((directory / FULL_META).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"damaged: {error}", where=str(directory / FULL_META)) from error
+    if not isinstance(meta, dict) or not {"role", "base", "encoding", "sha256"} <= meta.keys():
+        raise CheckpointError("damaged: a key is missing", where=str(directory / FULL_META))
+    return meta
 
 
 def _check_encoding(trained: dict[str, Any], encoder: Encoder | None, directory: Path) -> None:

@@ -31,7 +31,7 @@ from perlhf.run import Run, open_run
 from perlhf.sampler import Rollout, probe, sample, uniforms
 from perlhf.training import Best, Interrupted
 
-POLICY, VALUE, SFT = "policy", "value", "sft"
+POLICY, VALUE = "policy", "value"
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,11 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         )
         step, best, state = training.restore(run, model, optimizers)
         if step == 0:
-            centre = _centre(stage)
-            before = _validate(stage, centre, stage.reference)
+            with run.progress(2, 0, "reference") as bar:
+                centre = _centre(stage)
+                bar.advance()
+                before = _validate(stage, centre, stage.reference)
+                bar.advance()
             state = {"centre": asdict(centre), "before": before, "tokens": 0, "stopped": None}
         centre = Centre(**state["centre"])
         with run.progress(config.updates, step, "policy") as bar:
@@ -110,7 +113,8 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
                 if step % config.validate_every == 0 or step == config.updates or state["stopped"]:
                     held_out = _validate(stage, centre, POLICY)
                     values |= {f"validation_{key}": value for key, value in held_out.items()}
-                    if improved := held_out["reward"] > best.value:
+                    exceeded = state["stopped"] is not None and best.step > 0
+                    if improved := held_out["reward"] > best.value and not exceeded:
                         best = Best(step, held_out["reward"], held_out)
                 run.log(step, values)
                 if improved or state["stopped"] or step % config.save_every == 0 or run.stop_requested:
@@ -149,8 +153,7 @@ def _open(config: PolicyConfig) -> Stage:
     model, encoder = training.open_model(config)
     reference = None
     if config.sft is not None:
-        reference = store.load_adapter(model, config.sft / "adapter", SFT, encoder).name
-        model.freeze(SFT)
+        reference = training.load_sft(model, config.sft, encoder)
     training.new_adapter(model, POLICY, "policy", config, start=reference)
     if config.baseline == "value":
         training.new_adapter(model, VALUE, "value", config, start=reference)
@@ -174,6 +177,7 @@ def _step(
     sampled = time.perf_counter()
     scored = _score(stage, rollout, prompts, centre, POLICY)
     kl = advantages.completion_kl(scored.old_logprobs, scored.ref_logprobs, scored.mask)
+    training.check_bounded("kl", kl.mean().item(), step, training.KL_LIMIT)
     rewards = advantages.token_rewards(
         torch.from_numpy(scored.paid).float().to(model.device),
         scored.old_logprobs,
@@ -236,7 +240,7 @@ def _score(stage: Stage, rollout: Rollout, prompts: Sequence[Prompt], centre: Ce
     samples = len(rollout.completions) // len(prompts)
     texts = [record.prompt for record in prompts for _ in range(samples)]
     raw = stage.rewards.scores(
-        model, stage.encoder, rollout.prompts, rollout.completions, texts, config.tokens_per_microbatch
+        model, stage.encoder, rollout.prompts, rollout.completions, texts, config.tokens_per_microbatch, config.packing
     )
     paid = raw - centre.mean - np.where(rollout.ended, 0.0, centre.penalty)
     mask = length_mask([len(ids) for ids in rollout.completions], model.device)
@@ -292,7 +296,7 @@ def _learn(
                 loss.backward()
                 summed["value_loss"] += loss.item()
         for key, value in summed.items():
-            training.check_finite(key, value, step)
+            training.check_bounded(key, value, step)
         values |= summed | {"clipped": summed["clipped"] / max(1, int(scored.mask.sum()))}
         values |= _optimise(stage, optimizers, step, warming_up)
     return values
@@ -343,7 +347,13 @@ def _centre(stage: Stage) -> Centre:
     rollout = _sample(stage, prompts, stage.reference, 1, 0, numbers)
     texts = [record.prompt for record in prompts]
     raw = stage.rewards.scores(
-        stage.model, stage.encoder, rollout.prompts, rollout.completions, texts, config.tokens_per_microbatch
+        stage.model,
+        stage.encoder,
+        rollout.prompts,
+        rollout.completions,
+        texts,
+        config.tokens_per_microbatch,
+        config.packing,
     )
     std = float(raw.std())
     penalty = std if config.missing_end_penalty is None else config.missing_end_penalty

@@ -14,7 +14,7 @@ import torch
 
 from perlhf import linear_probe, optim, order, statistics, store, training
 from perlhf.config import RewardConfig
-from perlhf.data import load
+from perlhf.data import check_labels, load
 from perlhf.data.records import Comparison, Rating, Record, Text
 from perlhf.encode import Encoder
 from perlhf.errors import DataError
@@ -49,7 +49,9 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         if run.finished:
             return run.result()
         model, encoder = training.open_model(config)
-        train, counts = encode_items(encoder, load(config.data, ("comparison", "rating"), "train"))
+        records = load(config.data, ("comparison", "rating"), "train")
+        check_labels(records, config.data)
+        train, counts = encode_items(encoder, records)
         held_out = load(config.data, ("comparison", "rating"), "validation")
         validation, _ = encode_items(encoder, training.some(held_out, config.validation_examples, config.seed))
         weights, balance = class_weights(train, config.class_weight)
@@ -181,8 +183,7 @@ def _start(model: Model, encoder: Encoder, config: RewardConfig, train: Sequence
     """The reward adapter, from the SFT adapter or the base; its bias is the log-odds of the (weighted) ratings."""
     start = None
     if config.sft is not None:
-        start = store.load_adapter(model, config.sft / "adapter", "sft", encoder).name
-        model.freeze(start)
+        start = training.load_sft(model, config.sft, encoder)
     adapter = training.new_adapter(model, NAME, "reward", config, start=start)
     labels = [item.label for item in train if item.label is not None]
     if labels and config.class_weight == "none":
@@ -269,7 +270,7 @@ def _update(
         loss.backward()
         sums["loss"] += loss.item()
         sums["tokens"] += lay_out(sequences, config.packing).tokens
-    training.check_finite("loss", sums["loss"], step)
+    training.check_bounded("loss", sums["loss"], step, training.LOSS_LIMIT)
     learning_rate = optim.learning_rate_at(step, total, config.learning_rate, config.optim)
     norm = training.optimiser_step(optimizer, adapter, learning_rate, config.optim.max_grad_norm)
     return {

@@ -133,7 +133,7 @@ def _update(
         loss, _ = sft_loss(out.logprobs, out.mask, weights=weights, divisor=completion_tokens)
         loss.backward()
         summed += loss.item()
-    training.check_finite("loss", summed, step)
+    training.check_bounded("loss", summed, step, training.LOSS_LIMIT)
     learning_rate = optim.learning_rate_at(step, total, config.learning_rate, config.optim)
     norm = training.optimiser_step(optimizer, adapter, learning_rate, config.optim.max_grad_norm)
     return {

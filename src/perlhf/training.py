@@ -2,6 +2,7 @@
 resumed run is bit-equal.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from perlhf import base as bases
-from perlhf import checkpoint, optim, order
+from perlhf import checkpoint, optim, order, store
 from perlhf.config import AdapterConfig, StageConfig
 from perlhf.data import content_hash
 from perlhf.data.records import Record, Text
@@ -21,6 +22,11 @@ from perlhf.errors import ConfigError, DataError, DivergenceError, PerlhfError
 from perlhf.model import Adapter, Model
 from perlhf.packing import Ids, Packing
 from perlhf.run import Run
+
+LOSS_LIMIT = 100.0
+"""Nats a token (SFT) or an example (reward) above which a run has exploded; ln of a vocabulary is about 10."""
+KL_LIMIT = 1000.0
+"""Nats a completion above which a policy has."""
 
 
 class Interrupted(PerlhfError):
@@ -42,10 +48,36 @@ def facts(config: StageConfig) -> dict[str, Any]:
     """What a run's result depends on besides its configuration; sets the threads, so that the manifest tells them."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    return {
+    found: dict[str, Any] = {
         "data": content_hash(config.data),
         "base": bases.fingerprint(bases.resolve(config.base)),
     }
+    template = Path(config.encoding.template)
+    if template.is_file():
+        found["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    adapters = {str(run): store.files_hash(run / "adapter") for run in _earlier_runs(config)}
+    return found | ({"adapters": adapters} if adapters else {})
+
+
+def _earlier_runs(config: StageConfig) -> list[Path]:
+    """The runs whose adapters this one starts from or is paid by."""
+    sft: Path | None = getattr(config, "sft", None)
+    reward: Sequence[str] = getattr(config, "reward", ())
+    runs = [*([sft] if sft else []), *(Path(source) for source in reward)]
+    return [run for run in runs if (run / "adapter").is_dir()]
+
+
+def load_sft(model: Model, run: Path, encoder: Encoder) -> str:
+    """The frozen adapter of an SFT run; its name.
+
+    Raises:
+        ConfigError: a run of another stage; AdapterError: as `store.load_adapter`.
+    """
+    adapter = store.load_adapter(model, run / "adapter", "sft", encoder)
+    if adapter.head is not None:
+        raise ConfigError(f"{run} holds a {adapter.role} adapter", where="sft", allowed="an SFT run")
+    model.freeze(adapter.name)
+    return adapter.name
 
 
 def open_model(config: StageConfig) -> tuple[Model, Encoder]:
@@ -164,12 +196,12 @@ def optimiser_step(optimizer: torch.optim.AdamW, adapter: Adapter, learning_rate
     return norm
 
 
-def check_finite(name: str, value: float, step: int) -> None:
-    """Raises DivergenceError unless `value` is finite."""
-    if not math.isfinite(value):
+def check_bounded(name: str, value: float, step: int, limit: float = math.inf) -> None:
+    """Raises DivergenceError unless `value` is finite and at most `limit`, beyond which nothing sensible is learned."""
+    if not math.isfinite(value) or abs(value) > limit:
         raise DivergenceError(
-            f"{name} is {value} at update {step}",
-            allowed="a finite number",
+            f"{name} is {value:.6g} at update {step}",
+            allowed="a finite number" if limit == math.inf else f"at most {limit:g}",
             hint="lower optim.learning_rate; the last checkpoint is kept",
         )
 

@@ -85,11 +85,11 @@ FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "blank lines only": (b"\n  \n", (": the file is empty",)),
     "all labels up": (
         lines(*[row for row in ratings() if row["label"]]),
-        ("all", "ratings are up", "try: a reward model needs both labels"),
+        ("all", "ratings have the label true", "try: add records of the other label"),
     ),
     "all labels down": (
         lines(*[row for row in ratings() if not row["label"]]),
-        ("all", "ratings are down", "try: a reward model needs both labels"),
+        ("all", "ratings have the label false", "try: add records of the other label"),
     ),
     "one group": (
         lines(UP, DOWN | {"group": "a"}),
@@ -125,7 +125,7 @@ def test_data_that_cannot_be_used(stage, tmp_path, content, parts):
 def test_labels_of_one_kind_in_the_training_split_alone(stage, tmp_path, weight):
     rows = [row for row in ratings() if row["label"]]
     run, done = stage("reward", "--class-weight", weight, data=str(write_rows(tmp_path / "up.jsonl", rows)))
-    refused(done, "ratings are up", "needs both labels")
+    refused(done, "up.jsonl: all", "ratings have the label true", "other label")
     assert not run.exists()
 
 
@@ -414,3 +414,66 @@ def test_validate_lists_every_wrong_line(perlhf, tmp_path):
     assert f"{path}:2" in done.err
     assert f"{path}:3" in done.err
     assert f"{path}:1" not in done.err
+
+
+# ---- runs that others need ----------------------------------------------------------------------------------------
+
+
+def test_a_reward_run_as_sft(stage, reward_run):
+    for name in ("policy", "reward"):
+        run, done = stage(name, "--sft", str(reward_run))
+        refused(done, "sft", "holds a reward adapter", "an SFT run")
+        assert not run.exists()
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_a_policy_without_its_runs(stage, tmp_path, dry):
+    run, done = stage("policy", "--sft", str(tmp_path / "nowhere"), *dry)
+    refused(done, str(tmp_path / "nowhere"), "perlhf sft" if dry else "")
+    run, done = stage("policy", "--reward", str(tmp_path / "nothing"), *dry)
+    refused(done, str(tmp_path / "nothing"), "perlhf reward")
+    assert not run.exists()
+
+
+def test_a_dry_run_needs_validation_groups_as_training_does(stage):
+    _, done = stage("reward", "--data.validation", "0", "--dry-run")
+    refused(done, "the validation split is empty")
+
+
+def test_an_earlier_run_that_was_trained_anew_is_noticed(stage, tiny_base, feedback, tmp_path, sft_run):
+    copy = tmp_path / "sft"
+    shutil.copytree(sft_run, copy)
+    _, done = stage("reward", "--sft", str(copy))
+    assert done.code == 0
+    other, done = stage("sft", "--seed", "9", run="other")
+    assert done.code == 0
+    shutil.rmtree(copy / "adapter")
+    shutil.copytree(other / "adapter", copy / "adapter")
+    _, done = stage("reward", "--sft", str(copy))
+    refused(done, "adapters")
+
+
+def test_a_template_that_is_not_text(stage, tmp_path):
+    (tmp_path / "template.jinja").write_bytes(b"\xff\xfe")
+    run, done = stage("sft", "--encoding.template", str(tmp_path / "template.jinja"))
+    refused(done, "encoding.template", "not UTF-8")
+    assert not run.exists()
+
+
+def test_a_published_set_that_was_not_pulled(stage):
+    _, done = stage("reward", "--data.paths", "taskmaster-coffee/reward")
+    refused(done, "taskmaster-coffee/reward", "perlhf data pull taskmaster-coffee")
+
+
+def test_a_full_copy_with_a_part_missing(stage):
+    run, done = stage("sft", "--tuning", "full", "--optim.learning-rate", "1e-3", run="full")
+    assert done.code == 0
+    meta = run / "adapter" / "perlhf_full.json"
+    whole = meta.read_text()
+    meta.write_text(json.dumps({"role": "sft"}))
+    _, done = stage("policy", "--sft", str(run), "--tuning", "full")
+    refused(done, "perlhf_full.json", "a key is missing")
+    meta.write_text(whole)
+    (run / "adapter" / "full_weights.safetensors").unlink()
+    _, done = stage("policy", "--sft", str(run), "--tuning", "full")
+    refused(done, "full_weights.safetensors", "missing")

@@ -16,7 +16,9 @@ import torch
 import transformers
 from toy import command, comparisons, lasting, metrics, ratings, read_json, read_lines, write_rows
 
+from perlhf import EvaluateConfig
 from perlhf.cli import main
+from perlhf.evaluate import evaluate
 
 LN2 = math.log(2)
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -165,6 +167,29 @@ def test_the_head_may_start_from_a_linear_probe(stage):
     assert done.code == 0 and metrics(pairs)[0]["loss"] < LN2 - 0.2
 
 
+@pytest.mark.parametrize(("select", "metric", "sign"), [("auto", "auc", 1), ("loss", "loss", -1)])
+def test_the_kept_reward_adapter_is_the_best_on_validation_groups(stage, select, metric, sign):
+    # A rate that spoils what was learned: the last validation isn't the best.
+    options = ("--select", select, "--optim.learning-rate", "0.3", "--max-updates", "12", "--epochs", "12")
+    run, done = stage("reward", *options, "--validate-every", "1")
+    assert done.code == 0
+    lines, found = metrics(run), result(run)
+    values = [sign * line[f"validation_{metric}"] for line in lines]
+    assert found["best_step"] == 1 + values.index(max(values))
+    assert found["validation"][metric] == lines[found["best_step"] - 1][f"validation_{metric}"]
+    # What lies in the run directory is that adapter: evaluated on the same groups it gives the same number.
+    evaluation = evaluate(EvaluateConfig(run=run, split="validation", bootstrap=10))
+    name = "rating_loss" if metric == "loss" else metric
+    assert evaluation["metrics"][name]["value"] == pytest.approx(found["validation"][metric], abs=1e-6)
+
+
+def test_an_exploding_loss_stops_with_the_last_checkpoint_kept(stage):
+    options = ("--optim.learning-rate", "1e4", "--optim.max-grad-norm", "1e9", "--max-updates", "9", "--epochs", "9")
+    run, done = stage("reward", *options, "--checkpoint-every", "1")
+    assert done.code != 0 and "loss is" in done.err and "optim.learning_rate" in done.err
+    assert list((run / "checkpoints").iterdir()) and not (run / "result.json").exists()
+
+
 # ---- policy: choices ----------------------------------------------------------------------------------------------
 
 
@@ -242,6 +267,24 @@ def test_max_kl_stops_and_keeps_an_adapter(stage):
     again, done = stage("policy", *options)
     assert done.code == 0
     assert result(again) == found
+
+
+def test_the_kept_policy_is_the_best_on_held_out_prompts(stage):
+    options = ("--updates", "6", "--validate-every", "1", "--optim.learning-rate", "0.2", "--baseline", "leave_one_out")
+    run, done = stage("policy", *options)
+    assert done.code == 0
+    lines, found = metrics(run), result(run)
+    values = [line["validation_reward"] for line in lines]
+    assert found["best_step"] == 1 + values.index(max(values))
+    assert found["score_after"] == lines[found["best_step"] - 1]["validation_score"]
+
+
+def test_max_kl_keeps_an_earlier_best_that_stayed_within(stage):
+    options = ("--max-kl", "0.3", "--validate-every", "1", "--updates", "50", "--baseline", "leave_one_out")
+    run, done = stage("policy", *options)
+    assert done.code == 0
+    assert "exceeded max_kl" in result(run)["stopped"]
+    assert result(run)["best_step"] < result(run)["updates"]
 
 
 # ---- policy: anchors ----------------------------------------------------------------------------------------------

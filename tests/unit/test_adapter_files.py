@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from perlhf.adapter_files import AdapterFiles, check_base, read_adapter, write_adapter
-from perlhf.errors import AdapterError, StorageError
+from perlhf.errors import AdapterError, PerlhfError, StorageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -206,6 +206,26 @@ def test_refuses_what_is_not_plain_lora(tmp_path: Path, model: LlamaForCausalLM,
     path = tmp_path / "a" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(AdapterError, match=key):
+        read_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("perlhf.json", "bias", 9.5),
+        ("perlhf.json", "bias", None),
+        ("perlhf.json", "encoding", {}),
+        ("perlhf.json", "seal", None),
+        ("adapter_config.json", "lora_alpha", 64),
+    ],
+)
+def test_details_that_were_changed_are_found(
+    tmp_path: Path, model: LlamaForCausalLM, file: str, key: str, value: object
+) -> None:
+    write_adapter(tmp_path / "a", adapter(model, torch.ones(1, model.config.hidden_size)))
+    details = json.loads((tmp_path / "a" / file).read_text())
+    (tmp_path / "a" / file).write_text(json.dumps(details | {key: value}))
+    with pytest.raises(PerlhfError, match="changed after saving"):
         read_adapter(tmp_path / "a")
 
 

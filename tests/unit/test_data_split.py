@@ -135,12 +135,13 @@ def test_empty_sides_and_kinds_are_errors(tmp_path: Path) -> None:
 
 def test_labels_that_are_all_equal() -> None:
     up, down = Rating("p", "c", True, "p"), Rating("p", "d", False, "p")
-    check_labels([up, down, up])
-    check_labels([Demonstration("p", "c", "p")])
+    config = DataConfig(paths=("some.jsonl",))
+    check_labels([up, down, up], config)
+    check_labels([Demonstration("p", "c", "p")], config)
     with pytest.raises(DataError, match="all 2 ratings have the label true"):
-        check_labels([up, up])
+        check_labels([up, up], config)
     with pytest.raises(DataError, match="all 1 ratings have the label false"):
-        check_labels([down])
+        check_labels([down], config)
 
 
 def test_content_hash_follows_content(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from perlhf.errors import DataError
 from perlhf.linear_probe import STRENGTHS, Floats, _held_out_loss, _regression, fit
 
 
@@ -14,9 +15,9 @@ def test_one_weight_by_hand() -> None:
     # Minimise u^2 / 2 + C * 10 * log(1 + e^-u) over u, C = 0.1: u = 1 / (1 + e^u), so u = 0.40106.
     features = np.array([[1.0], [-1.0]] * 5)
     targets = np.array([True, False] * 5)
-    assert _regression(features, targets, [1.0] * 10, 0.1)[0] == pytest.approx(0.40106, abs=1e-4)
+    assert _regression(features, targets, np.ones(10), 0.1)[0] == pytest.approx(0.40106, abs=1e-4)
     # Weight 2 counts twice: u = 2 / (1 + e^u), u = 0.67483.
-    assert _regression(features, targets, [2.0] * 10, 0.1)[0] == pytest.approx(0.67483, abs=1e-4)
+    assert _regression(features, targets, np.full(10, 2.0), 0.1)[0] == pytest.approx(0.67483, abs=1e-4)
 
 
 def test_held_out_loss_is_of_groups_not_seen() -> None:
@@ -24,9 +25,9 @@ def test_held_out_loss_is_of_groups_not_seen() -> None:
     groups = [f"g{i // 4}" for i in range(40)]
     features = np.eye(10)[np.arange(40) // 4]
     targets = np.arange(40) // 4 % 2 == 0
-    seen = _regression(features, targets, [1.0] * 40, 0.1)
+    seen = _regression(features, targets, np.ones(40), 0.1)
     assert np.logaddexp(0, np.where(targets, -1, 1) * (features @ seen)).mean() < np.log(2) - 0.05
-    assert _held_out_loss(features, targets, groups, [1.0] * 40, 0.1) == pytest.approx(np.log(2), abs=1e-9)
+    assert _held_out_loss(features, targets, groups, np.ones(40), 0.1) == pytest.approx(np.log(2), abs=1e-9)
 
 
 def test_ratings_are_told_apart_and_their_share_is_kept() -> None:
@@ -69,3 +70,15 @@ def test_both_kinds_and_a_single_group() -> None:
     labels = [bool(row[0] > 0) for row in states[:20]] + [None] * 20
     probe = fit(ratings + pairs, labels, ["only"] * 40, [1.0] * 40)
     assert probe.weight[0] > 0 and np.isfinite(probe.bias)
+
+
+def test_one_label_is_refused_and_one_comparison_is_enough() -> None:
+    states = some_states(6, 3, seed=4)
+    ups = [row[None] for row in states]
+    with pytest.raises(DataError, match="one label only") as caught:
+        fit(ups, [True] * 6, list("abcdef"), [1.0] * 6)
+    assert caught.value.where == "probe_examples"
+    with pytest.raises(DataError, match="no weight"):
+        fit(ups, [True, False] * 3, list("abcdef"), [0.0] * 6)
+    probe = fit([states[:2]], [None], ["a"], [1.0])
+    assert states[0] @ probe.weight > states[1] @ probe.weight

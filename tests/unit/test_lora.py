@@ -151,6 +151,13 @@ class TestLayer:
         torch.testing.assert_close(dropped, slow(x, layer.weight, layer.bias, pair.a, pair.b, keep, 1.0))
         assert not torch.allclose(dropped, without)
 
+    def test_what_lies_beneath_is_never_dropped(self, layer: AdaptedLinear) -> None:
+        # The adapter on top has no pair on this layer: the frozen one beneath is all there is, and stays whole.
+        layer.pairs["sft"] = self.pair(1, 2, 1.0, dropout=0.5)
+        layer.active, x = ("sft", "reward"), torch.randn(50, 4)
+        without = layer.eval()(x)
+        torch.testing.assert_close(layer.train()(x), without, rtol=0, atol=0)
+
     def test_computes_in_the_dtype_of_the_base_on_float32_masters(self, layer: AdaptedLinear) -> None:
         layer.to(torch.bfloat16)
         layer.pairs["a"] = self.pair(1, 2, 0.5)

@@ -1,11 +1,12 @@
 """Plans: parameter counts worked by hand and compared with a real network, updates, memory, missing bases."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from perlhf.config import AdapterConfig, DataConfig, PolicyConfig, RewardConfig, SftConfig
-from perlhf.errors import AdapterError, DataError, ModelError
+from perlhf.errors import AdapterError, DataError, ModelError, RunError
 from perlhf.plan import (
     SMOLLM2_CONFIG,
     count_records,
@@ -80,8 +81,12 @@ def test_limit_caps_each_split_and_an_empty_split_is_an_error(tmp_path: Path):
     path.write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(DataError):
         count_records(SftConfig(data=DataConfig(paths=(str(path),))), ("demonstration",))
-    alone = SftConfig(data=DataConfig(paths=(str(path),), validation=0, test=0))
-    assert count_records(alone, ("demonstration",)) == {"train": 1, "validation": 0, "test": 0}
+    # Nor without validation groups, which every stage needs; test groups it does not.
+    with pytest.raises(DataError, match="validation split is empty"):
+        count_records(SftConfig(data=DataConfig(paths=(str(path),), validation=0, test=0)), ("demonstration",))
+    path.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "b"}) + "\n" for i in range(20)))
+    untested = SftConfig(data=DataConfig(paths=(str(path),), validation=0.5, test=0))
+    assert count_records(untested, ("demonstration",))["test"] == 0
 
 
 def test_memory_parts(tiny_base: Path):
@@ -98,8 +103,13 @@ def test_memory_parts(tiny_base: Path):
     assert planned.total_bytes == sum(planned.memory_bytes.values())
 
 
-def test_frozen_adapters_of_a_policy_are_counted(tiny_base: Path):
-    settings = PolicyConfig(base=str(tiny_base), data=DATA, sft=Path("runs/s"), reward=("runs/a", "runs/b", "mod:f"))
+def test_frozen_adapters_of_a_policy_are_counted(tiny_base: Path, tmp_path: Path):
+    sft, first, second = (tmp_path / name for name in "sab")
+    settings = PolicyConfig(base=str(tiny_base), data=DATA, sft=sft, reward=(str(first), str(second), "mod:f"))
+    for missing in (sft, first, second):
+        with pytest.raises(RunError, match="no finished run"):
+            plan(settings)
+        (missing / "adapter").mkdir(parents=True)
     planned = plan(settings)
     assert planned.memory_bytes["frozen adapters"] == 3 * 4 * planned.trainable["policy"]
 
@@ -134,3 +144,10 @@ def test_a_damaged_base_is_named(tiny_base: Path, tmp_path: Path):
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ModelError, match="is no safetensors file"):
         read_base(str(tmp_path))
+
+
+def test_checkpoints_of_a_full_policy_are_rarer():
+    reward = ("a.module:function",)
+    assert PolicyConfig(reward=reward).save_every == 1
+    assert PolicyConfig(reward=reward, tuning="full").save_every == 20  # about 3 GB each on the small base
+    assert PolicyConfig(reward=reward, tuning="full", checkpoint_every=5).save_every == 5

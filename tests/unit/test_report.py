@@ -369,6 +369,19 @@ def test_without_gold_the_headline_says_who_judged(tmp_path: Path):
     assert findings.headline([run]).text.endswith("on 240 unseen prompts by the reward model's own judgement.")
 
 
+def test_groups_that_training_saw_are_not_called_unseen(tmp_path: Path):
+    evaluation = {
+        "split": "test",
+        "n": 240,
+        "groups_seen_in_training": 31,
+        "before": {"score": 0},
+        "after": {"score": 1},
+    }
+    (run,) = read_runs([write_run(tmp_path / "a", "policy", result={"updates": 1}, evaluation=evaluation)])
+    assert "240 prompts, 31 groups of them seen in training," in findings.size(run)
+    assert "unseen" not in findings.headline([run]).text
+
+
 @pytest.mark.parametrize("split", ["train", "validation", "all"])
 def test_only_the_test_split_is_called_unseen(tmp_path: Path, split: str):
     evaluation = {"split": split, "n": 240, "before": {"score": 0}, "after": {"score": 1}}

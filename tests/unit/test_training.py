@@ -154,10 +154,13 @@ class TestOptimiserStep:
         assert model.digest("sft") == before
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    def test_check_finite(self, value: float) -> None:
-        training.check_finite("loss", 1e30, 3)
+    def test_check_bounded(self, value: float) -> None:
+        training.check_bounded("loss", 1e30, 3)
+        training.check_bounded("loss", 100.0, 3, 100.0)
         with pytest.raises(DivergenceError, match=r"loss is .* at update 3"):
-            training.check_finite("loss", value, 3)
+            training.check_bounded("loss", value, 3)
+        with pytest.raises(DivergenceError, match=r"loss is 100\.1 at update 3"):
+            training.check_bounded("loss", 100.1, 3, 100.0)
 
 
 class TestSaved:

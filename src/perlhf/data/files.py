@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perlhf.data import pull
 from perlhf.data.tfrecord import read_examples
 from perlhf.errors import DataError, nearest
 
@@ -44,6 +45,8 @@ def find(path: str, root: Path | None = None) -> list[DataFile]:
     """
     found = _local(path, root)
     if found is None:
+        if _published(path):
+            raise _missing(path, root)  # not a name on the hub, though it looks like one
         if _HUB_NAME.fullmatch(path) and not _stem(path).endswith(SUFFIXES):
             return [DataFile(path, None)]
         raise _missing(path, root)
@@ -295,12 +298,21 @@ def _missing(path: str, root: Path | None) -> DataError:
     places = "the working directory" + (
         f" or {root or os.environ.get('PERLHF_DATA')}" if root or os.environ.get("PERLHF_DATA") else ""
     )
+    hint = f"{parent / near}" if near else "set PERLHF_DATA to the directory that relative paths start from"
+    if name := _published(path):
+        hint = f"`perlhf data pull {name}` fetches it into data/, then PERLHF_DATA=data; or {hint}"
     return DataError(
         f"nothing has this name in {places}",
         where=path or "''",
         allowed=f"a file, a directory, `owner/name` on the hub, or {BUILTIN}",
-        hint=f"{parent / near}" if near else "set PERLHF_DATA to the directory that relative paths start from",
+        hint=hint,
     )
+
+
+def _published(path: str) -> str | None:
+    """The set of `perlhf data pull` that a relative path starts with."""
+    first = Path(path).parts[0] if path and not Path(path).is_absolute() else ""
+    return first if first in pull.sources() else None
 
 
 def _is_saved_dataset(directory: Path) -> bool:

@@ -73,14 +73,14 @@ def content_hash(config: DataConfig) -> dict[str, str]:
     return {path: _path_hash(path, config) for path in config.paths}
 
 
-def check_labels(records: Iterable[Record]) -> None:
+def check_labels(records: Iterable[Record], config: DataConfig) -> None:
     """Raises DataError when there are ratings and all have the same label: a reward model would learn a constant."""
     labels = Counter(record.label for record in records if isinstance(record, Rating))
     if len(labels) == 1:
         ((label, count),) = labels.items()
         raise DataError(
             f"all {count} ratings have the label {str(label).lower()}",
-            where="data",
+            where=", ".join(config.paths),
             allowed="ratings of both labels",
             hint="add records of the other label, or raise the limit if one is set",
         )
@@ -197,8 +197,13 @@ def _file_hash(path: Path) -> str:
     if path.is_dir():
         inside = sorted(part for part in path.rglob("*") if part.is_file())
         return _sha256(json.dumps([(part.relative_to(path).as_posix(), _file_hash(part)) for part in inside]).encode())
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"can't be read: {error.strerror}", where=str(path), hint="check the file's permissions"
+        ) from error
 
 
 def _sha256(content: bytes) -> str:

@@ -125,9 +125,15 @@ def size(run: RunFiles) -> str:
 
 
 def things(run: RunFiles) -> str:
-    """What was evaluated: only the test split is unseen, since the validation split chose the checkpoint."""
+    """What was evaluated: only the test split is unseen, since the validation split chose the checkpoint.
+
+    With another split seed than the run's, groups of its training can be in the test split; then they aren't unseen.
+    """
     name, split = "prompts" if run.stage == "policy" else "examples", run.evaluation.get("split", "test")
-    return f"unseen {name}" if split == "test" else f"{name} of the {split} split"
+    seen = run.evaluation.get("groups_seen_in_training") or 0
+    if split == "test":
+        return f"{name}, {seen:,} groups of them seen in training," if seen else f"unseen {name}"
+    return f"{name} of the {split} split"
 
 
 def before_after(run: RunFiles, key: str) -> tuple[Measured, Measured] | None:
