@@ -96,7 +96,8 @@ def stages(config: DemoConfig) -> tuple[SftConfig, RewardConfig, PolicyConfig]:
     reward = RewardConfig(
         run=root / "reward",
         sft=sft.run,
-        data=DataConfig(paths=(str(_labels(config)),), limit=32 if quick else 600),
+        data=DataConfig(paths=(str(_labels(config)),), limit=32 if quick else None),
+        order="grouped",
         optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
         examples_per_update=16,
         max_updates=2 if quick else None,
@@ -117,7 +118,7 @@ def stages(config: DemoConfig) -> tuple[SftConfig, RewardConfig, PolicyConfig]:
         advantage_norm="whiten",
         centre_prompts=4 if quick else 32,
         validation_prompts=4 if quick else 24,
-        validate_every=4,
+        validate_every=8,
         **common,
     )
     return sft, reward, policy

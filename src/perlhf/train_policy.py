@@ -248,7 +248,9 @@ def _score(stage: Stage, rollout: Rollout, prompts: Sequence[Prompt], centre: Ce
     for batch in _microbatches(rollout, config):
         chosen = [rollout.prompts[i] for i in batch], [rollout.completions[i] for i in batch]
         now = model.logprobs(*chosen, adapter, temperature=config.temperature, packing=config.packing)
-        reference = model.logprobs(*chosen, stage.reference, temperature=config.temperature, packing=config.packing)
+        reference = now
+        if adapter != stage.reference:
+            reference = model.logprobs(*chosen, stage.reference, temperature=config.temperature, packing=config.packing)
         width = now.mask.shape[1]
         old[batch, :width], ref[batch, :width] = now.logprobs, reference.logprobs
         entropy[batch, :width] = now.entropy
@@ -264,42 +266,66 @@ def _learn(
     step: int,
 ) -> dict[str, float]:
     """Advantages, then `steps_per_rollout` optimiser steps of policy and value on the rollout."""
-    config, model = stage.config, stage.model
-    advantage = _advantages(stage, scored, rewards, returns)
+    config = stage.config
     warming_up = VALUE in optimizers and step <= config.value.warmup_updates
-    values: dict[str, float] = {"advantage_std": advantage[scored.mask].std(correction=0).item()}
-    completions = len(scored.rollout.completions)
-    for _ in range(config.steps_per_rollout):
+    values: dict[str, float] = {}
+    advantage = torch.zeros_like(rewards)
+    for number in range(config.steps_per_rollout):
         summed = {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}
-        for batch in _microbatches(scored.rollout, config):
-            prompts = [scored.rollout.prompts[i] for i in batch]
-            chosen = [scored.rollout.completions[i] for i in batch]
-            if not warming_up:
-                now = model.logprobs(prompts, chosen, POLICY, temperature=config.temperature, packing=config.packing)
-                width = now.mask.shape[1]
-                loss, metrics = policy_loss(
-                    now.logprobs,
-                    scored.old_logprobs[batch, :width],
-                    advantage[batch, :width],
-                    now.mask,
-                    clip=config.clip,
-                    divisor=completions,
-                )
-                loss.backward()
-                summed["policy_loss"] += loss.item()
-                summed["clipped"] += metrics["clipped"]
-            if VALUE in optimizers:
-                predicted = model.values(prompts, chosen, VALUE, packing=config.packing)
-                width = predicted.shape[1]
-                mask = scored.mask[batch, :width]
-                loss, _ = value_loss(predicted, returns[batch, :width], mask, divisor=completions)
-                loss.backward()
-                summed["value_loss"] += loss.item()
+        predicted = None
+        if VALUE in optimizers:
+            # Values first: the pass that learns them gives those of the advantages too, since no weight moves before
+            # `_optimise`.
+            predicted, summed["value_loss"] = _value_pass(stage, scored, returns)
+        if number == 0:
+            advantage = _advantages(stage, scored, rewards, returns, predicted)
+            values["advantage_std"] = advantage[scored.mask].std(correction=0).item()
+        if not warming_up:
+            summed["policy_loss"], summed["clipped"] = _policy_pass(stage, scored, advantage)
         for key, value in summed.items():
             training.check_bounded(key, value, step)
         values |= summed | {"clipped": summed["clipped"] / max(1, int(scored.mask.sum()))}
         values |= _optimise(stage, optimizers, step, warming_up)
     return values
+
+
+def _value_pass(stage: Stage, scored: Scored, returns: Tensor) -> tuple[Tensor, float]:
+    """Gradients of the value loss; the values [batch, time] and the loss."""
+    config, total = stage.config, 0.0
+    values = torch.zeros_like(returns)
+    for batch in _microbatches(scored.rollout, config):
+        prompts = [scored.rollout.prompts[i] for i in batch]
+        chosen = [scored.rollout.completions[i] for i in batch]
+        predicted = stage.model.values(prompts, chosen, VALUE, packing=config.packing)
+        width = predicted.shape[1]
+        mask = scored.mask[batch, :width]
+        loss, _ = value_loss(predicted, returns[batch, :width], mask, divisor=len(scored.rollout.completions))
+        loss.backward()
+        total += loss.item()
+        values[batch, :width] = predicted.detach()
+    return values, total
+
+
+def _policy_pass(stage: Stage, scored: Scored, advantage: Tensor) -> tuple[float, float]:
+    """Gradients of the policy loss; the loss and the number of clipped tokens."""
+    config, total, clipped = stage.config, 0.0, 0.0
+    for batch in _microbatches(scored.rollout, config):
+        prompts = [scored.rollout.prompts[i] for i in batch]
+        chosen = [scored.rollout.completions[i] for i in batch]
+        now = stage.model.logprobs(prompts, chosen, POLICY, temperature=config.temperature, packing=config.packing)
+        width = now.mask.shape[1]
+        loss, metrics = policy_loss(
+            now.logprobs,
+            scored.old_logprobs[batch, :width],
+            advantage[batch, :width],
+            now.mask,
+            clip=config.clip,
+            divisor=len(scored.rollout.completions),
+        )
+        loss.backward()
+        total += loss.item()
+        clipped += metrics["clipped"]
+    return total, clipped
 
 
 def _optimise(stage: Stage, optimizers: dict[str, torch.optim.AdamW], step: int, warming_up: bool) -> dict[str, float]:
@@ -317,18 +343,12 @@ def _optimise(stage: Stage, optimizers: dict[str, torch.optim.AdamW], step: int,
     return out
 
 
-@torch.no_grad()
-def _advantages(stage: Stage, scored: Scored, rewards: Tensor, returns: Tensor) -> Tensor:
+def _advantages(stage: Stage, scored: Scored, rewards: Tensor, returns: Tensor, values: Tensor | None) -> Tensor:
     """[batch, time], after the chosen baseline and normalisation over all tokens of the update."""
-    config, model = stage.config, stage.model
+    config = stage.config
     match config.baseline:
         case "value":
-            values = torch.zeros_like(rewards)
-            for batch in _microbatches(scored.rollout, config):
-                prompts = [scored.rollout.prompts[i] for i in batch]
-                chosen = [scored.rollout.completions[i] for i in batch]
-                predicted = model.values(prompts, chosen, VALUE, packing=config.packing)
-                values[batch, : predicted.shape[1]] = predicted
+            assert values is not None
             advantage = advantages.gae(rewards, values, scored.mask, gae_lambda=config.gae_lambda)
         case "leave_one_out" | "group_mean":
             totals = rewards.sum(-1)

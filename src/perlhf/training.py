@@ -23,8 +23,9 @@ from perlhf.model import Adapter, Model
 from perlhf.packing import Ids, Packing
 from perlhf.run import Run
 
-LOSS_LIMIT = 100.0
-"""Nats a token (SFT) or an example (reward) above which a run has exploded; ln of a vocabulary is about 10."""
+LOSS_LIMIT = 1000.0
+"""Nats a token (SFT) or an example (reward) above which a run has exploded; ln of a vocabulary is about 10, and weights
+of records may be above 1."""
 KL_LIMIT = 1000.0
 """Nats a completion above which a policy has."""
 
@@ -201,7 +202,7 @@ def check_bounded(name: str, value: float, step: int, limit: float = math.inf) -
     if not math.isfinite(value) or abs(value) > limit:
         raise DivergenceError(
             f"{name} is {value:.6g} at update {step}",
-            allowed="a finite number" if limit == math.inf else f"at most {limit:g}",
+            allowed=f"at most {limit:g}" if math.isfinite(value) else "a finite number",
             hint="lower optim.learning_rate; the last checkpoint is kept",
         )
 

@@ -339,7 +339,10 @@ class TestAdvantages:
     def advantages(self, directory: Path, **options: Any) -> Tensor:
         stage = new_stage(directory, **options)
         prepare(stage)
-        return stage_code._advantages(stage, score(stage), self.REWARDS, returns_of(self.REWARDS))
+        scored, returns, values = score(stage), returns_of(self.REWARDS), None
+        if VALUE in stage.model.adapters:
+            values, _ = stage_code._value_pass(stage, scored, returns)
+        return stage_code._advantages(stage, scored, self.REWARDS, returns, values)
 
     def test_none(self, tiny_base: Path) -> None:
         assert torch.equal(self.advantages(tiny_base, baseline="none"), returns_of(self.REWARDS))
