@@ -81,7 +81,7 @@ def stages(config: DemoConfig) -> tuple[SftConfig, RewardConfig, PolicyConfig]:
         "base": config.base,
         "device": config.device,
         "seed": config.seed,
-        "encoding": EncodingConfig(system=SYSTEM, max_tokens=256),
+        "encoding": EncodingConfig(system=SYSTEM, max_tokens=512),
         "adapter": AdapterConfig(rank=8, targets="all"),
     }
     sft = SftConfig(
