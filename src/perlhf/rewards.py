@@ -39,10 +39,14 @@ class Rewards:
     ) -> np.ndarray:
         """One combined score per completion, float64 [batch].
 
-        Reward adapters see the sampled ids as they are; functions and services get the prompts' texts and decoded
-        completions.
+        Reward adapters see the sampled ids as they are, but a completion that was cut gets the end token: they never
+        learned from a state before it, and score such states at random (docs/experiments.md). Functions and services
+        get the prompts' texts and decoded completions.
         """
-        members = [score_ids(model, prompts, completions, name, max_tokens, packing) for name in self.adapters]
+        whole = [ids if ids and ids[-1] == encoder.end_id else [*ids, encoder.end_id] for ids in completions]
+        # The end token may be one too many for the context: then the prompt loses its first one.
+        given = [p if len(p) + len(c) <= encoder.max_tokens else p[1:] for p, c in zip(prompts, whole, strict=True)]
+        members = [score_ids(model, given, whole, name, max_tokens, packing) for name in self.adapters]
         if self.scorers:
             decoded = [encoder.decode(ids) for ids in completions]
             members += [scorer(list(texts), decoded) for scorer in self.scorers]
@@ -90,7 +94,7 @@ def score_ids(
     max_tokens: int,
     packing: Packing = "tree",
 ) -> list[float]:
-    """Scores of prompt + completion ids under one reward adapter, at their last token (the end token, unless cut)."""
+    """Scores of prompt + completion ids under one reward adapter, at their last token."""
     sequences = [tuple(p) + tuple(c) for p, c in zip(prompts, completions, strict=True)]
     out = [0.0] * len(sequences)
     for batch in microbatches([[ids] for ids in sequences], max_tokens, packing):

@@ -62,6 +62,22 @@ def test_the_score_is_the_head_on_the_last_state_plus_the_label_prior(model, enc
     assert score == pytest.approx((states[0] @ adapter.head[0] + adapter.bias).item(), abs=1e-5)
 
 
+def test_a_cut_completion_is_scored_as_if_it_ended(model, encoder, reward_run):
+    rewards = load_rewards(model, [str(reward_run)], "mean", encoder)
+    prompts, completions = ids_of(encoder, ["one tea", "one tea"], [GOOD[0], BAD[0]])
+    whole = rewards.scores(model, encoder, prompts, completions, ["one tea"] * 2, 2048)
+    cut = rewards.scores(model, encoder, prompts, [ids[:-1] for ids in completions], ["one tea"] * 2, 2048)
+    np.testing.assert_array_equal(cut, whole)
+    # At its last token, where nothing was learned, the score would be another.
+    at_last = score_ids(model, prompts, [ids[:-1] for ids in completions], "reward_0", 2048)
+    assert np.abs(at_last - whole).max() > 1e-2
+    # A prompt and completion that fill the context exactly: the prompt makes room for the end token.
+    full = Encoder(encoder.tokenizer, encoder.config.model_copy(update={"max_tokens": len(prompts[0]) + 3}))
+    (found,) = rewards.scores(model, full, prompts[:1], [completions[0][:3]], ["one tea"], 2048)
+    (expected,) = score_ids(model, [prompts[0][1:]], [[*completions[0][:3], encoder.end_id]], "reward_0", 2048)
+    assert found == expected
+
+
 def test_adapters_see_the_sampled_ids_and_functions_their_text(model, encoder, reward_run, tmp_path, monkeypatch):
     (tmp_path / "seen_reward.py").write_text(
         "SEEN = []\n\n\ndef keep(prompts, completions):\n    SEEN.append((prompts, completions))\n"
