@@ -96,8 +96,8 @@ def stages(config: DemoConfig) -> tuple[SftConfig, RewardConfig, PolicyConfig]:
     reward = RewardConfig(
         run=root / "reward",
         sft=sft.run,
-        data=DataConfig(paths=(str(_labels(config)),), limit=32 if quick else None),
-        order="grouped",
+        data=DataConfig(paths=(str(_labels(config)),), limit=32 if quick else 600),
+        select="loss",  # the scale of the scores counts against the KL, not their order alone
         optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
         examples_per_update=16,
         max_updates=2 if quick else None,
