@@ -113,7 +113,7 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
                 if step % config.validate_every == 0 or step == config.updates or state["stopped"]:
                     held_out = _validate(stage, centre, POLICY)
                     values |= {f"validation_{key}": value for key, value in held_out.items()}
-                    exceeded = state["stopped"] is not None and best.step > 0
+                    exceeded = state["stopped"] is not None and best.step is not None
                     if improved := held_out["reward"] > best.value and not exceeded:
                         best = Best(step, held_out["reward"], held_out)
                 run.log(step, values)

@@ -1,7 +1,8 @@
 """Reward stage: a score head on an adapter, from comparisons (Bradley-Terry), ratings (cross-entropy), or both.
 
 Beside the paper: ratings use the correct second term of the cross-entropy; the score's bias holds the log-odds of the
-ratings, so that update 0 predicts their share; the kept checkpoint is the best on held-out groups.
+ratings, so that update 0 predicts their share; the kept checkpoint is the best on held-out groups, the probe's start
+included.
 """
 
 import time
@@ -67,8 +68,11 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         optimizers = optim.build({NAME: (adapter.trainable(), config.learning_rate)}, config.optim)
         step, best, state = training.restore(run, model, optimizers)
         tokens = state.get("tokens", 0)
-        if step == 0 and config.head_start == "probe":
+        if config.head_start == "probe" and best.step is None and step == 0:
             _start_head(run, model, adapter, train, weights, config)
+            best = _validated(0, model, validation, config)
+            run.log(0, _held_out(best.metrics))
+            training.save(run, 0, model, optimizers, best, {"tokens": 0})
         with run.progress(len(plan), step, "reward") as bar:
             while step < len(plan):
                 step += 1
@@ -85,11 +89,10 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
                 tokens += int(values["tokens"])
                 improved = False
                 if step % config.validate_every == 0 or step == len(plan):
-                    metrics = evaluate_items(model, validation, config)
-                    values |= {f"validation_{key}": value for key, value in metrics.items()}
-                    quality = _quality(metrics, config)
-                    if improved := quality > best.value:
-                        best = Best(step, quality, metrics)
+                    found = _validated(step, model, validation, config)
+                    values |= _held_out(found.metrics)
+                    if improved := found.value > best.value:
+                        best = found
                 run.log(step, values)
                 if improved or step % config.save_every == 0 or run.stop_requested:
                     training.save(run, step, model, optimizers, best, {"tokens": tokens})
@@ -283,6 +286,15 @@ def _update(
         "groups": len({item.group for item in items}),
         "tokens_per_second": sums["tokens"] / (time.perf_counter() - began),
     }
+
+
+def _validated(step: int, model: Model, validation: Sequence[Item], config: RewardConfig) -> Best:
+    metrics = evaluate_items(model, validation, config)
+    return Best(step, _quality(metrics, config), metrics)
+
+
+def _held_out(metrics: dict[str, float]) -> dict[str, float]:
+    return {f"validation_{key}": value for key, value in metrics.items()}
 
 
 def _quality(metrics: dict[str, float], config: RewardConfig) -> float:

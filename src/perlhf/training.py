@@ -40,7 +40,8 @@ class Interrupted(PerlhfError):
 class Best:
     """The best validation so far, saved with every checkpoint."""
 
-    step: int = 0
+    step: int | None = None
+    """None: nothing was validated. 0: before the first update."""
     value: float = -math.inf
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -215,8 +216,11 @@ def save(
     for name, optimizer in optimizers.items():
         tensors[name] = {key: t.detach() for key, t in model.adapters[name].tensors().items()}
         tensors[f"{name}.optimizer"] = optim.state_tensors(optimizer)
-    kept = {"best": {"step": best.step, "value": best.value if best.step else None, "metrics": best.metrics}, **state}
-    checkpoint.save(run.path, step, tensors, kept, pinned=best.step or None)
+    kept = {
+        "best": {"step": best.step, "value": None if best.step is None else best.value, "metrics": best.metrics},
+        **state,
+    }
+    checkpoint.save(run.path, step, tensors, kept, pinned=best.step)
 
 
 def restore(run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW]) -> tuple[int, Best, dict[str, Any]]:
@@ -230,13 +234,13 @@ def restore(run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW]) ->
         optim.load_state_tensors(optimizer, saved.tensors[f"{name}.optimizer"])
     run.rewind(saved.step)
     found = saved.state["best"]
-    best = Best(found["step"], found["value"] if found["step"] else -math.inf, found["metrics"])
+    best = Best(found["step"], -math.inf if found["step"] is None else found["value"], found["metrics"])
     return saved.step, best, saved.state
 
 
 def restore_best(run_path: Path, best: Best, adapter: Adapter) -> None:
     """Puts the weights of the best validation back (nothing to do when there was none)."""
-    if best.step:
+    if best.step is not None:
         saved = checkpoint.load(run_path, best.step)
         assert saved is not None
         load_adapter_tensors(adapter, saved.tensors[adapter.name])

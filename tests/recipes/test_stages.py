@@ -162,9 +162,20 @@ def test_the_head_may_start_from_a_linear_probe(stage):
     run, done = stage("reward", "--head-start", "probe")
     assert done.code == 0 and "score head" in done.err
     fresh, _ = stage("reward", run="fresh")
-    assert metrics(run)[0]["loss"] < metrics(fresh)[0]["loss"] - 0.2, "polite and rude differ before the first update"
+    assert metrics(run)[1]["loss"] < metrics(fresh)[0]["loss"] - 0.2, "polite and rude differ before the first update"
     pairs, done = stage("reward", "--head-start", "probe", data="comparisons.jsonl", run="pairs")
-    assert done.code == 0 and metrics(pairs)[0]["loss"] < LN2 - 0.2
+    assert done.code == 0 and metrics(pairs)[1]["loss"] < LN2 - 0.2
+
+
+def test_training_that_spoils_what_the_probe_found_leaves_the_probe(stage):
+    spoil = ("--head-start", "probe", "--optim.learning-rate", "3", "--select", "loss", "--validate-every", "1")
+    run, done = stage("reward", *spoil)
+    assert done.code == 0
+    first, *others = metrics(run)
+    assert first["step"] == 0 and first["validation_loss"] < min(line["validation_loss"] for line in others)
+    assert result(run)["best_step"] == 0
+    evaluation = evaluate(EvaluateConfig(run=run, split="validation", bootstrap=10))
+    assert evaluation["metrics"]["rating_loss"]["value"] == pytest.approx(first["validation_loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize(("select", "metric", "sign"), [("auto", "auc", 1), ("loss", "loss", -1)])
