@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from perlhf.cache import KeyValueCache
 from perlhf.packing import Node, Span
 
 NAME = "perlhf_tree"
@@ -97,9 +98,12 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     tree: tuple[Node, ...] | None = None,
+    sampled: KeyValueCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: query [batch, heads, time, width]; out [batch, time, heads, width]."""
+    if sampled is not None:
+        return sampled.attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling).transpose(1, 2), None
     if tree is None:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

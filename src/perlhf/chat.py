@@ -57,16 +57,14 @@ def stream(
         temperature: 0 takes the most likely token.
     """
     states, cache = model.prefill([prompt], adapter)
+    cache.fork(1)
     for time in range(len(draws)):
         token, _ = draw(model.logits(states, adapter), draws[time : time + 1].to(model.device), temperature)
         if token.item() == end_id:
             return
         yield int(token.item())
         if time + 1 < len(draws):
-            length = len(prompt) + time
-            position = torch.tensor([length], device=model.device)
-            visible = torch.ones(1, length + 1, dtype=torch.bool, device=model.device)
-            states = model.decode(token, position, visible, cache, adapter)
+            states = model.decode(token, cache, adapter)
 
 
 def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None]:

@@ -229,12 +229,11 @@ def _outputs(model: Model, adapter: str | None, texts: Sequence[Ids]) -> Tensor:
     """Logits after each prompt [prompt, vocab] or scores [text], under the adapter as it is used here."""
     if adapter is not None and model.adapters[adapter].head is not None:
         return model.scores(texts, adapter, packing="none")
-    states, _ = model.prefill(texts, adapter)
-    return model.logits(states, adapter)
+    return model.logits(model.last_states(texts, adapter, packing="none"), adapter)
 
 
 def _last(network: PreTrainedModel, texts: Sequence[Ids]) -> Tensor:
-    """Logits after each prompt, float32 [prompt, vocab], on the same batch layout as `Model.prefill`."""
+    """Logits after each prompt, float32 [prompt, vocab], on the same batch layout as `_outputs`."""
     logits = network(input_ids=pad(texts, 0, network.device), use_cache=False).logits
     last = torch.tensor([len(ids) - 1 for ids in texts], device=network.device)
     return logits[torch.arange(len(texts), device=network.device), last].float()

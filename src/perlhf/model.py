@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from perlhf import attention
 from perlhf import base as bases
+from perlhf.cache import KeyValueCache
 from perlhf.errors import AdapterError, ModelError
 from perlhf.lora import AdaptedLinear, LowRank, match_targets, new_pair
-from perlhf.packing import Ids, Layout, Packing, lay_out, length_mask, pad
+from perlhf.packing import Ids, Layout, Packing, lay_out, length_mask
 
 Role = Literal["sft", "reward", "policy", "value"]
 VOCAB_CHUNK_TOKENS = 512
@@ -84,7 +84,7 @@ class Model:
         self.dtype, self.device = base.dtype, base.device
         self.hidden_size = int(base.config.get_text_config().hidden_size)
         base.set_attn_implementation(attention.register())
-        self._check_tree()
+        self._check_paths()
 
     @classmethod
     def load(cls, name: str, dtype: str = "auto", device: str = "auto") -> "Model":
@@ -241,28 +241,25 @@ class Model:
         return TokenLogprobs(_spread(logprobs, mask), _spread(entropy, mask), mask)
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Ids], adapter: str | None) -> tuple[Tensor, DynamicCache]:
-        """States of each prompt's last token [prompt, hidden] and the key/value cache of the right-padded prompts."""
-        cache = DynamicCache()
-        states = self._run(adapter, input_ids=pad(prompts, 0, self.device), past_key_values=cache, use_cache=True)
-        last = torch.tensor([len(ids) - 1 for ids in prompts], device=self.device)
-        return states[torch.arange(len(prompts), device=self.device), last], cache
+    def prefill(self, prompts: Sequence[Ids], adapter: str | None) -> tuple[Tensor, KeyValueCache]:
+        """States of each prompt's last token [prompt, hidden] and the cache of their keys and values, to be forked."""
+        layout = lay_out(prompts, "tree")
+        cache = KeyValueCache([layout.indices(i, 0, len(ids)) for i, ids in enumerate(prompts)], self.device)
+        return self._states(layout, adapter, _ends(layout, prompts), dropout=False, cache=cache), cache
 
     @torch.no_grad()
-    def decode(
-        self, ids: Tensor, positions: Tensor, visible: Tensor, cache: DynamicCache, adapter: str | None
-    ) -> Tensor:
-        """One more token a row: ids and positions [batch], visible [batch, cache + 1] True where attended; states
-        [batch, hidden].
-        """
+    def decode(self, ids: Tensor, cache: KeyValueCache, adapter: str | None) -> Tensor:
+        """One more token [row] for each row of the cache; its states [row, hidden]."""
         states = self._run(
             adapter,
             input_ids=ids[:, None],
-            position_ids=positions[:, None],
-            attention_mask=visible,
+            position_ids=cache.positions()[:, None],
+            attention_mask=torch.zeros(1, 1, 1, 1, device=self.device),
             past_key_values=cache,
             use_cache=True,
+            sampled=cache,
         )
+        cache.advance()
         return states[:, -1]
 
     def logits(self, states: Tensor, adapter: str | None) -> Tensor:
@@ -305,9 +302,19 @@ class Model:
             name = self.adapters[name].beneath
         return chain
 
-    def _states(self, layout: Layout, adapter: str | None, wanted: Sequence[int], *, dropout: bool) -> Tensor:
-        """States [wanted, hidden] at flat positions of the layout."""
-        inputs: dict[str, Any] = {"input_ids": layout.ids.to(self.device), "use_cache": False}
+    def _states(
+        self,
+        layout: Layout,
+        adapter: str | None,
+        wanted: Sequence[int],
+        *,
+        dropout: bool,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """States [wanted, hidden] at flat positions of the layout; `cache` gets the keys and values."""
+        inputs: dict[str, Any] = {"input_ids": layout.ids.to(self.device), "use_cache": cache is not None}
+        if cache is not None:
+            inputs["past_key_values"] = cache
         if layout.nodes is not None:
             # A four-dimensional mask is passed on as it is: the tree's attention needs none and no [T, T] one is built.
             inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
@@ -338,8 +345,8 @@ class Model:
         return self._states(layout, adapter, wanted, dropout=dropout), mask
 
     @torch.no_grad()
-    def _check_tree(self) -> None:
-        """A network that doesn't hand our attention its tree, or isn't causal by position, is refused."""
+    def _check_paths(self) -> None:
+        """A network that doesn't hand our attention its tree or cache, or isn't causal by position, is refused."""
         vocab = int(self.base.config.get_text_config().vocab_size)
         sequences = [[(37 * t + 11 * s) % vocab for t in range(5)] for s in (40, 41)]
         sequences += [sequences[0][:3], [*sequences[0][:2], *sequences[1][:3]]]
@@ -347,14 +354,18 @@ class Model:
             self._states(lay_out(sequences, p), None, _ends(lay_out(sequences, p), sequences), dropout=False).float()
             for p in ("tree", "none")
         )
-        worst = ((shared - separate).norm() / separate.norm()).item()
-        if worst > (1e-3 if self.dtype == torch.float32 else 0.1):
-            raise ModelError(
-                f"{type(self.base).__name__} gives other states for shared than for separate prefixes "
-                f"(off by {worst:.1%})",
-                where="base",
-                allowed="causal decoders whose attention goes through transformers' AttentionInterface",
-            )
+        _, cache = self.prefill([ids[:-1] for ids in sequences], None)
+        cache.fork(1)
+        sampled = self.decode(torch.tensor([ids[-1] for ids in sequences], device=self.device), cache, None).float()
+        for what, found in (("shared prefixes", shared), ("sampled tokens", sampled)):
+            worst = ((found - separate).norm() / separate.norm()).item()
+            if worst > (1e-3 if self.dtype == torch.float32 else 0.1):
+                raise ModelError(
+                    f"{type(self.base).__name__} gives other states for {what} than for separate sequences "
+                    f"(off by {worst:.1%})",
+                    where="base",
+                    allowed="causal decoders whose attention goes through transformers' AttentionInterface",
+                )
 
     def _head(self, states: Tensor, adapter: str) -> Tensor:
         head = self.adapters[adapter]

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from perlhf.errors import DivergenceError, StaleSamplerError
 from perlhf.model import Model
-from perlhf.packing import Ids, length_mask
+from perlhf.packing import Ids
+
+VOCAB_BLOCK = 256
+"""Tokens whose probabilities are added up together before one of them is drawn."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +79,13 @@ def sample(
     """
     samples = len(draws) // len(prompts)
     states, cache = model.prefill(prompts, adapter)
+    cache.fork(samples)
     prompt_states = states
-    cache.batch_repeat_interleave(samples)
     states = states.repeat_interleave(samples, 0)
-    lengths = [len(ids) for ids in prompts for _ in range(samples)]
-    visible = length_mask(lengths, model.device)
-    positions = torch.tensor(lengths, device=model.device)
     draws = draws.to(model.device)
-    rows = torch.arange(len(lengths), device=model.device)
-    completions: list[list[int]] = [[] for _ in lengths]
-    logprobs: list[list[float]] = [[] for _ in lengths]
+    rows = torch.arange(len(draws), device=model.device)
+    completions: list[list[int]] = [[] for _ in draws]
+    logprobs: list[list[float]] = [[] for _ in draws]
     for time in range(max_completion_tokens):
         tokens, chosen = draw(model.logits(states, adapter), draws[rows, time], temperature)
         for row, token, logprob in zip(rows.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
@@ -94,11 +95,9 @@ def sample(
         if not len(going) or time + 1 == max_completion_tokens:
             break
         if len(going) < len(rows):
-            cache.batch_select_indices(going)
-            rows, tokens, visible, positions = rows[going], tokens[going], visible[going], positions[going]
-        visible = torch.cat([visible, torch.ones_like(visible[:, :1])], 1)
-        states = model.decode(tokens, positions, visible, cache, adapter)
-        positions = positions + 1
+            cache.keep(going)
+            rows, tokens = rows[going], tokens[going]
+        states = model.decode(tokens, cache, adapter)
     return Rollout(
         [list(ids) for ids in prompts for _ in range(samples)],
         completions,
@@ -143,12 +142,30 @@ def probe(model: Model, rollout: Rollout, adapter: str | None) -> None:
 
 
 def draw(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF sampling: tokens [batch] and their log-probabilities from float32 logits [batch, vocab]."""
-    log_probs = torch.log_softmax(logits / (temperature or 1.0), -1)
+    """Inverse-CDF sampling: tokens [batch] and their log-probabilities from float32 logits [batch, vocab].
+
+    Cumulative sums are float64, over blocks of the vocabulary and then inside the block that was hit.
+    """
+    if temperature not in (0.0, 1.0):
+        logits = logits / temperature
+    top, likeliest = logits.max(-1, keepdim=True)
+    weights = torch.exp(logits - top)
+    blocks = F.pad(weights, (0, -weights.shape[-1] % VOCAB_BLOCK)).unflatten(-1, (-1, VOCAB_BLOCK))
+    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    total = cumulative[:, -1:]
     if temperature == 0:
-        tokens = log_probs.argmax(-1)
+        tokens = likeliest
     else:
-        cumulative = log_probs.double().exp().cumsum(-1)
-        wanted = (draws * cumulative[:, -1])[:, None]
-        tokens = torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
-    return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+        wanted = draws[:, None] * total
+        block = _first_above(cumulative, wanted)
+        before = F.pad(cumulative, (1, 0)).gather(-1, block)
+        inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1).double().cumsum(-1)
+        tokens = block * VOCAB_BLOCK + _first_above(inside, wanted - before)
+    logprobs = (logits.gather(-1, tokens) - top).double() - total.log()
+    return tokens.squeeze(-1), logprobs.squeeze(-1).float()
+
+
+def _first_above(cumulative: Tensor, wanted: Tensor) -> Tensor:
+    """Numbers [batch, 1] of the first entries above `wanted`; rounding of the sum's end never picks a zero weight."""
+    below_the_end = torch.nextafter(cumulative[:, -1:], torch.zeros_like(wanted))
+    return torch.searchsorted(cumulative, torch.minimum(wanted, below_the_end), right=True)

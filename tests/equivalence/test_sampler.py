@@ -10,6 +10,7 @@ import torch
 from scipy.stats import chisquare
 from tiny_models import END, VOCAB, merged_network, random_ids, randomise, reference_logprobs
 
+from perlhf import cache
 from perlhf.errors import StaleSamplerError
 from perlhf.model import Model
 from perlhf.packing import Ids
@@ -229,3 +230,44 @@ class TestProbe:
         rollout = roll(adapted, [PROMPTS[0], PROMPTS[0]], numbers=(0, 1), samples=2)
         assert rollout.prompt_states.shape == (2, 64)
         probe(adapted, rollout, "policy")
+
+
+class TestCache:
+    """Prompts kept once and shared by their rows against each row's own forward pass."""
+
+    def test_buffers_grow_and_rows_end(self, adapted: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cache, "GROW", 3)
+        endless = roll(adapted, samples=4, end_id=-1)
+        for end in (endless.completions[0][1], -1):
+            found = roll(adapted, samples=4, end_id=end)
+            with torch.no_grad():
+                trainer = adapted.logprobs(found.prompts, found.completions, "policy")
+            flat = torch.tensor([value for row in found.sampler_logprobs for value in row])
+            torch.testing.assert_close(flat, trainer.logprobs[trainer.mask], rtol=0, atol=1e-4)
+
+    def test_rows_and_prompts_that_end_leave_the_others(self, adapted: Model) -> None:
+        prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 9]]
+        states, kept = adapted.prefill(prompts, "policy")
+        kept.fork(2)
+        tokens = torch.tensor([11, 12, 13, 14, 15, 16])
+        adapted.decode(tokens, kept, "policy")
+        left = torch.tensor([1, 4, 5])  # one row of the first prompt, none of the second, both of the third
+        kept.keep(left)
+        assert kept.rows.tolist() == [0, 1, 1] and kept.positions().tolist() == [5, 4, 4]
+        found = adapted.decode(torch.tensor([21, 22, 23]), kept, "policy")
+        whole = [[5, 6, 7, 8, 12, 21], [5, 6, 9, 15, 22], [5, 6, 9, 16, 23]]
+        expected = adapted.last_states(whole, "policy", packing="none")
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(states, adapted.last_states(prompts, "policy", packing="none"), rtol=0, atol=1e-5)
+
+    def test_attention_by_hand(self) -> None:
+        """One prompt of two tokens, two rows, one head of width 1, scale 1: softmax over [ln 1, ln 3, ln 4] q."""
+        kept = cache.KeyValueCache([[0, 1]], torch.device("cpu"))
+        logs = torch.tensor([1.0, 3.0]).log()
+        kept.update(logs.view(1, 1, 2, 1), torch.tensor([8.0, 16.0]).view(1, 1, 2, 1), 0)
+        kept.fork(2)
+        own = torch.tensor([4.0, 4.0]).log().view(2, 1, 1, 1)
+        kept.update(own, torch.tensor([24.0, 0.0]).view(2, 1, 1, 1), 0)
+        found = kept.attend(torch.tensor([1.0, 0.0]).view(2, 1, 1, 1), 1.0)
+        # Row 0: (1 * 8 + 3 * 16 + 4 * 24) / 8 = 19; row 1 looks at all alike: (8 + 16 + 0) / 3 = 8.
+        assert found.flatten().tolist() == pytest.approx([19.0, 8.0])

@@ -1,0 +1,272 @@
+"""Policy steps and sampling, side by side: ours against TRL's RLOOTrainer and transformers' `generate`; peak memory.
+
+A step is 8 prompts (HH, at most 256 tokens) x 4 completions x 64 tokens, leave-one-out, KL weight 0.05, rank 16 on
+attention, paid by a reward model on the same base: an adapter here, a second network there. All completions have full
+length: there the end token is forbidden, here a token that is never sampled stands for it. TRL and PEFT come with the
+extra `bench`. Run: python benchmarks/policy.py sampling_vs_generate
+"""
+
+import tempfile
+import time
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import harness
+from harness import Benchmark, Work
+from reward import RANK, Clock, classifier, lora, trainer_arguments
+
+PROMPTS, COMPLETIONS, TOKENS, PROMPT_TOKENS = 8, 4, 64, 256
+KL_COEF, LEARNING_RATE = 0.05, 1e-4
+NEVER_SAMPLED = "<file_sep>"
+
+
+def ours(tuning: Literal["lora", "full"] = "lora", baseline: str = "leave_one_out") -> Work:
+    """One step after one that warms up: sample, probe, score, reference, advantages, learn."""
+    stage = _stage(tuning, baseline)
+    seconds = _steps(stage, 2)
+    return Work(1, seconds[-1], {"dtype": str(stage.model.dtype)})
+
+
+def trl() -> Work:
+    """TRL's RLOOTrainer, its second step."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import RLOOConfig, RLOOTrainer  # pyright: ignore[reportMissingImports]  of the extra `bench`
+
+    from perlhf import base
+
+    config, encoder, prompts, dtype = _problem()
+    where = base.resolve(config.base)
+    # The template's text, which tokenises to the ids that our side samples from.
+    texts = [encoder.tokenizer.decode(encoder.prompt(prompt.prompt)) for prompt in prompts]
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = RLOOConfig(
+            directory,
+            per_device_train_batch_size=PROMPTS * COMPLETIONS,
+            num_generations=COMPLETIONS,
+            max_completion_length=TOKENS,
+            generation_kwargs={"min_new_tokens": TOKENS},
+            beta=KL_COEF,
+            **trainer_arguments(2, dtype),
+        )
+        reward = classifier(config, dtype, encoder.pad_id)
+        RLOOTrainer(
+            AutoModelForCausalLM.from_pretrained(where, dtype=dtype),
+            reward,
+            arguments,
+            train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
+            processing_class=encoder.tokenizer,
+            reward_processing_classes=encoder.tokenizer,
+            peft_config=lora("CAUSAL_LM"),
+            callbacks=[clock.callback()],
+        ).train()
+    return Work(1, clock.seconds, {"dtype": str(dtype)})
+
+
+def sampling() -> Work:
+    """Our sampler with an active adapter."""
+    from perlhf.sampler import sample, uniforms
+
+    stage = _stage("lora", "leave_one_out")
+    ids = [stage.encoder.prompt(prompt.prompt) for prompt in stage.prompts[:PROMPTS]]
+
+    def draw(length: int) -> int:
+        rollout = sample(
+            stage.model,
+            ids,
+            adapter="policy",
+            draws=uniforms(0, 1, range(PROMPTS), COMPLETIONS, length),
+            end_id=stage.encoder.end_id,
+            temperature=1.0,
+            max_completion_tokens=length,
+        )
+        return rollout.tokens
+
+    draw(4)
+    began = time.perf_counter()
+    tokens = draw(TOKENS)
+    return Work(tokens, time.perf_counter() - began, {"dtype": str(stage.model.dtype)})
+
+
+def generate(adapted: bool) -> Work:
+    """transformers' `generate` on left-padded prompts, with or without a PEFT adapter."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from perlhf import base
+
+    config, encoder, prompts, dtype = _problem()
+    network: Any = AutoModelForCausalLM.from_pretrained(base.resolve(config.base), dtype=dtype)
+    if adapted:
+        from peft import get_peft_model
+
+        network = get_peft_model(network, lora("CAUSAL_LM"))
+    encoder.tokenizer.padding_side = "left"
+    ids = [encoder.prompt(prompt.prompt) for prompt in prompts[:PROMPTS]]
+    batch = encoder.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+
+    def draw(length: int) -> int:
+        with torch.no_grad():
+            out = network.generate(
+                **batch,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                num_return_sequences=COMPLETIONS,
+                min_new_tokens=length,
+                max_new_tokens=length,
+                pad_token_id=encoder.pad_id,
+            )
+        return len(out) * (out.shape[1] - batch["input_ids"].shape[1])
+
+    draw(4)
+    began = time.perf_counter()
+    tokens = draw(TOKENS)
+    return Work(tokens, time.perf_counter() - began, {"dtype": str(dtype)})
+
+
+def peak(shape: str) -> Work:
+    """A step with reference, policy, value and reward adapters; `shape` names a network with random weights."""
+    if shape == "135m":
+        stage, prompts = _stage("lora", "value"), PROMPTS
+    else:
+        stage, prompts = _stage("lora", "value", _random_base(shape)), 1
+        stage.config = stage.config.model_copy(update={"prompts_per_update": 1, "max_completion_tokens": 32})
+    seconds = _steps(stage, 1)
+    details = {"parameters": sum(p.numel() for p in stage.model.base.parameters()), "dtype": str(stage.model.dtype)}
+    return Work(prompts, seconds[-1], details)
+
+
+def _problem() -> tuple[Any, Any, list[Any], Any]:
+    """Policy configuration, encoder, prompts of two steps, and the dtype that `dtype: auto` takes."""
+    from perlhf import base
+    from perlhf.config import OptimConfig, PolicyConfig, RewardConfig
+    from perlhf.data import load
+    from perlhf.data.records import Comparison, Prompt
+    from perlhf.encode import Encoder
+    from perlhf.recipe import load_recipe
+
+    recipe = load_recipe(harness.REPOSITORY / "recipes" / "hh" / "reward.yaml", RewardConfig)
+    config = PolicyConfig(
+        run=recipe.run,
+        data=recipe.data,
+        encoding=recipe.encoding,
+        adapter=recipe.adapter.model_copy(update={"rank": RANK, "targets": "attention"}),
+        optim=OptimConfig(learning_rate=LEARNING_RATE),
+        reward=("unused",),
+        prompts_per_update=PROMPTS,
+        completions_per_prompt=COMPLETIONS,
+        max_completion_tokens=TOKENS,
+        kl_coef=KL_COEF,
+        baseline="leave_one_out",
+    )
+    encoder = Encoder(base.load_tokenizer(base.resolve(config.base)), config.encoding)
+    records = [r for r in load(config.data, ("comparison",), "train") if isinstance(r, Comparison)]
+    prompts = [Prompt(r.prompt, r.group) for r in records if len(encoder.prompt(r.prompt)) <= PROMPT_TOKENS]
+    dtype, _ = base.pick_dtype(config.dtype, base.pick_device(config.device).type)
+    return config, encoder, prompts[: 2 * PROMPTS], dtype
+
+
+def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) -> Any:
+    """What `perlhf policy` opens, with a new SFT adapter as reference and a reward adapter with a random head."""
+    import torch
+
+    from perlhf import training
+    from perlhf.model import Model
+    from perlhf.rewards import Rewards
+    from perlhf.train_policy import POLICY, VALUE, Stage
+
+    config, encoder, prompts, _ = _problem()
+    config = config.model_copy(update={"tuning": tuning, "baseline": baseline})
+    model = training.open_model(config)[0] if network is None else Model(network, {"name": "random", "sha256": "0"})
+    encoder.end_id = encoder.tokenizer.convert_tokens_to_ids(NEVER_SAMPLED)
+    shape = {"rank": RANK, "targets": "attention"}
+    reference = None
+    if baseline == "value":
+        reference = model.add_adapter("sft", "sft", **shape).name
+        model.freeze(reference)
+    training.new_adapter(model, POLICY, "policy", config, start=reference)
+    if baseline == "value":
+        training.new_adapter(model, VALUE, "value", config, start=reference)
+    reward = model.add_adapter("reward_0", "reward", **shape)
+    assert reward.head is not None
+    torch.nn.init.normal_(reward.head, std=0.02)
+    model.freeze("reward_0")
+    # Not frozen, unlike the real one: a benchmark makes it smaller.
+    return SimpleNamespace(
+        **vars(Stage(config, model, encoder, Rewards(("reward_0",), (), "mean"), prompts, [], reference))
+    )
+
+
+def _steps(stage: Any, count: int) -> list[float]:
+    """Seconds of each policy step."""
+    from perlhf import optim
+    from perlhf.train_policy import POLICY, VALUE, Centre, _step
+
+    rates = {POLICY: LEARNING_RATE, VALUE: LEARNING_RATE}
+    adapters = {name: stage.model.adapters[name] for name in rates if name in stage.model.adapters}
+    optimizers = optim.build({n: (a.trainable(), rates[n]) for n, a in adapters.items()}, stage.config.optim)
+    run: Any = SimpleNamespace(write_rollout=lambda step, rows: None)
+    seconds = []
+    for step in range(1, count + 1):
+        began = time.perf_counter()
+        values = _step(stage, run, optimizers, Centre(0.0, 1.0, 1.0), step)
+        seconds.append(time.perf_counter() - began)
+        wanted = stage.config.max_completion_tokens
+        assert values["completion_tokens"] == wanted, (
+            f"completions of {values['completion_tokens']} tokens, not {wanted}"
+        )
+    return seconds
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "1_7b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+
+
+def _random_base(shape: str) -> Any:
+    """A Llama-like network in bfloat16 whose weights are made in place, so that no float32 copy ever exists."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=49152, tie_word_embeddings=shape == "1_7b", **SHAPES[shape])
+    with torch.device("meta"):
+        network: Any = LlamaForCausalLM(config)
+    network = network.to(torch.bfloat16).to_empty(device="cpu")
+    for name, parameter in network.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.ones_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.02)
+    rotary = network.model.rotary_emb
+    rotary.__init__(config)
+    network.tie_weights()
+    return network
+
+
+BENCHMARKS = (
+    Benchmark("policy_vs_trl_rloo", "steps/s", {"perlhf": ours, "TRL RLOOTrainer": trl}),
+    Benchmark(
+        "sampling_vs_generate",
+        "tokens/s",
+        {
+            "perlhf, with adapter": sampling,
+            "generate, bare base": partial(generate, False),
+            "generate, PEFT adapter": partial(generate, True),
+        },
+    ),
+    Benchmark(
+        "policy_lora_vs_full",
+        "steps/s",
+        {"LoRA": partial(ours, "lora", "value"), "full tuning": partial(ours, "full", "value")},
+    ),
+    Benchmark("policy_peak_memory", "prompts/s", {"perlhf": partial(peak, "135m")}),
+    Benchmark("policy_peak_memory_1_7b", "prompts/s", {"perlhf": partial(peak, "1_7b")}),
+    Benchmark("policy_peak_memory_7b", "prompts/s", {"perlhf": partial(peak, "7b")}),
+)
+
+if __name__ == "__main__":
+    harness.main(BENCHMARKS, __doc__)

@@ -1,0 +1,293 @@
+"""Reward training, side by side: ours against TRL's RewardTrainer and against transformers' Trainer with PEFT.
+
+Every side gets the same token ids, rank (16, attention), dtype (what `dtype: auto` takes here), optimiser and number of
+examples an update. `reward_lora_vs_full` compares our two tunings, `matmul_share` our speed with the machine's own
+matmul rate. TRL and PEFT come with the extra `bench`. Run: python benchmarks/reward.py reward_hh_vs_trl
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import harness
+from harness import Benchmark, Work
+
+PAIRS, PAIRS_PER_UPDATE = 32, 8
+RATINGS = 48
+"""At least this many, of whole conversations, make the update that is timed."""
+PADDED_BATCH = 4
+RANK, LEARNING_RATE = 16, 1e-4
+
+
+def ours(recipe: str, packing: Literal["tree", "none"] = "tree", tuning: Literal["lora", "full"] = "lora") -> Work:
+    """Our own updates; the first one (of pairs), or one on a few of the ratings, warms up."""
+    from perlhf import optim, train_reward, training
+    from perlhf.packing import lay_out, microbatches
+
+    config = _config(recipe, packing=packing, tuning=tuning)
+    model, _, items, updates = _examples(config)
+    adapter = training.new_adapter(model, train_reward.NAME, "reward", config)
+    optimizer = optim.build({train_reward.NAME: (adapter.trainable(), LEARNING_RATE)}, config.optim)[train_reward.NAME]
+    weights = {True: 1.0, False: 1.0}
+
+    def update(numbers: Sequence[int]) -> None:
+        train_reward._update(model, adapter, optimizer, [items[i] for i in numbers], weights, 1, 10, config)
+
+    timed = updates[1:] or updates
+    update(updates[0][:PAIRS_PER_UPDATE])
+    began = time.perf_counter()
+    for numbers in timed:
+        update(numbers)
+    seconds = time.perf_counter() - began
+    distinct = alone = 0
+    for numbers in timed:
+        own = [items[i].sequences for i in numbers]
+        alone += sum(len(ids) for sequences in own for ids in sequences)
+        for batch in microbatches(own, config.tokens_per_microbatch, "tree"):
+            distinct += lay_out([ids for i in batch for ids in own[i]], "tree").tokens
+    details = {"tokens_alone": alone, "tokens_distinct": distinct, "dtype": str(model.dtype)}
+    return Work(sum(map(len, timed)), seconds, details)
+
+
+def trl(strategy: str, recompute: bool = False) -> Work:
+    """TRL's RewardTrainer on the same pairs, already tokenised; by its defaults it recomputes activations."""
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportMissingImports]  of the extra `bench`
+
+    config = _config("hh")
+    model, encoder, items, updates = _examples(config)
+    dtype = model.dtype
+    del model
+    numbers = [i for update in updates for i in update]
+    rows = [
+        {
+            "chosen_ids": list(items[i].sequences[0]),
+            "rejected_ids": list(items[i].sequences[1]),
+            "length": _longest(items[i]),
+        }
+        for i in numbers
+    ]
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = RewardConfig(
+            directory,
+            max_length=config.encoding.max_tokens,
+            per_device_train_batch_size=PAIRS_PER_UPDATE,
+            train_sampling_strategy=strategy,
+            length_column_name="length",
+            **trainer_arguments(len(updates), dtype) | {"gradient_checkpointing": recompute},
+        )
+        RewardTrainer(
+            classifier(config, dtype, encoder.pad_id),
+            arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=encoder.tokenizer,
+            peft_config=lora("SEQ_CLS"),
+            callbacks=[clock.callback()],
+        ).train()
+    return Work(PAIRS_PER_UPDATE * (len(updates) - 1), clock.seconds, {"dtype": str(dtype)})
+
+
+def _longest(item: Any) -> int:
+    return max(map(len, item.sequences))
+
+
+def trainer(recipe: str) -> Work:
+    """transformers' Trainer on a PEFT sequence classifier: padded batches of like length, cross-entropy on one logit.
+
+    Batches of like length begin with the longest, which is the warm-up here: that favours this side.
+    """
+    import torch
+    from datasets import Dataset
+    from peft import get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    config = _config(recipe)
+    model, encoder, items, updates = _examples(config)
+    dtype = model.dtype
+    del model
+    numbers = [i for update in updates for i in update]
+    rows = [{"input_ids": list(items[i].sequences[0]), "labels": float(bool(items[i].label))} for i in numbers]
+    rows = rows[: len(rows) // PADDED_BATCH * PADDED_BATCH]
+    network = get_peft_model(classifier(config, dtype, encoder.pad_id), lora("SEQ_CLS"))
+
+    class Rated(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *unused: Any, **ignored: Any) -> Any:
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits.squeeze(-1).float()
+            return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+
+    def collate(chosen: list[dict[str, Any]]) -> dict[str, Any]:
+        padded = encoder.tokenizer.pad({"input_ids": [row["input_ids"] for row in chosen]}, return_tensors="pt")
+        return {**padded, "labels": torch.tensor([row["labels"] for row in chosen])}
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = TrainingArguments(
+            directory,
+            per_device_train_batch_size=PADDED_BATCH,
+            remove_unused_columns=False,
+            train_sampling_strategy="group_by_length",
+            **trainer_arguments(len(rows) // PADDED_BATCH, dtype),
+        )
+        Rated(network, arguments, collate, Dataset.from_list(rows), callbacks=[clock.callback()]).train()
+    return Work(len(rows) - PADDED_BATCH, clock.seconds, {"dtype": str(dtype)})
+
+
+def matmul_share() -> Work:
+    """GFLOP/s of the linear layers (forward and the input gradient: 4 x weights x distinct tokens) while training."""
+    import torch
+    from torch import nn
+
+    from perlhf import training
+
+    work = ours("hh")
+    model, _ = training.open_model(_config("hh"))
+    head = model.base.get_output_embeddings()
+    weights = sum(m.weight.numel() for m in model.base.modules() if isinstance(m, nn.Linear) and m is not head)
+    gflop = 4e-9 * weights * work.details["tokens_distinct"]
+    details = {"matmul_gflops": matmul_rate(model.dtype), "threads": torch.get_num_threads()}
+    details["share"] = gflop / work.seconds / details["matmul_gflops"]
+    return Work(gflop, work.seconds, work.details | details)
+
+
+def matmul_rate(dtype: Any) -> float:
+    """GFLOP/s of the base's largest linear layer on 2,048 tokens, all threads, best of several."""
+    import torch
+
+    x, weight = torch.randn(2048, 576).to(dtype), torch.randn(1536, 576).to(dtype)
+    seconds = []
+    for _ in range(30):
+        began = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048 * 576 * 1536 / min(seconds) / 1e9
+
+
+def _config(recipe: str, **options: Any) -> Any:
+    from perlhf.config import RewardConfig
+    from perlhf.recipe import load_recipe
+
+    config = load_recipe(harness.REPOSITORY / "recipes" / recipe / "reward.yaml", RewardConfig)
+    encoding = config.encoding.model_copy(update={"max_tokens": 512}) if recipe == "hh" else config.encoding
+    adapter = config.adapter.model_copy(update={"rank": RANK, "targets": "attention"})
+    return config.model_copy(update={"encoding": encoding, "adapter": adapter, **options})
+
+
+def _examples(config: Any) -> tuple[Any, Any, list[Any], list[list[int]]]:
+    """The base, the encoder, and the first updates of an epoch: what every side works on."""
+    from perlhf import order, training
+    from perlhf.data import load
+    from perlhf.train_reward import encode_items
+
+    model, encoder = training.open_model(config)
+    items, _ = encode_items(encoder, load(config.data, ("comparison", "rating"), "train"))
+    groups = [item.group for item in items]
+    if items[0].label is None:
+        numbers = order.whole_groups(groups, PAIRS + PAIRS_PER_UPDATE, 0)[: PAIRS + PAIRS_PER_UPDATE]
+        updates = [numbers[at : at + PAIRS_PER_UPDATE] for at in range(0, len(numbers), PAIRS_PER_UPDATE)]
+    else:
+        updates = [order.whole_groups(groups, RATINGS, 0)]
+    return model, encoder, items, updates
+
+
+def classifier(config: Any, dtype: Any, pad_id: int) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    from perlhf import base
+
+    where = base.resolve(config.base)
+    network = AutoModelForSequenceClassification.from_pretrained(where, num_labels=1, dtype=dtype)
+    network.config.pad_token_id = pad_id
+    return network
+
+
+def lora(task: Literal["SEQ_CLS", "CAUSAL_LM"]) -> Any:
+    """PEFT's settings of the same adapter; of a classifier the head is trained too."""
+    from peft import LoraConfig, TaskType
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    head = ["score"] if task == "SEQ_CLS" else None
+    return LoraConfig(TaskType[task], r=RANK, lora_alpha=32, target_modules=targets, modules_to_save=head)
+
+
+def trainer_arguments(steps: int, dtype: Any) -> dict[str, Any]:
+    """Settings of transformers' trainers: no logs, no checkpoints, no recomputation (which costs time)."""
+    import torch
+
+    return {
+        "max_steps": steps,
+        "learning_rate": LEARNING_RATE,
+        "gradient_checkpointing": False,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+
+
+@dataclass
+class Clock:
+    """Seconds from the end of a trainer's first step to the end of its last."""
+
+    began: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+    def callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class Ticks(TrainerCallback):
+            def on_step_end(self, *unused: Any, **ignored: Any) -> None:
+                clock.ended = time.perf_counter()
+                clock.began = clock.began or clock.ended
+
+        return Ticks()
+
+
+BENCHMARKS = (
+    Benchmark(
+        "reward_hh_vs_trl",
+        "pairs/s",
+        {
+            "perlhf": partial(ours, "hh"),
+            "TRL RewardTrainer": partial(trl, "sequential"),
+            "TRL by length": partial(trl, "group_by_length"),
+            "TRL, its defaults": partial(trl, "sequential", True),
+        },
+    ),
+    Benchmark(
+        "reward_coffee_vs_trainer",
+        "ratings/s",
+        {
+            "perlhf": partial(ours, "coffee"),
+            "Trainer + PEFT": partial(trainer, "coffee"),
+            "perlhf, packing none": partial(ours, "coffee", "none"),
+        },
+    ),
+    Benchmark(
+        "reward_ticketing_vs_trainer",
+        "ratings/s",
+        {"perlhf": partial(ours, "ticketing"), "Trainer + PEFT": partial(trainer, "ticketing")},
+    ),
+    Benchmark(
+        "reward_lora_vs_full",
+        "pairs/s",
+        {"LoRA": partial(ours, "hh"), "full tuning": partial(ours, "hh", "tree", "full")},
+    ),
+    Benchmark("matmul_share", "GFLOP/s", {"perlhf": matmul_share}),
+)
+
+if __name__ == "__main__":
+    harness.main(BENCHMARKS, __doc__)
