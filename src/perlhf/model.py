@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from perlhf import attention
+from perlhf import attention, fused
 from perlhf import base as bases
 from perlhf.cache import KeyValueCache
 from perlhf.errors import AdapterError, ModelError
@@ -77,6 +77,7 @@ class Model:
 
     def __init__(self, base: PreTrainedModel, fingerprint: dict[str, str]):
         self.base = base.eval().requires_grad_(False)
+        fused.fuse(self.base)
         self.fingerprint = fingerprint
         self.decoder: nn.Module = getattr(base, base.base_model_prefix)
         self.prefix = base.base_model_prefix + "."
