@@ -1,6 +1,6 @@
 # `make demo` and `make test` set everything up; nothing is reinstalled unless pyproject.toml or constraints.txt change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format docs clean
+.PHONY: help demo test check bench format docs clean
 
 # The first interpreter that is new enough; `make demo PYTHON=/path/to/python` names another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -10,12 +10,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 export NO_MKDOCS_2_WARNING := 1
 
 help:
 	@echo "make demo     the whole pipeline on the embedded feedback: SFT, reward, policy, report.html"
 	@echo "make test     all tests"
 	@echo "make check    lint, formatting, types, import rules, documentation, wheel"
+	@echo "make bench    speed and memory beside TRL, PEFT and full tuning, into benchmarks/bench.json"
 	@echo "make format   format the code and mend what ruff can"
 	@echo "make docs     write the generated pages and build the documentation into build/site"
 	@echo "make clean    remove .venv and everything that was built (runs/ stays)"
@@ -33,6 +35,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/mkdocs build --quiet --strict
 	$(BIN)/python scripts/check_wheel.py
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/all.py --output benchmarks/bench.json $(BENCH_ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix-only .
@@ -58,4 +63,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --progress-bar on --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) install --progress-bar on --constraint constraints.txt --no-build-isolation --editable '.[bench]'
 	@touch $@

@@ -1,0 +1,91 @@
+"""What the frozen base knows of a rated set: a linear probe against the bag of words, cross-validated over groups.
+
+Reads the records of a reward recipe (all splits), computes the state that a score head reads once for each under the
+frozen base, and fits logistic regression on the other folds' groups. Both sides use the same five folds; the interval
+of their difference is a bootstrap over groups. Prints one JSON line.
+Run: python scripts/cross_validate_probe.py recipes/coffee/reward.yaml
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from perlhf import linear_probe, statistics, training
+from perlhf.config import RewardConfig
+from perlhf.data import load
+from perlhf.data.records import Rating
+from perlhf.packing import microbatches
+from perlhf.recipe import load_recipe
+from perlhf.train_reward import encode_items
+
+FOLDS = 5
+Fold = NDArray[np.intp]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="reward recipe whose data and encoding are used")
+    parser.add_argument("--threads", type=int, help="torch threads")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    config = load_recipe(arguments.recipe, RewardConfig)
+    records = [record for record in load(config.data, ("rating",), "all") if isinstance(record, Rating)]
+    labels, groups = np.array([record.label for record in records]), [record.group for record in records]
+    found = last_states(config, records)
+
+    def probe(fitted: Fold, tested: Fold) -> NDArray[np.float64]:
+        head = linear_probe.fit(
+            [found[i : i + 1] for i in fitted],
+            labels[fitted].tolist(),
+            [groups[i] for i in fitted],
+            [1.0] * len(fitted),
+        )
+        return found[tested] @ head.weight + head.bias
+
+    def words(fitted: Fold, tested: Fold) -> NDArray[np.float64]:
+        return statistics.bag_of_words([records[i] for i in fitted], [records[i] for i in tested])
+
+    scores = {"probe": cross_validated(probe, groups), "bag_of_words": cross_validated(words, groups)}
+    result: dict[str, object] = {"recipe": str(arguments.recipe), "ratings": len(records), "groups": len(set(groups))}
+    curves = {name: (lambda i, own=own: statistics.auc(own[i], labels[i])) for name, own in scores.items()}
+    for name, own in scores.items():
+        interval = statistics.cluster_bootstrap(curves[name], groups)
+        result[name] = [statistics.auc(own, labels), *interval]
+    difference = statistics.auc(scores["probe"], labels) - statistics.auc(scores["bag_of_words"], labels)
+    interval = statistics.paired_bootstrap(curves["probe"], curves["bag_of_words"], groups)
+    result["probe_minus_bag_of_words"] = [difference, *interval]
+    print(json.dumps(result))
+
+
+def last_states(config: RewardConfig, records: Sequence[Rating]) -> NDArray[np.float64]:
+    """[record, hidden] states of the end tokens under the frozen base."""
+    model, encoder = training.open_model(config)
+    items, _ = encode_items(encoder, records)
+    assert len(items) == len(records), "no record is dropped"
+    sequences = [item.sequences for item in items]
+    states = np.zeros((len(items), model.hidden_size))
+    with torch.no_grad():
+        for batch in microbatches(sequences, config.tokens_per_microbatch, "tree"):
+            states[batch] = model.last_states([sequences[i][0] for i in batch], None).double().cpu().numpy()
+    return states
+
+
+def cross_validated(fit: Callable[[Fold, Fold], NDArray[np.float64]], groups: Sequence[str]) -> NDArray[np.float64]:
+    """Scores of every record by what was fitted on the other folds; a group is in one fold."""
+    fold_of = np.array([int(hashlib.sha256(group.encode()).hexdigest(), 16) % FOLDS for group in groups])
+    scores = np.zeros(len(groups))
+    for fold in range(FOLDS):
+        tested = np.flatnonzero(fold_of == fold)
+        scores[tested] = fit(np.flatnonzero(fold_of != fold), tested)
+    return scores
+
+
+if __name__ == "__main__":
+    main()
