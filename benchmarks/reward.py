@@ -78,6 +78,7 @@ def trl(strategy: str, recompute: bool = False) -> Work:
             per_device_train_batch_size=PAIRS_PER_UPDATE,
             train_sampling_strategy=strategy,
             length_column_name="length",
+            remove_unused_columns=False,
             **trainer_arguments(len(updates), dtype) | {"gradient_checkpointing": recompute},
         )
         RewardTrainer(
@@ -110,7 +111,10 @@ def trainer(recipe: str) -> Work:
     dtype = model.dtype
     del model
     numbers = [i for update in updates for i in update]
-    rows = [{"input_ids": list(items[i].sequences[0]), "labels": float(bool(items[i].label))} for i in numbers]
+    rows = [
+        {"input_ids": list(items[i].sequences[0]), "labels": float(bool(items[i].label)), "length": _longest(items[i])}
+        for i in numbers
+    ]
     rows = rows[: len(rows) // PADDED_BATCH * PADDED_BATCH]
     network = get_peft_model(classifier(config, dtype, encoder.pad_id), lora("SEQ_CLS"))
 
@@ -172,7 +176,9 @@ def _config(recipe: str, **options: Any) -> Any:
     from perlhf.recipe import load_recipe
 
     config = load_recipe(harness.REPOSITORY / "recipes" / recipe / "reward.yaml", RewardConfig)
-    encoding = config.encoding.model_copy(update={"max_tokens": 512}) if recipe == "hh" else config.encoding
+    encoding = (
+        config.encoding.model_copy(update={"max_tokens": 512, "drop_long": True}) if recipe == "hh" else config.encoding
+    )
     adapter = config.adapter.model_copy(update={"rank": RANK, "targets": "attention"})
     return config.model_copy(update={"encoding": encoding, "adapter": adapter, **options})
 
