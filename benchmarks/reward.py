@@ -46,7 +46,7 @@ def ours(recipe: str, packing: Literal["tree", "none"] = "tree", tuning: Literal
     for numbers in timed:
         own = [items[i].sequences for i in numbers]
         alone += sum(len(ids) for sequences in own for ids in sequences)
-        for batch in microbatches(own, config.tokens_per_microbatch, "tree"):
+        for batch in microbatches(own, config.microbatch_tokens, "tree"):
             distinct += lay_out([ids for i in batch for ids in own[i]], "tree").tokens
     details = {"tokens_alone": alone, "tokens_distinct": distinct, "dtype": str(model.dtype)}
     return Work(sum(map(len, timed)), seconds, details)

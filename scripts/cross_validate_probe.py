@@ -72,7 +72,7 @@ def last_states(config: RewardConfig, records: Sequence[Rating]) -> NDArray[np.f
     sequences = [item.sequences for item in items]
     states = np.zeros((len(items), model.hidden_size))
     with torch.no_grad():
-        for batch in microbatches(sequences, config.tokens_per_microbatch, "tree"):
+        for batch in microbatches(sequences, config.microbatch_tokens, "tree"):
             states[batch] = model.last_states([sequences[i][0] for i in batch], None).double().cpu().numpy()
     return states
 

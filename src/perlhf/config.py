@@ -129,8 +129,8 @@ class StageConfig(Frozen):
     """Optimiser."""
     packing: Literal["none", "tree"] = "tree"
     """`tree` computes a shared prefix once and pads nothing; `none` pads each sequence (the slow twin)."""
-    tokens_per_microbatch: Positive = 2048
-    """Computed tokens in one forward pass; bounds memory, changes no result beyond rounding."""
+    tokens_per_microbatch: Positive | None = None
+    """Computed tokens in one forward pass; null takes 1024, or encoding.max_tokens if that is more."""
     checkpoint_every: Positive | None = None
     """Updates between checkpoints; null takes 20 (1 for a LoRA policy)."""
     log: LogConfig = LogConfig()
@@ -140,6 +140,11 @@ class StageConfig(Frozen):
     def save_every(self) -> int:
         """Updates between checkpoints in force."""
         return self.checkpoint_every or 20
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Computed tokens in one forward pass in force: a sequence that fills it alone shares its prefix with none."""
+        return self.tokens_per_microbatch or max(1024, self.encoding.max_tokens)
 
 
 class SftConfig(StageConfig):

@@ -215,7 +215,7 @@ def _activation_bytes(config: Stage, base: Base, dtype: str) -> int:
     feed_forward = int(base.config.get("intermediate_size") or 4 * hidden)
     per_token = layers * (8 * hidden + (heads + 2 * kv_heads) * head_size + 3 * feed_forward)
     logits = 2 * VOCAB_CHUNK_TOKENS * int(base.config["vocab_size"]) * 4
-    return config.tokens_per_microbatch * per_token * _size(dtype) + logits
+    return config.microbatch_tokens * per_token * _size(dtype) + logits
 
 
 # ---- shapes of a base ---------------------------------------------------------------------------------------------

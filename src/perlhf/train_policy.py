@@ -240,7 +240,7 @@ def _score(stage: Stage, rollout: Rollout, prompts: Sequence[Prompt], centre: Ce
     samples = len(rollout.completions) // len(prompts)
     texts = [record.prompt for record in prompts for _ in range(samples)]
     raw = stage.rewards.scores(
-        model, stage.encoder, rollout.prompts, rollout.completions, texts, config.tokens_per_microbatch, config.packing
+        model, stage.encoder, rollout.prompts, rollout.completions, texts, config.microbatch_tokens, config.packing
     )
     paid = raw - centre.mean - np.where(rollout.ended, 0.0, centre.penalty)
     mask = length_mask([len(ids) for ids in rollout.completions], model.device)
@@ -372,7 +372,7 @@ def _centre(stage: Stage) -> Centre:
         rollout.prompts,
         rollout.completions,
         texts,
-        config.tokens_per_microbatch,
+        config.microbatch_tokens,
         config.packing,
     )
     std = float(raw.std())
@@ -398,7 +398,7 @@ def _validate(stage: Stage, centre: Centre, adapter: str | None) -> dict[str, fl
 
 def _microbatches(rollout: Rollout, config: PolicyConfig) -> list[list[int]]:
     rows = [[(*p, *c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
-    return microbatches(rows, config.tokens_per_microbatch, config.packing)
+    return microbatches(rows, config.microbatch_tokens, config.packing)
 
 
 def _rows(

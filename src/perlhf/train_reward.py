@@ -162,7 +162,7 @@ def score_items(
 
 def evaluate_items(model: Model, items: Sequence[Item], config: RewardConfig) -> dict[str, float]:
     """Loss and accuracy of held-out items: AUC and balanced accuracy for ratings, pairwise accuracy for comparisons."""
-    scores = score_items(model, items, NAME, config.tokens_per_microbatch, config.packing)
+    scores = score_items(model, items, NAME, config.microbatch_tokens, config.packing)
     rated = [(s[0], item.label) for s, item in zip(scores, items, strict=True) if item.label is not None]
     compared = [s for s, item in zip(scores, items, strict=True) if item.label is None]
     metrics: dict[str, float] = {}
@@ -204,7 +204,7 @@ def _start_head(
     assert adapter.head is not None and adapter.bias is not None
     numbers = order.whole_groups([item.group for item in train], config.probe_examples, config.seed)
     items = [train[i] for i in numbers]
-    batches = microbatches([item.sequences for item in items], config.tokens_per_microbatch, config.packing)
+    batches = microbatches([item.sequences for item in items], config.microbatch_tokens, config.packing)
     states = [np.zeros((0, model.hidden_size))] * len(items)
     with run.progress(len(batches), 0, "score head") as bar:
         for batch in batches:
@@ -240,7 +240,7 @@ def _update(
     compared = sum(item.label is None for item in items)
     rated = len(items) - compared
     sums = {"loss": 0.0, "right": 0.0, "count": 0.0, "tokens": 0.0}
-    for batch in microbatches([item.sequences for item in items], config.tokens_per_microbatch, config.packing):
+    for batch in microbatches([item.sequences for item in items], config.microbatch_tokens, config.packing):
         chosen = [items[i] for i in batch]
         sequences = [ids for item in chosen for ids in item.sequences]
         scores = model.scores(sequences, NAME, packing=config.packing, dropout=config.adapter.dropout > 0)

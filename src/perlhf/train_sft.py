@@ -57,7 +57,7 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
                 improved = False
                 if step % config.validate_every == 0 or step == len(plan):
                     values["validation_loss"] = validation_loss(
-                        model, validation, config.tokens_per_microbatch, config.packing
+                        model, validation, config.microbatch_tokens, config.packing
                     )
                     if improved := -values["validation_loss"] > best.value:
                         best = Best(step, -values["validation_loss"], {"loss": values["validation_loss"]})
@@ -119,7 +119,7 @@ def _update(
     torch.manual_seed(order.keyed_seed(config.seed, "dropout", step))
     completion_tokens = sum(len(e.completion) for e, _, _ in examples)
     summed, tokens = 0.0, 0
-    for batch in microbatches([[e.ids] for e, _, _ in examples], config.tokens_per_microbatch, config.packing):
+    for batch in microbatches([[e.ids] for e, _, _ in examples], config.microbatch_tokens, config.packing):
         chosen = [examples[i][0] for i in batch]
         out = model.logprobs(
             [e.prompt for e in chosen],

@@ -89,7 +89,7 @@ def _train_reward_and_look(config: RewardConfig) -> tuple[dict[str, Any], list[l
 
     def save_and_look(model: Any, name: str, directory: Path, encoder: Any) -> None:
         items, _ = train_reward.encode_items(encoder, load(config.data, KINDS, "all"))
-        seen.extend(train_reward.score_items(model, items, name, config.tokens_per_microbatch, config.packing))
+        seen.extend(train_reward.score_items(model, items, name, config.microbatch_tokens, config.packing))
         save(model, name, directory, encoder)
 
     with pytest.MonkeyPatch.context() as patch:
