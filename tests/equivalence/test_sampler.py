@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tiny_models import END, VOCAB, merged_network, random_ids, randomise, reference_logprobs
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from perlhf import cache
 from perlhf.errors import StaleSamplerError
@@ -271,3 +272,21 @@ class TestCache:
         found = kept.attend(torch.tensor([1.0, 0.0]).view(2, 1, 1, 1), 1.0)
         # Row 0: (1 * 8 + 3 * 16 + 4 * 24) / 8 = 19; row 1 looks at all alike: (8 + 16 + 0) / 3 = 8.
         assert found.flatten().tolist() == pytest.approx([19.0, 8.0])
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "phi3", "gemma", "gpt_neox", "gpt2", "opt"])
+def test_other_networks_sample_what_they_compute(kind: str) -> None:
+    """Learned and rotary positions, fused and shared projections: opening a model compares shared prefixes and the
+    sampler's cache with separate sequences; here the tokens of a few steps as well.
+    """
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    own = {
+        "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64},
+        "opt": {**sizes, "ffn_dim": 48, "word_embed_proj_dim": 32},
+        "gpt_neox": sizes,
+    }.get(kind, {**sizes, "num_key_value_heads": 2, "head_dim": 8})
+    ends = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": END}
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=VOCAB, **ends, **own)).float()
+    expected = [greedy(network.eval(), prompt) for prompt in PROMPTS]
+    found = roll(Model(network, {"name": kind, "sha256": ""}), samples=2, temperature=0, end_id=-1, adapter=None)
+    assert found.completions == [ids for ids in expected for _ in range(2)]
