@@ -205,8 +205,8 @@ def _size(dtype: str) -> int:
 def _activation_bytes(config: Stage, base: Base, dtype: str) -> int:
     """Kept for the backward pass of one micro-batch, plus one chunk of float32 logits and its gradient.
 
-    Per token and layer: 8 vectors of the hidden size (residuals, norms, attention in and out), q, k, v, and 3 vectors
-    of the feed-forward size.
+    Per token and layer: 8 vectors of the hidden size, q, k, v, and 3 vectors of the feed-forward size. About two thirds
+    of that is kept (inputs of norms, adapters and products); the rest stands for holes that the allocator leaves.
     """
     layers, hidden = int(base.config["num_hidden_layers"]), int(base.config["hidden_size"])
     heads = int(base.config.get("num_attention_heads") or 1)
