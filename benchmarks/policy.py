@@ -140,7 +140,7 @@ def peak(shape: str) -> Work:
 
 
 def _problem() -> tuple[Any, Any, list[Any], Any]:
-    """Policy configuration, encoder, prompts of two steps, and the dtype that `dtype: auto` takes."""
+    """Policy configuration, encoder, the prompts of every step, and the dtype that `dtype: auto` takes."""
     from perlhf import base
     from perlhf.config import OptimConfig, PolicyConfig, RewardConfig
     from perlhf.data import load
@@ -151,6 +151,7 @@ def _problem() -> tuple[Any, Any, list[Any], Any]:
     recipe = load_recipe(harness.REPOSITORY / "recipes" / "hh" / "reward.yaml", RewardConfig)
     config = PolicyConfig(
         run=recipe.run,
+        device="cpu",
         data=recipe.data,
         encoding=recipe.encoding,
         adapter=recipe.adapter.model_copy(update={"rank": RANK, "targets": "attention"}),
@@ -166,7 +167,7 @@ def _problem() -> tuple[Any, Any, list[Any], Any]:
     records = [r for r in load(config.data, ("comparison",), "train") if isinstance(r, Comparison)]
     prompts = [Prompt(r.prompt, r.group) for r in records if len(encoder.prompt(r.prompt)) <= PROMPT_TOKENS]
     dtype, _ = base.pick_dtype(config.dtype, base.pick_device(config.device).type)
-    return config, encoder, prompts[: 2 * PROMPTS], dtype
+    return config, encoder, prompts[:PROMPTS], dtype
 
 
 def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from perlhf import linear_probe, statistics, training
 from perlhf.config import RewardConfig
@@ -78,12 +79,15 @@ def last_states(config: RewardConfig, records: Sequence[Rating]) -> NDArray[np.f
 
 
 def cross_validated(fit: Callable[[Fold, Fold], NDArray[np.float64]], groups: Sequence[str]) -> NDArray[np.float64]:
-    """Scores of every record by what was fitted on the other folds; a group is in one fold."""
+    """Scores of every record by what was fitted on the other folds, as ranks within its fold; a group is in one fold.
+
+    Five fits have five scales, which pooled scores would mix.
+    """
     fold_of = np.array([int(hashlib.sha256(group.encode()).hexdigest(), 16) % FOLDS for group in groups])
     scores = np.zeros(len(groups))
     for fold in range(FOLDS):
         tested = np.flatnonzero(fold_of == fold)
-        scores[tested] = fit(np.flatnonzero(fold_of != fold), tested)
+        scores[tested] = rankdata(fit(np.flatnonzero(fold_of != fold), tested)) / len(tested)
     return scores
 
 

@@ -102,15 +102,19 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: query [batch, heads, time, width]; out [batch, time, heads, width]."""
-    if sampled is not None:
-        return sampled.attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling).transpose(1, 2), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sampled is not None and tree is None:
+        layer: Any = module.layer_idx
+        return sampled.attend(layer, query, key, value, scale).transpose(1, 2), None
     if tree is None:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
     assert len(query) == 1 and not dropout, "a tree is one row"
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sampled is not None:
+        layer = module.layer_idx
+        sampled.record(layer, key[0], value[0])
     return tree_attention(query[0], key[0], value[0], tree, scale).transpose(0, 1)[None], None
 
 

@@ -1,11 +1,10 @@
 """Keys and values while completions are sampled: a prompt's once for all its rows, each row's own tokens beside them.
 
-transformers' networks call `update` in every layer, as on their own caches; `attention` then asks `attend`, which
-computes the one new token of each row over its prompt and what it has sampled. Nothing is copied from step to step.
+`attention` hands over what every layer attends with: the prompts' keys and values by `record`, then one token a row by
+`attend`, which computes it over its prompt and what the row has sampled. Nothing is copied from step to step.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +32,8 @@ class KeyValueCache:
         """[row] the prompt of each row; none before `fork`."""
         self.time = 0
         """Tokens that each row has beyond its prompt."""
-        self._prompts: list[tuple[Tensor, Tensor]] = []
-        self._own: list[tuple[Tensor, Tensor]] = []
-        self._layer = 0
+        self._prompts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
         # Rounded logits would move the probabilities: products are float32, and on a CPU nothing is converted for them.
         self._dtype = torch.float32 if device.type == "cpu" else None
 
@@ -43,17 +41,16 @@ class KeyValueCache:
         """`samples` rows for each prompt, ordered by prompt."""
         assert not len(self.rows), "forked already"
         self.rows = torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(samples)
-        none = (len(self.rows), self._prompts[0][0].shape[1], 0)
-        self._own = [(k.new_zeros(*none, k.shape[3]), v.new_zeros(*none, v.shape[3])) for k, v in self._prompts]
+        self._own = {layer: (self._empty(keys), self._empty(values)) for layer, (keys, values) in self._prompts.items()}
         self._arrange()
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these (ascending numbers), and prompts that have no row left."""
         self.rows = self.rows[rows]
-        self._own = [(k[rows], v[rows]) for k, v in self._own]
+        self._own = {layer: (k[rows], v[rows]) for layer, (k, v) in self._own.items()}
         left = torch.unique(self.rows)
         if len(left) < len(self.lengths):
-            self._prompts = [(k[left], v[left]) for k, v in self._prompts]
+            self._prompts = {layer: (k[left], v[left]) for layer, (k, v) in self._prompts.items()}
             self.lengths, self.seen = self.lengths[left], self.seen[left]
             self.rows = torch.searchsorted(left, self.rows)
         self._arrange()
@@ -62,24 +59,22 @@ class KeyValueCache:
         """[row] depth of the token that comes next."""
         return self.lengths[self.rows] + self.time
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *unused: Any, **ignored: Any) -> tuple[Tensor, Tensor]:
-        """What a layer's attention calls with new keys and values [batch, kv_heads, time, width]; returns them."""
-        self._layer = layer
-        if not len(self.rows):
-            assert len(key) == 1 and layer == len(self._prompts), "the prompts are one packed row, layer after layer"
-            self._prompts.append((self._of_prompts(key[0]), self._of_prompts(value[0])))
-        else:
-            keys, values = self._own[layer]
-            if keys.shape[2] == self.time:
-                keys, values = (torch.cat([t, t.new_zeros(*t.shape[:2], GROW, t.shape[3])], 2) for t in (keys, values))
-                self._own[layer] = keys, values
-            keys[:, :, self.time], values[:, :, self.time] = key[:, :, 0], value[:, :, 0]
-        return key, value
+    def record(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keys and values of the packed prompts [kv_heads, tokens, width] in one layer."""
+        assert not len(self.rows) and layer not in self._prompts, "the prompts are one packed row, once"
+        self._prompts[layer] = self._of_prompts(key), self._of_prompts(value)
 
-    def attend(self, query: Tensor, scaling: float) -> Tensor:
-        """softmax(scaling * q k^T) v of the new tokens [row, heads, 1, width] in the layer updated last: same shape."""
-        keys, values = self._prompts[self._layer]
-        own_keys, own_values = (t[:, :, : self.time + 1].float() for t in self._own[self._layer])
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """softmax(scaling * q k^T) v of one new token a row, kept from now on.
+
+        Args:
+            query: [row, heads, 1, width]; key, value: [row, kv_heads, 1, width].
+
+        Returns:
+            [row, heads, 1, width of value].
+        """
+        keys, values = self._prompts[layer]
+        own_keys, own_values = self._kept(layer, key, value)
         count, heads, _, width = query.shape
         kv_heads = keys.shape[1]
         q = query.float().view(count, kv_heads, heads // kv_heads, width) * scaling
@@ -95,9 +90,18 @@ class KeyValueCache:
         """The token of each row has gone through all layers."""
         self.time += 1
 
-    def get_seq_length(self, *unused: Any) -> int:
-        """For networks that ask how long the cache is; positions are given to them, so that it doesn't matter."""
-        return int(self.lengths.max()) + self.time
+    def _kept(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All that the rows have sampled in this layer with the new token, float32 [row, kv_heads, time, width]."""
+        kept = self._own[layer]
+        if kept[0].shape[2] == self.time:
+            kept = self._own[layer] = _grown(kept[0]), _grown(kept[1])
+        for buffer, new in zip(kept, (key, value), strict=True):
+            buffer[:, :, self.time] = new[:, :, 0]
+        keys, values = (buffer[:, :, : self.time + 1].float() for buffer in kept)
+        return keys, values
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_zeros(len(self.rows), like.shape[1], 0, like.shape[3])
 
     def _of_prompts(self, packed: Tensor) -> Tensor:
         """[kv_heads, tokens, width] as [prompt, kv_heads, longest, width]; rows beyond a prompt's end are hidden."""
@@ -128,3 +132,7 @@ class KeyValueCache:
         rows = prompts.view(count, kv_heads, self._most, share, last).transpose(1, 2)
         rows = rows.reshape(count * self._most, kv_heads, share, last)
         return rows if self._slots is None else rows[self._slots]
+
+
+def _grown(buffer: Tensor) -> Tensor:
+    return torch.cat([buffer, buffer.new_zeros(*buffer.shape[:2], GROW, buffer.shape[3])], 2)

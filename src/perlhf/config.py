@@ -331,8 +331,8 @@ class EvaluateConfig(Frozen):
     """Of sampling and bootstrap."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    tokens_per_microbatch: Positive = 2048
-    """Computed tokens in one forward pass."""
+    tokens_per_microbatch: Positive | None = None
+    """Computed tokens in one forward pass; null takes what the run took."""
 
 
 class PullConfig(Frozen):
@@ -355,8 +355,8 @@ class ScoreConfig(Frozen):
     """JSON lines to write; null prints."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    tokens_per_microbatch: Positive = 2048
-    """Computed tokens in one forward pass."""
+    tokens_per_microbatch: Positive | None = None
+    """Computed tokens in one forward pass; null takes what the run took."""
 
 
 class ChatConfig(Frozen):

@@ -256,8 +256,7 @@ class Model:
             input_ids=ids[:, None],
             position_ids=cache.positions()[:, None],
             attention_mask=torch.zeros(1, 1, 1, 1, device=self.device),
-            past_key_values=cache,
-            use_cache=True,
+            use_cache=False,
             sampled=cache,
         )
         cache.advance()
@@ -313,9 +312,9 @@ class Model:
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """States [wanted, hidden] at flat positions of the layout; `cache` gets the keys and values."""
-        inputs: dict[str, Any] = {"input_ids": layout.ids.to(self.device), "use_cache": cache is not None}
+        inputs: dict[str, Any] = {"input_ids": layout.ids.to(self.device), "use_cache": False}
         if cache is not None:
-            inputs["past_key_values"] = cache
+            inputs["sampled"] = cache
         if layout.nodes is not None:
             # A four-dimensional mask is passed on as it is: the tree's attention needs none and no [T, T] one is built.
             inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)

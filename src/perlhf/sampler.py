@@ -160,12 +160,16 @@ def draw(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Ten
         block = _first_above(cumulative, wanted)
         before = F.pad(cumulative, (1, 0)).gather(-1, block)
         inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1).double().cumsum(-1)
-        tokens = block * VOCAB_BLOCK + _first_above(inside, wanted - before)
+        tokens = (block * VOCAB_BLOCK + _first_above(inside, wanted - before)).clamp_max(logits.shape[-1] - 1)
     logprobs = (logits.gather(-1, tokens) - top).double() - total.log()
     return tokens.squeeze(-1), logprobs.squeeze(-1).float()
 
 
 def _first_above(cumulative: Tensor, wanted: Tensor) -> Tensor:
-    """Numbers [batch, 1] of the first entries above `wanted`; rounding of the sum's end never picks a zero weight."""
+    """Numbers [batch, 1] of the first entries above `wanted`; rounding of the sum's end never picks a zero weight.
+
+    Where there is none, since a weight isn't a number, the last: `probe` says what is wrong.
+    """
     below_the_end = torch.nextafter(cumulative[:, -1:], torch.zeros_like(wanted))
-    return torch.searchsorted(cumulative, torch.minimum(wanted, below_the_end), right=True)
+    found = torch.searchsorted(cumulative, torch.minimum(wanted, below_the_end), right=True)
+    return found.clamp_max(cumulative.shape[-1] - 1)

@@ -12,7 +12,7 @@ from tiny_models import END, VOCAB, merged_network, random_ids, randomise, refer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perlhf import cache
-from perlhf.errors import StaleSamplerError
+from perlhf.errors import DivergenceError, StaleSamplerError
 from perlhf.model import Model
 from perlhf.packing import Ids
 from perlhf.sampler import Rollout, draw, probe, sample, uniforms
@@ -171,6 +171,18 @@ class TestRandomness:
         logits = torch.tensor([[-math.inf, 0.0, -math.inf]]).expand(2, 3)
         assert draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0)[0].tolist() == [1, 1]
 
+    def test_the_vocabulary_may_have_any_size(self) -> None:
+        """Blocks of 256: below, at and above their ends, the same tokens as by sums over the whole vocabulary."""
+        for size in (1, 255, 256, 257, 700):
+            logits = torch.randn(9, size, generator=torch.Generator().manual_seed(size)) * 3
+            draws = torch.linspace(0, 1 - 2**-53, 9, dtype=torch.float64)
+            cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
+            expected = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
+            tokens, logprobs = draw(logits, draws, 1.0)
+            assert tokens[:-1].tolist() == expected[:-1].tolist() and int(tokens[-1]) < size
+            picked = torch.log_softmax(logits, -1).gather(-1, tokens[:, None]).squeeze(-1)
+            torch.testing.assert_close(logprobs, picked, rtol=0, atol=1e-5)
+
     def test_temperature_by_hand(self) -> None:
         # at temperature 1/2 probabilities 1/3, 2/3 become 1/5, 4/5
         logits = torch.tensor([1 / 3, 2 / 3]).log().expand(2, 2)
@@ -226,6 +238,13 @@ class TestProbe:
         with pytest.raises(StaleSamplerError, match=r"digests agree, prompt states differ by up to \d"):
             probe(adapted, rollout, "policy")
 
+    def test_says_so_when_states_are_no_numbers(self, adapted: Model) -> None:
+        with torch.no_grad():
+            for tensor in adapted.adapters["policy"].trainable():
+                tensor.fill_(1e30)
+        with pytest.raises(DivergenceError, match="states that are not finite"):
+            probe(adapted, roll(adapted), "policy")
+
     def test_compares_prompts_in_their_own_layout(self, adapted: Model) -> None:
         """One state a prompt, however many samples; prompts that are equal stay apart."""
         rollout = roll(adapted, [PROMPTS[0], PROMPTS[0]], numbers=(0, 1), samples=2)
@@ -265,11 +284,11 @@ class TestCache:
         """One prompt of two tokens, two rows, one head of width 1, scale 1: softmax over [ln 1, ln 3, ln 4] q."""
         kept = cache.KeyValueCache([[0, 1]], torch.device("cpu"))
         logs = torch.tensor([1.0, 3.0]).log()
-        kept.update(logs.view(1, 1, 2, 1), torch.tensor([8.0, 16.0]).view(1, 1, 2, 1), 0)
+        kept.record(0, logs.view(1, 2, 1), torch.tensor([8.0, 16.0]).view(1, 2, 1))
         kept.fork(2)
         own = torch.tensor([4.0, 4.0]).log().view(2, 1, 1, 1)
-        kept.update(own, torch.tensor([24.0, 0.0]).view(2, 1, 1, 1), 0)
-        found = kept.attend(torch.tensor([1.0, 0.0]).view(2, 1, 1, 1), 1.0)
+        query, value = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1), torch.tensor([24.0, 0.0]).view(2, 1, 1, 1)
+        found = kept.attend(0, query, own, value, 1.0)
         # Row 0: (1 * 8 + 3 * 16 + 4 * 24) / 8 = 19; row 1 looks at all alike: (8 + 16 + 0) / 3 = 8.
         assert found.flatten().tolist() == pytest.approx([19.0, 8.0])
 

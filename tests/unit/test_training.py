@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import open_encoder, open_model, randomise
 
-from perlhf import optim, train_reward, training
+from perlhf import checkpoint, optim, train_reward, training
 from perlhf.config import AdapterConfig, EncodingConfig, OptimConfig, RewardConfig, SftConfig
 from perlhf.data.records import Comparison, Rating, Text
 from perlhf.encode import TooLong
@@ -199,6 +199,13 @@ class TestSaved:
             assert other.digest("sft") == model.digest("sft")
             training.restore_best(run.path, best, other.adapters["sft"])
             assert other.digest("sft") == best_digest
+
+    @pytest.mark.parametrize("step", [None, 0])
+    def test_a_checkpoint_before_any_validation(self, model: Model, tmp_path: Path, step: int | None) -> None:
+        """Earlier versions wrote step 0 for it."""
+        with open_run(tmp_path / "run", "sft", SftConfig(run=tmp_path / "run"), {}) as run:
+            checkpoint.save(run.path, 2, {}, {"best": {"step": step, "value": None, "metrics": {}}})
+            assert training.restore(run, model, {})[:2] == (2, Best())
 
     def test_no_best_yet(self, model: Model, tmp_path: Path) -> None:
         adapter = model.add_adapter("sft", "sft", rank=2)

@@ -64,9 +64,8 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     finished = read_finished(config.run, ("reward",))
     records = load(config.data, ("comparison", "rating", "demonstration"), "all")
     model, encoder = finished.open(config.device)
-    scores, _ = score_records(
-        model, encoder, records, finished.stage, config.tokens_per_microbatch, finished.config.packing
-    )
+    budget = config.tokens_per_microbatch or finished.config.microbatch_tokens
+    scores, _ = score_records(model, encoder, records, finished.stage, budget, finished.config.packing)
     rows: list[dict[str, Any]] = []
     for record, line, found in zip(records, to_jsonl(records).splitlines(), scores, strict=True):
         names = ("score_chosen", "score_rejected") if isinstance(record, Comparison) else ("score",)

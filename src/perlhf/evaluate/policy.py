@@ -131,7 +131,7 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
             rollout.prompts,
             rollout.completions,
             chosen,
-            config.tokens_per_microbatch,
+            config.tokens_per_microbatch or policy.microbatch_tokens,
         )
         tokens[batch], ended[batch] = [len(ids) for ids in rollout.completions], rollout.ended
         if adapter != setting.reference and config.temperature:
@@ -164,7 +164,8 @@ def _kl(setting: Setting, adapter: str | None, rollout: Rollout, temperature: fl
     """log pi - log reference of each completion, both at `temperature`, on the same batch layout."""
     rows = [[(*p, *c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
     found, packing = np.zeros(len(rows)), setting.policy.packing
-    for batch in microbatches(rows, setting.config.tokens_per_microbatch, packing):
+    budget = setting.config.tokens_per_microbatch or setting.policy.microbatch_tokens
+    for batch in microbatches(rows, budget, packing):
         chosen = [rollout.prompts[i] for i in batch], [rollout.completions[i] for i in batch]
         now = setting.model.logprobs(*chosen, adapter, temperature=temperature, packing=packing)
         reference = setting.model.logprobs(*chosen, setting.reference, temperature=temperature, packing=packing)

@@ -64,9 +64,8 @@ def evaluate_reward(finished: Finished, config: EvaluateConfig) -> dict[str, Any
     trained_on = load(finished.config.data, KINDS, "train")
     found = load(config.data or finished.config.data, KINDS, config.split)
     model, encoder = finished.open(config.device)
-    scored, counts = score_records(
-        model, encoder, found, finished.stage, config.tokens_per_microbatch, finished.config.packing
-    )
+    budget = config.tokens_per_microbatch or finished.config.microbatch_tokens
+    scored, counts = score_records(model, encoder, found, finished.stage, budget, finished.config.packing)
     pairs = [(record, scores) for record, scores in zip(found, scored, strict=True) if scores is not None]
     records = [record for record, _ in pairs]
     test, train = Judged.of(records), Judged.of(trained_on)

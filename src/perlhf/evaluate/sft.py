@@ -8,14 +8,14 @@ import torch
 from numpy.typing import NDArray
 
 from perlhf import order, training
-from perlhf.config import EvaluateConfig
+from perlhf.config import EvaluateConfig, StageConfig
 from perlhf.data import load
 from perlhf.data.records import Demonstration
 from perlhf.encode import Encoder, Example
 from perlhf.evaluate.common import Statistic, by_length, plain, progress, sample_batch, seen_groups, with_interval
 from perlhf.finished import Finished
 from perlhf.model import Model
-from perlhf.packing import Packing, microbatches
+from perlhf.packing import microbatches
 
 MAX_SAMPLES = 16
 COMPLETION_TOKENS = 128
@@ -33,7 +33,7 @@ def evaluate_sft(finished: Finished, config: EvaluateConfig) -> dict[str, Any]:
     groups = [record.group for record, _ in kept]
     sides = {"before": None, "after": finished.stage}
     measured = {
-        side: _losses(model, [example for _, example in kept], adapter, config, finished.config.packing, groups)
+        side: _losses(model, [example for _, example in kept], adapter, config, finished.config, groups)
         for side, adapter in sides.items()
     }
     shown = order.choose([record for record, _ in kept], min(config.prompts, MAX_SAMPLES), config.seed)
@@ -59,16 +59,17 @@ def _losses(
     examples: Sequence[Example],
     adapter: str | None,
     config: EvaluateConfig,
-    packing: Packing,
+    trained: StageConfig,
     groups: Sequence[str],
 ) -> dict[str, Any]:
     """Mean negative log-probability of a completion token in nats, and its exponential, with intervals."""
     nats, tokens = np.zeros(len(examples)), np.array([len(example.completion) for example in examples], dtype=float)
-    batches = microbatches([[example.ids] for example in examples], config.tokens_per_microbatch, packing)
+    budget = config.tokens_per_microbatch or trained.microbatch_tokens
+    batches = microbatches([[example.ids] for example in examples], budget, trained.packing)
     with progress(len(batches), "loss of the base" if adapter is None else "loss") as bar:
         for batch in batches:
             prompts = [examples[i].prompt for i in batch]
-            out = model.logprobs(prompts, [examples[i].completion for i in batch], adapter, packing=packing)
+            out = model.logprobs(prompts, [examples[i].completion for i in batch], adapter, packing=trained.packing)
             nats[batch] = -out.logprobs.double().sum(-1).cpu().numpy()
             bar.advance()
     loss = with_interval(_per_token(nats, tokens), groups, config)
