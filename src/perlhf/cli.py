@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from perlhf import __version__, config, show
+from perlhf import __version__, allocator, config, show
 from perlhf.errors import ConfigError, PerlhfError, nearest
 from perlhf.options import Command, parse
 from perlhf.recipe import read_recipe
@@ -37,11 +37,15 @@ DATA_COMMANDS: Mapping[str, Command[Any]] = {
     "convert": Command("perlhf data convert", config.DataConvertConfig, ("path", "output")),
     "pull": Command("perlhf data pull", config.DataPullConfig, ("name",)),
 }
+COMPUTING = ("demo", "sft", "reward", "policy", "evaluate", "score", "chat")
+"""Commands that run the network: worth a restart under another allocator."""
 DATA_SUMMARY = "List, check, inspect, split, convert and pull data sets."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    if arguments is None and sys.argv[1:2] and sys.argv[1] in COMPUTING:
+        allocator.restart(sys.orig_argv[1:])
     try:
         return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except PerlhfError as error:

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from perlhf import __version__
+from perlhf import __version__, allocator
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -26,7 +26,13 @@ def environment() -> dict[str, Any]:
             continue
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch else None
-    return {"versions": versions, **_commit(), "hardware": _hardware(), "threads": threads}
+    return {
+        "versions": versions,
+        **_commit(),
+        "hardware": _hardware(),
+        "threads": threads,
+        "allocator": allocator.in_use(),
+    }
 
 
 def peak_memory_bytes() -> int:
