@@ -1,7 +1,8 @@
 """Side-by-side measurements: every repetition runs in a process of its own, and the sides alternate.
 
 A side is a function that sets itself up, works once to warm up, and returns how much it did in how many seconds. Its
-process reports that and its peak memory; medians over the repetitions are compared.
+process reports that and its peak memory; medians over the repetitions are compared. All sides run under the allocator
+that perlhf's command would take (`perlhf.allocator`); further sides, shown beside the first two, run once.
 """
 
 import argparse
@@ -16,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from perlhf import allocator
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft")
@@ -38,6 +41,8 @@ class Benchmark:
     name: str
     unit: str
     sides: dict[str, Callable[[], Work]]
+    once: bool = False
+    """For peak memory alone, which repeats itself: no repetitions."""
 
 
 def main(benchmarks: Sequence[Benchmark], description: str | None) -> None:
@@ -70,8 +75,11 @@ def main(benchmarks: Sequence[Benchmark], description: str | None) -> None:
 def measure(benchmark: Benchmark, repeats: int, threads: int | None) -> dict[str, Any]:
     """Medians of each side, and how ours compares with the second: speed-up and share of its memory."""
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in benchmark.sides}
+    repeats = 1 if benchmark.once else repeats
     for number in range(repeats):
-        for side in benchmark.sides:
+        for place, side in enumerate(benchmark.sides):
+            if number and place > 1:
+                continue
             began = time.perf_counter()
             found[side].append(_in_process(benchmark.name, side, threads))
             rate = found[side][-1]["rate"]
@@ -122,7 +130,14 @@ def machine(threads: int | None) -> dict[str, Any]:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = names[0] if names else name
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"processor": name, "cores": os.cpu_count(), "memory_bytes": memory, "threads": threads or os.cpu_count()}
+    preloaded = allocator.find(os.environ)
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "threads": threads or os.cpu_count(),
+        "allocator": preloaded.name if preloaded else os.environ.get("LD_PRELOAD") or "system",
+    }
 
 
 def data_root() -> Path:
@@ -159,7 +174,9 @@ def _work(benchmark: Benchmark, side: str, threads: int | None) -> dict[str, Any
 
 def _in_process(name: str, side: str, threads: int | None) -> dict[str, Any]:
     words = [sys.executable, sys.argv[0], name, "--side", side, *(["--threads", str(threads)] if threads else [])]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    preloaded = allocator.find(os.environ)
+    environment = os.environ | ({"LD_PRELOAD": str(preloaded)} if preloaded else {})
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(
             f"error: {name}, side {side}, ended with {done.returncode}:\n{done.stderr[-4000:]}{done.stdout[-2000:]}"

@@ -264,9 +264,9 @@ BENCHMARKS = (
         "steps/s",
         {"LoRA": partial(ours, "lora", "value"), "full tuning": partial(ours, "full", "value")},
     ),
-    Benchmark("policy_peak_memory", "prompts/s", {"perlhf": partial(peak, "135m")}),
-    Benchmark("policy_peak_memory_1_7b", "prompts/s", {"perlhf": partial(peak, "1_7b")}),
-    Benchmark("policy_peak_memory_7b", "prompts/s", {"perlhf": partial(peak, "7b")}),
+    Benchmark("policy_peak_memory", "prompts/s", {"perlhf": partial(peak, "135m")}, once=True),
+    Benchmark("policy_peak_memory_1_7b", "prompts/s", {"perlhf": partial(peak, "1_7b")}, once=True),
+    Benchmark("policy_peak_memory_7b", "prompts/s", {"perlhf": partial(peak, "7b")}, once=True),
 )
 
 if __name__ == "__main__":

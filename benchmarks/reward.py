@@ -56,7 +56,7 @@ def ours(recipe: str, packing: Literal["tree", "none"] = "tree", tuning: Literal
 def trl(by_length: bool = False, recompute: bool = False) -> Work:
     """TRL's RewardTrainer on the same pairs, already tokenised; by its defaults it recomputes activations.
 
-    By length: sorted, so that the longest pairs are the warm-up and little is padded, which favours this side.
+    By length: the pairs that are timed are sorted, so that little is padded (its own sampler sorts 50 batches at a time).
     """
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportMissingImports]  of the extra `bench`
@@ -66,9 +66,10 @@ def trl(by_length: bool = False, recompute: bool = False) -> Work:
     dtype = model.dtype
     del model
     numbers = [i for update in updates for i in update]
-    chosen = (
-        sorted((items[i] for i in numbers), key=_longest, reverse=True) if by_length else [items[i] for i in numbers]
-    )
+    warm, timed = numbers[:PAIRS_PER_UPDATE], numbers[PAIRS_PER_UPDATE:]
+    if by_length:
+        timed.sort(key=lambda i: _longest(items[i]), reverse=True)
+    chosen = [items[i] for i in (*warm, *timed)]
     rows = [{"chosen_ids": list(item.sequences[0]), "rejected_ids": list(item.sequences[1])} for item in chosen]
     clock = Clock()
     with tempfile.TemporaryDirectory() as directory:
@@ -97,7 +98,7 @@ def _longest(item: Any) -> int:
 def trainer(recipe: str) -> Work:
     """transformers' Trainer on a PEFT sequence classifier: cross-entropy on one logit, one step a padded batch.
 
-    Sorted by length, so that the longest ratings are the warm-up and little is padded, which favours this side.
+    Sorted by length, so that little is padded; the first batch, which warms up, comes again at the end.
     """
     import torch
     from datasets import Dataset
@@ -112,6 +113,7 @@ def trainer(recipe: str) -> Work:
     chosen = sorted((items[i] for i in numbers), key=_longest, reverse=True)
     rows = [{"input_ids": list(item.sequences[0]), "labels": float(bool(item.label))} for item in chosen]
     rows = rows[: len(rows) // PADDED_BATCH * PADDED_BATCH]
+    rows = rows[-PADDED_BATCH:] + rows
     network = get_peft_model(classifier(config, dtype, encoder.pad_id), lora("SEQ_CLS"))
 
     class Rated(Trainer):

@@ -7,11 +7,11 @@ are kept.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -41,45 +41,50 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, nodes: Sequence[No
     Returns:
         [heads, tokens, width].
     """
-    blocks = tuple(block for node in nodes for block in _blocks(node))
-    return _TreeAttention.apply(query, key, value, blocks, scaling)  # pyright: ignore[reportReturnType]
+    return _TreeAttention.apply(query, key, value, _cut(tuple(nodes), BLOCK), scaling)  # pyright: ignore[reportReturnType]
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Node, ...], scaling: float) -> Tensor:
-        out = torch.empty_like(query)
+        heads, tokens, width = query.shape
+        # In memory [tokens, heads, width]: what the output projection reads and keeps is this tensor, not a copy.
+        out = query.new_empty(tokens, heads, width).transpose(0, 1)
+        log_sums = query.new_empty(heads, tokens, dtype=torch.float32)
+        longest, hidden = _hidden(blocks, query.dtype, query.device)
         for block in blocks:
-            queries, keys, values = _folded(query, block, len(key)), _path(key, block), _path(value, block)
-            own = _own(out, block)
-            # Four dimensions: with three, torch takes its slow path.
-            mixed = F.scaled_dot_product_attention(
-                queries[None], keys[None], values[None], _visible(block, queries, keys), scale=scaling
-            )
-            own.copy_(mixed.view(own.shape))
-        ctx.save_for_backward(query, key, value)
+            keys, values = _path(key, block), _path(value, block)
+            mask = hidden[: block.length, longest + block.length - _seen(block) : longest + block.length]
+            mixed, log_sum = _attend(_own(query, block).unflatten(0, (len(key), -1)), keys, values, mask, scaling)
+            _own(out, block).copy_(mixed.flatten(0, 1))
+            _own(log_sums, block).copy_(log_sum.flatten(0, 1))
+        ctx.save_for_backward(query, key, value, out, log_sums)
         ctx.blocks, ctx.scaling = blocks, scaling
         return out
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        query, key, value = ctx.saved_tensors
+        """With p = exp(logits - log_sum), the gradient of the logits is p * (grad v^T - sum(grad * out))."""
+        query, key, value, out, log_sums = ctx.saved_tensors
         grad_query = torch.empty_like(query)
         grad_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         grad_value = torch.zeros_like(grad_key)
+        along = torch.linalg.vecdot(grads[0].float(), out.float()).neg_()
+        log_sums = log_sums.neg()
+        longest, hidden = _hidden(ctx.blocks, torch.float32, key.device)
         for block in ctx.blocks:
             queries, keys, values = _folded(query, block, len(key)), _path(key, block), _path(value, block)
+            grad, n = _folded(grads[0], block, len(key)), block.length
+            mask = hidden[:n, longest + n - _seen(block) : longest + n]
             # Rounded logits would move the probabilities, so this one product is float32.
-            logits = (queries.float() * ctx.scaling) @ keys.float().transpose(1, 2)
-            _hide_later(logits, block)
-            p = torch.softmax(logits, -1)
-            grad = _folded(grads[0], block, len(key))
-            _scatter(grad_value, block, p.to(grad.dtype).transpose(1, 2) @ grad)
+            p = (_own(log_sums, block)[..., None] + mask).view(len(key), -1, mask.shape[1])
+            p.baddbmm_(queries.float(), keys.float().transpose(1, 2), alpha=ctx.scaling).exp_()
+            _scatter(grad_value, block, p.to(grad.dtype).transpose(1, 2), grad)
             inner = (grad @ values.transpose(1, 2)).float()
-            inner = torch.ops.aten._softmax_backward_data(inner, p, -1, torch.float32).to(query.dtype)
+            inner = inner.add_(_folded(along[..., None], block, len(key))).mul_(p).to(query.dtype)
             own = _own(grad_query, block)
             own.copy_((inner @ keys).view(own.shape))
-            _scatter(grad_key, block, inner.transpose(1, 2) @ queries)
+            _scatter(grad_key, block, inner.transpose(1, 2), queries)
         return (
             grad_query.mul_(ctx.scaling),
             grad_key.mul_(ctx.scaling).to(key.dtype),
@@ -87,6 +92,30 @@ class _TreeAttention(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention of [kv_heads, share, n, width] over [kv_heads, m, width] with a mask [n, m] to add; the result like
+    `query` and the logarithm of each row's sum of exponentials, float32 [kv_heads, share, n].
+    """
+    keys, values = keys[:, None].expand(-1, query.shape[1], -1, -1), values[:, None].expand(-1, query.shape[1], -1, -1)
+    if query.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, attn_mask=mask, scale=scaling
+        )
+    logits = (query.float() @ keys.float().transpose(2, 3)) * scaling + mask
+    log_sum = logits.logsumexp(-1)
+    return torch.exp(logits - log_sum[..., None]).to(query.dtype) @ values, log_sum
+
+
+@lru_cache(maxsize=4)
+def _hidden(blocks: tuple[Node, ...], dtype: torch.dtype, device: torch.device) -> tuple[int, Tensor]:
+    """[length, before + length], of which every block's mask is a part, and `before`: 0 before the block, then -inf for
+    later tokens.
+    """
+    before, length = max(map(_seen, blocks)), max(block.length for block in blocks)
+    own = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu_(1)
+    return before, torch.cat([own.new_zeros(length, before), own], 1)
 
 
 def _attention(
@@ -118,12 +147,19 @@ def _attention(
     return tree_attention(query[0], key[0], value[0], tree, scale).transpose(0, 1)[None], None
 
 
-def _blocks(node: Node) -> list[Node]:
-    """The node as consecutive nodes of at most `BLOCK` tokens, each after all that comes before it."""
-    return [
-        Node(node.start + at, min(BLOCK, node.length - at), _extended(node.prefix, (node.start, at)))
-        for at in range(0, node.length, BLOCK)
-    ]
+@lru_cache(maxsize=4)
+def _cut(nodes: tuple[Node, ...], size: int) -> tuple[Node, ...]:
+    """The nodes as consecutive nodes of at most `size` tokens, each after all that comes before it."""
+    return tuple(
+        Node(node.start + at, min(size, node.length - at), _extended(node.prefix, (node.start, at)))
+        for node in nodes
+        for at in range(0, node.length, size)
+    )
+
+
+def _seen(block: Node) -> int:
+    """Tokens that the block's last one looks at."""
+    return sum(length for _, length in block.prefix) + block.length
 
 
 def _extended(spans: tuple[Span, ...], span: Span) -> tuple[Span, ...]:
@@ -133,19 +169,6 @@ def _extended(spans: tuple[Span, ...], span: Span) -> tuple[Span, ...]:
     if spans and sum(spans[-1]) == span[0]:
         return (*spans[:-1], (spans[-1][0], spans[-1][1] + span[1]))
     return (*spans, span)
-
-
-def _visible(block: Node, queries: Tensor, keys: Tensor) -> Tensor:
-    """[share * n, past + n], True where a query may look: not at later tokens of its own block."""
-    visible = torch.ones(block.length, keys.shape[1], dtype=torch.bool, device=keys.device)
-    return visible.tril_(keys.shape[1] - block.length).repeat(queries.shape[1] // block.length, 1)
-
-
-def _hide_later(logits: Tensor, block: Node) -> None:
-    """Sets [kv_heads, share * n, past + n] to -inf where `_visible` is False."""
-    n = block.length
-    own = logits.view(len(logits), -1, n, logits.shape[-1])[..., -n:]
-    own.masked_fill_(torch.ones(n, n, dtype=torch.bool, device=logits.device).triu_(1), -torch.inf)
 
 
 def _own(tensor: Tensor, block: Node) -> Tensor:
@@ -164,9 +187,14 @@ def _path(tensor: Tensor, block: Node) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _scatter(total: Tensor, block: Node, part: Tensor) -> None:
-    """Adds [kv_heads, past + n, width] to the path's places."""
-    at = 0
-    for start, length in _extended(block.prefix, (block.start, block.length)):
+def _scatter(total: Tensor, block: Node, left: Tensor, right: Tensor) -> None:
+    """Adds `left` @ `right` [kv_heads, past + n, width] to the path's places."""
+    spans = _extended(block.prefix, (block.start, block.length))
+    if len(spans) == 1 and left.dtype == torch.float32:
+        ((start, length),) = spans
+        total[:, start : start + length].baddbmm_(left, right)
+        return
+    part, at = left @ right, 0
+    for start, length in spans:
         total[:, start : start + length] += part[:, at : at + length]
         at += length

@@ -67,7 +67,7 @@ def test_a_node_longer_than_a_block_is_read_without_a_copy() -> None:
     layout = lay_out([list(range(300))], "tree")
     assert layout.nodes is not None
     key = torch.zeros(2, 300, 8)
-    blocks = attention._blocks(layout.nodes[0])
+    blocks = attention._cut(layout.nodes, 128)
     assert [(block.start, block.length, block.prefix) for block in blocks] == [
         (0, 128, ()),
         (128, 128, ((0, 128),)),
