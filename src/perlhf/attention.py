@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from perlhf.cache import KeyValueCache
+from perlhf.cache import KeyValueCache, attend_part
 from perlhf.packing import Node, Span
 
 NAME = "perlhf_tree"
@@ -55,7 +55,9 @@ class _TreeAttention(torch.autograd.Function):
         for block in blocks:
             keys, values = _path(key, block), _path(value, block)
             mask = hidden[: block.length, longest + block.length - _seen(block) : longest + block.length]
-            mixed, log_sum = _attend(_own(query, block).unflatten(0, (len(key), -1)), keys, values, mask, scaling)
+            queries = _own(query, block).unflatten(0, (len(key), -1))
+            keys, values = (part[:, None].expand(-1, queries.shape[1], -1, -1) for part in (keys, values))
+            mixed, log_sum = attend_part(queries, keys, values, mask, scaling)
             _own(out, block).copy_(mixed.flatten(0, 1))
             _own(log_sums, block).copy_(log_sum.flatten(0, 1))
         ctx.save_for_backward(query, key, value, out, log_sums)
@@ -92,20 +94,6 @@ class _TreeAttention(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Attention of [kv_heads, share, n, width] over [kv_heads, m, width] with a mask [n, m] to add; the result like
-    `query` and the logarithm of each row's sum of exponentials, float32 [kv_heads, share, n].
-    """
-    keys, values = keys[:, None].expand(-1, query.shape[1], -1, -1), values[:, None].expand(-1, query.shape[1], -1, -1)
-    if query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, attn_mask=mask, scale=scaling
-        )
-    logits = (query.float() @ keys.float().transpose(2, 3)) * scaling + mask
-    log_sum = logits.logsumexp(-1)
-    return torch.exp(logits - log_sum[..., None]).to(query.dtype) @ values, log_sum
 
 
 @lru_cache(maxsize=4)

@@ -77,13 +77,13 @@ class KeyValueCache:
         own_keys, own_values = self._kept(layer, key, value)
         count, heads, _, width = query.shape
         kv_heads = keys.shape[1]
-        q = query.float().view(count, kv_heads, heads // kv_heads, width) * scaling
-        past = self._by_prompt(q) @ keys.float().transpose(2, 3)
-        past = past.masked_fill_(~self.seen[:, None, None, :], -torch.inf)
-        logits = torch.cat([self._by_row(past, heads // kv_heads), q @ own_keys.transpose(2, 3)], -1)
-        p = torch.softmax(logits, -1)
-        of_prompt, of_own = p.split([keys.shape[2], self.time + 1], -1)
-        mixed = self._by_row(self._by_prompt(of_prompt) @ values.float(), heads // kv_heads) + of_own @ own_values
+        share = heads // kv_heads
+        q = query.float().view(count, kv_heads, share, width)
+        past, past_sum = attend_part(self._by_prompt(q), keys.float(), values.float(), self._hidden, scaling)
+        own, own_sum = attend_part(q, own_keys, own_values, None, scaling)
+        past, past_sum = self._by_row(past, share), self._by_row(past_sum[..., None], share)
+        # Each part's own softmax, weighted by the part's share of all exponentials.
+        mixed = torch.lerp(past, own, torch.sigmoid(own_sum[..., None] - past_sum))
         return mixed.reshape(count, heads, 1, -1).to(query.dtype)
 
     def advance(self) -> None:
@@ -108,7 +108,9 @@ class KeyValueCache:
         return packed[:, self._places].transpose(0, 1).to(self._dtype or packed.dtype).contiguous()
 
     def _arrange(self) -> None:
-        """Places for the rows of each prompt: all prompts get as many as the one with most rows."""
+        """Places for the rows of each prompt: all prompts get as many as the one with most rows. Their mask, too."""
+        self._hidden = torch.zeros(self.seen.shape, device=self.seen.device)
+        self._hidden = self._hidden.masked_fill_(~self.seen, -torch.inf)[:, None, None]
         counts = torch.bincount(self.rows, minlength=len(self.lengths))
         self._most = int(counts.max())
         first = counts.cumsum(0) - counts
@@ -132,6 +134,28 @@ class KeyValueCache:
         rows = prompts.view(count, kv_heads, self._most, share, last).transpose(1, 2)
         rows = rows.reshape(count * self._most, kv_heads, share, last)
         return rows if self._slots is None else rows[self._slots]
+
+
+def attend_part(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(scaling * q k^T + mask) v over part of what the queries see, and what joins it with other parts.
+
+    Args:
+        query: [batch, heads, n, width]; keys, values: [batch, heads, m, width] of the same dtype.
+        mask: to be added, broadcast to [batch, heads, n, m].
+
+    Returns:
+        [batch, heads, n, width], and the logarithm of each row's sum of exponentials, float32 [batch, heads, n].
+    """
+    if query.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, attn_mask=mask, scale=scaling
+        )
+    logits = (query.float() @ keys.float().transpose(2, 3)) * scaling
+    logits = logits if mask is None else logits + mask
+    log_sum = logits.logsumexp(-1)
+    return torch.exp(logits - log_sum[..., None]).to(values.dtype) @ values, log_sum
 
 
 def _grown(buffer: Tensor) -> Tensor:

@@ -144,14 +144,15 @@ def probe(model: Model, rollout: Rollout, adapter: str | None) -> None:
 def draw(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Inverse-CDF sampling: tokens [batch] and their log-probabilities from float32 logits [batch, vocab].
 
-    Cumulative sums are float64, over blocks of the vocabulary and then inside the block that was hit.
+    Cumulative sums are float64, over blocks of the vocabulary and then inside the block that was hit; a block's own sum is
+    float32.
     """
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
     top, likeliest = logits.max(-1, keepdim=True)
     weights = torch.exp(logits - top)
     blocks = F.pad(weights, (0, -weights.shape[-1] % VOCAB_BLOCK)).unflatten(-1, (-1, VOCAB_BLOCK))
-    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    cumulative = blocks.sum(-1).double().cumsum(-1)
     total = cumulative[:, -1:]
     if temperature == 0:
         tokens = likeliest
