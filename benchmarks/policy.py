@@ -24,8 +24,8 @@ NEVER_SAMPLED = "<file_sep>"
 def ours(tuning: Literal["lora", "full"] = "lora", baseline: str = "leave_one_out") -> Work:
     """One step after one that warms up: sample, probe, score, reference, advantages, learn."""
     stage = _stage(tuning, baseline)
-    seconds = _steps(stage, 2)
-    return Work(1, seconds[-1], {"dtype": str(stage.model.dtype)})
+    steps = _steps(stage, 2)
+    return Work(1, steps[-1]["seconds"], {"dtype": str(stage.model.dtype)} | steps[-1])
 
 
 def trl() -> Work:
@@ -134,9 +134,9 @@ def peak(shape: str) -> Work:
     else:
         stage, prompts = _stage("lora", "value", _random_base(shape)), 1
         stage.config = stage.config.model_copy(update={"prompts_per_update": 1, "max_completion_tokens": 32})
-    seconds = _steps(stage, 1)
+    (step,) = _steps(stage, 1)
     details = {"parameters": sum(p.numel() for p in stage.model.base.parameters()), "dtype": str(stage.model.dtype)}
-    return Work(prompts, seconds[-1], details)
+    return Work(prompts, step["seconds"], details | step)
 
 
 def _problem() -> tuple[Any, Any, list[Any], Any]:
@@ -201,8 +201,8 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
     )
 
 
-def _steps(stage: Any, count: int) -> list[float]:
-    """Seconds of each policy step."""
+def _steps(stage: Any, count: int) -> list[dict[str, float]]:
+    """Seconds of each policy step, whole and by part."""
     from perlhf import optim
     from perlhf.train_policy import POLICY, VALUE, Centre, _step
 
@@ -210,16 +210,17 @@ def _steps(stage: Any, count: int) -> list[float]:
     adapters = {name: stage.model.adapters[name] for name in rates if name in stage.model.adapters}
     optimizers = optim.build({n: (a.trainable(), rates[n]) for n, a in adapters.items()}, stage.config.optim)
     run: Any = SimpleNamespace(write_rollout=lambda step, rows: None)
-    seconds = []
+    steps = []
     for step in range(1, count + 1):
         began = time.perf_counter()
         values = _step(stage, run, optimizers, Centre(0.0, 1.0, 1.0), step)
-        seconds.append(time.perf_counter() - began)
+        parts = {key: value for key, value in values.items() if key.startswith("seconds_")}
+        steps.append({"seconds": time.perf_counter() - began} | parts)
         wanted = stage.config.max_completion_tokens
         assert values["completion_tokens"] == wanted, (
             f"completions of {values['completion_tokens']} tokens, not {wanted}"
         )
-    return seconds
+    return steps
 
 
 SHAPES: dict[str, dict[str, Any]] = {

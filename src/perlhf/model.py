@@ -14,19 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from perlhf import attention, fused
 from perlhf import base as bases
 from perlhf.cache import KeyValueCache
 from perlhf.errors import AdapterError, ModelError
+from perlhf.head import token_logprobs
 from perlhf.lora import AdaptedLinear, LowRank, match_targets, new_pair
 from perlhf.packing import Ids, Layout, Packing, lay_out, length_mask
 
 Role = Literal["sft", "reward", "policy", "value"]
-VOCAB_CHUNK_TOKENS = 512
-"""Tokens whose logits exist at one time."""
 
 
 @dataclass
@@ -232,13 +230,7 @@ class Model:
         """log softmax(logits / temperature) of the completion tokens and the entropy there; no full logits are kept."""
         states, mask = self._predicting_states(prompts, completions, adapter, packing, dropout=dropout)
         targets = torch.tensor([token for ids in completions for token in ids], dtype=torch.long, device=self.device)
-        weight = self._output_weight(adapter)
-        parts = [
-            checkpoint(_chunk_logprobs, s, weight, t, temperature, use_reentrant=False, preserve_rng_state=False)
-            for s, t in zip(states.split(VOCAB_CHUNK_TOKENS), targets.split(VOCAB_CHUNK_TOKENS), strict=True)
-        ]
-        logprobs = torch.cat([part[0] for part in parts]) if parts else states.new_zeros(0).float()
-        entropy = torch.cat([part[1] for part in parts]) if parts else states.new_zeros(0).float()
+        logprobs, entropy = token_logprobs(states, self._output_weight(adapter), targets, temperature)
         return TokenLogprobs(_spread(logprobs, mask), _spread(entropy, mask), mask)
 
     @torch.no_grad()
@@ -415,13 +407,6 @@ class Model:
             for path, pair in adapter.pairs.items():
                 merged[path + ".weight"] += pair.scale * (pair.b.float() @ pair.a.float())
         return merged
-
-
-def _chunk_logprobs(states: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    log_probs = torch.log_softmax((states @ weight.t()).float() / temperature, -1)
-    with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
 def _ends(layout: Layout, sequences: Sequence[Ids]) -> list[int]:

@@ -1,0 +1,79 @@
+"""Log-probabilities of tokens from the output head, in chunks, so that the logits of all tokens never exist at once.
+
+The gradient of a token's log-probability by its state, (W[token] - p W) / temperature, is computed while the chunk's
+probabilities are there: the backward multiplies it and computes no logits again. A head that is trained itself (full
+tuning) takes the slow way, whose chunks are recomputed.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_TOKENS = 256
+"""Tokens whose logits exist at one time."""
+
+
+def token_logprobs(states: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) of the targets, and the entropy, float32 [tokens]; entropy has no gradient.
+
+    Args:
+        states: [tokens, hidden].
+        weight: of the head, [vocab, hidden].
+        targets: [tokens].
+    """
+    if weight.requires_grad and torch.is_grad_enabled():
+        chunks = zip(states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+        parts = [
+            cast(
+                tuple[Tensor, Tensor],
+                checkpoint(slow_logprobs, s, weight, t, temperature, use_reentrant=False, preserve_rng_state=False),
+            )
+            for s, t in chunks
+        ]
+        empty = states.new_zeros(0).float()
+        return torch.cat([empty, *(part[0] for part in parts)]), torch.cat([empty, *(part[1] for part in parts)])
+    return cast(tuple[Tensor, Tensor], _TokenLogprobs.apply(states, weight, targets, temperature))
+
+
+def slow_logprobs(states: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same, all at once."""
+    log_probs = torch.log_softmax((states @ weight.t()).float() / temperature, -1)
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropy = (torch.empty(len(states), device=states.device) for _ in range(2))
+        learned = ctx.needs_input_grad[0]
+        slopes = torch.empty(states.shape if learned else (0, 0), device=states.device)
+        for start in range(0, len(states), CHUNK_TOKENS):
+            chosen = slice(start, start + CHUNK_TOKENS)
+            logits = (states[chosen] @ weight.t()).float()
+            if temperature != 1:
+                logits /= temperature
+            logits -= logits.max(-1, keepdim=True).values
+            odds = torch.exp(logits)
+            total = odds.sum(-1)
+            logprobs[chosen] = logits.gather(-1, targets[chosen, None]).squeeze(-1) - total.log()
+            entropy[chosen] = total.log() - torch.linalg.vecdot(odds, logits) / total
+            if learned:
+                expected = (odds.to(weight.dtype) @ weight).float() / total[:, None]
+                slopes[chosen] = (weight[targets[chosen]].float() - expected) / temperature
+        ctx.save_for_backward(slopes)
+        ctx.dtype = states.dtype
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (slopes,) = cast(tuple[Tensor], ctx.saved_tensors)
+        return (slopes * grads[0][:, None]).to(ctx.dtype), None, None, None
