@@ -56,7 +56,7 @@ def ours(recipe: str, packing: Literal["tree", "none"] = "tree", tuning: Literal
 def trl(by_length: bool = False, recompute: bool = False) -> Work:
     """TRL's RewardTrainer on the same pairs, already tokenised; by its defaults it recomputes activations.
 
-    By length: the pairs that are timed are sorted, so that little is padded (its own sampler sorts 50 batches at a time).
+    By length: the pairs that are timed are sorted, so that little is padded (TRL's sampler sorts 50 batches at once).
     """
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportMissingImports]  of the extra `bench`

@@ -48,9 +48,7 @@ def slow_logprobs(states: Tensor, weight: Tensor, targets: Tensor, temperature: 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logprobs, entropy = (torch.empty(len(states), device=states.device) for _ in range(2))
         learned = ctx.needs_input_grad[0]
         slopes = torch.empty(states.shape if learned else (0, 0), device=states.device)

@@ -144,8 +144,8 @@ def probe(model: Model, rollout: Rollout, adapter: str | None) -> None:
 def draw(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Inverse-CDF sampling: tokens [batch] and their log-probabilities from float32 logits [batch, vocab].
 
-    Cumulative sums are float64, over blocks of the vocabulary and then inside the block that was hit; a block's own sum is
-    float32.
+    Cumulative sums are float64, over blocks of the vocabulary (whose own sums are float32) and then inside the block
+    that was hit.
     """
     if temperature not in (0.0, 1.0):
         logits = logits / temperature

@@ -24,7 +24,7 @@ from perlhf.data.records import Prompt
 from perlhf.encode import Encoder
 from perlhf.environment import peak_memory_bytes
 from perlhf.losses import policy_loss, value_loss
-from perlhf.model import Model
+from perlhf.model import Model, TokenLogprobs
 from perlhf.packing import length_mask, microbatches
 from perlhf.rewards import Rewards, load_rewards
 from perlhf.run import Run, open_run
@@ -56,6 +56,13 @@ class Scored:
     ref_logprobs: Tensor
     entropy: Tensor
     mask: Tensor
+
+    def fill(self, rows: Sequence[int], now: TokenLogprobs, reference: TokenLogprobs) -> None:
+        """Puts in what a pass over these completions has found."""
+        width = now.mask.shape[1]
+        self.old_logprobs[rows, :width] = now.logprobs.detach()
+        self.ref_logprobs[rows, :width] = reference.logprobs
+        self.entropy[rows, :width] = now.entropy
 
 
 @dataclass(frozen=True)
@@ -175,23 +182,24 @@ def _step(
     rollout = _sample(stage, prompts, POLICY, config.completions_per_prompt, step, numbers)
     probe(model, rollout, POLICY)
     sampled = time.perf_counter()
-    scored = _score(stage, rollout, prompts, centre, POLICY)
-    kl = advantages.completion_kl(scored.old_logprobs, scored.ref_logprobs, scored.mask)
-    training.check_bounded("kl", kl.mean().item(), step, training.KL_LIMIT)
-    rewards = advantages.token_rewards(
-        torch.from_numpy(scored.paid).float().to(model.device),
-        scored.old_logprobs,
-        scored.ref_logprobs,
-        scored.mask,
-        kl_coef=config.kl_coef,
-    )
-    returns = advantages.returns_to_go(rewards)
-    if VALUE in model.adapters and step == 1:
-        bias = model.adapters[VALUE].bias
-        assert bias is not None
-        bias.data.fill_(returns[scored.mask].mean().item())
-    finished_scoring = time.perf_counter()
-    learned = _learn(stage, optimizers, scored, rewards, returns, step)
+    batches = _whole_prompts(rollout, config)
+    if batches is None:
+        scored = _score(stage, rollout, prompts, centre, POLICY)
+        kl = _bounded_kl(scored, step)
+        rewards = _rewards(scored, config)
+        returns = advantages.returns_to_go(rewards)
+        if VALUE in model.adapters and step == 1:
+            bias = model.adapters[VALUE].bias
+            assert bias is not None
+            bias.data.fill_(returns[scored.mask].mean().item())
+        finished_scoring = time.perf_counter()
+        learned = _learn(stage, optimizers, scored, rewards, returns, step)
+    else:
+        scored = _unseen(stage, rollout, prompts, centre)
+        finished_scoring = time.perf_counter()
+        rewards, policy_values = _policy_pass_at_once(stage, scored, batches, step)
+        kl = _bounded_kl(scored, step)
+        learned = policy_values | _optimise(stage, optimizers, step, False)
     run.write_rollout(step, _rows(stage, scored, prompts, rewards, kl, step))
     ended = time.perf_counter()
     gap = (_padded(rollout.sampler_logprobs, scored.mask) - scored.old_logprobs)[scored.mask].abs()
@@ -232,10 +240,8 @@ def _sample(
 
 
 @torch.no_grad()
-def _score(stage: Stage, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre, adapter: str | None) -> Scored:
-    """Scores, and log-probabilities under `adapter` and the reference on the same batch layouts (so equal weights
-    give KL 0).
-    """
+def _unseen(stage: Stage, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre) -> Scored:
+    """Scores; log-probabilities and entropy are still 0."""
     config, model = stage.config, stage.model
     samples = len(rollout.completions) // len(prompts)
     texts = [record.prompt for record in prompts for _ in range(samples)]
@@ -245,16 +251,43 @@ def _score(stage: Stage, rollout: Rollout, prompts: Sequence[Prompt], centre: Ce
     paid = raw - centre.mean - np.where(rollout.ended, 0.0, centre.penalty)
     mask = length_mask([len(ids) for ids in rollout.completions], model.device)
     old, ref, entropy = (torch.zeros(mask.shape, device=model.device) for _ in range(3))
+    return Scored(rollout, raw, paid, old, ref, entropy, mask)
+
+
+@torch.no_grad()
+def _score(stage: Stage, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre, adapter: str | None) -> Scored:
+    """Scores, and log-probabilities under `adapter` and the reference on the same batch layouts (so equal weights
+    give KL 0).
+    """
+    config, model = stage.config, stage.model
+    scored = _unseen(stage, rollout, prompts, centre)
     for batch in _microbatches(rollout, config):
         chosen = [rollout.prompts[i] for i in batch], [rollout.completions[i] for i in batch]
         now = model.logprobs(*chosen, adapter, temperature=config.temperature, packing=config.packing)
         reference = now
         if adapter != stage.reference:
             reference = model.logprobs(*chosen, stage.reference, temperature=config.temperature, packing=config.packing)
-        width = now.mask.shape[1]
-        old[batch, :width], ref[batch, :width] = now.logprobs, reference.logprobs
-        entropy[batch, :width] = now.entropy
-    return Scored(rollout, raw, paid, old, ref, entropy, mask)
+        scored.fill(batch, now, reference)
+    return scored
+
+
+def _rewards(scored: Scored, config: PolicyConfig, rows: Sequence[int] | None = None) -> Tensor:
+    """Reward of each token [rows, time]: the score at the end, the KL's price everywhere."""
+    chosen = list(range(len(scored.scores))) if rows is None else list(rows)
+    return advantages.token_rewards(
+        torch.from_numpy(scored.paid[chosen]).float().to(scored.mask.device),
+        scored.old_logprobs[chosen],
+        scored.ref_logprobs[chosen],
+        scored.mask[chosen],
+        kl_coef=config.kl_coef,
+    )
+
+
+def _bounded_kl(scored: Scored, step: int) -> Tensor:
+    """KL [batch]; raises DivergenceError where it has exploded."""
+    kl = advantages.completion_kl(scored.old_logprobs, scored.ref_logprobs, scored.mask)
+    training.check_bounded("kl", kl.mean().item(), step, training.KL_LIMIT)
+    return kl
 
 
 def _learn(
@@ -278,7 +311,7 @@ def _learn(
             # `_optimise`.
             predicted, summed["value_loss"] = _value_pass(stage, scored, returns)
         if number == 0:
-            advantage = _advantages(stage, scored, rewards, returns, predicted)
+            advantage = _advantages(config, scored.mask, rewards, returns, predicted)
             values["advantage_std"] = advantage[scored.mask].std(correction=0).item()
         if not warming_up:
             summed["policy_loss"], summed["clipped"] = _policy_pass(stage, scored, advantage)
@@ -328,6 +361,45 @@ def _policy_pass(stage: Stage, scored: Scored, advantage: Tensor) -> tuple[float
     return total, clipped
 
 
+def _policy_pass_at_once(
+    stage: Stage, scored: Scored, batches: Sequence[Sequence[int]], step: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Fills `scored` and forms the policy's gradients in the same pass: no other one tells the old log-probabilities,
+    which on-policy are those that are learned from. Returns the rewards of all tokens and the losses.
+
+    Args:
+        batches: as `_whole_prompts` gives them.
+    """
+    config, model = stage.config, stage.model
+    rewards, advantage = torch.zeros_like(scored.old_logprobs), torch.zeros_like(scored.old_logprobs)
+    values = {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}
+    for batch in batches:
+        chosen = [scored.rollout.prompts[i] for i in batch], [scored.rollout.completions[i] for i in batch]
+        with torch.no_grad():
+            reference = model.logprobs(*chosen, stage.reference, temperature=config.temperature, packing=config.packing)
+        now = model.logprobs(*chosen, POLICY, temperature=config.temperature, packing=config.packing)
+        scored.fill(batch, now, reference)
+        rewards[batch] = _rewards(scored, config, batch)
+        returns = advantages.returns_to_go(rewards[batch])
+        advantage[batch] = _advantages(config, scored.mask[batch], rewards[batch], returns, None)
+        width = now.mask.shape[1]
+        loss, metrics = policy_loss(
+            now.logprobs,
+            scored.old_logprobs[batch, :width],
+            advantage[batch, :width],
+            now.mask,
+            clip=config.clip,
+            divisor=len(scored.rollout.completions),
+        )
+        loss.backward()
+        values["policy_loss"] += loss.item()
+        values["clipped"] += metrics["clipped"]
+    training.check_bounded("policy_loss", values["policy_loss"], step)
+    values["clipped"] /= max(1, int(scored.mask.sum()))
+    values["advantage_std"] = advantage[scored.mask].std(correction=0).item()
+    return rewards, values
+
+
 def _optimise(stage: Stage, optimizers: dict[str, torch.optim.AdamW], step: int, warming_up: bool) -> dict[str, float]:
     config = stage.config
     peaks = {POLICY: config.learning_rate, VALUE: config.value_learning_rate}
@@ -343,20 +415,19 @@ def _optimise(stage: Stage, optimizers: dict[str, torch.optim.AdamW], step: int,
     return out
 
 
-def _advantages(stage: Stage, scored: Scored, rewards: Tensor, returns: Tensor, values: Tensor | None) -> Tensor:
-    """[batch, time], after the chosen baseline and normalisation over all tokens of the update."""
-    config = stage.config
+def _advantages(config: PolicyConfig, mask: Tensor, rewards: Tensor, returns: Tensor, values: Tensor | None) -> Tensor:
+    """[batch, time], after the chosen baseline and normalisation over all tokens given."""
     match config.baseline:
         case "value":
             assert values is not None
-            advantage = advantages.gae(rewards, values, scored.mask, gae_lambda=config.gae_lambda)
+            advantage = advantages.gae(rewards, values, mask, gae_lambda=config.gae_lambda)
         case "leave_one_out" | "group_mean":
             totals = rewards.sum(-1)
             baseline = advantages.group_baseline(totals, config.completions_per_prompt, baseline=config.baseline)
-            advantage = torch.where(scored.mask, returns - baseline[:, None], 0.0)
+            advantage = torch.where(mask, returns - baseline[:, None], 0.0)
         case "none":
             advantage = returns
-    return advantages.normalise(advantage, scored.mask, config.advantage_norm)
+    return advantages.normalise(advantage, mask, config.advantage_norm)
 
 
 def _centre(stage: Stage) -> Centre:
@@ -399,6 +470,24 @@ def _validate(stage: Stage, centre: Centre, adapter: str | None) -> dict[str, fl
 def _microbatches(rollout: Rollout, config: PolicyConfig) -> list[list[int]]:
     rows = [[(*p, *c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
     return microbatches(rows, config.microbatch_tokens, config.packing)
+
+
+def _whole_prompts(rollout: Rollout, config: PolicyConfig) -> list[list[int]] | None:
+    """Micro-batches that hold all completions of their prompts, so that each tells its own advantages.
+
+    None where it takes all completions to tell them (a value adapter, normalisation, several steps a rollout) or where
+    those of one prompt don't fit.
+    """
+    if config.baseline == "value" or config.advantage_norm != "none" or config.steps_per_rollout > 1:
+        return None
+    samples = len(rollout.completions) // len(rollout.prompt_states)
+    rows = [(*p, *c) for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
+    examples = [rows[at : at + samples] for at in range(0, len(rows), samples)]
+    most = max(len(microbatches([[r] for r in e], config.microbatch_tokens, config.packing)) for e in examples)
+    if most > 1:
+        return None
+    batches = microbatches(examples, config.microbatch_tokens, config.packing)
+    return [[number * samples + k for number in batch for k in range(samples)] for batch in batches]
 
 
 def _rows(

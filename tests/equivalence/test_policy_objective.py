@@ -331,6 +331,61 @@ class TestGradients:
         assert (values["learning_rate"], values["value_learning_rate"]) == (5e-4, 3e-3)
 
 
+class TestAtOnce:
+    """The pass that scores the policy and learns from it, against its twin in two passes."""
+
+    @pytest.mark.parametrize("baseline", ["leave_one_out", "group_mean", "none"])
+    @pytest.mark.parametrize(
+        ("packing", "max_tokens"), [("tree", 10_000), ("tree", 25), ("none", 10_000), ("none", 25)]
+    )
+    def test_equals_two_passes(self, tiny_base: Path, baseline: str, packing: str, max_tokens: int) -> None:
+        found: list[list[Tensor]] = []
+        for at_once in (True, False):
+            stage = new_stage(tiny_base, baseline=baseline, packing=packing, tokens_per_microbatch=max_tokens)
+            prepare(stage)
+            trained = optimizers(stage)
+            if at_once:
+                batches = stage_code._whole_prompts(rollout(), stage.config)
+                assert batches is not None and len(batches) == (1 if max_tokens > 25 else 2)
+                scored = stage_code._unseen(stage, rollout(), stage.prompts[:2], UNCENTRED)
+                rewards, values = stage_code._policy_pass_at_once(stage, scored, batches, 1)
+                values |= stage_code._optimise(stage, trained, 1, warming_up=False)
+            else:
+                scored = score(stage)
+                rewards = stage_code._rewards(scored, stage.config)
+                values = stage_code._learn(stage, trained, scored, rewards, returns_of(rewards), 1)
+            numbers = torch.tensor([values[key] for key in ("policy_loss", "advantage_std", "grad_norm")])
+            found.append([scored.old_logprobs, scored.ref_logprobs, rewards, numbers, *gradients(trained[POLICY])])
+        assert max(g.abs().max() for g in found[0][4:]) > 1e-3
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+    def test_kl_is_exactly_zero_at_step_0(self, tiny_base: Path) -> None:
+        stage = new_stage(tiny_base, baseline="leave_one_out")
+        batches = stage_code._whole_prompts(rollout(), stage.config)
+        assert batches is not None
+        scored = stage_code._unseen(stage, rollout(), stage.prompts[:2], UNCENTRED)
+        stage_code._policy_pass_at_once(stage, scored, batches, 1)
+        assert torch.equal(scored.old_logprobs, scored.ref_logprobs)
+        assert scored.old_logprobs[scored.mask].abs().min() > 0
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"baseline": "value"},
+            {"advantage_norm": "whiten"},
+            {"steps_per_rollout": 2, "clip": 0.2},
+            {"tokens_per_microbatch": 5},
+        ],
+    )
+    def test_not_where_it_takes_all_completions_or_a_prompt_does_not_fit(
+        self, tiny_base: Path, changed: dict[str, Any]
+    ) -> None:
+        options: dict[str, Any] = {"baseline": "leave_one_out", **changed}
+        config = new_stage(tiny_base, **options).config
+        assert stage_code._whole_prompts(rollout(), config) is None
+
+
 class TestAdvantages:
     REWARDS = torch.tensor([[1.0, 0, 2, 0, 0, 0], [0, 0, 0, 0, 3, 0], [4.0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 6.0]])
     TOTALS = (3.0, 3.0, 5.0, 6.0)
@@ -342,7 +397,7 @@ class TestAdvantages:
         scored, returns, values = score(stage), returns_of(self.REWARDS), None
         if VALUE in stage.model.adapters:
             values, _ = stage_code._value_pass(stage, scored, returns)
-        return stage_code._advantages(stage, scored, self.REWARDS, returns, values)
+        return stage_code._advantages(stage.config, scored.mask, self.REWARDS, returns, values)
 
     def test_none(self, tiny_base: Path) -> None:
         assert torch.equal(self.advantages(tiny_base, baseline="none"), returns_of(self.REWARDS))
