@@ -4,6 +4,7 @@ A field's docstring is its `--help`. A recipe is the YAML form of one stage's mo
 --a.b value` overrides it. This module imports no torch, so help and validation are instant.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -70,8 +71,23 @@ class AdapterConfig(Frozen):
     """Scale numerator; with alpha / rank scaling the best learning rate hardly depends on rank."""
     targets: Literal["attention", "all"] | tuple[str, ...] = "attention"
     """`attention` (q, k, v, o: the paper), `all` linear layers, or module names."""
+    layers: Annotated[str, Field(pattern=r"^(all|last:[1-9][0-9]*)$")] = "all"
+    """`all` layers of the network, or `last:N`: what lies below the last N is computed without a backward."""
     dropout: Fraction = 0.0
     """Dropout on the adapter's input; always 0 for policy and value."""
+
+
+def of_layers(paths: Sequence[str], layers: str, total: int) -> list[str]:
+    """The module paths that `AdapterConfig.layers` keeps, of a network with `total` layers."""
+    if layers == "all":
+        return list(paths)
+    first = total - int(layers.removeprefix("last:"))
+    return [path for path in paths if (number := layer_number(path)) is not None and number >= first]
+
+
+def layer_number(path: str) -> int | None:
+    """The layer that a module or tensor of this name is in, from 0; None outside the layers."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
 class OptimConfig(Frozen):

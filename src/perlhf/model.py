@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from perlhf import attention, fused
 from perlhf import base as bases
 from perlhf.cache import KeyValueCache
+from perlhf.config import of_layers
 from perlhf.errors import AdapterError, ModelError
 from perlhf.head import token_logprobs
 from perlhf.lora import AdaptedLinear, LowRank, match_targets, new_pair
@@ -109,6 +110,7 @@ class Model:
         rank: int = 16,
         alpha: float = 32.0,
         targets: str | tuple[str, ...] = "attention",
+        layers: str = "all",
         dropout: float = 0.0,
         seed: int = 0,
         beneath: str | None = None,
@@ -127,7 +129,7 @@ class Model:
             adapter.weights = {n: nn.Parameter(w) for n, w in self._merged(beneath).items()}
         else:
             generator = torch.Generator().manual_seed(seed)
-            for path in self.targets(targets):
+            for path in self.targets(targets, layers):
                 adapter.pairs[path] = new_pair(self._adapted(path), rank, alpha, dropout, generator)
         if role in ("reward", "value"):
             adapter.head = nn.Parameter(torch.zeros(1, self.hidden_size, device=self.device))
@@ -174,9 +176,13 @@ class Model:
         self._register(adapter)
         return adapter
 
-    def targets(self, targets: str | tuple[str, ...]) -> list[str]:
-        """Paths of the base that `targets` names."""
-        return match_targets(self.base.named_modules(), targets, skip=self._head_path())
+    def targets(self, targets: str | tuple[str, ...], layers: str = "all") -> list[str]:
+        """Paths of the base that `targets` names, in these layers (`all`, `last:N`)."""
+        found = match_targets(self.base.named_modules(), targets, skip=self._head_path())
+        chosen = of_layers(found, layers, int(self.base.config.get_text_config().num_hidden_layers))
+        if not chosen:
+            raise AdapterError(f"adapter targets '{targets}' match nothing in layers {layers}", where="adapter.layers")
+        return chosen
 
     def freeze(self, name: str) -> None:
         """No tensor of the adapter gets a gradient any more."""

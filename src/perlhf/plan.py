@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from perlhf import data
-from perlhf.config import DEFAULT_BASE, AdapterConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.config import DEFAULT_BASE, AdapterConfig, PolicyConfig, RewardConfig, SftConfig, layer_number, of_layers
 from perlhf.data.split import SPLITS
 from perlhf.environment import cpu_computes_in_bf16
 from perlhf.errors import AdapterError, ModelError, RunError, nearest
@@ -174,7 +174,9 @@ def lora_parameters(adapter: AdapterConfig, shapes: Shapes) -> int:
                     hint=nearest(target, last),
                 )
             chosen += found
-    return adapter.rank * sum(sum(linear[name]) for name in dict.fromkeys(chosen))
+    total = 1 + max((layer_number(name) or 0 for name in linear), default=0)
+    kept = of_layers(list(dict.fromkeys(chosen)), adapter.layers, total)
+    return adapter.rank * sum(sum(linear[name]) for name in kept)
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

@@ -169,6 +169,7 @@ def new_adapter(
         rank=shape.rank,
         alpha=shape.alpha,
         targets=shape.targets,
+        layers=shape.layers,
         dropout=dropout,
         seed=order.keyed_seed(config.seed, "adapter", name) % 2**31,
         beneath=beneath if beneath is not None else start,
@@ -181,7 +182,7 @@ def same_shape(adapter: Adapter, shape: AdapterConfig, tuning: str, model: Model
         return tuning == "full" and bool(adapter.weights)
     if (adapter.rank, adapter.alpha) != (shape.rank, shape.alpha):
         return False
-    return set(adapter.pairs) == set(model.targets(shape.targets))
+    return set(adapter.pairs) == set(model.targets(shape.targets, shape.layers))
 
 
 def optimiser_step(optimizer: torch.optim.AdamW, adapter: Adapter, learning_rate: float, max_grad_norm: float) -> float:

@@ -58,6 +58,33 @@ class TestOff:
         assert torch.equal(logprobs(model, "policy"), before)
         assert torch.equal(states(model, "policy"), before_states)
 
+    def test_last_layers_alone_have_a_backward(self, model: Model) -> None:
+        """The gradients there are those of an adapter on all layers, and nothing below the first of them is kept."""
+        everywhere = model.add_adapter("everywhere", "sft", rank=4, seed=1)
+        last = model.add_adapter("last", "sft", rank=4, seed=1, layers="last:1")
+        assert set(last.pairs) == {path for path in everywhere.pairs if path.startswith("model.layers.1.")}
+        for path, pair in last.pairs.items():
+            pair.a.data, pair.b.data = everywhere.pairs[path].a.data, everywhere.pairs[path].b.data
+        saved: dict[str, int] = {}
+        for adapter in (everywhere, last):
+            sizes: list[int] = []
+
+            def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+                sizes.append(tensor.numel())
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                model.logprobs(PROMPTS, COMPLETIONS, adapter.name).logprobs.sum().backward()
+            saved[adapter.name] = sum(sizes)
+        for path, pair in last.pairs.items():
+            assert pair.b.grad is not None
+            torch.testing.assert_close(pair.b.grad, everywhere.pairs[path].b.grad)
+        assert saved["last"] < 0.6 * saved["everywhere"]
+
+    def test_layers_that_hold_no_target_are_refused(self, model: Model) -> None:
+        with pytest.raises(AdapterError, match="match nothing in layers last:1"):
+            model.targets(("layers.0.mlp.up_proj",), "last:1")
+
     def test_the_head_of_the_base_is_no_target(self, model: Model) -> None:
         adapter = model.add_adapter("policy", "policy", rank=2, targets="all")
         assert len(adapter.pairs) == 2 * 7 and "lm_head" not in adapter.pairs

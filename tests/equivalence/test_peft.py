@@ -45,6 +45,16 @@ def test_peft_gives_the_same_with_our_adapter(
     check_same(model, "sft", theirs)
 
 
+def test_peft_gives_the_same_with_an_adapter_on_the_last_layer(
+    model: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path
+) -> None:
+    model.add_adapter("sft", "sft", rank=4, alpha=10.0, layers="last:1")
+    randomise(model, "sft")
+    store.save_adapter(model, "sft", tmp_path / "adapter", encoder)
+    theirs = PeftModel.from_pretrained(network(tiny_base), str(tmp_path / "adapter")).eval()
+    check_same(model, "sft", theirs)
+
+
 def test_peft_gives_the_same_with_stacked_adapters(
     model: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ def test_counts_of_the_packaged_base_need_no_download():
     everything = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
     assert lora_parameters(AdapterConfig(rank=3, targets="all"), shapes) == 3 * 30 * everything
     assert lora_parameters(AdapterConfig(rank=2, targets=("up_proj", "layers.0.mlp.up_proj")), shapes) == 2 * 30 * 2112
+    assert lora_parameters(AdapterConfig(rank=3, targets="all", layers="last:7"), shapes) == 3 * 7 * everything
 
 
 def test_counts_agree_with_the_network(tiny_base: Path):
