@@ -1,13 +1,11 @@
-"""Attention over a prefix tree: each node's tokens attend to their own path only, by small causal products.
+"""Attention over a prefix tree: each node's tokens attend to their own path only, in two parts that need no mask.
 
 transformers' networks call it through `AttentionInterface`; without a tree it is their scaled-dot-product attention.
-Nodes are cut into blocks of queries that look no further than their own end: about half the products of a long node,
-and matrices that stay in the cache. The backward recomputes the probabilities, so that only queries, keys and values
-are kept.
+A node's queries see all of what comes before the node, and of the node itself what isn't later: two of torch's own
+kernels, joined by the logarithms of their sums of exponentials. Given the joint sums, each kernel's backward is exact.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,12 +14,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from perlhf.cache import KeyValueCache, attend_part
+from perlhf import cache
+from perlhf.cache import KeyValueCache, attend_part, join_parts
 from perlhf.packing import Node, Span
 
 NAME = "perlhf_tree"
-BLOCK = 128
-"""Queries computed together: measured on a CPU by `benchmarks/attention.py`; untested on a GPU, where more may win."""
 
 
 def register() -> str:
@@ -41,69 +38,82 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, nodes: Sequence[No
     Returns:
         [heads, tokens, width].
     """
-    return _TreeAttention.apply(query, key, value, _cut(tuple(nodes), BLOCK), scaling)  # pyright: ignore[reportReturnType]
+    return _TreeAttention.apply(query, key, value, tuple(nodes), scaling)  # pyright: ignore[reportReturnType]
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Node, ...], scaling: float) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scaling: float) -> Tensor:
         heads, tokens, width = query.shape
         # In memory [tokens, heads, width]: what the output projection reads and keeps is this tensor, not a copy.
         out = query.new_empty(tokens, heads, width).transpose(0, 1)
         log_sums = query.new_empty(heads, tokens, dtype=torch.float32)
-        longest, hidden = _hidden(blocks, query.dtype, query.device)
-        for block in blocks:
-            keys, values = _path(key, block), _path(value, block)
-            mask = hidden[: block.length, longest + block.length - _seen(block) : longest + block.length]
-            queries = _own(query, block).unflatten(0, (len(key), -1))
-            keys, values = (part[:, None].expand(-1, queries.shape[1], -1, -1) for part in (keys, values))
-            mixed, log_sum = attend_part(queries, keys, values, mask, scaling)
-            _own(out, block).copy_(mixed.flatten(0, 1))
-            _own(log_sums, block).copy_(log_sum.flatten(0, 1))
+        for node in nodes:
+            queries = _own(query, node).unflatten(0, (len(key), -1))
+            shared = queries.shape[1]
+            own = attend_part(
+                queries, _shared(_own(key, node), shared), _shared(_own(value, node), shared), scaling, causal=True
+            )
+            if node.prefix:
+                keys, values = _shared(_before(key, node), shared), _shared(_before(value, node), shared)
+                own = join_parts(attend_part(queries, keys, values, scaling), own)
+            _own(out, node).copy_(own[0].flatten(0, 1))
+            _own(log_sums, node).copy_(own[1].flatten(0, 1))
         ctx.save_for_backward(query, key, value, out, log_sums)
-        ctx.blocks, ctx.scaling = blocks, scaling
+        ctx.nodes, ctx.scaling = nodes, scaling
         return out
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        """With p = exp(logits - log_sum), the gradient of the logits is p * (grad v^T - sum(grad * out))."""
         query, key, value, out, log_sums = ctx.saved_tensors
         grad_query = torch.empty_like(query)
         grad_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         grad_value = torch.zeros_like(grad_key)
-        along = torch.linalg.vecdot(grads[0].float(), out.float()).neg_()
-        log_sums = log_sums.neg()
-        longest, hidden = _hidden(ctx.blocks, torch.float32, key.device)
-        for block in ctx.blocks:
-            queries, keys, values = _folded(query, block, len(key)), _path(key, block), _path(value, block)
-            grad, n = _folded(grads[0], block, len(key)), block.length
-            mask = hidden[:n, longest + n - _seen(block) : longest + n]
-            # Rounded logits would move the probabilities, so this one product is float32.
-            p = (_own(log_sums, block)[..., None] + mask).view(len(key), -1, mask.shape[1])
-            p.baddbmm_(queries.float(), keys.float().transpose(1, 2), alpha=ctx.scaling).exp_()
-            _scatter(grad_value, block, p.to(grad.dtype).transpose(1, 2), grad)
-            inner = (grad @ values.transpose(1, 2)).float()
-            inner = inner.add_(_folded(along[..., None], block, len(key))).mul_(p).to(query.dtype)
-            own = _own(grad_query, block)
-            own.copy_((inner @ keys).view(own.shape))
-            _scatter(grad_key, block, inner.transpose(1, 2), queries)
-        return (
-            grad_query.mul_(ctx.scaling),
-            grad_key.mul_(ctx.scaling).to(key.dtype),
-            grad_value.to(value.dtype),
-            None,
-            None,
-        )
+        for node in ctx.nodes:
+            queries, grad, mixed, log_sum = (
+                _own(tensor, node).unflatten(0, (len(key), -1)) for tensor in (query, grads[0], out, log_sums)
+            )
+            parts = [(True, ((node.start, node.length),), _own(key, node), _own(value, node))]
+            if node.prefix:
+                parts.append((False, node.prefix, _before(key, node), _before(value, node)))
+            found = torch.zeros_like(queries)
+            for causal, spans, keys, values in parts:
+                shared = queries.shape[1]
+                of_queries, of_keys, of_values = _backward_of_part(
+                    grad, queries, _shared(keys, shared), _shared(values, shared), mixed, log_sum, ctx.scaling, causal
+                )
+                found += of_queries
+                _scatter(grad_key, spans, of_keys.sum(1, dtype=torch.float32))
+                _scatter(grad_value, spans, of_values.sum(1, dtype=torch.float32))
+            _own(grad_query, node).copy_(found.flatten(0, 1))
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
-@lru_cache(maxsize=4)
-def _hidden(blocks: tuple[Node, ...], dtype: torch.dtype, device: torch.device) -> tuple[int, Tensor]:
-    """[length, before + length], of which every block's mask is a part, and `before`: 0 before the block, then -inf for
-    later tokens.
+def _backward_of_part(
+    grad: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    scaling: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by query, keys and values of one part, [kv_heads, share, ...], given the joint `out` and `log_sum`.
+
+    With p = exp(scaling * q k^T - log_sum), the gradient of the logits is p * (grad v^T - sum(grad * out)).
     """
-    before, length = max(map(_seen, blocks)), max(block.length for block in blocks)
-    own = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu_(1)
-    return before, torch.cat([own.new_zeros(length, before), own], 1)
+    if query.device.type in cache.KERNELS:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, keys, values, out, log_sum, 0.0, causal, scale=scaling
+        )
+    # Rounded logits would move the probabilities, so this one product is float32.
+    p = torch.exp((query.float() @ keys.float().transpose(2, 3)) * scaling - log_sum[..., None])
+    if causal:
+        p = p.tril()
+    along = torch.linalg.vecdot(grad.float(), out.float())[..., None]
+    inner = (p * ((grad @ values.transpose(2, 3)).float() - along) * scaling).to(query.dtype)
+    return inner @ keys, inner.transpose(2, 3) @ query, p.to(grad.dtype).transpose(2, 3) @ grad
 
 
 def _attention(
@@ -135,54 +145,35 @@ def _attention(
     return tree_attention(query[0], key[0], value[0], tree, scale).transpose(0, 1)[None], None
 
 
-@lru_cache(maxsize=4)
-def _cut(nodes: tuple[Node, ...], size: int) -> tuple[Node, ...]:
-    """The nodes as consecutive nodes of at most `size` tokens, each after all that comes before it."""
-    return tuple(
-        Node(node.start + at, min(size, node.length - at), _extended(node.prefix, (node.start, at)))
-        for node in nodes
-        for at in range(0, node.length, size)
-    )
+def _own(tensor: Tensor, node: Node) -> Tensor:
+    return tensor[:, node.start : node.start + node.length]
 
 
-def _seen(block: Node) -> int:
-    """Tokens that the block's last one looks at."""
-    return sum(length for _, length in block.prefix) + block.length
-
-
-def _extended(spans: tuple[Span, ...], span: Span) -> tuple[Span, ...]:
-    """`spans` and then `span`, in as few spans as possible: one span is read without a copy."""
-    if span[1] == 0:
-        return spans
-    if spans and sum(spans[-1]) == span[0]:
-        return (*spans[:-1], (spans[-1][0], spans[-1][1] + span[1]))
-    return (*spans, span)
-
-
-def _own(tensor: Tensor, block: Node) -> Tensor:
-    return tensor[:, block.start : block.start + block.length]
-
-
-def _folded(tensor: Tensor, block: Node, kv_heads: int) -> Tensor:
-    """[heads, n, width] as [kv_heads, share * n, width]: heads that share keys become rows."""
-    own = _own(tensor, block)
-    return own.reshape(kv_heads, -1, own.shape[-1])
-
-
-def _path(tensor: Tensor, block: Node) -> Tensor:
-    spans = _extended(block.prefix, (block.start, block.length))
-    parts = [tensor[:, start : start + length] for start, length in spans]
+def _before(tensor: Tensor, node: Node) -> Tensor:
+    """What the node's path has before it; a path in one span is read without a copy."""
+    parts = [tensor[:, start : start + length] for start, length in _merged(node.prefix)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _scatter(total: Tensor, block: Node, left: Tensor, right: Tensor) -> None:
-    """Adds `left` @ `right` [kv_heads, past + n, width] to the path's places."""
-    spans = _extended(block.prefix, (block.start, block.length))
-    if len(spans) == 1 and left.dtype == torch.float32:
-        ((start, length),) = spans
-        total[:, start : start + length].baddbmm_(left, right)
-        return
-    part, at = left @ right, 0
+def _merged(spans: tuple[Span, ...]) -> list[Span]:
+    """The same places in as few spans as possible."""
+    merged: list[Span] = []
+    for start, length in spans:
+        if merged and sum(merged[-1]) == start:
+            merged[-1] = (merged[-1][0], merged[-1][1] + length)
+        else:
+            merged.append((start, length))
+    return merged
+
+
+def _shared(tensor: Tensor, share: int) -> Tensor:
+    """[kv_heads, n, width] for each of the `share` heads that use it, without a copy."""
+    return tensor[:, None].expand(-1, share, -1, -1)
+
+
+def _scatter(total: Tensor, spans: Sequence[Span], part: Tensor) -> None:
+    """Adds [kv_heads, n, width] to these places."""
+    at = 0
     for start, length in spans:
         total[:, start : start + length] += part[:, at : at + length]
         at += length

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from perlhf.packing import length_mask
 
+KERNELS = ("cpu",)
+"""Devices with torch's attention kernel that tells its log-sums; on others it is written out (untested on a GPU)."""
 GROW = 64
 """Tokens by which the rows' own buffers grow."""
 
@@ -79,11 +81,9 @@ class KeyValueCache:
         kv_heads = keys.shape[1]
         share = heads // kv_heads
         q = query.float().view(count, kv_heads, share, width)
-        past, past_sum = attend_part(self._by_prompt(q), keys.float(), values.float(), self._hidden, scaling)
-        own, own_sum = attend_part(q, own_keys, own_values, None, scaling)
-        past, past_sum = self._by_row(past, share), self._by_row(past_sum[..., None], share)
-        # Each part's own softmax, weighted by the part's share of all exponentials.
-        mixed = torch.lerp(past, own, torch.sigmoid(own_sum[..., None] - past_sum))
+        past, past_sum = attend_part(self._by_prompt(q), keys.float(), values.float(), scaling, mask=self._hidden)
+        past, past_sum = self._by_row(past, share), self._by_row(past_sum[..., None], share).squeeze(-1)
+        mixed, _ = join_parts((past, past_sum), attend_part(q, own_keys, own_values, scaling))
         return mixed.reshape(count, heads, 1, -1).to(query.dtype)
 
     def advance(self) -> None:
@@ -137,25 +137,34 @@ class KeyValueCache:
 
 
 def attend_part(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, *, mask: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """softmax(scaling * q k^T + mask) v over part of what the queries see, and what joins it with other parts.
 
     Args:
         query: [batch, heads, n, width]; keys, values: [batch, heads, m, width] of the same dtype.
         mask: to be added, broadcast to [batch, heads, n, m].
+        causal: query i sees keys 0 to i alone.
 
     Returns:
         [batch, heads, n, width], and the logarithm of each row's sum of exponentials, float32 [batch, heads, n].
     """
-    if query.device.type == "cpu":
+    if query.device.type in KERNELS:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, attn_mask=mask, scale=scaling
+            query, keys, values, 0.0, causal, attn_mask=mask, scale=scaling
         )
     logits = (query.float() @ keys.float().transpose(2, 3)) * scaling
+    if causal:
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
     logits = logits if mask is None else logits + mask
     log_sum = logits.logsumexp(-1)
     return torch.exp(logits - log_sum[..., None]).to(values.dtype) @ values, log_sum
+
+
+def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of both parts: each weighted by its share of all exponentials. As `attend_part`."""
+    weight = torch.sigmoid(second[1] - first[1])[..., None].to(first[0].dtype)
+    return torch.lerp(first[0], second[0], weight), torch.logaddexp(first[1], second[1])
 
 
 def _grown(buffer: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perlhf import attention
-from perlhf.packing import Layout, lay_out
+from perlhf import attention, cache
+from perlhf.packing import Layout, Node, lay_out
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_size=1, max_size=5)
 SCALING = 0.3
@@ -36,9 +36,9 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 128])
+@pytest.mark.parametrize("kernels", [("cpu",), ()], ids=["kernel", "written out"])
 @given(sequences=SEQUENCES)
-def test_equals_the_slow_twin(block: int, sequences: list[list[int]]) -> None:
+def test_equals_the_slow_twin(kernels: tuple[str, ...], sequences: list[list[int]]) -> None:
     layout = lay_out(sequences, "tree")
     assert layout.nodes is not None
     tensors = query, key, value = inputs(layout.tokens)
@@ -46,7 +46,7 @@ def test_equals_the_slow_twin(block: int, sequences: list[list[int]]) -> None:
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     wanted = torch.autograd.grad((expected * weight).sum(), tensors)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "BLOCK", block)
+        patch.setattr(cache, "KERNELS", kernels)
         found = attention.tree_attention(query, key, value, layout.nodes, SCALING)
         grads = torch.autograd.grad((found * weight).sum(), tensors)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -63,19 +63,34 @@ def test_by_hand() -> None:
     assert found.flatten().tolist() == pytest.approx([4.0, 7.0])
 
 
-def test_a_node_longer_than_a_block_is_read_without_a_copy() -> None:
-    layout = lay_out([list(range(300))], "tree")
-    assert layout.nodes is not None
+def test_a_path_in_one_piece_is_read_without_a_copy() -> None:
     key = torch.zeros(2, 300, 8)
-    blocks = attention._cut(layout.nodes, 128)
-    assert [(block.start, block.length, block.prefix) for block in blocks] == [
-        (0, 128, ()),
-        (128, 128, ((0, 128),)),
-        (256, 44, ((0, 256),)),
-    ]
-    for block in blocks:
-        path = attention._path(key, block)
-        assert path.data_ptr() == key.data_ptr() and path.shape[1] == block.start + block.length
+    before = attention._before(key, Node(200, 20, ((10, 5), (15, 7))))
+    assert before.data_ptr() == key[:, 10].data_ptr() and before.shape[1] == 12
+    assert attention._before(key, Node(200, 20, ((10, 5), (30, 7)))).shape[1] == 12
+
+
+@pytest.mark.parametrize("lengths", [(700, 300), (40, 900), (1, 1)])
+def test_long_nodes_and_bfloat16(lengths: tuple[int, int]) -> None:
+    """Sizes at which the kernel works in several blocks; in bfloat16 as near as its rounding."""
+    first, second = ([*range(n)] for n in lengths)
+    layout = lay_out([[1000, *first], [1000, *first[: len(first) // 2], *(2000 + i for i in second)]], "tree")
+    assert layout.nodes is not None
+    tensors = inputs(layout.tokens)
+    results: dict[str, list[Tensor]] = {}
+    for name, kernels, dtype in (
+        ("written out", (), torch.float32),
+        ("kernel", ("cpu",), torch.float32),
+        ("bfloat16", ("cpu",), torch.bfloat16),
+    ):
+        query, key, value = (tensor.detach().to(dtype).requires_grad_() for tensor in tensors)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache, "KERNELS", kernels)
+            found = attention.tree_attention(query, key, value, layout.nodes, SCALING)
+            results[name] = [found, *torch.autograd.grad(found.float().square().sum(), (query, key, value))]
+    for exact, same, coarse in zip(*(results[n] for n in ("written out", "kernel", "bfloat16")), strict=True):
+        torch.testing.assert_close(same, exact, atol=2e-5, rtol=1e-4)
+        assert ((coarse.float() - exact).norm() / exact.norm().clamp_min(1e-6)).item() < 0.03 or exact.norm() < 1e-4
 
 
 def test_later_tokens_and_other_branches_change_nothing() -> None:

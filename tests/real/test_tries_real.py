@@ -1,0 +1,30 @@
+"""How many tokens rated turns of the real files share: a trie holds each distinct prefix once."""
+
+from pathlib import Path
+
+import pytest
+
+from perlhf import base
+from perlhf.config import RewardConfig
+from perlhf.data import load
+from perlhf.encode import Encoder
+from perlhf.packing import lay_out
+from perlhf.recipe import load_recipe
+from perlhf.train_reward import encode_items
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+# The end token that a rated turn needs comes after what a longer conversation goes on from: the template puts none there.
+@pytest.mark.parametrize(("name", "most"), [("coffee", 0.40), ("ticketing", 0.12)])
+def test_a_trie_of_all_ratings(feedback_root: Path, name: str, most: float) -> None:
+    config = load_recipe(RECIPES / name / "reward.yaml", RewardConfig)
+    folder = feedback_root / f"taskmaster-{name}" / "reward"
+    everything = config.data.model_copy(update={"paths": (str(folder),)})
+    encoder = Encoder(base.load_tokenizer(base.resolve(config.base)), config.encoding)
+    items, counts = encode_items(encoder, load(everything, ("rating",), "all"))
+    assert len(items) > 2600 and counts["dropped_long"] == 0
+    sequences = [ids for item in items for ids in item.sequences]
+    share = lay_out(sequences, "tree").tokens / sum(map(len, sequences))
+    print(f"{name}: {share:.3f}")
+    assert share <= most
