@@ -1,8 +1,9 @@
 """Times attention over a prefix tree, forward and backward, for nodes and paths of several lengths.
 
-Each row is one node of SmolLM2-135M's shape (9 heads, 3 for keys, width 64) in the given dtype. Beside it: the whole
-node as one block (what blocks replace) and torch's own attention with a mask and its backward. Medians of the repeats;
-the ways alternate. Prints one JSON line, then a table. Run: python benchmarks/attention.py --threads 1
+Each row is one node of SmolLM2-135M's shape (9 heads, 3 for keys, width 64) in the given dtype. Beside the two parts
+without a mask: the same written out (what runs where torch has no such kernel) and torch's own attention with a mask.
+Medians of the repeats; the ways alternate. Prints one JSON line, then a table.
+Run: python benchmarks/attention.py --threads 1
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perlhf import attention
+from perlhf import attention, cache
 from perlhf.packing import Node
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64
@@ -50,9 +51,9 @@ def measure(length: int, past: int, dtype: torch.dtype, repeats: int) -> dict[st
     mask = torch.cat([torch.zeros(length, past), upper], 1).to(dtype)
     grad = torch.randn(HEADS, length, WIDTH).to(dtype)
 
-    def tree(block: int) -> Callable[[], Tensor]:
+    def tree(kernels: tuple[str, ...]) -> Callable[[], Tensor]:
         def compute() -> Tensor:
-            attention.BLOCK = block
+            cache.KERNELS = kernels
             return attention.tree_attention(tensors[0], tensors[1], tensors[2], [node], WIDTH**-0.5)[:, past:]
 
         return compute
@@ -61,9 +62,9 @@ def measure(length: int, past: int, dtype: torch.dtype, repeats: int) -> dict[st
         query, key, value = (tensor[None] for tensor in tensors)
         return F.scaled_dot_product_attention(query[:, :, past:], key, value, mask, enable_gqa=True)[0]
 
-    ways = {"blocks": tree(attention.BLOCK), "one block": tree(length), "torch": stock}
+    ways = {"parts": tree(cache.KERNELS), "written out": tree(()), "torch": stock}
     found: dict[str, list[float]] = {f"{name} {part}": [] for name in ways for part in ("forward", "backward")}
-    default = attention.BLOCK
+    default = cache.KERNELS
     for _ in range(repeats):
         for name, way in ways.items():
             began = time.perf_counter()
@@ -72,7 +73,7 @@ def measure(length: int, past: int, dtype: torch.dtype, repeats: int) -> dict[st
             out.backward(grad)
             found[f"{name} forward"].append(1e3 * (middle - began))
             found[f"{name} backward"].append(1e3 * (time.perf_counter() - middle))
-    attention.BLOCK = default
+    cache.KERNELS = default
     return {"length": length, "past": past, **{name: statistics.median(times) for name, times in found.items()}}
 
 

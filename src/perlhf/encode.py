@@ -79,8 +79,8 @@ class Encoder:
     def examples(self, prompt: Text, completions: Sequence[Text], where: str = "") -> list[Example]:
         """Each completion with the prompt, whose start is cut alike for all so that the longest fits in `max_tokens`.
 
-        A cut takes whole eighths of `max_tokens`, so that the next turns of a conversation are cut at the same place and
-        share their beginning.
+        A cut takes whole eighths of `max_tokens`, so that the next turns of a conversation are cut at the same place
+        and share their beginning.
 
         Raises:
             TooLong: a completion leaves no room for a token of prompt.

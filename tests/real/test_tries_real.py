@@ -15,7 +15,7 @@ from perlhf.train_reward import encode_items
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-# The end token that a rated turn needs comes after what a longer conversation goes on from: the template puts none there.
+# A rated turn's tokens are those of the longer conversation up to its end token; a prompt that is cut shares less.
 @pytest.mark.parametrize(("name", "most"), [("coffee", 0.40), ("ticketing", 0.12)])
 def test_a_trie_of_all_ratings(feedback_root: Path, name: str, most: float) -> None:
     config = load_recipe(RECIPES / name / "reward.yaml", RewardConfig)

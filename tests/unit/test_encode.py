@@ -154,9 +154,19 @@ class TestLength:
 
     def test_the_start_of_the_prompt_is_cut_and_counted(self, tokenizer: PreTrainedTokenizerBase) -> None:
         example = self.encode(tokenizer, self.PROMPT + self.COMPLETION - 3)
-        assert example.cut == 3
-        assert list(example.ids) == [*(USER + letters("hi") + CLOSE + ASSISTANT)[3:], *letters("yes"), END]
+        # 3 tokens too many; an eighth of 21 is 2, so 4 are cut.
+        assert example.cut == 4
+        assert list(example.ids) == [*(USER + letters("hi") + CLOSE + ASSISTANT)[4:], *letters("yes"), END]
         assert self.encode(tokenizer, self.COMPLETION + 1).prompt == (NEWLINE,)
+
+    def test_later_turns_are_cut_at_the_same_place(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """So that they share a prefix: a cut to the token would give each turn another first token."""
+        encoder = Encoder(tokenizer, EncodingConfig(max_tokens=320))
+        examples = [encoder.example(chat(*["a"] * turns), "yes") for turns in (29, 31, 33, 35)]
+        too_many = [len(encoder.prompt(chat(*["a"] * turns))) + self.COMPLETION - 320 for turns in (29, 31, 33, 35)]
+        assert [example.cut for example in examples] == [-(-extra // 40) * 40 for extra in too_many]
+        assert len({example.cut for example in examples}) < 4 == len(set(too_many)) and min(too_many) > 0
+        assert max(len(example.ids) for example in examples) <= 320
 
     def test_a_completion_that_leaves_no_room_is_too_long(self, tokenizer: PreTrainedTokenizerBase) -> None:
         with pytest.raises(TooLong) as caught:
