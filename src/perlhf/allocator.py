@@ -58,3 +58,10 @@ def in_use() -> str:
     except OSError:
         return "system"
     return next((name for name in ("tcmalloc", "jemalloc", "mimalloc") if f"lib{name}" in mapped), "system")
+
+
+def expected(environment: Mapping[str, str] = os.environ) -> str:
+    """The allocator that a computing command started here would run under."""
+    library = find(environment)
+    used = in_use()
+    return used if used != "system" or library is None else library.name

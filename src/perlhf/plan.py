@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perlhf import data
+from perlhf import allocator, data
 from perlhf.config import DEFAULT_BASE, AdapterConfig, PolicyConfig, RewardConfig, SftConfig, layer_number, of_layers
 from perlhf.data.split import SPLITS
 from perlhf.environment import cpu_computes_in_bf16
@@ -28,8 +28,10 @@ OVERHEAD_BYTES = 450 * 2**20
 """The interpreter with torch and transformers loaded, measured on Linux."""
 OPTIMISER_BYTES = 16
 """Of one trainable parameter: float32 weight, gradient and AdamW's two moments."""
-VOCAB_CHUNK_TOKENS = 512
-"""Tokens whose logits exist at one time, as in `model.py`."""
+HEAD_CHUNK_TOKENS = 256
+"""Tokens whose logits exist at one time, as in `head.py`."""
+HOLES = 2.0
+"""What activations take under glibc's allocator, whose memory grows holes, in units of their size (`allocator.py`)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Plan:
     base_parameters: int
     trainable: dict[str, int]
     dtype: str
+    allocator: str
     memory_bytes: dict[str, int]
 
     @property
@@ -87,7 +90,8 @@ def plan(config: Stage) -> Plan:
         "activations": _activation_bytes(config, base, dtype),
     }
     updates = count_updates(config, kinds)
-    return Plan(stage, records, updates, config.learning_rate, base.parameters, trainable, dtype, memory)
+    used = allocator.expected()
+    return Plan(stage, records, updates, config.learning_rate, base.parameters, trainable, dtype, used, memory)
 
 
 def _check_earlier_runs(config: Stage) -> None:
@@ -205,19 +209,25 @@ def _size(dtype: str) -> int:
 
 
 def _activation_bytes(config: Stage, base: Base, dtype: str) -> int:
-    """Kept for the backward pass of one micro-batch, plus one chunk of float32 logits and its gradient.
+    """Kept for the backward pass of one micro-batch, plus one chunk of float32 logits and their exponentials.
 
-    Per token and layer: 8 vectors of the hidden size, q, k, v, and 3 vectors of the feed-forward size. About two thirds
-    of that is kept (inputs of norms, adapters and products); the rest stands for holes that the allocator leaves.
+    Per token and layer of an adapter on attention: three vectors of the hidden size (inputs of two norms and of the
+    adapters), q, k, v and their mixture, and two of the feed-forward size (gate and up). Adapters on all linear layers
+    and full tuning keep the inputs of the feed-forward layers as well. Layers below `adapter.layers` keep nothing.
     """
     layers, hidden = int(base.config["num_hidden_layers"]), int(base.config["hidden_size"])
     heads = int(base.config.get("num_attention_heads") or 1)
     kv_heads = int(base.config.get("num_key_value_heads") or heads)
     head_size = int(base.config.get("head_dim") or hidden // heads)
     feed_forward = int(base.config.get("intermediate_size") or 4 * hidden)
-    per_token = layers * (8 * hidden + (heads + 2 * kv_heads) * head_size + 3 * feed_forward)
-    logits = 2 * VOCAB_CHUNK_TOKENS * int(base.config["vocab_size"]) * 4
-    return config.microbatch_tokens * per_token * _size(dtype) + logits
+    per_token = 3 * hidden + 2 * (heads + kv_heads) * head_size + 2 * feed_forward
+    if config.tuning == "full" or config.adapter.targets != "attention":
+        per_token += hidden + feed_forward
+    if config.tuning == "lora" and config.adapter.layers != "all":
+        layers = min(layers, int(config.adapter.layers.removeprefix("last:")))
+    holes = HOLES if allocator.expected() == "system" else 1.0
+    logits = 0 if isinstance(config, RewardConfig) else 2 * HEAD_CHUNK_TOKENS * int(base.config["vocab_size"]) * 4
+    return int(config.microbatch_tokens * layers * per_token * _size(dtype) * holes) + logits
 
 
 # ---- shapes of a base ---------------------------------------------------------------------------------------------

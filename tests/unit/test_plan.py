@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from perlhf import allocator
 from perlhf.config import AdapterConfig, DataConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.errors import AdapterError, DataError, ModelError, RunError
 from perlhf.plan import (
@@ -90,15 +91,25 @@ def test_limit_caps_each_split_and_an_empty_split_is_an_error(tmp_path: Path):
     assert count_records(untested, ("demonstration",))["test"] == 0
 
 
-def test_memory_parts(tiny_base: Path):
+def test_memory_parts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(allocator, "expected", lambda: "libtcmalloc.so")
     settings = RewardConfig(base=str(tiny_base), dtype="float32", data=DATA, tokens_per_microbatch=100)
     planned = plan(settings)
     parameters = planned.base_parameters
     assert planned.memory_bytes["base"] == 4 * parameters
     assert planned.memory_bytes["adapters and optimiser"] == 16 * planned.trainable["reward"]
-    # Per token: 2 layers of 8 x 64 + (4 + 2 x 2) heads of 16 + 3 x 128 float32 numbers; 512 x 272 logits, twice.
-    logits = 2 * 512 * 272 * 4
-    assert planned.memory_bytes["activations"] == 100 * 2 * (512 + 128 + 384) * 4 + logits
+    # Per token: 2 layers of 3 x 64 + 2 x (4 + 2) heads of 16 + 2 x 128 float32 numbers.
+    layer = 192 + 192 + 256
+    assert planned.memory_bytes["activations"] == 100 * 2 * layer * 4
+    top = settings.model_copy(update={"adapter": AdapterConfig(layers="last:1")})
+    assert plan(top).memory_bytes["activations"] == 100 * layer * 4
+    everywhere = settings.model_copy(update={"adapter": AdapterConfig(targets="all")})
+    assert plan(everywhere).memory_bytes["activations"] == 100 * 2 * (layer + 64 + 128) * 4
+    # 256 x 272 logits, twice.
+    sft = SftConfig(base=str(tiny_base), dtype="float32", data=DATA, tokens_per_microbatch=100)
+    assert plan(sft).memory_bytes["activations"] == 100 * 2 * layer * 4 + 2 * 256 * 272 * 4
+    monkeypatch.setattr(allocator, "expected", lambda: "system")
+    assert plan(settings).memory_bytes["activations"] == 2 * 100 * 2 * layer * 4
     full = plan(settings.model_copy(update={"tuning": "full"}))
     assert full.memory_bytes["adapters and optimiser"] == 16 * (parameters + 64)
     assert planned.total_bytes == sum(planned.memory_bytes.values())
