@@ -1,19 +1,23 @@
 """How speed grows: tokens a second against sequence length, batch size, rank, completions a prompt and reward adapters.
 
-Random tokens on the packaged base, one process, medians after a warm-up. Training is the forward and backward of a score
-under a LoRA adapter on attention; learning is that of completions' log-probabilities; scoring has no backward.
+Random tokens on the packaged base, one process, medians after a warm-up. Training is the forward and backward of a
+score under a LoRA adapter on attention; learning is that of completions' log-probabilities; scoring has no backward.
 Run: python benchmarks/growth.py --output benchmarks/growth.json --plot docs/images/growth.svg
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import harness
+from perlhf import allocator
+from perlhf.config import DEFAULT_BASE
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 BATCHES = (1, 2, 4, 8, 16)
@@ -31,6 +35,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file that gets the numbers")
     parser.add_argument("--plot", type=Path, help="SVG or PNG that gets the curves")
     arguments = parser.parse_args()
+    allocator.restart(sys.orig_argv[1:])
     curves = measure(arguments.repeats)
     found = {"machine": harness.machine(None), "tokens_per_second": curves}
     print(json.dumps(found))
@@ -43,83 +48,82 @@ def main() -> None:
 def measure(repeats: int) -> dict[str, dict[str, Curve]]:
     """Curves by panel and name."""
     from perlhf.model import Model
-    from perlhf.packing import Packing
-    from perlhf.sampler import sample, uniforms
 
-    model = Model.load("smollm2-135m-instruct-q4_1", device="cpu")
+    model = Model.load(DEFAULT_BASE, device="cpu")
     for rank in RANKS:
         model.add_adapter(f"rank{rank}", "reward", rank=rank)
     for number in range(max(ADAPTERS)):
         model.add_adapter(f"reward_{number}", "reward", rank=16)
         model.freeze(f"reward_{number}")
 
-    def train(count: int, length: int, packing: Packing = "tree", rank: int = 16) -> Callable[[], int]:
-        sequences = [tokens(length, seed) for seed in range(count)]
-        at_once = max(1, TOKENS // length)
+    def curve(work: Callable[..., int], values: Sequence[int], *arguments: Any) -> Curve:
+        return {x: rate(partial(work, model, x, *arguments), repeats) for x in values}
 
-        def work() -> int:
-            for start in range(0, count, at_once):
-                model.scores(sequences[start : start + at_once], f"rank{rank}", packing=packing).sum().backward()
-            clear(model)
-            return count * length
-
-        return work
-
-    def learn(samples: int, packing: Packing) -> Callable[[], int]:
-        prompts = [tokens(PROMPT, 0)] * samples
-        completions = [tokens(COMPLETION, seed + 1) for seed in range(samples)]
-
-        def work() -> int:
-            model.logprobs(prompts, completions, "rank16", packing=packing).logprobs.sum().backward()
-            clear(model)
-            return samples * COMPLETION
-
-        return work
-
-    def draw(samples: int) -> Callable[[], int]:
-        prompts = [tokens(PROMPT, seed) for seed in range(PROMPTS)]
-        draws = uniforms(0, 1, range(PROMPTS), samples, SAMPLED)
-        return lambda: (
-            sample(
-                model,
-                prompts,
-                adapter="rank16",
-                draws=draws,
-                end_id=-1,
-                temperature=1.0,
-                max_completion_tokens=SAMPLED,
-            ).tokens
-        )
-
-    def score(adapters: int) -> Callable[[], int]:
-        sequences = [tokens(LENGTH, seed) for seed in range(TOKENS // LENGTH)]
-
-        def work() -> int:
-            import torch
-
-            with torch.no_grad():
-                for number in range(adapters):
-                    model.scores(sequences, f"reward_{number}")
-            return adapters * TOKENS
-
-        return work
-
-    def curve(works: dict[int, Callable[[], int]]) -> Curve:
-        return {x: rate(work, repeats) for x, work in works.items()}
-
-    packings: tuple[Literal["tree", "none"], ...] = ("tree", "none")
     return {
-        "training: tokens in a sequence": {
-            f"packing {p}": curve({n: train(max(1, TOKENS // n), n, p) for n in LENGTHS}) for p in packings
-        },
-        f"training: sequences of {LENGTH} in an update": {"": curve({n: train(n, LENGTH) for n in BATCHES})},
-        "training: rank": {"": curve({n: train(TOKENS // LENGTH, LENGTH, rank=n) for n in RANKS})},
+        "training: tokens in a sequence": {f"packing {p}": curve(train_length, LENGTHS, p) for p in ("tree", "none")},
+        f"training: sequences of {LENGTH} in an update": {"": curve(train, BATCHES)},
+        "training: rank": {"": curve(train_rank, RANKS)},
         f"learning: completions of a prompt ({PROMPT} + {COMPLETION} tokens)": {
-            f"packing {p}": curve({n: learn(n, p) for n in COMPLETIONS}) for p in packings
+            f"packing {p}": curve(learn, COMPLETIONS, p) for p in ("tree", "none")
         },
-        f"sampling: completions of each of {PROMPTS} prompts": {"": curve({n: draw(n) for n in COMPLETIONS})},
-        "scoring: reward adapters on one base": {"": curve({n: score(n) for n in ADAPTERS})},
+        f"sampling: completions of each of {PROMPTS} prompts": {"": curve(draw, COMPLETIONS)},
+        "scoring: reward adapters on one base": {"": curve(score, ADAPTERS)},
     }
+
+
+def train(model: Any, count: int, length: int = LENGTH, packing: str = "tree", rank: int = 16) -> int:
+    """Forward and backward of `count` sequences, in micro-batches; their tokens."""
+    at_once = max(1, TOKENS // length)
+    sequences = [tokens(length, seed) for seed in range(count)]
+    for start in range(0, count, at_once):
+        model.scores(sequences[start : start + at_once], f"rank{rank}", packing=packing).sum().backward()
+    clear(model)
+    return count * length
+
+
+def train_length(model: Any, length: int, packing: str) -> int:
+    """As `train`, a micro-batch of sequences of this length."""
+    return train(model, max(1, TOKENS // length), length, packing)
+
+
+def train_rank(model: Any, rank: int) -> int:
+    """As `train`, under an adapter of this rank."""
+    return train(model, TOKENS // LENGTH, rank=rank)
+
+
+def learn(model: Any, samples: int, packing: str) -> int:
+    """Forward and backward of the completions of one prompt; their tokens."""
+    completions = [tokens(COMPLETION, seed + 1) for seed in range(samples)]
+    found = model.logprobs([tokens(PROMPT, 0)] * samples, completions, "rank16", packing=packing)
+    found.logprobs.sum().backward()
+    clear(model)
+    return samples * COMPLETION
+
+
+def draw(model: Any, samples: int) -> int:
+    """Sampled tokens."""
+    from perlhf.sampler import sample, uniforms
+
+    return sample(
+        model,
+        [tokens(PROMPT, seed) for seed in range(PROMPTS)],
+        adapter="rank16",
+        draws=uniforms(0, 1, range(PROMPTS), samples, SAMPLED),
+        end_id=-1,
+        temperature=1.0,
+        max_completion_tokens=SAMPLED,
+    ).tokens
+
+
+def score(model: Any, adapters: int) -> int:
+    """Tokens scored by all of these adapters, without a backward."""
+    import torch
+
+    sequences = [tokens(LENGTH, seed) for seed in range(TOKENS // LENGTH)]
+    with torch.no_grad():
+        for number in range(adapters):
+            model.scores(sequences, f"reward_{number}")
+    return adapters * TOKENS
 
 
 def rate(work: Callable[[], int], repeats: int) -> float:

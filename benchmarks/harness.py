@@ -130,13 +130,12 @@ def machine(threads: int | None) -> dict[str, Any]:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = names[0] if names else name
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    preloaded = allocator.find(os.environ)
     return {
         "processor": name,
         "cores": os.cpu_count(),
         "memory_bytes": memory,
         "threads": threads or os.cpu_count(),
-        "allocator": preloaded.name if preloaded else os.environ.get("LD_PRELOAD") or "system",
+        "allocator": allocator.expected(),
     }
 
 
@@ -175,7 +174,7 @@ def _work(benchmark: Benchmark, side: str, threads: int | None) -> dict[str, Any
 def _in_process(name: str, side: str, threads: int | None) -> dict[str, Any]:
     words = [sys.executable, sys.argv[0], name, "--side", side, *(["--threads", str(threads)] if threads else [])]
     preloaded = allocator.find(os.environ)
-    environment = os.environ | ({"LD_PRELOAD": str(preloaded)} if preloaded else {})
+    environment = os.environ | (allocator.variables(preloaded) if preloaded else {})
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(

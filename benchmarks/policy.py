@@ -142,7 +142,7 @@ def peak(shape: str) -> Work:
 def _problem() -> tuple[Any, Any, list[Any], Any]:
     """Policy configuration, encoder, the prompts of every step, and the dtype that `dtype: auto` takes."""
     from perlhf import base
-    from perlhf.config import OptimConfig, PolicyConfig, RewardConfig
+    from perlhf.config import OptimConfig, PolicyConfig, RewardConfig, ValueConfig
     from perlhf.data import load
     from perlhf.data.records import Comparison, Prompt
     from perlhf.encode import Encoder
@@ -162,6 +162,7 @@ def _problem() -> tuple[Any, Any, list[Any], Any]:
         max_completion_tokens=TOKENS,
         kl_coef=KL_COEF,
         baseline="leave_one_out",
+        value=ValueConfig(warmup_updates=0),
     )
     encoder = Encoder(base.load_tokenizer(base.resolve(config.base)), config.encoding)
     records = [r for r in load(config.data, ("comparison",), "train") if isinstance(r, Comparison)]
@@ -216,6 +217,7 @@ def _steps(stage: Any, count: int) -> list[dict[str, float]]:
         values = _step(stage, run, optimizers, Centre(0.0, 1.0, 1.0), step)
         parts = {key: value for key, value in values.items() if key.startswith("seconds_")}
         steps.append({"seconds": time.perf_counter() - began} | parts)
+        assert "grad_norm" in values, "the policy did not learn"
         wanted = stage.config.max_completion_tokens
         assert values["completion_tokens"] == wanted, (
             f"completions of {values['completion_tokens']} tokens, not {wanted}"

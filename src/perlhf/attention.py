@@ -19,6 +19,8 @@ from perlhf.cache import KeyValueCache, attend_part, join_parts
 from perlhf.packing import Node, Span
 
 NAME = "perlhf_tree"
+WRITTEN_OUT_TOKENS = 128
+"""Queries whose products exist at one time where torch has no kernel."""
 
 
 def register() -> str:
@@ -38,6 +40,8 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, nodes: Sequence[No
     Returns:
         [heads, tokens, width].
     """
+    if query.device.type not in cache.KERNELS:
+        nodes = _pieces(nodes, WRITTEN_OUT_TOKENS)
     return _TreeAttention.apply(query, key, value, tuple(nodes), scaling)  # pyright: ignore[reportReturnType]
 
 
@@ -143,6 +147,15 @@ def _attention(
         layer = module.layer_idx
         sampled.record(layer, key[0], value[0])
     return tree_attention(query[0], key[0], value[0], tree, scale).transpose(0, 1)[None], None
+
+
+def _pieces(nodes: Sequence[Node], size: int) -> list[Node]:
+    """The nodes as consecutive nodes of at most `size` tokens, each after all that comes before it."""
+    return [
+        Node(node.start + at, min(size, node.length - at), (*node.prefix, *([(node.start, at)] if at else [])))
+        for node in nodes
+        for at in range(0, node.length, size)
+    ]
 
 
 def _own(tensor: Tensor, node: Node) -> Tensor:

@@ -163,8 +163,9 @@ def attend_part(
 
 def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over the keys of both parts: each weighted by its share of all exponentials. As `attend_part`."""
-    weight = torch.sigmoid(second[1] - first[1])[..., None].to(first[0].dtype)
-    return torch.lerp(first[0], second[0], weight), torch.logaddexp(first[1], second[1])
+    weight = torch.sigmoid(second[1] - first[1])[..., None]
+    mixed = torch.lerp(first[0].float(), second[0].float(), weight).to(first[0].dtype)
+    return mixed, torch.logaddexp(first[1], second[1])
 
 
 def _grown(buffer: Tensor) -> Tensor:

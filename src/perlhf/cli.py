@@ -44,9 +44,9 @@ DATA_SUMMARY = "List, check, inspect, split, convert and pull data sets."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    if arguments is None and sys.argv[1:2] and sys.argv[1] in COMPUTING:
-        allocator.restart(sys.orig_argv[1:])
     try:
+        if arguments is None and _computes(sys.argv[1:]):
+            allocator.restart(sys.orig_argv[1:])
         return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except PerlhfError as error:
         show.error(str(error))
@@ -58,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whatever read our output has gone; keep the interpreter from failing on the same pipe when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _computes(arguments: Sequence[str]) -> bool:
+    """Whether the command runs the network."""
+    return arguments[:1] != [] and arguments[0] in COMPUTING and not {"-h", "--help", "--dry-run"} & set(arguments)
 
 
 def overview(prog: str, about: str, summaries: Mapping[str, str]) -> str:

@@ -21,7 +21,7 @@ from perlhf.data.records import Message, Text
 from perlhf.errors import ConfigError, DataError
 
 CUT_PARTS = 8
-"""A prompt that is too long loses whole eighths of `max_tokens`."""
+"""A long prompt loses whole parts of `max_tokens`."""
 _SLOT = "PERLHFSLOT{:06d}X"
 _SLOTS = re.compile(r"PERLHFSLOT(\d{6})X")
 
@@ -79,8 +79,8 @@ class Encoder:
     def examples(self, prompt: Text, completions: Sequence[Text], where: str = "") -> list[Example]:
         """Each completion with the prompt, whose start is cut alike for all so that the longest fits in `max_tokens`.
 
-        A cut takes whole eighths of `max_tokens`, so that the next turns of a conversation are cut at the same place
-        and share their beginning.
+        A cut takes whole eighths of `max_tokens` where that leaves half of the room, so that the next turns of a
+        conversation are cut at the same place and share their beginning.
 
         Raises:
             TooLong: a completion leaves no room for a token of prompt.
@@ -95,8 +95,11 @@ class Encoder:
                 allowed=f"{limit} = {self.max_tokens}, of which one must stay for the prompt",
                 hint="raise encoding.max_tokens, or set encoding.drop_long: true to drop and count such records",
             )
+        cut = max(0, len(ids) - room)
         step = max(1, self.max_tokens // CUT_PARTS)
-        cut = max(0, min(-(-max(0, len(ids) - room) // step) * step, len(ids) - 1))
+        rounded = -(-cut // step) * step
+        if len(ids) - rounded >= max(1, room // 2):
+            cut = rounded
         return [Example(tuple(ids[cut:]), tuple(answer), cut) for answer in answers]
 
     def example(self, prompt: Text, completion: Text, where: str = "") -> Example:

@@ -180,6 +180,8 @@ def lora_parameters(adapter: AdapterConfig, shapes: Shapes) -> int:
             chosen += found
     total = 1 + max((layer_number(name) or 0 for name in linear), default=0)
     kept = of_layers(list(dict.fromkeys(chosen)), adapter.layers, total)
+    if not kept:
+        raise AdapterError(f"adapter targets match nothing in layers {adapter.layers}", where="adapter.layers")
     return adapter.rank * sum(sum(linear[name]) for name in kept)
 
 

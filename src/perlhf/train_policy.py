@@ -197,9 +197,10 @@ def _step(
     else:
         scored = _unseen(stage, rollout, prompts, centre)
         finished_scoring = time.perf_counter()
-        rewards, policy_values = _policy_pass_at_once(stage, scored, batches, step)
+        rewards, learned = _policy_pass_at_once(stage, scored, batches)
         kl = _bounded_kl(scored, step)
-        learned = policy_values | _optimise(stage, optimizers, step, False)
+        training.check_bounded("policy_loss", learned["policy_loss"], step)
+        learned |= _optimise(stage, optimizers, step, False)
     run.write_rollout(step, _rows(stage, scored, prompts, rewards, kl, step))
     ended = time.perf_counter()
     gap = (_padded(rollout.sampler_logprobs, scored.mask) - scored.old_logprobs)[scored.mask].abs()
@@ -346,23 +347,30 @@ def _policy_pass(stage: Stage, scored: Scored, advantage: Tensor) -> tuple[float
         prompts = [scored.rollout.prompts[i] for i in batch]
         chosen = [scored.rollout.completions[i] for i in batch]
         now = stage.model.logprobs(prompts, chosen, POLICY, temperature=config.temperature, packing=config.packing)
-        width = now.mask.shape[1]
-        loss, metrics = policy_loss(
-            now.logprobs,
-            scored.old_logprobs[batch, :width],
-            advantage[batch, :width],
-            now.mask,
-            clip=config.clip,
-            divisor=len(scored.rollout.completions),
-        )
-        loss.backward()
-        total += loss.item()
-        clipped += metrics["clipped"]
+        loss, outside = _policy_backward(config, scored, batch, now, advantage)
+        total, clipped = total + loss, clipped + outside
     return total, clipped
 
 
+def _policy_backward(
+    config: PolicyConfig, scored: Scored, batch: Sequence[int], now: TokenLogprobs, advantage: Tensor
+) -> tuple[float, float]:
+    """Adds the gradients of these completions' part of the policy loss; that part and the number of clipped tokens."""
+    width = now.mask.shape[1]
+    loss, metrics = policy_loss(
+        now.logprobs,
+        scored.old_logprobs[batch, :width],
+        advantage[batch, :width],
+        now.mask,
+        clip=config.clip,
+        divisor=len(scored.rollout.completions),
+    )
+    loss.backward()
+    return loss.item(), metrics["clipped"]
+
+
 def _policy_pass_at_once(
-    stage: Stage, scored: Scored, batches: Sequence[Sequence[int]], step: int
+    stage: Stage, scored: Scored, batches: Sequence[Sequence[int]]
 ) -> tuple[Tensor, dict[str, float]]:
     """Fills `scored` and forms the policy's gradients in the same pass: no other one tells the old log-probabilities,
     which on-policy are those that are learned from. Returns the rewards of all tokens and the losses.
@@ -382,19 +390,9 @@ def _policy_pass_at_once(
         rewards[batch] = _rewards(scored, config, batch)
         returns = advantages.returns_to_go(rewards[batch])
         advantage[batch] = _advantages(config, scored.mask[batch], rewards[batch], returns, None)
-        width = now.mask.shape[1]
-        loss, metrics = policy_loss(
-            now.logprobs,
-            scored.old_logprobs[batch, :width],
-            advantage[batch, :width],
-            now.mask,
-            clip=config.clip,
-            divisor=len(scored.rollout.completions),
-        )
-        loss.backward()
-        values["policy_loss"] += loss.item()
-        values["clipped"] += metrics["clipped"]
-    training.check_bounded("policy_loss", values["policy_loss"], step)
+        loss, outside = _policy_backward(config, scored, batch, now, advantage)
+        values["policy_loss"] += loss
+        values["clipped"] += outside
     values["clipped"] /= max(1, int(scored.mask.sum()))
     values["advantage_std"] = advantage[scored.mask].std(correction=0).item()
     return rewards, values

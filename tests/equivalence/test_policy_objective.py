@@ -348,7 +348,7 @@ class TestAtOnce:
                 batches = stage_code._whole_prompts(rollout(), stage.config)
                 assert batches is not None and len(batches) == (1 if max_tokens > 25 else 2)
                 scored = stage_code._unseen(stage, rollout(), stage.prompts[:2], UNCENTRED)
-                rewards, values = stage_code._policy_pass_at_once(stage, scored, batches, 1)
+                rewards, values = stage_code._policy_pass_at_once(stage, scored, batches)
                 values |= stage_code._optimise(stage, trained, 1, warming_up=False)
             else:
                 scored = score(stage)
@@ -365,7 +365,7 @@ class TestAtOnce:
         batches = stage_code._whole_prompts(rollout(), stage.config)
         assert batches is not None
         scored = stage_code._unseen(stage, rollout(), stage.prompts[:2], UNCENTRED)
-        stage_code._policy_pass_at_once(stage, scored, batches, 1)
+        stage_code._policy_pass_at_once(stage, scored, batches)
         assert torch.equal(scored.old_logprobs, scored.ref_logprobs)
         assert scored.old_logprobs[scored.mask].abs().min() > 0
 

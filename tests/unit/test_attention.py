@@ -47,6 +47,7 @@ def test_equals_the_slow_twin(kernels: tuple[str, ...], sequences: list[list[int
     wanted = torch.autograd.grad((expected * weight).sum(), tensors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "KERNELS", kernels)
+        patch.setattr(attention, "WRITTEN_OUT_TOKENS", 2)
         found = attention.tree_attention(query, key, value, layout.nodes, SCALING)
         grads = torch.autograd.grad((found * weight).sum(), tensors)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -28,7 +28,7 @@ def environment_of(package_parent: Path) -> dict:
 def test_commit_is_that_of_the_package_and_only_if_it_is_tracked(tmp_path):
     source = Path(perlhf.__file__).parent
     (tmp_path / "perlhf").mkdir()
-    for name in ("__init__.py", "allocator.py", "environment.py"):
+    for name in ("__init__.py", "allocator.py", "environment.py", "errors.py"):
         shutil.copy(source / name, tmp_path / "perlhf" / name)
     outside = environment_of(tmp_path)
     assert (outside["commit"], outside["uncommitted_changes"]) == (None, None)
