@@ -9,6 +9,7 @@ extra `bench`. Run: python benchmarks/policy.py sampling_vs_generate
 import tempfile
 import time
 from functools import partial
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -165,10 +166,11 @@ def _problem() -> tuple[Any, Any, list[Any], Any]:
         value=ValueConfig(warmup_updates=0),
     )
     encoder = Encoder(base.load_tokenizer(base.resolve(config.base)), config.encoding)
-    records = [r for r in load(config.data, ("comparison",), "train") if isinstance(r, Comparison)]
-    prompts = [Prompt(r.prompt, r.group) for r in records if len(encoder.prompt(r.prompt)) <= PROMPT_TOKENS]
+    records = (r for r in load(config.data, ("comparison",), "train") if isinstance(r, Comparison))
+    short = (r for r in records if len(encoder.prompt(r.prompt)) <= PROMPT_TOKENS)
+    prompts = [Prompt(r.prompt, r.group) for r in islice(short, PROMPTS)]
     dtype, _ = base.pick_dtype(config.dtype, base.pick_device(config.device).type)
-    return config, encoder, prompts[:PROMPTS], dtype
+    return config, encoder, prompts, dtype
 
 
 def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) -> Any:

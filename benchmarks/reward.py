@@ -17,8 +17,6 @@ import harness
 from harness import Benchmark, Work
 
 PAIRS, PAIRS_PER_UPDATE = 16, 8
-RECORDS = 200
-"""Comparisons of which those that are worked on are chosen (ratings: all, since a limit would cut conversations)."""
 RATINGS = 36
 """At least this many, of whole conversations, make the update that is timed."""
 PADDED_BATCH = 4
@@ -180,26 +178,26 @@ def _config(recipe: str, **options: Any) -> Any:
         config.encoding.model_copy(update={"max_tokens": 512, "drop_long": True}) if recipe == "hh" else config.encoding
     )
     adapter = config.adapter.model_copy(update={"rank": RANK, "targets": "attention"})
-    data = config.data.model_copy(update={"limit": RECORDS}) if recipe == "hh" else config.data
-    return config.model_copy(
-        update={"encoding": encoding, "adapter": adapter, "data": data, "device": "cpu", **options}
-    )
+    return config.model_copy(update={"encoding": encoding, "adapter": adapter, "device": "cpu", **options})
 
 
 def _examples(config: Any) -> tuple[Any, Any, list[Any], list[list[int]]]:
     """The base, the encoder, and the first updates of an epoch: what every side works on."""
     from perlhf import order, training
-    from perlhf.data import load
+    from perlhf.data import Comparison, load
     from perlhf.train_reward import encode_items
 
     model, encoder = training.open_model(config)
-    items, _ = encode_items(encoder, load(config.data, ("comparison", "rating"), "train"))
-    groups = [item.group for item in items]
-    if items[0].label is None:
-        numbers = order.whole_groups(groups, PAIRS + PAIRS_PER_UPDATE, 0)[: PAIRS + PAIRS_PER_UPDATE]
-        updates = [numbers[at : at + PAIRS_PER_UPDATE] for at in range(0, len(numbers), PAIRS_PER_UPDATE)]
-    else:
-        updates = [order.whole_groups(groups, RATINGS, 0)]
+    records = load(config.data, ("comparison", "rating"), "train")
+    pairs = isinstance(records[0], Comparison)
+    # Twice as many comparisons as are needed, since long ones are dropped.
+    count = 2 * (PAIRS + PAIRS_PER_UPDATE) if pairs else RATINGS
+    chosen = order.whole_groups([record.group for record in records], count, 0)
+    items, _ = encode_items(encoder, [records[i] for i in chosen])
+    if not pairs:
+        return model, encoder, items, [list(range(len(items)))]
+    starts = range(0, PAIRS + PAIRS_PER_UPDATE, PAIRS_PER_UPDATE)
+    updates = [list(range(at, at + PAIRS_PER_UPDATE)) for at in starts]
     return model, encoder, items, updates
 
 
