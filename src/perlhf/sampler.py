@@ -150,8 +150,10 @@ def draw(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Ten
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
     top, likeliest = logits.max(-1, keepdim=True)
-    weights = torch.exp(logits - top)
-    blocks = F.pad(weights, (0, -weights.shape[-1] % VOCAB_BLOCK)).unflatten(-1, (-1, VOCAB_BLOCK))
+    weights = (logits - top).exp_()
+    if missing := -weights.shape[-1] % VOCAB_BLOCK:
+        weights = F.pad(weights, (0, missing))
+    blocks = weights.unflatten(-1, (-1, VOCAB_BLOCK))
     cumulative = blocks.sum(-1).double().cumsum(-1)
     total = cumulative[:, -1:]
     if temperature == 0:
