@@ -17,7 +17,7 @@ import harness
 from harness import Benchmark, Work
 
 PAIRS, PAIRS_PER_UPDATE = 16, 8
-RATINGS = 36
+RATINGS = 48
 """At least this many, of whole conversations, make the update that is timed."""
 PADDED_BATCH = 4
 RANK, LEARNING_RATE = 16, 1e-4

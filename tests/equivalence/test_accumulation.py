@@ -45,7 +45,7 @@ def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
     assert len(found) == len(expected) > 0
     assert max(gradient.abs().max() for gradient in expected) > 1e-3
     for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() <= 1e-5 * other.norm()
+        assert (one - other).norm() <= 5e-5 * other.norm()
 
 
 class TestPacking:

@@ -51,7 +51,7 @@ def test_values_of_every_type(write):
 def test_unknown_key_names_line_and_nearest(write):
     path = write("run: runs/x\nadapter:\n  # a comment\n  rnk: 4\n")
     assert refused(path) == (
-        f"{path}:4: unknown key `adapter.rnk`\n  allowed: rank, alpha, targets, dropout\n  try: `adapter.rank`"
+        f"{path}:4: unknown key `adapter.rnk`\n  allowed: rank, alpha, targets, layers, dropout\n  try: `adapter.rank`"
     )
 
 
@@ -70,7 +70,7 @@ def test_unknown_key_at_the_top(write):
         ("adapter:\n  rank: four", 2, '`adapter.rank` can\'t be "four"', "a whole number above 0"),
         ("adapter:\n  rank: true", 2, "`adapter.rank` can't be true", "a whole number above 0"),
         ("adapter:\n  rank: '4'", 2, '`adapter.rank` can\'t be "4"', "a whole number above 0"),
-        ("adapter: 4", 1, "`adapter` can't be 4", "keys rank, alpha, targets, dropout"),
+        ("adapter: 4", 1, "`adapter` can't be 4", "keys rank, alpha, targets, layers, dropout"),
         ("adapter:\n  targets: 3", 2, "`adapter.targets` can't be 3", "attention or all or a list of texts"),
         ("\n\norder: grupped", 3, '`order` can\'t be "grupped"', "shuffled or grouped\n  try: grouped"),
         ("encoding:\n  drop_long: yes", 2, '`encoding.drop_long` can\'t be "yes"', "true or false"),
