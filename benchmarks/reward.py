@@ -98,7 +98,8 @@ def _longest(item: Any) -> int:
 def trainer(recipe: str) -> Work:
     """transformers' Trainer on a PEFT sequence classifier: cross-entropy on one logit, one step a padded batch.
 
-    Sorted by length, so that little is padded; the first batch, which warms up, comes again at the end.
+    Sorted by length, so that little is padded; the first batch, which warms up, comes again at the end. Every second
+    rating, to save time: nothing is shared here.
     """
     import torch
     from datasets import Dataset
@@ -110,7 +111,7 @@ def trainer(recipe: str) -> Work:
     dtype = model.dtype
     del model
     numbers = [i for update in updates for i in update]
-    chosen = sorted((items[i] for i in numbers), key=_longest, reverse=True)
+    chosen = sorted((items[i] for i in numbers), key=_longest, reverse=True)[::2]
     rows = [{"input_ids": list(item.sequences[0]), "labels": float(bool(item.label))} for item in chosen]
     rows = rows[: len(rows) // PADDED_BATCH * PADDED_BATCH]
     rows = rows[-PADDED_BATCH:] + rows
