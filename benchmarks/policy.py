@@ -179,8 +179,8 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
 
     from perlhf import training
     from perlhf.model import Model
+    from perlhf.policy_update import POLICY, VALUE, Stage
     from perlhf.rewards import Rewards
-    from perlhf.train_policy import POLICY, VALUE, Stage
 
     config, encoder, prompts, _ = _problem()
     config = config.model_copy(update={"tuning": tuning, "baseline": baseline})
@@ -207,7 +207,8 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
 def _steps(stage: Any, count: int) -> list[dict[str, float]]:
     """Seconds of each policy step, whole and by part."""
     from perlhf import optim
-    from perlhf.train_policy import POLICY, VALUE, Centre, _step
+    from perlhf.policy_update import POLICY, VALUE, Centre
+    from perlhf.train_policy import _step
 
     rates = {POLICY: LEARNING_RATE, VALUE: LEARNING_RATE}
     adapters = {name: stage.model.adapters[name] for name in rates if name in stage.model.adapters}

@@ -4,7 +4,6 @@ A field's docstring is its `--help`. A recipe is the YAML form of one stage's mo
 --a.b value` overrides it. This module imports no torch, so help and validation are instant.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -75,19 +74,6 @@ class AdapterConfig(Frozen):
     """`all` layers of the network, or `last:N`: what lies below the last N is computed without a backward."""
     dropout: Fraction = 0.0
     """Dropout on the adapter's input; always 0 for policy and value."""
-
-
-def of_layers(paths: Sequence[str], layers: str, total: int) -> list[str]:
-    """The module paths that `AdapterConfig.layers` keeps, of a network with `total` layers."""
-    if layers == "all":
-        return list(paths)
-    first = total - int(layers.removeprefix("last:"))
-    return [path for path in paths if (number := layer_number(path)) is not None and number >= first]
-
-
-def layer_number(path: str) -> int | None:
-    """The layer that a module or tensor of this name is in, from 0; None outside the layers."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
 class OptimConfig(Frozen):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from perlhf.errors import AdapterError, nearest
+from perlhf.targets import match
 
 
 @dataclass
@@ -33,12 +33,9 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        dropped = flat if keep is None else flat * keep.reshape(flat.shape)
-        low = dropped @ a.t()
-        y = F.linear(flat, weight, bias).addmm_(low, b.t())
+        y, low = _forward(x, weight, bias, a, b, keep)
         ctx.save_for_backward(x, weight, a, b, low, keep)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -64,6 +61,17 @@ class _AdaptedLinear(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None
 
 
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The output and x a^T."""
+    flat = x.reshape(-1, x.shape[-1])
+    dropped = flat if keep is None else flat * keep.reshape(flat.shape)
+    low = dropped @ a.t()
+    y = F.linear(flat, weight, bias).addmm_(low, b.t())
+    return y.view(*x.shape[:-1], weight.shape[0]), low
+
+
 def adapted_linear(
     x: Float[Tensor, "*batch inputs"],
     weight: Float[Tensor, "outputs inputs"],
@@ -77,10 +85,8 @@ def adapted_linear(
     `weight` and `bias` get no gradient. `keep` is the scaled dropout mask (0 or 1 / (1 - p)).
     """
     if not torch.is_grad_enabled():
-        # The same operations, without the cost of a graph's node: it shows where there are few rows.
-        flat = x.reshape(-1, x.shape[-1])
-        low = flat if keep is None else flat * keep.reshape(flat.shape)
-        return F.linear(flat, weight, bias).addmm_(low @ a.t(), b.t()).view(*x.shape[:-1], weight.shape[0])
+        # Without the cost of a graph's node, which shows where there are few rows.
+        return _forward(x, weight, bias, a, b, keep)[0]
     apply = cast(Callable[..., Tensor], _AdaptedLinear.apply)  # pyright: ignore[reportUnknownMemberType]: untyped in torch
     return apply(x, weight, bias, a, b, keep)
 
@@ -135,40 +141,16 @@ def new_pair(layer: AdaptedLinear, rank: int, alpha: float, dropout: float, gene
 
 
 def match_targets(
-    modules: Iterable[tuple[str, nn.Module]], targets: str | tuple[str, ...], skip: tuple[str, ...] = ()
+    modules: Iterable[tuple[str, nn.Module]],
+    targets: str | tuple[str, ...],
+    skip: tuple[str, ...] = (),
+    layers: str = "all",
 ) -> list[str]:
-    """Module paths that `targets` names, in module order.
+    """Module paths that `targets` names in `layers`, in module order (`targets.match`).
 
     Args:
         modules: `named_modules()` of the base.
-        targets: `attention` (linear layers inside a module called `*attn*` or `*attention*`), `all` linear layers, or
-            names that equal a path's end (`q_proj`, `layers.0.mlp.up_proj`).
         skip: paths never adapted (the output head).
-
-    Raises:
-        AdapterError: a name that matches nothing, with the nearest existing one.
     """
     linear = [n for n, m in modules if isinstance(m, nn.Linear | AdaptedLinear) and n not in skip]
-    last = sorted({name.split(".")[-1] for name in linear})
-    if targets == "all":
-        found = linear
-    elif targets == "attention":
-        found = [n for n in linear if any("attn" in part or "attention" in part for part in n.split(".")[:-1])]
-    else:
-        wanted = (targets,) if isinstance(targets, str) else targets
-        for target in wanted:
-            if not any(n == target or n.endswith("." + target) for n in linear):
-                raise AdapterError(
-                    f"adapter target '{target}' matches no linear layer of the base",
-                    where="adapter.targets",
-                    allowed=f"attention, all, or names among {', '.join(last)}",
-                    hint=nearest(target, last),
-                )
-        found = [n for n in linear if any(n == t or n.endswith("." + t) for t in wanted)]
-    if not found:
-        raise AdapterError(
-            f"adapter targets '{targets}' match no linear layer of the base",
-            where="adapter.targets",
-            allowed=f"names among {', '.join(last) or '(the base has no nn.Linear)'}",
-        )
-    return found
+    return match(linear, targets, layers)

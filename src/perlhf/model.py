@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from perlhf import attention, fused
 from perlhf import base as bases
 from perlhf.cache import KeyValueCache
-from perlhf.config import of_layers
 from perlhf.errors import AdapterError, ModelError
 from perlhf.head import token_logprobs
 from perlhf.lora import AdaptedLinear, LowRank, match_targets, new_pair
@@ -178,11 +177,7 @@ class Model:
 
     def targets(self, targets: str | tuple[str, ...], layers: str = "all") -> list[str]:
         """Paths of the base that `targets` names, in these layers (`all`, `last:N`)."""
-        found = match_targets(self.base.named_modules(), targets, skip=self._head_path())
-        chosen = of_layers(found, layers, int(self.base.config.get_text_config().num_hidden_layers))
-        if not chosen:
-            raise AdapterError(f"adapter targets '{targets}' match nothing in layers {layers}", where="adapter.layers")
-        return chosen
+        return match_targets(self.base.named_modules(), targets, self._head_path(), layers)
 
     def freeze(self, name: str) -> None:
         """No tensor of the adapter gets a gradient any more."""

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from perlhf import allocator, data
-from perlhf.config import DEFAULT_BASE, AdapterConfig, PolicyConfig, RewardConfig, SftConfig, layer_number, of_layers
+from perlhf.config import DEFAULT_BASE, AdapterConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.data.split import SPLITS
 from perlhf.environment import cpu_computes_in_bf16
-from perlhf.errors import AdapterError, ModelError, RunError, nearest
+from perlhf.errors import ModelError, RunError
 from perlhf.order import plan_updates
+from perlhf.targets import match
 
 Stage = SftConfig | RewardConfig | PolicyConfig
 Shapes = Mapping[str, tuple[int, ...]]
@@ -82,15 +83,15 @@ def plan(config: Stage) -> Plan:
     records = count_records(config, kinds)
     trainable = trainable_parameters(config, base)
     dtype = dtype_in_force(config.dtype, config.device)
+    used = allocator.expected()
     memory = {
         "libraries": OVERHEAD_BYTES,
         "base": base.parameters * _size(dtype),
         "adapters and optimiser": sum(trainable.values()) * OPTIMISER_BYTES,
         "frozen adapters": _frozen_adapters(config) * next(iter(trainable.values())) * 4,
-        "activations": _activation_bytes(config, base, dtype),
+        "activations": _activation_bytes(config, base, dtype, HOLES if used == "system" else 1.0),
     }
     updates = count_updates(config, kinds)
-    used = allocator.expected()
     return Plan(stage, records, updates, config.learning_rate, base.parameters, trainable, dtype, used, memory)
 
 
@@ -161,28 +162,8 @@ def lora_parameters(adapter: AdapterConfig, shapes: Shapes) -> int:
         AdapterError: a name that matches no linear layer.
     """
     linear = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if _is_linear(name, shape)}
-    if adapter.targets == "all":
-        chosen = list(linear)
-    elif adapter.targets == "attention":
-        chosen = [n for n in linear if any("attn" in part or "attention" in part for part in n.split(".")[:-1])]
-    else:
-        chosen = []
-        for target in adapter.targets:
-            found = [n for n in linear if n == target or n.endswith(f".{target}")]
-            if not found:
-                last = sorted({n.rsplit(".", 1)[-1] for n in linear})
-                raise AdapterError(
-                    f"adapter target '{target}' matches no linear layer of the base",
-                    where="adapter.targets",
-                    allowed=f"attention, all, or names among {', '.join(last)}",
-                    hint=nearest(target, last),
-                )
-            chosen += found
-    total = 1 + max((layer_number(name) or 0 for name in linear), default=0)
-    kept = of_layers(list(dict.fromkeys(chosen)), adapter.layers, total)
-    if not kept:
-        raise AdapterError(f"adapter targets match nothing in layers {adapter.layers}", where="adapter.layers")
-    return adapter.rank * sum(sum(linear[name]) for name in kept)
+    chosen = match(list(linear), adapter.targets, adapter.layers)
+    return adapter.rank * sum(sum(linear[name]) for name in chosen)
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
@@ -210,7 +191,7 @@ def _size(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
-def _activation_bytes(config: Stage, base: Base, dtype: str) -> int:
+def _activation_bytes(config: Stage, base: Base, dtype: str, holes: float) -> int:
     """Kept for the backward pass of one micro-batch, plus one chunk of float32 logits and their exponentials.
 
     Per token and layer of an adapter on attention: three vectors of the hidden size (inputs of two norms and of the
@@ -227,7 +208,6 @@ def _activation_bytes(config: Stage, base: Base, dtype: str) -> int:
         per_token += hidden + feed_forward
     if config.tuning == "lora" and config.adapter.layers != "all":
         layers = min(layers, int(config.adapter.layers.removeprefix("last:")))
-    holes = HOLES if allocator.expected() == "system" else 1.0
     logits = 0 if isinstance(config, RewardConfig) else 2 * HEAD_CHUNK_TOKENS * int(base.config["vocab_size"]) * 4
     return int(config.microbatch_tokens * layers * per_token * _size(dtype) * holes) + logits
 

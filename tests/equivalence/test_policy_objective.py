@@ -11,18 +11,18 @@ import torch
 from tiny_models import END, merged_network, open_encoder, open_model, random_ids, randomise, reference_logprobs
 from torch import Tensor
 
-from perlhf import optim, training
+from perlhf import optim, policy_update, training
 from perlhf import train_policy as stage_code
 from perlhf.config import AdapterConfig, OptimConfig, PolicyConfig, ValueConfig
 from perlhf.data.records import Prompt, Text
 from perlhf.errors import DivergenceError, StaleSamplerError
 from perlhf.model import Model
 from perlhf.packing import length_mask
+from perlhf.policy_update import Centre, Scored, Stage
 from perlhf.rewards import Rewards
 from perlhf.run import open_run
 from perlhf.sampler import Rollout, sample
 from perlhf.scorers import Scorer
-from perlhf.train_policy import Centre, Scored, Stage
 
 POLICY, VALUE, SFT = "policy", "value", "sft"
 # With beta1 = 0 AdamW's first moment is the gradient itself, as long as nothing is clipped.
@@ -81,7 +81,7 @@ UNCENTRED = Centre(mean=0.0, std=1.0, penalty=0.0)
 
 
 def score(stage: Stage, centre: Centre = UNCENTRED) -> Scored:
-    return stage_code._score(stage, rollout(), stage.prompts[:2], centre, POLICY)
+    return policy_update.score(stage, rollout(), stage.prompts[:2], centre, POLICY)
 
 
 class TestStart:
@@ -135,7 +135,7 @@ class TestTemperature:
         stage = new_stage(tiny_base, temperature=0.6)
         randomise(stage.model, POLICY, 2, size=0.1)
         rolled = stage_code._sample(stage, stage.prompts[:2], POLICY, 2, 1, [0, 1])
-        scored = stage_code._score(stage, rolled, stage.prompts[:2], UNCENTRED, POLICY)
+        scored = policy_update.score(stage, rolled, stage.prompts[:2], UNCENTRED, POLICY)
         policy, reference = (merged_network(tiny_base, stage.model, name) for name in (POLICY, SFT))
         for row, (prompt, ids) in enumerate(zip(rolled.prompts, rolled.completions, strict=True)):
             reported = torch.tensor(rolled.sampler_logprobs[row])
@@ -216,7 +216,7 @@ class TestScores:
         assert again == [259, END]
         one = dataclasses.replace(rollout([True]), prompts=ROWS[:1], completions=[sampled])
         stage = dataclasses.replace(stage, rewards=Rewards(("reward_0",), (), "mean"))
-        found = stage_code._score(stage, one, stage.prompts[:1], UNCENTRED, POLICY).scores
+        found = policy_update.score(stage, one, stage.prompts[:1], UNCENTRED, POLICY).scores
         with torch.no_grad():
             as_sampled, re_encoded = model.scores([[*ROWS[0], *sampled], [*ROWS[0], *again]], "reward_0").tolist()
         assert found[0] == pytest.approx(as_sampled, abs=1e-5)
@@ -231,7 +231,7 @@ class TestScores:
 
         stage = new_stage(tiny_base, remember)
         ends = dataclasses.replace(rollout([True, True]), prompts=ROWS[:2], completions=[[73, 74, END], [73, 70, END]])
-        stage_code._score(stage, ends, stage.prompts[:2], UNCENTRED, POLICY)
+        policy_update.score(stage, ends, stage.prompts[:2], UNCENTRED, POLICY)
         assert seen == [("1", "hi"), ("2", "he")]
 
 
@@ -284,7 +284,7 @@ class TestGradients:
         scored = score(stage)
         rewards = reward_of(scored, 0.1)
         trained = optimizers(stage)
-        stage_code._learn(stage, trained, scored, rewards, returns_of(rewards), step=1)
+        policy_update.learn(stage, trained, scored, rewards, returns_of(rewards), step=1)
         for name, wanted in zip((POLICY, VALUE), expected, strict=True):
             found = gradients(trained[name])
             assert len(found) == len(wanted) and max(g.abs().max() for g in wanted) > 1e-2
@@ -297,7 +297,7 @@ class TestGradients:
         prepare(stage)
         scored = score(stage)
         rewards = reward_of(scored, 0.1)
-        values = stage_code._learn(stage, optimizers(stage), scored, rewards, returns_of(rewards), step=1)
+        values = policy_update.learn(stage, optimizers(stage), scored, rewards, returns_of(rewards), step=1)
         assert values["clipped"] > 0  # of the last step: by then ratios have left 1 +- 0.1
         with pytest.raises(ValueError, match="steps_per_rollout"):
             PolicyConfig(reward=("a:b",), steps_per_rollout=2)
@@ -309,7 +309,7 @@ class TestGradients:
         rewards = reward_of(scored, 0.1)
         rewards[0, 0] = float("nan")
         with pytest.raises(DivergenceError, match="policy_loss is nan at update 4"):
-            stage_code._learn(stage, optimizers(stage), scored, rewards, returns_of(rewards), step=4)
+            policy_update.learn(stage, optimizers(stage), scored, rewards, returns_of(rewards), step=4)
         assert stage.model.digest(POLICY) == before
 
     def test_norms_are_clipped_per_adapter(self, tiny_base: Path) -> None:
@@ -319,7 +319,7 @@ class TestGradients:
         for name, size in ((POLICY, 100.0), (VALUE, 1e-4)):
             for parameter in stage.model.adapters[name].trainable():
                 parameter.grad = torch.full_like(parameter, size)
-        values = stage_code._optimise(stage, trained, 1, warming_up=False)
+        values = policy_update.optimise(stage, trained, 1, warming_up=False)
         norm = torch.stack([g.norm() for g in gradients(trained[POLICY])]).norm().item()
         assert norm == pytest.approx(1.0, rel=1e-4) and values["grad_norm"] > 1000
         assert all(torch.allclose(g, torch.full_like(g, 1e-4)) for g in gradients(trained[VALUE]))
@@ -327,7 +327,7 @@ class TestGradients:
     def test_the_value_adapter_has_its_own_learning_rate(self, tiny_base: Path) -> None:
         value = ValueConfig(learning_rate=3e-3, warmup_updates=0)
         stage = new_stage(tiny_base, value=value, optim=OptimConfig(learning_rate=5e-4))
-        values = stage_code._optimise(stage, optimizers(stage), 1, warming_up=False)
+        values = policy_update.optimise(stage, optimizers(stage), 1, warming_up=False)
         assert (values["learning_rate"], values["value_learning_rate"]) == (5e-4, 3e-3)
 
 
@@ -345,15 +345,15 @@ class TestAtOnce:
             prepare(stage)
             trained = optimizers(stage)
             if at_once:
-                batches = stage_code._whole_prompts(rollout(), stage.config)
+                batches = policy_update.whole_prompts(rollout(), stage.config)
                 assert batches is not None and len(batches) == (1 if max_tokens > 25 else 2)
-                scored = stage_code._unseen(stage, rollout(), stage.prompts[:2], UNCENTRED)
-                rewards, values = stage_code._policy_pass_at_once(stage, scored, batches)
-                values |= stage_code._optimise(stage, trained, 1, warming_up=False)
+                scored = policy_update.without_logprobs(stage, rollout(), stage.prompts[:2], UNCENTRED)
+                rewards, values = policy_update.learn_at_once(stage, scored, batches)
+                values |= policy_update.optimise(stage, trained, 1, warming_up=False)
             else:
                 scored = score(stage)
-                rewards = stage_code._rewards(scored, stage.config)
-                values = stage_code._learn(stage, trained, scored, rewards, returns_of(rewards), 1)
+                rewards = policy_update.token_rewards(scored, stage.config)
+                values = policy_update.learn(stage, trained, scored, rewards, returns_of(rewards), 1)
             numbers = torch.tensor([values[key] for key in ("policy_loss", "advantage_std", "grad_norm")])
             found.append([scored.old_logprobs, scored.ref_logprobs, rewards, numbers, *gradients(trained[POLICY])])
         assert max(g.abs().max() for g in found[0][4:]) > 1e-3
@@ -362,10 +362,10 @@ class TestAtOnce:
 
     def test_kl_is_exactly_zero_at_step_0(self, tiny_base: Path) -> None:
         stage = new_stage(tiny_base, baseline="leave_one_out")
-        batches = stage_code._whole_prompts(rollout(), stage.config)
+        batches = policy_update.whole_prompts(rollout(), stage.config)
         assert batches is not None
-        scored = stage_code._unseen(stage, rollout(), stage.prompts[:2], UNCENTRED)
-        stage_code._policy_pass_at_once(stage, scored, batches)
+        scored = policy_update.without_logprobs(stage, rollout(), stage.prompts[:2], UNCENTRED)
+        policy_update.learn_at_once(stage, scored, batches)
         assert torch.equal(scored.old_logprobs, scored.ref_logprobs)
         assert scored.old_logprobs[scored.mask].abs().min() > 0
 
@@ -383,7 +383,7 @@ class TestAtOnce:
     ) -> None:
         options: dict[str, Any] = {"baseline": "leave_one_out", **changed}
         config = new_stage(tiny_base, **options).config
-        assert stage_code._whole_prompts(rollout(), config) is None
+        assert policy_update.whole_prompts(rollout(), config) is None
 
 
 class TestAdvantages:
@@ -396,8 +396,8 @@ class TestAdvantages:
         prepare(stage)
         scored, returns, values = score(stage), returns_of(self.REWARDS), None
         if VALUE in stage.model.adapters:
-            values, _ = stage_code._value_pass(stage, scored, returns)
-        return stage_code._advantages(stage.config, scored.mask, self.REWARDS, returns, values)
+            values, _ = policy_update.value_pass(stage, scored, returns)
+        return policy_update.advantages_of(stage.config, scored.mask, self.REWARDS, returns, values)
 
     def test_none(self, tiny_base: Path) -> None:
         assert torch.equal(self.advantages(tiny_base, baseline="none"), returns_of(self.REWARDS))
