@@ -37,6 +37,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check_wheel.py
 
 bench: $(VENV)/.installed-bench
+	$(BIN)/perlhf pull
 	$(BIN)/python benchmarks/all.py --output benchmarks/bench.json $(BENCH_ARGS)
 
 format: $(VENV)/.installed-dev

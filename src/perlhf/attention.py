@@ -20,7 +20,7 @@ from perlhf.packing import Node, Span
 
 NAME = "perlhf_tree"
 WRITTEN_OUT_TOKENS = 128
-"""Queries whose products exist at one time where torch has no kernel."""
+"""Queries whose products exist at one time where no kernel is used."""
 
 
 def register() -> str:
@@ -59,7 +59,7 @@ class _TreeAttention(torch.autograd.Function):
                 queries, _shared(_own(key, node), shared), _shared(_own(value, node), shared), scaling, causal=True
             )
             if node.prefix:
-                keys, values = _shared(_before(key, node), shared), _shared(_before(value, node), shared)
+                keys, values = (_shared(_path(tensor, node.prefix), shared) for tensor in (key, value))
                 own = join_parts(attend_part(queries, keys, values, scaling), own)
             _own(out, node).copy_(own[0].flatten(0, 1))
             _own(log_sums, node).copy_(own[1].flatten(0, 1))
@@ -70,54 +70,75 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         query, key, value, out, log_sums = ctx.saved_tensors
-        grad_query = torch.empty_like(query)
-        grad_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
-        grad_value = torch.zeros_like(grad_key)
-        for node in ctx.nodes:
-            queries, grad, mixed, log_sum = (
-                _own(tensor, node).unflatten(0, (len(key), -1)) for tensor in (query, grads[0], out, log_sums)
-            )
-            parts = [(True, ((node.start, node.length),), _own(key, node), _own(value, node))]
-            if node.prefix:
-                parts.append((False, node.prefix, _before(key, node), _before(value, node)))
-            found = torch.zeros_like(queries)
-            for causal, spans, keys, values in parts:
-                shared = queries.shape[1]
-                of_queries, of_keys, of_values = _backward_of_part(
-                    grad, queries, _shared(keys, shared), _shared(values, shared), mixed, log_sum, ctx.scaling, causal
-                )
-                found += of_queries
-                _scatter(grad_key, spans, of_keys.sum(1, dtype=torch.float32))
-                _scatter(grad_value, spans, of_values.sum(1, dtype=torch.float32))
-            _own(grad_query, node).copy_(found.flatten(0, 1))
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+        by_kernel = query.device.type in cache.KERNELS and query.dtype == torch.float32
+        gradients = _by_kernel if by_kernel else _written_out
+        found = gradients(grads[0], query, key, value, out, log_sums, ctx.nodes, ctx.scaling)
+        return *(grad.to(query.dtype) for grad in found), None, None
 
 
-def _backward_of_part(
+def _by_kernel(
     grad: Tensor,
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    key: Tensor,
+    value: Tensor,
     out: Tensor,
-    log_sum: Tensor,
+    log_sums: Tensor,
+    nodes: Sequence[Node],
     scaling: float,
-    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query, keys and values of one part, [kv_heads, share, ...], given the joint `out` and `log_sum`.
+    """Gradients by query, key and value: torch's kernel on each part, given the joint `out` and `log_sums`."""
+    grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for node in nodes:
+        own = [_own(tensor, node).unflatten(0, (len(key), -1)) for tensor in (grad, query, out, log_sums)]
+        shared = own[0].shape[1]
+        found = torch.zeros_like(own[1])
+        for causal, spans in (True, ((node.start, node.length),)), (False, node.prefix):
+            if not spans:
+                continue
+            keys, values = (_shared(_path(tensor, spans), shared) for tensor in (key, value))
+            of_queries, of_keys, of_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *own[:2], keys, values, *own[2:], 0.0, causal, scale=scaling
+            )
+            found += of_queries
+            _scatter(grad_key, spans, of_keys.sum(1))
+            _scatter(grad_value, spans, of_values.sum(1))
+        _own(grad_query, node).copy_(found.flatten(0, 1))
+    return grad_query, grad_key, grad_value
 
-    With p = exp(scaling * q k^T - log_sum), the gradient of the logits is p * (grad v^T - sum(grad * out)).
+
+def _written_out(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    nodes: Sequence[Node],
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by query, key and value as matrix products: on any device, and in bfloat16 faster than a CPU's kernel.
+
+    With p = exp(scaling * q k^T - log_sum), the gradient of the logits is p * (grad v^T - sum(grad * out)). Those two
+    products are float32: rounded logits would move the probabilities, and the difference loses digits.
     """
-    if query.device.type in cache.KERNELS:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, keys, values, out, log_sum, 0.0, causal, scale=scaling
-        )
-    # Rounded logits would move the probabilities, so this one product is float32.
-    p = torch.exp((query.float() @ keys.float().transpose(2, 3)) * scaling - log_sum[..., None])
-    if causal:
-        p = p.tril()
-    along = torch.linalg.vecdot(grad.float(), out.float())[..., None]
-    inner = (p * ((grad @ values.transpose(2, 3)).float() - along) * scaling).to(query.dtype)
-    return inner @ keys, inner.transpose(2, 3) @ query, p.to(grad.dtype).transpose(2, 3) @ grad
+    kv_heads, width, dtype = len(key), key.shape[-1], query.dtype
+    wide_query, wide_key, wide_value, wide_grad = (tensor.float() for tensor in (query, key, value, grad))
+    along = torch.linalg.vecdot(wide_grad, out.float())
+    grad_query, grad_key, grad_value = wide_query.new_empty(query.shape), *(torch.zeros_like(wide_key) for _ in "kv")
+    for node in _pieces(nodes, WRITTEN_OUT_TOKENS):
+        spans = (*node.prefix, (node.start, node.length))
+        keys, values = _path(wide_key, spans), _path(wide_value, spans)
+        rows = [_own(tensor, node).reshape(kv_heads, -1, width) for tensor in (wide_query, wide_grad)]
+        sums, means = (_own(tensor, node).reshape(kv_heads, -1, 1) for tensor in (log_sums, along))
+        p = torch.baddbmm(sums, rows[0], keys.transpose(1, 2), beta=-1, alpha=scaling).exp_()
+        p.unflatten(1, (-1, node.length))[..., -node.length :].tril_()
+        inner = torch.baddbmm(means, rows[1], values.transpose(1, 2), beta=-1).mul_(p)
+        p, inner, keys = p.to(dtype), inner.to(dtype), keys.to(dtype)
+        queries, gradients = (tensor.to(dtype) for tensor in rows)
+        _own(grad_query, node).copy_(torch.bmm(inner, keys).view(-1, node.length, width))
+        _scatter(grad_key, spans, torch.bmm(inner.transpose(1, 2), queries))
+        _scatter(grad_value, spans, torch.bmm(p.transpose(1, 2), gradients))
+    return grad_query.mul_(scaling), grad_key.mul_(scaling), grad_value
 
 
 def _attention(
@@ -162,9 +183,9 @@ def _own(tensor: Tensor, node: Node) -> Tensor:
     return tensor[:, node.start : node.start + node.length]
 
 
-def _before(tensor: Tensor, node: Node) -> Tensor:
-    """What the node's path has before it; a path in one span is read without a copy."""
-    parts = [tensor[:, start : start + length] for start, length in _merged(node.prefix)]
+def _path(tensor: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """The tokens of these places; what lies in one row is read without a copy."""
+    parts = [tensor[:, start : start + length] for start, length in _merged(spans)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from perlhf import attention, cache
-from perlhf.packing import Layout, Node, lay_out
+from perlhf.packing import Layout, lay_out
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_size=1, max_size=5)
 SCALING = 0.3
@@ -66,9 +66,9 @@ def test_by_hand() -> None:
 
 def test_a_path_in_one_piece_is_read_without_a_copy() -> None:
     key = torch.zeros(2, 300, 8)
-    before = attention._before(key, Node(200, 20, ((10, 5), (15, 7))))
+    before = attention._path(key, ((10, 5), (15, 7)))
     assert before.data_ptr() == key[:, 10].data_ptr() and before.shape[1] == 12
-    assert attention._before(key, Node(200, 20, ((10, 5), (30, 7)))).shape[1] == 12
+    assert attention._path(key, ((10, 5), (30, 7))).shape[1] == 12
 
 
 @pytest.mark.parametrize("lengths", [(700, 300), (40, 900), (1, 1)])
@@ -82,14 +82,14 @@ def test_long_nodes_and_bfloat16(lengths: tuple[int, int]) -> None:
     for name, kernels, dtype in (
         ("written out", (), torch.float32),
         ("kernel", ("cpu",), torch.float32),
-        ("bfloat16", ("cpu",), torch.bfloat16),
+        ("kernel, then written out", ("cpu",), torch.bfloat16),
     ):
         query, key, value = (tensor.detach().to(dtype).requires_grad_() for tensor in tensors)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cache, "KERNELS", kernels)
             found = attention.tree_attention(query, key, value, layout.nodes, SCALING)
             results[name] = [found, *torch.autograd.grad(found.float().square().sum(), (query, key, value))]
-    for exact, same, coarse in zip(*(results[n] for n in ("written out", "kernel", "bfloat16")), strict=True):
+    for exact, same, coarse in zip(*(results[n] for n in results), strict=True):
         torch.testing.assert_close(same, exact, atol=2e-5, rtol=1e-4)
         assert ((coarse.float() - exact).norm() / exact.norm().clamp_min(1e-6)).item() < 0.03 or exact.norm() < 1e-4
 
