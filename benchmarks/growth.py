@@ -165,7 +165,7 @@ def plot(curves: dict[str, dict[str, Curve]], file: Path) -> None:
             axis.plot(list(values), list(values.values()), marker="o", label=name or None)
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(next(iter(lines.values()))), labels=[str(x) for x in next(iter(lines.values()))])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * max(max(values.values()) for values in lines.values()))
         axis.set_title(title, fontsize=10)
         axis.set_ylabel("tokens/s")
         axis.grid(alpha=0.3)
