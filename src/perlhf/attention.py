@@ -21,6 +21,8 @@ from perlhf.packing import Node, Span
 NAME = "perlhf_tree"
 WRITTEN_OUT_TOKENS = 128
 """Queries whose products exist at one time where no kernel is used."""
+KERNEL_TOKENS = 192
+"""From this many new tokens on, a CPU's kernel is the faster backward in bfloat16 too."""
 
 
 def register() -> str:
@@ -70,13 +72,20 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         query, key, value, out, log_sums = ctx.saved_tensors
-        by_kernel = query.device.type in cache.KERNELS and query.dtype == torch.float32
-        gradients = _by_kernel if by_kernel else _written_out
-        found = gradients(grads[0], query, key, value, out, log_sums, ctx.nodes, ctx.scaling)
-        return *(grad.to(query.dtype) for grad in found), None, None
+        grads_out = torch.empty_like(query), *(torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
+        by_kernel, written_out = [], []
+        for node in ctx.nodes:
+            kernel = query.device.type in cache.KERNELS
+            kernel &= query.dtype == torch.float32 or node.length >= KERNEL_TOKENS
+            (by_kernel if kernel else written_out).append(node)
+        for gradients, nodes in (_by_kernel, by_kernel), (_written_out, written_out):
+            if nodes:
+                gradients(grads_out, grads[0], query, key, value, out, log_sums, nodes, ctx.scaling)
+        return *(grad.to(query.dtype) for grad in grads_out), None, None
 
 
 def _by_kernel(
+    grads: tuple[Tensor, ...],
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -85,9 +94,10 @@ def _by_kernel(
     log_sums: Tensor,
     nodes: Sequence[Node],
     scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query, key and value: torch's kernel on each part, given the joint `out` and `log_sums`."""
-    grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+) -> None:
+    """Puts these nodes' gradients by query, key and value into `grads`: torch's kernel on each part, given the joint
+    `out` and `log_sums`.
+    """
     for node in nodes:
         own = [_own(tensor, node).unflatten(0, (len(key), -1)) for tensor in (grad, query, out, log_sums)]
         shared = own[0].shape[1]
@@ -100,13 +110,13 @@ def _by_kernel(
                 *own[:2], keys, values, *own[2:], 0.0, causal, scale=scaling
             )
             found += of_queries
-            _scatter(grad_key, spans, of_keys.sum(1))
-            _scatter(grad_value, spans, of_values.sum(1))
-        _own(grad_query, node).copy_(found.flatten(0, 1))
-    return grad_query, grad_key, grad_value
+            _scatter(grads[1], spans, of_keys.sum(1, dtype=torch.float32))
+            _scatter(grads[2], spans, of_values.sum(1, dtype=torch.float32))
+        _own(grads[0], node).copy_(found.flatten(0, 1))
 
 
 def _written_out(
+    grads: tuple[Tensor, ...],
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -115,8 +125,8 @@ def _written_out(
     log_sums: Tensor,
     nodes: Sequence[Node],
     scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query, key and value as matrix products: on any device, and in bfloat16 faster than a CPU's kernel.
+) -> None:
+    """As `_by_kernel`, as matrix products: on any device, and in bfloat16 faster than a CPU's kernel on short nodes.
 
     With p = exp(scaling * q k^T - log_sum), the gradient of the logits is p * (grad v^T - sum(grad * out)). Those two
     products are float32: rounded logits would move the probabilities, and the difference loses digits.
@@ -124,7 +134,6 @@ def _written_out(
     kv_heads, width, dtype = len(key), key.shape[-1], query.dtype
     wide_query, wide_key, wide_value, wide_grad = (tensor.float() for tensor in (query, key, value, grad))
     along = torch.linalg.vecdot(wide_grad, out.float())
-    grad_query, grad_key, grad_value = wide_query.new_empty(query.shape), *(torch.zeros_like(wide_key) for _ in "kv")
     for node in _pieces(nodes, WRITTEN_OUT_TOKENS):
         spans = (*node.prefix, (node.start, node.length))
         keys, values = _path(wide_key, spans), _path(wide_value, spans)
@@ -135,10 +144,9 @@ def _written_out(
         inner = torch.baddbmm(means, rows[1], values.transpose(1, 2), beta=-1).mul_(p)
         p, inner, keys = p.to(dtype), inner.to(dtype), keys.to(dtype)
         queries, gradients = (tensor.to(dtype) for tensor in rows)
-        _own(grad_query, node).copy_(torch.bmm(inner, keys).view(-1, node.length, width))
-        _scatter(grad_key, spans, torch.bmm(inner.transpose(1, 2), queries))
-        _scatter(grad_value, spans, torch.bmm(p.transpose(1, 2), gradients))
-    return grad_query.mul_(scaling), grad_key.mul_(scaling), grad_value
+        _own(grads[0], node).copy_(torch.bmm(inner, keys).mul_(scaling).view(-1, node.length, width))
+        _scatter(grads[1], spans, torch.bmm(inner.transpose(1, 2), queries), scaling)
+        _scatter(grads[2], spans, torch.bmm(p.transpose(1, 2), gradients))
 
 
 def _attention(
@@ -205,9 +213,9 @@ def _shared(tensor: Tensor, share: int) -> Tensor:
     return tensor[:, None].expand(-1, share, -1, -1)
 
 
-def _scatter(total: Tensor, spans: Sequence[Span], part: Tensor) -> None:
-    """Adds [kv_heads, n, width] to these places."""
+def _scatter(total: Tensor, spans: Sequence[Span], part: Tensor, scale: float = 1.0) -> None:
+    """Adds `scale` times [kv_heads, n, width] to these places."""
     at = 0
     for start, length in spans:
-        total[:, start : start + length] += part[:, at : at + length]
+        total[:, start : start + length].add_(part[:, at : at + length], alpha=scale)
         at += length
