@@ -71,7 +71,7 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        query, key, value, out, log_sums = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors[:3]
         grads_out = torch.empty_like(query), *(torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
         by_kernel, written_out = [], []
         for node in ctx.nodes:
@@ -80,24 +80,17 @@ class _TreeAttention(torch.autograd.Function):
             (by_kernel if kernel else written_out).append(node)
         for gradients, nodes in (_by_kernel, by_kernel), (_written_out, written_out):
             if nodes:
-                gradients(grads_out, grads[0], query, key, value, out, log_sums, nodes, ctx.scaling)
+                gradients(grads_out, grads[0], ctx.saved_tensors, nodes, ctx.scaling)
         return *(grad.to(query.dtype) for grad in grads_out), None, None
 
 
 def _by_kernel(
-    grads: tuple[Tensor, ...],
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    log_sums: Tensor,
-    nodes: Sequence[Node],
-    scaling: float,
+    grads: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], nodes: Sequence[Node], scaling: float
 ) -> None:
     """Puts these nodes' gradients by query, key and value into `grads`: torch's kernel on each part, given the joint
-    `out` and `log_sums`.
+    `out` and `log_sums` among what the forward `saved`.
     """
+    query, key, value, out, log_sums = saved
     for node in nodes:
         own = [_own(tensor, node).unflatten(0, (len(key), -1)) for tensor in (grad, query, out, log_sums)]
         shared = own[0].shape[1]
@@ -116,21 +109,14 @@ def _by_kernel(
 
 
 def _written_out(
-    grads: tuple[Tensor, ...],
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    log_sums: Tensor,
-    nodes: Sequence[Node],
-    scaling: float,
+    grads: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], nodes: Sequence[Node], scaling: float
 ) -> None:
     """As `_by_kernel`, as matrix products: on any device, and in bfloat16 faster than a CPU's kernel on short nodes.
 
     With p = exp(scaling * q k^T - log_sum), the gradient of the logits is p * (grad v^T - sum(grad * out)). Those two
     products are float32: rounded logits would move the probabilities, and the difference loses digits.
     """
+    query, key, value, out, log_sums = saved
     kv_heads, width, dtype = len(key), key.shape[-1], query.dtype
     wide_query, wide_key, wide_value, wide_grad = (tensor.float() for tensor in (query, key, value, grad))
     along = torch.linalg.vecdot(wide_grad, out.float())
