@@ -21,8 +21,11 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same shape and dtype."""
-        if x.dtype == torch.float32 and not torch.is_grad_enabled():
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        if not torch.is_grad_enabled():
+            # Without the cost of a graph's node, which shows where there are few rows.
+            if x.dtype == torch.float32:
+                return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+            return _normed(x, self.weight, self.eps)[0]
         return cast(Tensor, _RmsNorm.apply(x, self.weight, self.eps))
 
 
@@ -35,7 +38,9 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to the same shape."""
-        return self.down_proj(cast(Tensor, _SiluProduct.apply(self.gate_proj(x), self.up_proj(x))))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = _SiluProduct.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+        return self.down_proj(cast(Tensor, product))
 
 
 def fuse(base: nn.Module) -> int:
@@ -73,13 +78,19 @@ def _same(module: nn.Module, own: nn.Module) -> bool:
     return all(equal)
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The output and 1 / sqrt(mean(x^2) + eps)."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * inverse).to(x.dtype), inverse
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        out, inverse = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return weight * (wide * inverse).to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable

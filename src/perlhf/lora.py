@@ -103,10 +103,22 @@ class AdaptedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.pairs: dict[str, LowRank] = {}
         self.active: tuple[str, ...] = ()
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def hold(self) -> None:
+        """Converts the active pairs once, for all passes until `release`: their weights must not change meanwhile."""
+        pairs = self._pairs()
+        self._held = self._joined(pairs) if pairs else None
+
+    def release(self) -> None:
+        """The pairs are read at every pass again."""
+        self._held = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out] under the active adapters."""
-        pairs = [self.pairs[name] for name in self.active if name in self.pairs]
+        if self._held is not None:
+            return adapted_linear(x, self.weight, self.bias, *self._held)
+        pairs = self._pairs()
         if not pairs:
             return F.linear(x, self.weight, self.bias)
         dtype, top = self.weight.dtype, self.pairs.get(self.active[-1])
@@ -119,12 +131,18 @@ class AdaptedLinear(nn.Module):
             return self._adapted(x, pairs[:-1]) + F.linear(F.linear(x * keep, a), b)
         return self._adapted(x, pairs)
 
+    def _pairs(self) -> list[LowRank]:
+        return [self.pairs[name] for name in self.active if name in self.pairs]
+
     def _adapted(self, x: Tensor, pairs: Sequence[LowRank]) -> Tensor:
+        return adapted_linear(x, self.weight, self.bias, *self._joined(pairs))
+
+    def _joined(self, pairs: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
+        """All pairs as one, scales inside `b`, in the dtype of `weight`."""
         downs: list[Tensor] = [pair.a for pair in pairs]
         ups = [pair.b * pair.scale for pair in pairs]
         a = (torch.cat(downs) if len(pairs) > 1 else downs[0]).to(self.weight.dtype)
-        b = (torch.cat(ups, 1) if len(pairs) > 1 else ups[0]).to(self.weight.dtype)
-        return adapted_linear(x, self.weight, self.bias, a, b)
+        return a, (torch.cat(ups, 1) if len(pairs) > 1 else ups[0]).to(self.weight.dtype)
 
 
 def new_pair(layer: AdaptedLinear, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> LowRank:

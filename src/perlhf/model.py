@@ -7,7 +7,7 @@ forward uses it) and nowhere else.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,9 +77,12 @@ class Model:
         self.base = base.eval().requires_grad_(False)
         fused.fuse(self.base)
         self.fingerprint = fingerprint
+        head = base.get_output_embeddings()
+        self._head_path = tuple(name for name, module in base.named_modules() if module is head)
         self.decoder: nn.Module = getattr(base, base.base_model_prefix)
         self.prefix = base.base_model_prefix + "."
         self.adapters: dict[str, Adapter] = {}
+        self._held: tuple[tuple[str, ...], dict[str, Tensor]] | None = None
         self.dtype, self.device = base.dtype, base.device
         self.hidden_size = int(base.config.get_text_config().hidden_size)
         base.set_attn_implementation(attention.register())
@@ -155,7 +158,7 @@ class Model:
         """Adds an adapter read from disk; its paths must exist in the base."""
         modules = dict(self.base.named_modules())
         for path, pair in adapter.pairs.items():
-            if path in self._head_path():
+            if path in self._head_path:
                 raise AdapterError(
                     f"the adapter adapts the output head '{path}'", allowed="linear layers below the head"
                 )
@@ -177,7 +180,7 @@ class Model:
 
     def targets(self, targets: str | tuple[str, ...], layers: str = "all") -> list[str]:
         """Paths of the base that `targets` names, in these layers (`all`, `last:N`)."""
-        return match_targets(self.base.named_modules(), targets, self._head_path(), layers)
+        return match_targets(self.base.named_modules(), targets, self._head_path, layers)
 
     def freeze(self, name: str) -> None:
         """No tensor of the adapter gets a gradient any more."""
@@ -234,6 +237,23 @@ class Model:
         logprobs, entropy = token_logprobs(states, self._output_weight(adapter), targets, temperature)
         return TokenLogprobs(_spread(logprobs, mask), _spread(entropy, mask), mask)
 
+    @contextmanager
+    def holding(self, adapter: str | None) -> Iterator[None]:
+        """Passes without gradients under `adapter` alone, whose weights don't change meanwhile: converted once."""
+        chain = self._chain(adapter)
+        names = tuple(a.name for a in chain)
+        with torch.no_grad(), self._active(names, dropout=False):
+            layers = self._adapted_layers()
+            try:
+                for layer in layers:
+                    layer.hold()
+                self._held = names, self._full_weights(chain)
+                yield
+            finally:
+                self._held = None
+                for layer in layers:
+                    layer.release()
+
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Ids], adapter: str | None) -> tuple[Tensor, KeyValueCache]:
         """States of each prompt's last token [prompt, hidden] and the cache of their keys and values, to be forked."""
@@ -263,20 +283,25 @@ class Model:
 
     def _run(self, adapter: str | None, *, dropout: bool = False, **inputs: Any) -> Tensor:
         chain = self._chain(adapter)
-        full = [a for a in chain if a.weights]
-        with self._active(tuple(a.name for a in chain), dropout):
-            if full:
-                weights = {
-                    name.removeprefix(self.prefix): weight.to(self.dtype)
-                    for name, weight in full[-1].weights.items()
-                    if name.startswith(self.prefix)
-                }
-                return functional_call(self.decoder, weights, kwargs=inputs).last_hidden_state
+        names = tuple(a.name for a in chain)
+        assert self._held is None or self._held[0] == names, f"{self._held and self._held[0]} held, not {names}"
+        with nullcontext() if self._held else self._active(names, dropout):
+            weights = self._full_weights(chain)
+            if weights:
+                inside = {n.removeprefix(self.prefix): w for n, w in weights.items() if n.startswith(self.prefix)}
+                return functional_call(self.decoder, inside, kwargs=inputs).last_hidden_state
             return self.decoder(**inputs).last_hidden_state
+
+    def _full_weights(self, chain: Sequence[Adapter]) -> dict[str, Tensor]:
+        """All weights of the uppermost full adapter in the base's dtype; none if there is none."""
+        if self._held:
+            return self._held[1]
+        full = [a for a in chain if a.weights]
+        return {name: weight.to(self.dtype) for name, weight in full[-1].weights.items()} if full else {}
 
     @contextmanager
     def _active(self, names: tuple[str, ...], dropout: bool) -> Iterator[None]:
-        layers = [m for m in self.base.modules() if isinstance(m, AdaptedLinear)]
+        layers = self._adapted_layers()
         before = [(layer.active, layer.training) for layer in layers]
         try:
             for layer in layers:
@@ -285,6 +310,9 @@ class Model:
         finally:
             for layer, (active, training) in zip(layers, before, strict=True):
                 layer.active, layer.training = active, training
+
+    def _adapted_layers(self) -> list[AdaptedLinear]:
+        return [module for module in self.base.modules() if isinstance(module, AdaptedLinear)]
 
     def _chain(self, name: str | None) -> list[Adapter]:
         chain: list[Adapter] = []
@@ -366,17 +394,13 @@ class Model:
         return (states.float() @ head.head.t()).squeeze(-1) + head.bias
 
     def _output_weight(self, adapter: str | None) -> Tensor:
-        path = self._head_path()[0] + ".weight"
+        path = self._head_path[0] + ".weight"
         for owner in reversed(self._chain(adapter)):
             if owner.weights:
                 tied = path not in owner.weights
                 name = f"{self.prefix}{self._embedding_path()}.weight" if tied else path
-                return owner.weights[name].to(self.dtype)
+                return self._held[1][name] if self._held else owner.weights[name].to(self.dtype)
         return self.base.get_output_embeddings().weight  # pyright: ignore[reportReturnType,reportOptionalMemberAccess]
-
-    def _head_path(self) -> tuple[str, ...]:
-        head = self.base.get_output_embeddings()
-        return tuple(name for name, module in self.base.named_modules() if module is head)
 
     def _embedding_path(self) -> str:
         embedding = self.base.get_input_embeddings()

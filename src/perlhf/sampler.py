@@ -60,7 +60,6 @@ def uniforms(seed: int, step: int, prompts: Sequence[int], samples: int, length:
     return torch.from_numpy(np.array(rows).reshape(len(prompts) * samples, length))
 
 
-@torch.no_grad()
 def sample(
     model: Model,
     prompts: Sequence[Ids],
@@ -78,26 +77,27 @@ def sample(
         temperature: 0 takes the most likely token; its log-probabilities are then at temperature 1.
     """
     samples = len(draws) // len(prompts)
-    states, cache = model.prefill(prompts, adapter)
-    cache.fork(samples)
-    prompt_states = states
-    states = states.repeat_interleave(samples, 0)
-    draws = draws.to(model.device)
-    rows = torch.arange(len(draws), device=model.device)
-    completions: list[list[int]] = [[] for _ in draws]
-    logprobs: list[list[float]] = [[] for _ in draws]
-    for time in range(max_completion_tokens):
-        tokens, chosen = draw(model.logits(states, adapter), draws[rows, time], temperature)
-        for row, token, logprob in zip(rows.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
-            completions[row].append(token)
-            logprobs[row].append(logprob)
-        going = torch.nonzero(tokens != end_id).squeeze(-1)
-        if not len(going) or time + 1 == max_completion_tokens:
-            break
-        if len(going) < len(rows):
-            cache.keep(going)
-            rows, tokens = rows[going], tokens[going]
-        states = model.decode(tokens, cache, adapter)
+    with model.holding(adapter):
+        states, cache = model.prefill(prompts, adapter)
+        cache.fork(samples)
+        prompt_states = states
+        states = states.repeat_interleave(samples, 0)
+        draws = draws.to(model.device)
+        rows = torch.arange(len(draws), device=model.device)
+        completions: list[list[int]] = [[] for _ in draws]
+        logprobs: list[list[float]] = [[] for _ in draws]
+        for time in range(max_completion_tokens):
+            tokens, chosen = draw(model.logits(states, adapter), draws[rows, time], temperature)
+            for row, token, logprob in zip(rows.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
+                completions[row].append(token)
+                logprobs[row].append(logprob)
+            going = torch.nonzero(tokens != end_id).squeeze(-1)
+            if not len(going) or time + 1 == max_completion_tokens:
+                break
+            if len(going) < len(rows):
+                cache.keep(going)
+                rows, tokens = rows[going], tokens[going]
+            states = model.decode(tokens, cache, adapter)
     return Rollout(
         [list(ids) for ids in prompts for _ in range(samples)],
         completions,

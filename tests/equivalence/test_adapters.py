@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -242,6 +243,42 @@ class TestCopy:
         value = model.copy_adapter("sft", "value", "value")
         assert value.head is not None and not value.head.any() and value.head.dtype == torch.float32
         assert value.bias is not None and value.bias.requires_grad
+
+
+class TestHolding:
+    """Weights converted once for many passes give the same bits, and are let go of afterwards."""
+
+    @pytest.mark.parametrize("tuning", ["lora", "full"])
+    def test_same_bits_and_then_the_new_weights(self, model: Model, tuning: Literal["lora", "full"]) -> None:
+        model.add_adapter("policy", "policy", rank=4, tuning=tuning)
+        randomise(model, "policy")
+        before = logprobs(model, "policy")
+        with model.holding("policy"):
+            assert torch.equal(logprobs(model, "policy"), before)
+            assert torch.equal(logprobs(model, "policy"), before)
+        randomise(model, "policy", 1)
+        changed = logprobs(model, "policy")
+        assert not torch.equal(changed, before)
+        with model.holding("policy"):
+            assert torch.equal(logprobs(model, "policy"), changed)
+
+    def test_no_other_adapter_and_no_graph_meanwhile(self, model: Model) -> None:
+        model.add_adapter("policy", "policy", rank=4)
+        before = logprobs(model, None)
+        randomise(model, "policy")
+        with model.holding("policy"):
+            assert not model.logprobs(PROMPTS, COMPLETIONS, "policy").logprobs.requires_grad
+            with pytest.raises(AssertionError, match="held"):
+                logprobs(model, None)
+        assert torch.equal(logprobs(model, None), before)
+        assert model.logprobs(PROMPTS, COMPLETIONS, "policy").logprobs.requires_grad
+
+    def test_the_bare_base(self, model: Model) -> None:
+        model.add_adapter("policy", "policy", rank=4)
+        before = logprobs(model, None)
+        randomise(model, "policy")
+        with model.holding(None):
+            assert torch.equal(logprobs(model, None), before)
 
 
 class TestSelection:
