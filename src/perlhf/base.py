@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionRe
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from perlhf.environment import cpu_computes_in_bf16
+from perlhf.environment import bound_compiled_products, cpu_computes_in_bf16
 from perlhf.errors import ModelError, PerlhfError, StorageError, nearest
 from perlhf.packaged_base import (
     MARKER,
@@ -122,6 +122,7 @@ def load_base(path: Path, dtype: torch.dtype, device: str | torch.device) -> Pre
         ModelError: unsupported architecture, no or unreadable safetensors, missing weights, or a forward pass that
             differs from what training assumes.
     """
+    bound_compiled_products()
     with quiet(), _model_errors(path, "model"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         check_supported(config)

@@ -7,12 +7,15 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import MutableMapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from perlhf import __version__, allocator
 
+COMPILED_PRODUCTS = 512
+"""Kernels of bfloat16 products that a CPU run keeps."""
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -58,6 +61,15 @@ def cuda_peak_bytes() -> int:
     """The most GPU memory that torch held at a time in this process; 0 where it used no GPU."""
     torch = sys.modules.get("torch")
     return torch.cuda.max_memory_allocated() if torch and torch.cuda.is_initialized() else 0
+
+
+def bound_compiled_products(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Before the first product in bfloat16 on a CPU: at most `COMPILED_PRODUCTS` of its kernels are kept.
+
+    oneDNN compiles one for each shape, about half a megabyte each, and by default keeps 1,024 of them. A micro-batch
+    needs fewer than 250; where they don't fit, each product is compiled anew and a run takes seven times as long.
+    """
+    environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(COMPILED_PRODUCTS))
 
 
 def cpu_computes_in_bf16(cpuinfo: str | None = None) -> tuple[bool, str]:

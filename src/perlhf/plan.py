@@ -34,6 +34,10 @@ HEAD_CHUNK_TOKENS = 256
 HOLES = 2.0
 """What activations take under glibc's allocator, whose memory grows holes, in units of their size (`allocator.py`)."""
 
+COMPILED_BYTES = 670 * 2**20
+"""What a run in bfloat16 on a CPU takes beside: kernels that oneDNN compiles for each shape, and its buffers (measured
+on runs of 14 updates and more, docs/performance.md; it grows over the first ten)."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -91,6 +95,8 @@ def plan(config: Stage) -> Plan:
         "frozen adapters": _frozen_adapters(config) * next(iter(trainable.values())) * 4,
         "activations": _activation_bytes(config, base, dtype, HOLES if used == "system" else 1.0),
     }
+    if dtype == "bfloat16" and not config.device.startswith("cuda"):
+        memory["compiled products"] = COMPILED_BYTES
     updates = count_updates(config, kinds)
     return Plan(stage, records, updates, config.learning_rate, base.parameters, trainable, dtype, used, memory)
 

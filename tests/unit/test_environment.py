@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import perlhf
-from perlhf.environment import cpu_computes_in_bf16, environment, peak_memory_bytes
+from perlhf.environment import COMPILED_PRODUCTS, bound_compiled_products, cpu_computes_in_bf16, environment, peak_memory_bytes
 
 
 def git(directory: Path, *arguments: str) -> str:
@@ -79,3 +79,13 @@ def test_peak_memory_is_of_this_process_and_stays():
 )
 def test_bf16_where_it_is_the_faster_one(cpuinfo: str, expected: bool):
     assert cpu_computes_in_bf16(cpuinfo)[0] is expected
+
+
+def test_compiled_products_are_bounded_unless_the_user_says_how_many():
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    variables: dict[str, str] = {}
+    bound_compiled_products(variables)
+    assert variables == {name: str(COMPILED_PRODUCTS)}
+    variables[name] = "7"
+    bound_compiled_products(variables)
+    assert variables == {name: "7"}

@@ -9,6 +9,7 @@ from perlhf import allocator
 from perlhf.config import AdapterConfig, DataConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.errors import AdapterError, DataError, ModelError, RunError
 from perlhf.plan import (
+    COMPILED_BYTES,
     SMOLLM2_CONFIG,
     count_records,
     count_updates,
@@ -113,6 +114,12 @@ def test_memory_parts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
     full = plan(settings.model_copy(update={"tuning": "full"}))
     assert full.memory_bytes["adapters and optimiser"] == 16 * (parameters + 64)
     assert planned.total_bytes == sum(planned.memory_bytes.values())
+    # bfloat16 halves what is computed in it, and on a CPU its compiled products come on top.
+    half = settings.model_copy(update={"dtype": "bfloat16"})
+    assert plan(half).memory_bytes["base"] == 2 * parameters
+    assert plan(half).memory_bytes["compiled products"] == COMPILED_BYTES
+    assert "compiled products" not in planned.memory_bytes
+    assert "compiled products" not in plan(half.model_copy(update={"device": "cuda:1"})).memory_bytes
 
 
 def test_frozen_adapters_of_a_policy_are_counted(tiny_base: Path, tmp_path: Path):
