@@ -9,7 +9,13 @@ import pytest
 import torch
 
 import perlhf
-from perlhf.environment import COMPILED_PRODUCTS, bound_compiled_products, cpu_computes_in_bf16, environment, peak_memory_bytes
+from perlhf.environment import (
+    COMPILED_PRODUCTS,
+    bound_compiled_products,
+    cpu_computes_in_bf16,
+    environment,
+    peak_memory_bytes,
+)
 
 
 def git(directory: Path, *arguments: str) -> str:
