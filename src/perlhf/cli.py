@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from perlhf import __version__, allocator, config, show
+from perlhf import __version__, allocator, config, config_compare, show
 from perlhf.errors import ConfigError, PerlhfError, nearest
 from perlhf.options import Command, parse
 from perlhf.recipe import read_recipe
@@ -25,7 +25,8 @@ COMMANDS: Mapping[str, Command[Any]] = {
     "evaluate": Command("perlhf evaluate", config.EvaluateConfig, ("run",)),
     "score": Command("perlhf score", config.ScoreConfig, ("run", "data.paths")),
     "chat": Command("perlhf chat", config.ChatConfig, ("run",)),
-    "compare": Command("perlhf compare", config.CompareConfig, ("runs",)),
+    "compare": Command("perlhf compare", config_compare.CompareConfig, dry_run=True),
+    "table": Command("perlhf table", config.TableConfig, ("runs",)),
     "report": Command("perlhf report", config.ReportConfig, ("runs",)),
     "export": Command("perlhf export", config.ExportConfig, ("run", "output")),
 }
@@ -126,9 +127,7 @@ def _run(name: str, arguments: list[str]) -> int:
     defaults = evaluated_data(arguments) if name == "evaluate" else None
     settings, dry_run = parse(COMMANDS[name], arguments, defaults)
     if dry_run:
-        from perlhf.plan import plan
-
-        show.plan(settings, plan(settings))
+        _plan(settings)
         return 0
     match settings:
         case config.DemoConfig():
@@ -153,10 +152,15 @@ def _run(name: str, arguments: list[str]) -> int:
             from perlhf.chat import chat
 
             chat(settings)
-        case config.CompareConfig():
+        case config_compare.CompareConfig():
             from perlhf.compare import compare
 
-            compare(settings.runs, settings.output)
+            compare(settings)
+            print(settings.output / "compare.html")
+        case config.TableConfig():
+            from perlhf.table import tabulate
+
+            tabulate(settings.runs, settings.output)
         case config.ReportConfig():
             from perlhf import report
 
@@ -170,6 +174,17 @@ def _run(name: str, arguments: list[str]) -> int:
         case _:
             raise AssertionError(f"no branch for {name}")
     return 0
+
+
+def _plan(settings: Any) -> None:
+    if isinstance(settings, config_compare.CompareConfig):
+        from perlhf.compare import cells
+
+        show.cells(settings, cells(settings))
+    else:
+        from perlhf.plan import plan
+
+        show.plan(settings, plan(settings))
 
 
 def _train(settings: BaseModel) -> dict[str, Any]:

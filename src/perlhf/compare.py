@@ -1,83 +1,237 @@
-"""Several runs side by side: quality, time and memory, as a table and as JSON."""
+"""`perlhf compare RECIPE`: trains every cell of a grid in a process of its own, then says what they show.
 
-from collections.abc import Sequence
-from dataclasses import asdict
+A cell is one run: a stage, a side (full tuning, or adapters of a rank), a learning rate and a seed. Learning rates are
+tried with the first seed and chosen on validation groups; the other seeds take the chosen one, and test groups are
+looked at for those cells alone. Finished cells are never run again.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
+import yaml
 
-from perlhf.run_directory import strict_json
-from perlhf.run_files import Summary, count, duration, interval, memory, number, read_runs, summarise
+from perlhf.compare_result import summarise
+from perlhf.config import RewardConfig
+from perlhf.config_compare import CompareConfig, Side, Stage
+from perlhf.errors import RunError
+from perlhf.report import comparison
+from perlhf.run_directory import RESULT, first_difference, read_json, strict_json
+from perlhf.run_files import EVALUATION, finite, mapping
 from perlhf.storage import storage_errors, write_atomic
 
-_TEXTS = ("run", "stage", "tuning", "targets", "metric")
-_COSTS = ("trainable", "time", "tokens/s", "peak memory")
+RECIPE, FAILURES, LOGS = "compare.yaml", "failed", "logs"
+MAY_GROW = ("output", "seeds", "ranks", "targets", "margin", "bootstrap")
+"""Keys that may differ when a comparison is continued: no cell that is there depends on them."""
 
 
-def compare(runs: Sequence[Path], output: Path | None = None) -> list[Summary]:
-    """Prints the table of `runs`, writes its rows as JSON to `output` if given, and returns them.
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    stage: Stage
+    side: Side
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its directory below the grid's."""
+        return f"{self.stage}-{self.side.name}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    def recipe(self, config: CompareConfig) -> dict[str, Any]:
+        """The stage's recipe with what the cell sets."""
+        values = config.stage(self.stage).model_dump(mode="json")
+        values |= {"run": str(config.output / self.name), "seed": self.seed}
+        values["tuning"] = "lora" if self.side.rank else "full"
+        values["optim"]["learning_rate"] = self.learning_rate
+        if self.side.rank:
+            values["adapter"] |= {"rank": self.side.rank, "targets": self.side.targets}
+        return values
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Runs what is missing of the grid; writes compare.json and compare.html after every side; returns the former.
 
     Raises:
-        ConfigError: a path that is no run directory.
-        RunError: a file of a run can't be read.
-        StorageError: `output` can't be written.
+        RunError: `output` holds another grid, or a cell stopped for a mistake (its message is shown).
+        StorageError: a file can't be written.
+        KeyboardInterrupt: interrupted; the cell that was running has saved and will go on.
     """
-    rows = table(runs)
-    if output is not None:
-        with storage_errors(output.parent):
-            output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(output, strict_json([asdict(row) for row in rows], indent=2) + "\n")
-    show(rows, Console())
+    _claim(config)
+    total = sum(len(config.rates(side)) + len(config.seeds) - 1 for side in config.sides) * len(config.stages)
+    done, found = 0, {}
+    for stage in config.stages:
+        chosen: dict[Side, list[Cell]] = {}
+        for side in config.sides:
+            tried = [Cell(stage, side, rate, config.seeds[0]) for rate in config.rates(side)]
+            for cell in tried:
+                done += 1
+                _train(cell, config, f"{done}/{total}")
+            best = choose(tried, config)
+            if best is None:
+                done += len(config.seeds) - 1
+                continue
+            rest = [Cell(stage, side, best.learning_rate, seed) for seed in config.seeds[1:]]
+            for cell in rest:
+                done += 1
+                _train(cell, config, f"{done}/{total}")
+            chosen[side] = [cell for cell in (best, *rest) if _value(cell, config) is not None]
+            for cell in chosen[side]:
+                _evaluate(cell, config)
+            runs = {one.name: [config.output / cell.name for cell in cells] for one, cells in chosen.items() if cells}
+            found[stage] = {**summarise(stage, runs, config), "tried": _tried(stage, config)}
+            _write(found, config)
+    return found
+
+
+def cells(config: CompareConfig) -> list[list[str]]:
+    """What would be run: a row of stage, side, learning rates, seeds and number of runs for each side."""
+    return [
+        [
+            stage,
+            side.name,
+            ", ".join(f"{rate:g}" for rate in config.rates(side)),
+            ", ".join(map(str, config.seeds)),
+            str(len(config.rates(side)) + len(config.seeds) - 1),
+        ]
+        for stage in config.stages
+        for side in config.sides
+    ]
+
+
+def choose(tried: Sequence[Cell], config: CompareConfig) -> Cell | None:
+    """The cell that is best on validation groups, of equal ones the one with the lowest rate; None if all failed."""
+    values = {cell: value for cell in tried if (value := _value(cell, config)) is not None}
+    return max(values, key=lambda cell: (values[cell], -cell.learning_rate), default=None)
+
+
+def _value(cell: Cell, config: CompareConfig) -> float | None:
+    """What a finished cell reached on validation groups, more being better; None of one that failed."""
+    if (config.output / FAILURES / f"{cell.name}.json").exists():
+        return None
+    result = read_json(config.output / cell.name / RESULT)
+    if cell.stage == "policy":
+        return finite(mapping(result.get("after")).get("reward"))
+    reached, stage = mapping(result.get("validation")), config.reward
+    assert isinstance(stage, RewardConfig)
+    wanted = ["auc", "pairwise_accuracy"] if stage.select == "auto" else [stage.select]
+    values = [value for key in wanted if (value := finite(reached.get(key))) is not None]
+    return None if not values else -values[0] if stage.select == "loss" else values[0]
+
+
+def _tried(stage: Stage, config: CompareConfig) -> list[dict[str, Any]]:
+    """Every learning rate that was tried, and where it led."""
+    rows = []
+    for side in config.sides:
+        for rate in config.rates(side):
+            cell = Cell(stage, side, rate, config.seeds[0])
+            failed = config.output / FAILURES / f"{cell.name}.json"
+            if failed.exists() or (config.output / cell.name / RESULT).exists():
+                row = {"side": side.name, "learning_rate": rate, "seed": cell.seed, "validation": _value(cell, config)}
+                rows.append(row | {"failed": read_json(failed)["message"] if failed.exists() else None})
     return rows
 
 
-def table(runs: Sequence[Path]) -> list[Summary]:
-    """One row for each run, in the given order. Raises `ConfigError` and `RunError` like `compare`."""
-    return [summarise(run) for run in read_runs(runs)]
+def _claim(config: CompareConfig) -> None:
+    """Writes compare.yaml, or refuses a directory that holds the cells of another grid."""
+    values, path = json.loads(config.model_dump_json()), config.output / RECIPE
+    with storage_errors(config.output):
+        config.output.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            then = yaml.safe_load(path.read_text(encoding="utf-8"))
+            old, new = ({key: value for key, value in one.items() if key not in MAY_GROW} for one in (then, values))
+            if difference := first_difference(old, new):
+                key, before, now = difference
+                raise RunError(
+                    f"{key} is {now!r}, but {before!r} in the comparison that is here",
+                    where=str(path),
+                    allowed=f"only {', '.join(MAY_GROW)} may change when a comparison continues",
+                    hint="name another --output",
+                )
+        elif any(config.output.iterdir()):
+            raise RunError("the directory isn't empty and holds no comparison", where=str(config.output))
+        for folder in (FAILURES, LOGS):
+            (config.output / folder).mkdir(exist_ok=True)
+    write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def show(rows: Sequence[Summary], console: Console) -> None:
-    """Prints the rows: as one table, or where that is too wide as one of quality and one of costs."""
-    columns = _columns(rows)
-    whole = _table("runs", columns)
-    unbounded = console.options.update(width=10_000)
-    if Measurement.get(console, unbounded, whole).maximum <= console.width:
-        console.print(whole)
+def _train(cell: Cell, config: CompareConfig, number: str) -> None:
+    run, failed = config.output / cell.name, config.output / FAILURES / f"{cell.name}.json"
+    if failed.exists() or (run / RESULT).exists():
         return
-    costs = {name: columns[name] for name in columns if name in ("run", *_COSTS)}
-    console.print(_table("quality", {name: columns[name] for name in columns if name not in _COSTS}))
-    console.print(_table("costs", costs))
+    print(f"cell {number}: {cell.name}", file=sys.stderr)
+    recipe = config.output / LOGS / f"{cell.name}.yaml"
+    write_atomic(recipe, yaml.safe_dump(cell.recipe(config), sort_keys=False, allow_unicode=True))
+    code, message = _perlhf([cell.stage, str(recipe)], config.output / LOGS / f"{cell.name}.log")
+    if code == 3:
+        write_atomic(failed, strict_json({"exit_code": code, "message": message}, indent=2) + "\n")
+        print(f"  it stopped, and counts as failed: {message}", file=sys.stderr)
+    elif code:
+        raise RunError(f"the cell stopped with exit code {code}: {message}", where=cell.name)
 
 
-def _columns(rows: Sequence[Summary]) -> dict[str, list[str]]:
-    """The cells of each column; one that no run fills is left out."""
-    columns = {
-        "run": [row.name for row in rows],
-        "stage": [row.stage for row in rows],
-        "tuning": [row.tuning or "–" for row in rows],
-        "rank": ["–" if row.rank is None else str(row.rank) for row in rows],
-        "targets": [row.targets or "–" for row in rows],
-        "metric": [row.quality_name or "–" for row in rows],
-        "value": ["–" if row.quality is None else number(row.quality.value) for row in rows],
-        "95 % interval": [(row.quality and interval(row.quality)) or "–" for row in rows],
-        "trainable": [count(row.trainable_parameters) for row in rows],
-        "time": [duration(row.seconds) for row in rows],
-        "tokens/s": [count(row.tokens_per_second) for row in rows],
-        "peak memory": [memory(row.peak_memory_bytes) for row in rows],
-    }
-    return {name: cells for name, cells in columns.items() if name in ("run", "stage") or set(cells) != {"–"}}
+def _evaluate(cell: Cell, config: CompareConfig) -> None:
+    run = config.output / cell.name
+    if (run / EVALUATION).exists():
+        return
+    options = ["--bootstrap", str(config.bootstrap)]
+    if cell.stage == "policy":
+        options += ["--prompts", str(config.prompts), *(["--reward", *config.scorers] if config.scorers else [])]
+    code, message = _perlhf(["evaluate", str(run), *options], config.output / LOGS / f"{cell.name}.log")
+    if code:
+        raise RunError(f"its evaluation stopped with exit code {code}: {message}", where=cell.name)
 
 
-def _table(title: str, columns: dict[str, list[str]]) -> Table:
-    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in columns:
-        text = name in _TEXTS
-        made.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
-    for cells in zip(*columns.values(), strict=True):
-        # Text, since a run's name may look like markup.
-        made.add_row(*(Text(cell) for cell in cells))
-    return made
+def _perlhf(arguments: Sequence[str], log: Path) -> tuple[int, str]:
+    """Runs a command in a process of its own, whose peak memory is thus its own; its exit code and last message.
+
+    Its progress is shown; what it prints goes to `log`.
+    """
+    with storage_errors(log), log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "perlhf", *arguments],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a terminal's Ctrl-C reaches it through `_ended` alone, once
+        )
+        with _ended(process):
+            last = ""
+            assert process.stderr is not None
+            for line in process.stderr:
+                sys.stderr.write(line)
+                last = line.strip() or last
+            code = process.wait()
+    if code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    return code, last
+
+
+@contextmanager
+def _ended(process: "subprocess.Popen[str]") -> Iterator[None]:
+    """When we are interrupted or ended, the process saves and ends first."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _write(found: dict[str, Any], config: CompareConfig) -> None:
+    write_atomic(config.output / "compare.json", strict_json(found, indent=2) + "\n")
+    write_atomic(config.output / "compare.html", comparison.render(found, config.output.name))

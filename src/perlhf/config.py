@@ -406,7 +406,7 @@ class ReportConfig(Frozen):
     """Heading of the page."""
 
 
-class CompareConfig(Frozen):
+class TableConfig(Frozen):
     """Table of several runs: quality, time, memory."""
 
     runs: Annotated[tuple[Path, ...], Field(min_length=1)]

@@ -44,6 +44,17 @@ def plan(settings: BaseModel, planned: "Plan") -> None:
     _table(f"{planned.stage}: plan; nothing was trained or written", rows)
 
 
+def cells(settings: BaseModel, rows: Sequence[Sequence[str]]) -> None:
+    """The resolved configuration as YAML, then the runs of each side."""
+    print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    total = sum(int(row[-1]) for row in rows)
+    columns = ("stage", "side", "learning rates", "seeds", "runs")
+    table = Table(*columns, title=f"compare: plan of {total} runs; nothing was trained", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
 def formats(readers: Iterable[Mapping[str, str]], sources: Mapping[str, Mapping[str, Any]]) -> None:
     """Formats with their rules, and the sets that can be pulled."""
     table = Table("format", "gives", "rule", title="formats", title_justify="left")

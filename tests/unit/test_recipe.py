@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from perlhf.config import CompareConfig, DataConfig, EvaluateConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.config import DataConfig, EvaluateConfig, PolicyConfig, RewardConfig, SftConfig, TableConfig
 from perlhf.errors import ConfigError
 from perlhf.recipe import describe, load_recipe, read_recipe, validated
 
@@ -95,7 +95,7 @@ def test_error_across_keys_names_the_file(write):
 
 
 def test_missing_key(write):
-    assert "`runs` is missing" in refused(write("output: x.json"), CompareConfig)
+    assert "`runs` is missing" in refused(write("output: x.json"), TableConfig)
 
 
 def test_a_null_model_can_be_given(write):

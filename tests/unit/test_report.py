@@ -313,7 +313,7 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path, runs: list[Path]):
 def test_it_needs_no_torch(tmp_path: Path):
     run = write_run(tmp_path / "run", "sft", metrics=[{"step": 1, "loss": 2.0}])
     program = (
-        "import sys; from pathlib import Path; from perlhf import compare, report; "
+        "import sys; from pathlib import Path; from perlhf import report, table; "
         "assert 'matplotlib' not in sys.modules; "
         f"report.write([Path({str(run)!r})], Path({str(tmp_path / 'r.html')!r}), 'x'); "
         "print('torch' in sys.modules, 'transformers' in sys.modules)"

@@ -92,7 +92,9 @@ def evaluate_policy(finished: Finished, config: EvaluateConfig) -> dict[str, Any
         "reward": list(sources),
         "bootstrap": config.bootstrap,
         "seed": config.seed,
-        "samples": [_sample_row(setting.records[i].prompt, before, after, i) for i in range(len(setting.records))],
+        "samples": [
+            _sample_row(record.prompt, record.group, before, after, i) for i, record in enumerate(setting.records)
+        ],
     }
 
 
@@ -216,8 +218,8 @@ def _win_rates(setting: Setting, before: Answers, after: Answers, sources: str) 
     return {"win_rate": by_judge, "win_rate_by_score": by_score}
 
 
-def _sample_row(prompt: Text, before: Answers, after: Answers, i: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"prompt": plain(prompt), "before": before.texts[i], "after": after.texts[i]}
+def _sample_row(prompt: Text, group: str, before: Answers, after: Answers, i: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"group": group, "prompt": plain(prompt), "before": before.texts[i], "after": after.texts[i]}
     row |= {"score_before": before.scores[i].item(), "score_after": after.scores[i].item()}
     row["kl"] = None if after.kl is None else after.kl[i].item()
     for side, answers in (("before", before), ("after", after)):

@@ -86,6 +86,7 @@ def evaluate_reward(finished: Finished, config: EvaluateConfig) -> dict[str, Any
         "calibration": _calibration(own[0], test, config),
         "bootstrap": config.bootstrap,
         "seed": config.seed,
+        "records": _scores_of(test, own),
         "samples": _samples(order.choose(pairs, MAX_SAMPLES, config.seed)),
     }
 
@@ -240,6 +241,19 @@ def _share(labels: NDArray[np.bool_], inside: NDArray[np.bool_]) -> Statistic:
         return float(chosen.mean()) if len(chosen) else float("nan")
 
     return share
+
+
+def _scores_of(test: Judged, own: tuple[Scores | None, Scores | None]) -> dict[str, dict[str, list[Any]]]:
+    """Every record's group and scores, column by column: what `compare` resamples."""
+    rated, compared = ([] if scores is None else scores.round(6).tolist() for scores in own)
+    return {
+        "ratings": {
+            "group": [record.group for record in test.ratings],
+            "label": test.labels.tolist(),
+            "score": rated,
+        },
+        "comparisons": {"group": [record.group for record in test.comparisons], "scores": compared},
+    }
 
 
 def _samples(pairs: Sequence[tuple[Record, list[float]]]) -> list[dict[str, Any]]:

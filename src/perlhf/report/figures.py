@@ -6,7 +6,7 @@ matplotlib knows no CSS, so it draws with stand-in colours that are swapped afte
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -95,6 +95,54 @@ def cloud(name: str, series: Sequence[Series], xlabel: str, ylabel: str) -> str:
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.locator_params(nbins=5)
     return drawing.svg
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A labelled value with its interval (None where there is none)."""
+
+    label: str
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+
+
+def dots(name: str, points: Sequence[Dot], xlabel: str, ylabel: str) -> str:
+    """Labelled dots with vertical intervals: what is up and to the left is good and cheap."""
+    with _drawing(name, _SQUARER) as drawing:
+        axes = drawing.axes
+        for one in points:
+            colour = _COLOURS[_colour_of(one.label)]
+            if one.low is not None and one.high is not None:
+                axes.plot([one.x, one.x], [one.low, one.high], color=colour, linewidth=1.1, alpha=0.6)
+            axes.scatter([one.x], [one.y], s=18, color=colour, zorder=3)
+            axes.annotate(one.label, (one.x, one.y), (4, 3), textcoords="offset points", fontsize=6, color=_TEXT)
+        axes.set_xlim(0, 1.25 * max(one.x for one in points))
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.locator_params(nbins=5)
+    return drawing.svg
+
+
+def paths(name: str, lines: Mapping[str, Sequence[Sequence[Point]]], xlabel: str, ylabel: str) -> str:
+    """One line for each seed of each label, which stands at the end of the first."""
+    with _drawing(name, _SQUARER) as drawing:
+        axes = drawing.axes
+        for label, seeds in lines.items():
+            for number, points in enumerate(seeds):
+                xs, ys = [x for x, _ in points], [y for _, y in points]
+                axes.plot(xs, ys, color=_COLOURS[_colour_of(label)], linewidth=0.9, alpha=0.4 if number else 0.9)
+            if seeds:
+                axes.annotate(label, seeds[0][-1], (3, 0), textcoords="offset points", fontsize=6, color=_TEXT)
+        axes.margins(x=0.15)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.locator_params(nbins=5)
+    return drawing.svg
+
+
+def _colour_of(label: str) -> Literal["1", "2", "3"]:
+    """Full tuning, adapters on attention, adapters on all layers."""
+    return "2" if label == "full" else "3" if label.endswith("-all") else "1"
 
 
 def smoothing(points: int) -> int:

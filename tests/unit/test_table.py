@@ -8,10 +8,10 @@ import pytest
 from pipeline_runs import about, pipeline, write_run
 from rich.console import Console
 
-from perlhf.compare import compare, show, table
 from perlhf.config import AdapterConfig, RewardConfig
 from perlhf.errors import ConfigError, StorageError
 from perlhf.run_files import Summary
+from perlhf.table import show, table, tabulate
 
 
 def _ranks(directory: Path) -> list[Path]:
@@ -72,13 +72,13 @@ def test_columns_that_no_run_fills_are_left_out(tmp_path: Path):
 
 
 def test_a_name_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    compare([write_run(tmp_path / "[red]a", "sft")])
+    tabulate([write_run(tmp_path / "[red]a", "sft")])
     assert "[red]a" in capsys.readouterr().out
 
 
 def test_the_rows_are_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "new" / "table.json"
-    compare(pipeline(tmp_path / "runs", prompts=4, updates=2), output)
+    tabulate(pipeline(tmp_path / "runs", prompts=4, updates=2), output)
     assert "0.637 to 0.691" in capsys.readouterr().out
     rows = json.loads(output.read_text())
     assert [(row["name"], row["stage"]) for row in rows] == [(name, name) for name in ("sft", "reward", "policy")]
@@ -88,11 +88,11 @@ def test_the_rows_are_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_path_that_is_no_run_is_refused_and_nothing_is_written(tmp_path: Path):
     with pytest.raises(ConfigError, match="does not exist"):
-        compare([tmp_path / "missing"], tmp_path / "table.json")
+        tabulate([tmp_path / "missing"], tmp_path / "table.json")
     assert not (tmp_path / "table.json").exists()
 
 
 def test_an_output_that_cannot_be_written_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
-        compare([write_run(tmp_path / "a", "sft")], tmp_path / "file" / "table.json")
+        tabulate([write_run(tmp_path / "a", "sft")], tmp_path / "file" / "table.json")

@@ -1,0 +1,180 @@
+"""What the finished cells of a comparison show: quality with intervals, memory, speed, curves, and a verdict a side."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perlhf import statistics as measures
+from perlhf import verdict
+from perlhf.config_compare import CompareConfig, Stage
+from perlhf.errors import RunError
+from perlhf.run_files import RunFiles, Summary, finite, mapping, number, read_runs
+from perlhf.run_files import summarise as summary_of
+from perlhf.verdict import Statistic
+
+CURVES = {
+    "AUC": "validation_auc",
+    "pairwise accuracy": "validation_pairwise_accuracy",
+    "score": "validation_score",
+    "gold score": "validation_gold",
+}
+"""Metrics and what metrics.jsonl calls them while a run learns."""
+WORDS = {
+    "equivalent": "is equivalent to {other}",
+    "better": "is better than {other}",
+    "worse": "is worse than {other}",
+    "undecided": "can't be told from {other}",
+}
+
+
+@dataclass(frozen=True)
+class Tested:
+    """One cell's test records: the group of each, and the metric of any of them."""
+
+    metric: str
+    groups: list[str]
+    value: Statistic
+
+
+def summarise(stage: Stage, runs: Mapping[str, Sequence[Path]], config: CompareConfig) -> dict[str, Any]:
+    """The part of compare.json about one stage.
+
+    Args:
+        runs: run directories of each side's seeds, evaluated on test groups; the first side is the reference.
+
+    Raises:
+        RunError: cells that were tested on different records.
+    """
+    files = {side: read_runs(paths) for side, paths in runs.items()}
+    tested = {side: [_tested(run) for run in found] for side, found in files.items()}
+    everyone = [one for found in tested.values() for one in found]
+    reference = next(iter(files))
+    first = everyone[0]
+    for side, found in tested.items():
+        for one, run in zip(found, files[side], strict=True):
+            if one.groups != first.groups or one.metric != first.metric:
+                raise RunError("tested on other records than the first cell", where=str(run.path))
+    sides = {
+        side: _side(files[side], tested[side], files[reference], config) | _against(side, reference, tested, config)
+        for side in files
+    }
+    return {
+        "stage": stage,
+        "metric": first.metric,
+        "margin": config.margin,
+        "records": len(first.groups),
+        "groups": len(set(first.groups)),
+        "reference": reference,
+        "sides": sides,
+        "verdict": sentence(first.metric, reference, sides, config.margin),
+        **_made_with(files[reference][0]),
+    }
+
+
+def sentence(metric: str, reference: str, sides: Mapping[str, Mapping[str, Any]], margin: float) -> str:
+    """The verdicts in words, those that agree together."""
+    said: dict[str, list[str]] = {}
+    for side, found in sides.items():
+        if side != reference:
+            said.setdefault(found["verdict"], []).append(side)
+    if not said:
+        return f"Only {reference} has finished: nothing to compare it with yet."
+    parts = [
+        f"{', '.join(names)} {WORDS[what].format(other=reference)}"
+        + (f" (within {number(margin)})" if what == "equivalent" else "")
+        for what, names in said.items()
+    ]
+    return f"By {metric} on test groups, {'; '.join(parts)}."
+
+
+def _tested(run: RunFiles) -> Tested:
+    records = mapping(run.evaluation.get("records"))
+    rated, compared = mapping(records.get("ratings")), mapping(records.get("comparisons"))
+    if rated.get("group"):
+        scores, labels = np.array(rated["score"]), np.array(rated["label"], dtype=bool)
+        return Tested("AUC", rated["group"], lambda i: measures.auc(scores[i], labels[i]))
+    if compared.get("group"):
+        pairs = np.array(compared["scores"])
+        return Tested(
+            "pairwise accuracy", compared["group"], lambda i: measures.pairwise_accuracy(pairs[i, 0], pairs[i, 1])
+        )
+    rows = run.evaluation.get("samples") or []
+    key, metric = (
+        ("gold_after", "gold score") if rows and rows[0].get("gold_after") is not None else ("score_after", "score")
+    )
+    values = np.array([row[key] for row in rows], dtype=float)
+    return Tested(metric, [row["group"] for row in rows], lambda i: float(values[i].mean()))
+
+
+def _side(
+    runs: Sequence[RunFiles], tested: Sequence[Tested], reference: Sequence[RunFiles], config: CompareConfig
+) -> dict[str, Any]:
+    """Quality and costs of one side; costs also as a share or factor of the reference's."""
+    everything = np.arange(len(tested[0].groups))
+    low, high = verdict.seeds_interval(
+        [one.value for one in tested], [], tested[0].groups, config.bootstrap, config.seeds[0]
+    )
+    values = [one.value(everything) for one in tested]
+    lines = [summary_of(run) for run in runs]
+    others = [summary_of(run) for run in reference]
+    memory, speed = _mean(lines, "peak_memory_bytes"), _mean(lines, "tokens_per_second")
+    return {
+        "quality": {"value": statistics.fmean(values), "low": low, "high": high},
+        "seeds": [{"seed": run.config.get("seed"), "value": value} for run, value in zip(runs, values, strict=True)],
+        "learning_rate": mapping(runs[0].config.get("optim")).get("learning_rate"),
+        "trainable_parameters": lines[0].trainable_parameters,
+        "seconds": _mean(lines, "seconds"),
+        "tokens_per_second": speed,
+        "peak_memory_bytes": memory,
+        "memory_share": _ratio(memory, _mean(others, "peak_memory_bytes")),
+        "speed_factor": _ratio(speed, _mean(others, "tokens_per_second")),
+        "trainable_share": _ratio(lines[0].trainable_parameters, others[0].trainable_parameters),
+        "curves": [_curve(run, tested[0].metric) for run in runs],
+        "kl": [finite(run.result.get("kl")) for run in runs] if runs[0].stage == "policy" else None,
+        "win_rate": [run.evaluation.get("win_rate") for run in runs] if runs[0].stage == "policy" else None,
+    }
+
+
+def _against(
+    side: str, reference: str, tested: Mapping[str, Sequence[Tested]], config: CompareConfig
+) -> dict[str, Any]:
+    if side == reference:
+        return {"difference": None, "verdict": "reference"}
+    first, second = ([one.value for one in tested[name]] for name in (side, reference))
+    groups = tested[side][0].groups
+    low, high = verdict.seeds_interval(first, second, groups, config.bootstrap, config.seeds[0])
+    everything = np.arange(len(groups))
+    difference = _average(first, everything) - _average(second, everything)
+    return {
+        "difference": {"value": difference, "low": low, "high": high},
+        "verdict": verdict.verdict(low, high, config.margin),
+    }
+
+
+def _average(side: Sequence[Statistic], indices: NDArray[np.intp]) -> float:
+    return statistics.fmean(value(indices) for value in side)
+
+
+def _curve(run: RunFiles, metric: str) -> list[tuple[float, float]]:
+    """(seconds, validation metric) while the run learned."""
+    key = CURVES[metric]
+    pairs = ((finite(row.get("time_seconds")), finite(row.get(key))) for row in run.metrics)
+    return [(time, value) for time, value in pairs if time is not None and value is not None]
+
+
+def _mean(lines: Sequence[Summary], name: str) -> float | None:
+    values = [value for line in lines if (value := getattr(line, name)) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return value / other if value is not None and other else None
+
+
+def _made_with(run: RunFiles) -> dict[str, Any]:
+    return {name: run.manifest.get(name) for name in ("versions", "hardware", "commit", "threads", "allocator")}

@@ -1,0 +1,99 @@
+"""Configuration of `perlhf compare RECIPE`: which cells are trained, and what is called a difference beforehand."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from perlhf.config import Frozen, NotNegative, PolicyConfig, Positive, RewardConfig
+
+Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+Stage = Literal["reward", "policy"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way of tuning: all weights (rank 0), or adapters of a rank on some layers."""
+
+    rank: int
+    targets: Literal["attention", "all"] | None
+
+    @property
+    def name(self) -> str:
+        """`full`, `r8-attention`."""
+        return f"r{self.rank}-{self.targets}" if self.rank else "full"
+
+
+class CompareConfig(Frozen):
+    """LoRA of several ranks beside full tuning on one recipe: quality with intervals, memory, speed and a verdict.
+
+    Every cell is a run in a process of its own under `output`; running the same command again goes on where it was.
+    """
+
+    output: Path = Path("runs/compare")
+    """Directory of the cells, compare.json and compare.html."""
+    reward: RewardConfig | None = None
+    """Reward stage to compare (its `run`, `seed`, `tuning`, rank, targets and learning rate are set by the cells)."""
+    policy: PolicyConfig | None = None
+    """Policy stage to compare; all cells share the reward models that it names."""
+    full: bool = True
+    """Also full tuning, which the others are compared with; without it they are compared with the first rank."""
+    ranks: tuple[Positive, ...] = (16, 8, 4, 1)
+    """LoRA ranks."""
+    targets: Annotated[tuple[Literal["attention", "all"], ...], Field(min_length=1)] = ("attention", "all")
+    """Layers that adapters are on; each rank is run with each."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    """Seeds; learning rates are chosen with the first."""
+    lora_learning_rates: Rates = (2e-4, 5e-4, 1e-3)
+    """Learning rates tried for each LoRA side; the best on validation groups is kept."""
+    full_learning_rates: Rates = (1e-5, 2e-5, 5e-5)
+    """Learning rates tried for full tuning: as many as for LoRA."""
+    margin: NotNegative = 0.02
+    """Difference in quality, fixed beforehand, within which two sides are called equivalent."""
+    bootstrap: Positive = 1000
+    """Resamples of seeds and groups behind every interval."""
+    scorers: tuple[str, ...] = ()
+    """What policies are scored by when they are evaluated; best a reward run of other groups and another seed (null:
+    those they learn from)."""
+    prompts: Positive = 200
+    """Prompts that a policy is evaluated on."""
+
+    @property
+    def sides(self) -> list[Side]:
+        """All sides; the first is what the others are compared with."""
+        adapters = [Side(rank, targets) for targets in self.targets for rank in self.ranks]
+        return [*([Side(0, None)] if self.full else []), *adapters]
+
+    def stage(self, name: Stage) -> RewardConfig | PolicyConfig:
+        """The configuration of a stage that is compared."""
+        found = self.reward if name == "reward" else self.policy
+        assert found is not None, f"no stage {name}"
+        return found
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Stages that are compared."""
+        names: tuple[Stage, ...] = ("reward", "policy")
+        return [name for name in names if getattr(self, name) is not None]
+
+    def rates(self, side: Side) -> tuple[float, ...]:
+        """Learning rates that are tried for a side."""
+        return self.lora_learning_rates if side.rank else self.full_learning_rates
+
+    @model_validator(mode="after")
+    def _comparable(self) -> "CompareConfig":
+        if not self.stages:
+            raise ValueError("neither reward nor policy is given; give the stage to compare")
+        if len(self.sides) < 2:
+            raise ValueError("one side alone can't be compared; give more ranks, or full: true")
+        if self.full and len(self.lora_learning_rates) != len(self.full_learning_rates):
+            raise ValueError(
+                f"{len(self.lora_learning_rates)} lora_learning_rates and {len(self.full_learning_rates)} "
+                "full_learning_rates: both sides get the same number of tries"
+            )
+        for key in ("ranks", "targets", "seeds", "lora_learning_rates", "full_learning_rates"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} holds a value twice")
+        return self

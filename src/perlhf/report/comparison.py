@@ -1,0 +1,108 @@
+"""The page of `perlhf compare`: verdict, table, quality against time and memory, learning curves, rates tried.
+
+As the page of `perlhf report` it asks for nothing outside itself, and it has no script.
+"""
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from perlhf.report import figures
+from perlhf.run_files import count, duration, interval, mapping, measured, memory, number
+
+_STAGES = {"reward": "Reward model", "policy": "Policy"}
+
+
+def render(found: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
+    """The page about what compare.json holds; equal numbers give equal bytes."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("perlhf.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    style = resources.files("perlhf.report") / "templates" / "report.css"
+    page = environment.get_template("compare.html.j2").render(
+        title=title,
+        style=Markup(style.read_text(encoding="utf-8")),
+        stages=[_stage(name, part) for name, part in found.items()],
+    )
+    return page.encode(errors="replace")
+
+
+def _stage(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    sides = part["sides"]
+    return {
+        "title": _STAGES[name],
+        "verdict": part["verdict"],
+        "setting": _setting(part),
+        "columns": ["quality", "minus reference", "verdict", "memory", "speed", "time", "trainable", "rate", "seeds"],
+        "rows": [(side, _cells(found)) for side, found in sides.items()],
+        "charts": _charts(name, part["metric"], sides),
+        "tried": [
+            (row["side"], f"{row['learning_rate']:g}", number(row["validation"]), row["failed"] or "")
+            for row in part["tried"]
+        ],
+    }
+
+
+def _setting(part: Mapping[str, Any]) -> str:
+    hardware = mapping(part["hardware"])
+    torch = mapping(part["versions"]).get("torch", "unknown")
+    return (
+        f"{part['metric']} on {count(part['records'])} test records of {count(part['groups'])} groups; 95 % intervals "
+        f"over seeds and groups; margin {number(part['margin'])}, fixed beforehand. "
+        f"{hardware.get('cpu', 'unknown CPU')}, {part['threads']} threads, torch {torch}."
+    )
+
+
+def _cells(found: Mapping[str, Any]) -> list[str]:
+    quality, difference = measured(found["quality"]), measured(found["difference"])
+    assert quality is not None
+    return [
+        f"{number(quality.value)} ({interval(quality)})" if interval(quality) else number(quality.value),
+        "–" if difference is None else f"{number(difference.value)} ({interval(difference)})",
+        found["verdict"],
+        f"{memory(found['peak_memory_bytes'])}, {_percent(found['memory_share'])}",
+        f"{count(found['tokens_per_second'])} tokens/s, {number(found['speed_factor'])}×",
+        duration(found["seconds"]),
+        f"{count(found['trainable_parameters'])}, {_percent(found['trainable_share'])}",
+        f"{found['learning_rate']:g}",
+        ", ".join(number(one["value"]) for one in found["seeds"]),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{number(100 * share)} %"
+
+
+def _charts(name: str, metric: str, sides: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Markup, str]]:
+    """(title, figure, the same in words)."""
+    charts = []
+    for key, xlabel, scale in (
+        ("seconds", "minutes of training", 60),
+        ("peak_memory_bytes", "peak memory, GiB", 2**30),
+    ):
+        points = [
+            figures.Dot(side, found[key] / scale, *(found["quality"][part] for part in ("value", "low", "high")))
+            for side, found in sides.items()
+            if found[key] is not None
+        ]
+        if points:
+            words = "; ".join(f"{one.label} {number(one.y)} at {number(one.x)}" for one in points)
+            svg = Markup(figures.dots(f"{name}-{key}", points, xlabel, metric))
+            charts.append((f"{metric} against {xlabel}", svg, words))
+    lines = {
+        side: [[(time / 60, value) for time, value in curve] for curve in found["curves"] if curve]
+        for side, found in sides.items()
+    }
+    if any(lines.values()):
+        svg = Markup(figures.paths(f"{name}-curves", lines, "minutes of training", f"{metric}, validation"))
+        words = "; ".join(f"{side} ends at {number(curves[0][-1][1])}" for side, curves in lines.items() if curves)
+        charts.append((f"{metric} on validation groups while training", svg, words))
+    return charts
