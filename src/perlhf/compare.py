@@ -27,6 +27,7 @@ from perlhf.run_files import EVALUATION, finite, mapping
 from perlhf.storage import storage_errors, write_atomic
 
 RECIPE, FAILURES, LOGS = "compare.yaml", "failed", "logs"
+MESSAGE_LINES = 20
 MAY_GROW = ("output", "seeds", "ranks", "targets", "margin", "bootstrap")
 """Keys that may differ when a comparison is continued: no cell that is there depends on them."""
 
@@ -190,28 +191,33 @@ def _evaluate(cell: Cell, config: CompareConfig) -> None:
 
 
 def _perlhf(arguments: Sequence[str], log: Path) -> tuple[int, str]:
-    """Runs a command in a process of its own, whose peak memory is thus its own; its exit code and last message.
+    """Runs a command in a process of its own, whose peak memory is thus its own; its exit code and error message.
 
     Its progress is shown; what it prints goes to `log`.
     """
-    with storage_errors(log), log.open("ab") as output:
-        process = subprocess.Popen(
+    message: list[str] = []
+    with (
+        storage_errors(log),
+        log.open("ab") as output,
+        subprocess.Popen(
             [sys.executable, "-m", "perlhf", *arguments],
             stdout=output,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a terminal's Ctrl-C reaches it through `_ended` alone, once
-        )
-        with _ended(process):
-            last = ""
-            assert process.stderr is not None
-            for line in process.stderr:
-                sys.stderr.write(line)
-                last = line.strip() or last
-            code = process.wait()
+        ) as process,
+        _ended(process),
+    ):
+        assert process.stderr is not None
+        for line in process.stderr:
+            sys.stderr.write(line)
+            if line.startswith("error: "):
+                message = []
+            message.append(line.removeprefix("error: ").rstrip())
+        code = process.wait()
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
-    return code, last
+    return code, "\n".join(message[-MESSAGE_LINES:])
 
 
 @contextmanager

@@ -25,9 +25,9 @@ CURVES = {
 }
 """Metrics and what metrics.jsonl calls them while a run learns."""
 WORDS = {
-    "equivalent": "is equivalent to {other}",
-    "better": "is better than {other}",
-    "worse": "is worse than {other}",
+    "equivalent": "{verb} equivalent to {other}",
+    "better": "{verb} better than {other}",
+    "worse": "{verb} worse than {other}",
     "undecided": "can't be told from {other}",
 }
 
@@ -85,7 +85,7 @@ def sentence(metric: str, reference: str, sides: Mapping[str, Mapping[str, Any]]
     if not said:
         return f"Only {reference} has finished: nothing to compare it with yet."
     parts = [
-        f"{', '.join(names)} {WORDS[what].format(other=reference)}"
+        f"{', '.join(names)} {WORDS[what].format(other=reference, verb='is' if len(names) == 1 else 'are')}"
         + (f" (within {number(margin)})" if what == "equivalent" else "")
         for what, names in said.items()
     ]

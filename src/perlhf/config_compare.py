@@ -54,8 +54,7 @@ class CompareConfig(Frozen):
     bootstrap: Positive = 1000
     """Resamples of seeds and groups behind every interval."""
     scorers: tuple[str, ...] = ()
-    """What policies are scored by when they are evaluated; best a reward run of other groups and another seed (null:
-    those they learn from)."""
+    """What scores policies when they are evaluated, best reward runs of other groups (none: those they learn from)."""
     prompts: Positive = 200
     """Prompts that a policy is evaluated on."""
 

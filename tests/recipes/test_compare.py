@@ -1,0 +1,84 @@
+"""`perlhf compare` from one recipe: every cell in a process of its own, both stages, and again without training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_runs import SHORT, SYSTEM, TinyRuns, tiny_runs
+
+from perlhf.cli import main
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> TinyRuns:
+    """One run of each stage."""
+    return tiny_runs(tmp_path_factory.getbasetemp() / "tiny_runs", tiny_base)
+
+
+def recipe(tmp_path: Path, base: Path, runs: TinyRuns, **changed: Any) -> Path:
+    """LoRA of rank 2 and full tuning, one seed, one rate each; a policy paid by the tiny reward run."""
+    shared: dict[str, Any] = {
+        "base": str(base),
+        "dtype": "float32",
+        "threads": 1,
+        "data": json.loads(runs.data.model_dump_json()),
+        "encoding": {"system": SYSTEM, "max_tokens": 256},
+    }
+    values = {
+        "output": str(tmp_path / "out"),
+        "reward": shared | {"max_updates": 2, "validate_every": 1},
+        "policy": shared | SHORT | {"updates": 2, "reward": [str(runs.reward)]},
+        "ranks": [2],
+        "targets": ["attention"],
+        "seeds": [3],
+        "lora_learning_rates": [1.0e-2],
+        "full_learning_rates": [1.0e-4],
+        "bootstrap": 20,
+        "prompts": 4,
+    }
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(values | changed))))  # without aliases
+    return path
+
+
+def test_both_stages_and_again(
+    tmp_path: Path, tiny_base: Path, runs: TinyRuns, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, tiny_base, runs)
+    assert main(["compare", str(path)]) == 0
+    out = tmp_path / "out"
+    said = capfd.readouterr()
+    assert "cell 1/4: reward-full-lr0.0001-seed3" in said.err and str(out / "compare.html") in said.out
+    found = json.loads((out / "compare.json").read_text())
+    assert list(found) == ["reward", "policy"]
+    for stage, metric in (("reward", "AUC"), ("policy", "score")):
+        sides = found[stage]["sides"]
+        assert list(sides) == ["full", "r2-attention"] and found[stage]["metric"] == metric
+        # Each cell has its own peak: full tuning's moments and copy are not in the adapter's.
+        assert 0 < sides["r2-attention"]["memory_share"] and sides["r2-attention"]["trainable_share"] < 0.1
+        for side, one in sides.items():
+            rate = {"full": 1e-4, "r2-attention": 1e-2}[side]
+            run = out / f"{stage}-{side}-lr{rate:g}-seed3"
+            evaluated = json.loads((run / "evaluation.json").read_text())
+            value = evaluated["metrics"]["auc"] if stage == "reward" else evaluated["after"]["score"]
+            assert one["quality"]["value"] == pytest.approx(value["value"], abs=1e-4) and one["learning_rate"] == rate
+        assert len(found[stage]["tried"]) == 2 and found[stage]["verdict"].startswith(f"By {metric} on test groups")
+    page = (out / "compare.html").read_text()
+    assert page.count("<svg") >= 5 and str(tmp_path) not in page
+    sessions = {file: file.read_bytes() for file in out.glob("*/manifest.json")}
+    assert main(["compare", str(path)]) == 0
+    assert "cell" not in capfd.readouterr().err and len(sessions) == 4
+    assert sessions == {file: file.read_bytes() for file in sessions}
+    assert json.loads((out / "compare.json").read_text()) == found
+
+
+def test_a_mistake_in_a_cell_is_shown_and_ends_it(
+    tmp_path: Path, tiny_base: Path, runs: TinyRuns, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, tiny_base / "missing", runs, policy=None)
+    assert main(["compare", str(path)]) == 2
+    said = capfd.readouterr().err
+    assert "reward-full-lr0.0001-seed3: the cell stopped with exit code 2" in said and "Traceback" not in said
+    assert not list((tmp_path / "out").glob("*/result.json"))

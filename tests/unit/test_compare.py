@@ -1,0 +1,171 @@
+"""A comparison's cells, its choice of learning rates, its numbers from run files written by hand, and its page."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from perlhf import compare
+from perlhf.compare import Cell, cells, choose
+from perlhf.compare_result import sentence, summarise
+from perlhf.config import PolicyConfig, RewardConfig
+from perlhf.config_compare import CompareConfig, Side
+from perlhf.errors import PerlhfError, RunError
+from perlhf.report import comparison
+
+FULL, R4 = Side(0, None), Side(4, "attention")
+
+
+def config(output: Path, **changed: Any) -> CompareConfig:
+    values: dict[str, Any] = {
+        "output": output,
+        "reward": RewardConfig(),
+        "ranks": (4,),
+        "targets": ("attention",),
+        "seeds": (5, 6),
+        "lora_learning_rates": (1e-4, 1e-3),
+        "full_learning_rates": (1e-6, 1e-5),
+        "bootstrap": 50,
+    }
+    return CompareConfig(**(values | changed))
+
+
+def write(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_cell(output: Path, cell: Cell, validation: float, scores: list[float], tokens: float, memory: int) -> Path:
+    """A finished and evaluated reward cell on four ratings of two groups."""
+    run = output / cell.name
+    result = {"stage": "reward", "validation": {"auc": validation, "loss": 1 - validation}, "seconds": 60.0}
+    write(run / "result.json", result | {"trainable_parameters": 1000 if cell.side.rank == 0 else 10})
+    write(run / "manifest.json", {"stage": "reward", "peak_memory_bytes": memory, "versions": {"torch": "x"}})
+    write(run / "metrics.jsonl", {"step": 1, "tokens_per_second": tokens, "time_seconds": 30, "validation_auc": 0.5})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    values = {"seed": cell.seed, "tuning": "x", "optim": {"learning_rate": cell.learning_rate}}
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    ratings = {"group": ["a", "a", "b", "b"], "label": [True, False, True, False], "score": scores}
+    write(run / "evaluation.json", {"records": {"ratings": ratings, "comparisons": {"group": [], "scores": []}}})
+    return run
+
+
+def test_every_side_gets_as_many_tries(tmp_path: Path):
+    both = config(tmp_path, ranks=(4, 1), targets=("attention", "all"))
+    names = [side.name for side in both.sides]
+    assert names == ["full", "r4-attention", "r1-attention", "r4-all", "r1-all"]
+    # Two rates with the first seed, the better one with the second.
+    assert [row[-1] for row in cells(both)] == ["3"] * 5
+    policy = PolicyConfig(reward=("module:function",))
+    assert len(cells(config(tmp_path, policy=policy))) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"reward": None}, "neither reward nor policy"),
+        ({"lora_learning_rates": (1e-3,)}, "the same number of tries"),
+        ({"full": False}, "one side alone"),
+        ({"seeds": (1, 1)}, "seeds holds a value twice"),
+        ({"ranks": (0,)}, "greater than 0"),
+    ],
+)
+def test_what_can_not_be_compared(tmp_path: Path, changed: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        config(tmp_path, **changed)
+
+
+def test_a_cell_sets_what_its_side_says_and_nothing_else(tmp_path: Path):
+    values = Cell("reward", R4, 1e-3, 6).recipe(config(tmp_path))
+    made = RewardConfig(**values)
+    assert (made.run, made.seed, made.tuning) == (tmp_path / "reward-r4-attention-lr0.001-seed6", 6, "lora")
+    assert (made.adapter.rank, made.adapter.targets, made.optim.learning_rate) == (4, "attention", 1e-3)
+    full = RewardConfig(**Cell("reward", FULL, 1e-5, 5).recipe(config(tmp_path)))
+    assert (full.tuning, full.learning_rate) == ("full", 1e-5)
+    rest = {"run", "seed", "tuning", "adapter", "optim"}
+    assert made.model_dump(exclude=rest) == RewardConfig().model_dump(exclude=rest)
+
+
+def test_rates_are_chosen_on_validation_groups(tmp_path: Path):
+    settings = config(tmp_path, lora_learning_rates=(1e-4, 1e-3, 1e-2), full_learning_rates=(1e-6, 1e-5, 1e-4))
+    tried = [Cell("reward", R4, rate, 5) for rate in settings.lora_learning_rates]
+    for cell, reached in zip(tried, (0.6, 0.7, 0.7), strict=True):
+        write_cell(tmp_path, cell, reached, [1, 0, 1, 0], 1, 1)
+    assert choose(tried, settings) == tried[1]  # the lower of two equal ones
+    write(tmp_path / "failed" / f"{tried[1].name}.json", {"message": "diverged"})
+    assert choose(tried, settings) == tried[2]
+    by_loss = settings.model_copy(update={"reward": RewardConfig(select="loss")})
+    assert choose(tried, by_loss) == tried[2]
+    for cell in tried:
+        write(tmp_path / "failed" / f"{cell.name}.json", {"message": "diverged"})
+    assert choose(tried, settings) is None
+
+
+def test_numbers_of_a_stage_by_hand(tmp_path: Path):
+    """Full: AUC 1 and 1. r4: 0.75 (of four pairs of a thumb up and one down three are in order) and 0.5."""
+    settings = config(tmp_path)
+    runs = {
+        "full": [
+            write_cell(tmp_path, Cell("reward", FULL, 1e-5, seed), 0.5, [2, 0, 1, -1], 100, 4000) for seed in (5, 6)
+        ],
+        "r4-attention": [
+            write_cell(tmp_path, Cell("reward", R4, 1e-3, 5), 0.5, [2, 0, 1, 1.5], 150, 1000),
+            write_cell(tmp_path, Cell("reward", R4, 1e-3, 6), 0.5, [0, 0, 0, 0], 250, 2000),
+        ],
+    }
+    found = summarise("reward", runs, settings)
+    full, lora = found["sides"]["full"], found["sides"]["r4-attention"]
+    assert found["metric"] == "AUC" and found["reference"] == "full" and found["records"] == 4 and found["groups"] == 2
+    assert full["quality"] == {"value": 1.0, "low": 1.0, "high": 1.0} and full["verdict"] == "reference"
+    assert [one["value"] for one in lora["seeds"]] == [0.75, 0.5]
+    assert lora["quality"]["value"] == 0.625 and lora["difference"]["value"] == -0.375
+    # Group a alone has AUC 1 and 0.5, group b 0 and 0.5.
+    assert lora["quality"]["low"] >= 0 and lora["quality"]["high"] <= 1
+    assert (lora["memory_share"], lora["speed_factor"], lora["trainable_share"]) == (0.375, 2.0, 0.01)
+    assert lora["curves"] == [[(30, 0.5)], [(30, 0.5)]]
+    assert found["verdict"].startswith("By AUC on test groups, r4-attention")
+    page = comparison.render({"reward": {**found, "tried": []}}, "<b>a</b>").decode()
+    assert "&lt;b&gt;a" in page and "r4-attention" in page and page.count("<svg") == 3 and "script" not in page
+    assert page == comparison.render({"reward": {**found, "tried": []}}, "<b>a</b>").decode()
+
+
+def test_cells_tested_on_other_records_are_refused(tmp_path: Path):
+    runs = {
+        side.name: [write_cell(tmp_path, Cell("reward", side, 1e-5, 5), 0.5, [2, 0, 1, -1], 1, 1)]
+        for side in (FULL, R4)
+    }
+    other = json.loads((runs["r4-attention"][0] / "evaluation.json").read_text())
+    other["records"]["ratings"]["group"][0] = "c"
+    write(runs["r4-attention"][0] / "evaluation.json", other)
+    with pytest.raises(RunError, match="other records"):
+        summarise("reward", runs, config(tmp_path))
+
+
+def test_verdicts_in_words():
+    sides = {
+        name: {"verdict": what} for name, what in [("full", "reference"), ("r8", "equivalent"), ("r4", "equivalent")]
+    }
+    words = sentence("AUC", "full", {**sides, "r1": {"verdict": "worse"}}, 0.02)
+    assert words == "By AUC on test groups, r8, r4 are equivalent to full (within 0.020); r1 is worse than full."
+    assert sentence("AUC", "full", {"full": {}}, 0.02).startswith("Only full has finished")
+
+
+def test_a_directory_belongs_to_one_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compare, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    output = tmp_path / "out"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compare.compare(config(output))
+    with pytest.raises(KeyboardInterrupt):  # more seeds may be added
+        compare.compare(config(output, seeds=(5, 6, 7)))
+    with pytest.raises(PerlhfError, match=r"reward\.epochs is 2, but 1"):
+        compare.compare(config(output, reward=RewardConfig(epochs=2)))
+    assert yaml.safe_load((output / "compare.yaml").read_text())["seeds"] == [5, 6, 7]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(RunError, match="isn't empty"):
+        compare.compare(config(tmp_path / "mine"))
