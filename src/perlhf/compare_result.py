@@ -51,7 +51,7 @@ def summarise(stage: Stage, runs: Mapping[str, Sequence[Path]], config: CompareC
         RunError: cells that were tested on different records.
     """
     files = {side: read_runs(paths) for side, paths in runs.items()}
-    tested = {side: [_tested(run) for run in found] for side, found in files.items()}
+    tested = {side: [tested_by(run) for run in found] for side, found in files.items()}
     everyone = [one for found in tested.values() for one in found]
     reference = next(iter(files))
     first = everyone[0]
@@ -92,7 +92,8 @@ def sentence(metric: str, reference: str, sides: Mapping[str, Mapping[str, Any]]
     return f"By {metric} on test groups, {'; '.join(parts)}."
 
 
-def _tested(run: RunFiles) -> Tested:
+def tested_by(run: RunFiles) -> Tested:
+    """What an evaluated run was tested on, and how well it did on any part of that."""
     records = mapping(run.evaluation.get("records"))
     rated, compared = mapping(records.get("ratings")), mapping(records.get("comparisons"))
     if rated.get("group"):
@@ -140,20 +141,22 @@ def _side(
     }
 
 
+def difference(first: Sequence[Tested], second: Sequence[Tested], resamples: int, seed: int) -> dict[str, float]:
+    """Mean metric of the runs of `first` minus that of `second`, tested on the same records: `value`, `low`, `high`."""
+    groups, everything = first[0].groups, np.arange(len(first[0].groups))
+    one, other = ([run.value for run in side] for side in (first, second))
+    low, high = verdict.seeds_interval(one, other, groups, resamples, seed)
+    return {"value": _average(one, everything) - _average(other, everything), "low": low, "high": high}
+
+
 def _against(
     side: str, reference: str, tested: Mapping[str, Sequence[Tested]], config: CompareConfig
 ) -> dict[str, Any]:
+    """The difference in quality from the reference, and what it says."""
     if side == reference:
         return {"difference": None, "verdict": "reference"}
-    first, second = ([one.value for one in tested[name]] for name in (side, reference))
-    groups = tested[side][0].groups
-    low, high = verdict.seeds_interval(first, second, groups, config.bootstrap, config.seeds[0])
-    everything = np.arange(len(groups))
-    difference = _average(first, everything) - _average(second, everything)
-    return {
-        "difference": {"value": difference, "low": low, "high": high},
-        "verdict": verdict.verdict(low, high, config.margin),
-    }
+    found = difference(tested[side], tested[reference], config.bootstrap, config.seeds[0])
+    return {"difference": found, "verdict": verdict.verdict(found["low"], found["high"], config.margin)}
 
 
 def _average(side: Sequence[Statistic], indices: NDArray[np.intp]) -> float:

@@ -1,0 +1,37 @@
+"""Two sets of runs that differ in one thing, each with several seeds: mean quality on test groups and the difference.
+
+The runs must have been evaluated (`perlhf evaluate RUN`) on the same records. Intervals are over seeds and groups, the
+difference's on the same groups for both. Prints one JSON line.
+Run: python scripts/compare_seeds.py --first runs/grouped-0 runs/grouped-1 --second runs/shuffled-0 runs/shuffled-1
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from perlhf.compare_result import difference, tested_by
+from perlhf.run_files import read_runs, summarise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", type=Path, nargs="+", required=True, help="evaluated runs, one a seed")
+    parser.add_argument("--second", type=Path, nargs="+", required=True, help="evaluated runs, one a seed")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of seeds and groups")
+    arguments = parser.parse_args()
+    found = {}
+    sides = {name: read_runs(getattr(arguments, name)) for name in ("first", "second")}
+    tested = {name: [tested_by(run) for run in runs] for name, runs in sides.items()}
+    if len({(one.metric, tuple(one.groups)) for runs in tested.values() for one in runs}) > 1:
+        parser.error("the runs were tested on other records, or by other metrics")
+    for name, runs in sides.items():
+        values = [line.quality.value for run in runs if (line := summarise(run)).quality is not None]
+        seconds = [line.seconds for run in runs if (line := summarise(run)).seconds is not None]
+        found[name] = {"metric": tested[name][0].metric, "seeds": values, "mean": sum(values) / len(values)}
+        found[name] |= {"tokens": [run.result.get("tokens") for run in runs], "seconds": seconds}
+    found["difference"] = difference(tested["first"], tested["second"], arguments.bootstrap, 0)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
