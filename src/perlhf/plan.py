@@ -95,6 +95,9 @@ def plan(config: Stage) -> Plan:
         "frozen adapters": _frozen_adapters(config) * next(iter(trainable.values())) * 4,
         "activations": _activation_bytes(config, base, dtype, HOLES if used == "system" else 1.0),
     }
+    if config.tuning == "full":
+        # While they are used in another dtype than they are learned in, and while they are written to a file.
+        memory["copies of the weights"] = base.parameters * (4 + (_size(dtype) if dtype != "float32" else 0))
     if dtype == "bfloat16" and not config.device.startswith("cuda"):
         memory["compiled products"] = COMPILED_BYTES
     updates = count_updates(config, kinds)

@@ -113,6 +113,9 @@ def test_memory_parts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
     assert plan(settings).memory_bytes["activations"] == 2 * 100 * 2 * layer * 4
     full = plan(settings.model_copy(update={"tuning": "full"}))
     assert full.memory_bytes["adapters and optimiser"] == 16 * (parameters + 64)
+    assert full.memory_bytes["copies of the weights"] == 4 * parameters
+    in_half = plan(settings.model_copy(update={"tuning": "full", "dtype": "bfloat16"}))
+    assert in_half.memory_bytes["copies of the weights"] == 6 * parameters
     assert planned.total_bytes == sum(planned.memory_bytes.values())
     # bfloat16 halves what is computed in it, and on a CPU its compiled products come on top.
     half = settings.model_copy(update={"dtype": "bfloat16"})

@@ -41,8 +41,16 @@ def _stage(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
         "title": _STAGES[name],
         "verdict": part["verdict"],
         "setting": _setting(part),
-        "columns": ["quality", "minus reference", "verdict", "memory", "speed", "time", "trainable", "rate", "seeds"],
+        "columns": ["quality", "minus reference", "verdict", "memory", "speed", "time", "trainable"],
         "rows": [(side, _cells(found)) for side, found in sides.items()],
+        "seeds": [
+            (
+                side,
+                f"{found['learning_rate']:g}",
+                ", ".join(f"{one['seed']}: {number(one['value'])}" for one in found["seeds"]),
+            )
+            for side, found in sides.items()
+        ],
         "charts": _charts(name, part["metric"], sides),
         "tried": [
             (row["side"], f"{row['learning_rate']:g}", number(row["validation"]), row["failed"] or "")
@@ -71,9 +79,7 @@ def _cells(found: Mapping[str, Any]) -> list[str]:
         f"{memory(found['peak_memory_bytes'])}, {_percent(found['memory_share'])}",
         f"{count(found['tokens_per_second'])} tokens/s, {number(found['speed_factor'])}×",
         duration(found["seconds"]),
-        f"{count(found['trainable_parameters'])}, {_percent(found['trainable_share'])}",
-        f"{found['learning_rate']:g}",
-        ", ".join(number(one["value"]) for one in found["seeds"]),
+        _percent(found["trainable_share"]),
     ]
 
 

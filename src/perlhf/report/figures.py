@@ -112,13 +112,18 @@ def dots(name: str, points: Sequence[Dot], xlabel: str, ylabel: str) -> str:
     """Labelled dots with vertical intervals: what is up and to the left is good and cheap."""
     with _drawing(name, _SQUARER) as drawing:
         axes = drawing.axes
-        for one in points:
+        right = 1.25 * max(one.x for one in points)
+        for number, one in enumerate(points):
             colour = _COLOURS[_colour_of(one.label)]
+            # Labels of dots that stand at the same place go up in steps.
+            step = sum(abs(one.x - other.x) < 0.1 * right for other in points[:number])
             if one.low is not None and one.high is not None:
                 axes.plot([one.x, one.x], [one.low, one.high], color=colour, linewidth=1.1, alpha=0.6)
             axes.scatter([one.x], [one.y], s=18, color=colour, zorder=3)
-            axes.annotate(one.label, (one.x, one.y), (4, 3), textcoords="offset points", fontsize=6, color=_TEXT)
-        axes.set_xlim(0, 1.25 * max(one.x for one in points))
+            axes.annotate(
+                one.label, (one.x, one.y), (4, 3 + 7 * step), textcoords="offset points", fontsize=6, color=_TEXT
+            )
+        axes.set_xlim(0, right)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.locator_params(nbins=5)
     return drawing.svg
