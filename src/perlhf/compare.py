@@ -9,6 +9,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from typing import Any
 import yaml
 
 from perlhf.compare_result import summarise
-from perlhf.config import RewardConfig
+from perlhf.config import PolicyConfig, RewardConfig
 from perlhf.config_compare import CompareConfig, Side, Stage
 from perlhf.errors import RunError
+from perlhf.plan import plan
 from perlhf.report import comparison
 from perlhf.run_directory import RESULT, first_difference, read_json, strict_json
-from perlhf.run_files import EVALUATION, finite, mapping
+from perlhf.run_files import EVALUATION, finite, mapping, memory
 from perlhf.storage import storage_errors, write_atomic
 
 RECIPE, FAILURES, LOGS = "compare.yaml", "failed", "logs"
@@ -61,7 +63,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """Runs what is missing of the grid; writes compare.json and compare.html after every side; returns the former.
 
     Raises:
-        RunError: `output` holds another grid, or a cell stopped for a mistake (its message is shown).
+        RunError: `output` holds another grid, a cell stopped for a mistake (its message is shown), or all failed.
         StorageError: a file can't be written.
         KeyboardInterrupt: interrupted; the cell that was running has saved and will go on.
     """
@@ -89,22 +91,27 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             runs = {one.name: [config.output / cell.name for cell in cells] for one, cells in chosen.items() if cells}
             found[stage] = {**summarise(stage, runs, config), "tried": _tried(stage, config)}
             _write(found, config)
+        if not chosen:
+            raise RunError(f"no side of stage {stage} could be trained", where=str(config.output / FAILURES))
     return found
 
 
 def cells(config: CompareConfig) -> list[list[str]]:
-    """What would be run: a row of stage, side, learning rates, seeds and number of runs for each side."""
-    return [
-        [
-            stage,
-            side.name,
-            ", ".join(f"{rate:g}" for rate in config.rates(side)),
-            ", ".join(map(str, config.seeds)),
-            str(len(config.rates(side)) + len(config.seeds) - 1),
-        ]
-        for stage in config.stages
-        for side in config.sides
-    ]
+    """What would be run: stage, side, learning rates, seeds, estimated peak memory and number of runs for each side.
+
+    Raises:
+        RunError, DataError, ModelError, AdapterError: as `plan.plan` of a cell.
+    """
+    rows = []
+    for stage in config.stages:
+        for side in config.sides:
+            rates = config.rates(side)
+            values = Cell(stage, side, rates[0], config.seeds[0]).recipe(config)
+            planned = plan(RewardConfig(**values) if stage == "reward" else PolicyConfig(**values))
+            runs = len(rates) + len(config.seeds) - 1
+            tried, seeds = ", ".join(f"{rate:g}" for rate in rates), ", ".join(map(str, config.seeds))
+            rows.append([stage, side.name, tried, seeds, memory(planned.total_bytes), str(runs)])
+    return rows
 
 
 def choose(tried: Sequence[Cell], config: CompareConfig) -> Cell | None:
@@ -227,6 +234,9 @@ def _ended(process: "subprocess.Popen[str]") -> Iterator[None]:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield

@@ -48,7 +48,7 @@ def cells(settings: BaseModel, rows: Sequence[Sequence[str]]) -> None:
     """The resolved configuration as YAML, then the runs of each side."""
     print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     total = sum(int(row[-1]) for row in rows)
-    columns = ("stage", "side", "learning rates", "seeds", "runs")
+    columns = ("stage", "side", "learning rates", "seeds", "memory", "runs")
     table = Table(*columns, title=f"compare: plan of {total} runs; nothing was trained", title_justify="left")
     for row in rows:
         table.add_row(*row)

@@ -54,14 +54,16 @@ def write_cell(output: Path, cell: Cell, validation: float, scores: list[float],
     return run
 
 
-def test_every_side_gets_as_many_tries(tmp_path: Path):
-    both = config(tmp_path, ranks=(4, 1), targets=("attention", "all"))
+def test_every_side_gets_as_many_tries(tmp_path: Path, tiny_base: Path):
+    stage = RewardConfig(base=str(tiny_base))
+    both = config(tmp_path, ranks=(4, 1), targets=("attention", "all"), reward=stage)
     names = [side.name for side in both.sides]
     assert names == ["full", "r4-attention", "r1-attention", "r4-all", "r1-all"]
     # Two rates with the first seed, the better one with the second.
     assert [row[-1] for row in cells(both)] == ["3"] * 5
-    policy = PolicyConfig(reward=("module:function",))
-    assert len(cells(config(tmp_path, policy=policy))) == 4
+    policy = PolicyConfig(base=str(tiny_base), reward=("module:function",))
+    assert len(cells(config(tmp_path, reward=stage, policy=policy))) == 4
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
