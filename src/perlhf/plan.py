@@ -32,11 +32,12 @@ OPTIMISER_BYTES = 16
 HEAD_CHUNK_TOKENS = 256
 """Tokens whose logits exist at one time, as in `head.py`."""
 HOLES = 2.0
-"""What activations take under glibc's allocator, whose memory grows holes, in units of their size (`allocator.py`)."""
+"""What activations take where memory grows holes, in units of their size: under glibc's allocator (`allocator.py`), and
+in bfloat16 on a CPU."""
 
-COMPILED_BYTES = 670 * 2**20
-"""What a run in bfloat16 on a CPU takes beside: kernels that oneDNN compiles for each shape, and its buffers (measured
-on runs of 14 updates and more, docs/performance.md; it grows over the first ten)."""
+COMPILED_BYTES = 480 * 2**20
+"""What a run in bfloat16 on a CPU takes beside: kernels that oneDNN compiles for each shape, and its buffers (fitted to
+whole runs, docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,18 @@ def plan(config: Stage) -> Plan:
     trainable = trainable_parameters(config, base)
     dtype = dtype_in_force(config.dtype, config.device)
     used = allocator.expected()
+    compiles = dtype == "bfloat16" and not config.device.startswith("cuda")
     memory = {
         "libraries": OVERHEAD_BYTES,
         "base": base.parameters * _size(dtype),
         "adapters and optimiser": sum(trainable.values()) * OPTIMISER_BYTES,
         "frozen adapters": _frozen_adapters(config) * next(iter(trainable.values())) * 4,
-        "activations": _activation_bytes(config, base, dtype, HOLES if used == "system" else 1.0),
+        "activations": _activation_bytes(config, base, dtype, HOLES if used == "system" or compiles else 1.0),
     }
     if config.tuning == "full":
         # While they are used in another dtype than they are learned in, and while they are written to a file.
         memory["copies of the weights"] = base.parameters * (4 + (_size(dtype) if dtype != "float32" else 0))
-    if dtype == "bfloat16" and not config.device.startswith("cuda"):
+    if compiles:
         memory["compiled products"] = COMPILED_BYTES
     updates = count_updates(config, kinds)
     return Plan(stage, records, updates, config.learning_rate, base.parameters, trainable, dtype, used, memory)
