@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from perlhf.config import DataConfig, EvaluateConfig, PolicyConfig, RewardConfig, SftConfig, TableConfig
+from perlhf.config_compare import CompareConfig
 from perlhf.errors import ConfigError
 from perlhf.recipe import describe, load_recipe, read_recipe, validated
 
@@ -175,10 +176,11 @@ def test_describe_reads_as_english():
 
 def test_every_shipped_recipe_loads():
     models = {"sft": SftConfig, "reward": RewardConfig, "policy": PolicyConfig, "evaluate": EvaluateConfig}
+    models |= {"compare": CompareConfig}
     seen = set()
     for path in sorted((REPOSITORY / "recipes").rglob("*.y*ml")):
         command = next((name for name in models if path.stem.startswith(name)), None)
         assert command, f"{path}: a recipe's file name begins with its command ({', '.join(models)})"
         load_recipe(path, models[command])
         seen.add(command)
-    assert seen >= {"sft", "reward", "policy"}
+    assert seen >= {"sft", "reward", "policy", "compare"}
