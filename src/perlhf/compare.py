@@ -30,8 +30,9 @@ from perlhf.storage import storage_errors, write_atomic
 
 RECIPE, FAILURES, LOGS = "compare.yaml", "failed", "logs"
 MESSAGE_LINES = 20
-MAY_GROW = ("output", "seeds", "ranks", "targets", "margin", "bootstrap")
-"""Keys that may differ when a comparison is continued: no cell that is there depends on them."""
+MAY_GROW = ("output", "seeds", "ranks", "targets", "bootstrap")
+"""Keys that may differ when a comparison is continued: no cell that is there depends on them.
+Not the margin, which is fixed beforehand."""
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ class Model:
             try:
                 for layer in layers:
                     layer.hold()
-                self._held = names, self._full_weights(chain)
+                self._held = names, self._full_weights(chain, "")
                 yield
             finally:
                 self._held = None
@@ -286,18 +286,19 @@ class Model:
         names = tuple(a.name for a in chain)
         assert self._held is None or self._held[0] == names, f"{self._held and self._held[0]} held, not {names}"
         with nullcontext() if self._held else self._active(names, dropout):
-            weights = self._full_weights(chain)
+            weights = self._full_weights(chain, self.prefix)
             if weights:
                 inside = {n.removeprefix(self.prefix): w for n, w in weights.items() if n.startswith(self.prefix)}
                 return functional_call(self.decoder, inside, kwargs=inputs).last_hidden_state
             return self.decoder(**inputs).last_hidden_state
 
-    def _full_weights(self, chain: Sequence[Adapter]) -> dict[str, Tensor]:
-        """All weights of the uppermost full adapter in the base's dtype; none if there is none."""
+    def _full_weights(self, chain: Sequence[Adapter], prefix: str) -> dict[str, Tensor]:
+        """The uppermost full adapter's weights below `prefix` in the base's dtype; if held, all; {} without one."""
         if self._held:
             return self._held[1]
         full = [a for a in chain if a.weights]
-        return {name: weight.to(self.dtype) for name, weight in full[-1].weights.items()} if full else {}
+        named = full[-1].weights.items() if full else ()
+        return {name: weight.to(self.dtype) for name, weight in named if name.startswith(prefix)}
 
     @contextmanager
     def _active(self, names: tuple[str, ...], dropout: bool) -> Iterator[None]:

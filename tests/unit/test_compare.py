@@ -164,6 +164,8 @@ def test_a_directory_belongs_to_one_comparison(tmp_path: Path, monkeypatch: pyte
             compare.compare(config(output))
     with pytest.raises(KeyboardInterrupt):  # more seeds may be added
         compare.compare(config(output, seeds=(5, 6, 7)))
+    with pytest.raises(PerlhfError, match=r"margin is 0\.1, but 0\.02"):  # it is fixed beforehand
+        compare.compare(config(output, margin=0.1))
     with pytest.raises(PerlhfError, match=r"reward\.epochs is 2, but 1"):
         compare.compare(config(output, reward=RewardConfig(epochs=2)))
     assert yaml.safe_load((output / "compare.yaml").read_text())["seeds"] == [5, 6, 7]

@@ -8,14 +8,12 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from perlhf.report import charts, findings, samples
+from perlhf.report import charts, findings, samples, templating
 from perlhf.report.charts import Chart
 from perlhf.run_directory import strict_json
 from perlhf.run_files import (
@@ -98,14 +96,7 @@ def render(runs: Sequence[RunFiles], title: str) -> str:
     """The page as text; equal run files give an equal page."""
     parts = zip(runs, samples.explorers(runs), strict=True)
     sections = [_section(f"run-{index}", run, lists) for index, (run, lists) in enumerate(parts, start=1)]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("perlhf.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templating.environment()
     environment.filters |= {
         "number": number,
         "interval": interval,
@@ -115,8 +106,7 @@ def render(runs: Sequence[RunFiles], title: str) -> str:
     }
     environment.filters["scale"] = lambda cells: findings.largest(cell for cell in cells if isinstance(cell, Measured))
     environment.tests["measured"] = lambda cell: isinstance(cell, Measured)
-    templates = resources.files("perlhf.report") / "templates"
-    script = (templates / "report.js").read_text(encoding="utf-8")
+    script = (templating.TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
         title=title,
         subtitle=_subtitle(runs),
@@ -126,7 +116,7 @@ def render(runs: Sequence[RunFiles], title: str) -> str:
         sections=sections,
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=Markup((templates / "report.css").read_text(encoding="utf-8")),
+        style=templating.style(),
         data=_script_json(
             {
                 f"{section.id}-{one.kind}": {"kind": one.kind, "rows": one.rows}

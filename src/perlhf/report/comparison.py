@@ -4,13 +4,11 @@ As the page of `perlhf report` it asks for nothing outside itself, and it has no
 """
 
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from perlhf.report import figures
+from perlhf.report import figures, templating
 from perlhf.run_files import count, duration, interval, mapping, measured, memory, number
 
 _STAGES = {"reward": "Reward model", "policy": "Policy"}
@@ -18,19 +16,14 @@ _STAGES = {"reward": "Reward model", "policy": "Policy"}
 
 def render(found: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
     """The page about what compare.json holds; equal numbers give equal bytes."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("perlhf.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    style = resources.files("perlhf.report") / "templates" / "report.css"
-    page = environment.get_template("compare.html.j2").render(
-        title=title,
-        style=Markup(style.read_text(encoding="utf-8")),
-        stages=[_stage(name, part) for name, part in found.items()],
+    page = (
+        templating.environment()
+        .get_template("compare.html.j2")
+        .render(
+            title=title,
+            style=templating.style(),
+            stages=[_stage(name, part) for name, part in found.items()],
+        )
     )
     return page.encode(errors="replace")
 
