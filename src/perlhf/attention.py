@@ -5,6 +5,7 @@ A node's queries see all of what comes before the node, and of the node itself w
 kernels, joined by the logarithms of their sums of exponentials. Given the joint sums, each kernel's backward is exact.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +15,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from perlhf import cache
+from perlhf import cache, native
 from perlhf.cache import KeyValueCache, attend_part, join_parts
 from perlhf.packing import Node, Span
 
 NAME = "perlhf_tree"
 WRITTEN_OUT_TOKENS = 128
-"""Queries whose products exist at one time where no kernel is used."""
+"""Queries of one task of our own kernel, or whose products exist at one time where no kernel is used."""
 KERNEL_TOKENS = 192
 """From this many new tokens on, a CPU's kernel is the faster backward in bfloat16 too."""
 
@@ -42,17 +43,65 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, nodes: Sequence[No
     Returns:
         [heads, tokens, width].
     """
+    if native.usable(query, key, value) and query.shape[-1] == value.shape[-1]:
+        return _NativeTreeAttention.apply(query, key, value, tuple(nodes), scaling)  # pyright: ignore[reportReturnType]
     if query.device.type not in cache.KERNELS:
         nodes = _pieces(nodes, WRITTEN_OUT_TOKENS)
     return _TreeAttention.apply(query, key, value, tuple(nodes), scaling)  # pyright: ignore[reportReturnType]
 
 
-class _TreeAttention(torch.autograd.Function):
+class _NativeTreeAttention(torch.autograd.Function):
+    """As `_TreeAttention`, every node's keys read where they lie, by our own kernel (`native`)."""
+
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scaling: float) -> Tensor:
         heads, tokens, width = query.shape
-        # In memory [tokens, heads, width]: what the output projection reads and keeps is this tensor, not a copy.
-        out = query.new_empty(tokens, heads, width).transpose(0, 1)
+        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+        out = _by_token(query)
+        log_sums = query.new_empty(heads, tokens, dtype=torch.float32)
+        pieces, spans, count = _table(nodes)
+        sizes = native.int64s([heads, len(key), tokens, width, count])
+        strides = native.int64s([n for t in (query, key, value, out) for n in t.stride()[:2]])
+        native.call("attend", query, key, value, out, log_sums, strides, sizes, pieces, spans, float(scaling))
+        ctx.save_for_backward(query, key, value, out, log_sums)
+        ctx.nodes, ctx.scaling, ctx.sizes = nodes, float(scaling), sizes
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        query, key, value, out, log_sums = ctx.saved_tensors
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        found = [_by_token(tensor) for tensor in (query, key, value)]
+        pieces, spans, _ = _table(ctx.nodes)
+        strides = native.int64s([n for t in (query, key, value, out, grad, *found) for n in t.stride()[:2]])
+        inputs = query, key, value, out, grad, log_sums
+        native.call("attend_backward", *inputs, *found, strides, ctx.sizes, pieces, spans, ctx.scaling)
+        return *found, None, None
+
+
+def _by_token(like: Tensor) -> Tensor:
+    """An empty [heads, tokens, width], in memory [tokens, heads, width]: what linear layers read without a copy."""
+    heads, tokens, width = like.shape
+    return like.new_empty(tokens, heads, width).transpose(0, 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _table(nodes: tuple[Node, ...]) -> tuple[Any, Any, int]:
+    """The nodes in pieces, as the kernel reads them, for all layers."""
+    pieces = _pieces(nodes, WRITTEN_OUT_TOKENS)
+    rows, spans = [], []
+    for piece in pieces:
+        prefix = _merged(piece.prefix)
+        rows += [piece.start, piece.length, len(spans) // 2, len(prefix)]
+        spans += [number for span in prefix for number in span]
+    return native.int64s(rows), native.int64s(spans), len(pieces)
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scaling: float) -> Tensor:
+        heads, tokens, _ = query.shape
+        out = _by_token(query)
         log_sums = query.new_empty(heads, tokens, dtype=torch.float32)
         for node in nodes:
             queries = _own(query, node).unflatten(0, (len(key), -1))

@@ -18,12 +18,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionRe
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from perlhf.environment import bound_compiled_products, cpu_computes_in_bf16
+from perlhf.environment import bound_compiled_products, cache_dir, cpu_computes_in_bf16
 from perlhf.errors import ModelError, PerlhfError, StorageError, nearest
 from perlhf.packaged_base import (
     MARKER,
     SMOLLM2,
-    cache_dir,
     disk_errors,
     is_complete,
     pull_packaged,

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from perlhf import native
 from perlhf.packing import length_mask
 
 KERNELS = ("cpu",)
@@ -36,8 +38,8 @@ class KeyValueCache:
         """Tokens that each row has beyond its prompt."""
         self._prompts: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
-        # Rounded logits would move the probabilities: products are float32, and on a CPU nothing is converted for them.
-        self._dtype = torch.float32 if device.type == "cpu" else None
+        # Rounded logits would move the probabilities: products are float32. Torch's kernel wants all tensors so.
+        self._dtype = torch.float32 if device.type in KERNELS and native.library() is None else None
 
     def fork(self, samples: int) -> None:
         """`samples` rows for each prompt, ordered by prompt."""
@@ -76,13 +78,16 @@ class KeyValueCache:
             [row, heads, 1, width of value].
         """
         keys, values = self._prompts[layer]
-        own_keys, own_values = self._kept(layer, key, value)
+        self._keep_token(layer, key, value)
         count, heads, _, width = query.shape
         kv_heads = keys.shape[1]
+        if native.usable(query, keys, values) and width == values.shape[-1]:
+            return self._attend_natively(layer, query, scaling)
         share = heads // kv_heads
         q = query.float().view(count, kv_heads, share, width)
         past, past_sum = attend_part(self._by_prompt(q), keys.float(), values.float(), scaling, mask=self._hidden)
         past, past_sum = self._by_row(past, share), self._by_row(past_sum[..., None], share).squeeze(-1)
+        own_keys, own_values = (buffer[:, :, : self.time + 1].float() for buffer in self._own[layer])
         mixed, _ = join_parts((past, past_sum), attend_part(q, own_keys, own_values, scaling))
         return mixed.reshape(count, heads, 1, -1).to(query.dtype)
 
@@ -90,15 +95,23 @@ class KeyValueCache:
         """The token of each row has gone through all layers."""
         self.time += 1
 
-    def _kept(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All that the rows have sampled in this layer with the new token, float32 [row, kv_heads, time, width]."""
+    def _attend_natively(self, layer: int, query: Tensor, scaling: float) -> Tensor:
+        query, (keys, values), (own_keys, own_values) = query.contiguous(), self._prompts[layer], self._own[layer]
+        out = torch.empty_like(query)
+        prompts, kv_heads, longest, width = keys.shape
+        capacity, time = own_keys.shape[2], self.time + 1
+        sizes = native.int64s([prompts, longest, query.shape[1], kv_heads, width, capacity, time])
+        tensors = query, keys, values, own_keys, own_values, out, self.lengths, self._first_rows
+        native.call("decode", *tensors, sizes, float(scaling))
+        return out
+
+    def _keep_token(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Puts the new token of each row at the end of what it has sampled: [row, kv_heads, capacity, width]."""
         kept = self._own[layer]
         if kept[0].shape[2] == self.time:
             kept = self._own[layer] = _grown(kept[0]), _grown(kept[1])
         for buffer, new in zip(kept, (key, value), strict=True):
             buffer[:, :, self.time] = new[:, :, 0]
-        keys, values = (buffer[:, :, : self.time + 1].float() for buffer in kept)
-        return keys, values
 
     def _empty(self, like: Tensor) -> Tensor:
         return like.new_zeros(len(self.rows), like.shape[1], 0, like.shape[3])
@@ -112,6 +125,7 @@ class KeyValueCache:
         self._hidden = torch.zeros(self.seen.shape, device=self.seen.device)
         self._hidden = self._hidden.masked_fill_(~self.seen, -torch.inf)[:, None, None]
         counts = torch.bincount(self.rows, minlength=len(self.lengths))
+        self._first_rows = F.pad(counts.cumsum(0), (1, 0))
         self._most = int(counts.max())
         first = counts.cumsum(0) - counts
         rank = torch.arange(len(self.rows), device=self.rows.device) - first[self.rows]

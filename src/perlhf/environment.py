@@ -29,13 +29,20 @@ def environment() -> dict[str, Any]:
             continue
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch else None
+    native: Any = sys.modules.get("perlhf.native")
     return {
         "versions": versions,
         **_commit(),
         "hardware": _hardware(),
         "threads": threads,
         "allocator": allocator.in_use(),
+        "kernels": native.state() if native else None,
     }
+
+
+def cache_dir() -> Path:
+    """Where perlhf keeps bases, fingerprints and compiled kernels: $PERLHF_CACHE, else ~/.cache/perlhf."""
+    return Path(os.environ.get("PERLHF_CACHE") or "~/.cache/perlhf").expanduser().absolute()
 
 
 def peak_memory_bytes() -> int:

@@ -1,7 +1,8 @@
 """Root-mean-square norms and gated MLPs with a backward of their own: fewer passes over memory, fewer tensors kept.
 
 The forward does what the network's modules do, operation by operation, so that its outputs are theirs bit for bit; a
-module whose output differs on random input stays as it is. Parameters keep their names.
+module whose output differs on random input stays as it is. A CPU's own kernels (`native`) then add up in another order.
+Parameters keep their names.
 """
 
 from typing import Any, cast
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from perlhf import native
 
 
 class RmsNorm(nn.Module):
@@ -23,7 +26,7 @@ class RmsNorm(nn.Module):
         """[..., width] to the same shape and dtype."""
         if not torch.is_grad_enabled():
             # Without the cost of a graph's node, which shows where there are few rows.
-            if x.dtype == torch.float32:
+            if x.dtype == torch.float32 and not native.usable(x, self.weight):
                 return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
             return _normed(x, self.weight, self.eps)[0]
         return cast(Tensor, _RmsNorm.apply(x, self.weight, self.eps))
@@ -39,20 +42,41 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to the same shape."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        product = _SiluProduct.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+        product = _SiluProduct.apply(gate, up) if torch.is_grad_enabled() else _gated(gate, up)
         return self.down_proj(cast(Tensor, product))
 
 
+class Linear(nn.Linear):
+    """A linear layer that is faster while sampling, where there is a kernel for few rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        if self.bias is None and native.few_rows(input, self.weight):
+            return native.linear(input, self.weight)
+        return F.linear(input, self.weight, self.bias)
+
+
 def fuse(base: nn.Module) -> int:
-    """Replaces the norms and MLPs of `base` that compute what is computed here; returns how many."""
+    """Replaces linear layers, and the norms and MLPs of `base` that compute what is computed here; tells how many of
+    these.
+    """
+    for path, module in list(base.named_modules()):
+        if type(module) is nn.Linear:
+            own = Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            own.weight, own.bias = module.weight, module.bias
+            _put(base, path, own.train(module.training))
     replaced = 0
     for path, module in list(base.named_modules()):
         own = _twin(module)
         if own is not None and _same(module, own):
-            parent, _, leaf = path.rpartition(".")
-            setattr(base.get_submodule(parent), leaf, own.train(module.training))
+            _put(base, path, own.train(module.training))
             replaced += 1
     return replaced
+
+
+def _put(base: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(base.get_submodule(parent), leaf, module)
 
 
 def _twin(module: nn.Module) -> nn.Module | None:
@@ -73,13 +97,18 @@ def _same(module: nn.Module, own: nn.Module) -> bool:
     x = torch.randn(1, 5, weight.shape[-1], generator=generator).to(weight)
     equal = []
     for graph in (True, False):
-        with torch.set_grad_enabled(graph):
+        with torch.set_grad_enabled(graph), native.off():
             equal.append(torch.equal(module(x), own(x)))
     return all(equal)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The output and 1 / sqrt(mean(x^2) + eps)."""
+    if native.usable(x, weight):
+        x = x.contiguous()
+        out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        native.call("norm", x, weight, out, inverse, inverse.numel(), x.shape[-1], float(eps))
+        return out, inverse
     wide = x.float()
     inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (wide * inverse).to(x.dtype), inverse
@@ -96,6 +125,11 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, inverse = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        if native.usable(x, weight, grads[0]) and not ctx.needs_input_grad[1]:
+            x, above = x.contiguous(), grads[0].contiguous()
+            grad_x = torch.empty_like(x)
+            native.call("norm_backward", x, weight, inverse, above, grad_x, inverse.numel(), x.shape[-1])
+            return grad_x, None, None
         wide, grad = x.float(), grads[0].float()
         grad_weight = None
         if ctx.needs_input_grad[1]:
@@ -106,16 +140,30 @@ class _RmsNorm(torch.autograd.Function):
         return grad.mul_(inverse).addcmul_(wide, along).to(x.dtype), grad_weight, None
 
 
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    if not native.usable(gate, up):
+        return F.silu(gate).mul_(up)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    native.call("gated", gate, up, out, gate.numel())
+    return out
+
+
 class _SiluProduct(torch.autograd.Function):
     """silu(gate) * up; keeps gate and up, not silu(gate)."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _gated(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        if native.usable(gate, up, grads[0]):
+            gate, up, above = gate.contiguous(), up.contiguous(), grads[0].contiguous()
+            by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
+            native.call("gated_backward", gate, up, above, by_gate, by_up, gate.numel())
+            return by_gate, by_up
         return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])

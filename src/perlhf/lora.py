@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from perlhf import native
 from perlhf.targets import match
 
 
@@ -99,23 +100,32 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = linear.weight
+        self.bias: nn.Parameter | None = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.pairs: dict[str, LowRank] = {}
         self.active: tuple[str, ...] = ()
         self._held: tuple[Tensor, Tensor] | None = None
+        self._held_for_few: tuple[Tensor, Tensor] | None = None
 
     def hold(self) -> None:
         """Converts the active pairs once, for all passes until `release`: their weights must not change meanwhile."""
         pairs = self._pairs()
-        self._held = self._joined(pairs) if pairs else None
+        if pairs:
+            self._held = self._joined(pairs)
+            self._held_for_few = native.padded(*self._held)
 
     def release(self) -> None:
         """The pairs are read at every pass again."""
-        self._held = None
+        self._held = self._held_for_few = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out] under the active adapters."""
+        if self.bias is None and native.few_rows(x, self.weight):
+            if self._held_for_few is not None:
+                return native.linear(x, self.weight, self._held_for_few)
+            if not self._pairs():
+                return native.linear(x, self.weight)
         if self._held is not None:
             return adapted_linear(x, self.weight, self.bias, *self._held)
         pairs = self._pairs()

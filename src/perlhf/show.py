@@ -39,6 +39,7 @@ def plan(settings: BaseModel, planned: "Plan") -> None:
         rows.append((f"trainable, {adapter}", f"{count:,} ({count / planned.base_parameters:.2%})"))
     hint = "system (libtcmalloc-minimal4 or libjemalloc2 would save memory)"
     rows.append(("allocator", hint if planned.allocator == "system" else planned.allocator))
+    rows.append(("kernels of the CPU", planned.kernels))
     rows += [(f"memory, {part}", _mebibytes(size)) for part, size in planned.memory_bytes.items()]
     rows.append(("memory, estimated peak", _mebibytes(planned.total_bytes)))
     _table(f"{planned.stage}: plan; nothing was trained or written", rows)

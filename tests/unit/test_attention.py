@@ -1,12 +1,15 @@
 """Attention over a tree against softmax computed token by token: values and gradients, on trees of random shape."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perlhf import attention, cache
+from perlhf import attention, cache, native
 from perlhf.packing import Layout, lay_out
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_size=1, max_size=5)
@@ -36,18 +39,26 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-@pytest.mark.parametrize("kernels", [("cpu",), ()], ids=["kernel", "written out"])
+@contextmanager
+def computed_by(way: str) -> Iterator[None]:
+    """By our own kernels where they are compiled, by torch's, or as matrix products."""
+    with pytest.MonkeyPatch.context() as patch, nullcontext() if way == "native" else native.off():
+        patch.setattr(cache, "KERNELS", () if way == "written out" else ("cpu",))
+        yield
+
+
+@pytest.mark.parametrize("way", ["native", "kernel", "written out"])
 @given(sequences=SEQUENCES)
-def test_equals_the_slow_twin(kernels: tuple[str, ...], sequences: list[list[int]]) -> None:
+def test_equals_the_slow_twin(way: str, sequences: list[list[int]]) -> None:
     layout = lay_out(sequences, "tree")
     assert layout.nodes is not None
     tensors = query, key, value = inputs(layout.tokens)
     expected = slow(query, key, value, layout)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     wanted = torch.autograd.grad((expected * weight).sum(), tensors)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "KERNELS", kernels)
+    with pytest.MonkeyPatch.context() as patch, computed_by(way):
         patch.setattr(attention, "WRITTEN_OUT_TOKENS", 2)
+        attention._table.cache_clear()
         found = attention.tree_attention(query, key, value, layout.nodes, SCALING)
         grads = torch.autograd.grad((found * weight).sum(), tensors)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -79,16 +90,11 @@ def test_long_nodes_and_bfloat16(lengths: tuple[int, int]) -> None:
     assert layout.nodes is not None
     tensors = inputs(layout.tokens)
     results: dict[str, list[Tensor]] = {}
-    for name, kernels, dtype in (
-        ("written out", (), torch.float32),
-        ("kernel", ("cpu",), torch.float32),
-        ("kernel, then written out", ("cpu",), torch.bfloat16),
-    ):
+    for way, dtype in (("written out", torch.float32), ("kernel", torch.float32), ("kernel", torch.bfloat16)):
         query, key, value = (tensor.detach().to(dtype).requires_grad_() for tensor in tensors)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache, "KERNELS", kernels)
+        with computed_by(way):
             found = attention.tree_attention(query, key, value, layout.nodes, SCALING)
-            results[name] = [found, *torch.autograd.grad(found.float().square().sum(), (query, key, value))]
+            results[f"{way} {dtype}"] = [found, *torch.autograd.grad(found.float().square().sum(), (query, key, value))]
     for exact, same, coarse in zip(*(results[n] for n in results), strict=True):
         torch.testing.assert_close(same, exact, atol=2e-5, rtol=1e-4)
         assert ((coarse.float() - exact).norm() / exact.norm().clamp_min(1e-6)).item() < 0.03 or exact.norm() < 1e-4

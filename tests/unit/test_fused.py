@@ -1,7 +1,8 @@
 """Norms and gated MLPs with their own backward against the modules of transformers and their autograd."""
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from perlhf import fused
+from perlhf import fused, native
 
 SMALL = LlamaConfig(hidden_size=12, intermediate_size=20, num_attention_heads=2)
 
@@ -31,11 +32,18 @@ def gradients(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
     return [out, *found]
 
 
+@pytest.fixture(autouse=True)
+def torchs_operations() -> Iterator[None]:
+    """Our own kernels have tests of their own (test_native.py)."""
+    with native.off():
+        yield
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("build", [norm, lambda: LlamaMLP(SMALL)])
 def test_equals_the_slow_twin(build: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     slow = build().to(dtype)
-    holder = nn.Sequential(slow)
+    holder = nn.Sequential(copy.deepcopy(slow))
     assert fused.fuse(holder) == 1
     fast = holder[0]
     assert [name for name, _ in fast.named_parameters()] == [name for name, _ in slow.named_parameters()]
