@@ -117,6 +117,7 @@ class TestLayer:
         layer.pairs |= {"a": self.pair(1, 2, 0.5), "b": self.pair(2, 3, 4.0), "idle": self.pair(3, 1, 9.0)}
         layer.active = ("a", "b")
         x = torch.randn(6, 4)
+        assert layer.bias is not None
         expected = x @ layer.weight.T + layer.bias
         for name in ("a", "b"):
             pair = layer.pairs[name]

@@ -1,4 +1,4 @@
-// Attention over a prefix tree and over a cache; compiled and called by __init__.py.
+// Attention over a prefix tree and over a cache; called by native.py.
 //
 // A group is up to GROUP queries, one to a lane: tokens, and of each token the heads that share a key/value head. So a
 // softmax runs down the keys without a sum across lanes, and keys may lie anywhere. The logits of a group exist at one
@@ -8,41 +8,18 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
-#include "product.h"
+#include "tiles.h"
+#include "vectors.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 128;  // keys whose probabilities are read again and again while they are in the cache
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-// logits[key][lane] = keys[key] . queries[:, lane]
-inline void logits_of(int vectors, const float* keys, int64_t padded, const float* queries, float* logits,
-                      int64_t count) {
-    product<false>(vectors, keys, padded, 1, queries, GROUP, padded, logits, GROUP, count);
-}
-
-// mixed[column][lane] = sum over keys of weights[key][lane] values[key][column]
-inline void mix(int vectors, const float* weights, const float* values, int64_t padded, float* mixed, int64_t count) {
-    std::memset(mixed, 0, padded * GROUP * 4);
-    for (int64_t key = 0; key < count; key += BLOCK)
-        product<true>(vectors, values + key * padded, 1, padded, weights + key * GROUP, GROUP,
-                      std::min(BLOCK, count - key), mixed, GROUP, padded);
-}
-
-// total[key] += sum over lanes of weights[key][lane] rows[lane]
-inline void spread(const float* weights, const float* rows, int64_t padded, int64_t lanes, float* total,
-                   int64_t count) {
-    int64_t column = 0;
-    for (; column + 2 * LANES <= padded; column += 2 * LANES)
-        product<2, true>(weights, GROUP, 1, rows + column, padded, lanes, total + column, padded, count);
-    if (column < padded)
-        product<1, true>(weights, GROUP, 1, rows + column, padded, lanes, total + column, padded, count);
-}
-
-// Makes probabilities of a group's logits; `largest` and `total` are each lane's maximum and sum of exponentials.
-inline void softmax(int vectors, float* logits, int64_t count, float* largest, float* total) {
+// Makes probabilities of a group's products; `log_sums` are the logarithms of each lane's sum of exponentials.
+inline void softmax(int vectors, float* logits, int64_t count, float scaling, float* log_sums) {
     for (int first = 0; first < vectors * LANES; first += LANES) {
         float* column = logits + first;
         Vec top = all(-3.0e38f), sum = Vec{};
@@ -51,12 +28,11 @@ inline void softmax(int vectors, float* logits, int64_t count, float* largest, f
             top = row > top ? row : top;
         }
         for (int64_t key = 0; key < count; key++) {
-            const Vec odds = exponential(load(column + key * GROUP) - top);
+            const Vec odds = exponential((load(column + key * GROUP) - top) * scaling);
             sum += odds;
             store(column + key * GROUP, odds);
         }
-        store(largest + first, top);
-        store(total + first, sum);
+        for (int l = 0; l < LANES; l++) log_sums[first + l] = top[l] * scaling + std::log(sum[l]);
         const Vec share = 1.0f / sum;
         for (int64_t key = 0; key < count; key++) store(column + key * GROUP, load(column + key * GROUP) * share);
     }
@@ -73,7 +49,6 @@ struct Tree {
     float scaling;
     int threads;
 
-    int64_t padded() const { return (width + LANES - 1) / LANES * LANES; }
     int64_t share() const { return heads / kv_heads; }
     int64_t before(int64_t p) const {
         int64_t sum = 0;
@@ -96,31 +71,6 @@ struct Tree {
     }
 };
 
-template <class T>
-inline void widen(const T* from, float* to, int64_t width, int64_t padded, float factor = 1.0f) {
-    for (int64_t d = 0; d < width; d++) to[d] = wide(from[d]) * factor;
-    for (int64_t d = width; d < padded; d++) to[d] = 0.0f;
-}
-
-// A group's rows of [heads, tokens, width], as they are and (or) with a lane to a row; lanes beyond the group are 0.
-template <class T>
-void gather(const T* from, Strides of, int64_t first_head, int64_t first_token, int64_t lane, int64_t lanes,
-            const Tree& tree, float factor, float* rows, float* columns) {
-    int64_t share = tree.share(), padded = tree.padded();
-    for (int64_t l = 0; l < GROUP; l++) {
-        float* row = rows + l * padded;
-        if (l >= lanes) {
-            std::memset(row, 0, padded * 4);
-            continue;
-        }
-        int64_t at = lane + l;
-        widen(from + (first_head + at % share) * of.head + (first_token + at / share) * of.token, row, tree.width,
-              padded, factor);
-    }
-    for (int64_t d = 0; d < padded; d++)
-        for (int64_t l = 0; l < GROUP; l++) columns[d * GROUP + l] = rows[l * padded + d];
-}
-
 // The lanes of a piece's group, and how many keys its last lane sees.
 struct Group {
     int64_t lane, lanes, keys;
@@ -141,35 +91,67 @@ void hide(float* table, const Group& group, int64_t share, int64_t before, float
 }
 
 template <class T>
-void attend(const Tree& tree, const T* query, const T* key, const T* value, T* out, float* log_sums, Strides of_query,
-            Strides of_key, Strides of_value, Strides of_out) {
-    int64_t padded = tree.padded(), share = tree.share(), most = tree.longest(), tasks = tree.kv_heads * tree.pieces;
+struct Rows {  // of a [heads, tokens, width] tensor
+    T* at;
+    Strides of;
+    T* row(int64_t head, int64_t token) const { return at + head * of.head + token * of.token; }
+};
+
+// The heads that share a key/value head, of one token after the other: which row a lane of a piece is.
+struct Places {
+    int64_t head, share, start;
+    template <class T>
+    T* row(const Rows<T>& of, int64_t lane) const {
+        return of.row(head * share + lane % share, start + lane / share);
+    }
+};
+
+template <class P, class T>
+void fill(const Tree& tree, int64_t p, int64_t head, Rows<const T> key, Rows<const T> value, typename P::Path& keys,
+          typename P::Path& values) {
+    tree.path(p, [&](int64_t number, int64_t token) {
+        keys.put_row(number, key.row(head, token));
+        values.put_row(number, value.row(head, token));
+    });
+    keys.finish(tree.before(p) + tree.piece[4 * p + 1]);
+    values.finish(tree.before(p) + tree.piece[4 * p + 1]);
+}
+
+template <class P, class T>
+void gather(const Rows<const T>& from, const Places& places, const Group& group, typename P::Lanes& to) {
+    for (int64_t l = 0; l < group.lanes; l++) to.put_lane(l, places.row(from, group.lane + l));
+    to.finish(group.lanes);
+}
+
+template <class P, class T>
+void attend(const Tree& tree, Rows<const T> query, Rows<const T> key, Rows<const T> value, Rows<T> out,
+            float* log_sums) {
+    const int64_t share = tree.share(), most = tree.longest(), tasks = tree.kv_heads * tree.pieces;
 #pragma omp parallel num_threads(tree.threads)
     {
-        Buffer keys(most * padded), values(most * padded), rows(GROUP * padded), columns(GROUP * padded);
-        Buffer logits(most * GROUP), mixed(padded * GROUP);
-        float largest[GROUP], total[GROUP];
+        P products(most, tree.width);
+        typename P::Path keys(most, tree.width), values(most, tree.width);
+        typename P::Lanes queries(tree.width);
+        Buffer logits((most + LANES) * GROUP), mixed((tree.width + LANES) * GROUP);
+        float sums[GROUP];
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
-            int64_t head = task % tree.kv_heads, p = task / tree.kv_heads;
-            int64_t start = tree.piece[4 * p], length = tree.piece[4 * p + 1], before = tree.before(p);
-            tree.path(p, [&](int64_t number, int64_t token) {
-                widen(key + head * of_key.head + token * of_key.token, keys + number * padded, tree.width, padded);
-                widen(value + head * of_value.head + token * of_value.token, values + number * padded, tree.width,
-                      padded);
-            });
+            const int64_t head = task % tree.kv_heads, p = task / tree.kv_heads;
+            const int64_t start = tree.piece[4 * p], length = tree.piece[4 * p + 1], before = tree.before(p);
+            const Places places{head, share, start};
+            fill<P, T>(tree, p, head, key, value, keys, values);
+            values.transpose(before + length);
             for (int64_t lane = 0; lane < length * share; lane += GROUP) {
-                Group group(lane, length * share, share, before);
-                gather(query, of_query, head * share, start, lane, group.lanes, tree, tree.scaling, rows, columns);
-                logits_of(group.vectors, keys, padded, columns, logits, group.keys);
+                const Group group(lane, length * share, share, before);
+                gather<P, T>(query, places, group, queries);
+                products.logits(group.vectors, keys, queries, logits, group.keys);
                 hide(logits, group, share, before, NEVER);
-                softmax(group.vectors, logits, group.keys, largest, total);
-                mix(group.vectors, logits, values, padded, mixed, group.keys);
+                softmax(group.vectors, logits, group.keys, tree.scaling, sums);
+                products.mix(group.vectors, logits, values, mixed, group.keys);
                 for (int64_t l = 0; l < group.lanes; l++) {
-                    int64_t own = head * share + (lane + l) % share, token = start + (lane + l) / share;
-                    T* to = out + own * of_out.head + token * of_out.token;
+                    T* to = places.row(out, lane + l);
                     for (int64_t d = 0; d < tree.width; d++) put(to[d], mixed[d * GROUP + l]);
-                    log_sums[own * tree.tokens + token] = largest[l] + std::log(total[l]);
+                    *places.row(Rows<float>{log_sums, {tree.tokens, 1}}, lane + l) = sums[l];
                 }
             }
         }
@@ -191,51 +173,44 @@ std::vector<std::vector<int64_t>> dealt(const Tree& tree) {
     return of;
 }
 
-template <class T>
-struct Gradient {
-    T* at;
-    Strides of;
-    T* row(int64_t head, int64_t token) const { return at + head * of.head + token * of.token; }
-};
-
-// A piece's gradients by its queries, and by the keys and values of its path, which are added to `by_key`, `by_value`.
-template <class T>
+// A piece's gradients by its queries, and by the keys (times 1 / scaling) and values of its path, which are added to
+// `by_key` and `by_value`.
+template <class P, class T>
 struct Backward {
     const Tree& tree;
-    const T *query, *key, *value, *out, *grad;
-    const float* log_sums;
-    Strides of_query, of_key, of_value, of_out, of_grad;
-    Buffer keys, values, path_keys, path_values, query_rows, query_columns, grad_rows, grad_columns, p, inner, mixed;
+    Rows<const T> query, key, value, out, grad;
+    Rows<const float> log_sums;
+    P products;
+    typename P::Path keys, values;
+    typename P::Lanes queries, grads;
+    Buffer path_keys, path_values, p, inner, mixed;
 
-    Backward(const Tree& tree, int64_t most, const T* query, const T* key, const T* value, const T* out, const T* grad,
-             const float* log_sums, const Strides* of)
-        : tree(tree), query(query), key(key), value(value), out(out), grad(grad), log_sums(log_sums), of_query(of[0]),
-          of_key(of[1]), of_value(of[2]), of_out(of[3]), of_grad(of[4]), keys(most * tree.padded()),
-          values(most * tree.padded()), path_keys(most * tree.padded()), path_values(most * tree.padded()),
-          query_rows(GROUP * tree.padded()), query_columns(GROUP * tree.padded()), grad_rows(GROUP * tree.padded()),
-          grad_columns(GROUP * tree.padded()), p(most * GROUP), inner(most * GROUP), mixed(GROUP * tree.padded()) {}
+    Backward(const Tree& tree, int64_t most, Rows<const T> query, Rows<const T> key, Rows<const T> value,
+             Rows<const T> out, Rows<const T> grad, const float* log_sums)
+        : tree(tree), query(query), key(key), value(value), out(out), grad(grad),
+          log_sums{log_sums, {tree.tokens, 1}}, products(most, tree.width), keys(most, tree.width),
+          values(most, tree.width), queries(tree.width), grads(tree.width), path_keys((most + LANES) * keys.padded),
+          path_values((most + LANES) * keys.padded), p((most + LANES) * GROUP), inner((most + LANES) * GROUP),
+          mixed(GROUP * (tree.width + LANES)) {}
 
-    void piece(int64_t number, int64_t head, Gradient<T> by_query, float* by_key, float* by_value) {
-        int64_t padded = tree.padded(), share = tree.share(), before = tree.before(number);
-        int64_t start = tree.piece[4 * number], length = tree.piece[4 * number + 1], count = before + length;
-        tree.path(number, [&](int64_t at, int64_t token) {
-            widen(key + head * of_key.head + token * of_key.token, keys + at * padded, tree.width, padded);
-            widen(value + head * of_value.head + token * of_value.token, values + at * padded, tree.width, padded);
-        });
-        std::memset(path_keys, 0, count * padded * 4);
-        std::memset(path_values, 0, count * padded * 4);
+    void piece(int64_t number, int64_t head, Rows<T> by_query, float* by_key, float* by_value) {
+        const int64_t padded = keys.padded, share = tree.share(), before = tree.before(number);
+        const int64_t start = tree.piece[4 * number], length = tree.piece[4 * number + 1];
+        const Places places{head, share, start};
+        fill<P, T>(tree, number, head, key, value, keys, values);
+        keys.transpose(before + length);
+        std::memset(path_keys, 0, (before + length) * padded * 4);
+        std::memset(path_values, 0, (before + length) * padded * 4);
         for (int64_t lane = 0; lane < length * share; lane += GROUP) {
-            Group group(lane, length * share, share, before);
-            gather(query, of_query, head * share, start, lane, group.lanes, tree, tree.scaling, query_rows,
-                   query_columns);
-            gather(grad, of_grad, head * share, start, lane, group.lanes, tree, 1.0f, grad_rows, grad_columns);
-            slopes(group, head, start, before);
-            spread(inner, query_rows, padded, group.lanes, path_keys, group.keys);
-            spread(p, grad_rows, padded, group.lanes, path_values, group.keys);
-            mix(group.vectors, inner, keys, padded, mixed, group.keys);
+            const Group group(lane, length * share, share, before);
+            gather<P, T>(query, places, group, queries);
+            gather<P, T>(grad, places, group, grads);
+            slopes(group, places, before);
+            products.spread(inner, queries, group.lanes, path_keys, group.keys);
+            products.spread(p, grads, group.lanes, path_values, group.keys);
+            products.mix(group.vectors, inner, keys, mixed, group.keys);
             for (int64_t l = 0; l < group.lanes; l++) {
-                int64_t own = head * share + (lane + l) % share, token = start + (lane + l) / share;
-                T* to = by_query.row(own, token);
+                T* to = places.row(by_query, lane + l);
                 for (int64_t d = 0; d < tree.width; d++) put(to[d], mixed[d * GROUP + l] * tree.scaling);
             }
         }
@@ -248,59 +223,60 @@ struct Backward {
     }
 
     // Probabilities p, and the gradient of the logits: p (grad . value - sum(grad * out)).
-    void slopes(const Group& group, int64_t head, int64_t start, int64_t before) {
-        int64_t padded = tree.padded(), share = tree.share();
+    void slopes(const Group& group, const Places& places, int64_t before) {
         float log_sum[GROUP] = {}, along[GROUP] = {};
         for (int64_t l = 0; l < group.lanes; l++) {
-            int64_t own = head * share + (group.lane + l) % share, token = start + (group.lane + l) / share;
-            const T* row = out + own * of_out.head + token * of_out.token;
-            log_sum[l] = log_sums[own * tree.tokens + token];
+            const T *mine = places.row(out, group.lane + l), *above = places.row(grad, group.lane + l);
             float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-            for (int64_t d = 0; d < tree.width; d++) sum += wide(row[d]) * grad_rows[l * padded + d];
+            for (int64_t d = 0; d < tree.width; d++) sum += wide(mine[d]) * wide(above[d]);
             along[l] = sum;
+            log_sum[l] = *places.row(log_sums, group.lane + l);
         }
-        logits_of(group.vectors, keys, padded, query_columns, p, group.keys);
-        logits_of(group.vectors, values, padded, grad_columns, inner, group.keys);
+        products.logits(group.vectors, keys, queries, p, group.keys);
+        products.logits(group.vectors, values, grads, inner, group.keys);
+        hide(p, group, places.share, before, NEVER);
         const int lanes = group.vectors * LANES;
         for (int64_t k = 0; k < group.keys * GROUP; k += GROUP)
-            for (int l = 0; l < lanes; l += LANES) store(p + k + l, exponential(load(p + k + l) - load(log_sum + l)));
-        hide(p, group, share, before, 0.0f);
-        for (int64_t k = 0; k < group.keys * GROUP; k += GROUP)
-            for (int l = 0; l < lanes; l += LANES)
-                store(inner + k + l, load(p + k + l) * (load(inner + k + l) - load(along + l)));
+            for (int l = 0; l < lanes; l += LANES) {
+                const Vec odds = exponential(load(p + k + l) * tree.scaling - load(log_sum + l));
+                store(p + k + l, odds);
+                store(inner + k + l, odds * (load(inner + k + l) - load(along + l)));
+            }
     }
 };
 
-template <class T>
-void attend_backward(const Tree& tree, const T* query, const T* key, const T* value, const T* out, const T* grad,
-                     const float* log_sums, const Strides* of, Gradient<T> by_query, Gradient<T> to_keys,
-                     Gradient<T> to_values) {
-    int64_t padded = tree.padded(), most = tree.longest(), size = tree.tokens * padded;
-    auto mine = dealt(tree);
-    std::vector<Buffer> by_key, by_value;
-    for (int t = 0; t < tree.threads; t++) by_key.emplace_back(size), by_value.emplace_back(size);
+template <class P, class T>
+void attend_backward(const Tree& tree, Rows<const T> query, Rows<const T> key, Rows<const T> value, Rows<const T> out,
+                     Rows<const T> grad, const float* log_sums, Rows<T> by_query, Rows<T> by_key, Rows<T> by_value) {
+    const int64_t most = tree.longest(), padded = typename P::Path(0, tree.width).padded;
+    const auto mine = dealt(tree);
+    std::vector<Buffer> of_keys, of_values;
+    for (int t = 0; t < tree.threads; t++) {
+        of_keys.emplace_back(tree.tokens * padded);
+        of_values.emplace_back(tree.tokens * padded);
+    }
 #pragma omp parallel num_threads(tree.threads)
     {
-        Backward<T> work(tree, most, query, key, value, out, grad, log_sums, of);
+        Backward<P, T> work(tree, most, query, key, value, out, grad, log_sums);
         for (int64_t head = 0; head < tree.kv_heads; head++) {
 #pragma omp for schedule(static, 1)
             for (int t = 0; t < tree.threads; t++) {
-                by_key[t].clear();
-                by_value[t].clear();
-                for (int64_t p : mine[t]) work.piece(p, head, by_query, by_key[t], by_value[t]);
+                of_keys[t].clear();
+                of_values[t].clear();
+                for (int64_t p : mine[t]) work.piece(p, head, by_query, of_keys[t], of_values[t]);
             }
 #pragma omp for schedule(static)
             for (int64_t token = 0; token < tree.tokens; token++) {
-                T *keys = to_keys.row(head, token), *values = to_values.row(head, token);
+                T *to_key = by_key.row(head, token), *to_value = by_value.row(head, token);
                 for (int64_t d = 0; d < tree.width; d++) {
                     float key_sum = 0.0f, value_sum = 0.0f;
                     for (int t = 0; t < tree.threads; t++) {
-                        key_sum += by_key[t][token * padded + d];
-                        value_sum += by_value[t][token * padded + d];
+                        key_sum += of_keys[t][token * padded + d];
+                        value_sum += of_values[t][token * padded + d];
                     }
-                    put(keys[d], key_sum);
-                    put(values[d], value_sum);
+                    put(to_key[d], key_sum * tree.scaling);
+                    put(to_value[d], value_sum);
                 }
             }
         }
@@ -309,55 +285,51 @@ void attend_backward(const Tree& tree, const T* query, const T* key, const T* va
 
 // One new token a row over its prompt's keys, shared by the rows of that prompt, and the row's own.
 template <class T>
-void decode(const T* query, const T* keys, const T* values, const T* own_keys, const T* own_values, T* out,
+void decode(Rows<const T> query, const T* keys, const T* values, const T* own_keys, const T* own_values, Rows<T> out,
             const int64_t* lengths, const int64_t* first_row, int64_t prompts, int64_t longest, int64_t heads,
             int64_t kv_heads, int64_t width, int64_t capacity, int64_t time, float scaling, int threads) {
-    int64_t share = heads / kv_heads, tasks = prompts * kv_heads;
-    const Tree tree{heads, kv_heads, 0, width, 0, nullptr, nullptr, scaling, threads};
-    int64_t padded = tree.padded();
+    const int64_t share = heads / kv_heads, tasks = prompts * kv_heads;
 #pragma omp parallel num_threads(threads)
     {
-        Buffer rows(GROUP * padded), columns(GROUP * padded), logits((longest + time) * GROUP), mixed(padded * GROUP);
-        Buffer prompt_keys(longest * padded), prompt_values(longest * padded), sums(padded);
-        float largest[GROUP], total[GROUP];
+        Vectors<T> products(longest, width);
+        typename Vectors<T>::Path shared_keys(longest, width), shared_values(longest, width);
+        typename Vectors<T>::Lanes queries(width);
+        Buffer logits((longest + time) * GROUP), mixed((width + LANES) * GROUP), sums(width);
+        float log_sums[GROUP];
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
-            int64_t head = task % kv_heads, prompt = task / kv_heads, length = lengths[prompt];
-            int64_t first = first_row[prompt], count = (first_row[prompt + 1] - first) * share;
-            const T* shared_keys = keys + (prompt * kv_heads + head) * longest * width;
-            const T* shared_values = values + (prompt * kv_heads + head) * longest * width;
+            const int64_t head = task % kv_heads, prompt = task / kv_heads, length = lengths[prompt];
+            const int64_t first = first_row[prompt], count = (first_row[prompt + 1] - first) * share;
+            const Places places{head, share, first};
             for (int64_t t = 0; t < length; t++) {
-                widen(shared_keys + t * width, prompt_keys + t * padded, width, padded);
-                widen(shared_values + t * width, prompt_values + t * padded, width, padded);
+                shared_keys.put_row(t, keys + ((prompt * kv_heads + head) * longest + t) * width);
+                shared_values.put_row(t, values + ((prompt * kv_heads + head) * longest + t) * width);
             }
             for (int64_t lane = 0; lane < count; lane += GROUP) {
-                int64_t lanes = std::min<int64_t>(GROUP, count - lane);
-                int vectors = static_cast<int>((lanes + LANES - 1) / LANES);
-                gather(query, {width, heads * width}, head * share, first, lane, lanes, tree, scaling, rows, columns);
-                logits_of(vectors, prompt_keys, padded, columns, logits, length);
+                const Group group(lane, count, share, 0);
+                gather<Vectors<T>, T>(query, places, group, queries);
+                products.logits(group.vectors, shared_keys, queries, logits, length);
                 std::memset(logits + length * GROUP, 0, time * GROUP * 4);
-                auto own = [&](const T* from, int64_t l) {
-                    return from + ((first + (lane + l) / share) * kv_heads + head) * capacity * width;
-                };
-                for (int64_t l = 0; l < lanes; l++) {
-                    const T* mine = own(own_keys, l);
+                for (int64_t l = 0; l < group.lanes; l++) {
+                    const T* mine = own_keys + ((first + (lane + l) / share) * kv_heads + head) * capacity * width;
+                    const float* row = queries.own.rows + l * queries.own.padded;
                     for (int64_t t = 0; t < time; t++) {
                         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-                        for (int64_t d = 0; d < width; d++) sum += wide(mine[t * width + d]) * rows[l * padded + d];
+                        for (int64_t d = 0; d < width; d++) sum += wide(mine[t * width + d]) * row[d];
                         logits[(length + t) * GROUP + l] = sum;
                     }
                 }
-                softmax(vectors, logits, length + time, largest, total);
-                mix(vectors, logits, prompt_values, padded, mixed, length);
-                for (int64_t l = 0; l < lanes; l++) {
-                    const T* mine = own(own_values, l);
+                softmax(group.vectors, logits, length + time, scaling, log_sums);
+                products.mix(group.vectors, logits, shared_values, mixed, length);
+                for (int64_t l = 0; l < group.lanes; l++) {
+                    const T* mine = own_values + ((first + (lane + l) / share) * kv_heads + head) * capacity * width;
                     for (int64_t d = 0; d < width; d++) sums[d] = mixed[d * GROUP + l];
                     for (int64_t t = 0; t < time; t++) {
-                        float weight = logits[(length + t) * GROUP + l];
+                        const float weight = logits[(length + t) * GROUP + l];
                         for (int64_t d = 0; d < width; d++) sums[d] += weight * wide(mine[t * width + d]);
                     }
-                    T* to = out + ((first + (lane + l) / share) * heads + head * share + (lane + l) % share) * width;
+                    T* to = places.row(out, lane + l);
                     for (int64_t d = 0; d < width; d++) put(to[d], sums[d]);
                 }
             }
@@ -367,12 +339,29 @@ void decode(const T* query, const T* keys, const T* values, const T* own_keys, c
 
 }  // namespace
 
+#ifdef TILES
+template <class T, class F>
+void with_products(int64_t width, F run) {  // run(products), the fastest that fit
+    if constexpr (std::is_same_v<T, Bfloat16>)
+        if (Tiles::fits(width)) return run(static_cast<Tiles*>(nullptr));
+    run(static_cast<Vectors<T>*>(nullptr));
+}
+#else
+template <class T, class F>
+void with_products(int64_t, F run) {
+    run(static_cast<Vectors<T>*>(nullptr));
+}
+#endif
+
 #define EXPORTS(T, NAME)                                                                                              \
     void attend_##NAME(const T* query, const T* key, const T* value, T* out, float* log_sums, const int64_t* strides,  \
                        const int64_t* sizes, const int64_t* piece, const int64_t* span, float scaling, int threads) {  \
         const Tree tree{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], piece, span, scaling, threads};              \
         const Strides* of = reinterpret_cast<const Strides*>(strides);                                                \
-        attend(tree, query, key, value, out, log_sums, of[0], of[1], of[2], of[3]);                                    \
+        with_products<T>(tree.width, [&](auto* products) {                                                            \
+            using P = std::remove_pointer_t<decltype(products)>;                                                      \
+            attend<P, T>(tree, {query, of[0]}, {key, of[1]}, {value, of[2]}, {out, of[3]}, log_sums);                  \
+        });                                                                                                           \
     }                                                                                                                 \
     void attend_backward_##NAME(const T* query, const T* key, const T* value, const T* out, const T* grad,             \
                                 const float* log_sums, T* by_query, T* by_key, T* by_value, const int64_t* strides,    \
@@ -380,14 +369,18 @@ void decode(const T* query, const T* keys, const T* values, const T* own_keys, c
                                 int threads) {                                                                        \
         const Tree tree{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], piece, span, scaling, threads};              \
         const Strides* of = reinterpret_cast<const Strides*>(strides);                                                \
-        attend_backward(tree, query, key, value, out, grad, log_sums, of, Gradient<T>{by_query, of[5]},                \
-                        Gradient<T>{by_key, of[6]}, Gradient<T>{by_value, of[7]});                                     \
+        with_products<T>(tree.width, [&](auto* products) {                                                            \
+            using P = std::remove_pointer_t<decltype(products)>;                                                      \
+            attend_backward<P, T>(tree, {query, of[0]}, {key, of[1]}, {value, of[2]}, {out, of[3]}, {grad, of[4]},     \
+                                  log_sums, {by_query, of[5]}, {by_key, of[6]}, {by_value, of[7]});                    \
+        });                                                                                                           \
     }                                                                                                                 \
     void decode_##NAME(const T* query, const T* keys, const T* values, const T* own_keys, const T* own_values,         \
                        T* out, const int64_t* lengths, const int64_t* first_row, const int64_t* sizes, float scaling,  \
                        int threads) {                                                                                 \
-        decode(query, keys, values, own_keys, own_values, out, lengths, first_row, sizes[0], sizes[1], sizes[2],       \
-               sizes[3], sizes[4], sizes[5], sizes[6], scaling, threads);                                              \
+        const Strides of{sizes[4], sizes[2] * sizes[4]};                                                              \
+        decode<T>({query, of}, keys, values, own_keys, own_values, {out, of}, lengths, first_row, sizes[0], sizes[1],  \
+                  sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], scaling, threads);                                \
     }
 
 extern "C" {

@@ -3,32 +3,14 @@
 // Outputs are computed transposed, so that weights are the left operands of the tiles, which need no packing; x, which
 // is small, is packed. A low-rank part is a few more products into the same sums.
 
-#include "product.h"
+#include "tiles.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
+#ifdef TILES
 
 namespace {
 
-constexpr int64_t TILE = 16, DEPTH = 32, PACKED = TILE * DEPTH;  // rows of a tile, numbers in each, numbers of a tile
-constexpr int64_t BLOCK = 2 * TILE;                              // outputs of one task
-
-// Whether the system lets this process use the tiles; asked once.
-bool allowed() {
-    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-    return granted;
-}
-
-struct alignas(64) TileShapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-    TileShapes() {
-        for (int t = 0; t < 8; t++) bytes[t] = 64, rows[t] = TILE;
-    }
-};
+constexpr int64_t PACKED = TILE * DEPTH;  // numbers of a tile
+constexpr int64_t BLOCK = 2 * TILE;       // outputs of one task
 
 // x as right operands: for each DEPTH inputs and TILE rows, 16 pairs of inputs by 16 rows.
 void pack(const Bfloat16* x, Bfloat16* packed, int64_t rows, int64_t inputs, int64_t tiles) {
@@ -85,8 +67,7 @@ struct Layer {
 template <bool TWO>
 void rows_of(const Layer& layer, const Bfloat16* packed, int64_t tiles, Bfloat16* out, int64_t rows) {
     alignas(64) float sums[BLOCK * 2 * TILE];
-    Buffer space(layer.rank * TILE + 1);
-    Bfloat16* low = reinterpret_cast<Bfloat16*>(static_cast<float*>(space));  // packed as x is, by two tiles
+    const Bfloat16s low(layer.rank * 2 * TILE);  // packed as x is, by two tiles
     for (int64_t r = 0; r < layer.rank; r += BLOCK) {
         clear();
         add<TWO>(layer.a + r * layer.inputs, packed, layer.inputs, tiles);
@@ -116,20 +97,18 @@ void rows_of(const Layer& layer, const Bfloat16* packed, int64_t tiles, Bfloat16
 }  // namespace
 
 extern "C" {
-int has_linear() { return allowed(); }
+int has_linear() { return tiles_allowed(); }
 
 // inputs, outputs and rank are multiples of 32; without a low-rank part rank is 0.
 void linear_bfloat16(const Bfloat16* x, const Bfloat16* weight, const Bfloat16* a, const Bfloat16* b, Bfloat16* out,
                      int64_t rows, int64_t inputs, int64_t outputs, int64_t rank, int threads) {
     const Layer layer{weight, a, b, inputs, outputs, rank};
     const int64_t tiles = (rows + TILE - 1) / TILE;
-    Buffer space(inputs * tiles * TILE / 2);
-    Bfloat16* packed = reinterpret_cast<Bfloat16*>(static_cast<float*>(space));
+    const Bfloat16s packed(inputs * tiles * TILE);
     pack(x, packed, rows, inputs, tiles);
 #pragma omp parallel num_threads(threads)
     {
         const TileShapes shapes;
-        _tile_loadconfig(&shapes);
         for (int64_t tile = 0; tile < tiles; tile += 2) {
             const int64_t count = std::min(2 * TILE, rows - tile * TILE);
             Bfloat16* to = out + tile * TILE * outputs;
@@ -138,7 +117,6 @@ void linear_bfloat16(const Bfloat16* x, const Bfloat16* weight, const Bfloat16* 
             else
                 rows_of<false>(layer, packed + tile * PACKED, tiles, to, count);
         }
-        _tile_release();
     }
 }
 }

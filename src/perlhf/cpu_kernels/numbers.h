@@ -7,14 +7,15 @@
 #include <immintrin.h>
 #endif
 
-// ROWS * 3 sums and 3 operands have to fit the registers.
+// ROWS * VECTORS sums and VECTORS operands have to fit the registers.
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 8;
+constexpr int LANES = 16, ROWS = 6, VECTORS = 4;
 #elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 4;
+constexpr int LANES = 8, ROWS = 4, VECTORS = 3;
 #else
-constexpr int LANES = 4, ROWS = 8;
+constexpr int LANES = 4, ROWS = 6, VECTORS = 4;
 #endif
+constexpr int64_t GROUP = LANES * VECTORS;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
