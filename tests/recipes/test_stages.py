@@ -473,4 +473,5 @@ def test_first_updates_are_as_recorded(stage, feedback, name, request):
         file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     recorded = read_json(file)
     for key, curve in recorded["curves"].items():
-        assert curves[key] == pytest.approx(curve, rel=1e-4, abs=1e-6), f"{key}; recorded with {recorded['versions']}"
+        # A KL is a small difference of rounded numbers: with and without compiled kernels it differs by 1e-6.
+        assert curves[key] == pytest.approx(curve, rel=1e-4, abs=5e-6), f"{key}; recorded with {recorded['versions']}"
