@@ -1,6 +1,6 @@
 # `make demo` and `make test` set everything up; nothing is reinstalled unless pyproject.toml or constraints.txt change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format docs clean
+.PHONY: help demo test check bench results reproduce format docs clean
 
 # The first interpreter that is new enough; `make demo PYTHON=/path/to/python` names another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -18,6 +18,8 @@ help:
 	@echo "make test     all tests"
 	@echo "make check    lint, formatting, types, import rules, documentation, wheel"
 	@echo "make bench    speed and memory beside TRL, PEFT and full tuning, into benchmarks/bench.json"
+	@echo "make results  tables and plots of docs/results from the numbers kept there, without training"
+	@echo "make reproduce  runs the comparisons of docs/results anew, and says beforehand how long that takes"
 	@echo "make format   format the code and mend what ruff can"
 	@echo "make docs     write the generated pages and build the documentation into build/site"
 	@echo "make clean    remove .venv and everything that was built (runs/ stays)"
@@ -39,6 +41,13 @@ check: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench
 	$(BIN)/perlhf pull
 	$(BIN)/python benchmarks/all.py --output benchmarks/bench.json $(BENCH_ARGS)
+
+results: $(VENV)/.installed
+	$(BIN)/python scripts/results.py tables
+
+reproduce: $(VENV)/.installed
+	$(BIN)/perlhf pull
+	$(BIN)/python scripts/results.py reproduce
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix-only .

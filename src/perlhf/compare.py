@@ -30,7 +30,7 @@ from perlhf.storage import storage_errors, write_atomic
 
 RECIPE, FAILURES, LOGS = "compare.yaml", "failed", "logs"
 MESSAGE_LINES = 20
-MAY_GROW = ("output", "seeds", "ranks", "targets", "bootstrap")
+MAY_GROW = ("output", "seeds", "ranks", "ranks_of_one_seed", "targets", "bootstrap")
 """Keys that may differ when a comparison is continued: no cell that is there depends on them.
 Not the margin, which is fixed beforehand."""
 
@@ -69,7 +69,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         KeyboardInterrupt: interrupted; the cell that was running has saved and will go on.
     """
     _claim(config)
-    total = sum(len(config.rates(side)) + len(config.seeds) - 1 for side in config.sides) * len(config.stages)
+    total = sum(map(config.runs, config.sides)) * len(config.stages)
     done, found = 0, {}
     for stage in config.stages:
         chosen: dict[Side, list[Cell]] = {}
@@ -80,9 +80,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
                 _train(cell, config, f"{done}/{total}")
             best = choose(tried, config)
             if best is None:
-                done += len(config.seeds) - 1
+                done += len(config.more_seeds(side))
                 continue
-            rest = [Cell(stage, side, best.learning_rate, seed) for seed in config.seeds[1:]]
+            rest = [Cell(stage, side, best.learning_rate, seed) for seed in config.more_seeds(side)]
             for cell in rest:
                 done += 1
                 _train(cell, config, f"{done}/{total}")
@@ -109,9 +109,9 @@ def cells(config: CompareConfig) -> list[list[str]]:
             rates = config.rates(side)
             values = Cell(stage, side, rates[0], config.seeds[0]).recipe(config)
             planned = plan(RewardConfig(**values) if stage == "reward" else PolicyConfig(**values))
-            runs = len(rates) + len(config.seeds) - 1
-            tried, seeds = ", ".join(f"{rate:g}" for rate in rates), ", ".join(map(str, config.seeds))
-            rows.append([stage, side.name, tried, seeds, memory(planned.total_bytes), str(runs)])
+            tried = ", ".join(f"{rate:g}" for rate in rates)
+            seeds = ", ".join(map(str, (config.seeds[0], *config.more_seeds(side))))
+            rows.append([stage, side.name, tried, seeds, memory(planned.total_bytes), str(config.runs(side))])
     return rows
 
 

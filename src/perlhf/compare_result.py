@@ -180,4 +180,6 @@ def _ratio(value: float | None, other: float | None) -> float | None:
 
 
 def _made_with(run: RunFiles) -> dict[str, Any]:
-    return {name: run.manifest.get(name) for name in ("versions", "hardware", "commit", "threads", "allocator")}
+    return {
+        name: run.manifest.get(name) for name in ("versions", "hardware", "commit", "threads", "allocator", "kernels")
+    }

@@ -45,6 +45,8 @@ class CompareConfig(Frozen):
     """Layers that adapters are on; each rank is run with each."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds; learning rates are chosen with the first."""
+    ranks_of_one_seed: tuple[Positive, ...] = ()
+    """LoRA ranks that get the first seed alone, to save time: their intervals are over groups, not over seeds."""
     lora_learning_rates: Rates = (2e-4, 5e-4, 1e-3)
     """Learning rates tried for each LoRA side; the best on validation groups is kept."""
     full_learning_rates: Rates = (1e-5, 2e-5, 5e-5)
@@ -76,6 +78,14 @@ class CompareConfig(Frozen):
         names: tuple[Stage, ...] = ("reward", "policy")
         return [name for name in names if getattr(self, name) is not None]
 
+    def more_seeds(self, side: Side) -> tuple[int, ...]:
+        """Seeds of a side beyond the first, which take the chosen learning rate."""
+        return () if side.rank in self.ranks_of_one_seed else self.seeds[1:]
+
+    def runs(self, side: Side) -> int:
+        """Number of runs of a side in each stage."""
+        return len(self.rates(side)) + len(self.more_seeds(side))
+
     def rates(self, side: Side) -> tuple[float, ...]:
         """Learning rates that are tried for a side."""
         return self.lora_learning_rates if side.rank else self.full_learning_rates
@@ -91,6 +101,8 @@ class CompareConfig(Frozen):
                 f"{len(self.lora_learning_rates)} lora_learning_rates and {len(self.full_learning_rates)} "
                 "full_learning_rates: both sides get the same number of tries"
             )
+        if missing := set(self.ranks_of_one_seed) - set(self.ranks):
+            raise ValueError(f"ranks_of_one_seed names {min(missing)}, which isn't among ranks {list(self.ranks)}")
         for key in ("ranks", "targets", "seeds", "lora_learning_rates", "full_learning_rates"):
             values = getattr(self, key)
             if len(set(values)) < len(values):

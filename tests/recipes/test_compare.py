@@ -1,6 +1,7 @@
 """`perlhf compare` from one recipe: every cell in a process of its own, both stages, and again without training."""
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,35 @@ def test_both_stages_and_again(
     assert "cell" not in capfd.readouterr().err and len(sessions) == 4
     assert sessions == {file: file.read_bytes() for file in sessions}
     assert json.loads((out / "compare.json").read_text()) == found
+    results_are_kept(out, tmp_path / "kept", path, found)
+
+
+def results_are_kept(out: Path, kept: Path, path: Path, found: Any) -> None:
+    """scripts/results.py: numbers without texts or adapters, tables from them, a comparison that goes on from them."""
+    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "results.py"), run_name="results")
+    values = script["keep"].__globals__
+    values["RESULTS"] = kept
+    script["keep"](out, "tiny")
+    files = [file for file in kept.rglob("*") if file.is_file()]
+    assert not [file for file in files if file.suffix == ".safetensors"]
+    rows = [row for file in out.glob("*/evaluation.json") for row in json.loads(file.read_text())["samples"]]
+    texts = {
+        json.dumps(value) for row in rows for key, value in row.items() if isinstance(value, str) and key != "group"
+    }
+    assert texts and not any(text in file.read_text() for file in files for text in texts)
+    (kept / "index.md").write_text("before\n<!-- results of tiny -->\nold\n<!-- end -->\nafter\n")
+    script["tables"]()
+    page = (kept / "index.md").read_text()
+    assert page.startswith("before") and page.endswith("after\n") and "old" not in page
+    assert page.count("| r2-attention |") == 2 and found["reward"]["verdict"] in page
+    assert (kept / "tiny-policy.svg").read_text().startswith("<svg xmlns=")
+    script["tables"]()
+    assert page == (kept / "index.md").read_text()
+    restored = path.parent / "restored"
+    script["restore"]("tiny", restored)
+    assert main(["compare", str(path), "--output", str(restored)]) == 0
+    again = json.loads((restored / "compare.json").read_text())
+    assert [again[stage]["sides"] for stage in again] == [found[stage]["sides"] for stage in found]
 
 
 def test_a_mistake_in_a_cell_is_shown_and_ends_it(

@@ -61,6 +61,9 @@ def test_every_side_gets_as_many_tries(tmp_path: Path, tiny_base: Path):
     assert names == ["full", "r4-attention", "r1-attention", "r4-all", "r1-all"]
     # Two rates with the first seed, the better one with the second.
     assert [row[-1] for row in cells(both)] == ["3"] * 5
+    assert [row[-1] for row in cells(config(tmp_path, ranks=(4, 1), ranks_of_one_seed=(1,), reward=stage))] == list(
+        "332"
+    )
     policy = PolicyConfig(base=str(tiny_base), reward=("module:function",))
     assert len(cells(config(tmp_path, reward=stage, policy=policy))) == 4
     assert not list(tmp_path.iterdir())
@@ -74,6 +77,7 @@ def test_every_side_gets_as_many_tries(tmp_path: Path, tiny_base: Path):
         ({"full": False}, "one side alone"),
         ({"seeds": (1, 1)}, "seeds holds a value twice"),
         ({"ranks": (0,)}, "greater than 0"),
+        ({"ranks_of_one_seed": (9,)}, "isn't among ranks"),
     ],
 )
 def test_what_can_not_be_compared(tmp_path: Path, changed: dict[str, Any], message: str):

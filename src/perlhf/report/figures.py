@@ -199,6 +199,14 @@ def _drawing(name: str, size: tuple[float, float] = _SIZE) -> Iterator[_Drawing]
     drawing.svg = _inline(name, buffer.getvalue())
 
 
+def alone(svg: str) -> str:
+    """A figure as a file of its own, which follows the reader's light or dark setting."""
+    light = "--rule:#dedad2;--series-1:#0e7c8c;--series-2:#c0580b;--series-3:#6d4fa3;--series-was:#8d8a84;color:#1c1d1f"
+    dark = "--rule:#34383d;--series-1:#5cc0cf;--series-2:#f0a25a;--series-3:#b79be8;--series-was:#83868b;color:#e8e6e1"
+    style = f"<style>svg{{{light};font-family:sans-serif}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+    return re.sub(r"<svg([^>]*)>", rf'<svg xmlns="http://www.w3.org/2000/svg"\1>{style}', svg, count=1) + "\n"
+
+
 def _inline(name: str, text: str) -> str:
     """The `<svg>` element alone: no prolog, metadata, namespaces, fonts or styles that would leak into the page."""
     text = text[text.index("<svg") :]
