@@ -28,7 +28,7 @@ KERNEL_TOKENS = 192
 
 def register() -> str:
     """Makes the attention known to transformers; returns its name."""
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return NAME
 
@@ -184,7 +184,7 @@ def _written_out(
         _scatter(grads[2], spans, torch.bmm(p.transpose(1, 2), gradients))
 
 
-def _attention(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -78,11 +78,14 @@ class KeyValueCache:
             [row, heads, 1, width of value].
         """
         keys, values = self._prompts[layer]
-        self._keep_token(layer, key, value)
+        if self._own[layer][0].shape[2] == self.time:
+            self._own[layer] = _grown(self._own[layer][0]), _grown(self._own[layer][1])
         count, heads, _, width = query.shape
         kv_heads = keys.shape[1]
         if native.usable(query, keys, values) and width == values.shape[-1]:
-            return self._attend_natively(layer, query, scaling)
+            return self._attend_natively(layer, query, key, value, scaling)
+        for buffer, new in zip(self._own[layer], (key, value), strict=True):
+            buffer[:, :, self.time] = new[:, :, 0]
         share = heads // kv_heads
         q = query.float().view(count, kv_heads, share, width)
         past, past_sum = attend_part(self._by_prompt(q), keys.float(), values.float(), scaling, mask=self._hidden)
@@ -95,23 +98,16 @@ class KeyValueCache:
         """The token of each row has gone through all layers."""
         self.time += 1
 
-    def _attend_natively(self, layer: int, query: Tensor, scaling: float) -> Tensor:
-        query, (keys, values), (own_keys, own_values) = query.contiguous(), self._prompts[layer], self._own[layer]
+    def _attend_natively(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+        (keys, values), (own_keys, own_values) = self._prompts[layer], self._own[layer]
         out = torch.empty_like(query)
         prompts, kv_heads, longest, width = keys.shape
         capacity, time = own_keys.shape[2], self.time + 1
         sizes = native.int64s([prompts, longest, query.shape[1], kv_heads, width, capacity, time])
-        tensors = query, keys, values, own_keys, own_values, out, self.lengths, self._first_rows
+        tensors = query, key, value, keys, values, own_keys, own_values, out, self.lengths, self._first_rows
         native.call("decode", *tensors, sizes, float(scaling))
         return out
-
-    def _keep_token(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Puts the new token of each row at the end of what it has sampled: [row, kv_heads, capacity, width]."""
-        kept = self._own[layer]
-        if kept[0].shape[2] == self.time:
-            kept = self._own[layer] = _grown(kept[0]), _grown(kept[1])
-        for buffer, new in zip(kept, (key, value), strict=True):
-            buffer[:, :, self.time] = new[:, :, 0]
 
     def _empty(self, like: Tensor) -> Tensor:
         return like.new_zeros(len(self.rows), like.shape[1], 0, like.shape[3])

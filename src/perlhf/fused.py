@@ -1,4 +1,4 @@
-"""Root-mean-square norms and gated MLPs with a backward of their own: fewer passes over memory, fewer tensors kept.
+"""Norms, gated MLPs and attention modules with a backward of their own: fewer passes over memory, fewer tensors kept.
 
 The forward does what the network's modules do, operation by operation, so that its outputs are theirs bit for bit; a
 module whose output differs on random input stays as it is. A CPU's own kernels (`native`) then add up in another order.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from perlhf import native
+from perlhf import native, self_attention
 
 
 class RmsNorm(nn.Module):
@@ -57,8 +57,8 @@ class Linear(nn.Linear):
 
 
 def fuse(base: nn.Module) -> int:
-    """Replaces linear layers, and the norms and MLPs of `base` that compute what is computed here; tells how many of
-    these.
+    """Replaces linear layers, and the norms, MLPs and attention modules of `base` that compute what is computed here;
+    tells how many of these.
     """
     for path, module in list(base.named_modules()):
         if type(module) is nn.Linear:
@@ -68,7 +68,8 @@ def fuse(base: nn.Module) -> int:
     replaced = 0
     for path, module in list(base.named_modules()):
         own = _twin(module)
-        if own is not None and _same(module, own):
+        equal = self_attention.same if isinstance(own, self_attention.SelfAttention) else _same
+        if own is not None and equal(module, own):
             _put(base, path, own.train(module.training))
             replaced += 1
     return replaced
@@ -84,13 +85,15 @@ def _twin(module: nn.Module) -> nn.Module | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and isinstance(eps, float):
         return RmsNorm(weight, eps)
+    if self_attention.replaces(module):
+        return self_attention.SelfAttention(module)
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if all(isinstance(part, nn.Linear) for part in parts) and len(list(module.parameters(recurse=False))) == 0:
         return GatedMlp(*cast(list[nn.Module], parts))
     return None
 
 
-def _same(module: nn.Module, own: nn.Module) -> bool:
+def _same(module: nn.Module, own: Any) -> bool:
     """Whether both give the same bits on a few random rows, with a graph and without."""
     weight = next(module.parameters())
     generator = torch.Generator().manual_seed(0)

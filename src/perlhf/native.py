@@ -73,21 +73,29 @@ def sampling() -> Iterator[None]:
 
 
 def call(name: str, first: Tensor, *arguments: Any) -> None:
-    """Runs a kernel on all threads: tensors go by address, ints as int64, floats as float32."""
-    found = library()
-    assert found is not None
-    kernel = getattr(found, f"{name}_{DTYPES[first.dtype]}")
-    kernel(*map(_argument, (first, *arguments)), ctypes.c_int(torch.get_num_threads()))
+    """Runs a kernel on all threads: tensors and arrays go by address, ints as int64, floats as float32."""
+    values = [first.data_ptr()]
+    values += [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    kernel = _kernels.get((name, first.dtype))
+    if kernel is None:
+        found = library()
+        assert found is not None
+        kernel = _kernels[name, first.dtype] = getattr(found, f"{name}_{DTYPES[first.dtype]}")
+        kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+        kernel.argtypes = [*(kinds.get(type(value), ctypes.c_void_p) for value in (first, *arguments)), ctypes.c_int]
+        kernel.restype = None
+    kernel(*values, torch.get_num_threads())
 
 
 def few_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` is there for these and the faster way; inside `sampling` alone."""
     if not _sampling:
         return False
-    found = library() if x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu" else None
     return (
-        found is not None
-        and bool(found.has_linear())
+        x.dtype == weight.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and _wanted
+        and _has_linear()
         and x.numel() <= FEW_ROWS * x.shape[-1]
         and weight.shape[0] % BLOCK == weight.shape[1] % BLOCK == 0
         and weight.is_contiguous()
@@ -99,6 +107,7 @@ def linear(x: Tensor, weight: Tensor, pair: tuple[Tensor, Tensor] | None = None)
 
     x: [..., in], bfloat16, as `few_rows` wants it.
     """
+    assert _has_linear(), "ask `few_rows` first"
     x = x.contiguous()
     a, b = pair or (weight, weight)
     out = x.new_empty(*x.shape[:-1], len(weight))
@@ -117,12 +126,13 @@ def int64s(numbers: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def _argument(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    return ctypes.c_int64(value) if isinstance(value, int) else value
+_kernels: dict[tuple[str, torch.dtype], Any] = {}
+
+
+@functools.cache
+def _has_linear() -> bool:
+    found = _load()[0]
+    return found is not None and bool(found.has_linear())
 
 
 @functools.cache

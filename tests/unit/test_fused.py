@@ -4,16 +4,18 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import open_model, random_ids
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from perlhf import fused, native
+from perlhf.self_attention import SelfAttention, rotated
 
 SMALL = LlamaConfig(hidden_size=12, intermediate_size=20, num_attention_heads=2)
 
@@ -91,5 +93,37 @@ def test_a_base_is_fused_and_gives_the_same_bits(tiny_base: Path) -> None:
     kinds = [type(module) for module in model.base.modules()]
     layers = stock.config.num_hidden_layers
     assert kinds.count(fused.RmsNorm) == 2 * layers + 1 and kinds.count(fused.GatedMlp) == layers
+    assert kinds.count(SelfAttention) == layers
     assert list(dict(model.base.named_parameters())) == list(dict(stock.named_parameters()))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "replaced"),
+    [("llama", True), ("qwen2", True), ("mistral", True), ("qwen3", False), ("stablelm", False), ("gpt_neox", False)],
+)
+def test_attention_of_other_networks(kind: str, replaced: bool) -> None:
+    """Modules with norms of their own, or that turn a part of each head only, stay; outputs are the same bits."""
+    sizes: dict[str, Any] = {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4} | ({} if kind == "gpt_neox" else {"num_key_value_heads": 2})
+    config: Any = CONFIG_MAPPING[kind](**sizes)
+    config.sliding_window = None
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor(random_ids([9]))
+    with torch.no_grad():
+        expected = network(ids).logits
+        fused.fuse(network)
+        found = network(ids).logits
+    assert (SelfAttention in [type(module) for module in network.modules()]) == replaced
+    assert torch.equal(found, expected)
+
+
+def test_rotation_by_hand() -> None:
+    # One head of width 2 at a quarter turn: (1, 2) becomes (-2, 1); a gradient (5, 7) comes back as (7, -5).
+    x = torch.tensor([[[[1.0, 2.0]]]], requires_grad=True)
+    cos, sin = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)
+    out = rotated(x, cos, sin)
+    assert out.flatten().tolist() == [-2.0, 1.0]
+    (grad,) = torch.autograd.grad(out, x, torch.tensor([[[[5.0, 7.0]]]]))
+    assert grad.flatten().tolist() == [7.0, -5.0]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from perlhf import attention, fused, native, native_build
 from perlhf.cache import KeyValueCache
 from perlhf.packing import lay_out
+from perlhf.self_attention import rotated
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"kernels are {native.state()}")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -146,6 +147,22 @@ def test_norms_and_gated_products(dtype: torch.dtype, rows: int, width: int) -> 
             gated = fused._SiluProduct.apply(*own)
             grads = [torch.autograd.grad(out, own, grad.to(out.dtype), allow_unused=True) for out in (normed, gated)]
         results.append([normed, gated, grads[0][0], *grads[1]])
+    for ours, wanted in zip(*results, strict=True):
+        near(ours, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "time", "heads", "width"), [(1, 70, 3, 64), (5, 1, 2, 6), (2, 3, 1, 40)])
+def test_rotary_positions(batch: int, time: int, heads: int, width: int, dtype: torch.dtype) -> None:
+    x, grad = torch.randn(2, batch, time, heads, width).to(dtype)
+    cos, sin = torch.randn(2, 1, time, width).to(dtype)
+    results = []
+    for exact in (False, True):
+        own, turn, slope, above = (t.float() if exact else t for t in (x, cos, sin, grad))
+        own = own.clone().requires_grad_()
+        with native.off() if exact else native.sampling():
+            out = rotated(own, turn, slope)
+            results.append([out, *torch.autograd.grad(out, own, above)])
     for ours, wanted in zip(*results, strict=True):
         near(ours, wanted, dtype)
 

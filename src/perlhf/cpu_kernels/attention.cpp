@@ -285,7 +285,8 @@ void attend_backward(const Tree& tree, Rows<const T> query, Rows<const T> key, R
 
 // One new token a row over its prompt's keys, shared by the rows of that prompt, and the row's own.
 template <class T>
-void decode(Rows<const T> query, const T* keys, const T* values, const T* own_keys, const T* own_values, Rows<T> out,
+void decode(Rows<const T> query, Rows<const T> key, Rows<const T> value, const T* keys, const T* values, T* own_keys,
+            T* own_values, Rows<T> out,
             const int64_t* lengths, const int64_t* first_row, int64_t prompts, int64_t longest, int64_t heads,
             int64_t kv_heads, int64_t width, int64_t capacity, int64_t time, float scaling, int threads) {
     const int64_t share = heads / kv_heads, tasks = prompts * kv_heads;
@@ -304,6 +305,11 @@ void decode(Rows<const T> query, const T* keys, const T* values, const T* own_ke
             for (int64_t t = 0; t < length; t++) {
                 shared_keys.put_row(t, keys + ((prompt * kv_heads + head) * longest + t) * width);
                 shared_values.put_row(t, values + ((prompt * kv_heads + head) * longest + t) * width);
+            }
+            for (int64_t row = first; row < first_row[prompt + 1]; row++) {
+                const int64_t at = ((row * kv_heads + head) * capacity + time - 1) * width;
+                std::copy_n(key.row(head, row), width, own_keys + at);
+                std::copy_n(value.row(head, row), width, own_values + at);
             }
             for (int64_t lane = 0; lane < count; lane += GROUP) {
                 const Group group(lane, count, share, 0);
@@ -375,12 +381,12 @@ void with_products(int64_t, F run) {
                                   log_sums, {by_query, of[5]}, {by_key, of[6]}, {by_value, of[7]});                    \
         });                                                                                                           \
     }                                                                                                                 \
-    void decode_##NAME(const T* query, const T* keys, const T* values, const T* own_keys, const T* own_values,         \
-                       T* out, const int64_t* lengths, const int64_t* first_row, const int64_t* sizes, float scaling,  \
-                       int threads) {                                                                                 \
-        const Strides of{sizes[4], sizes[2] * sizes[4]};                                                              \
-        decode<T>({query, of}, keys, values, own_keys, own_values, {out, of}, lengths, first_row, sizes[0], sizes[1],  \
-                  sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], scaling, threads);                                \
+    void decode_##NAME(const T* query, const T* key, const T* value, const T* keys, const T* values, T* own_keys,      \
+                       T* own_values, T* out, const int64_t* lengths, const int64_t* first_row, const int64_t* sizes,  \
+                       float scaling, int threads) {                                                                  \
+        const Strides of{sizes[4], sizes[2] * sizes[4]}, of_key{sizes[4], sizes[3] * sizes[4]};                        \
+        decode<T>({query, of}, {key, of_key}, {value, of_key}, keys, values, own_keys, own_values, {out, of}, lengths, \
+                  first_row, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], scaling, threads);  \
     }
 
 extern "C" {

@@ -1,4 +1,4 @@
-// Norms and gated products, each in one pass over memory; compiled and called by __init__.py.
+// Norms, rotary positions and gated products, each in one pass over memory; called by native.py.
 
 #include <algorithm>
 #include <cmath>
@@ -47,6 +47,33 @@ void norm_backward(const T* x, const T* weight, const float* inverse, const T* g
     }
 }
 
+// Each head of a row turned by its position; `back` turns a gradient the other way.
+template <class T>
+void rotate(const T* x, const T* cos, const T* sin, T* out, int64_t rows, int64_t heads, int64_t width, int64_t back,
+            int threads) {
+    const int64_t half = width / 2;
+#pragma omp parallel for num_threads(threads) if (rows * heads * width > SMALL)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = 0; h < heads; h++) {
+            const T *from = x + (r * heads + h) * width, *c = cos + r * width, *s = sin + r * width;
+            T* to = out + (r * heads + h) * width;
+            if (back)
+#pragma omp simd
+                for (int64_t d = 0; d < half; d++) {
+                    const float first = wide(from[d]), second = wide(from[d + half]);
+                    put(to[d], first * wide(c[d]) + second * wide(s[d + half]));
+                    put(to[d + half], second * wide(c[d + half]) - first * wide(s[d]));
+                }
+            else
+#pragma omp simd
+                for (int64_t d = 0; d < half; d++) {
+                    const float first = wide(from[d]), second = wide(from[d + half]);
+                    put(to[d], first * wide(c[d]) - second * wide(s[d]));
+                    put(to[d + half], second * wide(c[d + half]) + first * wide(s[d + half]));
+                }
+        }
+}
+
 inline Vec logistic(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
 template <class F>
@@ -84,6 +111,10 @@ void gated_backward(const T* gate, const T* up, const T* grad, T* by_gate, T* by
     void norm_backward_##NAME(const T* x, const T* weight, const float* inverse, const T* grad, T* by_x,              \
                               int64_t rows, int64_t width, int threads) {                                            \
         norm_backward(x, weight, inverse, grad, by_x, rows, width, threads);                                         \
+    }                                                                                                                \
+    void rotate_##NAME(const T* x, const T* cos, const T* sin, T* out, int64_t rows, int64_t heads, int64_t width,    \
+                       int64_t back, int threads) {                                                                  \
+        rotate(x, cos, sin, out, rows, heads, width, back, threads);                                                 \
     }                                                                                                                \
     void gated_##NAME(const T* gate, const T* up, T* out, int64_t size, int threads) {                                \
         gated(gate, up, out, size, threads);                                                                         \
