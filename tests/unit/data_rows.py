@@ -105,6 +105,27 @@ def panda(one: int, two: int, three: int, **changes: Any) -> dict[str, Any]:
 LLMBAR_ROW = {"input": "Add 1 and 2", "output_1": "4", "output_2": "3", "label": 2}
 
 
+SHP_ROW: dict[str, Any] = {
+    "post_id": "qt3nxl",
+    "domain": "askculinary_train",
+    "history": "How do I peel a raspberry?",
+    "human_ref_A": "You don't.",
+    "human_ref_B": "With patience.",
+    "labels": 0,
+    "score_ratio": 4.0,
+}
+
+TLDR_ROW: dict[str, Any] = {
+    "info": {"id": "t3_2z", "post": "I lost my keys.", "title": "Keys", "subreddit": "advice", "site": None},
+    "summaries": [{"text": " Keys gone. ", "policy": "sup1", "note": "ok"}, {"text": "Lost.", "policy": "ref"}],
+    "choice": 1,
+    "worker": "w",
+    "batch": "batch3",
+    "split": "train",
+    "extra": {},
+}
+
+
 def graded(passage: str, *ratings: str, question: str = "When?") -> dict[str, Any]:
     reference = {"page_title": "Title", "section_headers": ["Part"], "section_content": passage}
     return {"question": question, "passage": {"reference": reference}, "feedback": [""], "rating": list(ratings)}
@@ -192,6 +213,8 @@ ROWS: dict[str, list[Any]] = {
     "oasst": [OASST_ROW],
     "pandalm": [panda(1, 1, 2)],
     "llmbar": [LLMBAR_ROW],
+    "shp": [SHP_ROW],
+    "tldr": [TLDR_ROW],
     "feedbackqa": [graded("a", "Bad", "Excellent"), graded("b", "Bad", "Bad")],
     "squality": [SQUALITY_ROW],
     "squality-summaries": [STORY],

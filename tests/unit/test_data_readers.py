@@ -12,8 +12,10 @@ from data_rows import (
     OASST_ROW,
     REWARD_ROW,
     ROWS,
+    SHP_ROW,
     SQUALITY_ROW,
     STORY,
+    TLDR_ROW,
     TSV,
     UIBERT,
     UIBERT_FEATURES,
@@ -68,7 +70,7 @@ def test_formats_are_told_apart_by_their_first_row(name: str) -> None:
 
 
 def test_every_format_states_its_rule() -> None:
-    assert len({one.name for one in FORMATS}) == len(FORMATS) == 14
+    assert len({one.name for one in FORMATS}) == len(FORMATS) == 16
     assert all("Group:" in (one.reader.__doc__ or "") or one.name in ("trl", "feedbackqa-ratings") for one in FORMATS)
 
 
@@ -226,6 +228,30 @@ def test_llmbar(tmp_path: Path) -> None:
         Comparison("Add 1 and 2", "4", "3", "add 1 and 2", source="a.jsonl:2"),
     ]
     refused(tmp_path, LLMBAR_ROW | {"label": 0}, "column 'label' is 0")
+
+
+def test_shp(tmp_path: Path) -> None:
+    found = reading(tmp_path, SHP_ROW, SHP_ROW | {"labels": 1}, SHP_ROW | {"human_ref_B": " "})
+    prompt = "How do I peel a raspberry?"
+    assert found.records == [
+        Comparison(prompt, "With patience.", "You don't.", "qt3nxl", margin=4.0, source="a.jsonl:1"),
+        Comparison(prompt, "You don't.", "With patience.", "qt3nxl", margin=4.0, source="a.jsonl:2"),
+    ]
+    assert found.formats == {"a.jsonl": "shp"} and found.skipped == {"empty completion": 1}
+    refused(tmp_path, SHP_ROW | {"labels": 2}, "column 'labels' is 2")
+    refused(tmp_path, SHP_ROW | {"score_ratio": "high"}, "score_ratio")
+
+
+def test_tldr(tmp_path: Path) -> None:
+    article = TLDR_ROW | {"info": {"id": "c", "article": "It rained."}, "choice": 0}
+    found = reading(tmp_path, TLDR_ROW, article)
+    post = "SUBREDDIT: r/advice\n\nTITLE: Keys\n\nPOST: I lost my keys.\n\nTL;DR:"
+    assert found.records == [
+        Comparison(post, "Lost.", "Keys gone.", "t3_2z", source="a.jsonl:1"),
+        Comparison("It rained.\n\nTL;DR:", "Keys gone.", "Lost.", "c", source="a.jsonl:2"),
+    ]
+    assert found.formats == {"a.jsonl": "tldr"}
+    refused(tmp_path, TLDR_ROW | {"summaries": TLDR_ROW["summaries"][:1]}, "holds 1")
 
 
 def test_feedbackqa_grades_become_pairs(tmp_path: Path) -> None:

@@ -161,7 +161,8 @@ void attend(const Tree& tree, Rows<const T> query, Rows<const T> key, Rows<const
 // The pieces of each thread: the dearest first, each to the thread that has least to do.
 std::vector<std::vector<int64_t>> dealt(const Tree& tree) {
     std::vector<int64_t> cost(tree.pieces), order(tree.pieces), load(tree.threads, 0);
-    for (int64_t p = 0; p < tree.pieces; p++) cost[p] = (tree.before(p) + tree.piece[4 * p + 1]) * tree.piece[4 * p + 1];
+    for (int64_t p = 0; p < tree.pieces; p++)
+        cost[p] = (tree.before(p) + tree.piece[4 * p + 1]) * tree.piece[4 * p + 1];
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost[a] > cost[b]; });
     std::vector<std::vector<int64_t>> of(tree.threads);

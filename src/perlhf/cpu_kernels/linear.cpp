@@ -21,7 +21,8 @@ void pack(const Bfloat16* x, Bfloat16* packed, int64_t rows, int64_t inputs, int
             if (count < TILE) std::memset(to, 0, PACKED * 2);
             for (int64_t r = 0; r < count; r++) {
                 const Bfloat16* from = x + (tile * TILE + r) * inputs + block * DEPTH;
-                for (int64_t pair = 0; pair < DEPTH / 2; pair++) std::memcpy(to + (pair * TILE + r) * 2, from + pair * 2, 4);
+                for (int64_t pair = 0; pair < DEPTH / 2; pair++)
+                    std::memcpy(to + (pair * TILE + r) * 2, from + pair * 2, 4);
             }
         }
 }

@@ -84,7 +84,7 @@ inline void put(Bfloat16& at, float value) {
 }
 
 // e^x to about two units of the last place: x = n log 2 + r, and e^r by its series up to r^6. Not-a-number stays. Below
-// e^-70 it is 0: smaller shares of a sum are lost anyway, and products of denormal numbers take a hundred times as long.
+// e^-70 it is 0: smaller shares of a sum are lost anyway, and products of denormal numbers are a hundred times slower.
 inline Vec exponential(Vec given) {
     const Vec low = all(-70.0f), high = all(88.0f), half = all(0.5f);
     Vec x = given < low ? low : given;

@@ -53,6 +53,8 @@ FORMATS = (
     _format(
         "llmbar", "comparisons (also the layout of MT-bench)", "input output_1 output_2 label", readers_pairs.llmbar
     ),
+    _format("shp", "comparisons", "post_id history human_ref_A human_ref_B labels", readers_pairs.shp),
+    _format("tldr", "comparisons", "info summaries choice", readers_pairs.tldr),
     _format("feedbackqa", "comparisons", "question passage rating", readers_pairs.feedbackqa),
     _format("feedbackqa-ratings", "ratings", "", readers_pairs.feedbackqa_ratings),
     _format("squality", "comparisons", "passage-id questions", readers_pairs.squality),

@@ -1,4 +1,4 @@
-"""Readers of published single-turn sets: PandaLM, LLMBar, MT-bench, FeedbackQA, SQuALITY, UIBert."""
+"""Readers of published single-turn sets: PandaLM, LLMBar, MT-bench, SHP, TL;DR, FeedbackQA, SQuALITY, UIBert."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,6 +52,44 @@ def llmbar(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
             yield Skipped("empty completion", where)
         else:
             yield Comparison(prompt, outputs[winner], outputs[1 - winner], group_key(prompt), source=where)
+
+
+def shp(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
+    """Stanford Human Preferences: one comparison per row; `labels` is 1 where comment A is preferred and 0 where B is.
+
+    Rule: `margin` is the ratio of the comments' scores (at least 1); the set's authors keep 2 and more for training.
+    Group: the post.
+    """
+    for where, row in rows:
+        prompt, post = text(row, "history", where).strip(), text(row, "post_id", where)
+        first, second = (text(row, f"human_ref_{side}", where).strip() for side in "AB")
+        ratio = value(row, "score_ratio", where)
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+            wrong_type(ratio, "score_ratio", "a number", where)
+        chosen, rejected = (first, second) if choice(row, "labels", (0, 1), where) else (second, first)
+        if not prompt or not chosen or not rejected:
+            yield Skipped("empty prompt" if not prompt else "empty completion", where)
+        else:
+            yield Comparison(prompt, chosen, rejected, post, margin=float(ratio), source=where)
+
+
+def tldr(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
+    """TL;DR comparisons of summaries (and those of CNN/DailyMail articles): `choice` is the better summary's number.
+
+    Rule: the prompt is the post as the set's authors lay it out (subreddit, title, post, then `TL;DR:`); an article
+    stands alone before `TL;DR:`. Group: the post.
+    """
+    for where, row in rows:
+        info = mapping(value(row, "info", where), "column 'info'", where)
+        summaries = [mapping(found, "a summary", where) for found in items(row, "summaries", where)]
+        if len(summaries) != 2:
+            raise DataError(f"column 'summaries' holds {len(summaries)}", where=where, allowed="two summaries")
+        better = int(choice(row, "choice", (0, 1), where))
+        chosen, rejected = (text(summaries[at], "text", where).strip() for at in (better, 1 - better))
+        if not chosen or not rejected:
+            yield Skipped("empty completion", where)
+        else:
+            yield Comparison(_post(info, where), chosen, rejected, text(info, "id", where), source=where)
 
 
 def feedbackqa(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
@@ -165,6 +203,13 @@ def uibert(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
             ["Elements on the screen:", *lines, f"Instruction: {instruction}", "Which element? Answer with its number."]
         )
         yield Demonstration(prompt, str(label), _utf8(_first(row, "image/id", where), where), source=where)
+
+
+def _post(info: dict[str, Any], where: str) -> str:
+    if info.get("article") is not None:
+        return f"{text(info, 'article', where).strip()}\n\nTL;DR:"
+    head = f"SUBREDDIT: r/{text(info, 'subreddit', where)}\n\nTITLE: {text(info, 'title', where).strip()}"
+    return f"{head}\n\nPOST: {text(info, 'post', where).strip()}\n\nTL;DR:"
 
 
 def _boolean_as_text(row: dict[str, Any], key: str, where: str) -> str:
