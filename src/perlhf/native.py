@@ -39,8 +39,8 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def state() -> str:
-    """What stands in a run's manifest: `compiled`, or why not."""
-    return _load()[1] if _load.cache_info().currsize else "not used"
+    """What stands in a run's manifest: `compiled`, or why not; before they were wanted, what is to be expected."""
+    return _load()[1] if _load.cache_info().currsize else native_build.compiler()[1]
 
 
 def library() -> ctypes.CDLL | None:
