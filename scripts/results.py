@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from perlhf.report import figures
-from perlhf.run_files import count, duration, interval, mapping, measured, memory, number
+from perlhf.report import comparison, figures
+from perlhf.run_files import count, duration, mapping, number
 from perlhf.storage import write_atomic
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -111,7 +111,7 @@ def _results(name: str) -> str:
             f"{part['threads']} threads, torch {versions.get('torch')}, transformers {versions.get('transformers')}, "
             f"commits {', '.join(sorted({str(one['commit'])[:7] for one in manifests}))}.",
             "",
-            f"| side | {part['metric']} | minus {part['reference']} | verdict | peak memory | tokens/s | time "
+            f"| side | {part['metric']} | minus {part['reference']} | verdict | peak memory | speed | time "
             "| trainable | learning rate | seeds |",
             "|---|---|---|---|---|---|---|---|---|---|",
             *(_row(side, one) for side, one in part["sides"].items()),
@@ -131,21 +131,8 @@ def _results(name: str) -> str:
 
 
 def _row(side: str, found: Mapping[str, Any]) -> str:
-    quality, difference = measured(found["quality"]), measured(found["difference"])
-    assert quality is not None
-    cells = [
-        side,
-        f"{number(quality.value)} ({interval(quality)})",
-        "" if difference is None else f"{number(difference.value)} ({interval(difference)})",
-        found["verdict"],
-        f"{memory(found['peak_memory_bytes'])}, {100 * found['memory_share']:.0f} %",
-        f"{count(found['tokens_per_second'])}, {number(found['speed_factor'])}x",
-        duration(found["seconds"]),
-        f"{100 * found['trainable_share']:.2g} %",
-        f"{found['learning_rate']:g}",
-        ", ".join(f"{one['seed']}: {number(one['value'])}" for one in found["seeds"]),
-    ]
-    return f"| {' | '.join(cells)} |"
+    seeds = ", ".join(f"{one['seed']}: {number(one['value'])}" for one in found["seeds"])
+    return "| " + " | ".join([side, *comparison.cells(found), format(found["learning_rate"], "g"), seeds]) + " |"
 
 
 def main() -> None:

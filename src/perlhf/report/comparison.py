@@ -35,7 +35,7 @@ def _stage(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": part["verdict"],
         "setting": _setting(part),
         "columns": ["quality", "minus reference", "verdict", "memory", "speed", "time", "trainable"],
-        "rows": [(side, _cells(found)) for side, found in sides.items()],
+        "rows": [(side, cells(found)) for side, found in sides.items()],
         "seeds": [
             (
                 side,
@@ -62,7 +62,8 @@ def _setting(part: Mapping[str, Any]) -> str:
     )
 
 
-def _cells(found: Mapping[str, Any]) -> list[str]:
+def cells(found: Mapping[str, Any]) -> list[str]:
+    """Quality, its difference, verdict, memory, speed, time and trainable share of one side, in words."""
     quality, difference = measured(found["quality"]), measured(found["difference"])
     assert quality is not None
     return [
