@@ -48,6 +48,11 @@ A side that is empty is an error.
 `data.limit` keeps at most so many records of a side, chosen by a hash of their content. Every run records the
 SHA-256 of its data in `manifest.json`, and refuses to continue on other data.
 
+`data.label_noise` turns the labels of a share of the training records round, to see what wrong labels do: chosen and
+rejected are swapped, up becomes down. A record is turned when a hash of its content and `split_seed` falls below the
+share, so the same ones are turned whatever the order of files, and those of a lower share are among those of a higher
+one. Baselines learn from the turned labels too; validation and test keep theirs.
+
 ## Which records a stage takes
 
 - `perlhf reward` takes comparisons and ratings.
@@ -118,9 +123,8 @@ def reference() -> str:
 KNOWN = {
     "trl": "Taken when no other format fits.",
     "hh": "Recognised by: `chosen` and `rejected` that begin with a human turn, and no `prompt`.",
-    "feedbackqa-ratings": "Taken only when named (`data.format: feedbackqa-ratings`).",
 }
-"""How formats are told apart that no set of columns shows."""
+"""How formats are told apart that no set of columns shows; any other is taken only when named."""
 
 
 def _record(kind: type) -> str:
@@ -141,7 +145,9 @@ def _columns() -> str:
 
 def _format(row: dict[str, str]) -> str:
     columns = next(one.columns for one in FORMATS if one.name == row["name"])
-    known = f"Recognised by: {', '.join(f'`{name}`' for name in sorted(columns))}." if columns else KNOWN[row["name"]]
+    known = f"Recognised by: {', '.join(f'`{name}`' for name in sorted(columns))}."
+    if not columns:
+        known = KNOWN.get(row["name"], f"Taken only when named (`data.format: {row['name']}`).")
     summary, rule, text = row["rule"].partition(" Rule: ")
     text = f"{summary}\n\n**Rule.** {text[:1].upper()}{text[1:]}" if rule else summary
     return f"### {row['name']}\n\n{text.replace(' Group: ', ' **Group:** ')}\n\nGives: {row['gives']}. {known}\n"

@@ -7,8 +7,8 @@
 
 `sft`, `reward`, `policy`, `score`, `pull`, `read`, `load` and `load_recipe` are functions, `...Config` the
 configuration models, `Comparison`, `Rating`, `Demonstration` and `Prompt` the records, `...Error` the errors; `demo`,
-`evaluate`, `compare`, `table`, `report`, `chat` and `export` are modules with a function each. Everything is imported
-on first use, so that `import perlhf` is instant and needs no torch.
+`evaluate`, `compare`, `table`, `report`, `chat`, `average` and `export` are modules with a function each. Everything is
+imported on first use, so that `import perlhf` is instant and needs no torch.
 """
 
 import importlib
@@ -63,7 +63,7 @@ _HOMES = {
     "score": "evaluate",
     "sft": "train_sft:train_sft",
 }
-_MODULES = ("chat", "compare", "config", "data", "demo", "errors", "evaluate", "export", "report", "table")
+_MODULES = ("average", "chat", "compare", "config", "data", "demo", "errors", "evaluate", "export", "report", "table")
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 transformers' networks call it through `AttentionInterface`; without a tree it is their scaled-dot-product attention.
 A node's queries see all of what comes before the node, and of the node itself what isn't later: two of torch's own
 kernels, joined by the logarithms of their sums of exponentials. Given the joint sums, each kernel's backward is exact.
+On a GPU, where so many small kernels would cost more than what they spare, it is one call under the tree's mask.
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -21,7 +23,7 @@ from perlhf.packing import Node, Span
 
 NAME = "perlhf_tree"
 WRITTEN_OUT_TOKENS = 128
-"""Queries of one task of our own kernel, or whose products exist at one time where no kernel is used."""
+"""Queries of one task of our own kernel, or whose products exist at one time where they are written out."""
 KERNEL_TOKENS = 192
 """From this many new tokens on, a CPU's kernel is the faster backward in bfloat16 too."""
 
@@ -46,7 +48,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, nodes: Sequence[No
     if native.usable(query, key, value) and query.shape[-1] == value.shape[-1]:
         return _NativeTreeAttention.apply(query, key, value, tuple(nodes), scaling)  # pyright: ignore[reportReturnType]
     if query.device.type not in cache.KERNELS:
-        nodes = _pieces(nodes, WRITTEN_OUT_TOKENS)
+        return _masked_attention(query, key, value, tuple(nodes), scaling)
     return _TreeAttention.apply(query, key, value, tuple(nodes), scaling)  # pyright: ignore[reportReturnType]
 
 
@@ -97,6 +99,37 @@ def _table(nodes: tuple[Node, ...]) -> tuple[Any, Any, int]:
     return native.int64s(rows), native.int64s(spans), len(pieces)
 
 
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scaling: float) -> Tensor:
+    """As `tree_attention`, by torch's own choice of kernel and its backward."""
+    key, value = (tensor.repeat_interleave(len(query) // len(tensor), 0) for tensor in (key, value))
+    mask = _mask(nodes, query.device, query.dtype)[:, : query.shape[1]]
+    return F.scaled_dot_product_attention(query[None], key[None], value[None], mask, scale=scaling)[0]
+
+
+@functools.lru_cache(maxsize=2)
+def _mask(nodes: tuple[Node, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[tokens, tokens or a few more], 0 where a token sees another and -inf elsewhere, for all layers.
+
+    A node sees the first tokens of others on its path; all spans of a path start where a node does. Rows are as long as
+    the kernels want them in memory.
+    """
+    number = {node.start: at for at, node in enumerate(nodes)}
+    seen = torch.zeros(len(nodes), len(nodes), dtype=torch.long)
+    for at, node in enumerate(nodes):
+        for start, length in node.prefix:
+            seen[at, number[start]] = length
+    lengths = torch.tensor([node.length for node in nodes])
+    of = torch.repeat_interleave(torch.arange(len(nodes)), lengths)
+    offset = torch.cat([torch.arange(node.length) for node in nodes])
+    seen, of, offset = (tensor.to(device) for tensor in (seen, of, offset))
+    allowed = offset < seen[of][:, of]
+    allowed |= (of[:, None] == of) & (offset[:, None] >= offset)
+    tokens = len(of)
+    mask = torch.full((tokens, tokens + -tokens % cache.ALIGNED), -torch.inf, dtype=dtype, device=device)
+    mask[:, :tokens].masked_fill_(allowed, 0)
+    return mask
+
+
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scaling: float) -> Tensor:
@@ -124,8 +157,7 @@ class _TreeAttention(torch.autograd.Function):
         grads_out = torch.empty_like(query), *(torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
         by_kernel, written_out = [], []
         for node in ctx.nodes:
-            kernel = query.device.type in cache.KERNELS
-            kernel &= query.dtype == torch.float32 or node.length >= KERNEL_TOKENS
+            kernel = query.dtype == torch.float32 or node.length >= KERNEL_TOKENS
             (by_kernel if kernel else written_out).append(node)
         for gradients, nodes in (_by_kernel, by_kernel), (_written_out, written_out):
             if nodes:
@@ -160,7 +192,7 @@ def _by_kernel(
 def _written_out(
     grads: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], nodes: Sequence[Node], scaling: float
 ) -> None:
-    """As `_by_kernel`, as matrix products: on any device, and in bfloat16 faster than a CPU's kernel on short nodes.
+    """As `_by_kernel`, as matrix products: in bfloat16 faster than a CPU's kernel on short nodes.
 
     With p = exp(scaling * q k^T - log_sum), the gradient of the logits is p * (grad v^T - sum(grad * out)). Those two
     products are float32: rounded logits would move the probabilities, and the difference loses digits.

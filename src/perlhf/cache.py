@@ -14,9 +14,13 @@ from perlhf import native
 from perlhf.packing import length_mask
 
 KERNELS = ("cpu",)
-"""Devices with torch's attention kernel that tells its log-sums; on others it is written out (untested on a GPU)."""
+"""Devices with torch's flash kernel that tells its log-sums; CUDA has one too, elsewhere it is written out."""
+ALIGNED = 16
+"""Elements to a multiple of which rows of a mask are laid out in memory, as CUDA's kernel wants them."""
 GROW = 64
 """Tokens by which the rows' own buffers grow."""
+FIXED = ("cuda",)
+"""Devices where a step changes no tensor's shape, so that it can be recorded as a graph and replayed (`decoding`)."""
 
 
 class KeyValueCache:
@@ -35,17 +39,29 @@ class KeyValueCache:
         self.rows = torch.arange(0, device=device)
         """[row] the prompt of each row; none before `fork`."""
         self.time = 0
-        """Tokens that each row has beyond its prompt."""
+        """Tokens that each row has beyond its prompt; on `FIXED` devices `_now` tells it."""
+        self.fixed = device.type in FIXED
+        """Whether a step changes no tensor's shape."""
         self._prompts: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
         # Rounded logits would move the probabilities: products are float32. Torch's kernel wants all tensors so.
         self._dtype = torch.float32 if device.type in KERNELS and native.library() is None else None
+        self._adds_up_wide = device.type == "cuda"  # CUDA's kernel computes them so itself
 
-    def fork(self, samples: int) -> None:
-        """`samples` rows for each prompt, ordered by prompt."""
+    def fork(self, samples: int, most: int | None = None) -> None:
+        """`samples` rows for each prompt, ordered by prompt; on `FIXED` devices with room for `most` tokens at once."""
         assert not len(self.rows), "forked already"
-        self.rows = torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(samples)
-        self._own = {layer: (self._empty(keys), self._empty(values)) for layer, (keys, values) in self._prompts.items()}
+        device, room = self.lengths.device, most + -most % ALIGNED if most and self.fixed else GROW
+        self.rows = torch.arange(len(self.lengths), device=device).repeat_interleave(samples)
+        self._own = {
+            layer: (self._empty(keys, room), self._empty(values, room))
+            for layer, (keys, values) in self._prompts.items()
+        }
+        if self.fixed:
+            dtype = next(iter(self._prompts.values()))[0].dtype
+            self._now = torch.zeros(1, dtype=torch.long, device=device)
+            self._later = torch.full((1, 1, 1, room), -torch.inf, dtype=dtype, device=device)
+            self._later[..., 0] = 0
         self._arrange()
 
     def keep(self, rows: Tensor) -> None:
@@ -61,7 +77,7 @@ class KeyValueCache:
 
     def positions(self) -> Tensor:
         """[row] depth of the token that comes next."""
-        return self.lengths[self.rows] + self.time
+        return self.lengths[self.rows] + (self._now if self.fixed else self.time)
 
     def record(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Keys and values of the packed prompts [kv_heads, tokens, width] in one layer."""
@@ -78,25 +94,34 @@ class KeyValueCache:
             [row, heads, 1, width of value].
         """
         keys, values = self._prompts[layer]
-        if self._own[layer][0].shape[2] == self.time:
-            self._own[layer] = _grown(self._own[layer][0]), _grown(self._own[layer][1])
         count, heads, _, width = query.shape
         kv_heads = keys.shape[1]
         if native.usable(query, keys, values) and width == values.shape[-1]:
             return self._attend_natively(layer, query, key, value, scaling)
-        for buffer, new in zip(self._own[layer], (key, value), strict=True):
-            buffer[:, :, self.time] = new[:, :, 0]
-        share = heads // kv_heads
-        q = query.float().view(count, kv_heads, share, width)
-        past, past_sum = attend_part(self._by_prompt(q), keys.float(), values.float(), scaling, mask=self._hidden)
+        share, dtype = heads // kv_heads, query.dtype if self._adds_up_wide else torch.float32
+        q = query.to(dtype).reshape(count, kv_heads, share, width)
+        past, past_sum = attend_part(self._by_prompt(q), keys.to(dtype), values.to(dtype), scaling, mask=self._hidden)
         past, past_sum = self._by_row(past, share), self._by_row(past_sum[..., None], share).squeeze(-1)
-        own_keys, own_values = (buffer[:, :, : self.time + 1].float() for buffer in self._own[layer])
-        mixed, _ = join_parts((past, past_sum), attend_part(q, own_keys, own_values, scaling))
+        for buffer, new in zip(self._own[layer], (key, value), strict=True):
+            if self.fixed:
+                buffer.index_copy_(2, self._now, new.to(buffer.dtype))
+            else:
+                buffer[:, :, self.time] = new[:, :, 0]
+        seen, mask = (None, self._later.to(dtype)) if self.fixed else (self.time + 1, None)
+        own_keys, own_values = (buffer[:, :, :seen].to(dtype) for buffer in self._own[layer])
+        mixed = mix((past, past_sum), attend_part(q, own_keys, own_values, scaling, mask=mask))
         return mixed.reshape(count, heads, 1, -1).to(query.dtype)
 
     def advance(self) -> None:
         """The token of each row has gone through all layers."""
         self.time += 1
+        if self.time == next(iter(self._own.values()))[0].shape[2]:
+            self._own = {layer: (_grown(keys, 0.0), _grown(values, 0.0)) for layer, (keys, values) in self._own.items()}
+            if self.fixed:
+                self._later = _grown(self._later.transpose(2, 3), -torch.inf).transpose(2, 3).contiguous()
+        if self.fixed:
+            self._now += 1
+            self._later.index_fill_(3, self._now, 0)
 
     def _attend_natively(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         query, key, value = (tensor.contiguous() for tensor in (query, key, value))
@@ -109,8 +134,8 @@ class KeyValueCache:
         native.call("decode", *tensors, sizes, float(scaling))
         return out
 
-    def _empty(self, like: Tensor) -> Tensor:
-        return like.new_zeros(len(self.rows), like.shape[1], 0, like.shape[3])
+    def _empty(self, like: Tensor, room: int) -> Tensor:
+        return like.new_zeros(len(self.rows), like.shape[1], room, like.shape[3])
 
     def _of_prompts(self, packed: Tensor) -> Tensor:
         """[kv_heads, tokens, width] as [prompt, kv_heads, longest, width]; rows beyond a prompt's end are hidden."""
@@ -118,8 +143,10 @@ class KeyValueCache:
 
     def _arrange(self) -> None:
         """Places for the rows of each prompt: all prompts get as many as the one with most rows. Their mask, too."""
-        self._hidden = torch.zeros(self.seen.shape, device=self.seen.device)
-        self._hidden = self._hidden.masked_fill_(~self.seen, -torch.inf)[:, None, None]
+        prompts, longest = self.seen.shape
+        dtype = next(iter(self._prompts.values()))[0].dtype if self._adds_up_wide else torch.float32
+        hidden = torch.zeros(prompts, longest + -longest % ALIGNED, dtype=dtype, device=self.seen.device)
+        self._hidden = hidden[:, :longest].masked_fill_(~self.seen, -torch.inf)[:, None, None]
         counts = torch.bincount(self.rows, minlength=len(self.lengths))
         self._first_rows = F.pad(counts.cumsum(0), (1, 0))
         self._most = int(counts.max())
@@ -163,6 +190,13 @@ def attend_part(
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, 0.0, causal, attn_mask=mask, scale=scaling
         )
+    if query.device.type == "cuda" and query.shape[-1] % 8 == values.shape[-1] % 8 == 0:
+        if mask is not None:
+            mask = mask.expand(*query.shape[:3], keys.shape[2])
+        mixed, log_sum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, keys, values, mask, True, 0.0, causal, scale=scaling
+        )
+        return mixed, log_sum[..., : query.shape[2]]
     logits = (query.float() @ keys.float().transpose(2, 3)) * scaling
     if causal:
         logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
@@ -173,10 +207,14 @@ def attend_part(
 
 def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over the keys of both parts: each weighted by its share of all exponentials. As `attend_part`."""
+    return mix(first, second), torch.logaddexp(first[1], second[1])
+
+
+def mix(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """What `join_parts` gives first."""
     weight = torch.sigmoid(second[1] - first[1])[..., None]
-    mixed = torch.lerp(first[0].float(), second[0].float(), weight).to(first[0].dtype)
-    return mixed, torch.logaddexp(first[1], second[1])
+    return torch.lerp(first[0].float(), second[0].float(), weight).to(first[0].dtype)
 
 
-def _grown(buffer: Tensor) -> Tensor:
-    return torch.cat([buffer, buffer.new_zeros(*buffer.shape[:2], GROW, buffer.shape[3])], 2)
+def _grown(buffer: Tensor, value: float) -> Tensor:
+    return torch.cat([buffer, buffer.new_full((*buffer.shape[:2], GROW, buffer.shape[3]), value)], 2)

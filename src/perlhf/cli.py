@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, Command[Any]] = {
     "compare": Command("perlhf compare", config_compare.CompareConfig, dry_run=True),
     "table": Command("perlhf table", config.TableConfig, ("runs",)),
     "report": Command("perlhf report", config.ReportConfig, ("runs",)),
+    "average": Command("perlhf average", config.AverageConfig, ("runs",)),
     "export": Command("perlhf export", config.ExportConfig, ("run", "output")),
 }
 DATA_COMMANDS: Mapping[str, Command[Any]] = {
@@ -157,22 +158,8 @@ def _run(name: str, arguments: list[str]) -> int:
 
             compare(settings)
             print(settings.output / "compare.html")
-        case config.TableConfig():
-            from perlhf.table import tabulate
-
-            tabulate(settings.runs, settings.output)
-        case config.ReportConfig():
-            from perlhf import report
-
-            report.write(settings.runs, settings.output, settings.title)
-            print(settings.output)
-        case config.ExportConfig():
-            from perlhf.export import export
-
-            export(settings)
-            print(settings.output)
         case _:
-            raise AssertionError(f"no branch for {name}")
+            _make(name, settings)
     return 0
 
 
@@ -203,6 +190,31 @@ def _train(settings: BaseModel) -> dict[str, Any]:
             return train_policy(settings)
         case _:
             raise AssertionError(f"{type(settings).__name__} is no stage")
+
+
+def _make(name: str, settings: BaseModel) -> None:
+    """What is made of finished runs."""
+    match settings:
+        case config.TableConfig():
+            from perlhf.table import tabulate
+
+            tabulate(settings.runs, settings.output)
+        case config.ReportConfig():
+            from perlhf import report
+
+            report.write(settings.runs, settings.output, settings.title)
+            print(settings.output)
+        case config.AverageConfig():
+            from perlhf.average import average
+
+            show.result(f"{name}: {settings.output}", average(settings))
+        case config.ExportConfig():
+            from perlhf.export import export
+
+            export(settings)
+            print(settings.output)
+        case _:
+            raise AssertionError(f"no branch for {name}")
 
 
 def _run_data(name: str, arguments: list[str]) -> int:

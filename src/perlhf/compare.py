@@ -2,22 +2,19 @@
 
 A cell is one run: a stage, a side (full tuning, or adapters of a rank), a learning rate and a seed. Learning rates are
 tried with the first seed and chosen on validation groups; the other seeds take the chosen one, and test groups are
-looked at for those cells alone. Finished cells are never run again.
+looked at for those cells alone. Finished cells are never run again. With `jobs` above 1 sides run side by side.
 """
 
 import json
-import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from perlhf.compare_processes import Processes, processes
 from perlhf.compare_result import summarise
 from perlhf.config import PolicyConfig, RewardConfig
 from perlhf.config_compare import CompareConfig, Side, Stage
@@ -29,8 +26,7 @@ from perlhf.run_files import EVALUATION, finite, mapping, memory
 from perlhf.storage import storage_errors, write_atomic
 
 RECIPE, FAILURES, LOGS = "compare.yaml", "failed", "logs"
-MESSAGE_LINES = 20
-MAY_GROW = ("output", "seeds", "ranks", "ranks_of_one_seed", "targets", "bootstrap")
+MAY_GROW = ("output", "seeds", "ranks", "ranks_of_one_seed", "targets", "bootstrap", "jobs")
 """Keys that may differ when a comparison is continued: no cell that is there depends on them.
 Not the margin, which is fixed beforehand."""
 
@@ -69,32 +65,52 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         KeyboardInterrupt: interrupted; the cell that was running has saved and will go on.
     """
     _claim(config)
-    total = sum(map(config.runs, config.sides)) * len(config.stages)
-    done, found = 0, {}
-    for stage in config.stages:
-        chosen: dict[Side, list[Cell]] = {}
-        for side in config.sides:
-            tried = [Cell(stage, side, rate, config.seeds[0]) for rate in config.rates(side)]
-            for cell in tried:
-                done += 1
-                _train(cell, config, f"{done}/{total}")
-            best = choose(tried, config)
-            if best is None:
-                done += len(config.more_seeds(side))
-                continue
-            rest = [Cell(stage, side, best.learning_rate, seed) for seed in config.more_seeds(side)]
-            for cell in rest:
-                done += 1
-                _train(cell, config, f"{done}/{total}")
-            chosen[side] = [cell for cell in (best, *rest) if _value(cell, config) is not None]
-            for cell in chosen[side]:
-                _evaluate(cell, config)
-            runs = {one.name: [config.output / cell.name for cell in cells] for one, cells in chosen.items() if cells}
-            found[stage] = {**summarise(stage, runs, config), "tried": _tried(stage, config)}
-            _write(found, config)
-        if not chosen:
-            raise RunError(f"no side of stage {stage} could be trained", where=str(config.output / FAILURES))
+    found: dict[str, Any] = {}
+    with processes(config.jobs) as run:
+        for stage in config.stages:
+            chosen: dict[Side, list[Cell]] = {}
+            with ThreadPoolExecutor(len(config.sides) if config.jobs > 1 else 1) as sides:
+                try:
+                    running = {sides.submit(_side, stage, side, config, run): side for side in config.sides}
+                    for one in as_completed(running):
+                        if cells := one.result():
+                            chosen[running[one]] = cells
+                            found[stage] = _found(stage, chosen, config)
+                            _write(found, config)
+                except BaseException:
+                    run.end()
+                    sides.shutdown(cancel_futures=True)
+                    raise
+            if not chosen:
+                raise RunError(f"no side of stage {stage} could be trained", where=str(config.output / FAILURES))
     return found
+
+
+def _side(stage: Stage, side: Side, config: CompareConfig, run: Processes) -> list[Cell]:
+    """Trains a side's cells; those of the chosen learning rate that didn't fail, evaluated."""
+    tried = [Cell(stage, side, rate, config.seeds[0]) for rate in config.rates(side)]
+    _each(_train, tried, config, run)
+    best = choose(tried, config)
+    if best is None:
+        return []
+    seeds = [best, *(Cell(stage, side, best.learning_rate, seed) for seed in config.more_seeds(side))]
+    _each(_train, seeds, config, run)
+    finished = [cell for cell in seeds if _value(cell, config) is not None]
+    _each(_evaluate, finished, config, run)
+    return finished
+
+
+def _each(
+    work: Callable[[Cell, CompareConfig, Processes], None], cells: Sequence[Cell], config: CompareConfig, run: Processes
+) -> None:
+    for one in [run.submit(work, cell, config, run) for cell in cells]:
+        one.result()
+
+
+def _found(stage: Stage, chosen: Mapping[Side, Sequence[Cell]], config: CompareConfig) -> dict[str, Any]:
+    """The part of compare.json about a stage, from the sides that have finished."""
+    runs = {side.name: [config.output / cell.name for cell in chosen[side]] for side in config.sides if side in chosen}
+    return {**summarise(stage, runs, config), "tried": _tried(stage, config)}
 
 
 def cells(config: CompareConfig) -> list[list[str]]:
@@ -171,82 +187,37 @@ def _claim(config: CompareConfig) -> None:
     write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def _train(cell: Cell, config: CompareConfig, number: str) -> None:
+def _train(cell: Cell, config: CompareConfig, processes: Processes) -> None:
     run, failed = config.output / cell.name, config.output / FAILURES / f"{cell.name}.json"
     if failed.exists() or (run / RESULT).exists():
         return
-    print(f"cell {number}: {cell.name}", file=sys.stderr)
+    print(f"cell {_number(config)}: {cell.name}", file=sys.stderr)
     recipe = config.output / LOGS / f"{cell.name}.yaml"
     write_atomic(recipe, yaml.safe_dump(cell.recipe(config), sort_keys=False, allow_unicode=True))
-    code, message = _perlhf([cell.stage, str(recipe)], config.output / LOGS / f"{cell.name}.log")
+    code, message = processes.perlhf([cell.stage, str(recipe)], config.output / LOGS / f"{cell.name}.log")
     if code == 3:
         write_atomic(failed, strict_json({"exit_code": code, "message": message}, indent=2) + "\n")
-        print(f"  it stopped, and counts as failed: {message}", file=sys.stderr)
+        print(f"  {cell.name} stopped, and counts as failed: {message}", file=sys.stderr)
     elif code:
         raise RunError(f"the cell stopped with exit code {code}: {message}", where=cell.name)
 
 
-def _evaluate(cell: Cell, config: CompareConfig) -> None:
+def _number(config: CompareConfig) -> str:
+    """Which of all cells comes next, counted by those that have started."""
+    total = sum(map(config.runs, config.sides)) * len(config.stages)
+    return f"{1 + len(list((config.output / LOGS).glob('*.yaml')))}/{total}"
+
+
+def _evaluate(cell: Cell, config: CompareConfig, processes: Processes) -> None:
     run = config.output / cell.name
     if (run / EVALUATION).exists():
         return
     options = ["--bootstrap", str(config.bootstrap)]
     if cell.stage == "policy":
         options += ["--prompts", str(config.prompts), *(["--reward", *config.scorers] if config.scorers else [])]
-    code, message = _perlhf(["evaluate", str(run), *options], config.output / LOGS / f"{cell.name}.log")
+    code, message = processes.perlhf(["evaluate", str(run), *options], config.output / LOGS / f"{cell.name}.log")
     if code:
         raise RunError(f"its evaluation stopped with exit code {code}: {message}", where=cell.name)
-
-
-def _perlhf(arguments: Sequence[str], log: Path) -> tuple[int, str]:
-    """Runs a command in a process of its own, whose peak memory is thus its own; its exit code and error message.
-
-    Its progress is shown; what it prints goes to `log`.
-    """
-    message: list[str] = []
-    with (
-        storage_errors(log),
-        log.open("ab") as output,
-        subprocess.Popen(
-            [sys.executable, "-m", "perlhf", *arguments],
-            stdout=output,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # a terminal's Ctrl-C reaches it through `_ended` alone, once
-        ) as process,
-        _ended(process),
-    ):
-        assert process.stderr is not None
-        for line in process.stderr:
-            sys.stderr.write(line)
-            if line.startswith("error: "):
-                message = []
-            message.append(line.removeprefix("error: ").rstrip())
-        code = process.wait()
-    if code in (130, -signal.SIGINT):
-        raise KeyboardInterrupt
-    return code, "\n".join(message[-MESSAGE_LINES:])
-
-
-@contextmanager
-def _ended(process: "subprocess.Popen[str]") -> Iterator[None]:
-    """When we are interrupted or ended, the process saves and ends first."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _write(found: dict[str, Any], config: CompareConfig) -> None:

@@ -72,6 +72,7 @@ def summarise(stage: Stage, runs: Mapping[str, Sequence[Path]], config: CompareC
         "reference": reference,
         "sides": sides,
         "verdict": sentence(first.metric, reference, sides, config.margin),
+        "jobs": config.jobs,
         **_made_with(files[reference][0]),
     }
 

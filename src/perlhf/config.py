@@ -37,6 +37,9 @@ class DataConfig(Frozen):
     """Changes which groups are held out; splits depend on nothing else."""
     limit: Positive | None = None
     """Use at most this many records of a split (chosen by a hash, stable over file order)."""
+    # Left out of what a run records when it is 0: a record without it and one with 0 are the same run.
+    label_noise: Fraction = Field(default=0.0, exclude_if=lambda share: share == 0)
+    """Share of training labels that are swapped or flipped, to see what wrong labels do; held-out labels stay."""
 
     @model_validator(mode="after")
     def _some_training_data(self) -> "DataConfig":
@@ -393,6 +396,15 @@ class ExportConfig(Frozen):
     """`peft` directory, or `merged` safetensors with the measured logit error."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+
+class AverageConfig(Frozen):
+    """Average the weights of reward runs into one (WARM)."""
+
+    runs: Annotated[tuple[Path, ...], Field(min_length=2)]
+    """Reward runs of one base, encoding and set of adapted layers."""
+    output: Path
+    """New or empty directory, to be used as a reward run."""
 
 
 class ReportConfig(Frozen):

@@ -57,6 +57,8 @@ class CompareConfig(Frozen):
     """Resamples of seeds and groups behind every interval."""
     scorers: tuple[str, ...] = ()
     """What scores policies when they are evaluated, best reward runs of other groups (none: those they learn from)."""
+    jobs: Positive = 1
+    """Cells that run at a time, where memory has room for them; they then share the speed that is measured."""
     prompts: Positive = 200
     """Prompts that a policy is evaluated on."""
 

@@ -26,7 +26,8 @@ class RmsNorm(nn.Module):
         """[..., width] to the same shape and dtype."""
         if not torch.is_grad_enabled():
             # Without the cost of a graph's node, which shows where there are few rows.
-            if x.dtype == torch.float32 and not native.usable(x, self.weight):
+            plain = x.dtype == torch.float32 and not native.usable(x, self.weight)
+            if plain or (x.device.type == "cuda" and native.is_sampling()):
                 return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
             return _normed(x, self.weight, self.eps)[0]
         return cast(Tensor, _RmsNorm.apply(x, self.weight, self.eps))

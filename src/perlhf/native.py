@@ -72,6 +72,11 @@ def sampling() -> Iterator[None]:
         _sampling = before
 
 
+def is_sampling() -> bool:
+    """Whether sums may be added up in another order: inside `sampling`."""
+    return _sampling
+
+
 def call(name: str, first: Tensor, *arguments: Any) -> None:
     """Runs a kernel on all threads: tensors and arrays go by address, ints as int64, floats as float32."""
     values = [first.data_ptr()]

@@ -77,6 +77,7 @@ class Summary:
     seconds: float | None
     tokens_per_second: float | None
     peak_memory_bytes: float | None
+    """Of the GPU where one was used, else resident memory."""
     trainable_parameters: int | None
 
 
@@ -118,7 +119,7 @@ def summarise(run: RunFiles) -> Summary:
         quality=quality,
         seconds=_seconds(run),
         tokens_per_second=_tokens_per_second(run),
-        peak_memory_bytes=finite(run.fact("peak_memory_bytes")),
+        peak_memory_bytes=finite(run.fact("cuda_peak_memory_bytes")) or finite(run.fact("peak_memory_bytes")),
         trainable_parameters=None if parameters is None else int(parameters),
     )
 

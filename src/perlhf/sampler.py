@@ -1,8 +1,7 @@
 """Local sampler: the same network and adapters that train, with a key/value cache.
 
 Each prompt is computed once for its K completions, finished rows are dropped, the end token is kept. Randomness is
-keyed
-by (seed, step, prompt, sample), so that a rollout doesn't depend on how rows are batched beyond rounding.
+keyed by (seed, step, prompt, sample), so that a rollout doesn't depend on how rows are batched beyond rounding.
 """
 
 import hashlib
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perlhf.decoding import Decoding
 from perlhf.errors import DivergenceError, StaleSamplerError
 from perlhf.model import Model
 from perlhf.packing import Ids
@@ -79,25 +79,31 @@ def sample(
     samples = len(draws) // len(prompts)
     with model.holding(adapter):
         states, cache = model.prefill(prompts, adapter)
-        cache.fork(samples)
+        cache.fork(samples, max_completion_tokens)
+        decoding = Decoding(model, cache, adapter)
         prompt_states = states
         states = states.repeat_interleave(samples, 0)
         draws = draws.to(model.device)
         rows = torch.arange(len(draws), device=model.device)
         completions: list[list[int]] = [[] for _ in draws]
         logprobs: list[list[float]] = [[] for _ in draws]
+        going = [True] * len(draws)
         for time in range(max_completion_tokens):
             tokens, chosen = draw(model.logits(states, adapter), draws[rows, time], temperature)
-            for row, token, logprob in zip(rows.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
-                completions[row].append(token)
-                logprobs[row].append(logprob)
-            going = torch.nonzero(tokens != end_id).squeeze(-1)
-            if not len(going) or time + 1 == max_completion_tokens:
+            numbers = rows.tolist()
+            for row, token, logprob in zip(numbers, tokens.tolist(), chosen.tolist(), strict=True):
+                if going[row]:
+                    completions[row].append(token)
+                    logprobs[row].append(logprob)
+                    going[row] = token != end_id
+            left = [at for at, row in enumerate(numbers) if going[row]]
+            if not left or time + 1 == max_completion_tokens:
                 break
-            if len(going) < len(rows):
-                cache.keep(going)
-                rows, tokens = rows[going], tokens[going]
-            states = model.decode(tokens, cache, adapter)
+            if decoding.drops(len(left), len(rows)):
+                kept = torch.tensor(left, device=model.device)
+                decoding.keep(kept)
+                rows, tokens = rows[kept], tokens[kept]
+            states = decoding(tokens)
     return Rollout(
         [list(ids) for ids in prompts for _ in range(samples)],
         completions,

@@ -35,7 +35,8 @@ def save_adapter(
     """
     adapter = model.adapters[name]
     if adapter.weights:
-        _save_full(model, adapter, directory, encoder, extra or {})
+        meta = {"role": adapter.role, "base": model.fingerprint, "encoding": encoder.identity(), "extra": extra or {}}
+        write_full(directory, adapter.tensors(), meta)
         return
     rank, pairs = stacked_pairs(model, name)
     scaled = len({pair.scale for pair in adapter.pairs.values()}) == 1 and adapter.beneath is None
@@ -97,7 +98,7 @@ def files_hash(directory: Path) -> str:
 def encoding_of(directory: Path) -> dict[str, Any]:
     """The encoding that an adapter on disk was trained with ({} when it says none)."""
     if (directory / FULL_META).is_file():
-        return dict(_full_meta(directory)["encoding"])
+        return dict(full_meta(directory)["encoding"])
     return dict(read_adapter(directory).encoding)
 
 
@@ -129,17 +130,12 @@ def stacked_pairs(model: Model, name: str) -> tuple[int, dict[str, tuple[Tensor,
     return sum(adapter.rank for adapter in chain), out
 
 
-def _save_full(model: Model, adapter: Adapter, directory: Path, encoder: Encoder, extra: dict[str, Any]) -> None:
+def write_full(directory: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+    """A fully tuned adapter, whole or not at all: its tensors, and role, base, encoding and extra in `meta`."""
     with directory_atomic(directory) as temporary:
-        write_tensors(temporary / FULL_WEIGHTS, adapter.tensors(), directory)
-        meta = {
-            "role": adapter.role,
-            "base": model.fingerprint,
-            "encoding": encoder.identity(),
-            "sha256": _sha256(temporary / FULL_WEIGHTS),
-            "extra": extra,
-        }
-        (temporary / FULL_META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_tensors(temporary / FULL_WEIGHTS, tensors, directory)
+        sealed = meta | {"sha256": _sha256(temporary / FULL_WEIGHTS)}
+        (temporary / FULL_META).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], target: Path) -> None:
@@ -162,9 +158,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], target: Path) -> No
 
 
 def _load_full(model: Model, directory: Path, name: str, encoder: Encoder | None) -> Adapter:
-    meta = _full_meta(directory)
-    if not (directory / FULL_WEIGHTS).is_file():
-        raise CheckpointError("the weights are missing", where=str(directory / FULL_WEIGHTS))
+    meta = full_meta(directory)
     if meta["base"]["sha256"] != model.fingerprint["sha256"]:
         raise AdapterError(
             f"trained on base {meta['base']['name']}, not on {model.fingerprint['name']}",
@@ -172,10 +166,8 @@ def _load_full(model: Model, directory: Path, name: str, encoder: Encoder | None
             hint=f"--base {meta['base']['name']}",
         )
     _check_encoding(meta["encoding"], encoder, directory)
-    if _sha256(directory / FULL_WEIGHTS) != meta["sha256"]:
-        raise CheckpointError("SHA-256 differs from the recorded one", where=str(directory / FULL_WEIGHTS))
     adapter = Adapter(name, meta["role"])
-    for key, tensor in load_file(directory / FULL_WEIGHTS).items():
+    for key, tensor in full_tensors(directory, meta).items():
         if key == "score.weight":
             adapter.head = nn.Parameter(tensor)
         elif key == "score.bias":
@@ -187,7 +179,26 @@ def _load_full(model: Model, directory: Path, name: str, encoder: Encoder | None
     return model.adopt(adapter)
 
 
-def _full_meta(directory: Path) -> dict[str, Any]:
+def full_tensors(directory: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a fully tuned adapter, which must be those that `full_meta` speaks of.
+
+    Raises:
+        CheckpointError: missing, or changed after saving.
+    """
+    file = directory / FULL_WEIGHTS
+    if not file.is_file():
+        raise CheckpointError("the weights are missing", where=str(file))
+    if _sha256(file) != meta["sha256"]:
+        raise CheckpointError("SHA-256 differs from the recorded one", where=str(file))
+    return load_file(file)
+
+
+def full_meta(directory: Path) -> dict[str, Any]:
+    """What is said of a fully tuned adapter: role, base, encoding, SHA-256 of the weights.
+
+    Raises:
+        CheckpointError: damaged.
+    """
     try:
         meta = json.loads((directory / FULL_META).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

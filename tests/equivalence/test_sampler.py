@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from tiny_models import END, VOCAB, merged_network, random_ids, randomise, reference_logprobs
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from perlhf import cache
+from perlhf import cache, native
 from perlhf.errors import DivergenceError, StaleSamplerError
 from perlhf.model import Model
 from perlhf.packing import Ids
@@ -264,6 +264,31 @@ class TestCache:
                 trainer = adapted.logprobs(found.prompts, found.completions, "policy")
             flat = torch.tensor([value for row in found.sampler_logprobs for value in row])
             torch.testing.assert_close(flat, trainer.logprobs[trainer.mask], rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("end", [None, -1])
+    def test_steps_of_one_shape_sample_the_same(
+        self, adapted: Model, monkeypatch: pytest.MonkeyPatch, end: int | None
+    ) -> None:
+        """What a GPU records as a graph: full buffers under a mask, ended rows that stay until half have."""
+        end_id = roll(adapted, samples=4, end_id=-1).completions[0][1] if end is None else end
+        with native.off():
+            expected = roll(adapted, samples=4, end_id=end_id)
+            monkeypatch.setattr(cache, "FIXED", ("cpu",))
+            found = roll(adapted, samples=4, end_id=end_id)
+        assert (found.completions, found.ended) == (expected.completions, expected.ended)
+        for one, other in zip(found.sampler_logprobs, expected.sampler_logprobs, strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+
+    def test_buffers_of_one_shape_grow(self, adapted: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cache, "FIXED", ("cpu",))
+        monkeypatch.setattr(cache, "GROW", 3)
+        ids = [5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 17]
+        with native.off():
+            _, kept = adapted.prefill([ids[:4]], "policy")
+            kept.fork(1)
+            for token in ids[4:]:
+                found = adapted.decode(torch.tensor([token]), kept, "policy")
+        torch.testing.assert_close(found, adapted.last_states([ids], "policy"), rtol=0, atol=1e-5)
 
     def test_rows_and_prompts_that_end_leave_the_others(self, adapted: Model) -> None:
         prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 9]]

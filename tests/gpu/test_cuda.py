@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from perlhf.decoding import Decoding
 from perlhf.model import Model
-from perlhf.sampler import probe, sample, uniforms
+from perlhf.sampler import Rollout, probe, sample, uniforms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -57,3 +58,55 @@ def test_greedy_samples_equal_the_cpus(tiny_base: Path) -> None:
         probe(model, rollout, "policy")
         found[device] = rollout.completions
     assert found["cuda"] == found["cpu"]
+
+
+def _roll(model: Model, end_id: int, length: int = 24) -> Rollout:
+    return sample(
+        model,
+        PROMPTS,
+        adapter="policy",
+        draws=uniforms(0, 1, [0, 1], 6, length),
+        end_id=end_id,
+        temperature=1.0,
+        max_completion_tokens=length,
+    )
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("end", [-1, None])
+def test_recorded_steps_equal_plain_ones(tiny_base: Path, monkeypatch, tuning, end: int | None) -> None:
+    """A replayed graph against the same steps run one by one, also where rows end and it is recorded anew."""
+    model = _model(tiny_base, "cuda")
+    if tuning == "full":
+        model.adapters.pop("policy")
+        for layer in model._adapted_layers():
+            layer.pairs.pop("policy")
+        model.add_adapter("policy", "policy", tuning="full")
+    end_id = _roll(model, -1).completions[0][2] if end is None else end
+    recorded = _roll(model, end_id)
+    monkeypatch.setattr(Decoding, "__call__", lambda self, ids: model.decode(ids, self.cache, self.adapter))
+    plain = _roll(model, end_id)
+    assert recorded.completions == plain.completions and recorded.ended == plain.ended
+    for one, other in zip(recorded.sampler_logprobs, plain.sampler_logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_the_sampler_uses_the_adapter_as_it_is_now(tiny_base: Path) -> None:
+    """Sampled log-probabilities are the trainer's, before and after the adapter changes."""
+    model = _model(tiny_base, "cuda")
+    for _ in range(2):
+        rollout = _roll(model, -1)
+        probe(model, rollout, "policy")
+        found = model.logprobs(rollout.prompts, rollout.completions, "policy")
+        flat = torch.tensor([value for row in rollout.sampler_logprobs for value in row])
+        torch.testing.assert_close(flat, found.logprobs[found.mask].detach().cpu(), rtol=0, atol=2e-3)
+        for tensor in model.adapters["policy"].trainable():
+            tensor.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tree_equals_separate_rows(tiny_base: Path, dtype: str) -> None:
+    model = Model.load(str(tiny_base), dtype, "cuda")
+    sequences = [[1, 2, 3, *range(20, 60)], [1, 2, 4, 5], [1, 2], [1, 2, 3, *range(20, 40), 9], [7]]
+    tree, separate = (model.last_states(sequences, None, packing=packing).float() for packing in ("tree", "none"))
+    assert ((tree - separate).norm() / separate.norm()).item() < (1e-3 if dtype == "float32" else 0.02)

@@ -117,6 +117,44 @@ def test_squality_human_summary_always_wins(feedback_root: Path) -> None:
     assert not any(record.rejected in human for record in found)
 
 
+def test_squality_questions_are_the_same_pairs_without_stories(feedback_root: Path) -> None:
+    whole, alone = (
+        [r for r in read_all("squality/human-eval", name, root=feedback_root).records if isinstance(r, Comparison)]
+        for name in ("squality", "squality-questions")
+    )
+    assert [(r.chosen, r.rejected, r.group) for r in alone] == [(r.chosen, r.rejected, r.group) for r in whole]
+    assert all(str(long.prompt).endswith(f"\n\n{short.prompt}") for long, short in zip(whole, alone, strict=True))
+    assert max(len(str(record.prompt)) for record in alone) < 300
+
+
+def test_uibert_pairs(feedback_root: Path) -> None:
+    """Three wrong elements of each screen, fewer on 11 small ones."""
+    right = {(r.prompt, r.completion, r.group) for r in demonstrations(feedback_root)}
+    found = read_all("uibert", "uibert-pairs", root=feedback_root)
+    pairs = [record for record in found.records if isinstance(record, Comparison)]
+    assert not found.skipped and {(r.prompt, r.chosen, r.group) for r in pairs} == right
+    assert Counter(Counter(r.group for r in pairs).values()) == {3: 883, 2: 7, 1: 4}
+    assert len({(r.group, r.rejected) for r in pairs}) == len(pairs) and all(r.chosen != r.rejected for r in pairs)
+
+
+def demonstrations(feedback_root: Path) -> list[Demonstration]:
+    return [r for r in read_all("uibert", root=feedback_root).records if isinstance(r, Demonstration)]
+
+
+@pytest.mark.parametrize(("path", "kind"), [("taskmaster-coffee/reward", Rating), ("hh-rlhf", Comparison)])
+def test_label_noise_turns_about_its_share(
+    feedback_root: Path, path: str, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERLHF_DATA", str(feedback_root))
+    config = DataConfig(paths=(path,))
+    clean = load(config, ("comparison", "rating"), "train")
+    for share in (0.1, 0.3):
+        noisy = load(config.model_copy(update={"label_noise": share}), ("comparison", "rating"), "train")
+        assert all(isinstance(record, kind) for record in noisy)
+        turned = sum(one != other for one, other in zip(clean, noisy, strict=True)) / len(clean)
+        assert turned == pytest.approx(share, abs=0.03)
+
+
 def test_coffee_dialogs_read_like_the_reward_files(feedback_root: Path) -> None:
     """One demonstration for each call and each assistant turn; prompts and calls look as the rated ones do."""
     found = read_all("taskmaster-coffee/data", root=feedback_root)

@@ -47,11 +47,12 @@ def recipe(tmp_path: Path, base: Path, runs: TinyRuns, **changed: Any) -> Path:
 def test_both_stages_and_again(
     tmp_path: Path, tiny_base: Path, runs: TinyRuns, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = recipe(tmp_path, tiny_base, runs)
+    path = recipe(tmp_path, tiny_base, runs, jobs=2)
     assert main(["compare", str(path)]) == 0
     out = tmp_path / "out"
     said = capfd.readouterr()
-    assert "cell 1/4: reward-full-lr0.0001-seed3" in said.err and str(out / "compare.html") in said.out
+    assert all(f"/4: reward-{side}-lr" in said.err for side in ("full", "r2-attention"))
+    assert str(out / "compare.html") in said.out
     found = json.loads((out / "compare.json").read_text())
     assert list(found) == ["reward", "policy"]
     for stage, metric in (("reward", "AUC"), ("policy", "score")):

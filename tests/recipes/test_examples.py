@@ -6,7 +6,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from data_rows import UIBERT
 from toy import read_json, read_lines
+
+from perlhf.config import PolicyConfig
+from perlhf.data import read
+from perlhf.errors import DataError
+from perlhf.recipe import load_recipe
+from perlhf.scorers import load_function
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -33,6 +40,7 @@ def test_every_example_is_tested():
         "reward_from_jsonl",
         "custom_reward",
         "http_reward_server",
+        "ui_reward",
     }
 
 
@@ -72,3 +80,23 @@ def test_http_reward_server(tiny_base, tmp_path, capsys):
         assert row["score"] == float(1 <= len(row["completion"].split()) <= 12)
     assert read_json(tmp_path / "run" / "manifest.json")["stage"] == "policy"
     assert "rewards at http://127.0.0.1:" in capsys.readouterr().out
+
+
+def test_ui_reward(monkeypatch, tmp_path):
+    folder = tmp_path / "data" / "uibert"
+    folder.mkdir(parents=True)
+    (folder / "dev.tfrecord").write_bytes(UIBERT)
+    monkeypatch.setenv("PERLHF_DATA", str(tmp_path / "data"))
+    (shown,) = read("uibert", "uibert")
+    messages = [{"role": "system", "content": "You find elements."}, {"role": "user", "content": str(shown.prompt)}]
+    score = load_function("ui_reward:score")
+    prompts, completions = [shown.prompt, messages, shown.prompt, shown.prompt], ["1", " 1\n", "0", "1."]
+    assert score(prompts, completions) == [1.0, 1.0, 0.0, 0.0]
+    with pytest.raises(DataError, match="no UIBert screen has the prompt 'Hello'"):
+        score(["Hello"], ["1"])
+
+
+def test_ui_reward_is_found_from_the_root_of_the_repository(monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    (name,) = load_recipe("recipes/uibert/policy.yaml", PolicyConfig).reward
+    assert load_function(name)([], []) == []

@@ -41,13 +41,15 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @contextmanager
 def computed_by(way: str) -> Iterator[None]:
-    """By our own kernels where they are compiled, by torch's, or as matrix products."""
+    """By our own kernels where they are compiled, by torch's, by matrix products backward, or under a mask."""
     with pytest.MonkeyPatch.context() as patch, nullcontext() if way == "native" else native.off():
-        patch.setattr(cache, "KERNELS", () if way == "written out" else ("cpu",))
+        if way == "written out":
+            patch.setattr(attention, "_by_kernel", attention._written_out)
+        patch.setattr(cache, "KERNELS", () if way == "masked" else ("cpu",))
         yield
 
 
-@pytest.mark.parametrize("way", ["native", "kernel", "written out"])
+@pytest.mark.parametrize("way", ["native", "kernel", "written out", "masked"])
 @given(sequences=SEQUENCES)
 def test_equals_the_slow_twin(way: str, sequences: list[list[int]]) -> None:
     layout = lay_out(sequences, "tree")
@@ -90,14 +92,17 @@ def test_long_nodes_and_bfloat16(lengths: tuple[int, int]) -> None:
     assert layout.nodes is not None
     tensors = inputs(layout.tokens)
     results: dict[str, list[Tensor]] = {}
-    for way, dtype in (("written out", torch.float32), ("kernel", torch.float32), ("kernel", torch.bfloat16)):
+    ways = ("written out", torch.float32), ("kernel", torch.float32), ("masked", torch.float32)
+    for way, dtype in (*ways, ("kernel", torch.bfloat16), ("masked", torch.bfloat16)):
         query, key, value = (tensor.detach().to(dtype).requires_grad_() for tensor in tensors)
         with computed_by(way):
             found = attention.tree_attention(query, key, value, layout.nodes, SCALING)
             results[f"{way} {dtype}"] = [found, *torch.autograd.grad(found.float().square().sum(), (query, key, value))]
-    for exact, same, coarse in zip(*(results[n] for n in results), strict=True):
-        torch.testing.assert_close(same, exact, atol=2e-5, rtol=1e-4)
-        assert ((coarse.float() - exact).norm() / exact.norm().clamp_min(1e-6)).item() < 0.03 or exact.norm() < 1e-4
+    for exact, *same, first, second in zip(*(results[n] for n in results), strict=True):
+        for one in same:
+            torch.testing.assert_close(one, exact, atol=2e-5, rtol=1e-4)
+        for coarse in (first, second):
+            assert ((coarse.float() - exact).norm() / exact.norm().clamp_min(1e-6)).item() < 0.03 or exact.norm() < 1e-4
 
 
 def test_later_tokens_and_other_branches_change_nothing() -> None:

@@ -76,7 +76,7 @@ def test_overviews_and_version(capsys):
     assert capsys.readouterr().out == f"perlhf {__version__}\n"
     assert main(["--help"]) == 0
     listed = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.M)
-    assert listed == "demo pull data sft reward policy evaluate score chat compare table report export".split()
+    assert listed == "demo pull data sft reward policy evaluate score chat compare table report average export".split()
     assert main([]) == 2
     assert capsys.readouterr().out.startswith("usage: perlhf COMMAND")
     assert main(["data", "-h"]) == 0

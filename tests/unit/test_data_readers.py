@@ -1,5 +1,6 @@
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_formats_are_told_apart_by_their_first_row(name: str) -> None:
 
 
 def test_every_format_states_its_rule() -> None:
-    assert len({one.name for one in FORMATS}) == len(FORMATS) == 16
+    assert len({one.name for one in FORMATS}) == len(FORMATS) == 18
     assert all("Group:" in (one.reader.__doc__ or "") or one.name in ("trl", "feedbackqa-ratings") for one in FORMATS)
 
 
@@ -296,6 +297,8 @@ def test_squality_takes_the_story_from_the_other_file(tmp_path: Path) -> None:
         Comparison(prompt, "H", "B", "7", weight=1.0, margin=1.0, source=source),
         Comparison(prompt, "H", "D", "7", weight=1.0, margin=1.0, source=source),
     ]
+    alone = read_all("human-eval", "squality-questions", root=tmp_path).records
+    assert alone == [replace(record, prompt="What happens?") for record in found if isinstance(record, Comparison)]
     (summary,) = read_all("v1-3", root=tmp_path).records
     assert summary == Demonstration(prompt, "Nothing.", "7", source="v1-3/txt/test.jsonl.gz:1")
 
@@ -311,6 +314,45 @@ def test_uibert_lists_the_candidates(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the right element is 2") as caught:
         read_all("a.tfrecord", root=tmp_path)
     assert caught.value.where == "a.tfrecord[1]"
+
+
+def test_uibert_pairs_compare_the_right_element_with_wrong_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.tfrecord").write_bytes(UIBERT)
+    (shown,) = read_all("a.tfrecord", root=tmp_path).records
+    assert isinstance(shown, Demonstration), "auto takes demonstrations"
+    pair = Comparison(shown.prompt, "1", "0", "300", source="a.tfrecord[0]")
+    assert read_all("a.tfrecord", "uibert-pairs", root=tmp_path).records == [pair]
+
+    edges = [number / 8 for number in range(8)]
+    many = UIBERT_FEATURES | {f"image/object/bbox/{side}min": [*edges, 0.125] for side in "xy"}
+    many |= {f"image/object/bbox/{side}max": [*(edge + 0.125 for edge in edges), 0.25] for side in "xy"}
+    other = many | {"image/id": [b"301"]}
+    (tmp_path / "a.tfrecord").write_bytes(framed(example(many)) + framed(example(other)))
+    (tmp_path / "b.tfrecord").write_bytes(framed(example(other)) + framed(example(many)))
+    drawn = [pairs_by_screen(tmp_path, name) for name in ("a.tfrecord", "b.tfrecord")]
+    assert drawn[0] == drawn[1] and drawn[0]["300"] != drawn[0]["301"]
+    for chosen, rejected in drawn[0].values():
+        assert chosen == {"1"} and len(rejected) == 3
+        assert rejected <= {"0", "2", "3", "4", "5", "6", "7"}, "8 lies where 1 does"
+
+
+def pairs_by_screen(root: Path, name: str) -> dict[str, tuple[set[str], set[str]]]:
+    found = [r for r in read_all(name, "uibert-pairs", root=root).records if isinstance(r, Comparison)]
+    return {
+        group: (
+            {str(r.chosen) for r in found if r.group == group},
+            {str(r.rejected) for r in found if r.group == group},
+        )
+        for group in ("300", "301")
+    }
+
+
+def test_uibert_pairs_need_a_wrong_element(tmp_path: Path) -> None:
+    sides = {f"image/object/bbox/{side}": [0.5, 0.5] for side in ("xmin", "xmax", "ymin", "ymax")}
+    rows = (UIBERT_FEATURES | sides, UIBERT_FEATURES | {"image/ref_exp/text": [b" "]})
+    (tmp_path / "a.tfrecord").write_bytes(b"".join(framed(example(row)) for row in rows))
+    found = read_all("a.tfrecord", "uibert-pairs", root=tmp_path)
+    assert not found.records and found.skipped == {"no wrong element": 1, "empty instruction": 1}
 
 
 def test_crc32c_of_the_published_check_value() -> None:

@@ -1,15 +1,17 @@
 import hashlib
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from perlhf.config import DataConfig
+from perlhf.config import DataConfig, RewardConfig
 from perlhf.data import check_labels, content_hash, load, read, split_of
-from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
-from perlhf.errors import DataError
+from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record
+from perlhf.errors import DataError, RunError
+from perlhf.run import open_run
 
 
 def put(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -72,6 +74,71 @@ def test_splits_and_limits_do_not_depend_on_order_or_files(tmp_path: Path) -> No
     whole = keys(one.model_copy(update={"limit": None}), "train")
     kept = keys(one, "train")
     assert kept == [key for key in whole if key in kept] != whole[:7]
+
+
+def test_label_noise_turns_training_labels_alone(tmp_path: Path) -> None:
+    rows = conversations(80)
+    rows += [{"prompt": f"Which {number}?", "chosen": "good", "rejected": "bad"} for number in range(120)]
+    clean = DataConfig(paths=(put(tmp_path / "a.jsonl", rows),))
+    noisy = clean.model_copy(update={"label_noise": 0.25})
+    more, again = (noisy.model_copy(update=change) for change in ({"label_noise": 0.5}, {"split_seed": 1}))
+    shuffled = clean.model_copy(
+        update={"label_noise": 0.25, "paths": (put(tmp_path / "b.jsonl", random.Random(2).sample(rows, len(rows))),)}
+    )
+    for kind, other in (("rating", "comparison"), ("comparison", "rating")):
+        before, after = load(clean, (kind,), "train"), load(noisy, (kind,), "train")
+        changed = turned(before, after)
+        assert 0.15 < len(changed) / len(before) < 0.35
+        assert changed < turned(before, load(more, (kind,), "train"))
+        assert {repr(replace(r, source="")) for r in load(shuffled, (kind,), "train")} == {
+            repr(replace(r, source="")) for r in after
+        }
+        both = load(noisy, (kind, other), "train")
+        assert [record for record in both if type(record) is type(before[0])] == after
+        for split in ("validation", "test", "all"):
+            assert load(clean, (kind,), split) == load(noisy, (kind,), split)
+    reseeded = turned(
+        load(again.model_copy(update={"label_noise": 0.0}), ("rating",), "train"), load(again, ("rating",), "train")
+    )
+    assert reseeded != turned(load(clean, ("rating",), "train"), load(noisy, ("rating",), "train"))
+    assert load(noisy, ("demonstration",), "train") == load(clean, ("demonstration",), "train")
+
+
+def turned(before: list[Record], after: list[Record]) -> set[str]:
+    """Sources of the records whose label is the other one; all else must be equal."""
+    found: set[str] = set()
+    for old, new in zip(before, after, strict=True):
+        if old != new:
+            found.add(old.source)
+            match old:
+                case Comparison():
+                    assert new == replace(old, chosen=old.rejected, rejected=old.chosen)
+                case Rating():
+                    assert new == replace(old, label=not old.label)
+                case _:
+                    raise AssertionError(old)
+    return found
+
+
+def test_limit_keeps_the_same_records_under_label_noise(tmp_path: Path) -> None:
+    config = DataConfig(paths=(put(tmp_path / "a.jsonl", conversations(60)),), limit=20)
+    noisy = config.model_copy(update={"label_noise": 0.5})
+    assert turned(load(config, ("rating",), "train"), load(noisy, ("rating",), "train"))
+
+
+def test_no_label_noise_is_recorded_as_nothing(tmp_path: Path) -> None:
+    """A run whose record has no such key is the run with 0."""
+    config, noisy = RewardConfig(run=tmp_path / "run"), RewardConfig(data=DataConfig(label_noise=0.1))
+    assert "label_noise" not in config.model_dump(mode="json")["data"]
+    assert RewardConfig.model_validate(config.model_dump(mode="json")) == config
+    assert noisy.model_dump(mode="json")["data"]["label_noise"] == 0.1
+    with open_run(config.run, "reward", config, {}) as run:
+        run.log(0, {"loss": 1.0})
+    with open_run(config.run, "reward", config, {}):
+        pass
+    with pytest.raises(RunError, match=r"data\.label_noise is 0\.1, but 'not set'"):
+        with open_run(config.run, "reward", noisy.model_copy(update={"run": config.run}), {}):
+            pass
 
 
 def test_another_seed_gives_another_split(tmp_path: Path) -> None:

@@ -58,9 +58,12 @@ FORMATS = (
     _format("feedbackqa", "comparisons", "question passage rating", readers_pairs.feedbackqa),
     _format("feedbackqa-ratings", "ratings", "", readers_pairs.feedbackqa_ratings),
     _format("squality", "comparisons", "passage-id questions", readers_pairs.squality),
+    _format("squality-questions", "comparisons", "", readers_pairs.squality_questions),
     _format("squality-summaries", "demonstrations", "metadata document questions", readers_pairs.squality_summaries),
     _format("uibert", "demonstrations", "image/ref_exp/text image/ref_exp/label", readers_pairs.uibert),
+    _format("uibert-pairs", "comparisons", "", readers_pairs.uibert_pairs),
 )
+NEED_STORIES = ("squality", "squality-questions")
 
 
 def read(path: str, format: str = "auto", root: Path | None = None) -> list[Record]:
@@ -111,9 +114,9 @@ def detect(row: dict[str, Any]) -> str:
 
 
 def reader_of(name: str, file: DataFile) -> Reader:
-    """The reader called `name`; SQuALITY's is given the stories, which lie in another file of that set."""
+    """The reader called `name`; SQuALITY's are given the stories, which lie in another file of that set."""
     found = next(format.reader for format in FORMATS if format.name == name)
-    return partial(found, stories=_stories(file)) if name == "squality" else found
+    return partial(found, stories=_stories(file)) if name in NEED_STORIES else found
 
 
 def check_format(name: str) -> None:

@@ -1,7 +1,9 @@
 """Readers of published single-turn sets: PandaLM, LLMBar, MT-bench, SHP, TL;DR, FeedbackQA, SQuALITY, UIBert."""
 
+import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +16,10 @@ _SYSTEMS = ("bart", "bart-dpr", "human")
 _BOX = ("xmin", "ymin", "xmax", "ymax")
 _SAME_ELEMENT = 0.5
 """Least overlap (intersection over union) at which a candidate box is taken to be a node of the view hierarchy."""
+WRONG_ELEMENTS = 3
+"""Elements of a screen that `uibert_pairs` compares with the right one."""
+
+Story = dict[str, Any]
 
 
 def pandalm(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
@@ -132,7 +138,7 @@ def feedbackqa_ratings(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
             yield Rating(question, passage, label, group_key(question), weight=share, source=where)
 
 
-def squality(rows: Iterable[Row], stories: Mapping[str, dict[str, Any]]) -> Iterator[Record | Skipped]:
+def squality(rows: Iterable[Row], stories: Mapping[str, Story]) -> Iterator[Record | Skipped]:
     """SQuALITY human evaluation: comparisons between three summaries of a story, by majority of the raters' overall
     ranks.
 
@@ -141,28 +147,15 @@ def squality(rows: Iterable[Row], stories: Mapping[str, dict[str, Any]]) -> Iter
     prompt is the story, a blank line and the question, taken from `stories`: rows of the set's `test.jsonl` by
     passage id. Group: the story.
     """
-    for where, row in rows:
-        passage = text(row, "passage-id", where)
-        if passage not in stories:
-            raise DataError(f"the story {passage!r} is not among the {len(stories)} stories of test.jsonl", where=where)
-        for number, summaries in mapping(value(row, "questions", where), "column 'questions'", where).items():
-            prompt = _story_question(stories[passage], number, where)
-            summaries = mapping(summaries, f"question {number!r}", where)
-            ranks = {name: _ranks(summaries, name, where) for name in _SYSTEMS}
-            for one, other in combinations(_SYSTEMS, 2):
-                raters = [rater for rater in ranks[one] if rater in ranks[other]]
-                votes = sum(
-                    (ranks[one][rater] < ranks[other][rater]) - (ranks[one][rater] > ranks[other][rater])
-                    for rater in raters
-                )
-                if votes == 0:
-                    yield Skipped("tie", where)
-                    continue
-                winner, loser = (one, other) if votes > 0 else (other, one)
-                chosen, rejected = (text(summaries[name], "response", where).strip() for name in (winner, loser))
-                share = sum(ranks[winner][rater] < ranks[loser][rater] for rater in raters) / len(raters)
-                margin = abs(votes) / len(raters)
-                yield Comparison(prompt, chosen, rejected, passage, weight=share, margin=margin, source=where)
+    yield from _judged_summaries(rows, stories, _story_question)
+
+
+def squality_questions(rows: Iterable[Row], stories: Mapping[str, Story]) -> Iterator[Record | Skipped]:
+    """SQuALITY human evaluation without the stories, which are longer than most contexts.
+
+    Rule: the prompt is the question alone; otherwise as for `squality`. Group: the story.
+    """
+    yield from _judged_summaries(rows, stories, _question)
 
 
 def squality_summaries(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
@@ -189,20 +182,62 @@ def uibert(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
     right, bottom in percent of the screen. Group: the screen.
     """
     for where, row in rows:
-        boxes = _boxes(row, "image/object/bbox", where)
-        label = _first(row, "image/ref_exp/label", where)
-        if not isinstance(label, int) or not 0 <= label < len(boxes):
-            raise DataError(f"the right element is {label!r}", where=where, allowed=f"0 to {len(boxes) - 1}")
-        nodes = list(zip(_boxes(row, "image/view_hierarchy/bbox", where), _node_texts(row, where), strict=False))
-        lines = [f"{index}: {_describe(box, nodes)}" for index, box in enumerate(boxes)]
-        instruction = _utf8(_first(row, "image/ref_exp/text", where), where).strip()
-        if not instruction:
+        screen = _screen(row, where)
+        if not screen.instruction:
             yield Skipped("empty instruction", where)
-            continue
-        prompt = "\n".join(
-            ["Elements on the screen:", *lines, f"Instruction: {instruction}", "Which element? Answer with its number."]
-        )
-        yield Demonstration(prompt, str(label), _utf8(_first(row, "image/id", where), where), source=where)
+        else:
+            yield Demonstration(screen.prompt, str(screen.label), screen.image, source=where)
+
+
+def uibert_pairs(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
+    """UIBert RefExp as comparisons: the right element of a screen against three wrong ones.
+
+    Rule: prompt and completions as for `uibert`; the wrong elements are drawn by a hash of screen, instruction and
+    index, or are all there are. An element that is described exactly as the right one is not a wrong one; a screen with
+    no other is skipped. Group: the screen.
+    """
+    for where, row in rows:
+        screen = _screen(row, where)
+        right = screen.elements[screen.label]
+        wrong = [index for index, element in enumerate(screen.elements) if element != right]
+        if not screen.instruction:
+            yield Skipped("empty instruction", where)
+        elif not wrong:
+            yield Skipped("no wrong element", where)
+        else:
+            for index in sorted(wrong, key=screen.draw)[:WRONG_ELEMENTS]:
+                yield Comparison(screen.prompt, str(screen.label), str(index), screen.image, source=where)
+
+
+@dataclass(frozen=True, slots=True)
+class _Screen:
+    """The described elements of a UIBert screen, its instruction, and the index of the element that it means."""
+
+    image: str
+    elements: list[str]
+    instruction: str
+    label: int
+
+    @property
+    def prompt(self) -> str:
+        listed = [f"{index}: {element}" for index, element in enumerate(self.elements)]
+        ask = [f"Instruction: {self.instruction}", "Which element? Answer with its number."]
+        return "\n".join(["Elements on the screen:", *listed, *ask])
+
+    def draw(self, index: int) -> bytes:
+        """What an element is drawn by: lowest first."""
+        return hashlib.sha256(f"{self.image}:{self.instruction}:{index}".encode()).digest()
+
+
+def _screen(row: dict[str, Any], where: str) -> _Screen:
+    boxes = _boxes(row, "image/object/bbox", where)
+    label = _first(row, "image/ref_exp/label", where)
+    if not isinstance(label, int) or not 0 <= label < len(boxes):
+        raise DataError(f"the right element is {label!r}", where=where, allowed=f"0 to {len(boxes) - 1}")
+    nodes = list(zip(_boxes(row, "image/view_hierarchy/bbox", where), _node_texts(row, where), strict=False))
+    instruction = _utf8(_first(row, "image/ref_exp/text", where), where).strip()
+    image = _utf8(_first(row, "image/id", where), where)
+    return _Screen(image, [_describe(box, nodes) for box in boxes], instruction, label)
 
 
 def _post(info: dict[str, Any], where: str) -> str:
@@ -234,12 +269,43 @@ def _passage(row: dict[str, Any], where: str) -> str:
     return "\n".join(part.strip() for part in parts if part.strip())
 
 
-def _story_question(story: dict[str, Any], number: str, where: str) -> str:
+def _judged_summaries(
+    rows: Iterable[Row], stories: Mapping[str, Story], prompt_of: Callable[[Story, str, str], str]
+) -> Iterator[Record | Skipped]:
+    for where, row in rows:
+        passage = text(row, "passage-id", where)
+        if passage not in stories:
+            raise DataError(f"the story {passage!r} is not among the {len(stories)} stories of test.jsonl", where=where)
+        for number, summaries in mapping(value(row, "questions", where), "column 'questions'", where).items():
+            prompt = prompt_of(stories[passage], number, where)
+            summaries = mapping(summaries, f"question {number!r}", where)
+            ranks = {name: _ranks(summaries, name, where) for name in _SYSTEMS}
+            for one, other in combinations(_SYSTEMS, 2):
+                raters = [rater for rater in ranks[one] if rater in ranks[other]]
+                votes = sum(
+                    (ranks[one][rater] < ranks[other][rater]) - (ranks[one][rater] > ranks[other][rater])
+                    for rater in raters
+                )
+                if votes == 0:
+                    yield Skipped("tie", where)
+                    continue
+                winner, loser = (one, other) if votes > 0 else (other, one)
+                chosen, rejected = (text(summaries[name], "response", where).strip() for name in (winner, loser))
+                share = sum(ranks[winner][rater] < ranks[loser][rater] for rater in raters) / len(raters)
+                margin = abs(votes) / len(raters)
+                yield Comparison(prompt, chosen, rejected, passage, weight=share, margin=margin, source=where)
+
+
+def _story_question(story: Story, number: str, where: str) -> str:
+    question = _question(story, number, where)
+    return f"{text(story, 'document', where).strip()}\n\n{question}"
+
+
+def _question(story: Story, number: str, where: str) -> str:
     questions = items(story, "questions", where)
     if not number.isdecimal() or not number.isascii() or len(number) > 6 or int(number) >= len(questions):
         raise DataError(f"question {number!r} is unknown", where=where, allowed=f"0 to {len(questions) - 1}")
-    question = text(mapping(questions[int(number)], "a question", where), "question_text", where)
-    return f"{text(story, 'document', where).strip()}\n\n{question.strip()}"
+    return text(mapping(questions[int(number)], "a question", where), "question_text", where).strip()
 
 
 def _ranks(summaries: dict[str, Any], name: str, where: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,8 @@ def load(config: DataConfig, kinds: Sequence[str], split: Split | Literal["all"]
     Rule: a record of an asked kind stays as it is. Otherwise, when demonstrations are asked for, a thumbs-up rating
     becomes one, and so does the chosen side of a comparison; when prompts are asked for, every record gives its
     prompt, each different prompt once. The embedded set has records of each kind and is never converted. `limit`
-    keeps the records whose content hashes lowest, whatever their order.
+    keeps the records whose content hashes lowest, whatever their order. `label_noise` turns labels of the training
+    side round, after that.
 
     Args:
         kinds: among "comparison", "rating", "demonstration", "prompt".
@@ -49,7 +50,8 @@ def load(config: DataConfig, kinds: Sequence[str], split: Split | Literal["all"]
     chosen = found if split == "all" else [record for record in found if split_of(record.group, config) == split]
     if not chosen:
         raise _empty_split(split, config, len({record.group for record in found}))
-    return limited(chosen, config.limit)
+    kept = limited(chosen, config.limit)
+    return with_label_noise(kept, config) if split == "train" and config.label_noise else kept
 
 
 def split_of(group: str, config: DataConfig) -> Split:
@@ -58,8 +60,7 @@ def split_of(group: str, config: DataConfig) -> Split:
     u = sha256("{split_seed}:{group}") read as a fraction of [0, 1): below `test` is test, then validation, the rest
     train.
     """
-    digest = hashlib.sha256(f"{config.split_seed}:{group}".encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
+    position = _position(f"{config.split_seed}:{group}")
     if position < config.test:
         return "test"
     return "validation" if position < config.test + config.validation else "train"
@@ -101,6 +102,18 @@ def limited(records: list[Record], limit: int | None) -> list[Record]:
     return [records[index] for index in sorted(kept)]
 
 
+def with_label_noise(records: Iterable[Record], config: DataConfig) -> list[Record]:
+    """The records, about `label_noise` of the comparisons and ratings with the other label.
+
+    u = sha256("{split_seed}:label_noise:{record_hash}") read as a fraction of [0, 1): below `label_noise` is turned.
+    """
+
+    def turned(record: Record) -> bool:
+        return _position(f"{config.split_seed}:label_noise:{record_hash(record)}") < config.label_noise
+
+    return [_other_label(record) if turned(record) else record for record in records]
+
+
 def kind_of(record: Record) -> Kind:
     """The kind's name in configuration and summaries."""
     match record:
@@ -117,6 +130,21 @@ def kind_of(record: Record) -> Kind:
 def prompt_text(prompt: Text) -> str:
     """A text that is the same for equal prompts and differs for different ones."""
     return _canonical(prompt)
+
+
+def _position(key: str) -> float:
+    """Where a hash of the key falls in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
+def _other_label(record: Record) -> Record:
+    match record:
+        case Comparison():
+            return replace(record, chosen=record.rejected, rejected=record.chosen)
+        case Rating():
+            return replace(record, label=not record.label)
+        case _:
+            return record
 
 
 def _converted(config: DataConfig, kinds: Sequence[Kind]) -> list[Record]:

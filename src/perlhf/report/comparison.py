@@ -55,10 +55,13 @@ def _stage(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
 def _setting(part: Mapping[str, Any]) -> str:
     hardware = mapping(part["hardware"])
     torch = mapping(part["versions"]).get("torch", "unknown")
+    machine = hardware.get("gpu") or f"{hardware.get('cpu', 'unknown CPU')}, {part['threads']} threads"
+    jobs = part.get("jobs", 1)
+    together = f" {jobs} cells ran at a time, and shared the speed." if jobs > 1 else ""
     return (
         f"{part['metric']} on {count(part['records'])} test records of {count(part['groups'])} groups; 95 % intervals "
         f"over seeds and groups; margin {number(part['margin'])}, fixed beforehand. "
-        f"{hardware.get('cpu', 'unknown CPU')}, {part['threads']} threads, torch {torch}."
+        f"{machine}, torch {torch}.{together}"
     )
 
 
