@@ -72,7 +72,8 @@ def sampling(base: str, repeats: int) -> dict[str, float]:
         sample(model, prompts, adapter="policy", draws=draws, end_id=-1, temperature=1.0, max_completion_tokens=LENGTH)
 
     found = {"sampler": tokens / timed(ours, repeats)}
-    network: Any = AutoModelForCausalLM.from_pretrained(bases.resolve(base), dtype=torch.bfloat16).cuda().eval()
+    network: Any = AutoModelForCausalLM.from_pretrained(bases.resolve(base), dtype=torch.bfloat16)
+    network = network.cuda().eval()
     rows = torch.tensor([ids for ids in prompts for _ in range(SAMPLES)]).cuda()
 
     def theirs() -> None:

@@ -1,8 +1,9 @@
 """Keeps what `perlhf compare` found below docs/results, and writes tables and plots from it without training.
 
-keep RUNS NAME     numbers of the finished cells in RUNS (no texts, no adapters) go to docs/results/NAME
+keep RUNS NAME     numbers of the finished runs in RUNS (no texts, no adapters) go to docs/results/NAME, and what the
+                   rollouts of policies on the embedded set scored, the gold score included
 restore NAME RUNS  the reverse: `perlhf compare --output RUNS` then goes on after the kept cells
-tables             tables and plots from docs/results/*/compare.json, between the markers of docs/results/index.md
+tables             tables and plots from docs/results, between the markers of docs/results/index.md
 reproduce          says how long the kept cells took, then runs every comparison anew below runs/
 """
 
@@ -10,12 +11,17 @@ import argparse
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from perlhf import run_files
+from perlhf.data.coffee_bar import gold
 from perlhf.report import comparison, figures
 from perlhf.run_files import count, duration, mapping, number
 from perlhf.storage import write_atomic
@@ -26,7 +32,9 @@ WHOLE = ("config.yaml", "manifest.json", "metrics.jsonl", "result.json")
 """Files of a cell that are kept as they are."""
 SAMPLE = ("group", "score_before", "score_after", "gold_before", "gold_after")
 """What is kept of an evaluated sample: numbers, no texts."""
-MARKED = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (results|runs|curves|rates) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = 8
+"""Updates whose rollouts are averaged for a point of a curve."""
 
 
 def keep(runs: Path, name: str) -> None:
@@ -36,7 +44,8 @@ def keep(runs: Path, name: str) -> None:
     for file in ("compare.yaml", "compare.json"):
         if (runs / file).exists():
             shutil.copyfile(runs / file, target / file)
-    shutil.copytree(runs / "failed", target / "failed", dirs_exist_ok=True)
+    if (runs / "failed").exists():
+        shutil.copytree(runs / "failed", target / "failed", dirs_exist_ok=True)
     for cell in _finished(runs):
         to = target / cell.name
         to.mkdir(exist_ok=True)
@@ -50,6 +59,30 @@ def keep(runs: Path, name: str) -> None:
             if evaluation["kind"] == "reward":
                 del evaluation["samples"]
             write_atomic(to / "evaluation.json", json.dumps(evaluation) + "\n")
+    for run in sorted(path.parent for path in runs.glob("*/rollouts")):
+        paths = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["paths"]
+        if all(path.startswith("builtin:coffee-bar") for path in paths):
+            (target / run.name).mkdir(exist_ok=True)
+            for file in ("config.yaml", "manifest.json"):
+                shutil.copyfile(run / file, target / run.name / file)
+            write_atomic(target / run.name / "curve.json", json.dumps(_rollout_means(run)) + "\n")
+
+
+def _rollout_means(run: Path) -> list[dict[str, float]]:
+    """Mean score, gold score and KL of each update's completions."""
+    means = []
+    for file in sorted((run / "rollouts").glob("*.jsonl")):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        golden = [gold(row["prompt"], row["completion"]) for row in rows]
+        means.append(
+            {
+                "step": rows[0]["step"],
+                "score": statistics.fmean(row["score"] for row in rows),
+                "gold": statistics.fmean(golden),
+                "kl": statistics.fmean(row["kl"] for row in rows),
+            }
+        )
+    return means
 
 
 def restore(name: str, runs: Path) -> None:
@@ -66,7 +99,8 @@ def tables() -> None:
     """Rewrites what stands between the markers of the page, and the plots beside it."""
     page = RESULTS / "index.md"
     text = page.read_text(encoding="utf-8")
-    write_atomic(page, MARKED.sub(lambda found: f"{found[1]}{_results(found[2])}{found[3]}", text))
+    write = {"results": _results, "runs": _runs, "curves": _curves, "rates": _rates}
+    write_atomic(page, MARKED.sub(lambda found: f"{found[1]}{write[found[2]](found[3])}{found[4]}", text))
 
 
 def reproduce() -> None:
@@ -94,6 +128,8 @@ def _manifest(cell: Path) -> dict[str, Any]:
 
 def _machine(manifest: Mapping[str, Any]) -> str:
     hardware = manifest["hardware"]
+    if hardware.get("gpu"):
+        return hardware["gpu"]
     return f"{hardware['cpu']} ({hardware['cores']} cores)"
 
 
@@ -133,6 +169,51 @@ def _results(name: str) -> str:
 def _row(side: str, found: Mapping[str, Any]) -> str:
     seeds = ", ".join(f"{one['seed']}: {number(one['value'])}" for one in found["seeds"])
     return "| " + " | ".join([side, *comparison.cells(found), format(found["learning_rate"], "g"), seeds]) + " |"
+
+
+def _runs(name: str) -> str:
+    """Evaluated policy runs: what they changed against the reference, by what scored them."""
+    lines = ["| run | change in score | win rate | KL, nats | prompts |", "|---|---|---|---|---|"]
+    for run in _finished(RESULTS / name):
+        found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        values = found["change"]["score"], found["win_rate"], found["after"]["kl_temperature_1"]
+        lines.append(f"| {run.name} | " + " | ".join(map(_with_interval, values)) + f" | {found['n']} |")
+    return "\n".join([*lines, ""])
+
+
+def _with_interval(found: Any) -> str:
+    one = run_files.measured(found)
+    assert one is not None
+    return f"{number(one.value)} ({run_files.interval(one)})"
+
+
+def _curves(name: str) -> str:
+    """Policy runs on the embedded set: score and gold score of their first and last completions, and gold over KL."""
+    lines = ["| run | updates | score | gold score | KL, nats |", "|---|---|---|---|---|"]
+    paths = {}
+    for file in sorted((RESULTS / name).glob("*/curve.json")):
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        blocks = [rows[at : at + BLOCK] for at in range(0, len(rows) - len(rows) % BLOCK, BLOCK)]
+        means = [{key: statistics.fmean(row[key] for row in block) for key in block[0]} for block in blocks]
+        first, last = means[0], means[-1]
+        cells = [f"{number(first[key])} to {number(last[key])}" for key in ("score", "gold", "kl")]
+        lines.append(f"| {file.parent.name} | {len(rows)} | " + " | ".join(cells) + " |")
+        paths[file.parent.name] = [[(one["kl"], one["gold"]) for one in means]]
+    image = f"{name}.svg"
+    write_atomic(RESULTS / image, figures.alone(figures.paths(image, paths, "KL, nats a completion", "gold score")))
+    return "\n".join([*lines, "", f"![Gold score over KL; the table has first and last points]({image})", ""])
+
+
+def _rates(name: str) -> str:
+    """What every learning rate reached on validation groups, of a comparison that isn't finished."""
+    lines = ["| side | learning rate | seed | validation |", "|---|---|---|---|"]
+    for run in _finished(RESULTS / name):
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        side = "full" if config["tuning"] == "full" else f"r{config['adapter']['rank']}"
+        reached = json.loads((run / "result.json").read_text(encoding="utf-8"))["validation"]
+        value = reached.get("auc", reached.get("pairwise_accuracy"))
+        lines.append(f"| {side} | {config['optim']['learning_rate']:g} | {config['seed']} | {number(value)} |")
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:

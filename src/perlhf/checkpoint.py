@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from perlhf import store
 from perlhf.errors import CheckpointError
+from perlhf.run_directory import CHECKPOINTS
 from perlhf.storage import directory_atomic, remove_directory, storage_errors
 
 STATE_FILE = "state.json"
@@ -89,7 +90,7 @@ def load(run_dir: Path, step: int | None = None) -> Checkpoint | None:
     if step not in steps:
         found = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(
-            f"no checkpoint of step {step}", where=str(run_dir / "checkpoints"), allowed=f"steps: {found}"
+            f"no checkpoint of step {step}", where=str(run_dir / CHECKPOINTS), allowed=f"steps: {found}"
         )
     directory = _directory(run_dir, step)
     damage = _damage(directory)
@@ -102,12 +103,12 @@ def load(run_dir: Path, step: int | None = None) -> Checkpoint | None:
 
 
 def _directory(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"{step:08d}"
+    return run_dir / CHECKPOINTS / f"{step:08d}"
 
 
 def _steps(run_dir: Path) -> list[int]:
     """Steps of the complete checkpoints, ascending. A directory without its last file doesn't exist."""
-    found = (run_dir / "checkpoints").glob(f"*/{STATE_FILE}")
+    found = (run_dir / CHECKPOINTS).glob(f"*/{STATE_FILE}")
     return sorted(int(file.parent.name) for file in found if re.fullmatch(r"\d{8,}", file.parent.name))
 
 

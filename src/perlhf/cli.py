@@ -53,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PerlhfError as error:
         show.error(str(error))
         return error.exit_code
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        hint = "lower tokens_per_microbatch, or jobs of a comparison; --dry-run estimates what a run needs"
+        show.error(f"the GPU's memory is full: {str(error).split('. ')[0]}\n  try: {hint}")
+        return 2
     except KeyboardInterrupt:
         show.error("interrupted")
         return 130

@@ -21,9 +21,9 @@ from perlhf.config_compare import CompareConfig, Side, Stage
 from perlhf.errors import RunError
 from perlhf.plan import plan
 from perlhf.report import comparison
-from perlhf.run_directory import RESULT, first_difference, read_json, strict_json
+from perlhf.run_directory import CHECKPOINTS, RESULT, first_difference, read_json, strict_json
 from perlhf.run_files import EVALUATION, finite, mapping, memory
-from perlhf.storage import storage_errors, write_atomic
+from perlhf.storage import remove_directory, storage_errors, write_atomic
 
 RECIPE, FAILURES, LOGS = "compare.yaml", "failed", "logs"
 MAY_GROW = ("output", "seeds", "ranks", "ranks_of_one_seed", "targets", "bootstrap", "jobs")
@@ -191,7 +191,7 @@ def _train(cell: Cell, config: CompareConfig, processes: Processes) -> None:
     run, failed = config.output / cell.name, config.output / FAILURES / f"{cell.name}.json"
     if failed.exists() or (run / RESULT).exists():
         return
-    print(f"cell {_number(config)}: {cell.name}", file=sys.stderr)
+    print(f"cell {_number(cell, config)}: {cell.name}", file=sys.stderr)
     recipe = config.output / LOGS / f"{cell.name}.yaml"
     write_atomic(recipe, yaml.safe_dump(cell.recipe(config), sort_keys=False, allow_unicode=True))
     code, message = processes.perlhf([cell.stage, str(recipe)], config.output / LOGS / f"{cell.name}.log")
@@ -200,12 +200,14 @@ def _train(cell: Cell, config: CompareConfig, processes: Processes) -> None:
         print(f"  {cell.name} stopped, and counts as failed: {message}", file=sys.stderr)
     elif code:
         raise RunError(f"the cell stopped with exit code {code}: {message}", where=cell.name)
+    else:
+        remove_directory(run / CHECKPOINTS)  # a finished cell of full tuning would keep gigabytes
 
 
-def _number(config: CompareConfig) -> str:
-    """Which of all cells comes next, counted by those that have started."""
-    total = sum(map(config.runs, config.sides)) * len(config.stages)
-    return f"{1 + len(list((config.output / LOGS).glob('*.yaml')))}/{total}"
+def _number(cell: Cell, config: CompareConfig) -> str:
+    """Which of all cells this is, counted by those that have started."""
+    started = {log.stem for log in (config.output / LOGS).glob("*.log")} | {cell.name}
+    return f"{len(started)}/{sum(map(config.runs, config.sides)) * len(config.stages)}"
 
 
 def _evaluate(cell: Cell, config: CompareConfig, processes: Processes) -> None:

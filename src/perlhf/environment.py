@@ -70,6 +70,12 @@ def cuda_peak_bytes() -> int:
     return torch.cuda.max_memory_allocated() if torch and torch.cuda.is_initialized() else 0
 
 
+def gpu_name() -> str | None:
+    """The GPU that torch uses in this process; None while it uses none."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch and torch.cuda.is_initialized() else None
+
+
 def bound_compiled_products(environment: MutableMapping[str, str] = os.environ) -> None:
     """Before the first product in bfloat16 on a CPU: at most `COMPILED_PRODUCTS` of its kernels are kept.
 
@@ -120,11 +126,15 @@ def _git(*arguments: str) -> str | None:
 
 
 def _hardware() -> dict[str, Any]:
-    torch = sys.modules.get("torch")
-    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_initialized() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"platform": platform.platform(), "cpu": _cpu_name(), "cores": cores, "memory_bytes": memory, "gpu": gpu}
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "memory_bytes": memory,
+        "gpu": gpu_name(),
+    }
 
 
 def _cpu_name() -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from perlhf.environment import cuda_peak_bytes, peak_memory_bytes, reset_peak_memory
+from perlhf.environment import cuda_peak_bytes, gpu_name, peak_memory_bytes, reset_peak_memory
 from perlhf.errors import ConfigError, PerlhfError, RunError
 from perlhf.progress import Progress
 from perlhf.run_directory import (
@@ -215,6 +215,8 @@ class Run:
         manifest["wall_seconds"] = round(self.seconds, 3)
         manifest["peak_memory_bytes"] = max(manifest["peak_memory_bytes"], peak_memory_bytes())
         manifest["cuda_peak_memory_bytes"] = max(manifest["cuda_peak_memory_bytes"], cuda_peak_bytes())
+        if gpu := gpu_name():  # not known before the network was loaded
+            manifest["hardware"]["gpu"] = gpu
         manifest["sessions"][-1]["ended"] = utc_now()
         write_atomic(self.path / MANIFEST, strict_json(manifest, indent=2) + "\n")
 

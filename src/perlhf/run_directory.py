@@ -22,6 +22,8 @@ from perlhf.errors import RunError
 from perlhf.storage import TEMPORARY, storage_errors, write_atomic
 
 LOCK, CONFIG, MANIFEST, RESULT = ".lock", "config.yaml", "manifest.json", "result.json"
+CHECKPOINTS = "checkpoints"
+"""Directory of a run's checkpoints; a finished run needs none."""
 FREE_KEYS = ("checkpoint_every", "log", "run")
 """Keys that may differ when a run continues: they change no result (`run` is the directory itself)."""
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import BaseModel
 
-from perlhf import __version__, config
+from perlhf import __version__, cli, config
 from perlhf.cli import COMMANDS, DATA_COMMANDS, evaluated_data, main
 from perlhf.options import parse
 from perlhf.recipe import submodel
@@ -260,6 +261,19 @@ def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path):
         _, shown = process.communicate(timeout=60)
     assert process.returncode == 130
     assert shown == "error: interrupted\n"
+
+
+def test_a_full_gpu_is_a_mistake_with_a_way_out(monkeypatch, capsys):
+    def full(_: object) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+
+    monkeypatch.setattr(cli, "_dispatch", full)
+    assert cli.main(["reward"]) == 2
+    said = capsys.readouterr().err
+    assert "memory is full: CUDA out of memory" in said and "tokens_per_microbatch" in said and "GPU 0" not in said
+    monkeypatch.setattr(cli, "_dispatch", lambda _: (_ for _ in ()).throw(RuntimeError("other")))
+    with pytest.raises(RuntimeError, match="other"):
+        cli.main(["reward"])
 
 
 def test_a_closed_pipe_is_quiet():
