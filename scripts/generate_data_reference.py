@@ -45,7 +45,8 @@ A side that is empty is an error.
 - **validation** picks the kept checkpoint, nothing else.
 - **test** is for `perlhf evaluate`. Choosing a recipe by test results makes them training results.
 
-`data.limit` keeps at most so many records of a side, chosen by a hash of their content. Every run records the
+`data.limit` keeps at most so many records of a side, chosen by a hash of their content, `data.limit_train` of the
+training side alone: fewer labels, the same test. Every run records the
 SHA-256 of its data in `manifest.json`, and refuses to continue on other data.
 
 `data.label_noise` turns the labels of a share of the training records round, to see what wrong labels do: chosen and
@@ -64,9 +65,10 @@ The embedded set has records of every kind, so nothing of it is converted.
 
 ## Files
 
-`data.paths` takes any number of files, directories (searched for files ending in {suffixes}, `.gz` may follow),
-directories that `datasets` saved, names on the hub (`owner/name`) and `builtin:coffee-bar`. JSON may be an array or
-one object a line; gzip and Parquet are known by their content. Relative paths are looked up in the working
+`data.paths` takes any number of files, directories (searched for files ending in {suffixes}, `.gz` may follow,
+or for shards named like `name-00000-of-00020`), directories that `datasets` saved, names on the hub (`owner/name`)
+and `builtin:coffee-bar`. JSON may be an array or one object a line; gzip, Parquet and TFRecord are known by their
+content. Relative paths are looked up in the working
 directory, then under `$PERLHF_DATA`.
 
 `data.format: auto` goes by the columns of a file's first row. When a file should be read by another rule, name the

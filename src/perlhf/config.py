@@ -37,7 +37,9 @@ class DataConfig(Frozen):
     """Changes which groups are held out; splits depend on nothing else."""
     limit: Positive | None = None
     """Use at most this many records of a split (chosen by a hash, stable over file order)."""
-    # Left out of what a run records when it is 0: a record without it and one with 0 are the same run.
+    # These two are left out of what a run records unless they are set: a record without them is the same run.
+    limit_train: Positive | None = Field(default=None, exclude_if=lambda limit: limit is None)
+    """As limit, for the training split alone: how good with so many labels."""
     label_noise: Fraction = Field(default=0.0, exclude_if=lambda share: share == 0)
     """Share of training labels that are swapped or flipped, to see what wrong labels do; held-out labels stay."""
 
@@ -326,6 +328,8 @@ class EvaluateConfig(Frozen):
     """For policies: number of prompts."""
     temperature: NotNegative = 1.0
     """For policies: sampling temperature; 0 is greedy."""
+    best_of: tuple[Positive, ...] = ()
+    """For policies: also the best of so many answers of the reference, chosen by what the policy learned from."""
     judge: str | None = None
     """For policies: OpenAI-compatible address of a judge, asked in both orders."""
     judge_model: str = "default"

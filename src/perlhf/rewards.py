@@ -54,9 +54,13 @@ class Rewards:
 
 
 def load_rewards(
-    model: Model, sources: Sequence[str], how: Literal["mean", "min", "mean_minus_std"], encoder: Encoder
+    model: Model,
+    sources: Sequence[str],
+    how: Literal["mean", "min", "mean_minus_std"],
+    encoder: Encoder,
+    prefix: str = "reward",
 ) -> Rewards:
-    """Loads every source: an http(s) address, `module:function`, or a reward run directory.
+    """Loads every source: an http(s) address, `module:function`, or a reward run directory, as adapter PREFIX_0, ..
 
     Raises:
         ConfigError: a source that is none of these; AdapterError: a reward run of another base or encoding.
@@ -67,7 +71,7 @@ def load_rewards(
         if source.startswith(("http://", "https://")):
             scorers.append(http_reward(source))
         elif (Path(source) / "adapter").is_dir():
-            name = f"reward_{len(adapters)}"
+            name = f"{prefix}_{len(adapters)}"
             adapter = store.load_adapter(model, Path(source) / "adapter", name, encoder)
             if adapter.head is None:
                 raise ConfigError(f"{source} holds a {adapter.role} adapter", where="reward", allowed="a reward run")

@@ -182,6 +182,18 @@ def test_policy_at_other_temperatures(runs: TinyRuns, tmp_path: Path, temperatur
     assert found["after"]["kl_temperature_1"]["value"] == pytest.approx(at_one["after"]["kl"]["value"], abs=1e-6)
 
 
+def test_best_of_n_answers_of_the_reference(runs: TinyRuns, tmp_path: Path):
+    found = checked(runs.policy, tmp_path, prompts=5, best_of=(1, 4))
+    first, best = found["best_of"]["1"], found["best_of"]["4"]
+    assert first["score"]["value"] == pytest.approx(found["before"]["score"]["value"], abs=1e-5)  # the same answers
+    assert first["kl_at_most"] == 0 and best["kl_at_most"] == pytest.approx(math.log(4) - 0.75)
+    assert best["score"] == best["chosen_by"] and best["score"]["value"] > first["score"]["value"]
+    assert best["win_rate"]["value"] >= 0.5 and "gold" not in best
+    data = DataConfig(paths=("builtin:coffee-bar",))
+    other = checked(runs.policy, tmp_path, data=data, reward=(GOLD,), prompts=5, best_of=(4,))["best_of"]["4"]
+    assert other["gold"] == other["score"] != other["chosen_by"]  # chosen by the run's own reward, scored by another
+
+
 def test_gold_and_a_function_as_reward(runs: TinyRuns, tmp_path: Path):
     data = DataConfig(paths=("builtin:coffee-bar",))
     found = checked(runs.policy, tmp_path, data=data, reward=(GOLD,), prompts=5)

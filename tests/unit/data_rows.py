@@ -205,6 +205,47 @@ UIBERT_FEATURES: dict[str, list[Any]] = {
 }
 UIBERT = framed(example(UIBERT_FEATURES))
 
+
+def number(field: int, value: int) -> bytes:
+    return varint(field << 3) + varint(value % 2**64)
+
+
+def node(box: tuple[int, int, int, int], *, visible: bool = True, clickable: bool = False, **words: str) -> bytes:
+    """An AndroidAccessibilityNodeInfo; protobuf writes no field that is zero or empty."""
+    numbers = {"kind": 3, "about": 4, "shown": 7}
+    edges = b"".join(number(side, edge) for side, edge in enumerate(box, start=1) if edge)
+    texts = b"".join(block(numbers[name], word.encode()) for name, word in words.items())
+    return number(1, 9) + block(2, edges) + texts + number(14, 1) * clickable + number(23, 1) * visible
+
+
+def forest(*windows: list[bytes]) -> bytes:
+    """An AndroidAccessibilityForest; each window has a title and a layer besides its tree."""
+    return b"".join(
+        block(1, number(4, 2) + block(5, b"window") + block(11, b"".join(block(1, found) for found in nodes)))
+        for nodes in windows
+    )
+
+
+ANDROID_SCREEN = forest(
+    [
+        node((0, 0, 100, 200), kind="android.widget.FrameLayout"),
+        node((-5, 10, 50, 30), kind="android.widget.Button", shown=" Save\nnow ", about="Keeps it", clickable=True),
+        node((0, 40, 100, 60), shown="Out of sight", visible=False),
+        node((10, 50, 10, 60), shown="No area"),
+    ],
+    [node((60, 10, 101, 30), kind="View", clickable=True), node((0, 70, 40, 90), shown="Hi", about="Hi")],
+)
+ANDROID_FEATURES: dict[str, list[Any]] = {
+    "episode_id": [7],
+    "goal": [b"Save the note."],
+    "screenshots": [b"png"] * 3,
+    "accessibility_trees": [ANDROID_SCREEN, b"", b""],
+    "screenshot_widths": [100] * 3,
+    "screenshot_heights": [200] * 3,
+    "actions": [b'{"y": 20, "action_type": "click", "x": 20}', b'{"action_type":"navigate_back"}'],
+    "step_instructions": [b"Press save", b"Go back"],
+}
+
 ROWS: dict[str, list[Any]] = {
     "taskmaster-rewards": [REWARD_ROW],
     "taskmaster-dialogs": [DIALOG_ROW],

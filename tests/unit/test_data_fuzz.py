@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_rows import ROWS, STORY, TSV, UIBERT, UIBERT_FEATURES, example, framed
+from data_rows import ANDROID_FEATURES, ANDROID_SCREEN, ROWS, STORY, TSV, UIBERT, UIBERT_FEATURES, example, framed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -110,6 +110,17 @@ def test_valid_rows_with_one_wrong_value(tmp_path: Path, name: str, data: st.Dat
 )
 def test_wrong_features(tmp_path: Path, name: str, values: list[Any]) -> None:
     never_crashes(tmp_path, ".tfrecord", framed(example(UIBERT_FEATURES | {name: values})), "uibert")
+
+
+@FUZZ
+@given(seed=st.integers(0, 10**6), nonsense=st.binary(max_size=20))
+def test_damaged_trees(tmp_path: Path, seed: int, nonsense: bytes) -> None:
+    rng, tree = random.Random(seed), bytearray(ANDROID_SCREEN)
+    for _ in range(rng.randint(1, 4)):
+        tree[rng.randrange(len(tree))] = rng.randrange(256)
+    for encoded in (bytes(tree), bytes(tree[: rng.randrange(len(tree))]), nonsense):
+        content = framed(example(ANDROID_FEATURES | {"accessibility_trees": [encoded, encoded]}))
+        never_crashes(tmp_path, ".tfrecord", content, rng.choice(("android-control", "android-control-pairs")))
 
 
 @FUZZ

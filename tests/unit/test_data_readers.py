@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -6,6 +7,8 @@ from typing import Any
 
 import pytest
 from data_rows import (
+    ANDROID_FEATURES,
+    ANDROID_SCREEN,
     DIALOG_ROW,
     HH_ROW,
     HHH_ROW,
@@ -21,8 +24,10 @@ from data_rows import (
     UIBERT,
     UIBERT_FEATURES,
     example,
+    forest,
     framed,
     graded,
+    node,
     note,
     panda,
 )
@@ -71,7 +76,7 @@ def test_formats_are_told_apart_by_their_first_row(name: str) -> None:
 
 
 def test_every_format_states_its_rule() -> None:
-    assert len({one.name for one in FORMATS}) == len(FORMATS) == 18
+    assert len({one.name for one in FORMATS}) == len(FORMATS) == 20
     assert all("Group:" in (one.reader.__doc__ or "") or one.name in ("trl", "feedbackqa-ratings") for one in FORMATS)
 
 
@@ -353,6 +358,97 @@ def test_uibert_pairs_need_a_wrong_element(tmp_path: Path) -> None:
     (tmp_path / "a.tfrecord").write_bytes(b"".join(framed(example(row)) for row in rows))
     found = read_all("a.tfrecord", "uibert-pairs", root=tmp_path)
     assert not found.records and found.skipped == {"no wrong element": 1, "empty instruction": 1}
+
+
+CLICK = '{"action_type":"click","x":20,"y":20}'
+BACK = '{"action_type":"navigate_back"}'
+ANDROID_PROMPT = (
+    'Elements on the screen:\n0: Button "Save now" Keeps it (-5 10 50 30)\n1: View (60 10 101 30)\n'
+    '2: "Hi" (0 70 40 90)\n'
+    "Goal: Save the note.\nStep: Press save\nWhich action? Answer with its JSON."
+)
+BARE_PROMPT = f"Goal: Save the note.\nEarlier actions:\n{CLICK}\nStep: Go back\nWhich action? Answer with its JSON."
+
+
+def android(tmp_path: Path, format: str = "auto", **changes: list[Any]) -> Reading:
+    """A shard as it is published: gzip, no suffix, its directory with a file of splits."""
+    content = framed(example(ANDROID_FEATURES | changes))
+    (tmp_path / "a-00000-of-00020").write_bytes(gzip.compress(content))
+    (tmp_path / "splits.json").write_text('{"train": [7]}')
+    return read_all(str(tmp_path), format)
+
+
+def test_android_control_steps(tmp_path: Path) -> None:
+    found = android(tmp_path)
+    source = f"{tmp_path}/a-00000-of-00020[0]"
+    assert found.records == [
+        Demonstration(ANDROID_PROMPT, CLICK, "save the note", source=source),
+        Demonstration(BARE_PROMPT, BACK, "save the note", source=source),
+    ]
+    assert list(found.formats.values()) == ["android-control"] and not found.skipped
+    assert read_all("a-00000-of-00020", root=tmp_path).records[1].prompt == BARE_PROMPT
+
+
+def test_android_control_skips_what_is_no_action(tmp_path: Path) -> None:
+    bad = [b"{", b"[]", b"{}", b'{"action_type":"click","x":1}', b'{"action_type":"wait","for":[1]}']
+    encoded = [*bad, b'{"text":"\xc3\xa9","action_type":"input_text"}']
+    found = android(tmp_path, actions=encoded, step_instructions=[b" "] * 6, accessibility_trees=[b""] * 7)
+    (step,) = found.records
+    assert isinstance(step, Demonstration) and step.completion == '{"action_type":"input_text","text":"é"}'
+    assert step.prompt == "Goal: Save the note.\nWhich action? Answer with its JSON."
+    assert found.skipped == {"malformed action": 5}
+    assert android(tmp_path, goal=[b" "]).skipped == {"empty goal": 2}
+    with pytest.raises(DataError, match="found 2 actions and 1 step instructions"):
+        android(tmp_path, step_instructions=[b"Once"])
+
+
+def test_android_control_pairs(tmp_path: Path) -> None:
+    source = f"{tmp_path}/a-00000-of-00020[0]"
+    beside = '{"action_type":"click","x":80,"y":20}'  # centre of 60 10 101 30; "Hi" can't be clicked
+    assert android(tmp_path, "android-control-pairs").records == [
+        Comparison(ANDROID_PROMPT, CLICK, beside, "save the note", source=source),
+        Comparison(BARE_PROMPT, BACK, CLICK, "save the note", source=source),
+    ]
+    edge = b'{"action_type":"long_press","x":50,"y":10}'  # right and bottom edges are outside: both are missed
+    pressed = android(tmp_path, "android-control-pairs", actions=[edge, edge]).records
+    (pair,) = pressed
+    assert isinstance(pair, Comparison)
+    centres = [f'{{"action_type":"long_press","x":{x},"y":20}}' for x in (22, 80)]
+    assert pair.rejected in centres and pair.rejected == min(
+        centres, key=lambda wrong: drawn("Save the note.", 0, wrong)
+    )
+
+
+def drawn(goal: str, step: int, wrong: str) -> str:
+    return hashlib.sha256(f"{goal}:{step}:{wrong}".encode()).hexdigest()
+
+
+def test_android_control_pairs_need_a_wrong_action(tmp_path: Path) -> None:
+    alone = forest([node((0, 0, 100, 200), clickable=True)])
+    found = android(tmp_path, "android-control-pairs", accessibility_trees=[alone, alone])
+    (pair,) = found.records
+    assert isinstance(pair, Comparison) and pair.chosen == BACK
+    assert found.skipped == {"no wrong action": 1}
+    twice = [BACK.encode(), b'{ "action_type": "navigate_back" }']
+    assert android(tmp_path, "android-control-pairs", actions=twice).skipped == {"no wrong action": 2}
+
+
+@pytest.mark.parametrize(
+    ("tree", "match"),
+    [
+        (ANDROID_SCREEN[:-1], "a field runs past the end"),
+        (b"\x08\x01", "missing or of the wrong kind"),
+        (forest([b"\x0b"]), "unknown wire type 3"),
+        (forest([b"\x38\x01"]), "a text is a number"),
+        (forest([b"\x12\x02\x0a\x00"]), "a side of a box is no whole number"),
+        (forest([b"\x3a\x01\xff"]), "can't decode byte 0xff"),
+        (b"\x0a", "index out of range"),
+    ],
+)
+def test_damaged_accessibility_trees(tmp_path: Path, tree: bytes, match: str) -> None:
+    with pytest.raises(DataError, match=f"tree is damaged: .*{match}") as caught:
+        android(tmp_path, accessibility_trees=[tree, b""])
+    assert caught.value.where and caught.value.where.endswith("a-00000-of-00020[0]")
 
 
 def test_crc32c_of_the_published_check_value() -> None:

@@ -120,6 +120,20 @@ def turned(before: list[Record], after: list[Record]) -> set[str]:
     return found
 
 
+def test_fewer_training_records_and_the_same_others(tmp_path: Path) -> None:
+    config = DataConfig(paths=(put(tmp_path / "a.jsonl", conversations(60)),))
+    fewer = [config.model_copy(update={"limit_train": count}) for count in (5, 20)]
+
+    def keys(config: DataConfig, name: Any) -> list[str]:
+        return [f"{r.group}/{r.completion}" for r in load(config, ("rating",), name) if isinstance(r, Rating)]
+
+    few, some, every = (keys(one, "train") for one in (*fewer, config))
+    assert len(few) == 5 and len(some) == 20 and set(few) < set(some) < set(every)
+    for split in ("validation", "test"):
+        assert keys(fewer[0], split) == keys(config, split)
+    assert "limit_train" not in config.model_dump() and fewer[0].model_dump()["limit_train"] == 5
+
+
 def test_limit_keeps_the_same_records_under_label_noise(tmp_path: Path) -> None:
     config = DataConfig(paths=(put(tmp_path / "a.jsonl", conversations(60)),), limit=20)
     noisy = config.model_copy(update={"label_noise": 0.5})

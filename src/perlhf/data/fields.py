@@ -84,6 +84,24 @@ def items(row: Mapping[str, Any], key: str, where: str) -> list[Any]:
     return found
 
 
+def first_value(row: Mapping[str, Any], key: str, where: str) -> Any:
+    """The first value of a feature that must have one."""
+    found = items(row, key, where)
+    if not found:
+        raise DataError(f"feature {key!r} is empty", where=where)
+    return found[0]
+
+
+def utf8(found: Any, where: str) -> str:
+    """The text that a feature holds as bytes."""
+    if not isinstance(found, bytes):
+        wrong_type(found, "a feature", "bytes", where)
+    try:
+        return found.decode()
+    except UnicodeDecodeError as error:
+        raise DataError("a text feature is not valid UTF-8", where=where) from error
+
+
 def choice(row: Mapping[str, Any], key: str, allowed: Sequence[Any], where: str) -> Any:
     """A column that must hold one of `allowed` (booleans don't pass as 0 and 1)."""
     found = value(row, key, where)

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from perlhf.data import pull
-from perlhf.data.tfrecord import read_examples
+from perlhf.data.tfrecord import is_tfrecord, read_examples
 from perlhf.errors import DataError, nearest
 
 BUILTIN = "builtin:coffee-bar"
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".tsv", ".tfrecord", ".parquet")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPACE = re.compile(r"[ \t\r\n]*")
-_NOT_DATA = ("MANIFEST.json", "dataset_infos.json", "package.json")
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}")
+"""Names of TFRecord shards, which need no suffix."""
+_NOT_DATA = ("MANIFEST.json", "dataset_infos.json", "package.json", "splits.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ def _all_rows(file: DataFile) -> Iterator[tuple[str, Any]]:
     content = read_bytes(file.path, file.name)
     if content[:4] == b"PAR1":
         yield from _parquet_rows(content, file.name)
-    elif _stem(file.name).endswith(".tfrecord"):
+    elif _stem(file.name).endswith(".tfrecord") or is_tfrecord(content):
         yield from ((f"{file.name}[{index}]", row) for index, row in enumerate(read_examples(content, file.name)))
     elif _stem(file.name).endswith(".tsv"):
         yield from _tsv_rows(_decode(content, file.name), file.name)
@@ -321,7 +323,9 @@ def _is_saved_dataset(directory: Path) -> bool:
 
 def _is_data(part: Path, directory: Path) -> bool:
     hidden = any(name.startswith(".") for name in part.relative_to(directory).parts)
-    return part.is_file() and not hidden and part.name not in _NOT_DATA and _stem(part.name).endswith(SUFFIXES)
+    stem = _stem(part.name)
+    named = stem.endswith(SUFFIXES) or _SHARD.fullmatch(stem) is not None
+    return part.is_file() and not hidden and part.name not in _NOT_DATA and named
 
 
 def _stem(name: str) -> str:

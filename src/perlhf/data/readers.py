@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from perlhf.data import files, readers_dialog, readers_pairs
+from perlhf.data import files, readers_android, readers_dialog, readers_pairs
 from perlhf.data.fields import Row, Skipped, checked
 from perlhf.data.files import BUILTIN, DataFile
 from perlhf.data.readers_trl import trl
@@ -62,6 +62,10 @@ FORMATS = (
     _format("squality-summaries", "demonstrations", "metadata document questions", readers_pairs.squality_summaries),
     _format("uibert", "demonstrations", "image/ref_exp/text image/ref_exp/label", readers_pairs.uibert),
     _format("uibert-pairs", "comparisons", "", readers_pairs.uibert_pairs),
+    _format(
+        "android-control", "demonstrations", "accessibility_trees step_instructions", readers_android.android_control
+    ),
+    _format("android-control-pairs", "comparisons", "", readers_android.android_control_pairs),
 )
 NEED_STORIES = ("squality", "squality-questions")
 

@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from perlhf.data.fields import Row, Skipped, choice, group_key, items, mapping, text, value, wrong_type
+from perlhf.data.fields import (
+    Row,
+    Skipped,
+    choice,
+    first_value,
+    group_key,
+    items,
+    mapping,
+    text,
+    utf8,
+    value,
+    wrong_type,
+)
 from perlhf.data.records import Comparison, Demonstration, Rating, Record
 from perlhf.errors import DataError
 
@@ -231,12 +243,12 @@ class _Screen:
 
 def _screen(row: dict[str, Any], where: str) -> _Screen:
     boxes = _boxes(row, "image/object/bbox", where)
-    label = _first(row, "image/ref_exp/label", where)
+    label = first_value(row, "image/ref_exp/label", where)
     if not isinstance(label, int) or not 0 <= label < len(boxes):
         raise DataError(f"the right element is {label!r}", where=where, allowed=f"0 to {len(boxes) - 1}")
     nodes = list(zip(_boxes(row, "image/view_hierarchy/bbox", where), _node_texts(row, where), strict=False))
-    instruction = _utf8(_first(row, "image/ref_exp/text", where), where).strip()
-    image = _utf8(_first(row, "image/id", where), where)
+    instruction = utf8(first_value(row, "image/ref_exp/text", where), where).strip()
+    image = utf8(first_value(row, "image/id", where), where)
     return _Screen(image, [_describe(box, nodes) for box in boxes], instruction, label)
 
 
@@ -320,22 +332,6 @@ def _ranks(summaries: dict[str, Any], name: str, where: str) -> dict[str, int]:
     return found
 
 
-def _first(row: dict[str, Any], key: str, where: str) -> Any:
-    found = items(row, key, where)
-    if not found:
-        raise DataError(f"feature {key!r} is empty", where=where)
-    return found[0]
-
-
-def _utf8(found: Any, where: str) -> str:
-    if not isinstance(found, bytes):
-        wrong_type(found, "a feature", "bytes", where)
-    try:
-        return found.decode()
-    except UnicodeDecodeError as error:
-        raise DataError("a text feature is not valid UTF-8", where=where) from error
-
-
 def _boxes(row: dict[str, Any], prefix: str, where: str) -> list[tuple[float, ...]]:
     sides = [items(row, f"{prefix}/{side}", where) for side in _BOX]
     if len({len(side) for side in sides}) > 1 or not all(
@@ -351,7 +347,7 @@ def _node_texts(row: dict[str, Any], where: str) -> list[str]:
     columns = [
         items(row, f"image/view_hierarchy/{name}", where) for name in ("class/name", "text", "description", "id/name")
     ]
-    decoded = [[_utf8(found, where).strip() for found in column] for column in columns]
+    decoded = [[utf8(found, where).strip() for found in column] for column in columns]
     return [
         " ".join(part for part in (kind, f'"{shown}"' if shown else "", about, name) if part)
         for kind, shown, about, name in zip(*decoded, strict=False)

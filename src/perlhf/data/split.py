@@ -27,8 +27,8 @@ def load(config: DataConfig, kinds: Sequence[str], split: Split | Literal["all"]
     Rule: a record of an asked kind stays as it is. Otherwise, when demonstrations are asked for, a thumbs-up rating
     becomes one, and so does the chosen side of a comparison; when prompts are asked for, every record gives its
     prompt, each different prompt once. The embedded set has records of each kind and is never converted. `limit`
-    keeps the records whose content hashes lowest, whatever their order. `label_noise` turns labels of the training
-    side round, after that.
+    keeps the records whose content hashes lowest, whatever their order, and so does `limit_train` of the training
+    side, whose labels `label_noise` turns round after that.
 
     Args:
         kinds: among "comparison", "rating", "demonstration", "prompt".
@@ -51,7 +51,10 @@ def load(config: DataConfig, kinds: Sequence[str], split: Split | Literal["all"]
     if not chosen:
         raise _empty_split(split, config, len({record.group for record in found}))
     kept = limited(chosen, config.limit)
-    return with_label_noise(kept, config) if split == "train" and config.label_noise else kept
+    if split != "train":
+        return kept
+    kept = limited(kept, config.limit_train)
+    return with_label_noise(kept, config) if config.label_noise else kept
 
 
 def split_of(group: str, config: DataConfig) -> Split:

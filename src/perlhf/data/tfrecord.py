@@ -36,18 +36,23 @@ def read_examples(content: bytes, name: str) -> Iterator[dict[str, Any]]:
         position, index = end + 4, index + 1
 
 
+def is_tfrecord(content: bytes) -> bool:
+    """True when the content begins with a length and its checksum, as no text does."""
+    return len(content) >= 12 and _checksum_fits(content[:8], content, 8)
+
+
 def _example(encoded: bytes) -> dict[str, Any]:
     features: dict[str, Any] = {}
-    for _, feature_map in _fields(encoded):
-        for _, entry in _fields(feature_map):
-            parts = dict(_fields(entry))
+    for _, feature_map in message_fields(encoded):
+        for _, entry in message_fields(feature_map):
+            parts = dict(message_fields(entry))
             features[_bytes(parts.get(1)).decode()] = _feature(parts.get(2, b""))
     return features
 
 
 def _feature(encoded: bytes) -> list[Any]:
-    for kind, values in _fields(encoded):
-        found = list(_fields(values))
+    for kind, values in message_fields(encoded):
+        found = list(message_fields(values))
         if kind == 1:
             return [value for _, value in found]
         if kind == 2:
@@ -59,7 +64,7 @@ def _feature(encoded: bytes) -> list[Any]:
     return []
 
 
-def _fields(encoded: bytes) -> Iterator[tuple[int, Any]]:
+def message_fields(encoded: bytes) -> Iterator[tuple[int, Any]]:
     """Field numbers and values of one protobuf message; varints are integers, the rest bytes."""
     position = 0
     while position < len(_bytes(encoded)):
@@ -85,7 +90,7 @@ def _fields(encoded: bytes) -> Iterator[tuple[int, Any]]:
 
 def _bytes(value: Any) -> bytes:
     if not isinstance(value, bytes):
-        raise ValueError("a field of a feature is missing or of the wrong kind")
+        raise ValueError("a field is missing or of the wrong kind")
     return value
 
 
@@ -109,10 +114,14 @@ def _varints(packed: bytes) -> list[int]:
 
 
 def _check(data: bytes, content: bytes, position: int) -> None:
+    if not _checksum_fits(data, content, position):
+        raise ValueError("a checksum doesn't match")
+
+
+def _checksum_fits(data: bytes, content: bytes, position: int) -> bool:
     (stored,) = struct.unpack_from("<I", content, position)
     crc = crc32c(data)
-    if stored != ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF:
-        raise ValueError("a checksum doesn't match")
+    return stored == ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _crc_table() -> tuple[int, ...]:

@@ -68,13 +68,14 @@ def sample_batch(
     temperature: float,
     max_completion_tokens: int,
     seed: int,
+    samples: int = 1,
 ) -> Rollout:
-    """One completion of each prompt that `batch` numbers; draws depend on the seed and the prompt's number alone."""
+    """Completions of each prompt that `batch` numbers; draws depend on the seed and the prompt's number alone."""
     return sample(
         model,
         [prompts[i] for i in batch],
         adapter=adapter,
-        draws=uniforms(seed, DRAWS_STEP, batch, 1, max_completion_tokens),
+        draws=uniforms(seed, DRAWS_STEP, batch, samples, max_completion_tokens),
         end_id=encoder.end_id,
         temperature=temperature,
         max_completion_tokens=max_completion_tokens,

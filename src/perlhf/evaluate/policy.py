@@ -14,7 +14,7 @@ from perlhf.data import BUILTIN, load
 from perlhf.data.coffee_bar import gold
 from perlhf.data.records import Prompt, Text
 from perlhf.encode import Encoder
-from perlhf.evaluate.common import by_length, mean_of, plain, progress, sample_batch, seen_groups, with_interval
+from perlhf.evaluate.common import ROWS, by_length, mean_of, plain, progress, sample_batch, seen_groups, with_interval
 from perlhf.finished import Finished
 from perlhf.judge import judge
 from perlhf.model import Model
@@ -87,6 +87,7 @@ def evaluate_policy(finished: Finished, config: EvaluateConfig) -> dict[str, Any
         **described,
         "change": {key: with_interval(mean_of(values), setting.groups, config) for key, values in changes.items()},
         **_win_rates(setting, before, after, ", ".join(sources)),
+        **({"best_of": _best_of(setting, before)} if config.best_of else {}),
         "temperature": config.temperature,
         "max_completion_tokens": setting.policy.max_completion_tokens,
         "reward": list(sources),
@@ -141,14 +142,76 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
         for i, ids in zip(batch, rollout.completions, strict=True):
             texts[i] = setting.encoder.decode(ids)
         bar.advance()
-    paths = (config.data or policy.data).paths
-    golden = None
-    if all(path.split("/")[0] == BUILTIN for path in paths):
-        golden = np.array([gold(record.prompt, text) for record, text in zip(setting.records, texts, strict=True)])
+    golden = _golden(setting, range(count), texts)
     return Answers(texts, scores, tokens, ended, kl if config.temperature else None, golden)
 
 
-def _rollout(setting: Setting, adapter: str | None, batch: list[int], temperature: float) -> Rollout:
+def _golden(setting: Setting, numbers: Sequence[int], texts: Sequence[str]) -> NDArray[np.float64] | None:
+    """Gold scores of texts that answer the prompts of these numbers; None where the set has no gold score."""
+    paths = (setting.config.data or setting.policy.data).paths
+    if not all(path.split("/")[0] == BUILTIN for path in paths):
+        return None
+    return np.array([gold(setting.records[i].prompt, text) for i, text in zip(numbers, texts, strict=True)])
+
+
+def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
+    """For each n: the reference's best of n answers by what the policy learned from, scored as the policy is.
+
+    The first of the n is the answer `before`. No policy that chooses among n answers is further from the reference than
+    log n - (n - 1) / n nats (arXiv 2401.01879).
+    """
+    config, policy, most = setting.config, setting.policy, max(setting.config.best_of)
+    chooser = setting.rewards
+    if config.reward:
+        chooser = load_rewards(setting.model, policy.reward, policy.combine, setting.encoder, "chooser")
+    shape = len(setting.records), most
+    chosen_by, scores, tokens = (np.zeros(shape) for _ in range(3))
+    golden = np.zeros(shape) if before.gold is not None else None
+    at_once = max(1, ROWS // most)
+    batches = [batch[at : at + at_once] for batch in setting.batches for at in range(0, len(batch), at_once)]
+    with progress(len(batches), f"best of {most}") as bar:
+        for batch in batches:
+            rollout = _rollout(setting, setting.reference, batch, config.temperature, most)
+            numbers = [i for i in batch for _ in range(most)]
+            given = (
+                *(setting.model, setting.encoder, rollout.prompts, rollout.completions),
+                [setting.records[i].prompt for i in numbers],
+                config.tokens_per_microbatch or policy.microbatch_tokens,
+            )
+            chosen_by[batch] = chooser.scores(*given).reshape(-1, most)
+            scores[batch] = setting.rewards.scores(*given).reshape(-1, most) if config.reward else chosen_by[batch]
+            tokens[batch] = np.reshape([len(ids) for ids in rollout.completions], (-1, most))
+            if golden is not None:
+                found = _golden(setting, numbers, [setting.encoder.decode(ids) for ids in rollout.completions])
+                assert found is not None
+                golden[batch] = found.reshape(-1, most)
+            bar.advance()
+    return {str(n): _best_of_first(n, setting, before, chosen_by, scores, tokens, golden) for n in config.best_of}
+
+
+def _best_of_first(
+    n: int,
+    setting: Setting,
+    before: Answers,
+    chosen_by: NDArray[np.float64],
+    scores: NDArray[np.float64],
+    tokens: NDArray[np.float64],
+    golden: NDArray[np.float64] | None,
+) -> dict[str, Any]:
+    """Means of the best of the first n answers; arrays are [prompt, answer]."""
+    rows, best = np.arange(len(scores)), chosen_by[:, :n].argmax(1)
+    reached = scores[rows, best]
+    points = (reached > before.scores) + 0.5 * (reached == before.scores)
+    columns = {"score": reached, "chosen_by": chosen_by[rows, best], "tokens": tokens[rows, best], "win_rate": points}
+    if golden is not None:
+        columns["gold"] = golden[rows, best]
+    found: dict[str, Any] = {
+        key: with_interval(mean_of(values), setting.groups, setting.config) for key, values in columns.items()
+    }
+    return found | {"kl_at_most": float(np.log(n) - (n - 1) / n)}
+
+
+def _rollout(setting: Setting, adapter: str | None, batch: list[int], temperature: float, samples: int = 1) -> Rollout:
     return sample_batch(
         setting.model,
         setting.encoder,
@@ -158,6 +221,7 @@ def _rollout(setting: Setting, adapter: str | None, batch: list[int], temperatur
         temperature=temperature,
         max_completion_tokens=setting.policy.max_completion_tokens,
         seed=setting.config.seed,
+        samples=samples,
     )
 
 
