@@ -18,6 +18,7 @@ from perlhf.compare_processes import Processes, processes
 from perlhf.compare_result import summarise
 from perlhf.config import PolicyConfig, RewardConfig
 from perlhf.config_compare import CompareConfig, Side, Stage
+from perlhf.environment import free_memory_bytes
 from perlhf.errors import RunError
 from perlhf.plan import plan
 from perlhf.report import comparison
@@ -60,10 +61,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """Runs what is missing of the grid; writes compare.json and compare.html after every side; returns the former.
 
     Raises:
-        RunError: `output` holds another grid, a cell stopped for a mistake (its message is shown), or all failed.
+        RunError: `output` holds another grid, `jobs` cells don't fit the memory, a cell stopped for a mistake (its
+            message is shown), or all failed.
         StorageError: a file can't be written.
         KeyboardInterrupt: interrupted; the cell that was running has saved and will go on.
     """
+    _check_memory(config)
     _claim(config)
     found: dict[str, Any] = {}
     with processes(config.jobs) as run:
@@ -122,13 +125,33 @@ def cells(config: CompareConfig) -> list[list[str]]:
     rows = []
     for stage in config.stages:
         for side in config.sides:
-            rates = config.rates(side)
-            values = Cell(stage, side, rates[0], config.seeds[0]).recipe(config)
-            planned = plan(RewardConfig(**values) if stage == "reward" else PolicyConfig(**values))
-            tried = ", ".join(f"{rate:g}" for rate in rates)
+            tried = ", ".join(f"{rate:g}" for rate in config.rates(side))
             seeds = ", ".join(map(str, (config.seeds[0], *config.more_seeds(side))))
-            rows.append([stage, side.name, tried, seeds, memory(planned.total_bytes), str(config.runs(side))])
+            size = memory(_memory_bytes(stage, side, config))
+            rows.append([stage, side.name, tried, seeds, size, str(config.runs(side))])
     return rows
+
+
+def _memory_bytes(stage: Stage, side: Side, config: CompareConfig) -> int:
+    """Estimated peak of a cell."""
+    values = Cell(stage, side, config.rates(side)[0], config.seeds[0]).recipe(config)
+    return plan(RewardConfig(**values) if stage == "reward" else PolicyConfig(**values)).total_bytes
+
+
+def _check_memory(config: CompareConfig) -> None:
+    """Refuses more cells at a time than memory has room for, the largest together."""
+    for stage in config.stages if config.jobs > 1 else ():
+        each = [(_memory_bytes(stage, side, config), len(config.rates(side))) for side in config.sides]
+        sizes = [size for size, tries in each for _ in range(tries)]
+        needed = sum(sorted(sizes)[-config.jobs :])
+        free = free_memory_bytes(config.stage(stage).device)
+        if free is not None and needed > free:
+            raise RunError(
+                f"{config.jobs} cells of stage {stage} need about {memory(needed)} together, {memory(free)} are free",
+                where="jobs",
+                allowed=f"the {config.jobs} largest cells, as --dry-run estimates them, within what is free",
+                hint="lower jobs, or tokens_per_microbatch of the stage",
+            )
 
 
 def choose(tried: Sequence[Cell], config: CompareConfig) -> Cell | None:

@@ -76,6 +76,24 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name() if torch and torch.cuda.is_initialized() else None
 
 
+def free_memory_bytes(device: str) -> int | None:
+    """What is free on the GPU if one is meant and there, else of the machine's memory; None where nothing tells it."""
+    if device != "cpu":
+        command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+        number = int(device.partition(":")[2] or 0)
+        try:
+            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            return int(lines[number]) * 2**20
+        except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+            if device != "auto":
+                return None
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else None
+
+
 def bound_compiled_products(environment: MutableMapping[str, str] = os.environ) -> None:
     """Before the first product in bfloat16 on a CPU: at most `COMPILED_PRODUCTS` of its kernels are kept.
 

@@ -139,6 +139,21 @@ def test_numbers_of_a_stage_by_hand(tmp_path: Path):
     assert page == comparison.render({"reward": {**found, "tried": []}}, "<b>a</b>").decode()
 
 
+def test_more_cells_at_a_time_than_memory_holds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two tries of each side: the three largest are both of full tuning and one of the adapter's, 1000 + 1000 + 10."""
+    monkeypatch.setattr(compare, "_memory_bytes", lambda stage, side, config: 10 if side.rank else 1000)
+    settings = config(tmp_path / "out", jobs=3)
+    for free, refused in ((2009, True), (2010, False), (None, False)):
+        monkeypatch.setattr(compare, "free_memory_bytes", lambda device, free=free: free)
+        if not refused:
+            compare._check_memory(settings)
+            continue
+        with pytest.raises(RunError, match="3 cells of stage reward need"):
+            compare.compare(settings)
+    assert not (tmp_path / "out").exists()
+    compare._check_memory(settings.model_copy(update={"jobs": 1}))
+
+
 def test_cells_tested_on_other_records_are_refused(tmp_path: Path):
     runs = {
         side.name: [write_cell(tmp_path, Cell("reward", side, 1e-5, 5), 0.5, [2, 0, 1, -1], 1, 1)]

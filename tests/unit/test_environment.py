@@ -14,6 +14,7 @@ from perlhf.environment import (
     bound_compiled_products,
     cpu_computes_in_bf16,
     environment,
+    free_memory_bytes,
     peak_memory_bytes,
 )
 
@@ -95,3 +96,17 @@ def test_compiled_products_are_bounded_unless_the_user_says_how_many():
     variables[name] = "7"
     bound_compiled_products(variables)
     assert variables == {name: "7"}
+
+
+def test_free_memory_is_the_gpus_where_one_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 81000\necho 500\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert free_memory_bytes("auto") == free_memory_bytes("cuda:0") == 81000 * 2**20
+    assert free_memory_bytes("cuda:1") == 500 * 2**20 and free_memory_bytes("cuda:2") is None
+    tool.unlink()
+    own = free_memory_bytes("cpu")
+    assert own is None or own > 2**20
+    assert (free_memory_bytes("auto") is None) == (own is None)
+    assert free_memory_bytes("cuda") is None
