@@ -69,23 +69,19 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     _check_memory(config)
     _claim(config)
     found: dict[str, Any] = {}
-    with processes(config.jobs) as run:
-        for stage in config.stages:
-            chosen: dict[Side, list[Cell]] = {}
-            with ThreadPoolExecutor(len(config.sides) if config.jobs > 1 else 1) as sides:
-                try:
-                    running = {sides.submit(_side, stage, side, config, run): side for side in config.sides}
-                    for one in as_completed(running):
-                        if cells := one.result():
-                            chosen[running[one]] = cells
-                            found[stage] = _found(stage, chosen, config)
-                            _write(found, config)
-                except BaseException:
-                    run.end()
-                    sides.shutdown(cancel_futures=True)
-                    raise
-            if not chosen:
-                raise RunError(f"no side of stage {stage} could be trained", where=str(config.output / FAILURES))
+    for stage in config.stages:
+        chosen: dict[Side, list[Cell]] = {}
+        at_once = len(config.sides) if config.jobs > 1 else 1
+        # The processes are left first: what waits for them then ends, whatever it was that ended us.
+        with ThreadPoolExecutor(at_once) as sides, processes(config.jobs) as run:
+            running = {sides.submit(_side, stage, side, config, run): side for side in config.sides}
+            for one in as_completed(running):
+                if cells := one.result():
+                    chosen[running[one]] = cells
+                    found[stage] = _found(stage, chosen, config)
+                    _write(found, config)
+        if not chosen:
+            raise RunError(f"no side of stage {stage} could be trained", where=str(config.output / FAILURES))
     return found
 
 

@@ -57,6 +57,11 @@ def test_no_conversation_is_on_two_sides_and_nothing_is_lost(tmp_path: Path) -> 
     assert sum(map(len, sides.values())) == 180 == len(load(config, ("rating",), "all"))
 
 
+def keys(config: DataConfig, name: Any) -> list[str]:
+    """The ratings of a split, by group and completion."""
+    return [f"{r.group}/{r.completion}" for r in load(config, ("rating",), name) if isinstance(r, Rating)]
+
+
 def test_splits_and_limits_do_not_depend_on_order_or_files(tmp_path: Path) -> None:
     rows = conversations(40)
     shuffled = random.Random(1).sample(rows, len(rows))
@@ -64,9 +69,6 @@ def test_splits_and_limits_do_not_depend_on_order_or_files(tmp_path: Path) -> No
     two = DataConfig(
         paths=(put(tmp_path / "b.jsonl", shuffled[:50]), put(tmp_path / "c.jsonl", shuffled[50:])), limit=7
     )
-
-    def keys(config: DataConfig, name: Any) -> list[str]:
-        return [f"{r.group}/{r.completion}" for r in load(config, ("rating",), name) if isinstance(r, Rating)]
 
     for name in ("train", "test", "all"):
         assert sorted(keys(one, name)) == sorted(keys(two, name))
@@ -123,9 +125,6 @@ def turned(before: list[Record], after: list[Record]) -> set[str]:
 def test_fewer_training_records_and_the_same_others(tmp_path: Path) -> None:
     config = DataConfig(paths=(put(tmp_path / "a.jsonl", conversations(60)),))
     fewer = [config.model_copy(update={"limit_train": count}) for count in (5, 20)]
-
-    def keys(config: DataConfig, name: Any) -> list[str]:
-        return [f"{r.group}/{r.completion}" for r in load(config, ("rating",), name) if isinstance(r, Rating)]
 
     few, some, every = (keys(one, "train") for one in (*fewer, config))
     assert len(few) == 5 and len(some) == 20 and set(few) < set(some) < set(every)
