@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,17 @@ def machine(threads: int | None) -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str | None]:
+    """Of the packages that are compared; None where one isn't installed."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
 def data_root() -> Path:
     """The real feedback files: $PERLHF_DATA, else `../shared/data` beside the repository."""
     root = Path(os.environ.get("PERLHF_DATA") or REPOSITORY.parent / "shared" / "data")
@@ -148,8 +160,6 @@ def data_root() -> Path:
 
 
 def _work(benchmark: Benchmark, side: str, threads: int | None) -> dict[str, Any]:
-    from importlib.metadata import PackageNotFoundError, version
-
     import torch
 
     from perlhf.environment import peak_memory_bytes
@@ -158,16 +168,10 @@ def _work(benchmark: Benchmark, side: str, threads: int | None) -> dict[str, Any
         torch.set_num_threads(threads)
     os.environ["PERLHF_DATA"] = str(data_root())
     work = benchmark.sides[side]()
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     return asdict(work) | {
         "rate": work.amount / work.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
-        "versions": versions,
+        "versions": versions(),
     }
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perlhf.base import pull
-    from perlhf.config import EvaluateConfig, PolicyConfig, RewardConfig, ScoreConfig, SftConfig
+    from perlhf.config import PolicyConfig, RewardConfig, SftConfig
+    from perlhf.config_commands import EvaluateConfig, ScoreConfig
     from perlhf.data import Comparison, Demonstration, Prompt, Rating, load, read
     from perlhf.errors import PerlhfError
     from perlhf.evaluate import score

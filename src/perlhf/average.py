@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from perlhf.adapter_files import AdapterFiles, read_adapter, write_adapter
-from perlhf.config import AverageConfig, RewardConfig
+from perlhf.config import RewardConfig
+from perlhf.config_commands import AverageConfig
 from perlhf.errors import AdapterError, ConfigError
 from perlhf.finished import Finished, read_finished
 from perlhf.run_directory import RESULT, first_difference, start_or_continue, strict_json

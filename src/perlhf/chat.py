@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from perlhf import base as bases
-from perlhf.config import ChatConfig, EncodingConfig
+from perlhf.config import EncodingConfig
+from perlhf.config_commands import ChatConfig
 from perlhf.data.records import Message
 from perlhf.encode import Encoder
 from perlhf.finished import read_finished

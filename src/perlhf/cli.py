@@ -11,33 +11,33 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from perlhf import __version__, allocator, config, config_compare, show
+from perlhf import __version__, allocator, config, config_commands, config_compare, show
 from perlhf.errors import ConfigError, PerlhfError, nearest
 from perlhf.options import Command, parse
 from perlhf.recipe import read_recipe
 
 COMMANDS: Mapping[str, Command[Any]] = {
-    "demo": Command("perlhf demo", config.DemoConfig),
-    "pull": Command("perlhf pull", config.PullConfig, ("base",)),
+    "demo": Command("perlhf demo", config_commands.DemoConfig),
+    "pull": Command("perlhf pull", config_commands.PullConfig, ("base",)),
     "sft": Command("perlhf sft", config.SftConfig, dry_run=True),
     "reward": Command("perlhf reward", config.RewardConfig, dry_run=True),
     "policy": Command("perlhf policy", config.PolicyConfig, dry_run=True),
-    "evaluate": Command("perlhf evaluate", config.EvaluateConfig, ("run",)),
-    "score": Command("perlhf score", config.ScoreConfig, ("run", "data.paths")),
-    "chat": Command("perlhf chat", config.ChatConfig, ("run",)),
+    "evaluate": Command("perlhf evaluate", config_commands.EvaluateConfig, ("run",)),
+    "score": Command("perlhf score", config_commands.ScoreConfig, ("run", "data.paths")),
+    "chat": Command("perlhf chat", config_commands.ChatConfig, ("run",)),
     "compare": Command("perlhf compare", config_compare.CompareConfig, dry_run=True),
-    "table": Command("perlhf table", config.TableConfig, ("runs",)),
-    "report": Command("perlhf report", config.ReportConfig, ("runs",)),
-    "average": Command("perlhf average", config.AverageConfig, ("runs",)),
-    "export": Command("perlhf export", config.ExportConfig, ("run", "output")),
+    "table": Command("perlhf table", config_commands.TableConfig, ("runs",)),
+    "report": Command("perlhf report", config_commands.ReportConfig, ("runs",)),
+    "average": Command("perlhf average", config_commands.AverageConfig, ("runs",)),
+    "export": Command("perlhf export", config_commands.ExportConfig, ("run", "output")),
 }
 DATA_COMMANDS: Mapping[str, Command[Any]] = {
-    "formats": Command("perlhf data formats", config.DataFormatsConfig),
-    "validate": Command("perlhf data validate", config.DataValidateConfig, ("paths",)),
-    "inspect": Command("perlhf data inspect", config.DataInspectConfig, ("paths",)),
-    "split": Command("perlhf data split", config.DataSplitConfig, ("data.paths",)),
-    "convert": Command("perlhf data convert", config.DataConvertConfig, ("path", "output")),
-    "pull": Command("perlhf data pull", config.DataPullConfig, ("name",)),
+    "formats": Command("perlhf data formats", config_commands.DataFormatsConfig),
+    "validate": Command("perlhf data validate", config_commands.DataValidateConfig, ("paths",)),
+    "inspect": Command("perlhf data inspect", config_commands.DataInspectConfig, ("paths",)),
+    "split": Command("perlhf data split", config_commands.DataSplitConfig, ("data.paths",)),
+    "convert": Command("perlhf data convert", config_commands.DataConvertConfig, ("path", "output")),
+    "pull": Command("perlhf data pull", config_commands.DataPullConfig, ("name",)),
 }
 COMPUTING = ("demo", "sft", "reward", "policy", "evaluate", "score", "chat")
 """Commands that run the network: worth a restart under another allocator."""
@@ -137,25 +137,25 @@ def _run(name: str, arguments: list[str]) -> int:
         _plan(settings)
         return 0
     match settings:
-        case config.DemoConfig():
+        case config_commands.DemoConfig():
             from perlhf.demo import demo
 
             demo(settings)
-        case config.PullConfig():
+        case config_commands.PullConfig():
             from perlhf.base import pull
 
             print(pull(settings.base, settings.wheel))
         case config.SftConfig() | config.RewardConfig() | config.PolicyConfig():
             show.result(f"{name}: {settings.run}", _train(settings))
-        case config.EvaluateConfig():
+        case config_commands.EvaluateConfig():
             from perlhf.evaluate import evaluate
 
             show.result(f"{name}: {settings.run}", evaluate(settings))
-        case config.ScoreConfig():
+        case config_commands.ScoreConfig():
             from perlhf.evaluate import score
 
             score(settings)
-        case config.ChatConfig():
+        case config_commands.ChatConfig():
             from perlhf.chat import chat
 
             chat(settings)
@@ -201,20 +201,20 @@ def _train(settings: BaseModel) -> dict[str, Any]:
 def _make(name: str, settings: BaseModel) -> None:
     """What is made of finished runs."""
     match settings:
-        case config.TableConfig():
+        case config_commands.TableConfig():
             from perlhf.table import tabulate
 
             tabulate(settings.runs, settings.output)
-        case config.ReportConfig():
+        case config_commands.ReportConfig():
             from perlhf import report
 
             report.write(settings.runs, settings.output, settings.title)
             print(settings.output)
-        case config.AverageConfig():
+        case config_commands.AverageConfig():
             from perlhf.average import average
 
             show.result(f"{name}: {settings.output}", average(settings))
-        case config.ExportConfig():
+        case config_commands.ExportConfig():
             from perlhf.export import export
 
             export(settings)
@@ -229,20 +229,20 @@ def _run_data(name: str, arguments: list[str]) -> int:
     from perlhf.data import pull, tools
 
     match settings:
-        case config.DataFormatsConfig():
+        case config_commands.DataFormatsConfig():
             show.formats(tools.formats(), pull.sources())
-        case config.DataValidateConfig():
+        case config_commands.DataValidateConfig():
             found = tools.validate(settings.paths, settings.format)
             show.validation(found.files, found.records, found.skipped, found.problems, found.warnings)
             return 0 if found.ok else 2
-        case config.DataInspectConfig():
+        case config_commands.DataInspectConfig():
             show.nested("data", tools.inspect(settings.paths, settings.format))
-        case config.DataSplitConfig():
+        case config_commands.DataSplitConfig():
             show.nested(str(settings.output), tools.split(settings.data, settings.output))
-        case config.DataConvertConfig():
+        case config_commands.DataConvertConfig():
             count = tools.convert(settings.path, settings.output, settings.format)
             print(f"{settings.output}: {count:,} records")
-        case config.DataPullConfig():
+        case config_commands.DataPullConfig():
             print(pull.pull(settings.name, settings.output, settings.source))
         case _:
             raise AssertionError(f"no branch for {name}")

@@ -18,15 +18,14 @@ from perlhf import report
 from perlhf.config import (
     AdapterConfig,
     DataConfig,
-    DemoConfig,
     EncodingConfig,
-    EvaluateConfig,
     OptimConfig,
     PolicyConfig,
     RewardConfig,
     SftConfig,
     ValueConfig,
 )
+from perlhf.config_commands import DemoConfig, EvaluateConfig
 from perlhf.data import load, tools
 from perlhf.data.records import Rating
 from perlhf.evaluate import evaluate

@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from perlhf import adapter_files, order, training
 from perlhf import base as bases
-from perlhf.config import EncodingConfig, ExportConfig
+from perlhf.config import EncodingConfig
+from perlhf.config_commands import ExportConfig
 from perlhf.data import load
 from perlhf.data.records import Comparison, Rating
 from perlhf.encode import Encoder

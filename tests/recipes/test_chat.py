@@ -7,7 +7,7 @@ import pytest
 from tiny_runs import TinyRuns, tiny_runs
 
 from perlhf.chat import chat, stream
-from perlhf.config import ChatConfig
+from perlhf.config_commands import ChatConfig
 from perlhf.errors import ConfigError, RunError
 from perlhf.finished import read_finished
 from perlhf.sampler import sample, uniforms

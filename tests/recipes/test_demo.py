@@ -7,7 +7,8 @@ import pytest
 from toy import read_json, read_lines
 
 from perlhf import demo
-from perlhf.config import DataConfig, DemoConfig
+from perlhf.config import DataConfig
+from perlhf.config_commands import DemoConfig
 from perlhf.data import load
 from perlhf.data.records import Rating
 

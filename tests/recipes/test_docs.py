@@ -12,7 +12,8 @@ import pytest
 from pydantic import BaseModel
 
 from perlhf.cli import COMMANDS, DATA_COMMANDS
-from perlhf.config import EvaluateConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.config import PolicyConfig, RewardConfig, SftConfig
+from perlhf.config_commands import EvaluateConfig
 from perlhf.options import parse
 from perlhf.recipe import submodel
 

@@ -14,12 +14,13 @@ from tiny_runs import SHORT, TinyRuns, tiny_runs
 from transformers import AutoModelForCausalLM
 
 from perlhf import base as bases
-from perlhf.config import DataConfig, EvaluateConfig, PolicyConfig, ScoreConfig
+from perlhf.config import DataConfig, PolicyConfig
+from perlhf.config_commands import EvaluateConfig, ScoreConfig
 from perlhf.data import load, split_of
 from perlhf.data.coffee_bar import gold
 from perlhf.data.records import Demonstration
 from perlhf.encode import Encoder
-from perlhf.errors import RunError
+from perlhf.errors import AdapterError, RunError
 from perlhf.evaluate import evaluate, score
 from perlhf.finished import read_finished
 from perlhf.run_files import measured, read_runs
@@ -192,6 +193,19 @@ def test_best_of_n_answers_of_the_reference(runs: TinyRuns, tmp_path: Path):
     data = DataConfig(paths=("builtin:coffee-bar",))
     other = checked(runs.policy, tmp_path, data=data, reward=(GOLD,), prompts=5, best_of=(4,))["best_of"]["4"]
     assert other["gold"] == other["score"] != other["chosen_by"]  # chosen by the run's own reward, scored by another
+
+
+def test_an_adapter_of_another_tool_answers_instead_of_the_policy(runs: TinyRuns, tmp_path: Path):
+    found = checked(runs.policy, tmp_path, adapter=runs.policy / "adapter", prompts=5)
+    assert found == {**checked(runs.policy, tmp_path, prompts=5), "adapter": str(runs.policy / "adapter")}
+    foreign = tmp_path / "peft"
+    shutil.copytree(runs.sft / "adapter", foreign)
+    (foreign / "perlhf.json").unlink()
+    found = checked(runs.policy, tmp_path, adapter=foreign, prompts=5)
+    assert found["after"]["kl"]["value"] == 0  # the reference itself, read as PEFT wrote it
+    assert [row["after"] for row in found["samples"]] == [row["before"] for row in found["samples"]]
+    with pytest.raises(AdapterError, match="a reward adapter writes no answers"):
+        checked(runs.policy, tmp_path, adapter=runs.reward / "adapter")
 
 
 def test_gold_and_a_function_as_reward(runs: TinyRuns, tmp_path: Path):

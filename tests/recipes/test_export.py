@@ -12,7 +12,8 @@ from peft import PeftModel
 from tiny_runs import SYSTEM, TinyRuns, tiny_runs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from perlhf.config import EncodingConfig, ExportConfig, SftConfig
+from perlhf.config import EncodingConfig, SftConfig
+from perlhf.config_commands import ExportConfig
 from perlhf.data import load
 from perlhf.data.records import Rating
 from perlhf.encode import Encoder

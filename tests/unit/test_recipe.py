@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from perlhf.config import DataConfig, EvaluateConfig, PolicyConfig, RewardConfig, SftConfig, TableConfig
+from perlhf.config import DataConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.config_commands import EvaluateConfig, TableConfig
 from perlhf.config_compare import CompareConfig
 from perlhf.errors import ConfigError
 from perlhf.recipe import describe, load_recipe, read_recipe, validated

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from perlhf.config import EvaluateConfig, ScoreConfig
+from perlhf.config_commands import EvaluateConfig, ScoreConfig
 from perlhf.data import load
 from perlhf.data.records import Comparison
 from perlhf.data.tools import to_jsonl

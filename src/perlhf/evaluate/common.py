@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perlhf import statistics
-from perlhf.config import EvaluateConfig
+from perlhf.config_commands import EvaluateConfig
 from perlhf.data.records import Record, Text
 from perlhf.encode import Encoder
 from perlhf.environment import peak_memory_bytes

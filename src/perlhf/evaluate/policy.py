@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from perlhf import advantages, order, statistics, store
-from perlhf.config import EvaluateConfig, PolicyConfig
+from perlhf.config import PolicyConfig
+from perlhf.config_commands import EvaluateConfig
 from perlhf.data import BUILTIN, load
 from perlhf.data.coffee_bar import gold
 from perlhf.data.records import Prompt, Text
 from perlhf.encode import Encoder
+from perlhf.errors import AdapterError
 from perlhf.evaluate.common import ROWS, by_length, mean_of, plain, progress, sample_batch, seen_groups, with_interval
 from perlhf.finished import Finished
 from perlhf.judge import judge
@@ -40,6 +43,8 @@ class Setting:
     prompts: list[list[int]]
     batches: list[list[int]]
     reference: str | None
+    policy_adapter: str
+    """Whose answers are held beside the reference's."""
 
     @property
     def groups(self) -> list[str]:
@@ -63,12 +68,12 @@ class Answers:
 def evaluate_policy(finished: Finished, config: EvaluateConfig) -> dict[str, Any]:
     """What evaluation.json holds of a policy run."""
     setting, trained_on = _set_up(finished, config)
-    sides = [setting.reference, finished.stage]
+    sides = [setting.reference, setting.policy_adapter]
     at_one = config.temperature != 1
     with progress((len(sides) + at_one) * len(setting.batches), "answers") as bar:
         before, after = (_answers(setting, adapter, bar) for adapter in sides)
         # A KL at another temperature than that of the samples would be no expectation under the policy: sample again.
-        kl_at_one = _kl_at_one(setting, finished.stage, bar) if at_one else after.kl
+        kl_at_one = _kl_at_one(setting, setting.policy_adapter, bar) if at_one else after.kl
     assert kl_at_one is not None
     described = {"before": _describe(before, setting), "after": _describe(after, setting)}
     zero = np.zeros(len(setting.records))
@@ -91,6 +96,7 @@ def evaluate_policy(finished: Finished, config: EvaluateConfig) -> dict[str, Any
         "temperature": config.temperature,
         "max_completion_tokens": setting.policy.max_completion_tokens,
         "reward": list(sources),
+        **({"adapter": str(config.adapter)} if config.adapter else {}),
         "bootstrap": config.bootstrap,
         "seed": config.seed,
         "samples": [
@@ -111,10 +117,20 @@ def _set_up(finished: Finished, config: EvaluateConfig) -> tuple[Setting, list[P
     if policy.sft is not None:
         reference = store.load_adapter(model, policy.sft / "adapter", "sft", encoder).name
         model.freeze(reference)
+    answers = finished.stage if config.adapter is None else _load_answering(model, config.adapter, encoder)
     rewards = load_rewards(model, config.reward or policy.reward, policy.combine, encoder)
     prompts = [encoder.cut_prompt(record.prompt, policy.max_completion_tokens) for record in records]
-    setting = Setting(config, policy, model, encoder, rewards, records, prompts, by_length(prompts), reference)
+    setting = Setting(config, policy, model, encoder, rewards, records, prompts, by_length(prompts), reference, answers)
     return setting, trained_on
+
+
+def _load_answering(model: Model, directory: Path, encoder: Encoder) -> str:
+    """The name of an adapter that answers instead of the run's own."""
+    adapter = store.load_adapter(model, directory, "answering", encoder)
+    if adapter.head is not None:
+        raise AdapterError(f"a {adapter.role} adapter writes no answers", where=str(directory), allowed="sft or policy")
+    model.freeze(adapter.name)
+    return adapter.name
 
 
 def _prompts(records: Sequence[Any]) -> list[Prompt]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from perlhf import order, statistics, training
-from perlhf.config import EvaluateConfig
+from perlhf.config_commands import EvaluateConfig
 from perlhf.data import load
 from perlhf.data.records import Comparison, Demonstration, Rating, Record
 from perlhf.encode import Encoder

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from perlhf import order, training
-from perlhf.config import EvaluateConfig, StageConfig
+from perlhf.config import StageConfig
+from perlhf.config_commands import EvaluateConfig
 from perlhf.data import load
 from perlhf.data.records import Demonstration
 from perlhf.encode import Encoder, Example
