@@ -13,17 +13,16 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from perlhf.adapter import Role
 from perlhf.errors import AdapterError
 from perlhf.storage import directory_atomic
-
-Role = Literal["sft", "reward", "policy", "value"]
 
 CONFIG, TENSORS, DETAILS = "adapter_config.json", "adapter_model.safetensors", "perlhf.json"
 _PREFIX = "base_model.model."

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from perlhf import adapter_files, order, training
 from perlhf import base as bases
+from perlhf.adapter import Adapter
 from perlhf.config import EncodingConfig
 from perlhf.config_commands import ExportConfig
 from perlhf.data import load
@@ -22,7 +23,7 @@ from perlhf.data.records import Comparison, Rating
 from perlhf.encode import Encoder
 from perlhf.errors import AdapterError, ConfigError
 from perlhf.finished import Finished, read_finished
-from perlhf.model import Adapter, Model
+from perlhf.model import Model
 from perlhf.packaged_base import disk_errors, quiet
 from perlhf.packing import Ids, pad
 from perlhf.run_directory import strict_json

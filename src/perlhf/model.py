@@ -8,7 +8,7 @@ forward uses it) and nowhere else.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,42 +18,12 @@ from transformers import PreTrainedModel
 
 from perlhf import attention, fused, native
 from perlhf import base as bases
+from perlhf.adapter import Adapter, Role
 from perlhf.cache import KeyValueCache
 from perlhf.errors import AdapterError, ModelError
 from perlhf.head import token_logprobs
-from perlhf.lora import AdaptedLinear, LowRank, match_targets, new_pair
+from perlhf.lora import AdaptedLinear, match_targets, new_pair
 from perlhf.packing import Ids, Layout, Packing, lay_out, length_mask
-
-Role = Literal["sft", "reward", "policy", "value"]
-
-
-@dataclass
-class Adapter:
-    """Everything that one role trains: low-rank pairs or full weights, and a scalar head for reward and value."""
-
-    name: str
-    role: Role
-    rank: int = 0
-    alpha: float = 0.0
-    dropout: float = 0.0
-    pairs: dict[str, LowRank] = field(default_factory=dict)
-    weights: dict[str, nn.Parameter] = field(default_factory=dict)
-    head: nn.Parameter | None = None
-    bias: nn.Parameter | None = None
-    beneath: str | None = None
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """All its tensors by a stable name."""
-        named = {f"{path}.lora_A": pair.a for path, pair in self.pairs.items()}
-        named |= {f"{path}.lora_B": pair.b for path, pair in self.pairs.items()}
-        named |= {f"base.{name}": weight for name, weight in self.weights.items()}
-        if self.head is not None and self.bias is not None:
-            named |= {"score.weight": self.head, "score.bias": self.bias}
-        return named
-
-    def trainable(self) -> list[nn.Parameter]:
-        """Its parameters with gradients, in a stable order."""
-        return [p for p in self.tensors().values() if p.requires_grad]
 
 
 @dataclass(frozen=True)
@@ -133,24 +103,14 @@ class Model:
             generator = torch.Generator().manual_seed(seed)
             for path in self.targets(targets, layers):
                 adapter.pairs[path] = new_pair(self._adapted(path), rank, alpha, dropout, generator)
-        if role in ("reward", "value"):
-            adapter.head = nn.Parameter(torch.zeros(1, self.hidden_size, device=self.device))
-            adapter.bias = nn.Parameter(torch.zeros(1, device=self.device), requires_grad=role == "value")
+        adapter.add_head(self.hidden_size, self.device)
         self._register(adapter)
         return adapter
 
     def copy_adapter(self, source: str, name: str, role: Role) -> Adapter:
         """A trainable copy of `source` under another name; a new zero head where the role has one."""
-        old = self.adapters[source]
-        new = Adapter(name, role, old.rank, old.alpha, old.dropout, beneath=old.beneath)
-        new.pairs = {
-            path: LowRank(nn.Parameter(p.a.detach().clone()), nn.Parameter(p.b.detach().clone()), p.scale, p.dropout)
-            for path, p in old.pairs.items()
-        }
-        new.weights = {n: nn.Parameter(w.detach().clone()) for n, w in old.weights.items()}
-        if role in ("reward", "value"):
-            new.head = nn.Parameter(torch.zeros(1, self.hidden_size, device=self.device))
-            new.bias = nn.Parameter(torch.zeros(1, device=self.device), requires_grad=role == "value")
+        new = self.adapters[source].copied(name, role)
+        new.add_head(self.hidden_size, self.device)
         self._register(new)
         return new
 

@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from perlhf.adapter import Adapter
 from perlhf.adapter_files import AdapterFiles, check_base, read_adapter, write_adapter
 from perlhf.encode import Encoder
 from perlhf.errors import AdapterError, CheckpointError
 from perlhf.lora import LowRank
-from perlhf.model import Adapter, Model, Role
+from perlhf.model import Model
 from perlhf.storage import directory_atomic, storage_error
 
 FULL_WEIGHTS = "full_weights.safetensors"
@@ -74,8 +75,7 @@ def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | No
     files = read_adapter(directory)
     check_base(files, model.fingerprint)
     _check_encoding(files.encoding, encoder, directory)
-    role: Role = files.role  # pyright: ignore[reportAssignmentType]
-    adapter = Adapter(name, role, files.rank, files.alpha, files.dropout)
+    adapter = Adapter(name, files.role, files.rank, files.alpha, files.dropout)
     for path, (a, b) in files.weights.items():
         scale = files.alpha / a.shape[0]
         adapter.pairs[path] = LowRank(
@@ -83,7 +83,9 @@ def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | No
         )
     if files.head is not None:
         adapter.head = nn.Parameter(files.head.float().clone())
-        adapter.bias = nn.Parameter(torch.tensor([files.bias], dtype=torch.float32), requires_grad=role == "value")
+        adapter.bias = nn.Parameter(
+            torch.tensor([files.bias], dtype=torch.float32), requires_grad=files.role == "value"
+        )
     return model.adopt(adapter)
 
 

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from perlhf import linear_probe, optim, order, statistics, store, training
+from perlhf.adapter import Adapter
 from perlhf.config import RewardConfig
 from perlhf.data import check_labels, load
 from perlhf.data.records import Comparison, Rating, Record, Text
 from perlhf.encode import Encoder
 from perlhf.errors import DataError
 from perlhf.losses import bradley_terry, rating_cross_entropy
-from perlhf.model import Adapter, Model
+from perlhf.model import Model
 from perlhf.packing import Packing, lay_out, microbatches
 from perlhf.run import Run, open_run
 from perlhf.training import Best, Interrupted

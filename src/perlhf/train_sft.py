@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from perlhf import optim, order, store, training
+from perlhf.adapter import Adapter
 from perlhf.config import SftConfig
 from perlhf.data import load
 from perlhf.data.records import Demonstration, Record
 from perlhf.encode import Encoder, Example
 from perlhf.losses import sft_loss
-from perlhf.model import Adapter, Model
+from perlhf.model import Model
 from perlhf.packing import Packing, lay_out, microbatches
 from perlhf.run import open_run
 from perlhf.training import Best, Interrupted

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from perlhf import base as bases
 from perlhf import checkpoint, optim, order, store
+from perlhf.adapter import Adapter
 from perlhf.config import AdapterConfig, StageConfig
 from perlhf.data import content_hash
 from perlhf.data.records import Record, Text
 from perlhf.encode import Encoder, Example, TooLong
 from perlhf.errors import ConfigError, DataError, DivergenceError, PerlhfError
-from perlhf.model import Adapter, Model
+from perlhf.model import Model
 from perlhf.packing import Ids, Packing
 from perlhf.run import Run
 

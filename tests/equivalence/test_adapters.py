@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from perlhf import store
+from perlhf.adapter import Adapter
 from perlhf.config import EncodingConfig
 from perlhf.encode import Encoder
 from perlhf.errors import AdapterError, CheckpointError
 from perlhf.lora import AdaptedLinear, LowRank
-from perlhf.model import Adapter, Model
+from perlhf.model import Model
 
 PROMPTS = random_ids([5, 9, 1], seed=1)
 COMPLETIONS = random_ids([4, 1, 7], seed=2)

@@ -9,11 +9,11 @@ from torch import Tensor
 from toy import BAD, GOOD, read_json
 
 from perlhf import store
+from perlhf.adapter import Adapter
 from perlhf.adapter_files import AdapterFiles, read_adapter
 from perlhf.average import mean_adapter
 from perlhf.cli import main
 from perlhf.finished import Finished, read_finished
-from perlhf.model import Adapter
 
 TEXTS = [(f"a tea please {number}", text) for number, text in enumerate((*GOOD, *BAD))]
 
