@@ -70,8 +70,12 @@ _MODULES = ("average", "chat", "compare", "config", "data", "demo", "errors", "e
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"perlhf.{name}")
-    suffixes = {"Config": "config", "Error": "errors"}
-    home = _HOMES.get(name) or next((module for suffix, module in suffixes.items() if name.endswith(suffix)), None)
+    home = _HOMES.get(name)
+    if home is None and name.endswith("Error"):
+        home = "errors"
+    elif home is None and name.endswith("Config"):
+        trains = hasattr(importlib.import_module("perlhf.config"), name)
+        home = "config" if trains else "config_commands"
     if home is None:
         raise AttributeError(f"module 'perlhf' has no attribute {name!r}")
     module, _, function = home.partition(":")

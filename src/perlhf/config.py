@@ -276,6 +276,11 @@ class PolicyConfig(StageConfig):
     """Updates between evaluations on held-out prompts; the adapter with the best held-out reward is kept."""
     validation_prompts: Positive = 16
     """Held-out prompts of such an evaluation."""
+    # These two are left out of what a run records unless they are set: a record without them is the same run.
+    validation_reward: tuple[str, ...] = Field(default=(), exclude_if=lambda sources: not sources)
+    """What scores the held-out prompts instead of `reward`, best reward runs of other groups (none: `reward`)."""
+    patience: Positive | None = Field(default=None, exclude_if=lambda evaluations: evaluations is None)
+    """Stop after so many evaluations in a row without a better held-out reward; null runs all updates."""
 
     @property
     def learning_rate(self) -> float:

@@ -112,9 +112,10 @@ def plan(config: Stage) -> Plan:
 def _check_earlier_runs(config: Stage) -> None:
     """Raises RunError for an SFT or reward run that isn't there: the stage itself would stop at it."""
     sft = None if isinstance(config, SftConfig) else config.sft
-    rewards = config.reward if isinstance(config, PolicyConfig) else ()
     runs = [("sft", sft)] if sft else []
-    runs += [("reward", Path(source)) for source in rewards if ":" not in source]
+    if isinstance(config, PolicyConfig):
+        named = {"reward": config.reward, "validation_reward": config.validation_reward}
+        runs += [(key, Path(source)) for key, sources in named.items() for source in sources if ":" not in source]
     for key, run in runs:
         if not (run / "adapter").is_dir():
             stage = "sft" if key == "sft" else "reward"
@@ -191,7 +192,8 @@ def _frozen_adapters(config: Stage) -> int:
     """Adapters held without gradients: the reference and the reward models of a policy."""
     if not isinstance(config, PolicyConfig):
         return 0
-    return (config.sft is not None) + sum(1 for reward in config.reward if ":" not in reward)
+    rewards = (*config.reward, *config.validation_reward)
+    return (config.sft is not None) + sum(1 for reward in rewards if ":" not in reward)
 
 
 def dtype_in_force(dtype: str, device: str) -> str:

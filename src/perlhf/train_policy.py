@@ -8,7 +8,7 @@ return, and a completion without end token pays a penalty. Not included: dropout
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ from perlhf.rewards import load_rewards
 from perlhf.run import Run, open_run
 from perlhf.sampler import Rollout, probe, sample, uniforms
 from perlhf.training import Best, Interrupted
+
+STATE = ("centre", "judged_centre", "before", "tokens", "stopped", "no_better")
+"""What a checkpoint keeps besides adapters, optimisers and the best validation."""
 
 
 def train_policy(config: PolicyConfig) -> dict[str, Any]:
@@ -49,15 +52,11 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
             ),
             config.optim,
         )
+        judged = _judged(stage)
         step, best, state = training.restore(run, model, optimizers)
         if step == 0:
-            with run.progress(2, 0, "reference") as bar:
-                centre = _centre(stage)
-                bar.advance()
-                before = _validate(stage, centre, stage.reference)
-                bar.advance()
-            state = {"centre": asdict(centre), "before": before, "tokens": 0, "stopped": None}
-        centre = Centre(**state["centre"])
+            state = _before(stage, judged, run)
+        centre, judged_centre = Centre(**state["centre"]), Centre(**state["judged_centre"])
         with run.progress(config.updates, step, "policy") as bar:
             while step < config.updates and state["stopped"] is None:
                 step += 1
@@ -67,15 +66,18 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
                 if config.max_kl is not None and values["kl"] > config.max_kl:
                     state["stopped"] = f"KL {values['kl']:.3g} exceeded max_kl {config.max_kl:g} at update {step}"
                 if step % config.validate_every == 0 or step == config.updates or state["stopped"]:
-                    held_out = _validate(stage, centre, POLICY)
+                    held_out = _validate(judged, judged_centre, POLICY)
                     values |= {f"validation_{key}": value for key, value in held_out.items()}
                     exceeded = state["stopped"] is not None and best.step is not None
                     if improved := held_out["reward"] > best.value and not exceeded:
                         best = Best(step, held_out["reward"], held_out)
+                    state["no_better"] = 0 if improved else state["no_better"] + 1
+                    if state["no_better"] == config.patience:
+                        found = f"held-out reward was no better {config.patience} times in a row, at update {step}"
+                        state["stopped"] = state["stopped"] or found
                 run.log(step, values)
                 if improved or state["stopped"] or step % config.save_every == 0 or run.stop_requested:
-                    kept = {key: state[key] for key in ("centre", "before", "tokens", "stopped")}
-                    training.save(run, step, model, optimizers, best, kept)
+                    training.save(run, step, model, optimizers, best, {key: state[key] for key in STATE})
                 bar.advance()
                 if run.stop_requested and step < config.updates:
                     raise Interrupted(
@@ -118,6 +120,27 @@ def _open(config: PolicyConfig) -> Stage:
     held_out = [record for record in load(config.data, ("prompt",), "validation") if isinstance(record, Prompt)]
     chosen = order.choose(held_out, config.validation_prompts, config.seed)
     return Stage(config, model, encoder, rewards, prompts, chosen, reference)
+
+
+def _judged(stage: Stage) -> Stage:
+    """The stage that held-out prompts see: scored by `validation_reward` where that is given."""
+    config = stage.config
+    if not config.validation_reward:
+        return stage
+    sources = config.validation_reward, config.combine
+    return replace(stage, rewards=load_rewards(stage.model, *sources, stage.encoder, "validation_reward"))
+
+
+def _before(stage: Stage, judged: Stage, run: Run) -> dict[str, Any]:
+    """The state before the first update: what centres the scores, and how the reference does on held-out prompts."""
+    with run.progress(2, 0, "reference") as bar:
+        centre = _centre(stage)
+        judged_centre = centre if judged is stage else _centre(judged)
+        bar.advance()
+        before = _validate(judged, judged_centre, stage.reference)
+        bar.advance()
+    centres = {"centre": asdict(centre), "judged_centre": asdict(judged_centre)}
+    return centres | {"before": before, "tokens": 0, "stopped": None, "no_better": 0}
 
 
 def _step(

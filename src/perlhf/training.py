@@ -65,8 +65,8 @@ def facts(config: StageConfig) -> dict[str, Any]:
 def _earlier_runs(config: StageConfig) -> list[Path]:
     """The runs whose adapters this one starts from or is paid by."""
     sft: Path | None = getattr(config, "sft", None)
-    reward: Sequence[str] = getattr(config, "reward", ())
-    runs = [*([sft] if sft else []), *(Path(source) for source in reward)]
+    rewards: Sequence[str] = (*getattr(config, "reward", ()), *getattr(config, "validation_reward", ()))
+    runs = [*([sft] if sft else []), *(Path(source) for source in rewards)]
     return [run for run in runs if (run / "adapter").is_dir()]
 
 

@@ -290,6 +290,26 @@ def test_the_kept_policy_is_the_best_on_held_out_prompts(stage):
     assert found["score_after"] == lines[found["best_step"] - 1]["validation_score"]
 
 
+def test_another_reward_judges_the_held_out_prompts_and_patience_stops(stage):
+    options = ("--validate-every", "1", "--updates", "30", "--optim.learning-rate", "0.1", "--kl-coef", "0.5")
+    judged = (*options, "--validation-reward", "toy_reward:constant", "--patience", "2")
+    run, done = stage("policy", *judged, run="judged")
+    assert done.code == 0
+    lines, found = metrics(run), result(run)
+    assert {line["validation_score"] for line in lines} == {0.5} == {found["score_before"]}
+    # Centred by its own mean, a judge who finds all equal leaves -beta KL: the policy gets worse by each update.
+    values = [line["validation_reward"] for line in lines]
+    assert values == pytest.approx([-0.5 * line["validation_kl"] for line in lines])
+    assert "no better 2 times in a row" in found["stopped"]
+    best = values.index(max(values))
+    assert len(lines) == found["updates"] == best + 3 < 30 and found["best_step"] == best + 1
+    plain, done = stage("policy", *options, "--updates", str(len(lines)), run="plain")
+    assert done.code == 0
+    assert rollout(plain, len(lines)) == rollout(run, len(lines)), "the judge changed what is learned"
+    again, done = stage("policy", *judged, run="judged")
+    assert done.code == 0 and result(again) == found
+
+
 def test_max_kl_keeps_an_earlier_best_that_stayed_within(stage):
     options = ("--max-kl", "0.3", "--validate-every", "1", "--updates", "50", "--baseline", "leave_one_out")
     run, done = stage("policy", *options)
