@@ -4,12 +4,14 @@ keep RUNS NAME     numbers of the finished runs in RUNS (no texts, no adapters) 
                    rollouts of policies on the embedded set scored, the gold score included
 restore NAME RUNS  the reverse: `perlhf compare --output RUNS` then goes on after the kept cells
 tables             tables and plots from docs/results, between the markers of docs/results/index.md
-reproduce          says how long the kept cells took, then runs every comparison anew below runs/
+reproduce          says how long the kept cells took, then runs the commands of docs/results/commands.yaml, in which
+                   every result's are written; a run that is finished below runs/ isn't run again
 """
 
 import argparse
 import json
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -104,18 +106,25 @@ def tables() -> None:
 
 
 def reproduce() -> None:
-    """Runs every kept comparison from its recipe, in a new directory each."""
-    names = sorted(path.parent.name for path in RESULTS.glob("*/compare.yaml"))
+    """Runs the commands of every result, in the order of the file."""
     total = 0.0
-    for name in names:
+    for name in _commands():
         cells = list(_finished(RESULTS / name))
         seconds = sum(_manifest(cell)["wall_seconds"] for cell in cells)
         total += seconds
         print(f"{name}: {len(cells)} cells took {duration(seconds)} on {_machine(_manifest(cells[0]))}")
     print(f"all: {duration(total)} without evaluations; Ctrl-C saves, and the same command goes on", flush=True)
-    for name in names:
-        command = ["compare", f"recipes/{name}/compare.yaml", "--output", f"runs/reproduced-{name}"]
-        subprocess.run([sys.executable, "-m", "perlhf", *command], cwd=REPOSITORY, check=True)
+    for command in dict.fromkeys(command for commands in _commands().values() for command in commands):
+        words = shlex.split(command)
+        output = words[words.index("--output") + 1] if "--output" in words and words[0] != "compare" else None
+        if output is None or not (REPOSITORY / output).exists():
+            print(f"perlhf {command}", flush=True)
+            subprocess.run([sys.executable, "-m", "perlhf", *words], cwd=REPOSITORY, check=True)
+
+
+def _commands() -> dict[str, list[str]]:
+    """What makes each result, without the word `perlhf`; what two results share is done once."""
+    return yaml.safe_load((RESULTS / "commands.yaml").read_text(encoding="utf-8"))
 
 
 def _finished(runs: Path) -> Iterator[Path]:
@@ -141,7 +150,7 @@ def _results(name: str) -> str:
         manifests = [_manifest(cell) for cell in _finished(RESULTS / name) if cell.name.startswith(stage)]
         versions = mapping(part["versions"])
         lines = [
-            f"`perlhf compare recipes/{name}/compare.yaml`: {len(manifests)} {stage} runs of "
+            f"`perlhf {_commands()[name][-1]}`: {len(manifests)} {stage} runs of "
             f"{duration(sum(one['wall_seconds'] for one in manifests))} in all, {count(part['records'])} test "
             f"records of {count(part['groups'])} groups, margin {number(part['margin'])}. {_machine(manifests[0])}, "
             f"{part['threads']} threads, torch {versions.get('torch')}, transformers {versions.get('transformers')}, "

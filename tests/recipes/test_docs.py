@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from perlhf.cli import COMMANDS, DATA_COMMANDS
@@ -18,7 +19,12 @@ from perlhf.options import parse
 from perlhf.recipe import submodel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+RESULTS = REPOSITORY / "docs" / "results"
+PAGES = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    RESULTS / "index.md",
+]
 NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 METHOD = REPOSITORY / "docs" / "method.md"
 LISTS = re.compile(r"^- (Code|Key|Test): (.*(?:\n  .*)*)", re.MULTILINE)
@@ -79,12 +85,24 @@ def test_command_lines_parse(page, monkeypatch):
     """Recipes are read, options and values are checked; nothing is run."""
     monkeypatch.chdir(REPOSITORY)
     for words in commands(page):
-        table, rest = (DATA_COMMANDS, words[1:]) if words[0] == "data" else (COMMANDS, words)
-        assert rest[0] in table, words
-        try:
-            parse(table[rest[0]], rest[1:])
-        except SystemExit as stopped:
-            pytest.fail(f"perlhf {' '.join(words)}: exit code {stopped.code}")
+        parses(words)
+
+
+def parses(words: list[str]) -> None:
+    table, rest = (DATA_COMMANDS, words[1:]) if words[0] == "data" else (COMMANDS, words)
+    assert rest[0] in table, words
+    try:
+        parse(table[rest[0]], rest[1:])
+    except SystemExit as stopped:
+        pytest.fail(f"perlhf {' '.join(words)}: exit code {stopped.code}")
+
+
+def test_every_result_says_what_made_it(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    made = yaml.safe_load((RESULTS / "commands.yaml").read_text(encoding="utf-8"))
+    assert made.keys() == {path.name for path in RESULTS.iterdir() if path.is_dir()}
+    for command in dict.fromkeys(command for given in made.values() for command in given):
+        parses(shlex.split(command))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
