@@ -70,8 +70,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     trainer = DPOTrainer(model, None, settings, train_dataset=data, processing_class=encoder.tokenizer)
     trainer.train()
     seconds = time.perf_counter() - began
-    model.peft_config["default"].base_model_name_or_path = None  # a path of this machine
-    model.save_pretrained(arguments.output / "adapter", selected_adapters=["default"])
+    # By its name, not by the path where this machine keeps it; and nothing is looked up on the hub.
+    model.peft_config["default"].base_model_name_or_path = base.fingerprint(where)["name"]
+    model.save_pretrained(arguments.output / "adapter", selected_adapters=["default"], save_embedding_layers=False)
     return {
         "what": "TRL DPOTrainer",
         "beta": arguments.beta,

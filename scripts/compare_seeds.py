@@ -1,23 +1,25 @@
 """Two sets of runs that differ in one thing, each with several seeds: mean quality on test groups and the difference.
 
-The runs must have been evaluated (`perlhf evaluate RUN`) on the same records. Intervals are over seeds and groups, the
-difference's on the same groups for both. Prints one JSON line.
+The runs must have been evaluated (`perlhf evaluate RUN`) on the same records. The interval of the difference is over
+groups, the same for both, and seeds. Prints one JSON line.
 Run: python scripts/compare_seeds.py --first runs/grouped-0 runs/grouped-1 --second runs/shuffled-0 runs/shuffled-1
 """
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from perlhf.compare_result import difference, tested_by
 from perlhf.run_files import read_runs, summarise
+from perlhf.verdict import seed_noise
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", type=Path, nargs="+", required=True, help="evaluated runs, one a seed")
     parser.add_argument("--second", type=Path, nargs="+", required=True, help="evaluated runs, one a seed")
-    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of seeds and groups")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of groups")
     arguments = parser.parse_args()
     found = {}
     sides = {name: read_runs(getattr(arguments, name)) for name in ("first", "second")}
@@ -29,7 +31,9 @@ def main() -> None:
         seconds = [line.seconds for run in runs if (line := summarise(run)).seconds is not None]
         found[name] = {"metric": tested[name][0].metric, "seeds": values, "mean": sum(values) / len(values)}
         found[name] |= {"tokens": [run.result.get("tokens") for run in runs], "seconds": seconds}
-    found["difference"] = difference(tested["first"], tested["second"], arguments.bootstrap, 0)
+    noise = seed_noise(found[name]["seeds"] for name in tested)
+    found["seed_noise"] = None if noise is None else asdict(noise)
+    found["difference"] = difference(tested["first"], tested["second"], noise, arguments.bootstrap, 0)
     print(json.dumps(found))
 
 

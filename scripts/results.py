@@ -109,11 +109,16 @@ def reproduce() -> None:
     """Runs the commands of every result, in the order of the file."""
     total = 0.0
     for name in _commands():
-        cells = list(_finished(RESULTS / name))
-        seconds = sum(_manifest(cell)["wall_seconds"] for cell in cells)
+        manifests = [_manifest(cell) for cell in _finished(RESULTS / name)]
+        seconds = sum(one["wall_seconds"] for one in manifests)
         total += seconds
-        print(f"{name}: {len(cells)} cells took {duration(seconds)} on {_machine(_manifest(cells[0]))}")
-    print(f"all: {duration(total)} without evaluations; Ctrl-C saves, and the same command goes on", flush=True)
+        machines = " and ".join(dict.fromkeys(map(_machine, manifests)))
+        print(f"{name}: {len(manifests)} runs that were kept took {duration(seconds)} on {machines or 'no machine'}")
+    print(
+        f"all: at least {duration(total)} one after another; runs before them, those that weren't kept and evaluations "
+        "come on top. Ctrl-C saves, and the same command goes on",
+        flush=True,
+    )
     for command in dict.fromkeys(command for commands in _commands().values() for command in commands):
         words = shlex.split(command)
         output = words[words.index("--output") + 1] if "--output" in words and words[0] != "compare" else None
@@ -137,9 +142,9 @@ def _manifest(cell: Path) -> dict[str, Any]:
 
 def _machine(manifest: Mapping[str, Any]) -> str:
     hardware = manifest["hardware"]
-    if hardware.get("gpu"):
-        return hardware["gpu"]
-    return f"{hardware['cpu']} ({hardware['cores']} cores)"
+    if hardware.get("gpu") or manifest.get("cuda_peak_memory_bytes"):
+        return hardware.get("gpu") or "a GPU"
+    return f"{hardware['cpu']} ({manifest['threads']} threads)"
 
 
 def _results(name: str) -> str:
@@ -152,9 +157,10 @@ def _results(name: str) -> str:
         lines = [
             f"`perlhf {_commands()[name][-1]}`: {len(manifests)} {stage} runs of "
             f"{duration(sum(one['wall_seconds'] for one in manifests))} in all, {count(part['records'])} test "
-            f"records of {count(part['groups'])} groups, margin {number(part['margin'])}. {_machine(manifests[0])}, "
-            f"{part['threads']} threads, torch {versions.get('torch')}, transformers {versions.get('transformers')}, "
-            f"commits {', '.join(sorted({str(one['commit'])[:7] for one in manifests}))}.",
+            f"records of {count(part['groups'])} groups, margin {number(part['margin'])}. {comparison.over(part)} "
+            f"{', '.join(dict.fromkeys(map(_machine, manifests)))}, {part['jobs']} at a time, torch "
+            f"{versions.get('torch')}, transformers {versions.get('transformers')}, commits "
+            f"{', '.join(sorted({str(one['commit'])[:7] for one in manifests}))}.",
             "",
             f"| side | {part['metric']} | minus {part['reference']} | verdict | peak memory | speed | time "
             "| trainable | learning rate | seeds |",
@@ -204,8 +210,11 @@ def _curves(name: str) -> str:
         rows = json.loads(file.read_text(encoding="utf-8"))
         blocks = [rows[at : at + BLOCK] for at in range(0, len(rows) - len(rows) % BLOCK, BLOCK)]
         means = [{key: statistics.fmean(row[key] for row in block) for key in block[0]} for block in blocks]
+        if not means:
+            continue
         first, last = means[0], means[-1]
-        cells = [f"{number(first[key])} to {number(last[key])}" for key in ("score", "gold", "kl")]
+        ends = [(number(first[key]), number(last[key])) for key in ("score", "gold", "kl")]
+        cells = [start if len(means) == 1 else f"{start} to {end}" for start, end in ends]
         lines.append(f"| {file.parent.name} | {len(rows)} | " + " | ".join(cells) + " |")
         paths[file.parent.name] = [[(one["kl"], one["gold"]) for one in means]]
     image = f"{name}.svg"

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -66,8 +68,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         StorageError: a file can't be written.
         KeyboardInterrupt: interrupted; the cell that was running has saved and will go on.
     """
+    check_scorers(config)
     _check_memory(config)
-    _claim(config)
+    shown = config.model_copy(update={"jobs": _claim(config)})
     found: dict[str, Any] = {}
     for stage in config.stages:
         chosen: dict[Side, list[Cell]] = {}
@@ -78,7 +81,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             for one in as_completed(running):
                 if cells := one.result():
                     chosen[running[one]] = cells
-                    found[stage] = _found(stage, chosen, config)
+                    found[stage] = _found(stage, chosen, shown)
                     _write(found, config)
         if not chosen:
             raise RunError(f"no side of stage {stage} could be trained", where=str(config.output / FAILURES))
@@ -108,8 +111,10 @@ def _each(
 
 def _found(stage: Stage, chosen: Mapping[Side, Sequence[Cell]], config: CompareConfig) -> dict[str, Any]:
     """The part of compare.json about a stage, from the sides that have finished."""
-    runs = {side.name: [config.output / cell.name for cell in chosen[side]] for side in config.sides if side in chosen}
-    return {**summarise(stage, runs, config), "tried": _tried(stage, config)}
+    sides = [side for side in config.sides if side in chosen]
+    runs = {side.name: [config.output / cell.name for cell in chosen[side]] for side in sides}
+    diverged = {side.name: 1 + len(config.more_seeds(side)) - len(chosen[side]) for side in sides}
+    return {**summarise(stage, runs, config, diverged), "tried": _tried(stage, config)}
 
 
 def cells(config: CompareConfig) -> list[list[str]]:
@@ -118,6 +123,7 @@ def cells(config: CompareConfig) -> list[list[str]]:
     Raises:
         RunError, DataError, ModelError, AdapterError: as `plan.plan` of a cell.
     """
+    check_scorers(config)
     rows = []
     for stage in config.stages:
         for side in config.sides:
@@ -126,6 +132,13 @@ def cells(config: CompareConfig) -> list[list[str]]:
             size = memory(_memory_bytes(stage, side, config))
             rows.append([stage, side.name, tried, seeds, size, str(config.runs(side))])
     return rows
+
+
+def check_scorers(config: CompareConfig) -> None:
+    """Raises RunError for a scorer that is no finished reward run, before anything is trained."""
+    for source in config.scorers:
+        if ":" not in source and not (Path(source) / "adapter").is_dir():
+            raise RunError(f"{source} is no finished run", where="scorers", hint="train it: perlhf reward")
 
 
 def _memory_bytes(stage: Stage, side: Side, config: CompareConfig) -> int:
@@ -137,8 +150,10 @@ def _memory_bytes(stage: Stage, side: Side, config: CompareConfig) -> int:
 def _check_memory(config: CompareConfig) -> None:
     """Refuses more cells at a time than memory has room for, the largest together."""
     for stage in config.stages if config.jobs > 1 else ():
-        each = [(_memory_bytes(stage, side, config), len(config.rates(side))) for side in config.sides]
-        sizes = [size for size, tries in each for _ in range(tries)]
+        sizes = []
+        for side in config.sides:
+            most = max(len(config.rates(side)), len(config.more_seeds(side)))
+            sizes += most * [_memory_bytes(stage, side, config)]
         needed = sum(sorted(sizes)[-config.jobs :])
         free = free_memory_bytes(config.stage(stage).device)
         if free is not None and needed > free:
@@ -171,25 +186,27 @@ def _value(cell: Cell, config: CompareConfig) -> float | None:
 
 
 def _tried(stage: Stage, config: CompareConfig) -> list[dict[str, Any]]:
-    """Every learning rate that was tried, and where it led."""
+    """Every learning rate that was tried with the first seed, and later seeds that diverged."""
     rows = []
     for side in config.sides:
-        for rate in config.rates(side):
-            cell = Cell(stage, side, rate, config.seeds[0])
+        for rate, seed in product(config.rates(side), (config.seeds[0], *config.more_seeds(side))):
+            cell = Cell(stage, side, rate, seed)
             failed = config.output / FAILURES / f"{cell.name}.json"
-            if failed.exists() or (config.output / cell.name / RESULT).exists():
-                row = {"side": side.name, "learning_rate": rate, "seed": cell.seed, "validation": _value(cell, config)}
+            tried = seed == config.seeds[0] and (config.output / cell.name / RESULT).exists()
+            if tried or failed.exists():
+                row = {"side": side.name, "learning_rate": rate, "seed": seed, "validation": _value(cell, config)}
                 rows.append(row | {"failed": read_json(failed)["message"] if failed.exists() else None})
     return rows
 
 
-def _claim(config: CompareConfig) -> None:
-    """Writes compare.yaml, or refuses a directory that holds the cells of another grid."""
+def _claim(config: CompareConfig) -> int:
+    """Writes compare.yaml, or refuses a directory that holds the cells of another grid; the most `jobs` so far."""
     values, path = json.loads(config.model_dump_json()), config.output / RECIPE
     with storage_errors(config.output):
         config.output.mkdir(parents=True, exist_ok=True)
         if path.exists():
             then = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values["jobs"] = max(values["jobs"], then.get("jobs", 1))
             old, new = ({key: value for key, value in one.items() if key not in MAY_GROW} for one in (then, values))
             if difference := first_difference(old, new):
                 key, before, now = difference
@@ -204,6 +221,7 @@ def _claim(config: CompareConfig) -> None:
         for folder in (FAILURES, LOGS):
             (config.output / folder).mkdir(exist_ok=True)
     write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return values["jobs"]
 
 
 def _train(cell: Cell, config: CompareConfig, processes: Processes) -> None:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,18 @@ from perlhf import statistics as measures
 from perlhf import verdict
 from perlhf.config_compare import CompareConfig, Stage
 from perlhf.errors import RunError
-from perlhf.run_files import RunFiles, Summary, finite, mapping, number, read_runs
+from perlhf.run_directory import first_difference
+from perlhf.run_files import EVALUATION, RunFiles, Summary, finite, mapping, number, read_runs
 from perlhf.run_files import summarise as summary_of
-from perlhf.verdict import Statistic
+from perlhf.verdict import SeedNoise, Statistic
 
 CURVES = {
-    "AUC": "validation_auc",
-    "pairwise accuracy": "validation_pairwise_accuracy",
-    "score": "validation_score",
-    "gold score": "validation_gold",
+    "AUC": ("AUC on validation groups", "validation_auc"),
+    "pairwise accuracy": ("pairwise accuracy on validation groups", "validation_pairwise_accuracy"),
+    "score": ("reward on held-out prompts, by what training validates with", "validation_reward"),
+    "gold score": ("reward on held-out prompts, by what training validates with", "validation_reward"),
 }
-"""Metrics and what metrics.jsonl calls them while a run learns."""
+"""What is known of each metric while a run learns (a policy's scorer isn't asked), and its name in metrics.jsonl."""
 WORDS = {
     "equivalent": "{verb} equivalent to {other}",
     "better": "{verb} better than {other}",
@@ -41,28 +42,41 @@ class Tested:
     value: Statistic
 
 
-def summarise(stage: Stage, runs: Mapping[str, Sequence[Path]], config: CompareConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Compared:
+    """What the sides of a comparison have in common."""
+
+    tested: Mapping[str, Sequence[Tested]]
+    reference: str
+    noise: SeedNoise | None
+    config: CompareConfig
+    diverged: Mapping[str, int]
+
+
+def summarise(
+    stage: Stage,
+    runs: Mapping[str, Sequence[Path]],
+    config: CompareConfig,
+    diverged: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """The part of compare.json about one stage.
 
     Args:
         runs: run directories of each side's seeds, evaluated on test groups; the first side is the reference.
+        diverged: how many more seeds of a side there would be, had their training not diverged.
 
     Raises:
-        RunError: cells that were tested on different records.
+        RunError: cells that learned from other data or reward models, or were tested otherwise, than the first.
     """
     files = {side: read_runs(paths) for side, paths in runs.items()}
     tested = {side: [tested_by(run) for run in found] for side, found in files.items()}
-    everyone = [one for found in tested.values() for one in found]
+    _check_alike(files, tested, config)
     reference = next(iter(files))
-    first = everyone[0]
-    for side, found in tested.items():
-        for one, run in zip(found, files[side], strict=True):
-            if one.groups != first.groups or one.metric != first.metric:
-                raise RunError("tested on other records than the first cell", where=str(run.path))
-    sides = {
-        side: _side(files[side], tested[side], files[reference], config) | _against(side, reference, tested, config)
-        for side in files
-    }
+    first = tested[reference][0]
+    everything = np.arange(len(first.groups))
+    noise = verdict.seed_noise([one.value(everything) for one in found] for found in tested.values())
+    compared = Compared(tested, reference, noise, config, diverged or {})
+    sides = {side: _side(files[side], files[reference], side, compared) | _against(side, compared) for side in files}
     return {
         "stage": stage,
         "metric": first.metric,
@@ -70,11 +84,48 @@ def summarise(stage: Stage, runs: Mapping[str, Sequence[Path]], config: CompareC
         "records": len(first.groups),
         "groups": len(set(first.groups)),
         "reference": reference,
+        "seed_noise": None if noise is None else asdict(noise),
         "sides": sides,
         "verdict": sentence(first.metric, reference, sides, config.margin),
+        "validated": CURVES[first.metric][0],
         "jobs": config.jobs,
+        "unlike": _unlike(files),
         **_made_with(files[reference][0]),
     }
+
+
+def _check_alike(
+    files: Mapping[str, Sequence[RunFiles]], tested: Mapping[str, Sequence[Tested]], config: CompareConfig
+) -> None:
+    """Raises RunError for a cell that learned from other data or was tested otherwise than the first one."""
+    cells = [(run, one) for side, found in files.items() for run, one in zip(found, tested[side], strict=True)]
+    first, one_first = cells[0]
+    rewards = () if config.policy is None else config.policy.reward
+    asked = {"split": "test", "adapter": None, "temperature": 1.0, "reward": list(config.scorers or rewards)}
+    for run, one in cells:
+        if one.groups != one_first.groups or one.metric != one_first.metric:
+            raise RunError("tested on other records than the first cell", where=str(run.path))
+        facts, first_facts = (mapping(each.manifest.get("facts")) for each in (run, first))
+        if difference := first_difference(dict(first_facts), dict(facts)):
+            key, then, now = difference
+            hint = "delete the cells of one of the two, and run the same command again"
+            raise RunError(f"{key} is {now!r}, but {then!r} in {first.path.name}", where=str(run.path), hint=hint)
+        for key, wanted in asked.items():
+            if key in run.evaluation and run.evaluation[key] != wanted:
+                found, where = run.evaluation[key], str(run.path / EVALUATION)
+                hint = "delete it, and run the same command again"
+                raise RunError(f"evaluated with {key} {found!r}", where=where, allowed=str(wanted), hint=hint)
+
+
+def _unlike(files: Mapping[str, Sequence[RunFiles]]) -> list[str]:
+    """Machines of the cells, in words, where they differ: then memory and speed are those of unlike cells."""
+    found: dict[str, None] = {}
+    for run in (run for side in files.values() for run in side):
+        hardware, torch = mapping(run.manifest.get("hardware")), mapping(run.manifest.get("versions")).get("torch")
+        machine = hardware.get("gpu") or f"{hardware.get('cpu')}, {run.manifest.get('threads')} threads"
+        size = run.config.get("tokens_per_microbatch")
+        found.setdefault(f"{machine}, torch {torch}, tokens_per_microbatch {size or 'as usual'}")
+    return list(found) if len(found) > 1 else []
 
 
 def sentence(metric: str, reference: str, sides: Mapping[str, Mapping[str, Any]], margin: float) -> str:
@@ -113,13 +164,12 @@ def tested_by(run: RunFiles) -> Tested:
     return Tested(metric, [row["group"] for row in rows], lambda i: float(values[i].mean()))
 
 
-def _side(
-    runs: Sequence[RunFiles], tested: Sequence[Tested], reference: Sequence[RunFiles], config: CompareConfig
-) -> dict[str, Any]:
+def _side(runs: Sequence[RunFiles], reference: Sequence[RunFiles], side: str, compared: Compared) -> dict[str, Any]:
     """Quality and costs of one side; costs also as a share or factor of the reference's."""
+    tested, config = compared.tested[side], compared.config
     everything = np.arange(len(tested[0].groups))
     low, high = verdict.seeds_interval(
-        [one.value for one in tested], [], tested[0].groups, config.bootstrap, config.seeds[0]
+        [one.value for one in tested], [], tested[0].groups, compared.noise, config.bootstrap, config.seeds[0]
     )
     values = [one.value(everything) for one in tested]
     lines = [summary_of(run) for run in runs]
@@ -128,6 +178,7 @@ def _side(
     return {
         "quality": {"value": statistics.fmean(values), "low": low, "high": high},
         "seeds": [{"seed": run.config.get("seed"), "value": value} for run, value in zip(runs, values, strict=True)],
+        "diverged": compared.diverged.get(side, 0),
         "learning_rate": mapping(runs[0].config.get("optim")).get("learning_rate"),
         "trainable_parameters": lines[0].trainable_parameters,
         "seconds": _mean(lines, "seconds"),
@@ -142,22 +193,26 @@ def _side(
     }
 
 
-def difference(first: Sequence[Tested], second: Sequence[Tested], resamples: int, seed: int) -> dict[str, float]:
+def difference(
+    first: Sequence[Tested], second: Sequence[Tested], noise: SeedNoise | None, resamples: int, seed: int
+) -> dict[str, float]:
     """Mean metric of the runs of `first` minus that of `second`, tested on the same records: `value`, `low`, `high`."""
     groups, everything = first[0].groups, np.arange(len(first[0].groups))
     one, other = ([run.value for run in side] for side in (first, second))
-    low, high = verdict.seeds_interval(one, other, groups, resamples, seed)
+    low, high = verdict.seeds_interval(one, other, groups, noise, resamples, seed)
     return {"value": _average(one, everything) - _average(other, everything), "low": low, "high": high}
 
 
-def _against(
-    side: str, reference: str, tested: Mapping[str, Sequence[Tested]], config: CompareConfig
-) -> dict[str, Any]:
-    """The difference in quality from the reference, and what it says."""
+def _against(side: str, compared: Compared) -> dict[str, Any]:
+    """The difference in quality from the reference, and what it says: nothing where seeds of either are missing."""
+    config, reference = compared.config, compared.reference
     if side == reference:
         return {"difference": None, "verdict": "reference"}
-    found = difference(tested[side], tested[reference], config.bootstrap, config.seeds[0])
-    return {"difference": found, "verdict": verdict.verdict(found["low"], found["high"], config.margin)}
+    tested = compared.tested
+    found = difference(tested[side], tested[reference], compared.noise, config.bootstrap, config.seeds[0])
+    lost = compared.diverged.get(side, 0) + compared.diverged.get(reference, 0)
+    said = "undecided" if lost else verdict.verdict(found["low"], found["high"], config.margin)
+    return {"difference": found, "verdict": said}
 
 
 def _average(side: Sequence[Statistic], indices: NDArray[np.intp]) -> float:
@@ -165,8 +220,8 @@ def _average(side: Sequence[Statistic], indices: NDArray[np.intp]) -> float:
 
 
 def _curve(run: RunFiles, metric: str) -> list[tuple[float, float]]:
-    """(seconds, validation metric) while the run learned."""
-    key = CURVES[metric]
+    """(seconds, what is validated) while the run learned."""
+    _, key = CURVES[metric]
     pairs = ((finite(row.get("time_seconds")), finite(row.get(key))) for row in run.metrics)
     return [(time, value) for time, value in pairs if time is not None and value is not None]
 

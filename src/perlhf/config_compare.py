@@ -46,7 +46,7 @@ class CompareConfig(Frozen):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds; learning rates are chosen with the first."""
     ranks_of_one_seed: tuple[Positive, ...] = ()
-    """LoRA ranks that get the first seed alone, to save time: their intervals are over groups, not over seeds."""
+    """LoRA ranks that get the first seed alone, to save time; how far seeds differ is taken from the other sides."""
     lora_learning_rates: Rates = (2e-4, 5e-4, 1e-3)
     """Learning rates tried for each LoRA side; the best on validation groups is kept."""
     full_learning_rates: Rates = (1e-5, 2e-5, 5e-5)
@@ -54,7 +54,7 @@ class CompareConfig(Frozen):
     margin: NotNegative = 0.02
     """Difference in quality, fixed beforehand, within which two sides are called equivalent."""
     bootstrap: Positive = 1000
-    """Resamples of seeds and groups behind every interval."""
+    """Resamples of groups behind every interval."""
     scorers: tuple[str, ...] = ()
     """What scores policies when they are evaluated, best reward runs of other groups (none: those they learn from)."""
     jobs: Positive = 1
@@ -105,6 +105,8 @@ class CompareConfig(Frozen):
             )
         if missing := set(self.ranks_of_one_seed) - set(self.ranks):
             raise ValueError(f"ranks_of_one_seed names {min(missing)}, which isn't among ranks {list(self.ranks)}")
+        if self.policy and (both := set(self.scorers) & set(self.policy.validation_reward)):
+            raise ValueError(f"{min(both)} is in scorers and in policy.validation_reward: it would judge what it chose")
         for key in ("ranks", "targets", "seeds", "lora_learning_rates", "full_learning_rates"):
             values = getattr(self, key)
             if len(set(values)) < len(values):

@@ -77,9 +77,9 @@ class DivergenceError(PerlhfError, ArithmeticError):
 
 
 class StaleSamplerError(PerlhfError, RuntimeError):
-    """The sampler did not use the adapter that is being trained."""
+    """The sampler did not use the adapter that is being trained: a mistake of perlhf's own."""
 
-    exit_code = 3
+    exit_code = 4
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

@@ -133,7 +133,7 @@ def _stage(config: Stage) -> tuple[str, tuple[str, ...]]:
 
 
 def count_records(config: Stage, kinds: tuple[str, ...]) -> dict[str, int]:
-    """Records of each split, at most `limit` of each.
+    """Records of each split, at most `limit` of each and `limit_train` of training.
 
     Raises:
         DataError: no records of these kinds, or a split that should have some is empty.
@@ -143,7 +143,9 @@ def count_records(config: Stage, kinds: tuple[str, ...]) -> dict[str, int]:
     for split in SPLITS:
         if not found[split] and (split != "test" or config.data.test > 0):
             data.load(config.data, kinds, split)  # raises, saying what is empty and what to change
-    return {split: min(found[split], config.data.limit or found[split]) for split in SPLITS}
+    limits = {split: [config.data.limit] for split in SPLITS}
+    limits["train"].append(config.data.limit_train)
+    return {split: min([found[split], *(limit for limit in limits[split] if limit)]) for split in SPLITS}
 
 
 def count_updates(config: Stage, kinds: tuple[str, ...]) -> int:

@@ -59,8 +59,12 @@ def load_rewards(
     how: Literal["mean", "min", "mean_minus_std"],
     encoder: Encoder,
     prefix: str = "reward",
+    key: str = "reward",
 ) -> Rewards:
     """Loads every source: an http(s) address, `module:function`, or a reward run directory, as adapter PREFIX_0, ..
+
+    Args:
+        key: of the configuration, which errors name.
 
     Raises:
         ConfigError: a source that is none of these; AdapterError: a reward run of another base or encoding.
@@ -74,15 +78,15 @@ def load_rewards(
             name = f"{prefix}_{len(adapters)}"
             adapter = store.load_adapter(model, Path(source) / "adapter", name, encoder)
             if adapter.head is None:
-                raise ConfigError(f"{source} holds a {adapter.role} adapter", where="reward", allowed="a reward run")
+                raise ConfigError(f"{source} holds a {adapter.role} adapter", where=key, allowed="a reward run")
             model.freeze(name)
             adapters.append(name)
         elif ":" in source and not Path(source).exists():
-            scorers.append(load_function(source))
+            scorers.append(load_function(source, key))
         else:
             raise ConfigError(
                 f"'{source}' is no finished reward run",
-                where="reward",
+                where=key,
                 allowed="a reward run directory, module:function, or an http(s) address",
                 hint="train it with perlhf reward",
             )

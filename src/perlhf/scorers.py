@@ -18,10 +18,11 @@ Scorer = Callable[[list[Text], list[str]], list[float]]
 """Prompts and their completions in, one finite score each out."""
 
 
-def load_function(name: str) -> Scorer:
+def load_function(name: str, key: str = "reward") -> Scorer:
     """The function that `module:function` names, its scores checked at every call.
 
-    The current directory is importable, as it is for `python -m`. What the function itself raises passes through.
+    `key` of the configuration is named by errors. The current directory is importable, as it is for `python -m`. What
+    the function itself raises passes through.
 
     Raises:
         ConfigError: malformed name, no such module or one that doesn't import, no such function (with the nearest).
@@ -29,15 +30,15 @@ def load_function(name: str) -> Scorer:
     """
     module_name, colon, attribute = name.partition(":")
     if not colon or not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"{name!r} names no function", where="reward", allowed="module:function")
-    module = _imported(module_name)
+        raise ConfigError(f"{name!r} names no function", where=key, allowed="module:function")
+    module = _imported(module_name, key)
     function = getattr(module, attribute, None)
     if not callable(function):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         close = nearest(attribute, callables)
         problem = "has no function" if function is None else "holds no function under"
         hint = f"did you mean {module_name}:{close}?" if close else None
-        raise ConfigError(f"module {module_name} {problem} {attribute!r}", where="reward", hint=hint)
+        raise ConfigError(f"module {module_name} {problem} {attribute!r}", where=key, hint=hint)
 
     def score(prompts: list[Text], completions: list[str]) -> list[float]:
         return _checked(function(prompts, completions), len(completions), name)
@@ -100,7 +101,7 @@ def combine(scores: ArrayLike, how: Literal["mean", "min", "mean_minus_std"]) ->
             raise ConfigError(f"unknown value {how!r}", where="combine", allowed="mean, min, mean_minus_std")
 
 
-def _imported(module_name: str):
+def _imported(module_name: str, key: str):
     """The module, looked up in the current directory too."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -111,12 +112,12 @@ def _imported(module_name: str):
         if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise ConfigError(
                 f"no module named {error.name!r}",
-                where="reward",
+                where=key,
                 hint=f"start perlhf in the directory that holds {error.name.split('.')[0]}.py, or install it",
             ) from None
-        raise ConfigError(f"module {module_name} doesn't import: {error}", where="reward") from error
+        raise ConfigError(f"module {module_name} doesn't import: {error}", where=key) from error
     except ImportError as error:
-        raise ConfigError(f"module {module_name} doesn't import: {error}", where="reward") from error
+        raise ConfigError(f"module {module_name} doesn't import: {error}", where=key) from error
     except SyntaxError as error:
         raise ConfigError(f"syntax error: {error.msg}", where=f"{error.filename}:{error.lineno}") from error
 

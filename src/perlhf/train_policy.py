@@ -56,6 +56,7 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         step, best, state = training.restore(run, model, optimizers)
         if step == 0:
             state = _before(stage, judged, run)
+        state = {"judged_centre": state["centre"], "no_better": 0} | state  # of runs begun before these were kept
         centre, judged_centre = Centre(**state["centre"]), Centre(**state["judged_centre"])
         with run.progress(config.updates, step, "policy") as bar:
             while step < config.updates and state["stopped"] is None:
@@ -127,8 +128,8 @@ def _judged(stage: Stage) -> Stage:
     config = stage.config
     if not config.validation_reward:
         return stage
-    sources = config.validation_reward, config.combine
-    return replace(stage, rewards=load_rewards(stage.model, *sources, stage.encoder, "validation_reward"))
+    sources, name = config.validation_reward, "validation_reward"
+    return replace(stage, rewards=load_rewards(stage.model, sources, config.combine, stage.encoder, name, name))
 
 
 def _before(stage: Stage, judged: Stage, run: Run) -> dict[str, Any]:

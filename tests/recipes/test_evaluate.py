@@ -20,7 +20,7 @@ from perlhf.data import load, split_of
 from perlhf.data.coffee_bar import gold
 from perlhf.data.records import Demonstration
 from perlhf.encode import Encoder
-from perlhf.errors import AdapterError, RunError
+from perlhf.errors import AdapterError, ConfigError, RunError
 from perlhf.evaluate import evaluate, score
 from perlhf.finished import read_finished
 from perlhf.run_files import measured, read_runs
@@ -187,6 +187,7 @@ def test_best_of_n_answers_of_the_reference(runs: TinyRuns, tmp_path: Path):
     found = checked(runs.policy, tmp_path, prompts=5, best_of=(1, 4))
     first, best = found["best_of"]["1"], found["best_of"]["4"]
     assert first["score"]["value"] == pytest.approx(found["before"]["score"]["value"], abs=1e-5)  # the same answers
+    assert first["win_rate"] == {"value": 0.5, "low": 0.5, "high": 0.5}
     assert first["kl_at_most"] == 0 and best["kl_at_most"] == pytest.approx(math.log(4) - 0.75)
     assert best["score"] == best["chosen_by"] and best["score"]["value"] > first["score"]["value"]
     assert best["win_rate"]["value"] >= 0.5 and "gold" not in best
@@ -206,6 +207,21 @@ def test_an_adapter_of_another_tool_answers_instead_of_the_policy(runs: TinyRuns
     assert [row["after"] for row in found["samples"]] == [row["before"] for row in found["samples"]]
     with pytest.raises(AdapterError, match="a reward adapter writes no answers"):
         checked(runs.policy, tmp_path, adapter=runs.reward / "adapter")
+
+
+@pytest.mark.parametrize(
+    "asked", [{"adapter": Path("x")}, {"reward": (GOLD,)}, {"best_of": (2,)}, {"judge": "http://x"}]
+)
+def test_what_only_policies_are_asked(runs: TinyRuns, tmp_path: Path, asked: dict[str, Any]):
+    for run, stage in ((runs.reward, "reward"), (runs.sft, "sft")):
+        with pytest.raises(ConfigError, match=f"holds a run of stage {stage}"):
+            checked(run, tmp_path, **asked)
+
+
+def test_another_adapters_evaluation_does_not_become_the_runs(runs: TinyRuns):
+    with pytest.raises(ConfigError, match="isn't the run's own"):
+        evaluate(EvaluateConfig(run=runs.policy, adapter=runs.sft / "adapter"))
+    assert not (runs.policy / "evaluation.json").exists()
 
 
 def test_gold_and_a_function_as_reward(runs: TinyRuns, tmp_path: Path):

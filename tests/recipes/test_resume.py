@@ -110,6 +110,19 @@ def test_a_run_killed_between_its_last_update_and_its_result(stage, commands, un
     assert_same(outcome(run), expected)
 
 
+def test_patience_goes_on_counting_after_a_kill(commands, feedback, tmp_path):
+    """A judge who finds all equal leaves -beta KL, best after the first update: three worse ones, and it is over."""
+    options = "--validation-reward toy_reward:constant --validate-every 1 --patience 3 --updates 12 --kl-coef 0.5"
+    whole, killed = (commands("policy", tmp_path / name, *options.split()) for name in ("whole", "killed"))
+    assert finish(whole, tmp_path / "log", feedback) == 0
+    assert "3 times in a row" in read_json(tmp_path / "whole" / "result.json")["stopped"]
+    assert finish(killed, tmp_path / "log", feedback, Moment(LEARNING, 12)) == -signal.SIGKILL
+    newest = checkpoint.load(tmp_path / "killed")
+    assert newest is not None and newest.step in (2, 3), "killed where it had begun to count"
+    assert finish(killed, tmp_path / "log", feedback) == 0
+    assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
+
+
 def test_a_run_killed_from_outside_at_no_chosen_moment(commands, uninterrupted, feedback, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     for wanted in (1, 3, 5):

@@ -1,6 +1,7 @@
 """A comparison's cells, its choice of learning rates, its numbers from run files written by hand, and its page."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,16 @@ def test_numbers_of_a_stage_by_hand(tmp_path: Path):
     found = summarise("reward", runs, settings)
     full, lora = found["sides"]["full"], found["sides"]["r4-attention"]
     assert found["metric"] == "AUC" and found["reference"] == "full" and found["records"] == 4 and found["groups"] == 2
-    assert full["quality"] == {"value": 1.0, "low": 1.0, "high": 1.0} and full["verdict"] == "reference"
+    assert full["verdict"] == "reference"
     assert [one["value"] for one in lora["seeds"]] == [0.75, 0.5]
     assert lora["quality"]["value"] == 0.625 and lora["difference"]["value"] == -0.375
-    # Group a alone has AUC 1 and 0.5, group b 0 and 0.5.
-    assert lora["quality"]["low"] >= 0 and lora["quality"]["high"] <= 1
+    # Seeds: squares 0 + 2 * 0.125^2 over two degrees. Full tuning's two seeds and groups agree: its interval is theirs.
+    assert found["seed_noise"] == {"deviation": 0.125, "degrees": 2}
+    half = 4.303 * 0.125 / math.sqrt(2)  # the 97.5 % quantile of Student's distribution with two degrees
+    settings = config(tmp_path, bootstrap=20_000)
+    full, lora = summarise("reward", runs, settings)["sides"].values()
+    assert (full["quality"]["low"], full["quality"]["high"]) == pytest.approx((1 - half, 1 + half), abs=0.03)
+    assert full["quality"]["value"] == 1 and lora["quality"]["high"] - lora["quality"]["low"] > 2 * half
     assert (lora["memory_share"], lora["speed_factor"], lora["trainable_share"]) == (0.375, 2.0, 0.01)
     assert lora["curves"] == [[(30, 0.5)], [(30, 0.5)]]
     assert found["verdict"].startswith("By AUC on test groups, r4-attention")
@@ -152,18 +158,83 @@ def test_more_cells_at_a_time_than_memory_holds_are_refused(tmp_path: Path, monk
             compare.compare(settings)
     assert not (tmp_path / "out").exists()
     compare._check_memory(settings.model_copy(update={"jobs": 1}))
+    # One rate and three more seeds: three of full tuning may run together.
+    seeds = {"seeds": (5, 6, 7, 8), "lora_learning_rates": (1e-3,), "full_learning_rates": (1e-5,)}
+    monkeypatch.setattr(compare, "free_memory_bytes", lambda device: 2999)
+    with pytest.raises(RunError, match="3 cells of stage reward need"):
+        compare._check_memory(config(tmp_path / "out", jobs=3, **seeds))
 
 
-def test_cells_tested_on_other_records_are_refused(tmp_path: Path):
-    runs = {
-        side.name: [write_cell(tmp_path, Cell("reward", side, 1e-5, 5), 0.5, [2, 0, 1, -1], 1, 1)]
-        for side in (FULL, R4)
-    }
-    other = json.loads((runs["r4-attention"][0] / "evaluation.json").read_text())
-    other["records"]["ratings"]["group"][0] = "c"
-    write(runs["r4-attention"][0] / "evaluation.json", other)
-    with pytest.raises(RunError, match="other records"):
+@pytest.mark.parametrize(
+    ("file", "changed", "message"),
+    [
+        ("evaluation.json", {"records": {"ratings": {"group": ["c"], "label": [True], "score": [1]}}}, "other records"),
+        ("evaluation.json", {"adapter": "elsewhere"}, "evaluated with adapter 'elsewhere'"),
+        ("evaluation.json", {"temperature": 0.0}, r"evaluated with temperature 0\.0"),
+        ("evaluation.json", {"split": "validation"}, "evaluated with split 'validation'"),
+        ("manifest.json", {"facts": {"data": {"x": "1"}}}, "data is {'x': '1'}, but 'not set'"),
+    ],
+)
+def test_cells_of_other_data_or_tests_are_refused(tmp_path: Path, file: str, changed: dict[str, Any], message: str):
+    runs = one_cell_a_side(tmp_path)
+    path = runs["r4-attention"][0] / file
+    write(path, json.loads(path.read_text()) | changed)
+    with pytest.raises(RunError, match=message):
         summarise("reward", runs, config(tmp_path))
+
+
+def one_cell_a_side(output: Path) -> dict[str, list[Path]]:
+    return {
+        side.name: [write_cell(output, Cell("reward", side, 1e-5, 5), 0.5, [2, 0, 1, -1], 1, 1)] for side in (FULL, R4)
+    }
+
+
+def test_what_the_page_admits(tmp_path: Path):
+    """One seed a side, seeds that diverged, cells of two machines, several at a time: each is said."""
+    runs = one_cell_a_side(tmp_path)
+    found = summarise("reward", runs, config(tmp_path, margin=0.5))
+    assert found["seed_noise"] is None and found["unlike"] == []
+    assert found["sides"]["r4-attention"]["verdict"] == "equivalent"
+    page = comparison.render({"reward": {**found, "tried": []}}, "a").decode()
+    assert "over groups alone: no side has a second seed" in page and "diverged" not in page and "unlike" not in page
+    path = runs["r4-attention"][0] / "manifest.json"
+    write(path, json.loads(path.read_text()) | {"hardware": {"gpu": "Quick 9"}})
+    found = summarise("reward", runs, config(tmp_path, margin=0.5, jobs=3), {"r4-attention": 2})
+    assert found["sides"]["r4-attention"]["verdict"] == "undecided"
+    page = comparison.render({"reward": {**found, "tried": []}}, "a").decode()
+    assert "undecided, 2 seeds diverged" in page and "3 cells ran at a time" in page
+    assert "of unlike cells: None, None threads, torch x" in page and "Quick 9, torch x" in page
+
+
+def test_a_later_seed_that_diverges_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Seed 6 of r4 fails: its row is there, the mean is the other seed's, and nothing is said of r4."""
+
+    def train(cell: Cell, settings: CompareConfig, processes: Any) -> None:
+        if cell.side == R4 and cell.seed == 6:
+            write(settings.output / "failed" / f"{cell.name}.json", {"message": "the loss is nan"})
+        else:
+            write_cell(settings.output, cell, 0.5, [2, 0, 1, -1], 1, 1)
+
+    monkeypatch.setattr(compare, "_train", train)
+    monkeypatch.setattr(compare, "_evaluate", lambda *_: None)
+    found = compare.compare(config(tmp_path / "out", margin=0.5))["reward"]
+    assert [row for row in found["tried"] if row["failed"]] == [
+        {"side": "r4-attention", "learning_rate": 1e-4, "seed": 6, "validation": None, "failed": "the loss is nan"}
+    ]
+    side = found["sides"]["r4-attention"]
+    assert [one["seed"] for one in side["seeds"]] == [5] and side["diverged"] == 1 and side["verdict"] == "undecided"
+    assert len(found["tried"]) == 5
+
+
+def test_scorers_are_looked_for_before_anything_is_trained(tmp_path: Path, tiny_base: Path):
+    policy = PolicyConfig(base=str(tiny_base), reward=("module:function",))
+    settings = config(tmp_path / "out", reward=None, policy=policy, scorers=(str(tmp_path / "nowhere"),))
+    for started in (compare.compare, cells):
+        with pytest.raises(RunError, match="nowhere is no finished run"):
+            started(settings)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValidationError, match="it would judge what it chose"):
+        config(tmp_path, policy=policy.model_copy(update={"validation_reward": ("a",)}), scorers=("a",))
 
 
 def test_verdicts_in_words():
@@ -188,6 +259,11 @@ def test_a_directory_belongs_to_one_comparison(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(PerlhfError, match=r"reward\.epochs is 2, but 1"):
         compare.compare(config(output, reward=RewardConfig(epochs=2)))
     assert yaml.safe_load((output / "compare.yaml").read_text())["seeds"] == [5, 6, 7]
+    monkeypatch.setattr(compare, "free_memory_bytes", lambda device: None)
+    for jobs in (2, 1):  # what ran at a time once is not forgotten
+        with pytest.raises(KeyboardInterrupt):
+            compare.compare(config(output, jobs=jobs, seeds=(5, 6, 7)))
+        assert yaml.safe_load((output / "compare.yaml").read_text())["jobs"] == 2
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(RunError, match="isn't empty"):

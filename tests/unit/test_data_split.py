@@ -103,7 +103,6 @@ def test_label_noise_turns_training_labels_alone(tmp_path: Path) -> None:
         load(again.model_copy(update={"label_noise": 0.0}), ("rating",), "train"), load(again, ("rating",), "train")
     )
     assert reseeded != turned(load(clean, ("rating",), "train"), load(noisy, ("rating",), "train"))
-    assert load(noisy, ("demonstration",), "train") == load(clean, ("demonstration",), "train")
 
 
 def turned(before: list[Record], after: list[Record]) -> set[str]:
@@ -137,6 +136,13 @@ def test_limit_keeps_the_same_records_under_label_noise(tmp_path: Path) -> None:
     config = DataConfig(paths=(put(tmp_path / "a.jsonl", conversations(60)),), limit=20)
     noisy = config.model_copy(update={"label_noise": 0.5})
     assert turned(load(config, ("rating",), "train"), load(noisy, ("rating",), "train"))
+
+
+def test_label_noise_without_labels_is_refused(tmp_path: Path) -> None:
+    config = DataConfig(paths=(put(tmp_path / "a.jsonl", conversations(60)),), label_noise=0.5)
+    for kind in ("demonstration", "prompt"):
+        with pytest.raises(DataError, match="label_noise"):
+            load(config, (kind,), "train")
 
 
 def test_no_label_noise_is_recorded_as_nothing(tmp_path: Path) -> None:

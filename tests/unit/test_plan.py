@@ -80,6 +80,8 @@ def test_limit_caps_each_split_and_an_empty_split_is_an_error(tmp_path: Path):
     assert sum(whole.values()) == 900, "the embedded set has 900 demonstrations"
     few = count_records(SftConfig(data=DATA), ("demonstration",))
     assert few == {"train": 20, "validation": 20, "test": 20}
+    fewer = count_records(SftConfig(data=DATA.model_copy(update={"limit_train": 5})), ("demonstration",))
+    assert fewer == {"train": 5, "validation": 20, "test": 20}
     path = tmp_path / "one.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(DataError):

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipeline_runs import ATTACK, about, pipeline, write_run
 from perlhf import report
 from perlhf.config import DataConfig, PolicyConfig
 from perlhf.errors import ConfigError, StorageError
-from perlhf.report import figures, findings, samples
+from perlhf.report import charts, figures, findings, samples
 from perlhf.run_files import Measured, RunFiles, read_runs
 
 VOID = ("meta", "link", "input", "img", "br", "hr")
@@ -367,6 +367,18 @@ def test_intervals_that_touch_are_no_rise():
 def test_without_gold_the_headline_says_who_judged(tmp_path: Path):
     run = _policy(tmp_path, {"score": about(0, 0.1)}, {"score": about(1, 0.1)})
     assert findings.headline([run]).text.endswith("on 240 unseen prompts by the reward model's own judgement.")
+
+
+def test_scores_of_another_judge_are_said_to_be_its(tmp_path: Path):
+    run = _policy(tmp_path, {"score": about(0, 0.1)}, {"score": about(1, 0.1)})
+    scored = replace(run, evaluation=run.evaluation | {"reward": ["runs/other-half/"]})
+    assert findings.headline([scored]).text.endswith("on 240 unseen prompts by other-half.")
+    rows = [{"step": step, "score_mean": 1.0, "validation_score": 5.0, "kl": 0.1} for step in (1, 2)]
+    alike = replace(run, metrics=rows)
+    assert [chart.title for chart in charts.of_training("s", alike)] == ["Score", "KL, nats"]
+    judged = replace(alike, config=run.config | {"validation_reward": ["other"]})
+    titles = [chart.title for chart in charts.of_training("s", judged)]
+    assert titles == ["Score", "Score by validation_reward", "KL, nats"]
 
 
 def test_groups_that_training_saw_are_not_called_unseen(tmp_path: Path):

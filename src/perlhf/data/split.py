@@ -40,6 +40,9 @@ def load(config: DataConfig, kinds: Sequence[str], split: Split | Literal["all"]
     wanted = _checked_kinds(kinds)
     if split not in (*SPLITS, "all"):
         raise DataError(f"no split is called {split!r}", where="split", allowed=", ".join((*SPLITS, "all")))
+    if config.label_noise and not {"comparison", "rating"} & set(wanted):
+        allowed = "a stage that learns from comparisons or ratings"
+        raise DataError(f"{' and '.join(wanted)} records have no labels", where="data.label_noise", allowed=allowed)
     found = _converted(config, wanted)
     if not found:
         raise DataError(

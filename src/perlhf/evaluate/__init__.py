@@ -15,10 +15,11 @@ from perlhf.config_commands import EvaluateConfig, ScoreConfig
 from perlhf.data import load
 from perlhf.data.records import Comparison
 from perlhf.data.tools import to_jsonl
+from perlhf.errors import ConfigError
 from perlhf.evaluate.policy import evaluate_policy
 from perlhf.evaluate.reward import evaluate_reward, score_records
 from perlhf.evaluate.sft import evaluate_sft
-from perlhf.finished import read_finished
+from perlhf.finished import Finished, read_finished
 from perlhf.run_directory import strict_json
 from perlhf.storage import storage_errors, write_atomic
 
@@ -31,9 +32,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         RunError: no run directory, or a run that isn't finished.
         DataError, ConfigError, ModelError, AdapterError, ServiceError: as the parts say.
+        ConfigError: what only a policy can be asked, of another run; an adapter without `output`.
         StorageError: the result can't be written.
     """
     finished = read_finished(config.run)
+    _check_asked(finished, config)
     match finished.stage:
         case "sft":
             found = evaluate_sft(finished, config)
@@ -47,6 +50,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     text = strict_json(found, indent=2)
     _write(config.output or config.run / EVALUATION, text + "\n")
     return json.loads(text)
+
+
+def _check_asked(finished: Finished, config: EvaluateConfig) -> None:
+    """Raises ConfigError for what would be ignored, or would stand in the run's own evaluation as if it were its."""
+    asked = [name for name in ("adapter", "reward", "best_of", "judge") if getattr(config, name)]
+    if asked and finished.stage != "policy":
+        raise ConfigError(f"{config.run} holds a run of stage {finished.stage}", where=asked[0], allowed="a policy run")
+    if config.adapter and config.output is None:
+        hint = "name a file, such as --output evaluation-of-adapter.json"
+        raise ConfigError("another adapter's evaluation isn't the run's own", where="output", hint=hint)
 
 
 def score(config: ScoreConfig) -> list[dict[str, Any]]:

@@ -218,6 +218,7 @@ def _best_of_first(
     rows, best = np.arange(len(scores)), chosen_by[:, :n].argmax(1)
     reached = scores[rows, best]
     points = (reached > before.scores) + 0.5 * (reached == before.scores)
+    points[best == 0] = 0.5  # the same answer, which another batch may score otherwise in the last bits
     columns = {"score": reached, "chosen_by": chosen_by[rows, best], "tokens": tokens[rows, best], "win_rate": points}
     if golden is not None:
         columns["gold"] = golden[rows, best]

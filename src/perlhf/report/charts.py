@@ -61,7 +61,7 @@ class Chart:
 def of_training(section_id: str, run: RunFiles) -> list[Chart]:
     """What was learned: losses, scores, KL and so on over updates, with the kept checkpoint."""
     kept = finite(run.result.get("best_step"))
-    found = [_curve(f"{section_id}-a{index}", run, *spec, kept) for index, spec in enumerate(_TRAINING)]
+    found = [_curve(f"{section_id}-a{index}", run, *spec, kept) for index, spec in enumerate(_specs(run))]
     return [chart for chart in found if chart is not None]
 
 
@@ -93,6 +93,17 @@ def of_evaluation(section_id: str, run: RunFiles) -> list[Chart]:
         legend = [(one.label, one.colour) for one in clouds]
         found.append(Chart("Score and gold score", svg, legend, f"Score and gold score of {words}."))
     return found
+
+
+def _specs(run: RunFiles) -> list[tuple[str, str, Sequence[tuple[str, str]]]]:
+    """`_TRAINING`; what another reward model said of held-out prompts has charts of its own."""
+    specs: list[tuple[str, str, Sequence[tuple[str, str]]]] = []
+    for title, unit, keys in _TRAINING:
+        if title in ("Score", "Reward") and run.config.get("validation_reward"):
+            specs += [(title, unit, keys[:1]), (f"{title} by validation_reward", unit, keys[1:])]
+        else:
+            specs.append((title, unit, keys))
+    return specs
 
 
 def _curve(

@@ -44,7 +44,7 @@ def _stage(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
             )
             for side, found in sides.items()
         ],
-        "charts": _charts(name, part["metric"], sides),
+        "charts": _charts(name, part),
         "tried": [
             (row["side"], f"{row['learning_rate']:g}", number(row["validation"]), row["failed"] or "")
             for row in part["tried"]
@@ -58,11 +58,21 @@ def _setting(part: Mapping[str, Any]) -> str:
     machine = hardware.get("gpu") or f"{hardware.get('cpu', 'unknown CPU')}, {part['threads']} threads"
     jobs = part.get("jobs", 1)
     together = f" {jobs} cells ran at a time, and shared the speed." if jobs > 1 else ""
+    unlike = f" Memory and speed are of unlike cells: {'; '.join(part['unlike'])}." if part["unlike"] else ""
     return (
-        f"{part['metric']} on {count(part['records'])} test records of {count(part['groups'])} groups; 95 % intervals "
-        f"over seeds and groups; margin {number(part['margin'])}, fixed beforehand. "
-        f"{machine}, torch {torch}.{together}"
+        f"{part['metric']} on {count(part['records'])} test records of {count(part['groups'])} groups; margin "
+        f"{number(part['margin'])}, fixed beforehand. {over(part)} {machine}, torch {torch}.{together}{unlike}"
     )
+
+
+def over(part: Mapping[str, Any]) -> str:
+    """What the intervals are over, in a sentence."""
+    if noise := part["seed_noise"]:
+        return (
+            f"95 % intervals over groups and seeds: seeds differ by {number(noise['deviation'])} (standard deviation, "
+            f"{noise['degrees']} degrees of freedom), which is taken to be so for every side."
+        )
+    return "95 % intervals over groups alone: no side has a second seed, and how far seeds differ isn't in them."
 
 
 def cells(found: Mapping[str, Any]) -> list[str]:
@@ -72,7 +82,7 @@ def cells(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{number(quality.value)} ({interval(quality)})" if interval(quality) else number(quality.value),
         "–" if difference is None else f"{number(difference.value)} ({interval(difference)})",
-        found["verdict"],
+        found["verdict"] + (f", {found['diverged']} seeds diverged" if found["diverged"] else ""),
         f"{memory(found['peak_memory_bytes'])}, {_percent(found['memory_share'])}",
         f"{count(found['tokens_per_second'])} tokens/s, {number(found['speed_factor'])}×",
         duration(found["seconds"]),
@@ -84,9 +94,9 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{number(100 * share)} %"
 
 
-def _charts(name: str, metric: str, sides: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Markup, str]]:
+def _charts(name: str, part: Mapping[str, Any]) -> list[tuple[str, Markup, str]]:
     """(title, figure, the same in words)."""
-    charts = []
+    metric, sides, charts = part["metric"], part["sides"], []
     for key, xlabel, scale in (
         ("seconds", "minutes of training", 60),
         ("peak_memory_bytes", "peak memory, GiB", 2**30),
@@ -105,7 +115,7 @@ def _charts(name: str, metric: str, sides: Mapping[str, Mapping[str, Any]]) -> l
         for side, found in sides.items()
     }
     if any(lines.values()):
-        svg = Markup(figures.paths(f"{name}-curves", lines, "minutes of training", f"{metric}, validation"))
+        svg = Markup(figures.paths(f"{name}-curves", lines, "minutes of training", part["validated"].split(" on ")[0]))
         words = "; ".join(f"{side} ends at {number(curves[0][-1][1])}" for side, curves in lines.items() if curves)
-        charts.append((f"{metric} on validation groups while training", svg, words))
+        charts.append((f"While training: {part['validated']}", svg, words))
     return charts

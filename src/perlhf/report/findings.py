@@ -151,7 +151,7 @@ def _policy_headline(run: RunFiles) -> Remark:
         before, after = pair
         scale = largest(pair)
         values = f"from {number(before.value, scale)} to {number(after.value, scale)}"
-        judge = "" if key == "gold" else " by the reward model's own judgement"
+        judge = "" if key == "gold" else f" by {_judge(run)}"
         on = f" on {run.evaluation.get('n', 0):,} {things(run)}{judge}"
         match direction(before, after):
             case "rose":
@@ -163,6 +163,14 @@ def _policy_headline(run: RunFiles) -> Remark:
                 reason = "the intervals overlap" if known else "there is no interval"
                 return Remark("caution", f"The {name} did not clearly rise: {values}{on}, and {reason}.")
     return Remark("note", "The policy has not been evaluated on unseen prompts.")
+
+
+def _judge(run: RunFiles) -> str:
+    """Whose scores a policy's evaluation holds."""
+    sources = run.evaluation.get("reward")
+    if not isinstance(sources, list) or sources == run.config.get("reward"):
+        return "the reward model's own judgement"
+    return ", ".join(str(source).rstrip("/").rpartition("/")[2] for source in sources)
 
 
 def _reward_headline(run: RunFiles) -> Remark:
