@@ -1,6 +1,7 @@
 """The processes of a comparison: one for each cell, so that its peak memory is its own, some at a time."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from perlhf.environment import available_cores
 from perlhf.storage import storage_errors
 
 MESSAGE_LINES = 20
@@ -69,6 +71,7 @@ class Processes:
                 stdout=output,
                 stderr=subprocess.PIPE,
                 text=True,
+                env=environment_of(self.jobs),
                 start_new_session=True,  # a terminal's Ctrl-C reaches it through `end` alone, once
             )
             self._running.add(child)
@@ -78,6 +81,14 @@ class Processes:
         finally:
             with self._lock:
                 self._running.discard(child)
+
+
+def environment_of(jobs: int) -> dict[str, str]:
+    """Ours, in which each of `jobs` processes takes its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    ours = dict(os.environ)
+    if jobs > 1:
+        ours.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
+    return ours
 
 
 @contextmanager

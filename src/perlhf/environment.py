@@ -40,6 +40,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cache_dir() -> Path:
     """Where perlhf keeps bases, fingerprints and compiled kernels: $PERLHF_CACHE, else ~/.cache/perlhf."""
     return Path(os.environ.get("PERLHF_CACHE") or "~/.cache/perlhf").expanduser().absolute()
@@ -144,12 +149,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def _hardware() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "platform": platform.platform(),
         "cpu": _cpu_name(),
-        "cores": cores,
+        "cores": available_cores(),
         "memory_bytes": memory,
         "gpu": gpu_name(),
     }

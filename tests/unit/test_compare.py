@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from perlhf import compare
+from perlhf import compare, compare_processes
 from perlhf.compare import Cell, cells, choose
 from perlhf.compare_result import sentence, summarise
 from perlhf.config import PolicyConfig, RewardConfig
@@ -163,6 +163,20 @@ def test_more_cells_at_a_time_than_memory_holds_are_refused(tmp_path: Path, monk
     monkeypatch.setattr(compare, "free_memory_bytes", lambda device: 2999)
     with pytest.raises(RunError, match="3 cells of stage reward need"):
         compare._check_memory(config(tmp_path / "out", jobs=3, **seeds))
+
+
+@pytest.mark.parametrize(
+    ("cores", "jobs", "given", "threads"),
+    [(16, 1, None, None), (16, 3, None, "5"), (2, 3, None, "1"), (16, 3, "2", "2")],
+)
+def test_cells_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, jobs: int, given: str | None, threads: str | None
+):
+    monkeypatch.setattr(compare_processes, "available_cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert compare_processes.environment_of(jobs).get("OMP_NUM_THREADS") == threads
 
 
 @pytest.mark.parametrize(
