@@ -34,7 +34,7 @@ WHOLE = ("config.yaml", "manifest.json", "metrics.jsonl", "result.json")
 """Files of a cell that are kept as they are."""
 SAMPLE = ("group", "score_before", "score_after", "gold_before", "gold_after")
 """What is kept of an evaluated sample: numbers, no texts."""
-MARKED = re.compile(r"(<!-- (results|runs|curves|rates) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (results|runs|curves|rates|labels) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = 8
 """Updates whose rollouts are averaged for a point of a curve."""
 
@@ -48,11 +48,13 @@ def keep(runs: Path, name: str) -> None:
             shutil.copyfile(runs / file, target / file)
     if (runs / "failed").exists():
         shutil.copytree(runs / "failed", target / "failed", dirs_exist_ok=True)
-    for cell in _finished(runs):
+    elsewhere = (path.parent for path in sorted(runs.glob("*/dpo.json")))  # evaluated, but no run of ours
+    for cell in [*_finished(runs), *elsewhere]:
         to = target / cell.name
         to.mkdir(exist_ok=True)
-        for file in WHOLE:
-            shutil.copyfile(cell / file, to / file)
+        for file in (*WHOLE, "dpo.json"):
+            if (cell / file).exists():
+                shutil.copyfile(cell / file, to / file)
         if (cell / "evaluation.json").exists():
             evaluation = json.loads((cell / "evaluation.json").read_text(encoding="utf-8"))
             evaluation["samples"] = [
@@ -101,7 +103,7 @@ def tables() -> None:
     """Rewrites what stands between the markers of the page, and the plots beside it."""
     page = RESULTS / "index.md"
     text = page.read_text(encoding="utf-8")
-    write = {"results": _results, "runs": _runs, "curves": _curves, "rates": _rates}
+    write = {"results": _results, "runs": _runs, "curves": _curves, "rates": _rates, "labels": _labels}
     write_atomic(page, MARKED.sub(lambda found: f"{found[1]}{write[found[2]](found[3])}{found[4]}", text))
 
 
@@ -187,18 +189,62 @@ def _row(side: str, found: Mapping[str, Any]) -> str:
 
 
 def _runs(name: str) -> str:
-    """Evaluated policy runs: what they changed against the reference, by what scored them."""
-    lines = ["| run | change in score | win rate | KL, nats | prompts |", "|---|---|---|---|---|"]
-    for run in _finished(RESULTS / name):
-        found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-        values = found["change"]["score"], found["win_rate"], found["after"]["kl_temperature_1"]
-        lines.append(f"| {run.name} | " + " | ".join(map(_with_interval, values)) + f" | {found['n']} |")
+    """Evaluated policies: what they changed against the reference, by what scored them; best-of-n where asked."""
+    found = {
+        file.parent.name: json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted((RESULTS / name).glob("*/evaluation.json"))
+    }
+    golden = any(one["after"].get("gold") for one in found.values())
+    columns = ["change in score", "score", *(["gold score"] if golden else []), "win rate", "KL, nats", "prompts"]
+    lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+
+    def row(label: str, change: Any, side: Mapping[str, Any], win_rate: Any, kl: str, prompts: int) -> str:
+        gold = [_with_interval(side["gold"])] if golden else []
+        cells = [_with_interval(change), _with_interval(side["score"]), *gold, _with_interval(win_rate), kl]
+        return f"| {label} | " + " | ".join(cells) + f" | {prompts} |"
+
+    for run, one in found.items():
+        before, after, n = one["before"], one["after"], one["n"]
+        if run == next(iter(found)):
+            lines.append(row("reference", None, before, None, "0", n))
+        kl = _with_interval(after["kl_temperature_1"])
+        lines.append(row(run, one["change"]["score"], after, one["win_rate"], kl, n))
+        for number_of, best in one.get("best_of", {}).items():
+            most = f"at most {number(best['kl_at_most'])}"
+            lines.append(row(f"best of {number_of} by what {run} learned from", None, best, best["win_rate"], most, n))
     return "\n".join([*lines, ""])
+
+
+def _labels(name: str) -> str:
+    """Quality against the number of labels: the comparisons NAME-labels-N, and NAME itself, which has all."""
+    rows, lines = [], {}
+    for folder in [*RESULTS.glob(f"{name}-labels-*"), RESULTS / name]:
+        (part,) = json.loads((folder / "compare.json").read_text(encoding="utf-8")).values()
+        learned = json.loads((next(_finished(folder)) / "result.json").read_text(encoding="utf-8"))["train_examples"]
+        rows.append((learned, part))
+    rows.sort(key=lambda row: row[0])
+    sides = list(rows[0][1]["sides"])
+    reference, metric = rows[0][1]["reference"], rows[0][1]["metric"]
+    others = [side for side in sides if side != reference]
+    heads = [*(f"{side}, {metric}" for side in sides), *(f"{side} minus {reference}" for side in others)]
+    table = ["| labels | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for learned, part in rows:
+        cells = [_with_interval(part["sides"][side]["quality"]) for side in sides]
+        cells += [
+            f"{_with_interval(part['sides'][side]['difference'])}, {part['sides'][side]['verdict']}" for side in others
+        ]
+        table.append(f"| {count(learned)} | " + " | ".join(cells) + " |")
+        for side in sides:
+            lines.setdefault(side, [[]])[0].append((learned, part["sides"][side]["quality"]["value"]))
+    image = f"{name}-labels.svg"
+    write_atomic(RESULTS / image, figures.alone(figures.paths(image, lines, "labels", metric)))
+    return "\n".join([*table, "", f"![{metric} against the number of labels, as in the table]({image})", ""])
 
 
 def _with_interval(found: Any) -> str:
     one = run_files.measured(found)
-    assert one is not None
+    if one is None:
+        return "–"
     return f"{number(one.value)} ({run_files.interval(one)})"
 
 

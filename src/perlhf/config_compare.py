@@ -58,7 +58,7 @@ class CompareConfig(Frozen):
     scorers: tuple[str, ...] = ()
     """What scores policies when they are evaluated, best reward runs of other groups (none: those they learn from)."""
     jobs: Positive = 1
-    """Cells that run at a time, where memory has room for them; they share the cores, and the speed that is measured."""
+    """Cells that run at a time, where memory has room; they share the cores, and the speed that is measured."""
     prompts: Positive = 200
     """Prompts that a policy is evaluated on."""
 

@@ -58,10 +58,33 @@ def test_rates_and_runs(tmp_path: Path, script: dict[str, Any]) -> None:
     run = tmp_path / "kept" / "some" / "r"
     write(run / "config.yaml", config(["x"]))
     write(run / "result.json", {"validation": {"pairwise_accuracy": 0.625, "loss": 1}})
-    found = {"change": {"score": measured}, "win_rate": measured, "after": {"kl_temperature_1": measured}, "n": 7}
+    best = {"score": measured, "gold": measured, "win_rate": measured, "kl_at_most": 0.25}
+    found = {
+        **{"change": {"score": measured}, "win_rate": measured, "n": 7, "best_of": {"4": best}},
+        **{"before": {"score": measured, "gold": measured}},
+        **{"after": {"score": measured, "gold": measured, "kl_temperature_1": measured}},
+    }
     write(run / "evaluation.json", found)
     write(tmp_path / "kept" / "index.md", "<!-- rates of some -->\n<!-- end -->\n<!-- runs of some -->\n<!-- end -->\n")
     script["tables"]()
     page = (tmp_path / "kept" / "index.md").read_text()
     assert "| r4 | 0.001 | 3 | 0.625 |" in page
-    assert "| r | " + 3 * "0.500 (0.250 to 0.750) | " + "7 |" in page
+    shown = "0.500 (0.250 to 0.750)"
+    assert f"| reference | – | {shown} | {shown} | – | 0 | 7 |" in page
+    assert "| r | " + 5 * f"{shown} | " + "7 |" in page
+    assert f"| best of 4 by what r learned from | – | {shown} | {shown} | {shown} | at most 0.250 | 7 |" in page
+
+
+def test_quality_against_the_number_of_labels(tmp_path: Path, script: dict[str, Any]) -> None:
+    for name, learned, value in (("all", 1869, 0.75), ("all-labels-92", 92, 0.5), ("all-labels-187", 187, 0.625)):
+        quality = {"value": value, "low": value - 0.1, "high": value + 0.1}
+        sides = {side: {"quality": quality, "difference": quality, "verdict": "better"} for side in ("full", "r8")}
+        part = {"sides": sides, "reference": "full", "metric": "AUC"}
+        write(tmp_path / "kept" / name / "compare.json", {"reward": part})
+        write(tmp_path / "kept" / name / "cell" / "result.json", {"train_examples": learned})
+    write(tmp_path / "kept" / "index.md", "<!-- labels of all -->\n<!-- end -->\n")
+    script["tables"]()
+    rows = [line for line in (tmp_path / "kept" / "index.md").read_text().splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows] == ["labels", "---", "92", "187", "1,869"]
+    assert rows[2].endswith("| 0.500 (0.400 to 0.600) | 0.500 (0.400 to 0.600) | 0.500 (0.400 to 0.600), better |")
+    assert (tmp_path / "kept" / "all-labels.svg").read_text().startswith("<svg")
