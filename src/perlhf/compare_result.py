@@ -179,6 +179,7 @@ def _side(runs: Sequence[RunFiles], reference: Sequence[RunFiles], side: str, co
         "quality": {"value": statistics.fmean(values), "low": low, "high": high},
         "seeds": [{"seed": run.config.get("seed"), "value": value} for run, value in zip(runs, values, strict=True)],
         "diverged": compared.diverged.get(side, 0),
+        "kept_start": sum(run.result.get("best_step") == 0 for run in runs),
         "learning_rate": mapping(runs[0].config.get("optim")).get("learning_rate"),
         "trainable_parameters": lines[0].trainable_parameters,
         "seconds": _mean(lines, "seconds"),

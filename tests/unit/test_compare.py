@@ -216,7 +216,12 @@ def test_what_the_page_admits(tmp_path: Path):
     found = summarise("reward", runs, config(tmp_path, margin=0.5, jobs=3), {"r4-attention": 2})
     assert found["sides"]["r4-attention"]["verdict"] == "undecided"
     page = comparison.render({"reward": {**found, "tried": []}}, "a").decode()
-    assert "undecided, 2 seeds diverged" in page and "3 cells ran at a time" in page
+    assert "undecided, 2 of 3 seeds diverged" in page and "kept the head start" not in page
+    path = runs["r4-attention"][0] / "result.json"
+    write(path, json.loads(path.read_text()) | {"best_step": 0})
+    found = summarise("reward", runs, config(tmp_path, margin=0.5, jobs=3))
+    page = comparison.render({"reward": {**found, "tried": []}}, "a").decode()
+    assert "equivalent, 1 of 1 seeds kept the head start untrained" in page and "3 cells ran at a time" in page
     assert "of unlike cells: None, None threads, torch x" in page and "Quick 9, torch x" in page
 
 

@@ -82,12 +82,20 @@ def cells(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{number(quality.value)} ({interval(quality)})" if interval(quality) else number(quality.value),
         "–" if difference is None else f"{number(difference.value)} ({interval(difference)})",
-        found["verdict"] + (f", {found['diverged']} seeds diverged" if found["diverged"] else ""),
+        ", ".join([found["verdict"], *_warnings(found)]),
         f"{memory(found['peak_memory_bytes'])}, {_percent(found['memory_share'])}",
         f"{count(found['tokens_per_second'])} tokens/s, {number(found['speed_factor'])}×",
         duration(found["seconds"]),
         _percent(found["trainable_share"]),
     ]
+
+
+def _warnings(found: Mapping[str, Any]) -> list[str]:
+    """What a verdict hides: seeds that were lost, and such whose best checkpoint is the one before any training."""
+    seeds = len(found["seeds"])
+    lost = [f"{found['diverged']} of {seeds + found['diverged']} seeds diverged"] if found["diverged"] else []
+    start = [f"{found['kept_start']} of {seeds} seeds kept the head start untrained"] if found["kept_start"] else []
+    return lost + start
 
 
 def _percent(share: float | None) -> str:
