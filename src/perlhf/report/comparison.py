@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from perlhf.report import figures, templating
-from perlhf.run_files import count, duration, interval, mapping, measured, memory, number
+from perlhf.run_files import Measured, count, duration, interval, mapping, measured, memory, number
 
 _STAGES = {"reward": "Reward model", "policy": "Policy"}
 
@@ -80,14 +80,21 @@ def cells(found: Mapping[str, Any]) -> list[str]:
     quality, difference = measured(found["quality"]), measured(found["difference"])
     assert quality is not None
     return [
-        f"{number(quality.value)} ({interval(quality)})" if interval(quality) else number(quality.value),
-        "–" if difference is None else f"{number(difference.value)} ({interval(difference)})",
+        _with_interval(quality),
+        "–" if difference is None else _with_interval(difference),
         ", ".join([found["verdict"], *_warnings(found)]),
         f"{memory(found['peak_memory_bytes'])}, {_percent(found['memory_share'])}",
         f"{count(found['tokens_per_second'])} tokens/s, {number(found['speed_factor'])}×",
         duration(found["seconds"]),
         _percent(found["trainable_share"]),
     ]
+
+
+def _with_interval(one: Measured) -> str:
+    """The value and its interval with the decimals of the largest of the three: a difference may be next to nothing."""
+    scale = max(abs(end) for end in (one.value, one.low, one.high) if end is not None)
+    inside = interval(one, scale)
+    return number(one.value, scale) + (f" ({inside})" if inside else "")
 
 
 def _warnings(found: Mapping[str, Any]) -> list[str]:
