@@ -1,8 +1,9 @@
 """`perlhf compare RECIPE`: trains every cell of a grid in a process of its own, then says what they show.
 
 A cell is one run: a stage, a side (full tuning, or adapters of a rank), a learning rate and a seed. Learning rates are
-tried with the first seed and chosen on validation groups; the other seeds take the chosen one, and test groups are
-looked at for those cells alone. Finished cells are never run again. With `jobs` above 1 sides run side by side.
+tried with the first seed (or `rate_seeds` of them) and chosen on validation groups; the other seeds take the chosen
+one, and test groups are looked at for its cells alone. Finished cells are never run again. With `jobs` above 1 sides
+run side by side.
 """
 
 import json
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -90,12 +92,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 def _side(stage: Stage, side: Side, config: CompareConfig, run: Processes) -> list[Cell]:
     """Trains a side's cells; those of the chosen learning rate that didn't fail, evaluated."""
-    tried = [Cell(stage, side, rate, config.seeds[0]) for rate in config.rates(side)]
+    tried = [Cell(stage, side, *one) for one in product(config.rates(side), config.rate_seeds_of(side))]
     _each(_train, tried, config, run)
-    best = choose(tried, config)
-    if best is None:
+    rate = choose(tried, config)
+    if rate is None:
         return []
-    seeds = [best, *(Cell(stage, side, best.learning_rate, seed) for seed in config.more_seeds(side))]
+    seeds = [Cell(stage, side, rate, seed) for seed in config.seeds_of(side)]
     _each(_train, seeds, config, run)
     finished = [cell for cell in seeds if _value(cell, config) is not None]
     _each(_evaluate, finished, config, run)
@@ -113,7 +115,7 @@ def _found(stage: Stage, chosen: Mapping[Side, Sequence[Cell]], config: CompareC
     """The part of compare.json about a stage, from the sides that have finished."""
     sides = [side for side in config.sides if side in chosen]
     runs = {side.name: [config.output / cell.name for cell in chosen[side]] for side in sides}
-    diverged = {side.name: 1 + len(config.more_seeds(side)) - len(chosen[side]) for side in sides}
+    diverged = {side.name: len(config.seeds_of(side)) - len(chosen[side]) for side in sides}
     return {**summarise(stage, runs, config, diverged), "tried": _tried(stage, config)}
 
 
@@ -128,7 +130,7 @@ def cells(config: CompareConfig) -> list[list[str]]:
     for stage in config.stages:
         for side in config.sides:
             tried = ", ".join(f"{rate:g}" for rate in config.rates(side))
-            seeds = ", ".join(map(str, (config.seeds[0], *config.more_seeds(side))))
+            seeds = ", ".join(map(str, config.seeds_of(side)))
             size = memory(_memory_bytes(stage, side, config))
             rows.append([stage, side.name, tried, seeds, size, str(config.runs(side))])
     return rows
@@ -152,7 +154,8 @@ def _check_memory(config: CompareConfig) -> None:
     for stage in config.stages if config.jobs > 1 else ():
         sizes = []
         for side in config.sides:
-            most = max(len(config.rates(side)), len(config.more_seeds(side)))
+            tried = len(config.rate_seeds_of(side))
+            most = max(len(config.rates(side)) * tried, len(config.seeds_of(side)) - tried)
             sizes += most * [_memory_bytes(stage, side, config)]
         needed = sum(sorted(sizes)[-config.jobs :])
         free = free_memory_bytes(config.stage(stage).device)
@@ -165,10 +168,18 @@ def _check_memory(config: CompareConfig) -> None:
             )
 
 
-def choose(tried: Sequence[Cell], config: CompareConfig) -> Cell | None:
-    """The cell that is best on validation groups, of equal ones the one with the lowest rate; None if all failed."""
-    values = {cell: value for cell in tried if (value := _value(cell, config)) is not None}
-    return max(values, key=lambda cell: (values[cell], -cell.learning_rate), default=None)
+def choose(tried: Sequence[Cell], config: CompareConfig) -> float | None:
+    """The learning rate that is best on validation groups, on the mean of its seeds, of equal ones the lowest.
+
+    A rate that failed with a seed is none to choose; None if there is no other.
+    """
+    means = {}
+    for rate in {cell.learning_rate for cell in tried}:
+        values = [_value(cell, config) for cell in tried if cell.learning_rate == rate]
+        known = [value for value in values if value is not None]
+        if len(known) == len(values):
+            means[rate] = fmean(known)
+    return max(means, key=lambda rate: (means[rate], -rate), default=None)
 
 
 def _value(cell: Cell, config: CompareConfig) -> float | None:
@@ -186,13 +197,13 @@ def _value(cell: Cell, config: CompareConfig) -> float | None:
 
 
 def _tried(stage: Stage, config: CompareConfig) -> list[dict[str, Any]]:
-    """Every learning rate that was tried with the first seed, and later seeds that diverged."""
+    """Every learning rate with the seeds that it was tried with, and later seeds that diverged."""
     rows = []
     for side in config.sides:
-        for rate, seed in product(config.rates(side), (config.seeds[0], *config.more_seeds(side))):
+        for rate, seed in product(config.rates(side), config.seeds_of(side)):
             cell = Cell(stage, side, rate, seed)
             failed = config.output / FAILURES / f"{cell.name}.json"
-            tried = seed == config.seeds[0] and (config.output / cell.name / RESULT).exists()
+            tried = seed in config.rate_seeds_of(side) and (config.output / cell.name / RESULT).exists()
             if tried or failed.exists():
                 row = {"side": side.name, "learning_rate": rate, "seed": seed, "validation": _value(cell, config)}
                 rows.append(row | {"failed": read_json(failed)["message"] if failed.exists() else None})

@@ -44,7 +44,9 @@ class CompareConfig(Frozen):
     targets: Annotated[tuple[Literal["attention", "all"], ...], Field(min_length=1)] = ("attention", "all")
     """Layers that adapters are on; each rank is run with each."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
-    """Seeds; learning rates are chosen with the first."""
+    """Seeds of every side; learning rates are tried with the first of them."""
+    rate_seeds: Positive = Field(default=1, exclude_if=lambda number: number == 1)
+    """How many seeds each learning rate is tried with: one alone may choose a rate that fails with others."""
     ranks_of_one_seed: tuple[Positive, ...] = ()
     """LoRA ranks that get the first seed alone, to save time; how far seeds differ is taken from the other sides."""
     lora_learning_rates: Rates = (2e-4, 5e-4, 1e-3)
@@ -80,13 +82,18 @@ class CompareConfig(Frozen):
         names: tuple[Stage, ...] = ("reward", "policy")
         return [name for name in names if getattr(self, name) is not None]
 
-    def more_seeds(self, side: Side) -> tuple[int, ...]:
-        """Seeds of a side beyond the first, which take the chosen learning rate."""
-        return () if side.rank in self.ranks_of_one_seed else self.seeds[1:]
+    def seeds_of(self, side: Side) -> tuple[int, ...]:
+        """Seeds of a side, all at the learning rate that is chosen."""
+        return self.seeds[:1] if side.rank in self.ranks_of_one_seed else self.seeds
+
+    def rate_seeds_of(self, side: Side) -> tuple[int, ...]:
+        """Those of a side's seeds that every learning rate is tried with."""
+        return self.seeds_of(side)[: self.rate_seeds]
 
     def runs(self, side: Side) -> int:
         """Number of runs of a side in each stage."""
-        return len(self.rates(side)) + len(self.more_seeds(side))
+        tried = len(self.rate_seeds_of(side))
+        return len(self.rates(side)) * tried + len(self.seeds_of(side)) - tried
 
     def rates(self, side: Side) -> tuple[float, ...]:
         """Learning rates that are tried for a side."""

@@ -102,14 +102,32 @@ def test_rates_are_chosen_on_validation_groups(tmp_path: Path):
     tried = [Cell("reward", R4, rate, 5) for rate in settings.lora_learning_rates]
     for cell, reached in zip(tried, (0.6, 0.7, 0.7), strict=True):
         write_cell(tmp_path, cell, reached, [1, 0, 1, 0], 1, 1)
-    assert choose(tried, settings) == tried[1]  # the lower of two equal ones
+    assert choose(tried, settings) == 1e-3  # the lower of two equal ones
     write(tmp_path / "failed" / f"{tried[1].name}.json", {"message": "diverged"})
-    assert choose(tried, settings) == tried[2]
+    assert choose(tried, settings) == 1e-2
     by_loss = settings.model_copy(update={"reward": RewardConfig(select="loss")})
-    assert choose(tried, by_loss) == tried[2]
+    assert choose(tried, by_loss) == 1e-2
     for cell in tried:
         write(tmp_path / "failed" / f"{cell.name}.json", {"message": "diverged"})
     assert choose(tried, settings) is None
+
+
+def test_rates_may_be_tried_with_several_seeds(tmp_path: Path, tiny_base: Path):
+    """1e-3 is best with seed 5 alone and on no mean; 1e-2 fails with seed 6."""
+    rates = {"lora_learning_rates": (1e-4, 1e-3, 1e-2), "full_learning_rates": (1e-6, 1e-5, 1e-4)}
+    reward = RewardConfig(base=str(tiny_base))
+    settings = config(tmp_path, reward=reward, seeds=(5, 6, 7), rate_seeds=2, **rates)
+    reached = {(1e-4, 5): 0.6, (1e-4, 6): 0.7, (1e-3, 5): 0.8, (1e-3, 6): 0.45, (1e-2, 5): 0.9}
+    for (rate, seed), value in reached.items():
+        write_cell(tmp_path, Cell("reward", R4, rate, seed), value, [1, 0, 1, 0], 1, 1)
+    tried = [Cell("reward", R4, rate, seed) for rate in settings.rates(R4) for seed in settings.rate_seeds_of(R4)]
+    write(tmp_path / "failed" / f"{tried[-1].name}.json", {"message": "diverged"})
+    assert len(tried) == 6 and choose(tried, settings) == 1e-4
+    assert choose(tried[::2], settings) == 1e-2
+    assert settings.runs(R4) == 7
+    one_seed = config(tmp_path, reward=reward, seeds=(5, 6, 7), rate_seeds=2, ranks_of_one_seed=(4,), **rates)
+    assert one_seed.runs(R4) == 3 and one_seed.runs(FULL) == 7
+    assert "rate_seeds" not in config(tmp_path).model_dump()  # a comparison begun before there was the key
 
 
 def test_numbers_of_a_stage_by_hand(tmp_path: Path):
@@ -133,9 +151,9 @@ def test_numbers_of_a_stage_by_hand(tmp_path: Path):
     # Seeds: squares 0 + 2 * 0.125^2 over two degrees. Full tuning's two seeds and groups agree: its interval is theirs.
     assert found["seed_noise"] == {"deviation": 0.125, "degrees": 2}
     half = 4.303 * 0.125 / math.sqrt(2)  # the 97.5 % quantile of Student's distribution with two degrees
-    settings = config(tmp_path, bootstrap=20_000)
+    settings = config(tmp_path, bootstrap=4000)
     full, lora = summarise("reward", runs, settings)["sides"].values()
-    assert (full["quality"]["low"], full["quality"]["high"]) == pytest.approx((1 - half, 1 + half), abs=0.03)
+    assert (full["quality"]["low"], full["quality"]["high"]) == pytest.approx((1 - half, 1 + half), abs=0.06)
     assert full["quality"]["value"] == 1 and lora["quality"]["high"] - lora["quality"]["low"] > 2 * half
     assert (lora["memory_share"], lora["speed_factor"], lora["trainable_share"]) == (0.375, 2.0, 0.01)
     assert lora["curves"] == [[(30, 0.5)], [(30, 0.5)]]

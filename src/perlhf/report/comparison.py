@@ -46,7 +46,7 @@ def _stage(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "charts": _charts(name, part),
         "tried": [
-            (row["side"], f"{row['learning_rate']:g}", number(row["validation"]), row["failed"] or "")
+            (row["side"], f"{row['learning_rate']:g}", row["seed"], number(row["validation"]), row["failed"] or "")
             for row in part["tried"]
         ],
     }
