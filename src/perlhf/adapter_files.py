@@ -141,7 +141,8 @@ def read_adapter(directory: Path) -> AdapterFiles:
     if details is not None and details.get("seal") != _seal(details, config):
         raise _damaged(directory / DETAILS, f"it, or rank and alpha in {CONFIG}, were changed after saving")
     try:
-        tensors = {name: tensor.float() for name, tensor in safetensors.torch.load(data).items()}
+        # safetensors gives another order in every process; optimisers know their parameters by it.
+        tensors = {name: tensor.float() for name, tensor in sorted(safetensors.torch.load(data).items())}
     except SafetensorError as error:
         raise _damaged(directory / TENSORS, str(error)) from error
     head = tensors.pop(_HEAD, None)

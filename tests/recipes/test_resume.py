@@ -110,6 +110,18 @@ def test_a_run_killed_between_its_last_update_and_its_result(stage, commands, un
     assert_same(outcome(run), expected)
 
 
+def test_what_started_from_an_sft_adapter_resumes_bit_equal(commands, feedback, tmp_path):
+    """Its optimiser's moments belong to the same layers in the next process, whatever order the file is read in."""
+    assert finish(commands("sft", tmp_path / "sft"), tmp_path / "log", feedback) == 0
+    options = ("--sft", str(tmp_path / "sft"), "--adapter.targets", "all")
+    for stage in ("reward", "policy"):
+        whole, killed = (commands(stage, tmp_path / f"{stage}-{name}", *options) for name in ("whole", "killed"))
+        assert finish(whole, tmp_path / "log", feedback) == 0, (tmp_path / "log").read_text()
+        assert finish(killed, tmp_path / "log", feedback, Moment(LEARNING, 6)) == -signal.SIGKILL
+        assert finish(killed, tmp_path / "log", feedback) == 0, (tmp_path / "log").read_text()
+        assert_same(outcome(tmp_path / f"{stage}-killed"), outcome(tmp_path / f"{stage}-whole"))
+
+
 def test_patience_goes_on_counting_after_a_kill(commands, feedback, tmp_path):
     """A judge who finds all equal leaves -beta KL, best after the first update: three worse ones, and it is over."""
     options = "--validation-reward toy_reward:constant --validate-every 1 --patience 3 --updates 12 --kl-coef 0.5"
