@@ -242,10 +242,7 @@ def _labels(name: str) -> str:
 
 
 def _with_interval(found: Any) -> str:
-    one = run_files.measured(found)
-    if one is None:
-        return "–"
-    return f"{number(one.value)} ({run_files.interval(one)})"
+    return comparison.with_interval(run_files.measured(found))
 
 
 def _curves(name: str) -> str:

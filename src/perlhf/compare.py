@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -24,7 +23,7 @@ from perlhf.config import PolicyConfig, RewardConfig
 from perlhf.config_compare import CompareConfig, Side, Stage
 from perlhf.environment import free_memory_bytes
 from perlhf.errors import RunError
-from perlhf.plan import plan
+from perlhf.plan import check_runs, plan, reward_runs
 from perlhf.report import comparison
 from perlhf.run_directory import CHECKPOINTS, RESULT, first_difference, read_json, strict_json
 from perlhf.run_files import EVALUATION, finite, mapping, memory
@@ -65,12 +64,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """Runs what is missing of the grid; writes compare.json and compare.html after every side; returns the former.
 
     Raises:
-        RunError: `output` holds another grid, `jobs` cells don't fit the memory, a cell stopped for a mistake (its
-            message is shown), or all failed.
+        RunError: a scorer isn't finished, `output` holds another grid, `jobs` cells don't fit the memory, a cell
+            stopped for a mistake (its message is shown), or all failed.
         StorageError: a file can't be written.
         KeyboardInterrupt: interrupted; the cell that was running has saved and will go on.
     """
-    check_scorers(config)
+    check_runs("scorers", reward_runs(config.scorers))
     _check_memory(config)
     shown = config.model_copy(update={"jobs": _claim(config)})
     found: dict[str, Any] = {}
@@ -125,7 +124,7 @@ def cells(config: CompareConfig) -> list[list[str]]:
     Raises:
         RunError, DataError, ModelError, AdapterError: as `plan.plan` of a cell.
     """
-    check_scorers(config)
+    check_runs("scorers", reward_runs(config.scorers))
     rows = []
     for stage in config.stages:
         for side in config.sides:
@@ -134,13 +133,6 @@ def cells(config: CompareConfig) -> list[list[str]]:
             size = memory(_memory_bytes(stage, side, config))
             rows.append([stage, side.name, tried, seeds, size, str(config.runs(side))])
     return rows
-
-
-def check_scorers(config: CompareConfig) -> None:
-    """Raises RunError for a scorer that is no finished reward run, before anything is trained."""
-    for source in config.scorers:
-        if ":" not in source and not (Path(source) / "adapter").is_dir():
-            raise RunError(f"{source} is no finished run", where="scorers", hint="train it: perlhf reward")
 
 
 def _memory_bytes(stage: Stage, side: Side, config: CompareConfig) -> int:

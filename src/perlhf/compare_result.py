@@ -19,12 +19,12 @@ from perlhf.run_files import summarise as summary_of
 from perlhf.verdict import SeedNoise, Statistic
 
 CURVES = {
-    "AUC": ("AUC on validation groups", "validation_auc"),
-    "pairwise accuracy": ("pairwise accuracy on validation groups", "validation_pairwise_accuracy"),
-    "score": ("reward on held-out prompts, by what training validates with", "validation_reward"),
-    "gold score": ("reward on held-out prompts, by what training validates with", "validation_reward"),
+    "AUC": "validation_auc",
+    "pairwise accuracy": "validation_pairwise_accuracy",
+    "score": "validation_reward",
+    "gold score": "validation_reward",
 }
-"""What is known of each metric while a run learns (a policy's scorer isn't asked), and its name in metrics.jsonl."""
+"""Metrics, and what metrics.jsonl says of each while a run learns: a policy's scorer isn't asked then."""
 WORDS = {
     "equivalent": "{verb} equivalent to {other}",
     "better": "{verb} better than {other}",
@@ -87,7 +87,6 @@ def summarise(
         "seed_noise": None if noise is None else asdict(noise),
         "sides": sides,
         "verdict": sentence(first.metric, reference, sides, config.margin),
-        "validated": CURVES[first.metric][0],
         "jobs": config.jobs,
         "unlike": _unlike(files),
         **_made_with(files[reference][0]),
@@ -124,7 +123,7 @@ def _unlike(files: Mapping[str, Sequence[RunFiles]]) -> list[str]:
         hardware, torch = mapping(run.manifest.get("hardware")), mapping(run.manifest.get("versions")).get("torch")
         machine = hardware.get("gpu") or f"{hardware.get('cpu')}, {run.manifest.get('threads')} threads"
         size = run.config.get("tokens_per_microbatch")
-        found.setdefault(f"{machine}, torch {torch}, tokens_per_microbatch {size or 'as usual'}")
+        found.setdefault(f"{machine}, torch {torch}, tokens_per_microbatch {size or 'by default'}")
     return list(found) if len(found) > 1 else []
 
 
@@ -222,7 +221,7 @@ def _average(side: Sequence[Statistic], indices: NDArray[np.intp]) -> float:
 
 def _curve(run: RunFiles, metric: str) -> list[tuple[float, float]]:
     """(seconds, what is validated) while the run learned."""
-    _, key = CURVES[metric]
+    key = CURVES[metric]
     pairs = ((finite(row.get("time_seconds")), finite(row.get(key))) for row in run.metrics)
     return [(time, value) for time, value in pairs if time is not None and value is not None]
 

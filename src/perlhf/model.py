@@ -23,7 +23,7 @@ from perlhf.cache import KeyValueCache
 from perlhf.errors import AdapterError, ModelError
 from perlhf.head import token_logprobs
 from perlhf.lora import AdaptedLinear, match_targets, new_pair
-from perlhf.packing import Ids, Layout, Packing, lay_out, length_mask
+from perlhf.packing import Ids, Layout, Packing, lay_out, length_mask, spread
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,7 @@ class Model:
     ) -> Tensor:
         """State of each sequence's last token, what the score head reads: [batch, hidden]."""
         layout = lay_out(sequences, packing)
-        last = [layout.index(i, len(ids) - 1) for i, ids in enumerate(sequences)]
-        return self._states(layout, adapter, last, dropout=dropout)
+        return self._states(layout, adapter, layout.ends(), dropout=dropout)
 
     def values(
         self, prompts: Sequence[Ids], completions: Sequence[Ids], adapter: str, *, packing: Packing = "tree"
@@ -179,7 +178,7 @@ class Model:
         t.
         """
         states, mask = self._predicting_states(prompts, completions, adapter, packing, dropout=False)
-        return _spread(self._head(states, adapter), mask)
+        return spread(self._head(states, adapter), mask)
 
     def logprobs(
         self,
@@ -195,7 +194,7 @@ class Model:
         states, mask = self._predicting_states(prompts, completions, adapter, packing, dropout=dropout)
         targets = torch.tensor([token for ids in completions for token in ids], dtype=torch.long, device=self.device)
         logprobs, entropy = token_logprobs(states, self._output_weight(adapter), targets, temperature)
-        return TokenLogprobs(_spread(logprobs, mask), _spread(entropy, mask), mask)
+        return TokenLogprobs(spread(logprobs, mask), spread(entropy, mask), mask)
 
     @contextmanager
     def holding(self, adapter: str | None) -> Iterator[None]:
@@ -219,7 +218,7 @@ class Model:
         """States of each prompt's last token [prompt, hidden] and the cache of their keys and values, to be forked."""
         layout = lay_out(prompts, "tree")
         cache = KeyValueCache([layout.indices(i, 0, len(ids)) for i, ids in enumerate(prompts)], self.device)
-        return self._states(layout, adapter, _ends(layout, prompts), dropout=False, cache=cache), cache
+        return self._states(layout, adapter, layout.ends(), dropout=False, cache=cache), cache
 
     @torch.no_grad()
     def decode(self, ids: Tensor, cache: KeyValueCache, adapter: str | None) -> Tensor:
@@ -338,8 +337,8 @@ class Model:
         sequences = [[(37 * t + 11 * s) % vocab for t in range(5)] for s in (40, 41)]
         sequences += [sequences[0][:3], [*sequences[0][:2], *sequences[1][:3]]]
         shared, separate = (
-            self._states(lay_out(sequences, p), None, _ends(lay_out(sequences, p), sequences), dropout=False).float()
-            for p in ("tree", "none")
+            self._states(layout, None, layout.ends(), dropout=False).float()
+            for layout in (lay_out(sequences, "tree"), lay_out(sequences, "none"))
         )
         _, cache = self.prefill([ids[:-1] for ids in sequences], None)
         cache.fork(1)
@@ -398,13 +397,3 @@ class Model:
             for path, pair in adapter.pairs.items():
                 merged[path + ".weight"] += pair.scale * (pair.b.float() @ pair.a.float())
         return merged
-
-
-def _ends(layout: Layout, sequences: Sequence[Ids]) -> list[int]:
-    return [layout.index(i, len(ids) - 1) for i, ids in enumerate(sequences)]
-
-
-def _spread(flat: Tensor, mask: Tensor) -> Tensor:
-    """Values of the True positions, in order, into [batch, time]; 0 elsewhere."""
-    out = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device)
-    return out.masked_scatter(mask, flat)

@@ -54,6 +54,10 @@ class Layout:
             left -= length
         raise IndexError(f"sequence {sequence} has no position {position}")
 
+    def ends(self) -> list[int]:
+        """Flat position of each sequence's last token."""
+        return [start + length - 1 for start, length in (spans[-1] for spans in self.spans)]
+
     def indices(self, sequence: int, first: int, count: int) -> list[int]:
         """Flat positions of `count` consecutive tokens."""
         flat = [at for start, length in self.spans[sequence] for at in range(start, start + length)]
@@ -161,3 +165,9 @@ def _first(spans: tuple[Span, ...], count: int) -> tuple[Span, ...]:
         kept.append((start, min(length, count)))
         count -= length
     return tuple(kept)
+
+
+def spread(flat: Tensor, mask: Tensor) -> Tensor:
+    """Values of the True positions, in order, into [batch, time]; 0 elsewhere."""
+    out = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device)
+    return out.masked_scatter(mask, flat)

@@ -9,7 +9,7 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,21 @@ def plan(config: Stage) -> Plan:
 
 def _check_earlier_runs(config: Stage) -> None:
     """Raises RunError for an SFT or reward run that isn't there: the stage itself would stop at it."""
-    sft = None if isinstance(config, SftConfig) else config.sft
-    runs = [("sft", sft)] if sft else []
+    if not isinstance(config, SftConfig) and config.sft:
+        check_runs("sft", [config.sft])
     if isinstance(config, PolicyConfig):
-        named = {"reward": config.reward, "validation_reward": config.validation_reward}
-        runs += [(key, Path(source)) for key, sources in named.items() for source in sources if ":" not in source]
-    for key, run in runs:
+        check_runs("reward", reward_runs(config.reward))
+        check_runs("validation_reward", reward_runs(config.validation_reward))
+
+
+def reward_runs(sources: Sequence[str]) -> list[Path]:
+    """Those of a policy's rewards, or of what judges it, that are run directories: neither functions nor addresses."""
+    return [Path(source) for source in sources if ":" not in source]
+
+
+def check_runs(key: str, runs: Sequence[Path]) -> None:
+    """Raises RunError, which names `key`, for one of `runs` that isn't finished."""
+    for run in runs:
         if not (run / "adapter").is_dir():
             stage = "sft" if key == "sft" else "reward"
             raise RunError(f"{key} names {run}, which is no finished run", where=key, hint=f"train it: perlhf {stage}")
@@ -194,8 +203,7 @@ def _frozen_adapters(config: Stage) -> int:
     """Adapters held without gradients: the reference and the reward models of a policy."""
     if not isinstance(config, PolicyConfig):
         return 0
-    rewards = (*config.reward, *config.validation_reward)
-    return (config.sft is not None) + sum(1 for reward in rewards if ":" not in reward)
+    return (config.sft is not None) + len(reward_runs((*config.reward, *config.validation_reward)))
 
 
 def dtype_in_force(dtype: str, device: str) -> str:

@@ -85,7 +85,9 @@ def same(found: AdapterFiles, expected: AdapterFiles) -> None:
 def test_round_trip(tmp_path: Path, model: LlamaForCausalLM) -> None:
     for name, files in (("sft", adapter(model)), ("reward", adapter(model, head=torch.randn(1, 64)))):
         write_adapter(tmp_path / name, files)
-        same(read_adapter(tmp_path / name), files)
+        found = read_adapter(tmp_path / name)
+        same(found, files)
+        assert list(found.weights) == sorted(files.weights), "the order of an optimiser's parameters"
         names = sorted(path.name for path in (tmp_path / name).iterdir())
         assert names == ["adapter_config.json", "adapter_model.safetensors", "perlhf.json"]
 

@@ -40,6 +40,7 @@ class TestLayout:
             assert ids_of(layout, i, len(ids)) == ids
             found = layout.indices(i, 0, len(ids))
             assert found == [layout.index(i, position) for position in range(len(ids))]
+            assert layout.ends()[i] == found[-1]
             # a token's position is its depth, also after a branch
             assert positions[found].tolist() == list(range(len(ids)))
 

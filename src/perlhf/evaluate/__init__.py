@@ -31,8 +31,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises:
         RunError: no run directory, or a run that isn't finished.
-        DataError, ConfigError, ModelError, AdapterError, ServiceError: as the parts say.
-        ConfigError: what only a policy can be asked, of another run; an adapter without `output`.
+        DataError, ModelError, AdapterError, ServiceError: as the parts say.
+        ConfigError: as the parts say; what only a policy can be asked, of another run; an adapter without `output`.
         StorageError: the result can't be written.
     """
     finished = read_finished(config.run)

@@ -78,10 +78,9 @@ def over(part: Mapping[str, Any]) -> str:
 def cells(found: Mapping[str, Any]) -> list[str]:
     """Quality, its difference, verdict, memory, speed, time and trainable share of one side, in words."""
     quality, difference = measured(found["quality"]), measured(found["difference"])
-    assert quality is not None
     return [
-        _with_interval(quality),
-        "–" if difference is None else _with_interval(difference),
+        with_interval(quality),
+        with_interval(difference),
         ", ".join([found["verdict"], *_warnings(found)]),
         f"{memory(found['peak_memory_bytes'])}, {_percent(found['memory_share'])}",
         f"{count(found['tokens_per_second'])} tokens/s, {number(found['speed_factor'])}×",
@@ -90,8 +89,10 @@ def cells(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _with_interval(one: Measured) -> str:
+def with_interval(one: Measured | None) -> str:
     """The value and its interval with the decimals of the largest of the three: a difference may be next to nothing."""
+    if one is None:
+        return "–"
     scale = max(abs(end) for end in (one.value, one.low, one.high) if end is not None)
     inside = interval(one, scale)
     return number(one.value, scale) + (f" ({inside})" if inside else "")
@@ -112,6 +113,8 @@ def _percent(share: float | None) -> str:
 def _charts(name: str, part: Mapping[str, Any]) -> list[tuple[str, Markup, str]]:
     """(title, figure, the same in words)."""
     metric, sides, charts = part["metric"], part["sides"], []
+    # A policy's scorer isn't asked while it learns.
+    validated, by = (metric, "") if name == "reward" else ("reward", ", by what training validates with")
     for key, xlabel, scale in (
         ("seconds", "minutes of training", 60),
         ("peak_memory_bytes", "peak memory, GiB", 2**30),
@@ -130,7 +133,7 @@ def _charts(name: str, part: Mapping[str, Any]) -> list[tuple[str, Markup, str]]
         for side, found in sides.items()
     }
     if any(lines.values()):
-        svg = Markup(figures.paths(f"{name}-curves", lines, "minutes of training", part["validated"].split(" on ")[0]))
+        svg = Markup(figures.paths(f"{name}-curves", lines, "minutes of training", f"{validated}, validation"))
         words = "; ".join(f"{side} ends at {number(curves[0][-1][1])}" for side, curves in lines.items() if curves)
-        charts.append((f"While training: {part['validated']}", svg, words))
+        charts.append((f"{validated} on validation groups while training{by}", svg, words))
     return charts
