@@ -164,10 +164,7 @@ def _results(name: str) -> str:
             f"{versions.get('torch')}, transformers {versions.get('transformers')}, commits "
             f"{', '.join(sorted({str(one['commit'])[:7] for one in manifests}))}.",
             "",
-            f"| side | {part['metric']} | minus {part['reference']} | verdict | peak memory | speed | time "
-            "| trainable | learning rate | seeds |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            *(_row(side, one) for side, one in part["sides"].items()),
+            *_table(part),
             "",
             part["verdict"],
             "",
@@ -183,9 +180,15 @@ def _results(name: str) -> str:
     return "\n".join(parts)
 
 
-def _row(side: str, found: Mapping[str, Any]) -> str:
-    seeds = ", ".join(f"{one['seed']}: {number(one['value'])}" for one in found["seeds"])
-    return "| " + " | ".join([side, *comparison.cells(found), format(found["learning_rate"], "g"), seeds]) + " |"
+def _table(part: Mapping[str, Any]) -> list[str]:
+    heads = ["side", *comparison.columns(part), "learning rate", "seeds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for side, cells in comparison.rows(part):
+        found = part["sides"].get(side, {"seeds": [], "learning_rate": None})
+        seeds = ", ".join(f"{one['seed']}: {number(one['value'])}" for one in found["seeds"])
+        rate = "–" if found["learning_rate"] is None else format(found["learning_rate"], "g")
+        lines.append(f"| {' | '.join([side, *cells, rate, seeds or '–'])} |")
+    return lines
 
 
 def _runs(name: str) -> str:

@@ -14,7 +14,7 @@ from perlhf import verdict
 from perlhf.config_compare import CompareConfig, Stage
 from perlhf.errors import RunError
 from perlhf.run_directory import first_difference
-from perlhf.run_files import EVALUATION, RunFiles, Summary, finite, mapping, number, read_runs
+from perlhf.run_files import EVALUATION, RunFiles, Summary, finite, mapping, measured, number, read_runs
 from perlhf.run_files import summarise as summary_of
 from perlhf.verdict import SeedNoise, Statistic
 
@@ -40,6 +40,8 @@ class Tested:
     metric: str
     groups: list[str]
     value: Statistic
+    start: Statistic | None = None
+    """A policy's: the same of its reference's answers."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def summarise(
         "seed_noise": None if noise is None else asdict(noise),
         "sides": sides,
         "verdict": sentence(first.metric, reference, sides, config.margin),
+        "start": None if first.start is None else _start(files[reference][0], first, config),
         "jobs": config.jobs,
         "unlike": _unlike(files),
         **_made_with(files[reference][0]),
@@ -159,8 +162,11 @@ def tested_by(run: RunFiles) -> Tested:
     key, metric = (
         ("gold_after", "gold score") if rows and rows[0].get("gold_after") is not None else ("score_after", "score")
     )
-    values = np.array([row[key] for row in rows], dtype=float)
-    return Tested(metric, [row["group"] for row in rows], lambda i: float(values[i].mean()))
+    after, before = (
+        np.array([row[key.replace("after", when)] for row in rows], dtype=float) for when in ("after", "before")
+    )
+    groups = [row["group"] for row in rows]
+    return Tested(metric, groups, lambda i: float(after[i].mean()), lambda i: float(before[i].mean()))
 
 
 def _side(runs: Sequence[RunFiles], reference: Sequence[RunFiles], side: str, compared: Compared) -> dict[str, Any]:
@@ -188,9 +194,48 @@ def _side(runs: Sequence[RunFiles], reference: Sequence[RunFiles], side: str, co
         "speed_factor": _ratio(speed, _mean(others, "tokens_per_second")),
         "trainable_share": _ratio(lines[0].trainable_parameters, others[0].trainable_parameters),
         "curves": [_curve(run, tested[0].metric) for run in runs],
-        "kl": [finite(run.result.get("kl")) for run in runs] if runs[0].stage == "policy" else None,
-        "win_rate": [run.evaluation.get("win_rate") for run in runs] if runs[0].stage == "policy" else None,
+        **({} if tested[0].start is None else _answers(runs, tested, compared)),
     }
+
+
+def _start(run: RunFiles, tested: Tested, config: CompareConfig) -> dict[str, Any]:
+    """What every policy starts from and is held against: its name, and how good its answers are."""
+    assert tested.start is not None
+    low, high = verdict.seeds_interval([tested.start], [], tested.groups, None, config.bootstrap, config.seeds[0])
+    return {
+        "name": "base" if config.policy is None or config.policy.sft is None else "SFT",
+        "quality": {"value": tested.start(np.arange(len(tested.groups))), "low": low, "high": high},
+        "score": mapping(run.evaluation.get("before")).get("score"),
+    }
+
+
+def _answers(runs: Sequence[RunFiles], tested: Sequence[Tested], compared: Compared) -> dict[str, Any]:
+    """What is said of a side's policies beyond their quality, each against the start's answers to the same prompts."""
+    starts = [one.start for one in tested if one.start is not None]
+    # The start has no seed: what other seeds would change is that of one side, and so `starts` isn't passed as a side.
+    gains: list[Statistic] = [
+        lambda i, after=one.value, before=before: after(i) - before(i)
+        for one, before in zip(tested, starts, strict=True)
+    ]
+    everything, config = np.arange(len(tested[0].groups)), compared.config
+    low, high = verdict.seeds_interval(gains, [], tested[0].groups, compared.noise, config.bootstrap, config.seeds[0])
+    after = [mapping(run.evaluation.get("after")) for run in runs]
+    return {
+        "change": {"value": _average(gains, everything), "low": low, "high": high},
+        "score": _over_seeds([one.get("score") for one in after]),
+        "win_rate": _over_seeds([run.evaluation.get("win_rate") for run in runs]),
+        "kl": _over_seeds([one.get("kl_temperature_1") for one in after]),
+    }
+
+
+def _over_seeds(found: Sequence[object]) -> dict[str, float | None] | None:
+    """The mean of the seeds, with its interval over groups where there is one seed alone."""
+    known = [one for raw in found if (one := measured(raw)) is not None]
+    if len(known) < len(found):
+        return None
+    if len(known) == 1:
+        return asdict(known[0])
+    return {"value": statistics.fmean(one.value for one in known), "low": None, "high": None}
 
 
 def difference(

@@ -163,6 +163,49 @@ def test_numbers_of_a_stage_by_hand(tmp_path: Path):
     assert page == comparison.render({"reward": {**found, "tried": []}}, "<b>a</b>").decode()
 
 
+def write_policy(output: Path, cell: Cell, gold: list[float], kl: float) -> Path:
+    """A policy on two prompts of a group each; the start's gold scores are 0.25 and 0.5, its scores 1 and 2."""
+    run = write_cell(output, cell, 0.5, [], 100, 1000)
+    write(run / "result.json", {"stage": "policy", "trainable_parameters": 10})
+    before = {"score": {"value": 1.5, "low": 1, "high": 2}}
+    after = {"score": {"value": 2.5, "low": 2, "high": 3}, "kl_temperature_1": {"value": kl, "low": 0, "high": 2 * kl}}
+    rows = [
+        {"group": group, "score_before": 1, "score_after": 2, "gold_before": first, "gold_after": second}
+        for group, first, second in zip("ab", (0.25, 0.5), gold, strict=True)
+    ]
+    wins = {"value": 0.75, "low": 0.5, "high": 1, "by": "x"}
+    write(run / "evaluation.json", {"before": before, "after": after, "win_rate": wins, "samples": rows})
+    return run
+
+
+def test_policies_are_held_against_what_they_start_from(tmp_path: Path):
+    """Full: gold 0.5 and 0.75, 0.25 above the start in both groups. r4: seeds at 0.75 and at 0.25 on the mean."""
+    policy = PolicyConfig(reward=("module:function",), sft=Path("x"))
+    settings = config(tmp_path, reward=None, policy=policy, scorers=("y",))
+    full, first, second = (Cell("policy", side, 1e-5, seed) for side, seed in ((FULL, 5), (R4, 5), (R4, 6)))
+    runs = {"full": [write_policy(tmp_path, full, [0.5, 0.75], 1.0)], "r4-attention": []}
+    for cell, gold, kl in ((first, [0.75, 0.75], 2.0), (second, [0.25, 0.25], 4.0)):
+        runs["r4-attention"].append(write_policy(tmp_path, cell, gold, kl))
+    found = summarise("policy", runs, settings)
+    assert found["metric"] == "gold score"
+    assert found["start"]["name"] == "SFT" and found["start"]["quality"] == {"value": 0.375, "low": 0.25, "high": 0.5}
+    one, two = found["sides"].values()
+    assert one["change"]["value"] == 0.25 and two["change"]["value"] == 0.125
+    assert two["change"]["high"] - two["change"]["low"] > 1, "two seeds, 0.5 apart"
+    assert one["win_rate"] == {"value": 0.75, "low": 0.5, "high": 1} and one["kl"] == {"value": 1, "low": 0, "high": 2}
+    assert two["kl"] == {"value": 3, "low": None, "high": None} and two["score"]["value"] == 2.5
+    heads, table = comparison.columns(found), comparison.rows(found)
+    wanted = ["gold score", "minus full", "verdict", "minus SFT", "score", "wins against SFT", "KL, nats"]
+    assert heads[:7] == wanted and {len(cells) for _, cells in table} == {len(heads)} == {11}
+    assert table[0] == ("SFT", ["0.375 (0.250 to 0.500)", "–", "start", "–", "1.50 (1.00 to 2.00)", *["–"] * 6])
+    assert table[2][1][4:7] == ["2.50", "0.750", "3.00"]
+    write(
+        runs["full"][0] / "evaluation.json",
+        json.loads((runs["full"][0] / "evaluation.json").read_text()) | {"win_rate": None},
+    )
+    assert summarise("policy", runs, settings)["sides"]["full"]["win_rate"] is None
+
+
 def test_more_cells_at_a_time_than_memory_holds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Two tries of each side: the three largest are both of full tuning and one of the adapter's, 1000 + 1000 + 10."""
     monkeypatch.setattr(compare, "_memory_bytes", lambda stage, side, config: 10 if side.rank else 1000)

@@ -34,8 +34,8 @@ def _stage(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
         "title": _STAGES[name],
         "verdict": part["verdict"],
         "setting": _setting(part),
-        "columns": ["quality", "minus reference", "verdict", "memory", "speed", "time", "trainable"],
-        "rows": [(side, cells(found)) for side, found in sides.items()],
+        "columns": columns(part),
+        "rows": rows(part),
         "seeds": [
             (
                 side,
@@ -75,18 +75,41 @@ def over(part: Mapping[str, Any]) -> str:
     return "95 % intervals over groups alone: no side has a second seed, and how far seeds differ isn't in them."
 
 
-def cells(found: Mapping[str, Any]) -> list[str]:
-    """Quality, its difference, verdict, memory, speed, time and trainable share of one side, in words."""
-    quality, difference = measured(found["quality"]), measured(found["difference"])
-    return [
-        with_interval(quality),
-        with_interval(difference),
-        ", ".join([found["verdict"], *_warnings(found)]),
-        f"{memory(found['peak_memory_bytes'])}, {_percent(found['memory_share'])}",
-        f"{count(found['tokens_per_second'])} tokens/s, {number(found['speed_factor'])}×",
-        duration(found["seconds"]),
-        _percent(found["trainable_share"]),
-    ]
+def columns(part: Mapping[str, Any]) -> list[str]:
+    """Heads of the table of all sides, less the first, which names the side."""
+    heads = [part["metric"], f"minus {part['reference']}", "verdict"]
+    if start := part.get("start"):
+        score = ["score"] if part["metric"] != "score" else []
+        heads += [f"minus {start['name']}", *score, f"wins against {start['name']}", "KL, nats"]
+    return [*heads, "peak memory", "speed", "time", "trainable"]
+
+
+def rows(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """(side, cells) of the table of all sides; what policies start from is its first row."""
+    start = part.get("start")
+    score = ["score"] if start and part["metric"] != "score" else []
+    table = []
+    if start:
+        known = [with_interval(measured(start["quality"])), "–", "start", "–", *(_words(start, key) for key in score)]
+        table.append((start["name"], [*known, *["–"] * (len(columns(part)) - len(known))]))
+    for side, found in part["sides"].items():
+        answers = [_words(found, key) for key in ("change", *score, "win_rate", "kl")] if start else []
+        cells = [
+            _words(found, "quality"),
+            _words(found, "difference"),
+            ", ".join([found["verdict"], *_warnings(found)]),
+            *answers,
+            f"{memory(found['peak_memory_bytes'])}, {_percent(found['memory_share'])}",
+            f"{count(found['tokens_per_second'])} tokens/s, {number(found['speed_factor'])}×",
+            duration(found["seconds"]),
+            _percent(found["trainable_share"]),
+        ]
+        table.append((side, cells))
+    return table
+
+
+def _words(found: Mapping[str, Any], key: str) -> str:
+    return with_interval(measured(found[key]))
 
 
 def with_interval(one: Measured | None) -> str:
