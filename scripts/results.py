@@ -34,7 +34,7 @@ WHOLE = ("config.yaml", "manifest.json", "metrics.jsonl", "result.json")
 """Files of a cell that are kept as they are."""
 SAMPLE = ("group", "score_before", "score_after", "gold_before", "gold_after")
 """What is kept of an evaluated sample: numbers, no texts."""
-MARKED = re.compile(r"(<!-- (results|runs|curves|rates|labels) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (overview|results|runs|curves|rates|labels) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = 8
 """Updates whose rollouts are averaged for a point of a curve."""
 
@@ -103,7 +103,8 @@ def tables() -> None:
     """Rewrites what stands between the markers of the page, and the plots beside it."""
     page = RESULTS / "index.md"
     text = page.read_text(encoding="utf-8")
-    write = {"results": _results, "runs": _runs, "curves": _curves, "rates": _rates, "labels": _labels}
+    write = {"overview": _overview, "results": _results, "runs": _runs}
+    write |= {"curves": _curves, "rates": _rates, "labels": _labels}
     write_atomic(page, MARKED.sub(lambda found: f"{found[1]}{write[found[2]](found[3])}{found[4]}", text))
 
 
@@ -147,6 +148,32 @@ def _machine(manifest: Mapping[str, Any]) -> str:
     if hardware.get("gpu") or manifest.get("cuda_peak_memory_bytes"):
         return hardware.get("gpu") or "a GPU"
     return f"{hardware['cpu']} ({manifest['threads']} threads)"
+
+
+def _overview(stage: str) -> str:
+    """The comparisons of a stage, a line each: full tuning beside the (first) LoRA side that has the most seeds."""
+    lines = []
+    for name in _commands():
+        file = RESULTS / name / "compare.json"
+        part = json.loads(file.read_text(encoding="utf-8")).get(stage) if file.exists() else None
+        if part is None:
+            continue
+        reference, sides = part["reference"], part["sides"]
+        side = max((one for one in sides if one != reference), key=lambda one: len(sides[one]["seeds"]))
+        shown = dict(zip(comparison.columns(part), dict(comparison.rows(part))[side], strict=True))
+        lines.append(
+            [
+                f"{name}: {part['metric']}, {count(part['records'])} records",
+                *([_with_interval(part["start"]["quality"])] if stage == "policy" else []),
+                _with_interval(sides[reference]["quality"]),
+                f"{side}, seeds: {len(sides[side]['seeds'])}",
+                *(shown[head] for head in (part["metric"], f"minus {reference}", "verdict")),
+                *(shown[head].split(", ")[-1] for head in ("peak memory", "speed")),
+            ]
+        )
+    start = ["start"] if stage == "policy" else []
+    heads = ["set", *start, "full", "LoRA", "its quality", "difference", "verdict", "memory", "speed"]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *lines]) + "\n"
 
 
 def _results(name: str) -> str:

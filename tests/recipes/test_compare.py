@@ -91,11 +91,20 @@ def results_are_kept(out: Path, kept: Path, path: Path, found: Any) -> None:
     }
     assert texts and not any(text in file.read_text() for file in files for text in texts)
     (kept / "commands.yaml").write_text("tiny: [compare tiny.yaml]")
-    (kept / "index.md").write_text("before\n<!-- results of tiny -->\nold\n<!-- end -->\nafter\n")
+    marked = "".join(
+        f"<!-- {what} -->\nold\n<!-- end -->\n"
+        for what in ("overview of reward", "overview of policy", "results of tiny")
+    )
+    (kept / "index.md").write_text(f"before\n{marked}after\n")
     script["tables"]()
     page = (kept / "index.md").read_text()
     assert page.startswith("before") and page.endswith("after\n") and "old" not in page
     assert page.count("| r2-attention |") == 2 and found["reward"]["verdict"] in page
+    assert page.count("| r2-attention, seeds: 1 |") == 2
+    heads, values = (
+        row.split(" | ") for row in page.splitlines() if row.startswith(("| set | start", "| tiny: score"))
+    )
+    assert len(heads) == len(values) == 9
     assert (kept / "tiny-policy.svg").read_text().startswith("<svg xmlns=")
     script["tables"]()
     assert page == (kept / "index.md").read_text()
