@@ -16,7 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -276,23 +276,36 @@ def _with_interval(found: Any) -> str:
 
 
 def _curves(name: str) -> str:
-    """Policy runs on the embedded set: score and gold score of their first and last completions, and gold over KL."""
-    lines = ["| run | updates | score | gold score | KL, nats |", "|---|---|---|---|---|"]
-    paths = {}
+    """Policy runs on the embedded set: what their first and last completions score, the same over KL, what was kept."""
+    heads = ["run", "updates", "score", "gold score", "KL, nats", "kept: update, gold score then", "peak memory"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    paths: dict[str, dict[str, list[list[tuple[float, float]]]]] = {"score": {}, "gold": {}}
     for file in sorted((RESULTS / name).glob("*/curve.json")):
         rows = json.loads(file.read_text(encoding="utf-8"))
-        blocks = [rows[at : at + BLOCK] for at in range(0, len(rows) - len(rows) % BLOCK, BLOCK)]
-        means = [{key: statistics.fmean(row[key] for row in block) for key in block[0]} for block in blocks]
+        means = [_means(rows[at : at + BLOCK]) for at in range(0, len(rows) - len(rows) % BLOCK, BLOCK)]
         if not means:
             continue
         first, last = means[0], means[-1]
         ends = [(number(first[key]), number(last[key])) for key in ("score", "gold", "kl")]
         cells = [start if len(means) == 1 else f"{start} to {end}" for start, end in ends]
+        kept, bytes_of = "cut off", _manifest(file.parent).get("peak_memory_bytes")
+        if (file.parent / "result.json").exists():
+            step = json.loads((file.parent / "result.json").read_text(encoding="utf-8"))["best_step"]
+            kept = f"{step}: {number(_means(rows[max(step - BLOCK, 0) : step])['gold'])}" if step else "the start"
+        cells += [kept, run_files.memory(bytes_of) if bytes_of else "–"]
         lines.append(f"| {file.parent.name} | {len(rows)} | " + " | ".join(cells) + " |")
-        paths[file.parent.name] = [[(one["kl"], one["gold"]) for one in means]]
-    image = f"{name}.svg"
-    write_atomic(RESULTS / image, figures.alone(figures.paths(image, paths, "KL, nats a completion", "gold score")))
-    return "\n".join([*lines, "", f"![Gold score over KL; the table has first and last points]({image})", ""])
+        for key, shown in paths.items():
+            shown[file.parent.name] = [[(one["kl"], one[key]) for one in means]]
+    images = []
+    for key, words in (("gold", "gold score"), ("score", "score")):
+        image = f"{name}-{key}.svg"
+        write_atomic(RESULTS / image, figures.alone(figures.paths(image, paths[key], "KL, nats a completion", words)))
+        images.append(f"![{words} over KL; the table has first and last points]({image})")
+    return "\n".join([*lines, "", *images, ""])
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
 
 
 def _rates(name: str) -> str:

@@ -50,7 +50,12 @@ def test_rollouts_on_the_embedded_set_become_a_curve(tmp_path: Path, script: dic
     script["tables"]()
     page = (tmp_path / "kept" / "index.md").read_text()
     assert "| a | 16 | 1.50 to 1.50 |" in page and "| 4.50 to 12.5 |" in page  # means of updates 1 to 8 and 9 to 16
-    assert (tmp_path / "kept" / "far.svg").read_text().startswith("<svg")
+    assert page.count("| cut off | – |") == 1
+    assert all((tmp_path / "kept" / f"far-{key}.svg").read_text().startswith("<svg") for key in ("gold", "score"))
+    write(tmp_path / "kept" / "far" / "a" / "result.json", {"best_step": 8})
+    script["tables"]()
+    page = (tmp_path / "kept" / "index.md").read_text()
+    assert f"| 8: {gold(ORDER, BAD):.3f} | – |" in page
 
 
 def test_rates_and_runs(tmp_path: Path, script: dict[str, Any]) -> None:
