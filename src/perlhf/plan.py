@@ -128,7 +128,7 @@ def check_runs(key: str, runs: Sequence[Path]) -> None:
     for run in runs:
         if not (run / "adapter").is_dir():
             stage = "sft" if key == "sft" else "reward"
-            raise RunError(f"{key} names {run}, which is no finished run", where=key, hint=f"train it: perlhf {stage}")
+            raise RunError(f"{run} is no finished run", where=key, hint=f"train it: perlhf {stage}")
 
 
 def _stage(config: Stage) -> tuple[str, tuple[str, ...]]:

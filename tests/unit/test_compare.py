@@ -310,7 +310,7 @@ def test_scorers_are_looked_for_before_anything_is_trained(tmp_path: Path, tiny_
     policy = PolicyConfig(base=str(tiny_base), reward=("module:function",))
     settings = config(tmp_path / "out", reward=None, policy=policy, scorers=(str(tmp_path / "nowhere"),))
     for started in (compare.compare, cells):
-        with pytest.raises(RunError, match="nowhere, which is no finished run"):
+        with pytest.raises(RunError, match="nowhere is no finished run"):
             started(settings)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValidationError, match="it would judge what it chose"):
