@@ -88,7 +88,7 @@ def summarise(
         "reference": reference,
         "seed_noise": None if noise is None else asdict(noise),
         "sides": sides,
-        "verdict": sentence(first.metric, reference, sides, config.margin),
+        "verdict": sentence(first.metric, reference, sides, config.margin, one_seed=noise is None),
         "start": None if first.start is None else _start(files[reference][0], first, config),
         "jobs": config.jobs,
         "unlike": _unlike(files),
@@ -130,8 +130,10 @@ def _unlike(files: Mapping[str, Sequence[RunFiles]]) -> list[str]:
     return list(found) if len(found) > 1 else []
 
 
-def sentence(metric: str, reference: str, sides: Mapping[str, Mapping[str, Any]], margin: float) -> str:
-    """The verdicts in words, those that agree together."""
+def sentence(
+    metric: str, reference: str, sides: Mapping[str, Mapping[str, Any]], margin: float, one_seed: bool = False
+) -> str:
+    """The verdicts in words, those that agree together; `one_seed`: how far seeds differ is in none of them."""
     said: dict[str, list[str]] = {}
     for side, found in sides.items():
         if side != reference:
@@ -143,7 +145,8 @@ def sentence(metric: str, reference: str, sides: Mapping[str, Mapping[str, Any]]
         + (f" (within {number(margin)})" if what == "equivalent" else "")
         for what, names in said.items()
     ]
-    return f"By {metric} on test groups, {'; '.join(parts)}."
+    seeds = " with one seed a side (others may turn it round)" if one_seed else ""
+    return f"By {metric} on test groups{seeds}, {'; '.join(parts)}."
 
 
 def tested_by(run: RunFiles) -> Tested:

@@ -93,11 +93,12 @@ def rows(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         known = [with_interval(measured(start["quality"])), "–", "start", "–", *(_words(start, key) for key in score)]
         table.append((start["name"], [*known, *["–"] * (len(columns(part)) - len(known))]))
     for side, found in part["sides"].items():
+        one_seed = ["one seed"] if found["difference"] and part["seed_noise"] is None else []
         answers = [_words(found, key) for key in ("change", *score, "win_rate", "kl")] if start else []
         cells = [
             _words(found, "quality"),
             _words(found, "difference"),
-            ", ".join([found["verdict"], *_warnings(found)]),
+            ", ".join([found["verdict"], *_warnings(found), *one_seed]),
             *answers,
             f"{memory(found['peak_memory_bytes'])}, {_percent(found['memory_share'])}",
             f"{count(found['tokens_per_second'])} tokens/s, {number(found['speed_factor'])}×",
