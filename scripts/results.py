@@ -55,14 +55,14 @@ def keep(runs: Path, name: str) -> None:
         for file in (*WHOLE, "dpo.json"):
             if (cell / file).exists():
                 shutil.copyfile(cell / file, to / file)
-        if (cell / "evaluation.json").exists():
-            evaluation = json.loads((cell / "evaluation.json").read_text(encoding="utf-8"))
+        for file in sorted(cell.glob("evaluation*.json")):
+            evaluation = json.loads(file.read_text(encoding="utf-8"))
             evaluation["samples"] = [
                 {key: row[key] for key in SAMPLE if key in row} for row in evaluation.get("samples") or []
             ]
             if evaluation["kind"] == "reward":
                 del evaluation["samples"]
-            write_atomic(to / "evaluation.json", json.dumps(evaluation) + "\n")
+            write_atomic(to / file.name, json.dumps(evaluation) + "\n")
     for run in sorted(path.parent for path in runs.glob("*/rollouts")):
         paths = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["paths"]
         if all(path.startswith("builtin:coffee-bar") for path in paths):

@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 
 from perlhf.compare_processes import Processes, processes
-from perlhf.compare_result import summarise
-from perlhf.config import PolicyConfig, RewardConfig
+from perlhf.compare_result import evaluation_of, summarise
+from perlhf.config import DataConfig, PolicyConfig, RewardConfig
 from perlhf.config_compare import CompareConfig, Side, Stage
+from perlhf.data import load
 from perlhf.environment import free_memory_bytes
 from perlhf.errors import RunError
 from perlhf.plan import check_runs, plan, reward_runs
@@ -30,7 +31,7 @@ from perlhf.run_files import EVALUATION, finite, mapping, memory
 from perlhf.storage import remove_directory, storage_errors, write_atomic
 
 RECIPE, FAILURES, LOGS = "compare.yaml", "failed", "logs"
-MAY_GROW = ("output", "seeds", "ranks", "ranks_of_one_seed", "targets", "bootstrap", "jobs")
+MAY_GROW = ("output", "seeds", "ranks", "ranks_of_one_seed", "targets", "bootstrap", "jobs", "also_test")
 """Keys that may differ when a comparison is continued: no cell that is there depends on them.
 Not the margin, which is fixed beforehand."""
 
@@ -69,7 +70,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         StorageError: a file can't be written.
         KeyboardInterrupt: interrupted; the cell that was running has saved and will go on.
     """
-    check_runs("scorers", reward_runs(config.scorers))
+    _check_tests(config)
     _check_memory(config)
     shown = config.model_copy(update={"jobs": _claim(config)})
     found: dict[str, Any] = {}
@@ -124,7 +125,7 @@ def cells(config: CompareConfig) -> list[list[str]]:
     Raises:
         RunError, DataError, ModelError, AdapterError: as `plan.plan` of a cell.
     """
-    check_runs("scorers", reward_runs(config.scorers))
+    _check_tests(config)
     rows = []
     for stage in config.stages:
         for side in config.sides:
@@ -133,6 +134,13 @@ def cells(config: CompareConfig) -> list[list[str]]:
             size = memory(_memory_bytes(stage, side, config))
             rows.append([stage, side.name, tried, seeds, size, str(config.runs(side))])
     return rows
+
+
+def _check_tests(config: CompareConfig) -> None:
+    """Looks for what cells are tested with before any is trained."""
+    check_runs("scorers", reward_runs(config.scorers))
+    for path in config.also_test:
+        load(DataConfig(paths=(path,)), ("comparison", "rating"), "all")
 
 
 def _memory_bytes(stage: Stage, side: Side, config: CompareConfig) -> int:
@@ -252,14 +260,19 @@ def _number(cell: Cell, config: CompareConfig) -> str:
 
 def _evaluate(cell: Cell, config: CompareConfig, processes: Processes) -> None:
     run = config.output / cell.name
-    if (run / EVALUATION).exists():
-        return
-    options = ["--bootstrap", str(config.bootstrap)]
+    options = []
     if cell.stage == "policy":
         options += ["--prompts", str(config.prompts), *(["--reward", *config.scorers] if config.scorers else [])]
-    code, message = processes.perlhf(["evaluate", str(run), *options], config.output / LOGS / f"{cell.name}.log")
-    if code:
-        raise RunError(f"its evaluation stopped with exit code {code}: {message}", where=cell.name)
+    wanted = {EVALUATION: options}
+    for path in config.also_test if cell.stage == "reward" else ():
+        wanted[evaluation_of(path)] = ["--data.paths", path, "--data.format", "auto", "--split", "all"]
+    for file, asked in wanted.items():
+        if (run / file).exists():
+            continue
+        words = ["evaluate", str(run), "--bootstrap", str(config.bootstrap), "--output", str(run / file), *asked]
+        code, message = processes.perlhf(words, config.output / LOGS / f"{cell.name}.log")
+        if code:
+            raise RunError(f"its evaluation stopped with exit code {code}: {message}", where=cell.name)
 
 
 def _write(found: dict[str, Any], config: CompareConfig) -> None:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from perlhf import statistics as measures
 from perlhf import verdict
 from perlhf.config_compare import CompareConfig, Stage
 from perlhf.errors import RunError
-from perlhf.run_directory import first_difference
+from perlhf.run_directory import first_difference, read_json
 from perlhf.run_files import EVALUATION, RunFiles, Summary, finite, mapping, measured, number, read_runs
 from perlhf.run_files import summarise as summary_of
 from perlhf.verdict import SeedNoise, Statistic
@@ -55,6 +55,11 @@ class Compared:
     diverged: Mapping[str, int]
 
 
+def evaluation_of(path: str) -> str:
+    """File in a run's directory with what it reached on a set of `also_test`."""
+    return f"evaluation-{Path(path).name}.json"
+
+
 def summarise(
     stage: Stage,
     runs: Mapping[str, Sequence[Path]],
@@ -90,9 +95,33 @@ def summarise(
         "sides": sides,
         "verdict": sentence(first.metric, reference, sides, config.margin, one_seed=noise is None),
         "start": None if first.start is None else _start(files[reference][0], first, config),
+        "elsewhere": {
+            Path(path).name: _elsewhere(files, path, compared)
+            for path in (config.also_test if stage == "reward" else ())
+        },
         "jobs": config.jobs,
         "unlike": _unlike(files),
         **_made_with(files[reference][0]),
+    }
+
+
+def _elsewhere(files: Mapping[str, Sequence[RunFiles]], path: str, compared: Compared) -> dict[str, Any]:
+    """What the sides reach on another set than their own test groups."""
+    name, tested = evaluation_of(path), {}
+    for side, found in files.items():
+        there = [replace(run, evaluation=read_json(run.path / name)) for run in found]
+        tested[side] = [tested_by(run) for run in there]
+        if any(one.groups != tested[compared.reference][0].groups for one in tested[side]):
+            raise RunError(f"{name} is of other records than the first cell's", where=str(found[0].path))
+    first = tested[compared.reference][0]
+    everything = np.arange(len(first.groups))
+    noise = verdict.seed_noise([one.value(everything) for one in found] for found in tested.values())
+    there = replace(compared, tested=tested, noise=noise)
+    return {
+        "metric": first.metric,
+        "records": len(first.groups),
+        "groups": len(set(first.groups)),
+        "sides": {side: {"quality": _quality(side, there), **_against(side, there)} for side in files},
     }
 
 
@@ -174,17 +203,14 @@ def tested_by(run: RunFiles) -> Tested:
 
 def _side(runs: Sequence[RunFiles], reference: Sequence[RunFiles], side: str, compared: Compared) -> dict[str, Any]:
     """Quality and costs of one side; costs also as a share or factor of the reference's."""
-    tested, config = compared.tested[side], compared.config
+    tested = compared.tested[side]
     everything = np.arange(len(tested[0].groups))
-    low, high = verdict.seeds_interval(
-        [one.value for one in tested], [], tested[0].groups, compared.noise, config.bootstrap, config.seeds[0]
-    )
     values = [one.value(everything) for one in tested]
     lines = [summary_of(run) for run in runs]
     others = [summary_of(run) for run in reference]
     memory, speed = _mean(lines, "peak_memory_bytes"), _mean(lines, "tokens_per_second")
     return {
-        "quality": {"value": statistics.fmean(values), "low": low, "high": high},
+        "quality": _quality(side, compared),
         "seeds": [{"seed": run.config.get("seed"), "value": value} for run, value in zip(runs, values, strict=True)],
         "diverged": compared.diverged.get(side, 0),
         "kept_start": sum(run.result.get("best_step") == 0 for run in runs),
@@ -199,6 +225,13 @@ def _side(runs: Sequence[RunFiles], reference: Sequence[RunFiles], side: str, co
         "curves": [_curve(run, tested[0].metric) for run in runs],
         **({} if tested[0].start is None else _answers(runs, tested, compared)),
     }
+
+
+def _quality(side: str, compared: Compared) -> dict[str, float]:
+    tested, config = compared.tested[side], compared.config
+    values = [one.value for one in tested]
+    low, high = verdict.seeds_interval(values, [], tested[0].groups, compared.noise, config.bootstrap, config.seeds[0])
+    return {"value": _average(values, np.arange(len(tested[0].groups))), "low": low, "high": high}
 
 
 def _start(run: RunFiles, tested: Tested, config: CompareConfig) -> dict[str, Any]:
@@ -252,7 +285,7 @@ def difference(
 
 
 def _against(side: str, compared: Compared) -> dict[str, Any]:
-    """The difference in quality from the reference, and what it says: nothing where seeds of either are missing."""
+    """The difference in quality from the reference, and what it says: nothing where seeds of either diverged."""
     config, reference = compared.config, compared.reference
     if side == reference:
         return {"difference": None, "verdict": "reference"}

@@ -59,6 +59,8 @@ class CompareConfig(Frozen):
     """Resamples of groups behind every interval."""
     scorers: tuple[str, ...] = ()
     """What scores policies when they are evaluated, best reward runs of other groups (none: those they learn from)."""
+    also_test: tuple[str, ...] = ()
+    """Other sets that reward models are tested on as well, the whole of each, read as `auto` finds."""
     jobs: Positive = 1
     """Cells that run at a time, where memory has room; they share the cores, and the speed that is measured."""
     prompts: Positive = 200
@@ -114,6 +116,11 @@ class CompareConfig(Frozen):
             raise ValueError(f"ranks_of_one_seed names {min(missing)}, which isn't among ranks {list(self.ranks)}")
         if self.policy and (both := set(self.scorers) & set(self.policy.validation_reward)):
             raise ValueError(f"{min(both)} is in scorers and in policy.validation_reward: it would judge what it chose")
+        if self.also_test and self.reward is None:
+            raise ValueError("also_test is for reward models; policies are evaluated on their own prompts")
+        names = [Path(path).name for path in self.also_test]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"also_test has two sets of the name {min(twice)}; tables call each by its last part")
         for key in ("ranks", "targets", "seeds", "lora_learning_rates", "full_learning_rates"):
             values = getattr(self, key)
             if len(set(values)) < len(values):

@@ -47,7 +47,10 @@ def recipe(tmp_path: Path, base: Path, runs: TinyRuns, **changed: Any) -> Path:
 def test_both_stages_and_again(
     tmp_path: Path, tiny_base: Path, runs: TinyRuns, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = recipe(tmp_path, tiny_base, runs, jobs=2)
+    other = tmp_path / "other.jsonl"
+    rows = [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(3)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = recipe(tmp_path, tiny_base, runs, jobs=2, also_test=[str(other)])
     assert main(["compare", str(path)]) == 0
     out = tmp_path / "out"
     said = capfd.readouterr()
@@ -66,6 +69,8 @@ def test_both_stages_and_again(
             value = evaluated["metrics"]["auc"] if stage == "reward" else evaluated["after"]["score"]
             assert one["quality"]["value"] == pytest.approx(value["value"], abs=1e-4) and one["learning_rate"] == rate
         assert len(found[stage]["tried"]) == 2 and found[stage]["verdict"].startswith(f"By {metric} on test groups")
+    there = found["reward"]["elsewhere"]["other.jsonl"]
+    assert there["records"] == 3 and list(there["sides"]) == list(sides) and found["policy"]["elsewhere"] == {}
     page = (out / "compare.html").read_text()
     assert page.count("<svg") >= 5 and str(tmp_path) not in page
     sessions = {file: file.read_bytes() for file in out.glob("*/manifest.json")}

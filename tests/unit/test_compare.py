@@ -79,6 +79,8 @@ def test_every_side_gets_as_many_tries(tmp_path: Path, tiny_base: Path):
         ({"seeds": (1, 1)}, "seeds holds a value twice"),
         ({"ranks": (0,)}, "greater than 0"),
         ({"ranks_of_one_seed": (9,)}, "isn't among ranks"),
+        ({"also_test": ("a/x", "b/x")}, "two sets of the name x"),
+        ({"also_test": ("x",), "reward": None, "policy": PolicyConfig(reward=("a:b",))}, "also_test is for reward"),
     ],
 )
 def test_what_can_not_be_compared(tmp_path: Path, changed: dict[str, Any], message: str):
@@ -256,6 +258,26 @@ def test_cells_of_other_data_or_tests_are_refused(tmp_path: Path, file: str, cha
     write(path, json.loads(path.read_text()) | changed)
     with pytest.raises(RunError, match=message):
         summarise("reward", runs, config(tmp_path))
+
+
+def test_other_sets_are_tested_on_as_well(tmp_path: Path):
+    """On the other set full tuning orders one of two pairs, r4 both; the whole is looked for before any training."""
+    runs = one_cell_a_side(tmp_path)
+    for side, scores in (("full", [[1, 0], [0, 1]]), ("r4-attention", [[1, 0], [1, 0]])):
+        records = {"comparisons": {"group": ["c", "d"], "scores": scores}}
+        write(runs[side][0] / "evaluation-other.json", {"records": records, "split": "all"})
+    found = summarise("reward", runs, config(tmp_path, also_test=("some/other",)))
+    other = found["elsewhere"]["other"]
+    assert (other["metric"], other["records"], other["groups"]) == ("pairwise accuracy", 2, 2)
+    full, lora = other["sides"].values()
+    assert (full["quality"]["value"], lora["quality"]["value"], lora["difference"]["value"]) == (0.5, 1, 0.5)
+    assert found["sides"]["full"]["quality"]["value"] == 1, "its own test groups"
+    heads, rows = comparison.columns(found), dict(comparison.rows(found))
+    assert heads[3:5] == ["other: pairwise accuracy of 2", "other: minus full"]
+    assert rows["full"][3:5] == ["0.50 (0.00 to 1.00)", "–"] and rows["r4-attention"][4].startswith("0.50 (")
+    with pytest.raises(PerlhfError, match="nowhere"):
+        compare.compare(config(tmp_path / "out", also_test=(str(tmp_path / "nowhere"),)))
+    assert not (tmp_path / "out").exists()
 
 
 def one_cell_a_side(output: Path) -> dict[str, list[Path]]:

@@ -81,6 +81,8 @@ def columns(part: Mapping[str, Any]) -> list[str]:
     if start := part.get("start"):
         score = ["score"] if part["metric"] != "score" else []
         heads += [f"minus {start['name']}", *score, f"wins against {start['name']}", "KL, nats"]
+    for name, there in (part.get("elsewhere") or {}).items():
+        heads += [f"{name}: {there['metric']} of {count(there['records'])}", f"{name}: minus {part['reference']}"]
     return [*heads, "peak memory", "speed", "time", "trainable"]
 
 
@@ -95,11 +97,13 @@ def rows(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     for side, found in part["sides"].items():
         one_seed = ["one seed"] if found["difference"] and part["seed_noise"] is None else []
         answers = [_words(found, key) for key in ("change", *score, "win_rate", "kl")] if start else []
+        others = [there["sides"][side] for there in (part.get("elsewhere") or {}).values()]
         cells = [
             _words(found, "quality"),
             _words(found, "difference"),
             ", ".join([found["verdict"], *_warnings(found), *one_seed]),
             *answers,
+            *(words for there in others for words in (_words(there, "quality"), _words(there, "difference"))),
             f"{memory(found['peak_memory_bytes'])}, {_percent(found['memory_share'])}",
             f"{count(found['tokens_per_second'])} tokens/s, {number(found['speed_factor'])}×",
             duration(found["seconds"]),
