@@ -250,8 +250,10 @@ def _labels(name: str) -> str:
     rows, lines = [], {}
     for folder in [*RESULTS.glob(f"{name}-labels-*"), RESULTS / name]:
         (part,) = json.loads((folder / "compare.json").read_text(encoding="utf-8")).values()
-        learned = json.loads((next(_finished(folder)) / "result.json").read_text(encoding="utf-8"))["train_examples"]
-        rows.append((learned, part))
+        cell = next(_finished(folder))
+        result, config = ((cell / file).read_text(encoding="utf-8") for file in ("result.json", "config.yaml"))
+        there, size = json.loads(result), yaml.safe_load(config)["examples_per_update"]
+        rows.append((min(there["train_examples"], there["updates"] * size), part))  # part of an epoch sees fewer
     rows.sort(key=lambda row: row[0])
     sides = list(rows[0][1]["sides"])
     reference, metric = rows[0][1]["reference"], rows[0][1]["metric"]
