@@ -24,6 +24,7 @@ import yaml
 
 from perlhf import run_files
 from perlhf.data.coffee_bar import gold
+from perlhf.data.coffee_bar_gold import RULES, gold_rules
 from perlhf.report import comparison, figures
 from perlhf.run_files import count, duration, mapping, number
 from perlhf.storage import write_atomic
@@ -34,7 +35,9 @@ WHOLE = ("config.yaml", "manifest.json", "metrics.jsonl", "result.json")
 """Files of a cell that are kept as they are."""
 SAMPLE = ("group", "score_before", "score_after", "gold_before", "gold_after")
 """What is kept of an evaluated sample: numbers, no texts."""
-MARKED = re.compile(r"(<!-- (overview|results|runs|curves|rates|labels) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- (overview|results|rules|runs|curves|rates|labels) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 BLOCK = 8
 """Updates whose rollouts are averaged for a point of a curve."""
 
@@ -50,19 +53,7 @@ def keep(runs: Path, name: str) -> None:
         shutil.copytree(runs / "failed", target / "failed", dirs_exist_ok=True)
     elsewhere = (path.parent for path in sorted(runs.glob("*/dpo.json")))  # evaluated, but no run of ours
     for cell in [*_finished(runs), *elsewhere]:
-        to = target / cell.name
-        to.mkdir(exist_ok=True)
-        for file in (*WHOLE, "dpo.json"):
-            if (cell / file).exists():
-                shutil.copyfile(cell / file, to / file)
-        for file in sorted(cell.glob("evaluation*.json")):
-            evaluation = json.loads(file.read_text(encoding="utf-8"))
-            evaluation["samples"] = [
-                {key: row[key] for key in SAMPLE if key in row} for row in evaluation.get("samples") or []
-            ]
-            if evaluation["kind"] == "reward":
-                del evaluation["samples"]
-            write_atomic(to / file.name, json.dumps(evaluation) + "\n")
+        _keep_cell(cell, target / cell.name)
     for run in sorted(path.parent for path in runs.glob("*/rollouts")):
         paths = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["paths"]
         if all(path.startswith("builtin:coffee-bar") for path in paths):
@@ -70,6 +61,33 @@ def keep(runs: Path, name: str) -> None:
             for file in ("config.yaml", "manifest.json"):
                 shutil.copyfile(run / file, target / run.name / file)
             write_atomic(target / run.name / "curve.json", json.dumps(_rollout_means(run)) + "\n")
+
+
+def _keep_cell(cell: Path, to: Path) -> None:
+    to.mkdir(exist_ok=True)
+    for file in (*WHOLE, "dpo.json"):
+        if (cell / file).exists():
+            shutil.copyfile(cell / file, to / file)
+    for file in sorted(cell.glob("evaluation*.json")):
+        evaluation = json.loads(file.read_text(encoding="utf-8"))
+        if rules := _rules_of(evaluation):
+            evaluation["gold_rules"] = rules
+        rows = evaluation.get("samples") or []
+        evaluation["samples"] = [{key: row[key] for key in SAMPLE if key in row} for row in rows]
+        if evaluation["kind"] == "reward":
+            del evaluation["samples"]
+        write_atomic(to / file.name, json.dumps(evaluation) + "\n")
+
+
+def _rules_of(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """On the embedded set, how far the answers keep each rule of the gold score, the start's and the policy's."""
+    rows = evaluation.get("samples") or []
+    if not rows or rows[0].get("gold_after") is None:
+        return {}
+    kept = {when: [gold_rules(row["prompt"], row[when]) for row in rows] for when in ("before", "after")}
+    return {
+        when: {rule: statistics.fmean(one[rule] for one in found) for rule in RULES} for when, found in kept.items()
+    }
 
 
 def _rollout_means(run: Path) -> list[dict[str, float]]:
@@ -103,7 +121,7 @@ def tables() -> None:
     """Rewrites what stands between the markers of the page, and the plots beside it."""
     page = RESULTS / "index.md"
     text = page.read_text(encoding="utf-8")
-    write = {"overview": _overview, "results": _results, "runs": _runs}
+    write = {"overview": _overview, "results": _results, "rules": _rules, "runs": _runs}
     write |= {"curves": _curves, "rates": _rates, "labels": _labels}
     write_atomic(page, MARKED.sub(lambda found: f"{found[1]}{write[found[2]](found[3])}{found[4]}", text))
 
@@ -242,6 +260,20 @@ def _runs(name: str) -> str:
         for number_of, best in one.get("best_of", {}).items():
             most = f"at most {number(best['kl_at_most'])}"
             lines.append(row(f"best of {number_of} by what {run} learned from", None, best, best["win_rate"], most, n))
+    return "\n".join([*lines, ""])
+
+
+def _rules(name: str) -> str:
+    """How far the policies of a comparison on the embedded set keep each rule, on the mean of their seeds."""
+    (part,) = json.loads((RESULTS / name / "compare.json").read_text(encoding="utf-8")).values()
+    lines = [f"| side | {' | '.join(RULES)} |", "|---" * (len(RULES) + 1) + "|"]
+    for side in part["sides"]:
+        files = sorted((RESULTS / name).glob(f"policy-{side}-*/evaluation.json"))
+        kept = [json.loads(file.read_text(encoding="utf-8"))["gold_rules"] for file in files]
+        whens = [(part["start"]["name"], "before")] if side == part["reference"] else []
+        for label, when in [*whens, (side, "after")]:
+            cells = [number(statistics.fmean(one[when][rule] for one in kept)) for rule in RULES]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

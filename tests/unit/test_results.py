@@ -58,6 +58,23 @@ def test_rollouts_on_the_embedded_set_become_a_curve(tmp_path: Path, script: dic
     assert f"| 8: {gold(ORDER, BAD):.3f} | – |" in page
 
 
+def test_rules_of_the_gold_score_are_kept(tmp_path: Path, script: dict[str, Any]) -> None:
+    row = {"group": "a", "prompt": ORDER, "before": BAD, "after": GOOD, "gold_before": 0, "gold_after": 1}
+    for seed in (0, 1):
+        cell = tmp_path / "runs" / f"policy-r1-attention-lr1-seed{seed}"
+        write(cell / "result.json", {})
+        after = GOOD if seed else BAD  # one of two seeds keeps the rules
+        write(cell / "evaluation.json", {"kind": "policy", "samples": [row | {"after": after}]})
+    part = {"sides": {"r1-attention": {}}, "reference": "r1-attention", "start": {"name": "SFT"}}
+    write(tmp_path / "runs" / "compare.json", {"policy": part})
+    script["keep"](tmp_path / "runs", "some")
+    assert not any(GOOD in file.read_text() for file in (tmp_path / "kept").rglob("*.json"))
+    write(tmp_path / "kept" / "index.md", "<!-- rules of some -->\n<!-- end -->\n")
+    script["tables"]()
+    page = (tmp_path / "kept" / "index.md").read_text()
+    assert "| side | items | details |" in page and "| SFT | 0.000 | 0.000 |" in page and "| r1-attention | 0.500 |" in page
+
+
 def test_rates_and_runs(tmp_path: Path, script: dict[str, Any]) -> None:
     measured = {"value": 0.5, "low": 0.25, "high": 0.75}
     run = tmp_path / "kept" / "some" / "r"
