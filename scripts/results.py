@@ -38,6 +38,8 @@ SAMPLE = ("group", "score_before", "score_after", "gold_before", "gold_after")
 MARKED = re.compile(
     r"(<!-- (overview|results|rules|runs|curves|rates|labels) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 )
+SHOWN = {"reward": "r8-attention", "policy": "r16-attention"}
+"""The rank that the overview shows: the one with as many seeds as full tuning."""
 BLOCK = 8
 """Updates whose rollouts are averaged for a point of a curve."""
 
@@ -84,6 +86,8 @@ def _rules_of(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     rows = evaluation.get("samples") or []
     if not rows or rows[0].get("gold_after") is None:
         return {}
+    if "prompt" not in rows[0]:  # kept before, and restored
+        return evaluation.get("gold_rules", {})
     kept = {when: [gold_rules(row["prompt"], row[when]) for row in rows] for when in ("before", "after")}
     return {
         when: {rule: statistics.fmean(one[rule] for one in found) for rule in RULES} for when, found in kept.items()
@@ -169,29 +173,29 @@ def _machine(manifest: Mapping[str, Any]) -> str:
 
 
 def _overview(stage: str) -> str:
-    """The comparisons of a stage, a line each: full tuning beside the (first) LoRA side that has the most seeds."""
-    lines = []
+    """The comparisons of a stage, a line each: the reference beside the rank of `SHOWN`."""
+    start = ["start"] if stage == "policy" else []
+    heads = ["set", *start, "full", SHOWN[stage], "difference", "verdict", "seeds", "memory", "speed"]
+    lines = [heads, ["---"] * len(heads)]
     for name in _commands():
         file = RESULTS / name / "compare.json"
         part = json.loads(file.read_text(encoding="utf-8")).get(stage) if file.exists() else None
-        if part is None:
+        if part is None or SHOWN[stage] not in part["sides"]:
             continue
-        reference, sides = part["reference"], part["sides"]
-        side = max((one for one in sides if one != reference), key=lambda one: len(sides[one]["seeds"]))
-        shown = dict(zip(comparison.columns(part), dict(comparison.rows(part))[side], strict=True))
+        full, side = part["sides"][part["reference"]], part["sides"][SHOWN[stage]]
+        shown = dict(zip(comparison.columns(part), dict(comparison.rows(part))[SHOWN[stage]], strict=True))
         lines.append(
             [
                 f"{name}: {part['metric']}, {count(part['records'])} records",
-                *([_with_interval(part["start"]["quality"])] if stage == "policy" else []),
-                _with_interval(sides[reference]["quality"]),
-                f"{side}, seeds: {len(sides[side]['seeds'])}",
-                *(shown[head] for head in (part["metric"], f"minus {reference}", "verdict")),
-                *(shown[head].split(", ")[-1] for head in ("peak memory", "speed")),
+                *([_with_interval(part["start"]["quality"])] if start else []),
+                *(_with_interval(one) for one in (full["quality"], side["quality"], side["difference"])),
+                shown["verdict"],
+                f"{len(full['seeds'])} and {len(side['seeds'])}",
+                f"{number(100 * side['memory_share'])} %",
+                f"{number(side['speed_factor'])}×",
             ]
         )
-    start = ["start"] if stage == "policy" else []
-    heads = ["set", *start, "full", "LoRA", "its quality", "difference", "verdict", "memory", "speed"]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *lines]) + "\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _results(name: str) -> str:
@@ -231,7 +235,10 @@ def _table(part: Mapping[str, Any]) -> list[str]:
     for side, cells in comparison.rows(part):
         found = part["sides"].get(side, {"seeds": [], "learning_rate": None})
         seeds = ", ".join(f"{one['seed']}: {number(one['value'])}" for one in found["seeds"])
+        rates = {one["learning_rate"] for one in part["tried"] if one["side"] == side}
         rate = "–" if found["learning_rate"] is None else format(found["learning_rate"], "g")
+        if len(rates) > 1 and found["learning_rate"] == max(rates):
+            rate += f", highest of {len(rates)}"
         lines.append(f"| {' | '.join([side, *cells, rate, seeds or '–'])} |")
     return lines
 
@@ -284,8 +291,10 @@ def _labels(name: str) -> str:
         (part,) = json.loads((folder / "compare.json").read_text(encoding="utf-8")).values()
         cell = next(_finished(folder))
         result, config = ((cell / file).read_text(encoding="utf-8") for file in ("result.json", "config.yaml"))
-        there, size = json.loads(result), yaml.safe_load(config)["examples_per_update"]
-        rows.append((min(there["train_examples"], there["updates"] * size), part))  # part of an epoch sees fewer
+        learned, values = json.loads(result)["train_examples"], yaml.safe_load(config)
+        if values["max_updates"]:  # part of an epoch sees fewer; an update of whole groups may hold more than its size
+            learned = min(learned, json.loads(result)["updates"] * values["examples_per_update"])
+        rows.append((learned, part))
     rows.sort(key=lambda row: row[0])
     sides = list(rows[0][1]["sides"])
     reference, metric = rows[0][1]["reference"], rows[0][1]["metric"]
@@ -311,7 +320,15 @@ def _with_interval(found: Any) -> str:
 
 def _curves(name: str) -> str:
     """Policy runs on the embedded set: what their first and last completions score, the same over KL, what was kept."""
-    heads = ["run", "updates", "score", "gold score", "KL, nats", "kept: update, gold score then", "peak memory"]
+    heads = [
+        "run",
+        "updates",
+        "score",
+        "gold score",
+        "KL, nats",
+        "kept: update, gold score of those up to it",
+        "peak memory",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     paths: dict[str, dict[str, list[list[tuple[float, float]]]]] = {"score": {}, "gold": {}}
     for file in sorted((RESULTS / name).glob("*/curve.json")):
@@ -322,7 +339,8 @@ def _curves(name: str) -> str:
         first, last = means[0], means[-1]
         ends = [(number(first[key]), number(last[key])) for key in ("score", "gold", "kl")]
         cells = [start if len(means) == 1 else f"{start} to {end}" for start, end in ends]
-        kept, bytes_of = "cut off", _manifest(file.parent).get("peak_memory_bytes")
+        manifest, kept = _manifest(file.parent), "cut off"
+        bytes_of = manifest.get("cuda_peak_memory_bytes") or manifest.get("peak_memory_bytes")
         if (file.parent / "result.json").exists():
             step = json.loads((file.parent / "result.json").read_text(encoding="utf-8"))["best_step"]
             kept = f"{step}: {number(_means(rows[max(step - BLOCK, 0) : step])['gold'])}" if step else "the start"

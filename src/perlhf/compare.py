@@ -22,6 +22,7 @@ from perlhf.compare_result import evaluation_of, summarise
 from perlhf.config import DataConfig, PolicyConfig, RewardConfig
 from perlhf.config_compare import CompareConfig, Side, Stage
 from perlhf.data import load
+from perlhf.data.split import check_labels
 from perlhf.environment import free_memory_bytes
 from perlhf.errors import RunError
 from perlhf.plan import check_runs, plan, reward_runs
@@ -65,6 +66,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """Runs what is missing of the grid; writes compare.json and compare.html after every side; returns the former.
 
     Raises:
+        DataError: a set of `also_test` can't be read, or all its ratings have one label.
         RunError: a scorer isn't finished, `output` holds another grid, `jobs` cells don't fit the memory, a cell
             stopped for a mistake (its message is shown), or all failed.
         StorageError: a file can't be written.
@@ -140,7 +142,8 @@ def _check_tests(config: CompareConfig) -> None:
     """Looks for what cells are tested with before any is trained."""
     check_runs("scorers", reward_runs(config.scorers))
     for path in config.also_test:
-        load(DataConfig(paths=(path,)), ("comparison", "rating"), "all")
+        data = DataConfig(paths=(path,))
+        check_labels(load(data, ("comparison", "rating"), "all"), data)
 
 
 def _memory_bytes(stage: Stage, side: Side, config: CompareConfig) -> int:
@@ -263,11 +266,12 @@ def _evaluate(cell: Cell, config: CompareConfig, processes: Processes) -> None:
     options = []
     if cell.stage == "policy":
         options += ["--prompts", str(config.prompts), *(["--reward", *config.scorers] if config.scorers else [])]
-    wanted = {EVALUATION: options}
+    wanted: list[tuple[str, list[str] | None, list[str]]] = [(EVALUATION, None, options)]
     for path in config.also_test if cell.stage == "reward" else ():
-        wanted[evaluation_of(path)] = ["--data.paths", path, "--data.format", "auto", "--split", "all"]
-    for file, asked in wanted.items():
-        if (run / file).exists():
+        others = ["--data.paths", path, "--data.format", "auto", "--split", "all"]
+        wanted.append((evaluation_of(path), [path], others))
+    for file, data, asked in wanted:
+        if (run / file).exists() and read_json(run / file).get("data") == data:
             continue
         words = ["evaluate", str(run), "--bootstrap", str(config.bootstrap), "--output", str(run / file), *asked]
         code, message = processes.perlhf(words, config.output / LOGS / f"{cell.name}.log")

@@ -95,6 +95,7 @@ def summarise(
         "sides": sides,
         "verdict": sentence(first.metric, reference, sides, config.margin, one_seed=noise is None),
         "start": None if first.start is None else _start(files[reference][0], first, config),
+        "scorers": list(config.scorers) if stage == "policy" else [],
         "elsewhere": {
             Path(path).name: _elsewhere(files, path, compared)
             for path in (config.also_test if stage == "reward" else ())
@@ -107,12 +108,16 @@ def summarise(
 
 def _elsewhere(files: Mapping[str, Sequence[RunFiles]], path: str, compared: Compared) -> dict[str, Any]:
     """What the sides reach on another set than their own test groups."""
-    name, tested = evaluation_of(path), {}
+    name, tested, seen = evaluation_of(path), {}, 0
     for side, found in files.items():
         there = [replace(run, evaluation=read_json(run.path / name)) for run in found]
         tested[side] = [tested_by(run) for run in there]
         if any(one.groups != tested[compared.reference][0].groups for one in tested[side]):
             raise RunError(f"{name} is of other records than the first cell's", where=str(found[0].path))
+        for run in there:
+            if (split := run.evaluation.get("split")) != "all":
+                raise RunError(f"evaluated with split {split!r}", where=str(run.path / name), allowed="all")
+            seen = max(seen, run.evaluation.get("groups_seen_in_training") or 0)
     first = tested[compared.reference][0]
     everything = np.arange(len(first.groups))
     noise = verdict.seed_noise([one.value(everything) for one in found] for found in tested.values())
@@ -121,6 +126,8 @@ def _elsewhere(files: Mapping[str, Sequence[RunFiles]], path: str, compared: Com
         "metric": first.metric,
         "records": len(first.groups),
         "groups": len(set(first.groups)),
+        "groups_seen_in_training": seen,
+        "seed_noise": None if noise is None else asdict(noise),
         "sides": {side: {"quality": _quality(side, there), **_against(side, there)} for side in files},
     }
 
@@ -256,20 +263,21 @@ def _answers(runs: Sequence[RunFiles], tested: Sequence[Tested], compared: Compa
     everything, config = np.arange(len(tested[0].groups)), compared.config
     low, high = verdict.seeds_interval(gains, [], tested[0].groups, compared.noise, config.bootstrap, config.seeds[0])
     after = [mapping(run.evaluation.get("after")) for run in runs]
+    many = compared.noise is not None
     return {
         "change": {"value": _average(gains, everything), "low": low, "high": high},
-        "score": _over_seeds([one.get("score") for one in after]),
-        "win_rate": _over_seeds([run.evaluation.get("win_rate") for run in runs]),
-        "kl": _over_seeds([one.get("kl_temperature_1") for one in after]),
+        "score": _over_seeds([one.get("score") for one in after], many),
+        "win_rate": _over_seeds([run.evaluation.get("win_rate") for run in runs], many),
+        "kl": _over_seeds([one.get("kl_temperature_1") for one in after], many),
     }
 
 
-def _over_seeds(found: Sequence[object]) -> dict[str, float | None] | None:
-    """The mean of the seeds, with its interval over groups where there is one seed alone."""
+def _over_seeds(found: Sequence[object], many: bool) -> dict[str, float | None] | None:
+    """The mean of the seeds; with its interval over groups only where no side has several seeds (`many`)."""
     known = [one for raw in found if (one := measured(raw)) is not None]
     if len(known) < len(found):
         return None
-    if len(known) == 1:
+    if len(known) == 1 and not many:
         return asdict(known[0])
     return {"value": statistics.fmean(one.value for one in known), "low": None, "high": None}
 

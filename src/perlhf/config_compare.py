@@ -60,7 +60,7 @@ class CompareConfig(Frozen):
     scorers: tuple[str, ...] = ()
     """What scores policies when they are evaluated, best reward runs of other groups (none: those they learn from)."""
     also_test: tuple[str, ...] = ()
-    """Other sets that reward models are tested on as well, the whole of each, read as `auto` finds."""
+    """Other sets that reward models are tested on too, the whole of each, read as `auto` finds."""
     jobs: Positive = 1
     """Cells that run at a time, where memory has room; they share the cores, and the speed that is measured."""
     prompts: Positive = 200

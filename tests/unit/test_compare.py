@@ -194,10 +194,15 @@ def test_policies_are_held_against_what_they_start_from(tmp_path: Path):
     one, two = found["sides"].values()
     assert one["change"]["value"] == 0.25 and two["change"]["value"] == 0.125
     assert two["change"]["high"] - two["change"]["low"] > 1, "two seeds, 0.5 apart"
-    assert one["win_rate"] == {"value": 0.75, "low": 0.5, "high": 1} and one["kl"] == {"value": 1, "low": 0, "high": 2}
+    assert one["win_rate"] == {"value": 0.75, "low": None, "high": None}, "r4 has two seeds: groups alone say too much"
+    alone = summarise("policy", {"full": runs["full"]}, settings)["sides"]["full"]
+    assert alone["win_rate"] == {"value": 0.75, "low": 0.5, "high": 1} and alone["kl"]["high"] == 2
+    assert "Scores and wins are by y." in comparison.over(found)
+    by_itself = summarise("policy", runs, settings.model_copy(update={"scorers": ()}))
+    assert "by what the policies learned from, which flatters them" in comparison.over(by_itself)
     assert two["kl"] == {"value": 3, "low": None, "high": None} and two["score"]["value"] == 2.5
     heads, table = comparison.columns(found), comparison.rows(found)
-    wanted = ["gold score", "minus full", "verdict", "minus SFT", "score", "wins against SFT", "KL, nats"]
+    wanted = ["gold score", "minus full", "verdict", "minus SFT", "score", "wins against SFT by score", "KL, nats"]
     assert heads[:7] == wanted and {len(cells) for _, cells in table} == {len(heads)} == {11}
     assert table[0] == ("SFT", ["0.375 (0.250 to 0.500)", "–", "start", "–", "1.50 (1.00 to 2.00)", *["–"] * 6])
     assert table[2][1][4:7] == ["2.50", "0.750", "3.00"]
@@ -265,7 +270,8 @@ def test_other_sets_are_tested_on_as_well(tmp_path: Path):
     runs = one_cell_a_side(tmp_path)
     for side, scores in (("full", [[1, 0], [0, 1]]), ("r4-attention", [[1, 0], [1, 0]])):
         records = {"comparisons": {"group": ["c", "d"], "scores": scores}}
-        write(runs[side][0] / "evaluation-other.json", {"records": records, "split": "all"})
+        seen = {"groups_seen_in_training": int(side == "full")}
+        write(runs[side][0] / "evaluation-other.json", {"records": records, "split": "all"} | seen)
     found = summarise("reward", runs, config(tmp_path, also_test=("some/other",)))
     other = found["elsewhere"]["other"]
     assert (other["metric"], other["records"], other["groups"]) == ("pairwise accuracy", 2, 2)
@@ -273,8 +279,11 @@ def test_other_sets_are_tested_on_as_well(tmp_path: Path):
     assert (full["quality"]["value"], lora["quality"]["value"], lora["difference"]["value"]) == (0.5, 1, 0.5)
     assert found["sides"]["full"]["quality"]["value"] == 1, "its own test groups"
     heads, rows = comparison.columns(found), dict(comparison.rows(found))
-    assert heads[3:5] == ["other: pairwise accuracy of 2", "other: minus full"]
+    assert heads[3:5] == ["other: pairwise accuracy of 2, 1 of 2 groups seen in training", "there minus full"]
     assert rows["full"][3:5] == ["0.50 (0.00 to 1.00)", "–"] and rows["r4-attention"][4].startswith("0.50 (")
+    write(runs["full"][0] / "evaluation-other.json", {"records": records, "split": "test"})
+    with pytest.raises(RunError, match="evaluated with split 'test'"):
+        summarise("reward", runs, config(tmp_path, also_test=("some/other",)))
     with pytest.raises(PerlhfError, match="nowhere"):
         compare.compare(config(tmp_path / "out", also_test=(str(tmp_path / "nowhere"),)))
     assert not (tmp_path / "out").exists()

@@ -69,10 +69,18 @@ def test_rules_of_the_gold_score_are_kept(tmp_path: Path, script: dict[str, Any]
     write(tmp_path / "runs" / "compare.json", {"policy": part})
     script["keep"](tmp_path / "runs", "some")
     assert not any(GOOD in file.read_text() for file in (tmp_path / "kept").rglob("*.json"))
+    before = {file: file.read_bytes() for file in (tmp_path / "kept").rglob("*.json")}
+    script["restore"]("some", tmp_path / "again")
+    script["keep"](tmp_path / "again", "some")
+    assert before == {file: file.read_bytes() for file in before}, "texts aren't needed twice"
     write(tmp_path / "kept" / "index.md", "<!-- rules of some -->\n<!-- end -->\n")
     script["tables"]()
     page = (tmp_path / "kept" / "index.md").read_text()
-    assert "| side | items | details |" in page and "| SFT | 0.000 | 0.000 |" in page and "| r1-attention | 0.500 |" in page
+    assert (
+        "| side | items | details |" in page
+        and "| SFT | 0.000 | 0.000 |" in page
+        and "| r1-attention | 0.500 |" in page
+    )
 
 
 def test_rates_and_runs(tmp_path: Path, script: dict[str, Any]) -> None:
@@ -104,9 +112,9 @@ def test_quality_against_the_number_of_labels(tmp_path: Path, script: dict[str, 
         part = {"sides": sides, "reference": "full", "metric": "AUC"}
         write(tmp_path / "kept" / name / "compare.json", {"reward": part})
         cell = tmp_path / "kept" / name / "cell"
-        there, updates = (1869, 11) if learned == 187 else (learned, 120)  # a tenth of an epoch; two passes or more
-        write(cell / "result.json", {"train_examples": there, "updates": updates})
-        write(cell / "config.yaml", "examples_per_update: 17")
+        there, most = (1869, 11) if learned == 187 else (learned, None)  # a tenth of an epoch; all of it
+        write(cell / "result.json", {"train_examples": there, "updates": 11})
+        write(cell / "config.yaml", yaml.safe_dump({"examples_per_update": 17, "max_updates": most}))
     write(tmp_path / "kept" / "index.md", "<!-- labels of all -->\n<!-- end -->\n")
     script["tables"]()
     rows = [line for line in (tmp_path / "kept" / "index.md").read_text().splitlines() if line.startswith("|")]

@@ -47,6 +47,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.split in ("validation", "test") and found["groups_seen_in_training"]:
         seen, groups = found["groups_seen_in_training"], found["groups"]
         print(f"note: the run was trained on {seen} of these {groups} groups; they aren't unseen", file=sys.stderr)
+    if config.data is not None:  # not the run's own
+        found["data"] = list(config.data.paths)
     text = strict_json(found, indent=2)
     _write(config.output or config.run / EVALUATION, text + "\n")
     return json.loads(text)

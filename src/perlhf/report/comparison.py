@@ -66,10 +66,18 @@ def _setting(part: Mapping[str, Any]) -> str:
 
 
 def over(part: Mapping[str, Any]) -> str:
-    """What the intervals are over, in a sentence."""
+    """What the intervals of quality and differences are over, and who scored policies, in a sentence or two."""
+    if not part.get("start"):
+        return _over(part)
+    by = ", ".join(part["scorers"]) or "what the policies learned from, which flatters them"
+    return f"{_over(part)} Scores and wins are by {by}."
+
+
+def _over(part: Mapping[str, Any]) -> str:
     if noise := part["seed_noise"]:
         return (
-            f"95 % intervals over groups and seeds: seeds differ by {number(noise['deviation'])} (standard deviation, "
+            "95 % intervals of quality and differences over groups and seeds: seeds differ by "
+            f"{number(noise['deviation'])} (standard deviation, "
             f"{noise['degrees']} degrees of freedom), which is taken to be so for every side."
         )
     return "95 % intervals over groups alone: no side has a second seed, and how far seeds differ isn't in them."
@@ -80,9 +88,14 @@ def columns(part: Mapping[str, Any]) -> list[str]:
     heads = [part["metric"], f"minus {part['reference']}", "verdict"]
     if start := part.get("start"):
         score = ["score"] if part["metric"] != "score" else []
-        heads += [f"minus {start['name']}", *score, f"wins against {start['name']}", "KL, nats"]
+        heads += [f"minus {start['name']}", *score, f"wins against {start['name']} by score", "KL, nats"]
     for name, there in (part.get("elsewhere") or {}).items():
-        heads += [f"{name}: {there['metric']} of {count(there['records'])}", f"{name}: minus {part['reference']}"]
+        seen = there["groups_seen_in_training"]
+        warning = f", {count(seen)} of {count(there['groups'])} groups seen in training" if seen else ""
+        heads += [
+            f"{name}: {there['metric']} of {count(there['records'])}{warning}",
+            f"there minus {part['reference']}",
+        ]
     return [*heads, "peak memory", "speed", "time", "trainable"]
 
 
@@ -103,7 +116,7 @@ def rows(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             _words(found, "difference"),
             ", ".join([found["verdict"], *_warnings(found), *one_seed]),
             *answers,
-            *(words for there in others for words in (_words(there, "quality"), _words(there, "difference"))),
+            *(words for there in others for words in _there(there)),
             f"{memory(found['peak_memory_bytes'])}, {_percent(found['memory_share'])}",
             f"{count(found['tokens_per_second'])} tokens/s, {number(found['speed_factor'])}×",
             duration(found["seconds"]),
@@ -111,6 +124,11 @@ def rows(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         ]
         table.append((side, cells))
     return table
+
+
+def _there(found: Mapping[str, Any]) -> tuple[str, str]:
+    difference = "–" if found["difference"] is None else f"{_words(found, 'difference')}, {found['verdict']}"
+    return _words(found, "quality"), difference
 
 
 def _words(found: Mapping[str, Any], key: str) -> str:
