@@ -40,7 +40,7 @@ MARKED = re.compile(
 )
 SHOWN = {"reward": "r8-attention", "policy": "r16-attention"}
 """The rank that the overview shows: the one with as many seeds as full tuning."""
-BLOCK = 8
+BLOCK = 4
 """Updates whose rollouts are averaged for a point of a curve."""
 
 
