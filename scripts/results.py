@@ -339,6 +339,8 @@ def _curves(name: str) -> str:
         first, last = means[0], means[-1]
         ends = [(number(first[key]), number(last[key])) for key in ("score", "gold", "kl")]
         cells = [start if len(means) == 1 else f"{start} to {end}" for start, end in ends]
+        best = max(means, key=lambda one: one["gold"])
+        cells.insert(2, f"{number(best['gold'])} at KL {number(best['kl'])}")
         manifest, kept = _manifest(file.parent), "cut off"
         bytes_of = manifest.get("cuda_peak_memory_bytes") or manifest.get("peak_memory_bytes")
         if (file.parent / "result.json").exists():
