@@ -325,6 +325,7 @@ def _curves(name: str) -> str:
         "updates",
         "score",
         "gold score",
+        "its highest",
         "KL, nats",
         "kept: update, gold score of those up to it",
         "peak memory",

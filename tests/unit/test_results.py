@@ -52,6 +52,7 @@ def test_rollouts_on_the_embedded_set_become_a_curve(tmp_path: Path, script: dic
     assert "| a | 16 | 1.50 to 1.50 |" in page and "| 2.50 to 14.5 |" in page  # means of updates 1 to 4 and 13 to 16
     assert f"| {gold(ORDER, GOOD):.3f} at KL 10.5 |" in page
     assert page.count("| cut off | – |") == 1
+    assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1, "a head for every cell"
     assert all((tmp_path / "kept" / f"far-{key}.svg").read_text().startswith("<svg") for key in ("gold", "score"))
     write(tmp_path / "kept" / "far" / "a" / "result.json", {"best_step": 8})
     script["tables"]()

@@ -129,14 +129,21 @@ def dots(name: str, points: Sequence[Dot], xlabel: str, ylabel: str) -> str:
     return drawing.svg
 
 
+_DASHES = ("-", "--", ":", "-.", (0, (6, 1.5)))
+
+
 def paths(name: str, lines: Mapping[str, Sequence[Sequence[Point]]], xlabel: str, ylabel: str) -> str:
-    """One line for each seed of each label, which stands at the end of the first."""
+    """One line for each seed of each label, which stands at its end; labels of one colour differ in dashes."""
+    drawn: list[str] = []
     with _drawing(name, _SQUARER) as drawing:
         axes = drawing.axes
         for label, seeds in lines.items():
+            colour = _colour_of(label)
+            look = {"color": _COLOURS[colour], "linestyle": _DASHES[drawn.count(colour) % len(_DASHES)]}
+            drawn.append(colour)
             for number, points in enumerate(seeds):
                 xs, ys = [x for x, _ in points], [y for _, y in points]
-                axes.plot(xs, ys, color=_COLOURS[_colour_of(label)], linewidth=0.9, alpha=0.4 if number else 0.9)
+                axes.plot(xs, ys, linewidth=0.9, alpha=0.4 if number else 0.9, **look)
             if seeds:
                 axes.annotate(label, seeds[0][-1], (3, 0), textcoords="offset points", fontsize=6, color=_TEXT)
         axes.margins(x=0.15)
