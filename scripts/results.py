@@ -364,14 +364,16 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _rates(name: str) -> str:
-    """What every learning rate reached on validation groups, of a comparison that isn't finished."""
-    lines = ["| side | learning rate | seed | validation |", "|---|---|---|---|"]
+    """What single runs reached on validation groups: of a grid, or of a comparison that isn't finished."""
+    lines = ["| side | alpha | learning rate | seed | validation |", "|---|---|---|---|---|"]
     for run in _finished(RESULTS / name):
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        side = "full" if config["tuning"] == "full" else f"r{config['adapter']['rank']}"
+        adapter = None if config["tuning"] == "full" else config["adapter"]
+        side = (f"r{adapter['rank']}-{adapter['targets']}", f"{adapter['alpha']:g}") if adapter else ("full", "–")
         reached = json.loads((run / "result.json").read_text(encoding="utf-8"))["validation"]
-        value = reached.get("auc", reached.get("pairwise_accuracy"))
-        lines.append(f"| {side} | {config['optim']['learning_rate']:g} | {config['seed']} | {number(value)} |")
+        value = number(reached.get("auc", reached.get("pairwise_accuracy")))
+        cells = [*side, f"{config['optim']['learning_rate']:g}", str(config["seed"]), value]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

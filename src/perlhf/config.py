@@ -273,7 +273,7 @@ class PolicyConfig(StageConfig):
     centre_prompts: Positive = 32
     """Prompts whose reference completions centre the scores at the start."""
     validate_every: Positive = 10
-    """Updates between evaluations on held-out prompts; the adapter with the best held-out reward is kept."""
+    """Updates between evaluations on held-out prompts; the best by held-out reward is kept, be it the start."""
     validation_prompts: Positive = 16
     """Held-out prompts of such an evaluation."""
     # These two are left out of what a run records unless they are set: a record without them is the same run.

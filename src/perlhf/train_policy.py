@@ -54,8 +54,10 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         )
         judged = _judged(stage)
         step, best, state = training.restore(run, model, optimizers)
-        if step == 0:
+        if not state:
             state = _before(stage, judged, run)
+            best = Best(0, state["before"]["reward"], state["before"])  # the policy starts as its reference
+            training.save(run, 0, model, optimizers, best, {key: state[key] for key in STATE})
         state = {"judged_centre": state["centre"], "no_better": 0} | state  # of runs begun before these were kept
         centre, judged_centre = Centre(**state["centre"]), Centre(**state["judged_centre"])
         with run.progress(config.updates, step, "policy") as bar:
@@ -69,7 +71,7 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
                 if step % config.validate_every == 0 or step == config.updates or state["stopped"]:
                     held_out = _validate(judged, judged_centre, POLICY)
                     values |= {f"validation_{key}": value for key, value in held_out.items()}
-                    exceeded = state["stopped"] is not None and best.step is not None
+                    exceeded = state["stopped"] is not None and best.step  # a trained one within max_kl goes first
                     if improved := held_out["reward"] > best.value and not exceeded:
                         best = Best(step, held_out["reward"], held_out)
                     state["no_better"] = 0 if improved else state["no_better"] + 1

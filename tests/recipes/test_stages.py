@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from toy import command, comparisons, lasting, metrics, ratings, read_json, read_lines, write_rows
 
 from perlhf import EvaluateConfig
@@ -272,7 +273,8 @@ def test_max_kl_stops_and_keeps_an_adapter(stage):
     assert "exceeded max_kl" in found["stopped"]
     assert metrics(run)[-1]["kl"] > 1e-3
     assert all(line["kl"] <= 1e-3 for line in metrics(run)[:-1])
-    assert found["best_step"] == found["updates"], "the last one is measured, since none was before"
+    better = metrics(run)[-1]["validation_reward"] > found["before"]["reward"]
+    assert found["best_step"] == (found["updates"] if better else 0), "the last one is measured, since none was before"
     assert found["score_after"] is not None
     assert (run / "adapter").is_dir()
     again, done = stage("policy", *options)
@@ -281,13 +283,16 @@ def test_max_kl_stops_and_keeps_an_adapter(stage):
 
 
 def test_the_kept_policy_is_the_best_on_held_out_prompts(stage):
-    options = ("--updates", "6", "--validate-every", "1", "--optim.learning-rate", "0.2", "--baseline", "leave_one_out")
+    options = ("--updates", "9", "--validate-every", "1", "--optim.learning-rate", "0.5", "--baseline", "leave_one_out")
     run, done = stage("policy", *options)
     assert done.code == 0
     lines, found = metrics(run), result(run)
-    values = [line["validation_reward"] for line in lines]
-    assert found["best_step"] == 1 + values.index(max(values))
-    assert found["score_after"] == lines[found["best_step"] - 1]["validation_score"]
+    values = [found["before"]["reward"], *(line["validation_reward"] for line in lines)]
+    assert found["best_step"] == values.index(max(values))
+    assert (
+        found["score_after"]
+        == [found["score_before"], *(line["validation_score"] for line in lines)][found["best_step"]]
+    )
 
 
 def test_another_reward_judges_the_held_out_prompts_and_patience_stops(stage):
@@ -301,13 +306,26 @@ def test_another_reward_judges_the_held_out_prompts_and_patience_stops(stage):
     values = [line["validation_reward"] for line in lines]
     assert values == pytest.approx([-0.5 * line["validation_kl"] for line in lines])
     assert "no better 2 times in a row" in found["stopped"]
+    values.insert(0, 0.0)
     best = values.index(max(values))
-    assert len(lines) == found["updates"] == best + 3 < 30 and found["best_step"] == best + 1
+    assert len(lines) == found["updates"] == best + 2 < 30 and found["best_step"] == best
     plain, done = stage("policy", *options, "--updates", str(len(lines)), run="plain")
     assert done.code == 0
     assert rollout(plain, len(lines)) == rollout(run, len(lines)), "the judge changed what is learned"
     again, done = stage("policy", *judged, run="judged")
     assert done.code == 0 and result(again) == found
+
+
+def test_a_policy_that_only_gets_worse_keeps_its_start(stage, sft_run):
+    options = ("--sft", str(sft_run), "--validate-every", "1", "--optim.learning-rate", "0.2", "--kl-coef", "0.5")
+    run, done = stage("policy", *options, "--validation-reward", "toy_reward:constant")
+    assert done.code == 0
+    found = result(run)
+    rewards = [line["validation_reward"] for line in metrics(run)]
+    assert max(rewards) == 0 > rewards[-1], "the KL is all that counts, and the first update is the value's alone"
+    assert found["best_step"] == 0 and found["after"] == found["before"] and found["kl"] == 0
+    kept, start = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (run, sft_run))
+    assert kept.keys() == start.keys() and all(torch.equal(kept[key], start[key]) for key in kept)
 
 
 def test_max_kl_keeps_an_earlier_best_that_stayed_within(stage):

@@ -313,7 +313,7 @@ def test_what_the_page_admits(tmp_path: Path):
     write(path, json.loads(path.read_text()) | {"best_step": 0})
     found = summarise("reward", runs, config(tmp_path, margin=0.5, jobs=3))
     page = comparison.render({"reward": {**found, "tried": []}}, "a").decode()
-    assert "equivalent, 1 of 1 seeds kept the head start untrained, one seed" in page
+    assert "equivalent, 1 of 1 seeds kept the start untrained, one seed" in page
     assert "on test groups with one seed a side (others may turn it round), r4-attention is equivalent" in page
     assert "3 cells ran at a time" in page
     assert "of unlike cells: None, None threads, torch x" in page and "Quick 9, torch x" in page

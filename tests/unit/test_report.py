@@ -456,6 +456,12 @@ def test_several_seeds_are_listed(tmp_path: Path):
     assert "The policy run is not finished: it has no result.json (a)." in notes
 
 
+def test_a_start_that_was_kept_is_told(runs: list[Path]):
+    _edit(runs[2] / "result.json", best_step=0)
+    texts = [remark.text for remark in findings.remarks(read_runs(runs))]
+    assert any("No update of the policy run did better on held-out groups than its start" in text for text in texts)
+
+
 def test_a_tile_puts_its_values_on_one_axis(tmp_path: Path):
     run = _policy(tmp_path, {"score": about(0, 0)}, {"score": {"value": 1.0, "low": 0.5, "high": 2.0}})
     (tile,) = findings.tiles([run])

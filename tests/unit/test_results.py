@@ -27,7 +27,8 @@ def script(tmp_path: Path) -> dict[str, Any]:
 
 
 def config(paths: list[str]) -> str:
-    return yaml.safe_dump({"data": {"paths": paths}, "tuning": "lora", "adapter": {"rank": 4}, "seed": 3} | RATE)
+    adapter = {"rank": 4, "targets": "all", "alpha": 8.0}
+    return yaml.safe_dump({"data": {"paths": paths}, "tuning": "lora", "adapter": adapter, "seed": 3} | RATE)
 
 
 RATE = {"optim": {"learning_rate": 1e-3}}
@@ -100,7 +101,7 @@ def test_rates_and_runs(tmp_path: Path, script: dict[str, Any]) -> None:
     write(tmp_path / "kept" / "index.md", "<!-- rates of some -->\n<!-- end -->\n<!-- runs of some -->\n<!-- end -->\n")
     script["tables"]()
     page = (tmp_path / "kept" / "index.md").read_text()
-    assert "| r4 | 0.001 | 3 | 0.625 |" in page
+    assert "| r4-all | 8 | 0.001 | 3 | 0.625 |" in page
     shown = "0.500 (0.250 to 0.750)"
     assert f"| reference | – | {shown} | {shown} | – | 0 | 7 |" in page
     assert "| r | " + 5 * f"{shown} | " + "7 |" in page

@@ -148,7 +148,7 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
     """What a verdict hides: seeds that were lost, and such whose best checkpoint is the one before any training."""
     seeds = len(found["seeds"])
     lost = [f"{found['diverged']} of {seeds + found['diverged']} seeds diverged"] if found["diverged"] else []
-    start = [f"{found['kept_start']} of {seeds} seeds kept the head start untrained"] if found["kept_start"] else []
+    start = [f"{found['kept_start']} of {seeds} seeds kept the start untrained"] if found["kept_start"] else []
     return lost + start
 
 

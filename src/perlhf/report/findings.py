@@ -241,6 +241,10 @@ def _completeness(run: RunFiles) -> Iterable[Remark]:
         yield Remark("caution", f"The {stage} run is not finished: it has no result.json.")
     if run.result.get("stopped"):
         yield Remark("caution", f"The {stage} run stopped early: {run.result['stopped']}.")
+    if run.result.get("best_step") == 0:
+        yield Remark(
+            "caution", f"No update of the {stage} run did better on held-out groups than its start, which was kept."
+        )
     if run.stage in ("reward", "policy") and not run.evaluation:
         yield Remark("caution", f"The {stage} run was not evaluated on unseen groups: perlhf evaluate does that.")
     if run.evaluation.get("split", "test") != "test":
