@@ -19,7 +19,7 @@ from perlhf.errors import CheckpointError
 from perlhf.run_directory import CHECKPOINTS
 from perlhf.storage import directory_atomic, remove_directory, storage_errors
 
-STATE_FILE = "state.json"
+STATE_FILE, KEEP_LAST = "state.json", 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def save(
     step: int,
     tensors: dict[str, dict[str, torch.Tensor]],
     state: dict[str, Any],
-    keep_last: int = 2,
+    keep_last: int = KEEP_LAST,
     pinned: int | None = None,
 ) -> Path:
     """Saves a checkpoint and deletes older ones.
@@ -67,12 +67,21 @@ def save(
             sums[file.name] = _sha256(file)
         body = f'{{"step":{step},"files":{json.dumps(sums)},"state":{state_text}}}'
         (temporary / STATE_FILE).write_bytes(_sealed(body.encode()))
-    kept = [older for older in _steps(run_dir) if older <= step][-keep_last:]
-    with storage_errors(target.parent):
-        for older in _steps(run_dir):
-            if older < step and older not in kept and older != pinned:
-                remove_directory(_directory(run_dir, older))
+    prune(run_dir, step, pinned, keep_last)
     return target
+
+
+def prune(run_dir: Path, step: int, pinned: int | None, keep_last: int = KEEP_LAST) -> None:
+    """Deletes checkpoints older than the newest `keep_last` up to `step`, but for the pinned one.
+
+    Raises:
+        StorageError: one can't be deleted.
+    """
+    steps = [older for older in _steps(run_dir) if older <= step]
+    with storage_errors(run_dir / CHECKPOINTS):
+        for older in steps[:-keep_last]:
+            if older != pinned:
+                remove_directory(_directory(run_dir, older))
 
 
 def load(run_dir: Path, step: int | None = None) -> Checkpoint | None:

@@ -236,6 +236,7 @@ def restore(run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW]) ->
         optim.load_state_tensors(optimizer, saved.tensors[f"{name}.optimizer"])
     run.rewind(saved.step)
     found = saved.state["best"]
+    checkpoint.prune(run.path, saved.step, found["step"])  # what a kill in the midst of deleting left
     # Checkpoints of earlier versions say step 0 where nothing was validated; the value is null in both.
     best = Best() if found["value"] is None else Best(found["step"], found["value"], found["metrics"])
     return saved.step, best, saved.state

@@ -129,14 +129,14 @@ def test_what_started_from_an_sft_adapter_resumes_bit_equal(commands, feedback, 
 
 
 def test_patience_goes_on_counting_after_a_kill(commands, feedback, tmp_path):
-    """A judge who finds all equal leaves -beta KL, best after the first update: three worse ones, and it is over."""
+    """A judge who finds all equal leaves -beta KL, best at the start: three that are no better, and it is over."""
     options = "--validation-reward toy_reward:constant --validate-every 1 --patience 3 --updates 12 --kl-coef 0.5"
     whole, killed = (commands("policy", tmp_path / name, *options.split()) for name in ("whole", "killed"))
     assert finish(whole, tmp_path / "log", feedback) == 0
     assert "3 times in a row" in read_json(tmp_path / "whole" / "result.json")["stopped"]
-    assert finish(killed, tmp_path / "log", feedback, Moment(LEARNING, 12)) == -signal.SIGKILL
+    assert finish(killed, tmp_path / "log", feedback, Moment(LEARNING, 8)) == -signal.SIGKILL
     newest = checkpoint.load(tmp_path / "killed")
-    assert newest is not None and newest.step in (2, 3), "killed where it had begun to count"
+    assert newest is not None and newest.step in (1, 2), "killed where it had begun to count"
     assert finish(killed, tmp_path / "log", feedback) == 0
     assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
 
@@ -308,12 +308,14 @@ def test_a_full_disk_leaves_nothing_half_written(name, commands, uninterrupted, 
     assert finish(words, log, feedback, file_bytes=20_000) == 2, log.read_text()
     message = log.read_text()
     assert "Traceback" not in message
-    first = 0 if name == "reward" else 2  # of the checkpoints: a probe's start is one
+    first = 2 if name == "sft" else 0  # of the checkpoints: a probe's start is one, and a policy's
     assert re.search(rf"checkpoints/0000000{first}: can't write: .*\n  try: free some disk space", message), message
-    assert list((run / "checkpoints").iterdir()) == []
+    assert list(run.glob("checkpoints/*")) == []
     assert not list(run.rglob(".tmp-*"))
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == (
-        [1, 2] if first else [0]
+    metrics_file = run / "metrics.jsonl"
+    logged = (
+        [json.loads(line)["step"] for line in metrics_file.read_text().splitlines()] if metrics_file.exists() else []
     )
+    assert logged == {"sft": [1, 2], "reward": [0], "policy": []}[name]
     assert finish(words, log, feedback) == 0, log.read_text()
     assert_same(outcome(run), uninterrupted(name))
