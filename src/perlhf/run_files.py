@@ -119,7 +119,7 @@ def summarise(run: RunFiles) -> Summary:
         quality=quality,
         seconds=_seconds(run),
         tokens_per_second=_tokens_per_second(run),
-        peak_memory_bytes=finite(run.fact("cuda_peak_memory_bytes")) or finite(run.fact("peak_memory_bytes")),
+        peak_memory_bytes=finite(run.fact("cuda_peak_memory_bytes")) or finite(run.fact("peak_memory_bytes")) or None,
         trainable_parameters=None if parameters is None else int(parameters),
     )
 
@@ -272,7 +272,7 @@ def _quality(run: RunFiles) -> tuple[str | None, Measured | None]:
 def _seconds(run: RunFiles) -> float | None:
     for name in ("seconds", "wall_seconds"):
         seconds = finite(run.fact(name))
-        if seconds is not None:
+        if seconds:  # 0 of an averaged run, which was never trained
             return seconds
     return None
 

@@ -130,6 +130,10 @@ def test_costs_come_from_the_result_and_speed_is_the_median_update(tmp_path: Pat
 def test_an_unfinished_run_takes_its_costs_from_the_manifest(tmp_path: Path):
     (run,) = read_runs([write_run(tmp_path / "a", "sft", manifest={"wall_seconds": 12.5, "peak_memory_bytes": 5})])
     assert (summarise(run).seconds, summarise(run).peak_memory_bytes) == (12.5, 5)
+    (run,) = read_runs(
+        [write_run(tmp_path / "average", "reward", manifest={"wall_seconds": 0, "peak_memory_bytes": 0})]
+    )
+    assert (summarise(run).seconds, summarise(run).peak_memory_bytes) == (None, None), "an average was never trained"
 
 
 @pytest.mark.parametrize(
