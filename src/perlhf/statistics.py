@@ -243,8 +243,8 @@ def length_baseline(train: Labelled, test: Labelled) -> Floats:
     """Scores from the completion's length alone.
 
     Returns:
-        Ratings: logits [n] from log(1 + characters), fitted on `train`. Comparisons: [n, 2], minus the number of
-        characters of chosen and rejected, that is "pick the shorter"; nothing is fitted.
+        Ratings: logits [n] from log(1 + characters), fitted on `train`. Comparisons: [n, 2], characters of chosen and
+        rejected where the longer wins more often in `train`, else minus these: "pick the longer" or "the shorter".
 
     Raises:
         DataError: as `bag_of_words`.
@@ -252,8 +252,14 @@ def length_baseline(train: Labelled, test: Labelled) -> Floats:
     if _kind(train, test) is Rating:
         ratings = _narrow(Rating, train), _narrow(Rating, test)
         return _one_feature(*ratings, lambda rating: float(np.log1p(len(text_of(rating.completion)))))
-    pairs = _narrow(Comparison, test)
-    return np.array([[-len(text_of(pair.chosen)), -len(text_of(pair.rejected))] for pair in pairs], dtype=float)
+    lengths = [
+        np.array(
+            [[len(text_of(pair.chosen)), len(text_of(pair.rejected))] for pair in _narrow(Comparison, side)], float
+        )
+        for side in (train, test)
+    ]
+    longer_wins = np.sign(lengths[0][:, 0] - lengths[0][:, 1]).sum() > 0
+    return lengths[1] if longer_wins else -lengths[1]
 
 
 def _rating_words(train: Sequence[Rating], test: Sequence[Rating]) -> Floats:

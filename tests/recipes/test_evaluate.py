@@ -102,8 +102,9 @@ def test_reward_metrics_and_baselines_against_sums_by_hand(runs: TinyRuns, tmp_p
     # Training has more ups than downs, and every prompt has one turn.
     assert baselines["majority"]["accuracy"]["value"] == pytest.approx(len(ups) / len(ratings))
     assert baselines["majority"]["balanced_accuracy"]["value"] == baselines["position"]["auc"]["value"] == 0.5
-    shorter = [len(row["rejected"][0]["content"]) - len(row["chosen"][0]["content"]) for row in pairs]
-    picked = sum((gap > 0) + 0.5 * (gap == 0) for gap in shorter) / len(pairs)
+    # The longer answer wins more often in the training groups.
+    longer = [len(row["chosen"][0]["content"]) - len(row["rejected"][0]["content"]) for row in pairs]
+    picked = sum((gap > 0) + 0.5 * (gap == 0) for gap in longer) / len(pairs)
     assert baselines["length"]["pairwise_accuracy"]["value"] == pytest.approx(picked)
     assert "pairwise_accuracy" not in baselines["majority"]
 

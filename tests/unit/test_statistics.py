@@ -314,9 +314,13 @@ def test_position_baseline_refuses_comparisons():
         position_baseline([comparison("a", "b")], [comparison("a", "b")])  # pyright: ignore[reportArgumentType]  (the wrong kind is the point)
 
 
-def test_length_baseline_prefers_the_shorter():
+def test_length_baseline_of_comparisons_picks_what_won_in_training():
     test = [comparison("ab", "abcde"), comparison(turns(1), "x")]
-    assert length_baseline([comparison("long", "s")], test).tolist() == [[-2, -5], [-len("user: word"), -1]]
+    lengths = [[2, 5], [len("user: word"), 1]]
+    longer, shorter, same = comparison("long", "s"), comparison("s", "much longer"), comparison("ab", "cd")
+    assert length_baseline([longer, shorter, longer, same], test).tolist() == lengths
+    for train in ([shorter, longer, shorter], [longer, shorter], [same]):
+        assert length_baseline(train, test).tolist() == [[-one, -other] for one, other in lengths]
 
 
 def test_length_baseline_of_ratings_is_fitted():
