@@ -175,7 +175,8 @@ def _machine(manifest: Mapping[str, Any]) -> str:
 def _overview(stage: str) -> str:
     """The comparisons of a stage, a line each: the reference beside the rank of `SHOWN`."""
     start = ["start"] if stage == "policy" else []
-    heads = ["set", *start, "full", SHOWN[stage], "difference", "verdict", "seeds", "memory", "speed"]
+    best = ["best baseline"] if stage == "reward" else []
+    heads = ["set", *start, *best, "full", SHOWN[stage], "difference", "verdict", "seeds", "memory", "speed"]
     lines = [heads, ["---"] * len(heads)]
     for name in _commands():
         file = RESULTS / name / "compare.json"
@@ -188,6 +189,7 @@ def _overview(stage: str) -> str:
             [
                 f"{name}: {part['metric']}, {count(part['records'])} records",
                 *([_with_interval(part["start"]["quality"])] if start else []),
+                *([_best(part["baselines"])] if best else []),
                 *(_with_interval(one) for one in (full["quality"], side["quality"], side["difference"])),
                 shown["verdict"],
                 f"{len(full['seeds'])} and {len(side['seeds'])}",
@@ -196,6 +198,11 @@ def _overview(stage: str) -> str:
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _best(baselines: Mapping[str, Mapping[str, float]]) -> str:
+    name = max(baselines, key=lambda one: baselines[one]["value"])
+    return f"{name.replace('_', ' ')} {number(baselines[name]['value'])}"
 
 
 def _results(name: str) -> str:

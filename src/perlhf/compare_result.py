@@ -84,6 +84,8 @@ def summarise(
     noise = verdict.seed_noise([one.value(everything) for one in found] for found in tested.values())
     compared = Compared(tested, reference, noise, config, diverged or {})
     sides = {side: _side(files[side], files[reference], side, compared) | _against(side, compared) for side in files}
+    baselines = _baselines(files[reference][0], first.metric)
+    said = sentence(first.metric, reference, sides, config.margin, one_seed=noise is None)
     return {
         "stage": stage,
         "metric": first.metric,
@@ -93,7 +95,8 @@ def summarise(
         "reference": reference,
         "seed_noise": None if noise is None else asdict(noise),
         "sides": sides,
-        "verdict": sentence(first.metric, reference, sides, config.margin, one_seed=noise is None),
+        "baselines": baselines,
+        "verdict": said + _below(sides, baselines),
         "start": None if first.start is None else _start(files[reference][0], first, config),
         "scorers": list(config.scorers) if stage == "policy" else [],
         "elsewhere": {
@@ -118,7 +121,7 @@ def _elsewhere(files: Mapping[str, Sequence[RunFiles]], path: str, compared: Com
             if (split := run.evaluation.get("split")) != "all":
                 raise RunError(f"evaluated with split {split!r}", where=str(run.path / name), allowed="all")
             seen = max(seen, run.evaluation.get("groups_seen_in_training") or 0)
-    first = tested[compared.reference][0]
+    first, evaluation = tested[compared.reference][0], read_json(files[compared.reference][0].path / name)
     everything = np.arange(len(first.groups))
     noise = verdict.seed_noise([one.value(everything) for one in found] for found in tested.values())
     there = replace(compared, tested=tested, noise=noise)
@@ -129,6 +132,7 @@ def _elsewhere(files: Mapping[str, Sequence[RunFiles]], path: str, compared: Com
         "groups_seen_in_training": seen,
         "seed_noise": None if noise is None else asdict(noise),
         "sides": {side: {"quality": _quality(side, there), **_against(side, there)} for side in files},
+        "baselines": _baselines(replace(files[compared.reference][0], evaluation=evaluation), first.metric),
     }
 
 
@@ -183,6 +187,24 @@ def sentence(
     ]
     seeds = " with one seed a side (others may turn it round)" if one_seed else ""
     return f"By {metric} on test groups{seeds}, {'; '.join(parts)}."
+
+
+def _baselines(run: RunFiles, metric: str) -> dict[str, dict[str, float | None]]:
+    """What needs no network and reaches on the same records, by its name in evaluation.json; nothing of a policy."""
+    key = metric.lower().replace(" ", "_")
+    found = {name: measured(mapping(one).get(key)) for name, one in mapping(run.evaluation.get("baselines")).items()}
+    return {name: asdict(one) for name, one in found.items() if one is not None and name != "majority"}
+
+
+def _below(sides: Mapping[str, Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]]) -> str:
+    """A sentence about who is above the strongest baseline, if there is any."""
+    if not baselines:
+        return ""
+    name, value = max(((name, one["value"]) for name, one in baselines.items()), key=lambda pair: pair[1])
+    above = [side for side, found in sides.items() if found["quality"]["value"] > value]
+    some = f"Only {', '.join(above)} {'is' if len(above) == 1 else 'are'}" if above else "No side is"
+    who = "Every side is" if len(above) == len(sides) else some
+    return f" {who} above the value of the strongest baseline ({name.replace('_', ' ')}, {number(value)})."
 
 
 def tested_by(run: RunFiles) -> Tested:

@@ -289,6 +289,31 @@ def test_other_sets_are_tested_on_as_well(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_needs_no_network_is_in_the_table(tmp_path: Path):
+    """Full tuning's AUC is 1, r4's 0.75: a bag of words at 0.75 is as good as r4."""
+    runs = one_cell_a_side(tmp_path)
+    write_cell(tmp_path, Cell("reward", R4, 1e-5, 5), 0.5, [2, 0, 1, 1.5], 1, 1)
+    assert summarise("reward", runs, config(tmp_path))["baselines"] == {}
+    simple = {"bag_of_words": {"auc": about(0.75)}, "length": {"auc": about(0.5)}, "majority": {"auc": about(0.5)}}
+    for side in runs:
+        path = runs[side][0] / "evaluation.json"
+        own = json.loads(path.read_text()) | {"baselines": simple | {"position": {"unavailable": "no turns"}}}
+        write(path, own)
+        write(path.with_name("evaluation-other.json"), own | {"split": "all"})
+    found = summarise("reward", runs, config(tmp_path, also_test=("some/other",)))
+    assert found["baselines"] == {"bag_of_words": about(0.75), "length": about(0.5)}
+    assert found["verdict"].endswith("Only full is above the value of the strongest baseline (bag of words, 0.750).")
+    heads, table = comparison.columns(found), comparison.rows(found)
+    assert [side for side, _ in table] == ["full", "r4-attention", "bag of words", "length"]
+    row = table[2][1]
+    assert row[:5] == ["0.750 (0.625 to 0.875)", "–", "baseline", "0.750 (0.625 to 0.875)", "–"]
+    assert len(row) == len(heads) and set(row[5:]) == {"–"}
+
+
+def about(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.125, "high": value + 0.125}
+
+
 def one_cell_a_side(output: Path) -> dict[str, list[Path]]:
     return {
         side.name: [write_cell(output, Cell("reward", side, 1e-5, 5), 0.5, [2, 0, 1, -1], 1, 1)] for side in (FULL, R4)

@@ -123,6 +123,17 @@ def rows(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             _percent(found["trainable_share"]),
         ]
         table.append((side, cells))
+    return table + _baselines(part)
+
+
+def _baselines(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """The rows of what needs no network, which are the last ones: quality alone, here and elsewhere."""
+    there = [mapping(found.get("baselines")) for found in (part.get("elsewhere") or {}).values()]
+    table = []
+    for name in mapping(part.get("baselines")):
+        qualities = [with_interval(measured(found.get(name))) for found in (mapping(part["baselines"]), *there)]
+        cells = [qualities[0], "–", "baseline", *(cell for one in qualities[1:] for cell in (one, "–"))]
+        table.append((name.replace("_", " "), [*cells, *["–"] * (len(columns(part)) - len(cells))]))
     return table
 
 
