@@ -97,13 +97,13 @@ def results_are_kept(out: Path, kept: Path, path: Path, found: Any) -> None:
     assert texts and not any(text in file.read_text() for file in files for text in texts)
     (kept / "commands.yaml").write_text("tiny: [compare tiny.yaml]")
     marked = "".join(
-        f"<!-- {what} -->\nold\n<!-- end -->\n"
+        f"<!-- {what} -->\nSTALE\n<!-- end -->\n"
         for what in ("overview of reward", "overview of policy", "results of tiny")
     )
     (kept / "index.md").write_text(f"before\n{marked}after\n")
     script["tables"]()
     page = (kept / "index.md").read_text()
-    assert page.startswith("before") and page.endswith("after\n") and "old" not in page
+    assert page.startswith("before") and page.endswith("after\n") and "STALE" not in page
     assert page.count("\n| r2-attention |") == 2 and found["reward"]["verdict"] in page
     heads, line = (row.split(" | ") for row in page.splitlines() if row.startswith(("| set | start", "| tiny: score")))
     assert len(heads) == len(line) == 9 and line[6] == "1 and 1"
