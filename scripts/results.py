@@ -25,7 +25,7 @@ import yaml
 from perlhf import run_files
 from perlhf.data.coffee_bar import gold
 from perlhf.data.coffee_bar_gold import RULES, gold_rules
-from perlhf.report import comparison, figures
+from perlhf.report import comparison, figures, findings
 from perlhf.run_files import count, duration, mapping, number
 from perlhf.storage import write_atomic
 
@@ -174,9 +174,8 @@ def _machine(manifest: Mapping[str, Any]) -> str:
 
 def _overview(stage: str) -> str:
     """The comparisons of a stage, a line each: the reference beside the rank of `SHOWN`."""
-    start = ["start"] if stage == "policy" else []
-    best = ["best baseline"] if stage == "reward" else []
-    heads = ["set", *start, *best, "full", SHOWN[stage], "difference", "verdict", "seeds", "memory", "speed"]
+    beside = {"reward": "best baseline", "policy": "start"}[stage]
+    heads = ["set", beside, "full", SHOWN[stage], "difference", "verdict", "seeds", "memory", "speed"]
     lines = [heads, ["---"] * len(heads)]
     for name in _commands():
         file = RESULTS / name / "compare.json"
@@ -188,8 +187,7 @@ def _overview(stage: str) -> str:
         lines.append(
             [
                 f"{name}: {part['metric']}, {count(part['records'])} records",
-                *([_with_interval(part["start"]["quality"])] if start else []),
-                *([_best(part["baselines"])] if best else []),
+                _with_interval(part["start"]["quality"]) if part["start"] else _best(part["baselines"]),
                 *(_with_interval(one) for one in (full["quality"], side["quality"], side["difference"])),
                 shown["verdict"],
                 f"{len(full['seeds'])} and {len(side['seeds'])}",
@@ -200,9 +198,9 @@ def _overview(stage: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _best(baselines: Mapping[str, Mapping[str, float]]) -> str:
-    name = max(baselines, key=lambda one: baselines[one]["value"])
-    return f"{name.replace('_', ' ')} {number(baselines[name]['value'])}"
+def _best(baselines: Mapping[str, object]) -> str:
+    best = findings.strongest(baselines)
+    return f"{best[0]} {number(best[1])}" if best else "–"
 
 
 def _results(name: str) -> str:

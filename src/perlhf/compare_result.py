@@ -13,6 +13,7 @@ from perlhf import statistics as measures
 from perlhf import verdict
 from perlhf.config_compare import CompareConfig, Stage
 from perlhf.errors import RunError
+from perlhf.report import findings
 from perlhf.run_directory import first_difference, read_json
 from perlhf.run_files import EVALUATION, RunFiles, Summary, finite, mapping, measured, number, read_runs
 from perlhf.run_files import summarise as summary_of
@@ -96,7 +97,7 @@ def summarise(
         "seed_noise": None if noise is None else asdict(noise),
         "sides": sides,
         "baselines": baselines,
-        "verdict": said + _below(sides, baselines),
+        "verdict": said + _beside_baselines(sides, baselines),
         "start": None if first.start is None else _start(files[reference][0], first, config),
         "scorers": list(config.scorers) if stage == "policy" else [],
         "elsewhere": {
@@ -111,17 +112,17 @@ def summarise(
 
 def _elsewhere(files: Mapping[str, Sequence[RunFiles]], path: str, compared: Compared) -> dict[str, Any]:
     """What the sides reach on another set than their own test groups."""
-    name, tested, seen = evaluation_of(path), {}, 0
+    name, evaluated, tested, seen = evaluation_of(path), {}, {}, 0
     for side, found in files.items():
-        there = [replace(run, evaluation=read_json(run.path / name)) for run in found]
-        tested[side] = [tested_by(run) for run in there]
+        evaluated[side] = [replace(run, evaluation=read_json(run.path / name)) for run in found]
+        tested[side] = [tested_by(run) for run in evaluated[side]]
         if any(one.groups != tested[compared.reference][0].groups for one in tested[side]):
             raise RunError(f"{name} is of other records than the first cell's", where=str(found[0].path))
-        for run in there:
+        for run in evaluated[side]:
             if (split := run.evaluation.get("split")) != "all":
                 raise RunError(f"evaluated with split {split!r}", where=str(run.path / name), allowed="all")
             seen = max(seen, run.evaluation.get("groups_seen_in_training") or 0)
-    first, evaluation = tested[compared.reference][0], read_json(files[compared.reference][0].path / name)
+    first = tested[compared.reference][0]
     everything = np.arange(len(first.groups))
     noise = verdict.seed_noise([one.value(everything) for one in found] for found in tested.values())
     there = replace(compared, tested=tested, noise=noise)
@@ -132,7 +133,7 @@ def _elsewhere(files: Mapping[str, Sequence[RunFiles]], path: str, compared: Com
         "groups_seen_in_training": seen,
         "seed_noise": None if noise is None else asdict(noise),
         "sides": {side: {"quality": _quality(side, there), **_against(side, there)} for side in files},
-        "baselines": _baselines(replace(files[compared.reference][0], evaluation=evaluation), first.metric),
+        "baselines": _baselines(evaluated[compared.reference][0], first.metric),
     }
 
 
@@ -196,15 +197,16 @@ def _baselines(run: RunFiles, metric: str) -> dict[str, dict[str, float | None]]
     return {name: asdict(one) for name, one in found.items() if one is not None and name != "majority"}
 
 
-def _below(sides: Mapping[str, Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]]) -> str:
+def _beside_baselines(sides: Mapping[str, Mapping[str, Any]], baselines: Mapping[str, object]) -> str:
     """A sentence about who is above the strongest baseline, if there is any."""
-    if not baselines:
+    best = findings.strongest(baselines)
+    if best is None:
         return ""
-    name, value = max(((name, one["value"]) for name, one in baselines.items()), key=lambda pair: pair[1])
+    name, value = best
     above = [side for side, found in sides.items() if found["quality"]["value"] > value]
     some = f"Only {', '.join(above)} {'is' if len(above) == 1 else 'are'}" if above else "No side is"
     who = "Every side is" if len(above) == len(sides) else some
-    return f" {who} above the value of the strongest baseline ({name.replace('_', ' ')}, {number(value)})."
+    return f" {who} above the value of the strongest baseline ({name}, {number(value)})."
 
 
 def tested_by(run: RunFiles) -> Tested:

@@ -252,14 +252,14 @@ def length_baseline(train: Labelled, test: Labelled) -> Floats:
     if _kind(train, test) is Rating:
         ratings = _narrow(Rating, train), _narrow(Rating, test)
         return _one_feature(*ratings, lambda rating: float(np.log1p(len(text_of(rating.completion)))))
-    lengths = [
-        np.array(
-            [[len(text_of(pair.chosen)), len(text_of(pair.rejected))] for pair in _narrow(Comparison, side)], float
-        )
-        for side in (train, test)
-    ]
-    longer_wins = np.sign(lengths[0][:, 0] - lengths[0][:, 1]).sum() > 0
-    return lengths[1] if longer_wins else -lengths[1]
+    seen, found = (_lengths(_narrow(Comparison, side)) for side in (train, test))
+    longer_wins = np.sign(seen[:, 0] - seen[:, 1]).sum() > 0
+    return found if longer_wins else -found
+
+
+def _lengths(pairs: Sequence[Comparison]) -> Floats:
+    """Characters of chosen and rejected, [n, 2]."""
+    return np.array([[len(text_of(pair.chosen)), len(text_of(pair.rejected))] for pair in pairs], dtype=float)
 
 
 def _rating_words(train: Sequence[Rating], test: Sequence[Rating]) -> Floats:

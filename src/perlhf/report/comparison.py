@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from perlhf.report import figures, templating
+from perlhf.report import figures, findings, templating
 from perlhf.run_files import Measured, count, duration, interval, mapping, measured, memory, number
 
 _STAGES = {"reward": "Reward model", "policy": "Policy"}
@@ -128,12 +128,13 @@ def rows(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 def _baselines(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """The rows of what needs no network, which are the last ones: quality alone, here and elsewhere."""
+    here = mapping(part.get("baselines"))
     there = [mapping(found.get("baselines")) for found in (part.get("elsewhere") or {}).values()]
     table = []
-    for name in mapping(part.get("baselines")):
-        qualities = [with_interval(measured(found.get(name))) for found in (mapping(part["baselines"]), *there)]
-        cells = [qualities[0], "–", "baseline", *(cell for one in qualities[1:] for cell in (one, "–"))]
-        table.append((name.replace("_", " "), [*cells, *["–"] * (len(columns(part)) - len(cells))]))
+    for key in here:
+        others = [cell for found in there for cell in (with_interval(measured(found.get(key))), "–")]
+        cells = [with_interval(measured(here[key])), "–", "baseline", *others]
+        table.append((findings.BASELINES[key], [*cells, *["–"] * (len(columns(part)) - len(cells))]))
     return table
 
 

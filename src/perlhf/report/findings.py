@@ -1,6 +1,6 @@
 """What a reader should take away from the runs, and what not: sentences and key figures of the summary."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,12 +100,14 @@ def tiles(runs: Sequence[RunFiles]) -> list[Tile]:
 
 def strongest_baseline(run: RunFiles) -> tuple[str, float] | None:
     """Name and value of the baseline that does best on the metric that the reward run is judged by."""
-    values = []
-    for key, name in BASELINES.items():
-        value = measured(mapping(mapping(run.evaluation.get("baselines")).get(key)).get(judged_by(run)))
-        if value is not None:
-            values.append((name, value.value))
-    return max(values, key=lambda pair: pair[1]) if values else None
+    judged = judged_by(run)
+    return strongest({key: mapping(one).get(judged) for key, one in mapping(run.evaluation.get("baselines")).items()})
+
+
+def strongest(baselines: Mapping[str, object]) -> tuple[str, float] | None:
+    """Name and value of the best of some baselines, by their keys in evaluation.json; None where none has a value."""
+    values = [(name, one.value) for key, name in BASELINES.items() if (one := measured(baselines.get(key)))]
+    return max(values, key=lambda pair: pair[1], default=None)
 
 
 def judged_by(run: RunFiles) -> str:
