@@ -35,7 +35,7 @@ from data_rows import (
 from perlhf.data.fields import group_key, prompt_group
 from perlhf.data.readers import FORMATS, Reading, detect, read_all
 from perlhf.data.readers_dialog import COFFEE_GREETING
-from perlhf.data.records import Comparison, Demonstration, Rating
+from perlhf.data.records import Comparison, Demonstration, Rating, Text
 from perlhf.data.tfrecord import crc32c, read_examples
 from perlhf.errors import DataError
 
@@ -325,7 +325,9 @@ def test_uibert_pairs_compare_the_right_element_with_wrong_ones(tmp_path: Path) 
     (tmp_path / "a.tfrecord").write_bytes(UIBERT)
     (shown,) = read_all("a.tfrecord", root=tmp_path).records
     assert isinstance(shown, Demonstration), "auto takes demonstrations"
-    pair = Comparison(shown.prompt, "1", "0", "300", source="a.tfrecord[0]")
+    prompt = str(shown.prompt).replace("its number", "its line")
+    right, wrong = '1: BUTTON "save" saveButton (50 50 100 100)', "0: (0 0 50 50)"
+    pair = Comparison(prompt, right, wrong, "300", source="a.tfrecord[0]")
     assert read_all("a.tfrecord", "uibert-pairs", root=tmp_path).records == [pair]
 
     edges = [number / 8 for number in range(8)]
@@ -345,11 +347,15 @@ def pairs_by_screen(root: Path, name: str) -> dict[str, tuple[set[str], set[str]
     found = [r for r in read_all(name, "uibert-pairs", root=root).records if isinstance(r, Comparison)]
     return {
         group: (
-            {str(r.chosen) for r in found if r.group == group},
-            {str(r.rejected) for r in found if r.group == group},
+            {number_of(r.chosen) for r in found if r.group == group},
+            {number_of(r.rejected) for r in found if r.group == group},
         )
         for group in ("300", "301")
     }
+
+
+def number_of(line: Text) -> str:
+    return str(line).partition(":")[0]
 
 
 def test_uibert_pairs_need_a_wrong_element(tmp_path: Path) -> None:

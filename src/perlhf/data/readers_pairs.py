@@ -198,27 +198,29 @@ def uibert(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
         if not screen.instruction:
             yield Skipped("empty instruction", where)
         else:
-            yield Demonstration(screen.prompt, str(screen.label), screen.image, source=where)
+            yield Demonstration(screen.prompt("number"), str(screen.label), screen.image, source=where)
 
 
 def uibert_pairs(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
     """UIBert RefExp as comparisons: the right element of a screen against three wrong ones.
 
-    Rule: prompt and completions as for `uibert`; the wrong elements are drawn by a hash of screen, instruction and
-    index, or are all there are. An element that is described exactly as the right one is not a wrong one; a screen with
-    no other is skipped. Group: the screen.
+    Rule: prompt as for `uibert`, but that it asks for the element's line (number and description), which is the
+    completion; the wrong elements are drawn by a hash of screen, instruction and index, or are all there are. An
+    element that is described exactly as the right one is not a wrong one; a screen with no other is skipped. Group:
+    the screen.
     """
     for where, row in rows:
         screen = _screen(row, where)
-        right = screen.elements[screen.label]
-        wrong = [index for index, element in enumerate(screen.elements) if element != right]
+        meant = screen.elements[screen.label]
+        wrong = [index for index, element in enumerate(screen.elements) if element != meant]
         if not screen.instruction:
             yield Skipped("empty instruction", where)
         elif not wrong:
             yield Skipped("no wrong element", where)
         else:
+            prompt, right = screen.prompt("line"), screen.lines[screen.label]
             for index in sorted(wrong, key=screen.draw)[:WRONG_ELEMENTS]:
-                yield Comparison(screen.prompt, str(screen.label), str(index), screen.image, source=where)
+                yield Comparison(prompt, right, screen.lines[index], screen.image, source=where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,10 +233,12 @@ class _Screen:
     label: int
 
     @property
-    def prompt(self) -> str:
-        listed = [f"{index}: {element}" for index, element in enumerate(self.elements)]
-        ask = [f"Instruction: {self.instruction}", "Which element? Answer with its number."]
-        return "\n".join(["Elements on the screen:", *listed, *ask])
+    def lines(self) -> list[str]:
+        return [f"{index}: {element}" for index, element in enumerate(self.elements)]
+
+    def prompt(self, answer: str) -> str:
+        ask = [f"Instruction: {self.instruction}", f"Which element? Answer with its {answer}."]
+        return "\n".join(["Elements on the screen:", *self.lines, *ask])
 
     def draw(self, index: int) -> bytes:
         """What an element is drawn by: lowest first."""
