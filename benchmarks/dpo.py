@@ -10,6 +10,7 @@ then evaluated on the same prompts, with the same draws, as a policy run. TRL an
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     network = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
     model = PeftModel.from_pretrained(network, arguments.sft / "adapter", is_trainable=True)
+    scratch = tempfile.TemporaryDirectory()  # TRL makes its output directory even where nothing is saved
     settings = DPOConfig(
-        str(arguments.output / "trainer"),
+        scratch.name,
         beta=arguments.beta,
         learning_rate=arguments.learning_rate,
         num_train_epochs=arguments.epochs,
