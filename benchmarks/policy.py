@@ -212,7 +212,7 @@ def _steps(stage: Any, count: int) -> list[dict[str, float]]:
 
     rates = {POLICY: LEARNING_RATE, VALUE: LEARNING_RATE}
     adapters = {name: stage.model.adapters[name] for name in rates if name in stage.model.adapters}
-    optimizers = optim.build({n: (a.trainable(), rates[n]) for n, a in adapters.items()}, stage.config.optim)
+    optimizers = optim.build({n: (a.trainable_by_name(), rates[n]) for n, a in adapters.items()}, stage.config.optim)
     run: Any = SimpleNamespace(write_rollout=lambda step, rows: None)
     steps = []
     for step in range(1, count + 1):

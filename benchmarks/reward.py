@@ -31,7 +31,9 @@ def ours(recipe: str, packing: Literal["tree", "none"] = "tree", tuning: Literal
     config = _config(recipe, packing=packing, tuning=tuning)
     model, _, items, updates = _examples(config)
     adapter = training.new_adapter(model, train_reward.NAME, "reward", config)
-    optimizer = optim.build({train_reward.NAME: (adapter.trainable(), LEARNING_RATE)}, config.optim)[train_reward.NAME]
+    optimizer = optim.build({train_reward.NAME: (adapter.trainable_by_name(), LEARNING_RATE)}, config.optim)[
+        train_reward.NAME
+    ]
     weights = {True: 1.0, False: 1.0}
 
     def update(numbers: Sequence[int]) -> None:

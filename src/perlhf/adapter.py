@@ -35,9 +35,13 @@ class Adapter:
             named |= {"score.weight": self.head, "score.bias": self.bias}
         return named
 
+    def trainable_by_name(self) -> dict[str, nn.Parameter]:
+        """Its parameters with gradients by a stable name."""
+        return {name: p for name, p in self.tensors().items() if p.requires_grad}
+
     def trainable(self) -> list[nn.Parameter]:
-        """Its parameters with gradients, in a stable order."""
-        return [p for p in self.tensors().values() if p.requires_grad]
+        """Its parameters with gradients."""
+        return list(self.trainable_by_name().values())
 
     def copied(self, name: str, role: Role) -> "Adapter":
         """A trainable copy without head."""

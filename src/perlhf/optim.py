@@ -14,18 +14,18 @@ from perlhf.errors import CheckpointError, DivergenceError
 _STATE_NAMES = ("step", "exp_avg", "exp_avg_sq")
 
 
-def build(groups: dict[str, tuple[list[Parameter], float]], config: OptimConfig) -> dict[str, AdamW]:
+def build(groups: dict[str, tuple[dict[str, Parameter], float]], config: OptimConfig) -> dict[str, AdamW]:
     """One AdamW per adapter (Loshchilov & Hutter, arXiv 1711.05101).
 
     Args:
-        groups: adapter name -> (its trainable parameters, its peak learning rate).
+        groups: adapter name -> (its trainable parameters by name, its peak learning rate).
         config: betas and weight decay for all of them.
     """
     optimizers = {}
     for name, (parameters, learning_rate) in groups.items():
         assert parameters, f"adapter {name} has no trainable parameter"
         optimizers[name] = AdamW(
-            parameters, lr=learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+            parameters.items(), lr=learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
     return optimizers
 
@@ -78,15 +78,16 @@ def clip(parameters: Iterable[Parameter], max_norm: float) -> float:
 
 
 def state_tensors(optimizer: AdamW) -> dict[str, Tensor]:
-    """The optimiser's state by position of the parameter: `0.step`, `0.exp_avg`, `0.exp_avg_sq`, `1.step`, ...
+    """The optimiser's state by name of the parameter: `NAME.step`, `NAME.exp_avg`, `NAME.exp_avg_sq`.
 
-    The tensors are the optimiser's own, not copies. A parameter that was never updated has none.
+    By name, since moments put back by position go to another parameter where the order differs, and nothing tells. The
+    tensors are the optimiser's own, not copies. A parameter that was never updated has none.
     """
-    tensors = {}
-    for position, parameter in enumerate(_parameters(optimizer)):
-        for name in _STATE_NAMES if parameter in optimizer.state else ():
-            tensors[f"{position}.{name}"] = optimizer.state[parameter][name]
-    return tensors
+    return {
+        f"{name}.{part}": optimizer.state[parameter][part]
+        for name, parameter in _parameters(optimizer).items()
+        for part in (_STATE_NAMES if parameter in optimizer.state else ())
+    }
 
 
 def load_state_tensors(optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
@@ -98,28 +99,32 @@ def load_state_tensors(optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
         CheckpointError: the tensors belong to other parameters; the optimiser is left as it was.
     """
     parameters = _parameters(optimizer)
-    states: dict[int, dict[str, Tensor]] = {}
+    states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        position, _, name = key.partition(".")
-        assert position.isdigit() and name in _STATE_NAMES, f"not an optimiser tensor: {key}"
-        index = int(position)
-        if index >= len(parameters):
-            raise CheckpointError(f"optimiser state for parameter {index}", allowed=f"{len(parameters)} parameters")
-        expected = torch.Size() if name == "step" else parameters[index].shape
+        name, _, part = key.rpartition(".")
+        assert part in _STATE_NAMES, f"not an optimiser tensor: {key}"
+        if name not in parameters:
+            raise CheckpointError(
+                f"optimiser state for a parameter {name!r}",
+                allowed=f"names such as {next(iter(parameters))!r}",
+                hint="a run that an earlier version began can't go on: start it again in another directory",
+            )
+        expected = torch.Size() if part == "step" else parameters[name].shape
         if tensor.shape != expected:
             raise CheckpointError(
                 f"optimiser state {key} has shape {tuple(tensor.shape)}", allowed=f"{tuple(expected)}"
             )
         # AdamW counts its steps on the CPU; the moments live with the parameter.
-        device = "cpu" if name == "step" else parameters[index].device
-        states.setdefault(index, {})[name] = tensor.to(device, copy=True)
+        device = "cpu" if part == "step" else parameters[name].device
+        states.setdefault(name, {})[part] = tensor.to(device, copy=True)
     assert all(len(state) == len(_STATE_NAMES) for state in states.values()), (
         "a parameter's optimiser state is incomplete"
     )
     optimizer.state.clear()
-    for index, state in states.items():
-        optimizer.state[parameters[index]] = state
+    for name, state in states.items():
+        optimizer.state[parameters[name]] = state
 
 
-def _parameters(optimizer: AdamW) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _parameters(optimizer: AdamW) -> dict[str, Tensor]:
+    (group,) = optimizer.param_groups
+    return dict(zip(group["param_names"], group["params"], strict=True))

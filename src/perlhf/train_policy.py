@@ -44,9 +44,9 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         stage = _open(config)
         model = stage.model
         optimizers = optim.build(
-            {POLICY: (model.adapters[POLICY].trainable(), config.learning_rate)}
+            {POLICY: (model.adapters[POLICY].trainable_by_name(), config.learning_rate)}
             | (
-                {VALUE: (model.adapters[VALUE].trainable(), config.value_learning_rate)}
+                {VALUE: (model.adapters[VALUE].trainable_by_name(), config.value_learning_rate)}
                 if VALUE in model.adapters
                 else {}
             ),

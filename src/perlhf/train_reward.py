@@ -66,7 +66,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
             config.order,
             config.max_updates,
         )
-        optimizers = optim.build({NAME: (adapter.trainable(), config.learning_rate)}, config.optim)
+        optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
         step, best, state = training.restore(run, model, optimizers)
         tokens = state.get("tokens", 0)
         if config.head_start == "probe" and best.step is None and step == 0:

@@ -46,7 +46,7 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
             config.order,
             config.max_updates,
         )
-        optimizers = optim.build({NAME: (adapter.trainable(), config.learning_rate)}, config.optim)
+        optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
         step, best, state = training.restore(run, model, optimizers)
         tokens = state.get("tokens", 0)
         with run.progress(len(plan), step, "sft") as bar:

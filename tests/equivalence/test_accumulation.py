@@ -122,7 +122,7 @@ class TestReward:
             comparison_weight=0.5,
             rating_weight=2.0,
         )
-        optimizer = optim.build({"x": (adapter.trainable(), 1e-3)}, config.optim)["x"]
+        optimizer = optim.build({"x": (adapter.trainable_by_name(), 1e-3)}, config.optim)["x"]
         values = train_reward._update(model, adapter, optimizer, self.ITEMS, self.CLASS_WEIGHT, 1, 10, config)
         return values, gradients(optimizer)
 
@@ -182,7 +182,7 @@ class TestSft:
         adapter = model.add_adapter(train_sft.NAME, "sft", rank=4)
         randomise(model, train_sft.NAME)
         config = SftConfig(tokens_per_microbatch=max_tokens, packing=packing, optim=PLAIN)
-        optimizer = optim.build({"x": (adapter.trainable(), 1e-3)}, config.optim)["x"]
+        optimizer = optim.build({"x": (adapter.trainable_by_name(), 1e-3)}, config.optim)["x"]
         values = train_sft._update(model, adapter, optimizer, self.EXAMPLES, 1, 10, config)
         assert values["loss"] == pytest.approx(loss, rel=1e-5)
         check_close(gradients(optimizer), expected)

@@ -66,7 +66,9 @@ def new_stage(
 def optimizers(stage: Stage) -> dict[str, torch.optim.AdamW]:
     rates = {POLICY: stage.config.learning_rate, VALUE: stage.config.value_learning_rate}
     adapters = stage.model.adapters
-    return optim.build({n: (adapters[n].trainable(), rates[n]) for n in rates if n in adapters}, stage.config.optim)
+    return optim.build(
+        {n: (adapters[n].trainable_by_name(), rates[n]) for n in rates if n in adapters}, stage.config.optim
+    )
 
 
 def gradients(optimizer: torch.optim.AdamW) -> list[Tensor]:

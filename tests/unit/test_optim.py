@@ -22,7 +22,7 @@ def with_gradient(values: list[float], gradient: list[float]) -> Parameter:
 def test_first_step_moves_each_weight_by_the_learning_rate_against_the_sign_of_its_gradient():
     # Bias-corrected moments of the first step are g and g^2, so the update is lr * g / (|g| + eps) = lr * sign(g).
     parameter = with_gradient([1.0, -2.0, 3.0], [0.5, -4.0, 100.0])
-    optimizer = build({"policy": ([parameter], 0.1)}, config())["policy"]
+    optimizer = build({"policy": ({"a": parameter}, 0.1)}, config())["policy"]
     optimizer.step()
     assert parameter.tolist() == pytest.approx([0.9, -1.9, 2.9], abs=1e-6)
 
@@ -30,7 +30,7 @@ def test_first_step_moves_each_weight_by_the_learning_rate_against_the_sign_of_i
 def test_second_step_by_hand():
     # Gradients 1, then 3; both betas 0.5: m = (0.25 * 1 + 0.5 * 3) / 0.75, v = (0.25 * 1 + 0.5 * 9) / 0.75.
     parameter = with_gradient([0.0], [1.0])
-    optimizer = build({"sft": ([parameter], 0.1)}, config(beta1=0.5, beta2=0.5))["sft"]
+    optimizer = build({"sft": ({"a": parameter}, 0.1)}, config(beta1=0.5, beta2=0.5))["sft"]
     optimizer.step()
     parameter.grad = torch.tensor([3.0])
     optimizer.step()
@@ -40,13 +40,13 @@ def test_second_step_by_hand():
 def test_weight_decay_is_decoupled_from_the_gradient():
     # Weight 2 shrinks by lr * decay * 2 = 0.1 * 0.5 * 2, then moves by lr against the gradient's sign.
     parameter = with_gradient([2.0], [7.0])
-    build({"sft": ([parameter], 0.1)}, config(weight_decay=0.5))["sft"].step()
+    build({"sft": ({"a": parameter}, 0.1)}, config(weight_decay=0.5))["sft"].step()
     assert parameter.item() == pytest.approx(2.0 - 0.1 - 0.1, abs=1e-6)
 
 
 def test_each_adapter_has_its_own_learning_rate():
     policy, value = with_gradient([0.0], [1.0]), with_gradient([0.0], [1.0])
-    optimizers = build({"policy": ([policy], 0.1), "value": ([value], 0.01)}, config())
+    optimizers = build({"policy": ({"a": policy}, 0.1), "value": ({"a": value}, 0.01)}, config())
     assert list(optimizers) == ["policy", "value"]
     for optimizer in optimizers.values():
         optimizer.step()
@@ -123,6 +123,10 @@ def pair(seed: int) -> list[Parameter]:
     return [Parameter(torch.randn(4, 3, generator=generator)), Parameter(torch.randn(5, generator=generator))]
 
 
+def named(parameters: list[Parameter]) -> dict[str, Parameter]:
+    return dict(zip(("a.lora_A", "b"), parameters, strict=True))
+
+
 def take_steps(optimizer: torch.optim.AdamW, parameters: list[Parameter], steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
@@ -133,43 +137,57 @@ def take_steps(optimizer: torch.optim.AdamW, parameters: list[Parameter], steps:
 
 def test_reloaded_state_continues_bit_equal():
     kept = pair(0)
-    optimizer = build({"policy": (kept, 0.01)}, config(weight_decay=0.1))["policy"]
+    optimizer = build({"policy": (named(kept), 0.01)}, config(weight_decay=0.1))["policy"]
     take_steps(optimizer, kept, range(3))
     saved = {name: tensor.clone() for name, tensor in state_tensors(optimizer).items()}
     weights = [parameter.detach().clone() for parameter in kept]
 
     reloaded = [Parameter(weight) for weight in weights]
-    fresh = build({"policy": (reloaded, 0.01)}, config(weight_decay=0.1))["policy"]
+    fresh = build({"policy": (named(reloaded), 0.01)}, config(weight_decay=0.1))["policy"]
     load_state_tensors(fresh, saved)
     without = [Parameter(weight.clone()) for weight in weights]
     take_steps(optimizer, kept, range(3, 8))
     take_steps(fresh, reloaded, range(3, 8))
-    take_steps(build({"policy": (without, 0.01)}, config(weight_decay=0.1))["policy"], without, range(3, 8))
+    take_steps(build({"policy": (named(without), 0.01)}, config(weight_decay=0.1))["policy"], without, range(3, 8))
 
     assert all(torch.equal(a, b) for a, b in zip(kept, reloaded, strict=True))
     assert not torch.equal(kept[0], without[0]), "the moments matter"
-    assert saved["0.step"].item() == 3, "the loaded tensors are copies"
+    assert saved["b.step"].item() == 3, "the loaded tensors are copies"
+
+
+def test_moments_find_their_parameter_in_another_order():
+    kept = pair(0)
+    optimizer = build({"policy": (named(kept), 0.01)}, config())["policy"]
+    take_steps(optimizer, kept, range(3))
+    turned = {name: Parameter(one.detach().clone()) for name, one in reversed(named(kept).items())}
+    fresh = build({"policy": (turned, 0.01)}, config())["policy"]
+    load_state_tensors(fresh, state_tensors(optimizer))
+    take_steps(optimizer, kept, range(3, 5))
+    take_steps(fresh, [turned[name] for name in named(kept)], range(3, 5))
+    assert all(torch.equal(one, turned[name]) for name, one in named(kept).items())
 
 
 def test_state_tensors_names_and_values():
     parameters = [with_gradient([0.0, 0.0], [1.0, -2.0]), Parameter(torch.zeros(3))]
-    optimizer = build({"sft": (parameters, 0.1)}, config(beta1=0.5, beta2=0.75))["sft"]
+    optimizer = build({"sft": (named(parameters), 0.1)}, config(beta1=0.5, beta2=0.75))["sft"]
     assert state_tensors(optimizer) == {}
     optimizer.step()
     tensors = state_tensors(optimizer)
-    assert sorted(tensors) == ["0.exp_avg", "0.exp_avg_sq", "0.step"], "the second parameter had no gradient"
-    assert tensors["0.exp_avg"].tolist() == pytest.approx([0.5, -1.0])
-    assert tensors["0.exp_avg_sq"].tolist() == pytest.approx([0.25, 1.0])
-    assert tensors["0.step"].item() == 1
+    assert sorted(tensors) == ["a.lora_A.exp_avg", "a.lora_A.exp_avg_sq", "a.lora_A.step"], (
+        "the second parameter had no gradient"
+    )
+    assert tensors["a.lora_A.exp_avg"].tolist() == pytest.approx([0.5, -1.0])
+    assert tensors["a.lora_A.exp_avg_sq"].tolist() == pytest.approx([0.25, 1.0])
+    assert tensors["a.lora_A.step"].item() == 1
 
 
 @pytest.mark.parametrize(
     ("key", "shape", "message"),
-    [("2.exp_avg", (5,), "parameter 2"), ("1.exp_avg", (4,), r"1\.exp_avg has shape \(4,\)[^5]*\(5,\)")],
+    [("1.exp_avg", (5,), "parameter '1'"), ("b.exp_avg", (4,), r"b\.exp_avg has shape \(4,\)[^5]*\(5,\)")],
 )
 def test_state_of_other_parameters_is_refused_and_changes_nothing(key, shape, message):
     parameters = pair(0)
-    optimizer = build({"sft": (parameters, 0.1)}, config())["sft"]
+    optimizer = build({"sft": (named(parameters), 0.1)}, config())["sft"]
     take_steps(optimizer, parameters, range(1))
     before = {name: tensor.clone() for name, tensor in state_tensors(optimizer).items()}
     with pytest.raises(CheckpointError, match=message):
@@ -180,4 +198,4 @@ def test_state_of_other_parameters_is_refused_and_changes_nothing(key, shape, me
 
 def test_an_adapter_without_parameters_is_an_internal_error():
     with pytest.raises(AssertionError, match="value has no trainable parameter"):
-        build({"value": ([], 0.1)}, config())
+        build({"value": ({}, 0.1)}, config())

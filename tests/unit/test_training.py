@@ -130,7 +130,7 @@ class TestNewAdapter:
 class TestOptimiserStep:
     def test_clips_steps_and_clears(self, model: Model) -> None:
         adapter = model.add_adapter("sft", "sft", rank=2)
-        optimizer = optim.build({"x": (adapter.trainable(), 9.9)}, OptimConfig(beta1=0.0))["x"]
+        optimizer = optim.build({"x": (adapter.trainable_by_name(), 9.9)}, OptimConfig(beta1=0.0))["x"]
         before = [p.detach().clone() for p in adapter.trainable()]
         for parameter in adapter.trainable():
             parameter.grad = torch.ones_like(parameter)
@@ -145,7 +145,7 @@ class TestOptimiserStep:
 
     def test_a_gradient_that_is_not_finite_changes_nothing(self, model: Model) -> None:
         adapter = model.add_adapter("sft", "sft", rank=2)
-        optimizer = optim.build({"x": (adapter.trainable(), 0.1)}, OptimConfig())["x"]
+        optimizer = optim.build({"x": (adapter.trainable_by_name(), 0.1)}, OptimConfig())["x"]
         before = model.digest("sft")
         for parameter in adapter.trainable():
             parameter.grad = torch.full_like(parameter, math.inf)
@@ -171,7 +171,7 @@ class TestSaved:
 
         def opened(where: Model):
             adapter = where.add_adapter("sft", "sft", rank=2)
-            return optim.build({"sft": (adapter.trainable(), 1e-2)}, config.optim)
+            return optim.build({"sft": (adapter.trainable_by_name(), 1e-2)}, config.optim)
 
         def learn(where: Model, optimizer: torch.optim.AdamW, times: int) -> None:
             for _ in range(times):
