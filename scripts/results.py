@@ -36,7 +36,7 @@ WHOLE = ("config.yaml", "manifest.json", "metrics.jsonl", "result.json")
 SAMPLE = ("group", "score_before", "score_after", "gold_before", "gold_after")
 """What is kept of an evaluated sample: numbers, no texts."""
 MARKED = re.compile(
-    r"(<!-- (overview|results|rules|runs|curves|rates|labels) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (overview|tried|results|rules|runs|curves|rates|labels) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 SHOWN = {"reward": "r8-attention", "policy": "r16-attention"}
 """The rank that the overview shows: the one with as many seeds as full tuning."""
@@ -125,7 +125,7 @@ def tables() -> None:
     """Rewrites what stands between the markers of the page, and the plots beside it."""
     page = RESULTS / "index.md"
     text = page.read_text(encoding="utf-8")
-    write = {"overview": _overview, "results": _results, "rules": _rules, "runs": _runs}
+    write = {"overview": _overview, "tried": _tried, "results": _results, "rules": _rules, "runs": _runs}
     write |= {"curves": _curves, "rates": _rates, "labels": _labels}
     write_atomic(page, MARKED.sub(lambda found: f"{found[1]}{write[found[2]](found[3])}{found[4]}", text))
 
@@ -196,6 +196,31 @@ def _overview(stage: str) -> str:
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _tried(stage: str) -> str:
+    """What each learning rate reached on validation groups with the first seed: full tuning, and all ranks' mean."""
+    lines = ["| set | validated by | full | LoRA, mean of ranks |", "|---|---|---|---|"]
+    for name in _commands():
+        file = RESULTS / name / "compare.json"
+        part = json.loads(file.read_text(encoding="utf-8")).get(stage) if file.exists() else None
+        if part is None:
+            continue
+        first = min(one["seed"] for one in part["tried"])
+        reached: dict[bool, dict[float, list[float]]] = {True: {}, False: {}}
+        for one in part["tried"]:
+            if one["seed"] == first and one["validation"] is not None:
+                of_side = reached[one["side"] == part["reference"]].setdefault(one["learning_rate"], [])
+                of_side.append(one["validation"])
+        cells = [
+            ", ".join(f"{rate:g}: {number(statistics.fmean(found))}" for rate, found in sorted(side.items()))
+            for side in reached.values()
+        ]
+        asked = yaml.safe_load((RESULTS / name / "compare.yaml").read_text(encoding="utf-8"))[stage]
+        metric = "minus loss" if asked.get("select") == "loss" else part["metric"]
+        metric = "held-out reward" if stage == "policy" else metric
+        lines.append(f"| {' | '.join([name, metric, *cells])} |")
+    return "\n".join([*lines, ""])
 
 
 def _best(baselines: Mapping[str, object]) -> str:

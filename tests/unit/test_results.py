@@ -124,3 +124,28 @@ def test_quality_against_the_number_of_labels(tmp_path: Path, script: dict[str, 
     assert [row.split("|")[1].strip() for row in rows] == ["labels", "---", "92", "187", "1,869"]
     assert rows[2].endswith("| 0.500 (0.400 to 0.600) | 0.500 (0.400 to 0.600) | 0.500 (0.400 to 0.600), better |")
     assert (tmp_path / "kept" / "all-labels.svg").read_text().startswith("<svg")
+
+
+def test_what_each_rate_reached_is_the_first_seeds(tmp_path: Path, script: dict[str, Any]) -> None:
+    tried = [
+        {"side": side, "learning_rate": rate, "seed": seed, "validation": value}
+        for side, rate, seed, value in (
+            ("full", 1e-4, 0, 0.5),
+            ("full", 1e-3, 0, None),  # diverged
+            ("r8-attention", 1e-3, 0, 0.75),
+            ("r4-attention", 1e-3, 0, 0.25),
+            ("r4-attention", 2e-4, 0, 0.625),
+            ("r8-attention", 1e-3, 1, 0.0),
+        )
+    ]
+    write(tmp_path / "kept" / "commands.yaml", "some: [compare some.yaml]")
+    part = {"tried": tried, "reference": "full", "metric": "AUC"}
+    write(tmp_path / "kept" / "some" / "compare.json", {"reward": part})
+    write(tmp_path / "kept" / "some" / "compare.yaml", "reward: {}")
+    write(tmp_path / "kept" / "index.md", "<!-- tried of reward -->\n<!-- end -->\n")
+    script["tables"]()
+    page = (tmp_path / "kept" / "index.md").read_text()
+    assert "| some | AUC | 0.0001: 0.500 | 0.0002: 0.625, 0.001: 0.500 |" in page
+    write(tmp_path / "kept" / "some" / "compare.yaml", "reward: {select: loss}")
+    script["tables"]()
+    assert "| some | minus loss | 0.0001: 0.500 |" in (tmp_path / "kept" / "index.md").read_text()
