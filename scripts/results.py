@@ -172,15 +172,22 @@ def _machine(manifest: Mapping[str, Any]) -> str:
     return f"{hardware['cpu']} ({manifest['threads']} threads)"
 
 
+def _comparisons(stage: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Those of a stage; with fewer labels they have a table of their own."""
+    for name in _commands():
+        file = RESULTS / name / "compare.json"
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() and "-labels-" not in name else {}
+        if stage in found:
+            yield name, found[stage]
+
+
 def _overview(stage: str) -> str:
     """The comparisons of a stage, a line each: the reference beside the rank of `SHOWN`."""
     beside = {"reward": "best baseline", "policy": "start"}[stage]
     heads = ["set", beside, "full", SHOWN[stage], "difference", "verdict", "seeds", "memory", "speed"]
     lines = [heads, ["---"] * len(heads)]
-    for name in _commands():
-        file = RESULTS / name / "compare.json"
-        part = json.loads(file.read_text(encoding="utf-8")).get(stage) if file.exists() else None
-        if part is None or SHOWN[stage] not in part["sides"]:
+    for name, part in _comparisons(stage):
+        if SHOWN[stage] not in part["sides"]:
             continue
         full, side = part["sides"][part["reference"]], part["sides"][SHOWN[stage]]
         shown = dict(zip(comparison.columns(part), dict(comparison.rows(part))[SHOWN[stage]], strict=True))
@@ -201,11 +208,7 @@ def _overview(stage: str) -> str:
 def _tried(stage: str) -> str:
     """What each learning rate reached on validation groups with the first seed: full tuning, and all ranks' mean."""
     lines = ["| set | validated by | full | LoRA, mean of ranks |", "|---|---|---|---|"]
-    for name in _commands():
-        file = RESULTS / name / "compare.json"
-        part = json.loads(file.read_text(encoding="utf-8")).get(stage) if file.exists() else None
-        if part is None:
-            continue
+    for name, part in _comparisons(stage):
         first = min(one["seed"] for one in part["tried"])
         reached: dict[bool, dict[float, list[float]]] = {True: {}, False: {}}
         for one in part["tried"]:

@@ -51,7 +51,7 @@ class CompareConfig(Frozen):
     """LoRA ranks that get the first seed alone, to save time; how far seeds differ is taken from the other sides."""
     lora_learning_rates: Rates = (2e-4, 5e-4, 1e-3)
     """Learning rates tried for each LoRA side; the best on validation groups is kept."""
-    full_learning_rates: Rates = (1e-5, 2e-5, 5e-5)
+    full_learning_rates: Rates = (3e-5, 1e-4, 3e-4)
     """Learning rates tried for full tuning: as many as for LoRA."""
     margin: NotNegative = 0.02
     """Difference in quality, fixed beforehand, within which two sides are called equivalent."""
