@@ -165,13 +165,17 @@ def test_every_decision_of_the_method_page_has_a_test():
 
 
 def test_default_learning_rates_of_the_method_page():
-    rows = re.findall(r"^\| `perlhf (\w+)`.* \| (\S+) \| (\S+) \|$", METHOD.read_text(encoding="utf-8"), re.MULTILINE)
-    shown = {stage: (float(lora), float(full)) for stage, lora, full in rows}
+    rows = re.findall(r"^\| `perlhf (\w+)`(.*) \| (\S+) \| (\S+) \|$", METHOD.read_text(encoding="utf-8"), re.MULTILINE)
+    shown = {f"{stage}{more}": (float(lora), float(full)) for stage, more, lora, full in rows}
     reward = ("module:function",)
     assert shown == {
         "sft": (SftConfig().learning_rate, SftConfig(tuning="full").learning_rate),
         "reward": (RewardConfig().learning_rate, RewardConfig(tuning="full").learning_rate),
-        "policy": (
+        "reward with `head_start: probe`": (
+            RewardConfig(head_start="probe").learning_rate,
+            RewardConfig(head_start="probe", tuning="full").learning_rate,
+        ),
+        "policy, and its value": (
             PolicyConfig(reward=reward).learning_rate,
             PolicyConfig(reward=reward, tuning="full").learning_rate,
         ),
