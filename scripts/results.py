@@ -219,11 +219,16 @@ def _tried(stage: str) -> str:
             ", ".join(f"{rate:g}: {number(statistics.fmean(found))}" for rate, found in sorted(side.items()))
             for side in reached.values()
         ]
-        asked = yaml.safe_load((RESULTS / name / "compare.yaml").read_text(encoding="utf-8"))[stage]
-        metric = "minus loss" if asked.get("select") == "loss" else part["metric"]
-        metric = "held-out reward" if stage == "policy" else metric
-        lines.append(f"| {' | '.join([name, metric, *cells])} |")
+        lines.append(f"| {' | '.join([name, _validated_by(name, stage) or part['metric'], *cells])} |")
     return "\n".join([*lines, ""])
+
+
+def _validated_by(name: str, stage: str) -> str | None:
+    """What chose the learning rate, where that isn't the metric of the test groups."""
+    if stage == "policy":
+        return "held-out reward"
+    asked = yaml.safe_load((RESULTS / name / "compare.yaml").read_text(encoding="utf-8"))[stage]
+    return "minus loss" if asked.get("select") == "loss" else None
 
 
 def _best(baselines: Mapping[str, object]) -> str:

@@ -156,7 +156,7 @@ def test_reloaded_state_continues_bit_equal():
 
 
 def test_moments_find_their_parameter_in_another_order():
-    kept = pair(0)
+    kept = [Parameter(torch.ones(3)), Parameter(torch.zeros(3))]  # of one shape, so that nothing refuses a wrong one
     optimizer = build({"policy": (named(kept), 0.01)}, config())["policy"]
     take_steps(optimizer, kept, range(3))
     turned = {name: Parameter(one.detach().clone()) for name, one in reversed(named(kept).items())}
