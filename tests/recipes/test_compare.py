@@ -45,7 +45,11 @@ def recipe(tmp_path: Path, base: Path, runs: TinyRuns, **changed: Any) -> Path:
 
 
 def test_both_stages_and_again(
-    tmp_path: Path, tiny_base: Path, runs: TinyRuns, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_base: Path,
+    runs: TinyRuns,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = tmp_path / "other.jsonl"
     rows = [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(3)]
@@ -79,14 +83,17 @@ def test_both_stages_and_again(
     assert "cell" not in capfd.readouterr().err and len(sessions) == 4
     assert sessions == {file: file.read_bytes() for file in sessions}
     assert json.loads((out / "compare.json").read_text()) == found
-    results_are_kept(out, tmp_path / "kept", path, found)
+    results_are_kept(monkeypatch, out, tmp_path / "kept", path, found)
 
 
-def results_are_kept(out: Path, kept: Path, path: Path, found: Any) -> None:
+def results_are_kept(monkeypatch: pytest.MonkeyPatch, out: Path, kept: Path, path: Path, found: Any) -> None:
     """scripts/results.py: numbers without texts or adapters, tables from them, a comparison that goes on from them."""
-    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "results.py"), run_name="results")
-    values = script["keep"].__globals__
-    values |= {"RESULTS": kept, "SHOWN": {"reward": "r2-attention", "policy": "r2-attention"}}
+    scripts = Path(__file__).parents[2] / "scripts"
+    monkeypatch.syspath_prepend(scripts)
+    script = runpy.run_path(str(scripts / "results.py"), run_name="results")
+    monkeypatch.setitem(script["keep"].__globals__, "RESULTS", kept)
+    shown = {"reward": "r2-attention", "policy": "r2-attention"}
+    monkeypatch.setitem(script["tables"].__globals__, "SHOWN", shown)
     script["keep"](out, "tiny")
     files = [file for file in kept.rglob("*") if file.is_file()]
     assert not [file for file in files if file.suffix == ".safetensors"]
@@ -101,14 +108,14 @@ def results_are_kept(out: Path, kept: Path, path: Path, found: Any) -> None:
         for what in ("overview of reward", "overview of policy", "results of tiny")
     )
     (kept / "index.md").write_text(f"before\n{marked}after\n")
-    script["tables"]()
+    script["tables"](kept)
     page = (kept / "index.md").read_text()
     assert page.startswith("before") and page.endswith("after\n") and "STALE" not in page
     assert page.count("\n| r2-attention |") == 2 and found["reward"]["verdict"] in page
     heads, line = (row.split(" | ") for row in page.splitlines() if row.startswith(("| set | start", "| tiny: score")))
     assert len(heads) == len(line) == 9 and line[6] == "1 and 1"
     assert (kept / "tiny-policy.svg").read_text().startswith("<svg xmlns=")
-    script["tables"]()
+    script["tables"](kept)
     assert page == (kept / "index.md").read_text()
     restored = path.parent / "restored"
     script["restore"]("tiny", restored)

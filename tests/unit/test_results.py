@@ -1,5 +1,6 @@
 """scripts/results.py: what is kept of rollouts, and tables of runs, rates and curves, from files written by hand."""
 
+import functools
 import json
 import runpy
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from perlhf.data.coffee_bar import gold
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 ORDER = "Good afternoon. A bagel with butter to stay, please."
 GOOD, BAD = "One bagel with butter to stay, coming right up. Anything else?", "No."
 
@@ -20,10 +22,11 @@ def write(path: Path, value: Any) -> None:
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> dict[str, Any]:
-    found = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "results.py"), run_name="results")
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    found = runpy.run_path(str(SCRIPTS / "results.py"), run_name="results")
     found["keep"].__globals__["RESULTS"] = tmp_path / "kept"
-    return found
+    return found | {"tables": functools.partial(found["tables"], tmp_path / "kept")}
 
 
 def config(paths: list[str]) -> str:
@@ -86,26 +89,82 @@ def test_rules_of_the_gold_score_are_kept(tmp_path: Path, script: dict[str, Any]
     )
 
 
-def test_rates_and_runs(tmp_path: Path, script: dict[str, Any]) -> None:
-    measured = {"value": 0.5, "low": 0.25, "high": 0.75}
-    run = tmp_path / "kept" / "some" / "r"
-    write(run / "config.yaml", config(["x"]))
-    write(run / "result.json", {"validation": {"pairwise_accuracy": 0.625, "loss": 1}})
-    best = {"score": measured, "gold": measured, "win_rate": measured, "kl_at_most": 0.25}
-    found = {
-        **{"change": {"score": measured}, "win_rate": measured, "n": 7, "best_of": {"4": best}},
-        **{"before": {"score": measured, "gold": measured}},
+def evaluation(value: float, **others: Any) -> dict[str, Any]:
+    measured = {"value": value, "low": value - 0.25, "high": value + 0.25}
+    return {
+        **{
+            "change": {"score": measured},
+            "win_rate": measured,
+            "n": 7,
+            "before": {"score": measured, "gold": measured},
+        },
         **{"after": {"score": measured, "gold": measured, "kl_temperature_1": measured}},
+        **others,
     }
-    write(run / "evaluation.json", found)
-    write(tmp_path / "kept" / "index.md", "<!-- rates of some -->\n<!-- end -->\n<!-- runs of some -->\n<!-- end -->\n")
+
+
+def test_runs_alone_and_over_seeds(tmp_path: Path, script: dict[str, Any]) -> None:
+    kept = tmp_path / "kept"
+    measured = {"value": 0.5, "low": 0.25, "high": 0.75}
+    best = {"score": measured, "gold": measured, "win_rate": measured, "kl_at_most": 0.25}
+    write(kept / "some" / "r" / "evaluation.json", evaluation(0.5, best_of={"4": best}))
+    for seed, value, seconds in ((0, 0.5, 60), (1, 1.0, 70)):
+        for setting in ("dpo-beta0.1-lr2", "dpo-beta0.3-lr2", "dpo-beta0.3-lr2-clip"):
+            write(kept / "more" / f"{setting}-seed{seed}" / "evaluation.json", evaluation(value))
+            write(kept / "more" / f"{setting}-seed{seed}" / "dpo.json", {"seconds": seconds})
+    markers = [f"{kind} of {name}" for kind, name in MARKERS]
+    write(kept / "index.md", "".join(f"<!-- {marker} -->\n<!-- end -->\n" for marker in markers))
+    script["tables"]()
+    page = (kept / "index.md").read_text()
+    shown = "0.500 (0.250 to 0.750)"
+    assert f"| reference | – | {shown} | {shown} | – | 0 | – | 7 |" in page
+    assert "| r | " + 5 * f"{shown} | " + "1 | 7 |" in page
+    assert f"| best of 4 by what r learned from | – | {shown} | {shown} | {shown} | at most 0.250 | – | 7 |" in page
+    assert "| dpo-beta0.1-lr2 | " + 5 * "0.750 (0.500 to 1.00) | " + "1 min 05 s | 2 | 7 |" in page
+    assert page.count("| dpo-") == 3, "seeds of a setting share a line"
+    frontier, times = ((kept / f"more-{kind}.svg").read_text() for kind in ("frontier", "times"))
+    assert "dpo-lr2" in frontier and "dpo-beta" not in frontier, "a line goes through all strengths of the anchor"
+    assert times.count("dpo-beta0.3-lr2") == 1 and "clip" not in times, "a line goes from without to with"
+    assert "best of n" in (kept / "some-frontier.svg").read_text()
+
+
+MARKERS = (("runs", "some"), ("frontier", "some"), ("runs", "more"), ("frontier", "more"), ("times", "more"))
+
+
+def test_a_grid_has_seeds_in_a_cell(tmp_path: Path, script: dict[str, Any]) -> None:
+    for seed, accuracy, golden in ((0, 0.5, 0.25), (1, 0.75, 0.25)):
+        for name in ("paid", "judged"):
+            run = tmp_path / "kept" / name / f"all-alpha8-seed{seed}"
+            write(run / "config.yaml", config(["x"]))
+            write(run / "result.json", {"validation": {"pairwise_accuracy": accuracy, "loss": 1}})
+        write(run / "evaluation.json", evaluation(golden))
+    write(
+        tmp_path / "kept" / "index.md", "<!-- grid of paid -->\n<!-- end -->\n<!-- grid of judged -->\n<!-- end -->\n"
+    )
     script["tables"]()
     page = (tmp_path / "kept" / "index.md").read_text()
-    assert "| r4-all | 8 | 0.001 | 3 | 0.625 |" in page
-    shown = "0.500 (0.250 to 0.750)"
-    assert f"| reference | – | {shown} | {shown} | – | 0 | 7 |" in page
-    assert "| r | " + 5 * f"{shown} | " + "7 |" in page
-    assert f"| best of 4 by what r learned from | – | {shown} | {shown} | {shown} | at most 0.250 | 7 |" in page
+    assert "| targets | alpha | 0.001 |" in page and "| all | 8 | 0.625 (0.500, 0.750) |" in page
+    assert "Seeds of one cell differ by 0.177 " in page  # the root of 1/32
+    assert "| all | 8 | 0.250 (0.250, 0.250) |" in page
+
+
+def test_commands_of_a_grid(tmp_path: Path, script: dict[str, Any]) -> None:
+    write(
+        tmp_path / "kept" / "commands.yaml",
+        """
+shared:
+- &start [sft a.yaml]
+some:
+- *start
+- each: {rate: [1e-3, 3e-4], seed: [0, 1]}
+  run: ["policy --lr {rate} --seed {seed}", "evaluate runs/{seed}"]
+other: [compare b.yaml]
+""",
+    )
+    found = script["commands"](tmp_path / "kept")
+    assert found.keys() == {"some", "other"} and found["other"] == ["compare b.yaml"]
+    assert found["some"][:3] == ["sft a.yaml", "policy --lr 1e-3 --seed 0", "evaluate runs/0"]
+    assert found["some"][-2:] == ["policy --lr 3e-4 --seed 1", "evaluate runs/1"] and len(found["some"]) == 9
 
 
 def test_quality_against_the_number_of_labels(tmp_path: Path, script: dict[str, Any]) -> None:
