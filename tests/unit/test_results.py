@@ -124,7 +124,7 @@ def test_runs_alone_and_over_seeds(tmp_path: Path, script: dict[str, Any]) -> No
     assert page.count("| dpo-") == 3, "seeds of a setting share a line"
     frontier, times = ((kept / f"more-{kind}.svg").read_text() for kind in ("frontier", "times"))
     assert "dpo-lr2" in frontier and "dpo-beta" not in frontier, "a line goes through all strengths of the anchor"
-    assert times.count("dpo-beta0.3-lr2") == 1 and "clip" not in times, "a line goes from without to with"
+    assert times.count("dpo-beta0.3-lr2") == 1 and "-clip<" not in times, "a line goes from without to with"
     assert "best of n" in (kept / "some-frontier.svg").read_text()
 
 
