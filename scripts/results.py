@@ -13,6 +13,7 @@ import itertools
 import json
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -133,7 +134,18 @@ def reproduce() -> None:
         if output is None or not (REPOSITORY / output).exists():
             program = [] if words[0].endswith(".py") else ["-m", "perlhf"]
             print(f"{'python' if not program else 'perlhf'} {command}", flush=True)
-            subprocess.run([sys.executable, *program, *words], cwd=REPOSITORY, check=True)
+            if code := _run([sys.executable, *program, *words]):
+                sys.exit(code)
+
+
+def _run(command: list[str]) -> int:
+    """The exit code of a command, which sees to Ctrl-C itself: it saves, and this waits for it."""
+    process = subprocess.Popen(command, cwd=REPOSITORY)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # only now: the command would inherit it
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main() -> None:
