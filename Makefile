@@ -45,7 +45,7 @@ bench: $(VENV)/.installed-bench
 results: $(VENV)/.installed
 	$(BIN)/python scripts/results.py tables
 
-reproduce: $(VENV)/.installed
+reproduce: $(VENV)/.installed-bench
 	$(BIN)/perlhf pull
 	$(BIN)/python scripts/results.py reproduce
 

@@ -104,8 +104,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     found = train(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "dpo.json").write_text(json.dumps(found, indent=2) + "\n")
 
 

@@ -5,7 +5,7 @@ keep RUNS NAME     numbers of the finished runs in RUNS (no texts, no adapters) 
 restore NAME RUNS  the reverse: `perlhf compare --output RUNS` then goes on after the kept cells
 tables             tables and plots from docs/results, between the markers of docs/results/index.md
 reproduce          says how long the kept cells took, then runs the commands of docs/results/commands.yaml, in which
-                   every result's are written; a run that is finished below runs/ isn't run again
+                   every result's are written; what is finished below runs/ isn't made again
 """
 
 import argparse
@@ -119,10 +119,12 @@ def reproduce() -> None:
     total = 0.0
     for name in commands(RESULTS):
         manifests = [manifest_of(cell) for cell in finished(RESULTS / name)]
-        seconds = sum(one["wall_seconds"] for one in manifests)
+        outside = [json.loads(file.read_text(encoding="utf-8")) for file in (RESULTS / name).glob("*/dpo.json")]
+        seconds = sum(one["wall_seconds"] for one in manifests) + sum(one["seconds"] for one in outside)
         total += seconds
         machines = " and ".join(dict.fromkeys(map(machine, manifests)))
-        print(f"{name}: {len(manifests)} runs that were kept took {duration(seconds)} on {machines or 'no machine'}")
+        runs = len(manifests) + len(outside)
+        print(f"{name}: {runs} runs that were kept took {duration(seconds)} on {machines or 'no machine'}")
     print(
         f"all: at least {duration(total)} one after another; runs before them, those that weren't kept and evaluations "
         "come on top. Ctrl-C saves, and the same command goes on",
@@ -130,12 +132,20 @@ def reproduce() -> None:
     )
     for command in dict.fromkeys(itertools.chain.from_iterable(commands(RESULTS).values())):
         words = shlex.split(command)
-        output = words[words.index("--output") + 1] if "--output" in words and words[0] != "compare" else None
-        if output is None or not (REPOSITORY / output).exists():
+        if not _made(words):
             program = [] if words[0].endswith(".py") else ["-m", "perlhf"]
             print(f"{'python' if not program else 'perlhf'} {command}", flush=True)
             if code := _run([sys.executable, *program, *words]):
                 sys.exit(code)
+
+
+def _made(words: list[str]) -> bool:
+    """Whether a command need not run again. Runs and comparisons are left to perlhf, which goes on with them."""
+    if words[0] in ("compare", "sft", "reward", "policy"):
+        return False
+    output = Path(words[words.index("--output") + 1]) if "--output" in words else Path(words[1], "evaluation.json")
+    written_last = {"data": "test.jsonl", "average": "result.json"}.get(words[0], "dpo.json")
+    return any((REPOSITORY / file).is_file() for file in (output, output / written_last))
 
 
 def _run(command: list[str]) -> int:

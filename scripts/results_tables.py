@@ -24,6 +24,7 @@ SEED = re.compile(r"-?seed\d+$")
 """What the names of runs that differ in nothing but their seed end in."""
 STRENGTH = re.compile(r"-(kl|beta)[0-9.]+")
 """What says how strongly a policy is anchored, in the name of its run."""
+WORDS = {"gold": "gold score", "score": "score"}
 SHOWN = {"reward": "r8-attention", "policy": "r16-attention"}
 """The rank that the overview shows: the one with as many seeds as full tuning."""
 BLOCK = 4
@@ -35,8 +36,7 @@ def tables(results: Path) -> None:
     page = results / "index.md"
     text = page.read_text(encoding="utf-8")
     write = {"overview": _overview, "tried": _tried, "results": _results, "rules": _rules, "runs": _runs}
-    write |= {"curves": _curves, "labels": _labels}
-    write |= {"frontier": _frontier, "times": _times, "grid": _grid}
+    write |= {"curves": _curves, "labels": _labels, "frontier": _frontier, "times": _times, "grid": _grid}
     write_atomic(page, MARKED.sub(lambda found: f"{found[1]}{write[found[2]](results, found[3])}{found[4]}", text))
 
 
@@ -186,13 +186,23 @@ def _table(part: Mapping[str, Any]) -> list[str]:
 def _evaluated(results: Path, name: str) -> dict[str, list[dict[str, Any]]]:
     """Evaluations of each setting, one a seed: runs whose names differ in -seedN alone are one setting."""
     settings: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted((results / name).glob("*/evaluation.json")):
+    for file in sorted((results / name).glob("*/evaluation.json"), key=lambda file: SEED.sub("", file.parent.name)):
         evaluation = json.loads(file.read_text(encoding="utf-8"))
         for made in (file.with_name("result.json"), file.with_name("dpo.json")):
             if made.exists():
                 evaluation["trained"] = json.loads(made.read_text(encoding="utf-8")).get("seconds")
         settings.setdefault(SEED.sub("", file.parent.name), []).append(evaluation)
+    of_all = [one["before"]["score"] for seeds in settings.values() for one in seeds]
+    assert of_all and all(one == of_all[0] for one in of_all), f"{name}: evaluations of unlike references, or none"
     return settings
+
+
+def _best_of(seeds: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next((one["best_of"] for one in seeds if one.get("best_of")), {})
+
+
+def _mean(seeds: Sequence[Mapping[str, Any]], key: str) -> float:
+    return statistics.fmean(one["after"][key]["value"] for one in seeds)
 
 
 def _judged_by(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -236,10 +246,15 @@ def _runs(results: Path, name: str) -> str:
             seeds=str(len(seeds)),
         )
     for setting, seeds in settings.items():
-        for number_of, best in next((one["best_of"] for one in seeds if one.get("best_of")), {}).items():
+        for number_of, best in _best_of(seeds).items():
             label = f"best of {number_of} by what {setting} learned from"
             kl = f"at most {number(best['kl_at_most'])}"
             row(label, [best], kl, "–", seeds[0]["n"], win_rate=_with_interval(best["win_rate"]))
+    if any(len(seeds) > 1 for seeds in settings.values()):
+        lines += [
+            "",
+            "In brackets the lowest and highest seed; where there is one alone, a 95 % interval over prompts.",
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -249,14 +264,13 @@ def _frontier(results: Path, name: str) -> str:
     settings = _evaluated(results, name)
     key = _judged_by(settings)
     for setting, seeds in settings.items():
-        kl = statistics.fmean(one["after"]["kl_temperature_1"]["value"] for one in seeds)
-        value = statistics.fmean(one["after"][key]["value"] for one in seeds)
-        lines.setdefault(STRENGTH.sub("", setting), []).append((kl, value))
-        for best in next((one["best_of"] for one in seeds if one.get("best_of")), {}).values():
+        point = (_mean(seeds, "kl_temperature_1"), _mean(seeds, key))
+        lines.setdefault(STRENGTH.sub("", setting), []).append(point)
+        for best in _best_of(seeds).values():
             lines.setdefault("best of n", []).append((best["kl_at_most"], best[key]["value"]))
     start = next(iter(settings.values()))[0]["before"][key]["value"]
     drawn = {label: [[(0.0, start), *sorted(points)]] for label, points in lines.items()}
-    image, words = f"{name}-frontier.svg", {"gold": "gold score", "score": "score"}[key]
+    image, words = f"{name}-frontier.svg", WORDS[key]
     write_atomic(results / image, figures.alone(figures.paths(image, drawn, "KL, nats a completion", words)))
     return f"![{words} over KL, as in the table]({image})\n"
 
@@ -266,11 +280,10 @@ def _times(results: Path, name: str) -> str:
     lines: dict[str, list[tuple[float, float]]] = {}
     settings = _evaluated(results, name)
     key = _judged_by(settings)
-    for setting, seeds in sorted(settings.items()):
+    for setting, seeds in settings.items():
         seconds = statistics.fmean(one["trained"] for one in seeds)
-        value = statistics.fmean(one["after"][key]["value"] for one in seeds)
-        lines.setdefault(setting.removesuffix("-clip"), []).append((seconds, value))
-    image, words = f"{name}-times.svg", {"gold": "gold score", "score": "score"}[key]
+        lines.setdefault(setting.removesuffix("-clip"), []).append((seconds, _mean(seeds, key)))
+    image, words = f"{name}-times.svg", WORDS[key]
     drawn = figures.paths(image, {label: [points] for label, points in lines.items()}, "seconds of training", words)
     write_atomic(results / image, figures.alone(drawn))
     return f"![{words} against training time, from without to with a clip, as in the table]({image})\n"
@@ -288,20 +301,26 @@ def _grid(results: Path, name: str) -> str:
     heads = ["targets", "alpha", *(format(rate, "g") for rate in rates)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (targets, alpha), of_row in sorted(reached.items(), key=lambda row: (row[0][0] != "attention", row[0][1])):
-        cells = [f"{number(statistics.fmean(of_row[rate]))} ({', '.join(map(number, of_row[rate]))})" for rate in rates]
+        found = [of_row.get(rate, []) for rate in rates]
+        cells = [f"{number(statistics.fmean(one))} ({', '.join(map(number, one))})" if one else "–" for one in found]
         lines.append(f"| {targets} | {alpha:g} | {' | '.join(cells)} |")
-    seeds = [values for of_row in reached.values() for values in of_row.values()]
-    spread = statistics.fmean(statistics.variance(values) for values in seeds) ** 0.5
-    return "\n".join(
-        [*lines, "", f"Seeds of one cell differ by {number(spread)} (standard deviation, over all cells).", ""]
-    )
+    several = [seeds for of_row in reached.values() for seeds in of_row.values() if len(seeds) > 1]
+    if several:
+        spread = statistics.fmean(map(statistics.variance, several)) ** 0.5
+        lines += [
+            "",
+            f"Seeds of one cell differ by {number(spread)} (standard deviation, over all cells with several).",
+        ]
+    return "\n".join([*lines, ""])
 
 
 def _validation(run: Path) -> float:
     """What a run of a grid reached on validation groups: its own figure, or the gold score of a policy's evaluation."""
-    evaluation = run / "evaluation.json"
-    if evaluation.exists():
-        return json.loads(evaluation.read_text(encoding="utf-8"))["after"]["gold"]["value"]
+    file = run / "evaluation.json"
+    evaluation: Any = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if evaluation and evaluation["kind"] == "policy":
+        assert evaluation["split"] == "validation", f"{run}: evaluated on {evaluation['split']} groups"
+        return evaluation["after"]["gold"]["value"]
     reached = json.loads((run / "result.json").read_text(encoding="utf-8"))["validation"]
     return reached.get("auc", reached.get("pairwise_accuracy"))
 

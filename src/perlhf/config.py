@@ -286,7 +286,7 @@ class PolicyConfig(StageConfig):
     @property
     def learning_rate(self) -> float:
         """The policy's peak learning rate in force."""
-        return self.optim.learning_rate or (1e-4 if self.tuning == "lora" else 1e-5)
+        return self.optim.learning_rate or (3e-4 if self.tuning == "lora" else 3e-5)
 
     @property
     def save_every(self) -> int:

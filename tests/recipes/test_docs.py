@@ -179,9 +179,13 @@ def test_default_learning_rates_of_the_method_page():
             RewardConfig(head_start="probe").learning_rate,
             RewardConfig(head_start="probe", tuning="full").learning_rate,
         ),
-        "policy, and its value": (
+        "policy": (
             PolicyConfig(reward=reward).learning_rate,
             PolicyConfig(reward=reward, tuning="full").learning_rate,
+        ),
+        "policy, its value": (
+            PolicyConfig(reward=reward).value_learning_rate,
+            PolicyConfig(reward=reward, tuning="full").value_learning_rate,
         ),
     }
 

@@ -90,14 +90,9 @@ def test_rules_of_the_gold_score_are_kept(tmp_path: Path, script: dict[str, Any]
 
 
 def evaluation(value: float, **others: Any) -> dict[str, Any]:
-    measured = {"value": value, "low": value - 0.25, "high": value + 0.25}
+    measured, start = ({"value": middle, "low": middle - 0.25, "high": middle + 0.25} for middle in (value, 0.5))
     return {
-        **{
-            "change": {"score": measured},
-            "win_rate": measured,
-            "n": 7,
-            "before": {"score": measured, "gold": measured},
-        },
+        **{"change": {"score": measured}, "win_rate": measured, "n": 7, "before": {"score": start, "gold": start}},
         **{"after": {"score": measured, "gold": measured, "kl_temperature_1": measured}},
         **others,
     }
@@ -121,8 +116,12 @@ def test_runs_alone_and_over_seeds(tmp_path: Path, script: dict[str, Any]) -> No
     assert "| r | " + 5 * f"{shown} | " + "1 | 7 |" in page
     assert f"| best of 4 by what r learned from | – | {shown} | {shown} | {shown} | at most 0.250 | – | 7 |" in page
     assert "| dpo-beta0.1-lr2 | " + 5 * "0.750 (0.500 to 1.00) | " + "1 min 05 s | 2 | 7 |" in page
+    assert page.count("the lowest and highest seed") == 1
     assert page.count("| dpo-") == 3, "seeds of a setting share a line"
     frontier, times = ((kept / f"more-{kind}.svg").read_text() for kind in ("frontier", "times"))
+    write(kept / "more" / "other-seed0" / "evaluation.json", evaluation(0.5, before={"score": measured | {"low": 0.0}}))
+    with pytest.raises(AssertionError, match="unlike references"):
+        script["tables"]()
     assert "dpo-lr2" in frontier and "dpo-beta" not in frontier, "a line goes through all strengths of the anchor"
     assert times.count("dpo-beta0.3-lr2") == 1 and "-clip<" not in times, "a line goes from without to with"
     assert "best of n" in (kept / "some-frontier.svg").read_text()
@@ -137,15 +136,62 @@ def test_a_grid_has_seeds_in_a_cell(tmp_path: Path, script: dict[str, Any]) -> N
             run = tmp_path / "kept" / name / f"all-alpha8-seed{seed}"
             write(run / "config.yaml", config(["x"]))
             write(run / "result.json", {"validation": {"pairwise_accuracy": accuracy, "loss": 1}})
-        write(run / "evaluation.json", evaluation(golden))
+        write(run / "evaluation.json", evaluation(golden, kind="policy", split="validation"))
+    other = tmp_path / "kept" / "paid" / "other"
+    adapter = {"rank": 4, "targets": "attention", "alpha": 8.0}
+    write(other / "config.yaml", yaml.safe_dump({"adapter": adapter, "optim": {"learning_rate": 3e-3}}))
+    write(other / "result.json", {"validation": {"auc": 0.875}})
+    write(other / "evaluation.json", {"kind": "reward"})
     write(
         tmp_path / "kept" / "index.md", "<!-- grid of paid -->\n<!-- end -->\n<!-- grid of judged -->\n<!-- end -->\n"
     )
     script["tables"]()
     page = (tmp_path / "kept" / "index.md").read_text()
-    assert "| targets | alpha | 0.001 |" in page and "| all | 8 | 0.625 (0.500, 0.750) |" in page
+    assert "| targets | alpha | 0.001 | 0.003 |" in page and "| all | 8 | 0.625 (0.500, 0.750) | – |" in page
+    assert "| attention | 8 | – | 0.875 (0.875) |" in page
     assert "Seeds of one cell differ by 0.177 " in page  # the root of 1/32
     assert "| all | 8 | 0.250 (0.250, 0.250) |" in page
+    write(run / "evaluation.json", evaluation(golden, kind="policy", split="test"))
+    with pytest.raises(AssertionError, match="test groups"):
+        script["tables"]()
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("data split x --output made", "made/test.jsonl"),
+        ("average a b --output made", "made/result.json"),
+        ("benchmarks/dpo.py --sft a --output made", "made/dpo.json"),
+        ("evaluate made --reward a", "made/evaluation.json"),
+        ("evaluate a --output made/evaluation.json", "made/evaluation.json"),
+        ("compare a.yaml --output made", None),
+        ("policy a.yaml --run made", None),
+    ],
+)
+def test_what_is_made_is_not_made_again(
+    tmp_path: Path, script: dict[str, Any], capsys: pytest.CaptureFixture[str], command: str, file: str | None
+) -> None:
+    ran: list[list[str]] = []
+    values = script["reproduce"].__globals__
+    values |= {"REPOSITORY": tmp_path, "_run": lambda command: ran.append(command) or 0}
+    write(tmp_path / "kept" / "commands.yaml", yaml.safe_dump({"some": [command]}))
+    write(tmp_path / "kept" / "some" / "dpo" / "dpo.json", {"seconds": 61})
+    (tmp_path / "made").mkdir()  # as a kill leaves it
+    script["reproduce"]()
+    assert "some: 1 runs that were kept took 1 min 01 s" in capsys.readouterr().out
+    assert len(ran) == 1 and ran[0][-len(command.split()) :] == command.split()
+    assert ("perlhf" in ran[0]) == ("dpo.py" not in command)
+    write(tmp_path / (file or "made/result.json"), {})
+    script["reproduce"]()
+    assert len(ran) == (1 if file else 2), "a run that is finished says so itself"
+
+
+def test_a_command_that_fails_ends_it(tmp_path: Path, script: dict[str, Any]) -> None:
+    script["reproduce"].__globals__["_run"] = lambda command: 130
+    write(tmp_path / "kept" / "commands.yaml", "some: [sft a.yaml, sft b.yaml]")
+    with pytest.raises(SystemExit) as stopped:
+        script["reproduce"]()
+    assert stopped.value.code == 130
 
 
 def test_commands_of_a_grid(tmp_path: Path, script: dict[str, Any]) -> None:
