@@ -104,7 +104,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     arguments = parser.parse_args()
-    found = train(arguments)
+    try:
+        found = train(arguments)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # nothing was written: the same command begins anew
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "dpo.json").write_text(json.dumps(found, indent=2) + "\n")
 
