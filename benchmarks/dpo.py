@@ -107,7 +107,7 @@ def main() -> None:
     try:
         found = train(arguments)
     except KeyboardInterrupt:
-        raise SystemExit(130) from None  # nothing was written: the same command begins anew
+        raise SystemExit(130) from None  # without dpo.json the same command begins anew
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "dpo.json").write_text(json.dumps(found, indent=2) + "\n")
 

@@ -25,6 +25,7 @@ import yaml
 
 from perlhf.data.coffee_bar import gold
 from perlhf.data.coffee_bar_gold import RULES, gold_rules
+from perlhf.run_directory import read_json
 from perlhf.run_files import duration
 from perlhf.storage import write_atomic
 from results_tables import commands, finished, machine, manifest_of, tables
@@ -64,7 +65,7 @@ def _keep_cell(cell: Path, to: Path, samples: bool) -> None:
         if (cell / file).exists():
             shutil.copyfile(cell / file, to / file)
     for file in sorted(cell.glob("evaluation*.json")):
-        evaluation = json.loads(file.read_text(encoding="utf-8"))
+        evaluation = read_json(file)
         if rules := _rules_of(evaluation):
             evaluation["gold_rules"] = rules
         rows = evaluation.get("samples") or []
@@ -119,7 +120,7 @@ def reproduce() -> None:
     total = 0.0
     for name in commands(RESULTS):
         manifests = [manifest_of(cell) for cell in finished(RESULTS / name)]
-        outside = [json.loads(file.read_text(encoding="utf-8")) for file in (RESULTS / name).glob("*/dpo.json")]
+        outside = [read_json(file) for file in (RESULTS / name).glob("*/dpo.json")]
         seconds = sum(one["wall_seconds"] for one in manifests) + sum(one["seconds"] for one in outside)
         total += seconds
         machines = " and ".join(dict.fromkeys(map(machine, manifests)))

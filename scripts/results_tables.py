@@ -16,6 +16,7 @@ import yaml
 from perlhf import run_files
 from perlhf.data.coffee_bar_gold import RULES
 from perlhf.report import comparison, figures, findings
+from perlhf.run_directory import read_json
 from perlhf.run_files import count, duration, mapping, number
 from perlhf.storage import write_atomic
 
@@ -25,6 +26,7 @@ SEED = re.compile(r"-?seed\d+$")
 STRENGTH = re.compile(r"-(kl|beta)[0-9.]+")
 """What says how strongly a policy is anchored, in the name of its run."""
 WORDS = {"gold": "gold score", "score": "score"}
+"""What judges a policy, as the page says it."""
 SHOWN = {"reward": "r8-attention", "policy": "r16-attention"}
 """The rank that the overview shows: the one with as many seeds as full tuning."""
 BLOCK = 4
@@ -64,7 +66,7 @@ def finished(runs: Path) -> Iterator[Path]:
 
 
 def manifest_of(cell: Path) -> dict[str, Any]:
-    return json.loads((cell / "manifest.json").read_text(encoding="utf-8"))
+    return read_json(cell / "manifest.json")
 
 
 def machine(manifest: Mapping[str, Any]) -> str:
@@ -78,7 +80,7 @@ def _comparisons(results: Path, stage: str) -> Iterator[tuple[str, dict[str, Any
     """Those of a stage; with fewer labels they have a table of their own."""
     for name in commands(results):
         file = results / name / "compare.json"
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() and "-labels-" not in name else {}
+        found = read_json(file) if file.exists() and "-labels-" not in name else {}
         if stage in found:
             yield name, found[stage]
 
@@ -140,7 +142,7 @@ def _best(baselines: Mapping[str, object]) -> str:
 
 def _results(results: Path, name: str) -> str:
     """One comparison: what it was, a table of its sides, the verdict, a plot."""
-    found = json.loads((results / name / "compare.json").read_text(encoding="utf-8"))
+    found = read_json(results / name / "compare.json")
     parts = []
     for stage, part in found.items():
         manifests = [manifest_of(cell) for cell in finished(results / name) if cell.name.startswith(stage)]
@@ -163,7 +165,7 @@ def _results(results: Path, name: str) -> str:
             for side, one in part["sides"].items()
         ]
         image = f"{name}-{stage}.svg"
-        write_atomic(results / image, figures.alone(figures.dots(image, points, "peak memory, GiB", part["metric"])))
+        _draw(results, image, figures.dots(image, points, "peak memory, GiB", part["metric"]))
         words = "; ".join(f"{one.label} {number(one.y)} at {number(one.x)} GiB" for one in points)
         parts += [*lines, f"![{part['metric']} against peak memory: {words}]({image})", ""]
     return "\n".join(parts)
@@ -187,10 +189,10 @@ def _evaluated(results: Path, name: str) -> dict[str, list[dict[str, Any]]]:
     """Evaluations of each setting, one a seed: runs whose names differ in -seedN alone are one setting."""
     settings: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((results / name).glob("*/evaluation.json"), key=lambda file: SEED.sub("", file.parent.name)):
-        evaluation = json.loads(file.read_text(encoding="utf-8"))
+        evaluation = read_json(file)
         for made in (file.with_name("result.json"), file.with_name("dpo.json")):
             if made.exists():
-                evaluation["trained"] = json.loads(made.read_text(encoding="utf-8")).get("seconds")
+                evaluation["trained"] = read_json(made).get("seconds")
         settings.setdefault(SEED.sub("", file.parent.name), []).append(evaluation)
     of_all = [one["before"]["score"] for seeds in settings.values() for one in seeds]
     assert of_all and all(one == of_all[0] for one in of_all), f"{name}: evaluations of unlike references, or none"
@@ -271,7 +273,7 @@ def _frontier(results: Path, name: str) -> str:
     start = next(iter(settings.values()))[0]["before"][key]["value"]
     drawn = {label: [[(0.0, start), *sorted(points)]] for label, points in lines.items()}
     image, words = f"{name}-frontier.svg", WORDS[key]
-    write_atomic(results / image, figures.alone(figures.paths(image, drawn, "KL, nats a completion", words)))
+    _draw(results, image, figures.paths(image, drawn, "KL, nats a completion", words))
     return f"![{words} over KL, as in the table]({image})\n"
 
 
@@ -285,7 +287,7 @@ def _times(results: Path, name: str) -> str:
         lines.setdefault(setting.removesuffix("-clip"), []).append((seconds, _mean(seeds, key)))
     image, words = f"{name}-times.svg", WORDS[key]
     drawn = figures.paths(image, {label: [points] for label, points in lines.items()}, "seconds of training", words)
-    write_atomic(results / image, figures.alone(drawn))
+    _draw(results, image, drawn)
     return f"![{words} against training time, from without to with a clip, as in the table]({image})\n"
 
 
@@ -317,21 +319,21 @@ def _grid(results: Path, name: str) -> str:
 def _validation(run: Path) -> float:
     """What a run of a grid reached on validation groups: its own figure, or the gold score of a policy's evaluation."""
     file = run / "evaluation.json"
-    evaluation: Any = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    evaluation: Any = read_json(file) if file.exists() else None
     if evaluation and evaluation["kind"] == "policy":
         assert evaluation["split"] == "validation", f"{run}: evaluated on {evaluation['split']} groups"
         return evaluation["after"]["gold"]["value"]
-    reached = json.loads((run / "result.json").read_text(encoding="utf-8"))["validation"]
+    reached = read_json(run / "result.json")["validation"]
     return reached.get("auc", reached.get("pairwise_accuracy"))
 
 
 def _rules(results: Path, name: str) -> str:
     """How far the policies of a comparison on the embedded set keep each rule, on the mean of their seeds."""
-    (part,) = json.loads((results / name / "compare.json").read_text(encoding="utf-8")).values()
+    (part,) = read_json(results / name / "compare.json").values()
     lines = [f"| side | {' | '.join(RULES)} |", "|---" * (len(RULES) + 1) + "|"]
     for side in part["sides"]:
         files = sorted((results / name).glob(f"policy-{side}-*/evaluation.json"))
-        kept = [json.loads(file.read_text(encoding="utf-8"))["gold_rules"] for file in files]
+        kept = [read_json(file)["gold_rules"] for file in files]
         whens = [(part["start"]["name"], "before")] if side == part["reference"] else []
         for label, when in [*whens, (side, "after")]:
             cells = [number(statistics.fmean(one[when][rule] for one in kept)) for rule in RULES]
@@ -343,12 +345,12 @@ def _labels(results: Path, name: str) -> str:
     """Quality against the number of labels: the comparisons NAME-labels-N, and NAME itself, which has all."""
     rows, lines = [], {}
     for folder in [*results.glob(f"{name}-labels-*"), results / name]:
-        (part,) = json.loads((folder / "compare.json").read_text(encoding="utf-8")).values()
+        (part,) = read_json(folder / "compare.json").values()
         cell = next(finished(folder))
-        result, config = ((cell / file).read_text(encoding="utf-8") for file in ("result.json", "config.yaml"))
-        learned, values = json.loads(result)["train_examples"], yaml.safe_load(config)
+        result = read_json(cell / "result.json")
+        learned, values = result["train_examples"], yaml.safe_load((cell / "config.yaml").read_text(encoding="utf-8"))
         if values["max_updates"]:  # part of an epoch sees fewer; an update of whole groups may hold more than its size
-            learned = min(learned, json.loads(result)["updates"] * values["examples_per_update"])
+            learned = min(learned, result["updates"] * values["examples_per_update"])
         rows.append((learned, part))
     rows.sort(key=lambda row: row[0])
     sides = list(rows[0][1]["sides"])
@@ -365,8 +367,12 @@ def _labels(results: Path, name: str) -> str:
         for side in sides:
             lines.setdefault(side, [[]])[0].append((learned, part["sides"][side]["quality"]["value"]))
     image = f"{name}-labels.svg"
-    write_atomic(results / image, figures.alone(figures.paths(image, lines, "labels", metric)))
+    _draw(results, image, figures.paths(image, lines, "labels", metric))
     return "\n".join([*table, "", f"![{metric} against the number of labels, as in the table]({image})", ""])
+
+
+def _draw(results: Path, image: str, svg: str) -> None:
+    write_atomic(results / image, figures.alone(svg))
 
 
 def _with_interval(found: Any) -> str:
@@ -400,16 +406,16 @@ def _curves(results: Path, name: str) -> str:
         manifest, kept = manifest_of(file.parent), "cut off"
         bytes_of = manifest.get("cuda_peak_memory_bytes") or manifest.get("peak_memory_bytes")
         if (file.parent / "result.json").exists():
-            step = json.loads((file.parent / "result.json").read_text(encoding="utf-8"))["best_step"]
+            step = read_json(file.parent / "result.json")["best_step"]
             kept = f"{step}: {number(_means(rows[max(step - BLOCK, 0) : step])['gold'])}" if step else "the start"
         cells += [kept, run_files.memory(bytes_of) if bytes_of else "–"]
         lines.append(f"| {file.parent.name} | {len(rows)} | " + " | ".join(cells) + " |")
         for key, shown in paths.items():
             shown[file.parent.name] = [[(one["kl"], one[key]) for one in means]]
     images = []
-    for key, words in (("gold", "gold score"), ("score", "score")):
+    for key, words in WORDS.items():
         image = f"{name}-{key}.svg"
-        write_atomic(results / image, figures.alone(figures.paths(image, paths[key], "KL, nats a completion", words)))
+        _draw(results, image, figures.paths(image, paths[key], "KL, nats a completion", words))
         images.append(f"![{words} over KL; the table has first and last points]({image})")
     return "\n".join([*lines, "", *images, ""])
 

@@ -3,6 +3,9 @@
 import functools
 import json
 import runpy
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +195,26 @@ def test_a_command_that_fails_ends_it(tmp_path: Path, script: dict[str, Any]) ->
     with pytest.raises(SystemExit) as stopped:
         script["reproduce"]()
     assert stopped.value.code == 130
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal: a process that a script put into the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_command_sees_to_an_interrupt_itself(tmp_path: Path, script: dict[str, Any]) -> None:
+    values = script["reproduce"].__globals__
+    values["REPOSITORY"] = tmp_path
+    # What Ctrl-C does to both: this process goes on waiting for the exit code.
+    interrupting = "import os, signal, time; time.sleep(0.2); os.kill(os.getppid(), signal.SIGINT); raise SystemExit(7)"
+    assert values["_run"]([sys.executable, "-c", interrupting]) == 7
+    asked = "import signal; raise SystemExit(signal.getsignal(signal.SIGINT) != signal.default_int_handler)"
+    assert values["_run"]([sys.executable, "-c", asked]) == 0, "the command doesn't inherit that"
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_commands_of_a_grid(tmp_path: Path, script: dict[str, Any]) -> None:
