@@ -73,10 +73,7 @@ def split_of(group: str, config: DataConfig) -> Split:
 
 
 def content_hash(config: DataConfig) -> dict[str, str]:
-    """SHA-256 by path: of a file's bytes, a directory's names and hashes, the records of a hub name.
-
-    For the embedded set it is that of the code which makes it.
-    """
+    """SHA-256 by path: of a file's bytes, a directory's names and hashes, the records of a hub name or embedded set."""
     return {path: _path_hash(path, config) for path in config.paths}
 
 
@@ -217,14 +214,16 @@ def _empty_split(split: str, config: DataConfig, groups: int) -> DataError:
 
 def _path_hash(path: str, config: DataConfig) -> str:
     if readers.is_builtin(path):
-        readers.builtin_kinds(path)
-        code = sorted(Path(__file__).parent.glob("coffee_bar*.py"))
-        return _sha256(json.dumps([(part.name, _file_hash(part)) for part in code]).encode())
+        return _records_hash(readers.read(path))
     found = files.find(path)
     if any(file.path is None for file in found):
-        return _sha256("\n".join(record_hash(record) for record in readers.read(path, config.format)).encode())
+        return _records_hash(readers.read(path, config.format))
     hashes = [(file.name, _file_hash(file.path)) for file in found if file.path]
     return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == path else _sha256(json.dumps(hashes).encode())
+
+
+def _records_hash(records: Iterable[Record]) -> str:
+    return _sha256("\n".join(map(record_hash, records)).encode())
 
 
 def _file_hash(path: Path) -> str:
