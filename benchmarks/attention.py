@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perlhf import attention, cache
-from perlhf.packing import Node
+from perlhf.kernels import kv_cache, tree_attention
+from perlhf.method.packing import Node
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64
 SHAPES = [(2048, 0), (1024, 0), (300, 0), (100, 0), (30, 0), (100, 400), (30, 400), (30, 1000), (300, 300), (300, 1000)]
@@ -53,8 +53,8 @@ def measure(length: int, past: int, dtype: torch.dtype, repeats: int) -> dict[st
 
     def tree(kernels: tuple[str, ...]) -> Callable[[], Tensor]:
         def compute() -> Tensor:
-            cache.KERNELS = kernels
-            return attention.tree_attention(tensors[0], tensors[1], tensors[2], [node], WIDTH**-0.5)[:, past:]
+            kv_cache.KERNELS = kernels
+            return tree_attention.tree_attention(tensors[0], tensors[1], tensors[2], [node], WIDTH**-0.5)[:, past:]
 
         return compute
 
@@ -62,9 +62,9 @@ def measure(length: int, past: int, dtype: torch.dtype, repeats: int) -> dict[st
         query, key, value = (tensor[None] for tensor in tensors)
         return F.scaled_dot_product_attention(query[:, :, past:], key, value, mask, enable_gqa=True)[0]
 
-    ways = {"parts": tree(cache.KERNELS), "written out": tree(()), "torch": stock}
+    ways = {"parts": tree(kv_cache.KERNELS), "written out": tree(()), "torch": stock}
     found: dict[str, list[float]] = {f"{name} {part}": [] for name in ways for part in ("forward", "backward")}
-    default = cache.KERNELS
+    default = kv_cache.KERNELS
     for _ in range(repeats):
         for name, way in ways.items():
             began = time.perf_counter()
@@ -73,7 +73,7 @@ def measure(length: int, past: int, dtype: torch.dtype, repeats: int) -> dict[st
             out.backward(grad)
             found[f"{name} forward"].append(1e3 * (middle - began))
             found[f"{name} backward"].append(1e3 * (time.perf_counter() - middle))
-    cache.KERNELS = default
+    kv_cache.KERNELS = default
     return {"length": length, "past": past, **{name: statistics.median(times) for name, times in found.items()}}
 
 

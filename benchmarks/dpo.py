@@ -29,13 +29,13 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]  of the extra `bench`
 
-    from perlhf import base
-    from perlhf.config import DataConfig
-    from perlhf.data import load
+    from perlhf.config.stages import DataConfig
     from perlhf.data.records import Comparison
-    from perlhf.encode import Encoder
-    from perlhf.environment import peak_memory_bytes
-    from perlhf.finished import read_finished
+    from perlhf.data.splits import load
+    from perlhf.model import base
+    from perlhf.model.encode import Encoder
+    from perlhf.model.open import read_finished
+    from perlhf.system.machine import peak_memory_bytes
 
     sft = read_finished(arguments.sft, ("sft",))
     where = base.resolve(sft.config.base)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from perlhf import base as bases
-from perlhf.config import DEFAULT_BASE
-from perlhf.model import Model
-from perlhf.sampler import sample, uniforms
+from perlhf.config.stages import DEFAULT_BASE
+from perlhf.model import base as bases
+from perlhf.model.model import Model
+from perlhf.rollout.local import sample, uniforms
 
 PAIRS, PREFIX, OWN = 8, 150, 60
 PROMPTS, SAMPLES, LENGTH = 8, 8, 64

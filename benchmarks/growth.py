@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from perlhf import allocator
-from perlhf.config import DEFAULT_BASE
+from perlhf.config.stages import DEFAULT_BASE
+from perlhf.system import allocator
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 BATCHES = (1, 2, 4, 8, 16)
@@ -47,7 +47,7 @@ def main() -> None:
 
 def measure(repeats: int) -> dict[str, dict[str, Curve]]:
     """Curves by panel and name."""
-    from perlhf.model import Model
+    from perlhf.model.model import Model
 
     model = Model.load(DEFAULT_BASE, device="cpu")
     for rank in RANKS:
@@ -102,7 +102,7 @@ def learn(model: Any, samples: int, packing: str) -> int:
 
 def draw(model: Any, samples: int) -> int:
     """Sampled tokens."""
-    from perlhf.sampler import sample, uniforms
+    from perlhf.rollout.local import sample, uniforms
 
     return sample(
         model,

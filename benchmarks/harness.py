@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from perlhf import allocator
+from perlhf.system import allocator
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft")
@@ -162,7 +162,7 @@ def data_root() -> Path:
 def _work(benchmark: Benchmark, side: str, threads: int | None) -> dict[str, Any]:
     import torch
 
-    from perlhf.environment import peak_memory_bytes
+    from perlhf.system.machine import peak_memory_bytes
 
     if threads:
         torch.set_num_threads(threads)

@@ -35,7 +35,7 @@ def trl() -> Work:
     from transformers import AutoModelForCausalLM
     from trl import RLOOConfig, RLOOTrainer  # pyright: ignore[reportMissingImports]  of the extra `bench`
 
-    from perlhf import base
+    from perlhf.model import base
 
     config, encoder, prompts, dtype = _problem()
     where = base.resolve(config.base)
@@ -68,7 +68,7 @@ def trl() -> Work:
 
 def sampling() -> Work:
     """Our sampler with an active adapter."""
-    from perlhf.sampler import sample, uniforms
+    from perlhf.rollout.local import sample, uniforms
 
     stage = _stage("lora", "leave_one_out")
     ids = [stage.encoder.prompt(prompt.prompt) for prompt in stage.prompts[:PROMPTS]]
@@ -96,7 +96,7 @@ def generate(adapted: bool) -> Work:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from perlhf import base
+    from perlhf.model import base
 
     config, encoder, prompts, dtype = _problem()
     network: Any = AutoModelForCausalLM.from_pretrained(base.resolve(config.base), dtype=dtype)
@@ -142,12 +142,12 @@ def peak(shape: str) -> Work:
 
 def _problem() -> tuple[Any, Any, list[Any], Any]:
     """Policy configuration, encoder, the prompts of every step, and the dtype that `dtype: auto` takes."""
-    from perlhf import base
-    from perlhf.config import OptimConfig, PolicyConfig, RewardConfig, ValueConfig
-    from perlhf.data import load
+    from perlhf.config.recipe import load_recipe
+    from perlhf.config.stages import OptimConfig, PolicyConfig, RewardConfig, ValueConfig
     from perlhf.data.records import Comparison, Prompt
-    from perlhf.encode import Encoder
-    from perlhf.recipe import load_recipe
+    from perlhf.data.splits import load
+    from perlhf.model import base
+    from perlhf.model.encode import Encoder
 
     recipe = load_recipe(harness.REPOSITORY / "recipes" / "hh" / "reward.yaml", RewardConfig)
     config = PolicyConfig(
@@ -177,23 +177,23 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
     """What `perlhf policy` opens, with a new SFT adapter as reference and a reward adapter with a random head."""
     import torch
 
-    from perlhf import training
-    from perlhf.model import Model
-    from perlhf.policy_update import POLICY, VALUE, Stage
-    from perlhf.rewards import Rewards
+    from perlhf.model.model import Model
+    from perlhf.model.open import new_adapter, open_model
+    from perlhf.rollout.rewards import Rewards
+    from perlhf.training.policy_step import POLICY, VALUE, Stage
 
     config, encoder, prompts, _ = _problem()
     config = config.model_copy(update={"tuning": tuning, "baseline": baseline})
-    model = training.open_model(config)[0] if network is None else Model(network, {"name": "random", "sha256": "0"})
+    model = open_model(config)[0] if network is None else Model(network, {"name": "random", "sha256": "0"})
     encoder.end_id = encoder.tokenizer.convert_tokens_to_ids(NEVER_SAMPLED)
     shape = {"rank": RANK, "targets": "attention"}
     reference = None
     if baseline == "value":
         reference = model.add_adapter("sft", "sft", **shape).name
         model.freeze(reference)
-    training.new_adapter(model, POLICY, "policy", config, start=reference)
+    new_adapter(model, POLICY, "policy", config, start=reference)
     if baseline == "value":
-        training.new_adapter(model, VALUE, "value", config, start=reference)
+        new_adapter(model, VALUE, "value", config, start=reference)
     reward = model.add_adapter("reward_0", "reward", **shape)
     assert reward.head is not None
     torch.nn.init.normal_(reward.head, std=0.02)
@@ -206,9 +206,9 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
 
 def _steps(stage: Any, count: int) -> list[dict[str, float]]:
     """Seconds of each policy step, whole and by part."""
-    from perlhf import optim
-    from perlhf.policy_update import POLICY, VALUE, Centre
-    from perlhf.train_policy import _step
+    from perlhf.training import optim
+    from perlhf.training.policy import _step
+    from perlhf.training.policy_step import POLICY, VALUE, Centre
 
     rates = {POLICY: LEARNING_RATE, VALUE: LEARNING_RATE}
     adapters = {name: stage.model.adapters[name] for name in rates if name in stage.model.adapters}

@@ -25,19 +25,21 @@ RANK, LEARNING_RATE = 16, 1e-4
 
 def ours(recipe: str, packing: Literal["tree", "none"] = "tree", tuning: Literal["lora", "full"] = "lora") -> Work:
     """Our own updates; the first one (of pairs), or one on a few of the ratings, warms up."""
-    from perlhf import optim, train_reward, training
-    from perlhf.packing import lay_out, microbatches
+    from perlhf.method.packing import lay_out, microbatches
+    from perlhf.model.open import new_adapter
+    from perlhf.training import optim
+    from perlhf.training import reward as reward_stage
 
     config = _config(recipe, packing=packing, tuning=tuning)
     model, _, items, updates = _examples(config)
-    adapter = training.new_adapter(model, train_reward.NAME, "reward", config)
-    optimizer = optim.build({train_reward.NAME: (adapter.trainable_by_name(), LEARNING_RATE)}, config.optim)[
-        train_reward.NAME
+    adapter = new_adapter(model, reward_stage.NAME, "reward", config)
+    optimizer = optim.build({reward_stage.NAME: (adapter.trainable_by_name(), LEARNING_RATE)}, config.optim)[
+        reward_stage.NAME
     ]
     weights = {True: 1.0, False: 1.0}
 
     def update(numbers: Sequence[int]) -> None:
-        train_reward._update(model, adapter, optimizer, [items[i] for i in numbers], weights, 1, 10, config)
+        reward_stage._update(model, adapter, optimizer, [items[i] for i in numbers], weights, 1, 10, config)
 
     timed = updates[1:] or updates
     update(updates[0][:PAIRS_PER_UPDATE])
@@ -147,10 +149,10 @@ def matmul_share() -> Work:
     import torch
     from torch import nn
 
-    from perlhf import training
-
     work = ours("hh")
-    model, _ = training.open_model(_config("hh"))
+    from perlhf.model.open import open_model
+
+    model, _ = open_model(_config("hh"))
     head = model.base.get_output_embeddings()
     weights = sum(m.weight.numel() for m in model.base.modules() if isinstance(m, nn.Linear) and m is not head)
     gflop = 4e-9 * weights * work.details["tokens_distinct"]
@@ -173,8 +175,8 @@ def matmul_rate(dtype: Any) -> float:
 
 
 def _config(recipe: str, **options: Any) -> Any:
-    from perlhf.config import RewardConfig
-    from perlhf.recipe import load_recipe
+    from perlhf.config.recipe import load_recipe
+    from perlhf.config.stages import RewardConfig
 
     config = load_recipe(harness.REPOSITORY / "recipes" / recipe / "reward.yaml", RewardConfig)
     encoding = (
@@ -186,11 +188,13 @@ def _config(recipe: str, **options: Any) -> Any:
 
 def _examples(config: Any) -> tuple[Any, Any, list[Any], list[list[int]]]:
     """The base, the encoder, and the first updates of an epoch: what every side works on."""
-    from perlhf import order, training
-    from perlhf.data import Comparison, load
-    from perlhf.train_reward import encode_items
+    from perlhf.data import order
+    from perlhf.data.records import Comparison
+    from perlhf.data.splits import load
+    from perlhf.model.open import open_model
+    from perlhf.training.reward import encode_items
 
-    model, encoder = training.open_model(config)
+    model, encoder = open_model(config)
     records = load(config.data, ("comparison", "rating"), "train")
     pairs = isinstance(records[0], Comparison)
     # Twice as many comparisons as are needed, since long ones are dropped.
@@ -207,7 +211,7 @@ def _examples(config: Any) -> tuple[Any, Any, list[Any], list[list[int]]]:
 def classifier(config: Any, dtype: Any, pad_id: int) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    from perlhf import base
+    from perlhf.model import base
 
     where = base.resolve(config.base)
     network = AutoModelForSequenceClassification.from_pretrained(where, num_labels=1, dtype=dtype)

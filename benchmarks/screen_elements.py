@@ -13,9 +13,11 @@ import re
 import numpy as np
 
 from harness import REPOSITORY
-from perlhf.config import DataConfig
-from perlhf.data import Comparison, Text, load
-from perlhf.statistics import bag_of_words, pairwise_accuracy
+from perlhf.config.stages import DataConfig
+from perlhf.data.records import Comparison, Text
+from perlhf.data.splits import load
+from perlhf.evaluation.baselines import bag_of_words
+from perlhf.method.metrics import pairwise_accuracy
 
 BOX_ALONE = re.compile(r"\d+: \([\d ]+\)")
 KEPT = REPOSITORY / "docs" / "results" / "uibert"

@@ -12,7 +12,8 @@ The recipe names it as `reward: [examples.ui_reward:score]`, from the root of th
 from collections.abc import Sequence
 from functools import cache
 
-from perlhf.data import Demonstration, Text, read
+from perlhf.data.read import read
+from perlhf.data.records import Demonstration, Text
 from perlhf.errors import DataError
 
 

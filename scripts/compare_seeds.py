@@ -10,9 +10,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from perlhf.compare_result import difference, tested_by
-from perlhf.run_files import read_runs, summarise
-from perlhf.verdict import seed_noise
+from perlhf.comparison.results import difference, tested_by
+from perlhf.method.metrics import seed_noise
+from perlhf.runs.read import read_runs, summarise
 
 
 def main() -> None:

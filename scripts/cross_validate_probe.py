@@ -17,13 +17,16 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from perlhf import linear_probe, statistics, training
-from perlhf.config import RewardConfig
-from perlhf.data import load
+from perlhf.config.recipe import load_recipe
+from perlhf.config.stages import RewardConfig
 from perlhf.data.records import Rating
-from perlhf.packing import microbatches
-from perlhf.recipe import load_recipe
-from perlhf.train_reward import encode_items
+from perlhf.data.splits import load
+from perlhf.evaluation import baselines
+from perlhf.method import metrics
+from perlhf.method.packing import microbatches
+from perlhf.model.open import open_model
+from perlhf.training import linear_probe
+from perlhf.training.reward import encode_items
 
 FOLDS = 5
 Fold = NDArray[np.intp]
@@ -51,23 +54,23 @@ def main() -> None:
         return found[tested] @ head.weight + head.bias
 
     def words(fitted: Fold, tested: Fold) -> NDArray[np.float64]:
-        return statistics.bag_of_words([records[i] for i in fitted], [records[i] for i in tested])
+        return baselines.bag_of_words([records[i] for i in fitted], [records[i] for i in tested])
 
     scores = {"probe": cross_validated(probe, groups), "bag_of_words": cross_validated(words, groups)}
     result: dict[str, object] = {"recipe": str(arguments.recipe), "ratings": len(records), "groups": len(set(groups))}
-    curves = {name: (lambda i, own=own: statistics.auc(own[i], labels[i])) for name, own in scores.items()}
+    curves = {name: (lambda i, own=own: metrics.auc(own[i], labels[i])) for name, own in scores.items()}
     for name, own in scores.items():
-        interval = statistics.cluster_bootstrap(curves[name], groups)
-        result[name] = [statistics.auc(own, labels), *interval]
-    difference = statistics.auc(scores["probe"], labels) - statistics.auc(scores["bag_of_words"], labels)
-    interval = statistics.paired_bootstrap(curves["probe"], curves["bag_of_words"], groups)
+        interval = metrics.cluster_bootstrap(curves[name], groups)
+        result[name] = [metrics.auc(own, labels), *interval]
+    difference = metrics.auc(scores["probe"], labels) - metrics.auc(scores["bag_of_words"], labels)
+    interval = metrics.paired_bootstrap(curves["probe"], curves["bag_of_words"], groups)
     result["probe_minus_bag_of_words"] = [difference, *interval]
     print(json.dumps(result))
 
 
 def last_states(config: RewardConfig, records: Sequence[Rating]) -> NDArray[np.float64]:
     """[record, hidden] states of the end tokens under the frozen base."""
-    model, encoder = training.open_model(config)
+    model, encoder = open_model(config)
     items, _ = encode_items(encoder, records)
     assert len(items) == len(records), "no record is dropped"
     sequences = [item.sequences for item in items]

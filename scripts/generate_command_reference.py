@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from perlhf.cli import COMMANDS, DATA_COMMANDS, DATA_SUMMARY, summaries
-from perlhf.options import DRY_RUN_HELP, Command
-from perlhf.recipe import describe, submodel
+from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, DATA_SUMMARY, summaries
+from perlhf.config.command_line import DRY_RUN_HELP, Command
+from perlhf.config.recipe import describe, submodel
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 

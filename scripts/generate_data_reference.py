@@ -3,11 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from perlhf.config import DataConfig
-from perlhf.data import Comparison, Demonstration, Prompt, Rating, pull, tools
+from perlhf.config.stages import DataConfig
+from perlhf.data import pull, tools
 from perlhf.data.files import SUFFIXES
-from perlhf.data.readers import FORMATS
-from perlhf.data.readers_trl import COLUMNS
+from perlhf.data.read import FORMATS
+from perlhf.data.readers.trl import COLUMNS
+from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "data.md"
 
@@ -88,11 +89,11 @@ EMBEDDED = """## The embedded set
 `builtin:coffee-bar` is simulated: a program wrote the orders, the answers and the judgements. It needs no download and
 comes with rules that score an answer (`gold`), which reward models never see, so that a run can tell a better policy
 from one that only scores higher. `builtin:coffee-bar/rating`, `/comparison`, `/demonstration` and `/prompt` name one
-kind of its records. Code: `data.coffee_bar`.
+kind of its records. Code: `data.coffee_bar.feedback`.
 
 ```python
 import perlhf
-from perlhf.data.coffee_bar import gold
+from perlhf.data.coffee_bar.gold import gold
 
 rating = perlhf.read("builtin:coffee-bar/rating")[0]
 print(rating.label, gold(rating.prompt, rating.completion))

@@ -23,11 +23,11 @@ from typing import Any
 
 import yaml
 
-from perlhf.data.coffee_bar import gold
-from perlhf.data.coffee_bar_gold import RULES, gold_rules
-from perlhf.run_directory import read_json
-from perlhf.run_files import duration
-from perlhf.storage import write_atomic
+from perlhf.data.coffee_bar.feedback import gold
+from perlhf.data.coffee_bar.gold import RULES, gold_rules
+from perlhf.runs.manifest import read_json
+from perlhf.runs.read import duration
+from perlhf.system.files import write_atomic
 from results_tables import commands, finished, machine, manifest_of, tables
 
 REPOSITORY = Path(__file__).resolve().parents[1]

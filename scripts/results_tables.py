@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
-from perlhf import run_files
-from perlhf.data.coffee_bar_gold import RULES
-from perlhf.report import comparison, figures, findings
-from perlhf.run_directory import read_json
-from perlhf.run_files import count, duration, mapping, number
-from perlhf.storage import write_atomic
+from perlhf.data.coffee_bar.gold import RULES
+from perlhf.reports import comparison, figures, findings
+from perlhf.runs import read
+from perlhf.runs.manifest import read_json
+from perlhf.runs.read import count, duration, mapping, number
+from perlhf.system.files import write_atomic
 
 MARKED = re.compile(r"(<!-- (\w+) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SEED = re.compile(r"-?seed\d+$")
@@ -376,7 +376,7 @@ def _draw(results: Path, image: str, svg: str) -> None:
 
 
 def _with_interval(found: Any) -> str:
-    return comparison.with_interval(run_files.measured(found))
+    return comparison.with_interval(read.measured(found))
 
 
 def _curves(results: Path, name: str) -> str:
@@ -408,7 +408,7 @@ def _curves(results: Path, name: str) -> str:
         if (file.parent / "result.json").exists():
             step = read_json(file.parent / "result.json")["best_step"]
             kept = f"{step}: {number(_means(rows[max(step - BLOCK, 0) : step])['gold'])}" if step else "the start"
-        cells += [kept, run_files.memory(bytes_of) if bytes_of else "–"]
+        cells += [kept, read.memory(bytes_of) if bytes_of else "–"]
         lines.append(f"| {file.parent.name} | {len(rows)} | " + " | ".join(cells) + " |")
         for key, shown in paths.items():
             shown[file.parent.name] = [[(one["kl"], one[key]) for one in means]]

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 
 # Shape annotations of the pure modules are checked at run time, in tests only; must precede their first import.
 jaxtyping.install_import_hook(
-    ["perlhf.losses", "perlhf.advantages", "perlhf.packing", "perlhf.lora"], "beartype.beartype"
+    [f"perlhf.method.{name}" for name in ("losses", "advantages", "packing", "lora")], "beartype.beartype"
 )
 
 # The same examples every time, and no verdict from how busy the machine is.
@@ -58,7 +58,7 @@ def feedback_root() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The packaged SmolLM2-135M-Instruct, converted once into the cache."""
-    from perlhf import base
+    from perlhf.model import base
 
     return base.pull("smollm2-135m-instruct-q4_1", progress=False)
 

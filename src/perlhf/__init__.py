@@ -5,82 +5,110 @@
     config = perlhf.load_recipe("recipes/coffee/reward.yaml", perlhf.RewardConfig)
     result = perlhf.reward(config)
 
-`sft`, `reward`, `policy`, `score`, `pull`, `read`, `load` and `load_recipe` are functions, `...Config` the
-configuration models, `Comparison`, `Rating`, `Demonstration` and `Prompt` the records, `...Error` the errors; `demo`,
-`evaluate`, `compare`, `table`, `report`, `chat`, `average` and `export` are modules with a function each. Everything is
-imported on first use, so that `import perlhf` is instant and needs no torch.
+The functions, the configuration models (`...Config`), the records and the errors (`...Error`) are those of the table
+below. Everything is imported on first use, so that `import perlhf` is instant and needs no torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perlhf.base import pull
-    from perlhf.config import PolicyConfig, RewardConfig, SftConfig
-    from perlhf.config_commands import EvaluateConfig, ScoreConfig
-    from perlhf.data import Comparison, Demonstration, Prompt, Rating, load, read
-    from perlhf.errors import PerlhfError
-    from perlhf.evaluate import score
-    from perlhf.recipe import load_recipe
-    from perlhf.train_policy import train_policy as policy
-    from perlhf.train_reward import train_reward as reward
-    from perlhf.train_sft import train_sft as sft
+    from perlhf.commands.average import average
+    from perlhf.commands.chat import chat
+    from perlhf.commands.demo import demo
+    from perlhf.commands.export import export
+    from perlhf.commands.table import tabulate as table
+    from perlhf.comparison.grid import compare
+    from perlhf.config.commands import (
+        AverageConfig,
+        ChatConfig,
+        DemoConfig,
+        EvaluateConfig,
+        ExportConfig,
+        ScoreConfig,
+    )
+    from perlhf.config.comparison import CompareConfig
+    from perlhf.config.recipe import load_recipe
+    from perlhf.config.stages import (
+        AdapterConfig,
+        DataConfig,
+        EncodingConfig,
+        OptimConfig,
+        PolicyConfig,
+        RewardConfig,
+        SftConfig,
+        ValueConfig,
+    )
+    from perlhf.data.read import read
+    from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
+    from perlhf.data.splits import load
+    from perlhf.errors import (
+        AdapterError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DivergenceError,
+        ModelError,
+        PerlhfError,
+        RunError,
+        ServiceError,
+        StaleSamplerError,
+        StorageError,
+    )
+    from perlhf.evaluation.evaluate import evaluate, score
+    from perlhf.model.base import pull
+    from perlhf.reports.page import write as report
+    from perlhf.training.policy import train_policy as policy
+    from perlhf.training.reward import train_reward as reward
+    from perlhf.training.sft import train_sft as sft
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Comparison",
-    "Demonstration",
-    "EvaluateConfig",
-    "PerlhfError",
-    "PolicyConfig",
-    "Prompt",
-    "Rating",
-    "RewardConfig",
-    "ScoreConfig",
-    "SftConfig",
-    "load",
-    "load_recipe",
-    "policy",
-    "pull",
-    "read",
-    "reward",
-    "score",
-    "sft",
-]
-
-_HOMES = {
-    "Comparison": "data",
-    "Demonstration": "data",
-    "Prompt": "data",
-    "Rating": "data",
-    "load": "data",
-    "read": "data",
-    "load_recipe": "recipe",
-    "CompareConfig": "config_compare",
-    "pull": "base",
-    "policy": "train_policy:train_policy",
-    "reward": "train_reward:train_reward",
-    "score": "evaluate",
-    "sft": "train_sft:train_sft",
+_MODULES = {
+    "commands.average": "average",
+    "commands.chat": "chat",
+    "commands.demo": "demo",
+    "commands.export": "export",
+    "commands.table": "table:tabulate",
+    "comparison.grid": "compare",
+    "config.commands": "AverageConfig ChatConfig DemoConfig EvaluateConfig ExportConfig ScoreConfig",
+    "config.comparison": "CompareConfig",
+    "config.recipe": "load_recipe",
+    "config.stages": "AdapterConfig DataConfig EncodingConfig OptimConfig PolicyConfig RewardConfig SftConfig "
+    "ValueConfig",
+    "data.read": "read",
+    "data.records": "Comparison Demonstration Prompt Rating",
+    "data.splits": "load",
+    "errors": "AdapterError CheckpointError ConfigError DataError DivergenceError ModelError PerlhfError RunError "
+    "ServiceError StaleSamplerError StorageError",
+    "evaluation.evaluate": "evaluate score",
+    "model.base": "pull",
+    "reports.page": "report:write",
+    "training.policy": "policy:train_policy",
+    "training.reward": "reward:train_reward",
+    "training.sft": "sft:train_sft",
 }
-_MODULES = ("average", "chat", "compare", "config", "data", "demo", "errors", "evaluate", "export", "report", "table")
+"""Public names by the module that has them; `name:function` where it is called otherwise there."""
+_PUBLIC = {name.partition(":")[0]: (home, name) for home, names in _MODULES.items() for name in names.split()}
+
+# fmt: off
+__all__ = [
+    "AdapterConfig", "AdapterError", "AverageConfig", "ChatConfig", "CheckpointError", "CompareConfig", "Comparison",
+    "ConfigError", "DataConfig", "DataError", "DemoConfig", "Demonstration", "DivergenceError", "EncodingConfig",
+    "EvaluateConfig", "ExportConfig", "ModelError", "OptimConfig", "PerlhfError", "PolicyConfig", "Prompt", "Rating",
+    "RewardConfig", "RunError", "ScoreConfig", "ServiceError", "SftConfig", "StaleSamplerError", "StorageError",
+    "ValueConfig", "average", "chat", "compare", "demo", "evaluate", "export", "load", "load_recipe", "policy",
+    "pull", "read", "report", "reward", "score", "sft", "table",
+]
+# fmt: on
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"perlhf.{name}")
-    home = _HOMES.get(name)
-    if home is None and name.endswith("Error"):
-        home = "errors"
-    elif home is None and name.endswith("Config"):
-        trains = hasattr(importlib.import_module("perlhf.config"), name)
-        home = "config" if trains else "config_commands"
-    if home is None:
+    if name not in _PUBLIC:
         raise AttributeError(f"module 'perlhf' has no attribute {name!r}")
-    module, _, function = home.partition(":")
-    return getattr(importlib.import_module(f"perlhf.{module}"), function or name)
+    home, named = _PUBLIC[name]
+    return getattr(importlib.import_module(f"perlhf.{home}"), named.rpartition(":")[2])
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, *_MODULES])
+    return sorted([*globals(), *_PUBLIC])

@@ -2,7 +2,7 @@
 
 import sys
 
-from perlhf.cli import main
+from perlhf.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import open_encoder, open_model
 
-from perlhf.encode import Encoder
-from perlhf.model import Model
+from perlhf.model.encode import Encoder
+from perlhf.model.model import Model
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,13 @@ from tiny_models import END, open_model, random_ids, randomise
 from torch import Tensor
 from torch.nn import functional as F
 
-from perlhf import optim, train_reward, train_sft
-from perlhf.config import OptimConfig, RewardConfig, SftConfig
-from perlhf.encode import Example
-from perlhf.model import Model
-from perlhf.packing import Packing
+from perlhf.config.stages import OptimConfig, RewardConfig, SftConfig
+from perlhf.method.packing import Packing
+from perlhf.model.encode import Example
+from perlhf.model.model import Model
+from perlhf.training import optim
+from perlhf.training import reward as reward_stage
+from perlhf.training import sft as sft_stage
 
 # With beta1 = 0 AdamW's first moment is the gradient itself, as long as nothing is clipped.
 PLAIN = OptimConfig(beta1=0.0, max_grad_norm=1e9)
@@ -93,11 +95,11 @@ class TestPacking:
 
 class TestReward:
     ITEMS = (
-        train_reward.Item((tuple(SEQUENCES[0]), tuple(SEQUENCES[1])), None, 1.0, 0.5, "a"),
-        train_reward.Item((tuple(SEQUENCES[3]), tuple(SEQUENCES[4])), None, 2.0, 0.0, "b"),
-        train_reward.Item((tuple(SEQUENCES[6]), tuple(SEQUENCES[2])), None, 1.0, 1.0, "a"),
+        reward_stage.Item((tuple(SEQUENCES[0]), tuple(SEQUENCES[1])), None, 1.0, 0.5, "a"),
+        reward_stage.Item((tuple(SEQUENCES[3]), tuple(SEQUENCES[4])), None, 2.0, 0.0, "b"),
+        reward_stage.Item((tuple(SEQUENCES[6]), tuple(SEQUENCES[2])), None, 1.0, 1.0, "a"),
         *(
-            train_reward.Item((tuple(SEQUENCES[i]),), label, weight, 0.0, group)
+            reward_stage.Item((tuple(SEQUENCES[i]),), label, weight, 0.0, group)
             for i, label, weight, group in (
                 (0, True, 1.0, "a"),
                 (2, False, 1.0, "a"),
@@ -111,8 +113,8 @@ class TestReward:
 
     def update(self, directory: Path, max_tokens: int, packing: Packing) -> tuple[dict[str, float], list[Tensor]]:
         model = open_model(directory)
-        adapter = model.add_adapter(train_reward.NAME, "reward", rank=4)
-        randomise(model, train_reward.NAME)
+        adapter = model.add_adapter(reward_stage.NAME, "reward", rank=4)
+        randomise(model, reward_stage.NAME)
         config = RewardConfig(
             tokens_per_microbatch=max_tokens,
             packing=packing,
@@ -123,17 +125,17 @@ class TestReward:
             rating_weight=2.0,
         )
         optimizer = optim.build({"x": (adapter.trainable_by_name(), 1e-3)}, config.optim)["x"]
-        values = train_reward._update(model, adapter, optimizer, self.ITEMS, self.CLASS_WEIGHT, 1, 10, config)
+        values = reward_stage._update(model, adapter, optimizer, self.ITEMS, self.CLASS_WEIGHT, 1, 10, config)
         return values, gradients(optimizer)
 
     def by_formula(self, directory: Path) -> tuple[float, list[Tensor]]:
         """Every sequence alone, the loss written out for the whole update."""
         model = open_model(directory)
-        adapter = model.add_adapter(train_reward.NAME, "reward", rank=4)
-        randomise(model, train_reward.NAME)
+        adapter = model.add_adapter(reward_stage.NAME, "reward", rank=4)
+        randomise(model, reward_stage.NAME)
         total = torch.zeros(())
         for item in self.ITEMS:
-            scores = [model.scores([ids], train_reward.NAME, packing="none")[0] for ids in item.sequences]
+            scores = [model.scores([ids], reward_stage.NAME, packing="none")[0] for ids in item.sequences]
             if item.label is None:
                 gap = scores[0] - scores[1] - 0.7 * item.margin
                 loss = 0.9 * F.softplus(-gap) + 0.1 * F.softplus(gap)
@@ -164,13 +166,13 @@ class TestSft:
 
     def by_formula(self, directory: Path) -> tuple[float, list[Tensor]]:
         model = open_model(directory)
-        adapter = model.add_adapter(train_sft.NAME, "sft", rank=4)
-        randomise(model, train_sft.NAME)
+        adapter = model.add_adapter(sft_stage.NAME, "sft", rank=4)
+        randomise(model, sft_stage.NAME)
         tokens = sum(len(example.completion) for example, _, _ in self.EXAMPLES)
         assert tokens == 4 + 7 + 2 + 6 + 3 + 1 + 5 + 4
         total = torch.zeros(())
         for example, weight, _ in self.EXAMPLES:
-            out = model.logprobs([example.prompt], [example.completion], train_sft.NAME, packing="none")
+            out = model.logprobs([example.prompt], [example.completion], sft_stage.NAME, packing="none")
             total = total - weight * out.logprobs.sum() / tokens
         total.backward()
         return total.item(), [p.grad for p in adapter.trainable() if p.grad is not None]
@@ -179,19 +181,19 @@ class TestSft:
     def test_update(self, tiny_base: Path, max_tokens: int, packing: Packing) -> None:
         loss, expected = self.by_formula(tiny_base)
         model = open_model(tiny_base)
-        adapter = model.add_adapter(train_sft.NAME, "sft", rank=4)
-        randomise(model, train_sft.NAME)
+        adapter = model.add_adapter(sft_stage.NAME, "sft", rank=4)
+        randomise(model, sft_stage.NAME)
         config = SftConfig(tokens_per_microbatch=max_tokens, packing=packing, optim=PLAIN)
         optimizer = optim.build({"x": (adapter.trainable_by_name(), 1e-3)}, config.optim)["x"]
-        values = train_sft._update(model, adapter, optimizer, self.EXAMPLES, 1, 10, config)
+        values = sft_stage._update(model, adapter, optimizer, self.EXAMPLES, 1, 10, config)
         assert values["loss"] == pytest.approx(loss, rel=1e-5)
         check_close(gradients(optimizer), expected)
 
     @pytest.mark.parametrize("packing", ["none", "tree"])
     def test_validation_loss_is_a_mean_over_tokens(self, model: Model, packing: Packing) -> None:
-        model.add_adapter(train_sft.NAME, "sft", rank=4)
-        whole = train_sft.validation_loss(model, self.EXAMPLES, 10_000, packing)
-        parts = train_sft.validation_loss(model, self.EXAMPLES, 1, packing)
+        model.add_adapter(sft_stage.NAME, "sft", rank=4)
+        whole = sft_stage.validation_loss(model, self.EXAMPLES, 10_000, packing)
+        parts = sft_stage.validation_loss(model, self.EXAMPLES, 1, packing)
         with torch.no_grad():
             out = [model.logprobs([e.prompt], [e.completion], None).logprobs.sum().item() for e, _, _ in self.EXAMPLES]
         assert whole == pytest.approx(-sum(out) / 32, rel=1e-5) and parts == pytest.approx(whole, rel=1e-5)

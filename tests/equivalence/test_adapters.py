@@ -10,13 +10,14 @@ from tiny_models import open_encoder, open_model, random_ids, randomise, referen
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from perlhf import store
-from perlhf.adapter import Adapter
-from perlhf.config import EncodingConfig
-from perlhf.encode import Encoder
+from perlhf.config.stages import EncodingConfig
 from perlhf.errors import AdapterError, CheckpointError
-from perlhf.lora import AdaptedLinear, LowRank
-from perlhf.model import Model
+from perlhf.kernels.modules import AdaptedLinear
+from perlhf.method.lora import LowRank
+from perlhf.model import saved
+from perlhf.model.adapter import Adapter
+from perlhf.model.encode import Encoder
+from perlhf.model.model import Model
 
 PROMPTS = random_ids([5, 9, 1], seed=1)
 COMPLETIONS = random_ids([4, 1, 7], seed=2)
@@ -67,7 +68,7 @@ class TestOff:
         assert set(last.pairs) == {path for path in everywhere.pairs if path.startswith("model.layers.1.")}
         for path, pair in last.pairs.items():
             pair.a.data, pair.b.data = everywhere.pairs[path].a.data, everywhere.pairs[path].b.data
-        saved: dict[str, int] = {}
+        kept_bytes: dict[str, int] = {}
         for adapter in (everywhere, last):
             sizes: list[int] = []
 
@@ -77,11 +78,11 @@ class TestOff:
 
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 model.logprobs(PROMPTS, COMPLETIONS, adapter.name).logprobs.sum().backward()
-            saved[adapter.name] = sum(sizes)
+            kept_bytes[adapter.name] = sum(sizes)
         for path, pair in last.pairs.items():
             assert pair.b.grad is not None
             torch.testing.assert_close(pair.b.grad, everywhere.pairs[path].b.grad)
-        assert saved["last"] < 0.6 * saved["everywhere"]
+        assert kept_bytes["last"] < 0.6 * kept_bytes["everywhere"]
 
     def test_layers_that_hold_no_target_are_refused(self, model: Model) -> None:
         with pytest.raises(AdapterError, match="match nothing in layers last:1"):
@@ -157,17 +158,17 @@ class TestFullTuning:
     def test_round_trip(self, model: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path) -> None:
         model.add_adapter("reward_0", "reward", tuning="full")
         randomise(model, "reward_0")
-        store.save_adapter(model, "reward_0", tmp_path / "adapter", encoder)
+        saved.save_adapter(model, "reward_0", tmp_path / "adapter", encoder)
         other = open_model(tiny_base)
-        loaded = store.load_adapter(other, tmp_path / "adapter", "again", encoder).tensors()
+        loaded = saved.load_adapter(other, tmp_path / "adapter", "again", encoder).tensors()
         assert all(torch.equal(loaded[key], t) for key, t in model.adapters["reward_0"].tensors().items())
         torch.testing.assert_close(other.scores(PROMPTS, "again"), model.scores(PROMPTS, "reward_0"))
-        weights = tmp_path / "adapter" / store.FULL_WEIGHTS
+        weights = tmp_path / "adapter" / saved.FULL_WEIGHTS
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
         weights.write_bytes(bytes(data))
         with pytest.raises(CheckpointError, match="SHA-256"):
-            store.load_adapter(open_model(tiny_base), tmp_path / "adapter", "again", encoder)
+            saved.load_adapter(open_model(tiny_base), tmp_path / "adapter", "again", encoder)
 
 
 class TestStacked:
@@ -205,9 +206,9 @@ class TestStacked:
         self, stacked: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path
     ) -> None:
         randomise(stacked, "policy", 2)
-        store.save_adapter(stacked, "policy", tmp_path / "adapter", encoder)
+        saved.save_adapter(stacked, "policy", tmp_path / "adapter", encoder)
         other = open_model(tiny_base)
-        loaded = store.load_adapter(other, tmp_path / "adapter", "policy", encoder)
+        loaded = saved.load_adapter(other, tmp_path / "adapter", "policy", encoder)
         assert loaded.rank == 6 and loaded.beneath is None
         torch.testing.assert_close(logprobs(other, "policy"), logprobs(stacked, "policy"), rtol=0, atol=1e-5)
 
@@ -320,29 +321,31 @@ class TestSelection:
 
 class TestRefused:
     @pytest.fixture
-    def saved(self, model: Model, encoder: Encoder, tmp_path: Path) -> Path:
+    def directory(self, model: Model, encoder: Encoder, tmp_path: Path) -> Path:
         model.add_adapter("reward_0", "reward", rank=2)
         randomise(model, "reward_0")
-        store.save_adapter(model, "reward_0", tmp_path / "adapter", encoder, extra={"note": 1})
+        saved.save_adapter(model, "reward_0", tmp_path / "adapter", encoder, extra={"note": 1})
         return tmp_path / "adapter"
 
-    def test_round_trip_with_head_and_bias(self, model: Model, saved: Path, encoder: Encoder, tiny_base: Path) -> None:
+    def test_round_trip_with_head_and_bias(
+        self, model: Model, directory: Path, encoder: Encoder, tiny_base: Path
+    ) -> None:
         other = open_model(tiny_base)
-        loaded = store.load_adapter(other, saved, "mine", encoder)
+        loaded = saved.load_adapter(other, directory, "mine", encoder)
         assert torch.equal(other.scores(PROMPTS, "mine"), model.scores(PROMPTS, "reward_0"))
         assert loaded.bias is not None and loaded.bias.item() != 0 and not loaded.bias.requires_grad
-        assert store.encoding_of(saved) == encoder.identity()
+        assert saved.encoding_of(directory) == encoder.identity()
 
     @pytest.mark.parametrize("tuning", ["lora", "full"])
     def test_adapter_of_another_base(
         self, model: Model, encoder: Encoder, tiny_base: Path, tmp_path: Path, tuning: str
     ) -> None:
         model.add_adapter("sft", "sft", rank=2, tuning=tuning)  # pyright: ignore[reportArgumentType]
-        store.save_adapter(model, "sft", tmp_path / "adapter", encoder)
+        saved.save_adapter(model, "sft", tmp_path / "adapter", encoder)
         other = open_model(tiny_base)
         other.fingerprint = {"name": "another-base", "sha256": "0" * 64}
         with pytest.raises(AdapterError) as caught:
-            store.load_adapter(other, tmp_path / "adapter", "sft", encoder)
+            saved.load_adapter(other, tmp_path / "adapter", "sft", encoder)
         assert "another-base" in str(caught.value) and model.fingerprint["name"] in str(caught.value)
         assert not other.adapters
 
@@ -353,23 +356,25 @@ class TestRefused:
             (EncodingConfig(template="plain"), "encoding.template"),
         ],
     )
-    def test_another_encoding(self, saved: Path, tiny_base: Path, config: EncodingConfig, key: str) -> None:
+    def test_another_encoding(self, directory: Path, tiny_base: Path, config: EncodingConfig, key: str) -> None:
         with pytest.raises(AdapterError, match=key):
-            store.load_adapter(open_model(tiny_base), saved, "mine", open_encoder(tiny_base, config))
+            saved.load_adapter(open_model(tiny_base), directory, "mine", open_encoder(tiny_base, config))
 
-    def test_only_the_length_may_differ(self, saved: Path, tiny_base: Path) -> None:
-        store.load_adapter(open_model(tiny_base), saved, "mine", open_encoder(tiny_base, EncodingConfig(max_tokens=64)))
+    def test_only_the_length_may_differ(self, directory: Path, tiny_base: Path) -> None:
+        saved.load_adapter(
+            open_model(tiny_base), directory, "mine", open_encoder(tiny_base, EncodingConfig(max_tokens=64))
+        )
 
     def test_nothing_there(self, model: Model, tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match="no adapter at"):
-            store.load_adapter(model, tmp_path / "none", "mine")
+            saved.load_adapter(model, tmp_path / "none", "mine")
 
     def test_a_damaged_description(self, model: Model, encoder: Encoder, tmp_path: Path) -> None:
         model.add_adapter("sft", "sft", tuning="full")
-        store.save_adapter(model, "sft", tmp_path / "adapter", encoder)
-        (tmp_path / "adapter" / store.FULL_META).write_text('{"role": ')
+        saved.save_adapter(model, "sft", tmp_path / "adapter", encoder)
+        (tmp_path / "adapter" / saved.FULL_META).write_text('{"role": ')
         with pytest.raises(CheckpointError, match="damaged"):
-            store.load_adapter(model, tmp_path / "adapter", "again")
+            saved.load_adapter(model, tmp_path / "adapter", "again")
 
     @pytest.mark.parametrize(
         ("path", "inputs", "outputs", "says"),
@@ -386,6 +391,6 @@ class TestRefused:
             model.adopt(Adapter("mine", "sft", 2, 2.0, pairs={path: pair}))
         assert not model.adapters
 
-    def test_written_files_name_the_base(self, saved: Path, model: Model) -> None:
-        details = json.loads((saved / "perlhf.json").read_text())
+    def test_written_files_name_the_base(self, directory: Path, model: Model) -> None:
+        details = json.loads((directory / "perlhf.json").read_text())
         assert details["base"] == model.fingerprint and details["extra"] == {"note": 1}

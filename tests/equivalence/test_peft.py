@@ -8,10 +8,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import END, START, random_ids, randomise, reference_logprobs
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
-from perlhf import store
-from perlhf.encode import Encoder
 from perlhf.errors import AdapterError
-from perlhf.model import Model
+from perlhf.model import saved
+from perlhf.model.encode import Encoder
+from perlhf.model.model import Model
 
 # peft asks transformers 5 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -40,7 +40,7 @@ def test_peft_gives_the_same_with_our_adapter(
 ) -> None:
     model.add_adapter("sft", "sft", rank=4, alpha=10.0, targets=targets)
     randomise(model, "sft")
-    store.save_adapter(model, "sft", tmp_path / "adapter", encoder)
+    saved.save_adapter(model, "sft", tmp_path / "adapter", encoder)
     theirs = PeftModel.from_pretrained(network(tiny_base), str(tmp_path / "adapter")).eval()
     check_same(model, "sft", theirs)
 
@@ -50,7 +50,7 @@ def test_peft_gives_the_same_with_an_adapter_on_the_last_layer(
 ) -> None:
     model.add_adapter("sft", "sft", rank=4, alpha=10.0, layers="last:1")
     randomise(model, "sft")
-    store.save_adapter(model, "sft", tmp_path / "adapter", encoder)
+    saved.save_adapter(model, "sft", tmp_path / "adapter", encoder)
     theirs = PeftModel.from_pretrained(network(tiny_base), str(tmp_path / "adapter")).eval()
     check_same(model, "sft", theirs)
 
@@ -62,7 +62,7 @@ def test_peft_gives_the_same_with_stacked_adapters(
     model.add_adapter("policy", "policy", rank=2, alpha=6.0, targets="all", beneath="sft")
     randomise(model, "sft", 1)
     randomise(model, "policy", 2)
-    store.save_adapter(model, "policy", tmp_path / "adapter", encoder)
+    saved.save_adapter(model, "policy", tmp_path / "adapter", encoder)
     theirs = PeftModel.from_pretrained(network(tiny_base), str(tmp_path / "adapter")).eval()
     check_same(model, "policy", theirs)
 
@@ -81,7 +81,7 @@ def test_we_give_the_same_with_an_adapter_of_peft(
     )
     theirs = get_peft_model(network(tiny_base), config).eval()
     theirs.save_pretrained(str(tmp_path / "peft"))
-    store.load_adapter(model, tmp_path / "peft", "sft", encoder)
+    saved.load_adapter(model, tmp_path / "peft", "sft", encoder)
     check_same(model, "sft", theirs)
 
 
@@ -93,7 +93,7 @@ def test_an_adapter_of_peft_on_the_output_head_is_refused(model: Model, tiny_bas
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "lm_head"])
     get_peft_model(untied, config).save_pretrained(str(tmp_path / "head"), save_embedding_layers=False)
     with pytest.raises(AdapterError, match="output head 'lm_head'"):
-        store.load_adapter(model, tmp_path / "head", "head")
+        saved.load_adapter(model, tmp_path / "head", "head")
 
 
 @pytest.mark.filterwarnings("ignore:.*were not initialized.*")
@@ -106,7 +106,7 @@ def test_a_scoring_adapter_opens_as_sequence_classification(
     randomise(model, "scorer")
     assert adapter.bias is not None
     adapter.bias.data.fill_(1.25)
-    store.save_adapter(model, "scorer", tmp_path / "adapter", encoder)
+    saved.save_adapter(model, "scorer", tmp_path / "adapter", encoder)
     classifier = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1, dtype=torch.float32)
     # Transformers scores the last token that isn't pad, and would pass over the end token when the two are one.
     classifier.config.pad_token_id = START

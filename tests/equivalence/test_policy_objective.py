@@ -11,18 +11,19 @@ import torch
 from tiny_models import END, merged_network, open_encoder, open_model, random_ids, randomise, reference_logprobs
 from torch import Tensor
 
-from perlhf import optim, policy_update, training
-from perlhf import train_policy as stage_code
-from perlhf.config import AdapterConfig, OptimConfig, PolicyConfig, ValueConfig
+from perlhf.config.stages import AdapterConfig, OptimConfig, PolicyConfig, ValueConfig
 from perlhf.data.records import Prompt, Text
 from perlhf.errors import DivergenceError, StaleSamplerError
-from perlhf.model import Model
-from perlhf.packing import length_mask
-from perlhf.policy_update import Centre, Scored, Stage
-from perlhf.rewards import Rewards
-from perlhf.run import open_run
-from perlhf.sampler import Rollout, sample
-from perlhf.scorers import Scorer
+from perlhf.method.packing import length_mask
+from perlhf.model.model import Model
+from perlhf.model.open import new_adapter
+from perlhf.rollout.local import Rollout, sample
+from perlhf.rollout.rewards import Rewards
+from perlhf.rollout.scorers import Scorer
+from perlhf.runs.run import open_run
+from perlhf.training import optim, policy_step
+from perlhf.training import policy as stage_code
+from perlhf.training.policy_step import Centre, Scored, Stage
 
 POLICY, VALUE, SFT = "policy", "value", "sft"
 # With beta1 = 0 AdamW's first moment is the gradient itself, as long as nothing is clipped.
@@ -56,9 +57,9 @@ def new_stage(
     model.add_adapter(SFT, "sft", rank=4, alpha=8.0, dropout=0.3)
     randomise(model, SFT, 1)
     model.freeze(SFT)
-    training.new_adapter(model, POLICY, "policy", config, start=SFT)
+    new_adapter(model, POLICY, "policy", config, start=SFT)
     if config.baseline == "value":
-        training.new_adapter(model, VALUE, "value", config, start=SFT)
+        new_adapter(model, VALUE, "value", config, start=SFT)
     records = [Prompt(text, text) for text in prompts]
     return Stage(config, model, open_encoder(directory), Rewards((), (scorer,), "mean"), records, records, SFT)
 
@@ -83,7 +84,7 @@ UNCENTRED = Centre(mean=0.0, std=1.0, penalty=0.0)
 
 
 def score(stage: Stage, centre: Centre = UNCENTRED) -> Scored:
-    return policy_update.score(stage, rollout(), stage.prompts[:2], centre, POLICY)
+    return policy_step.score(stage, rollout(), stage.prompts[:2], centre, POLICY)
 
 
 class TestStart:
@@ -137,7 +138,7 @@ class TestTemperature:
         stage = new_stage(tiny_base, temperature=0.6)
         randomise(stage.model, POLICY, 2, size=0.1)
         rolled = stage_code._sample(stage, stage.prompts[:2], POLICY, 2, 1, [0, 1])
-        scored = policy_update.score(stage, rolled, stage.prompts[:2], UNCENTRED, POLICY)
+        scored = policy_step.score(stage, rolled, stage.prompts[:2], UNCENTRED, POLICY)
         policy, reference = (merged_network(tiny_base, stage.model, name) for name in (POLICY, SFT))
         for row, (prompt, ids) in enumerate(zip(rolled.prompts, rolled.completions, strict=True)):
             reported = torch.tensor(rolled.sampler_logprobs[row])
@@ -218,7 +219,7 @@ class TestScores:
         assert again == [259, END]
         one = dataclasses.replace(rollout([True]), prompts=ROWS[:1], completions=[sampled])
         stage = dataclasses.replace(stage, rewards=Rewards(("reward_0",), (), "mean"))
-        found = policy_update.score(stage, one, stage.prompts[:1], UNCENTRED, POLICY).scores
+        found = policy_step.score(stage, one, stage.prompts[:1], UNCENTRED, POLICY).scores
         with torch.no_grad():
             as_sampled, re_encoded = model.scores([[*ROWS[0], *sampled], [*ROWS[0], *again]], "reward_0").tolist()
         assert found[0] == pytest.approx(as_sampled, abs=1e-5)
@@ -233,7 +234,7 @@ class TestScores:
 
         stage = new_stage(tiny_base, remember)
         ends = dataclasses.replace(rollout([True, True]), prompts=ROWS[:2], completions=[[73, 74, END], [73, 70, END]])
-        policy_update.score(stage, ends, stage.prompts[:2], UNCENTRED, POLICY)
+        policy_step.score(stage, ends, stage.prompts[:2], UNCENTRED, POLICY)
         assert seen == [("1", "hi"), ("2", "he")]
 
 
@@ -286,7 +287,7 @@ class TestGradients:
         scored = score(stage)
         rewards = reward_of(scored, 0.1)
         trained = optimizers(stage)
-        policy_update.learn(stage, trained, scored, rewards, returns_of(rewards), step=1)
+        policy_step.learn(stage, trained, scored, rewards, returns_of(rewards), step=1)
         for name, wanted in zip((POLICY, VALUE), expected, strict=True):
             found = gradients(trained[name])
             assert len(found) == len(wanted) and max(g.abs().max() for g in wanted) > 1e-2
@@ -299,7 +300,7 @@ class TestGradients:
         prepare(stage)
         scored = score(stage)
         rewards = reward_of(scored, 0.1)
-        values = policy_update.learn(stage, optimizers(stage), scored, rewards, returns_of(rewards), step=1)
+        values = policy_step.learn(stage, optimizers(stage), scored, rewards, returns_of(rewards), step=1)
         assert values["clipped"] > 0  # of the last step: by then ratios have left 1 +- 0.1
         with pytest.raises(ValueError, match="steps_per_rollout"):
             PolicyConfig(reward=("a:b",), steps_per_rollout=2)
@@ -311,7 +312,7 @@ class TestGradients:
         rewards = reward_of(scored, 0.1)
         rewards[0, 0] = float("nan")
         with pytest.raises(DivergenceError, match="policy_loss is nan at update 4"):
-            policy_update.learn(stage, optimizers(stage), scored, rewards, returns_of(rewards), step=4)
+            policy_step.learn(stage, optimizers(stage), scored, rewards, returns_of(rewards), step=4)
         assert stage.model.digest(POLICY) == before
 
     def test_norms_are_clipped_per_adapter(self, tiny_base: Path) -> None:
@@ -321,7 +322,7 @@ class TestGradients:
         for name, size in ((POLICY, 100.0), (VALUE, 1e-4)):
             for parameter in stage.model.adapters[name].trainable():
                 parameter.grad = torch.full_like(parameter, size)
-        values = policy_update.optimise(stage, trained, 1, warming_up=False)
+        values = policy_step.optimise(stage, trained, 1, warming_up=False)
         norm = torch.stack([g.norm() for g in gradients(trained[POLICY])]).norm().item()
         assert norm == pytest.approx(1.0, rel=1e-4) and values["grad_norm"] > 1000
         assert all(torch.allclose(g, torch.full_like(g, 1e-4)) for g in gradients(trained[VALUE]))
@@ -329,7 +330,7 @@ class TestGradients:
     def test_the_value_adapter_has_its_own_learning_rate(self, tiny_base: Path) -> None:
         value = ValueConfig(learning_rate=3e-3, warmup_updates=0)
         stage = new_stage(tiny_base, value=value, optim=OptimConfig(learning_rate=5e-4))
-        values = policy_update.optimise(stage, optimizers(stage), 1, warming_up=False)
+        values = policy_step.optimise(stage, optimizers(stage), 1, warming_up=False)
         assert (values["learning_rate"], values["value_learning_rate"]) == (5e-4, 3e-3)
 
 
@@ -347,15 +348,15 @@ class TestAtOnce:
             prepare(stage)
             trained = optimizers(stage)
             if at_once:
-                batches = policy_update.whole_prompts(rollout(), stage.config)
+                batches = policy_step.whole_prompts(rollout(), stage.config)
                 assert batches is not None and len(batches) == (1 if max_tokens > 25 else 2)
-                scored = policy_update.without_logprobs(stage, rollout(), stage.prompts[:2], UNCENTRED)
-                rewards, values = policy_update.learn_at_once(stage, scored, batches)
-                values |= policy_update.optimise(stage, trained, 1, warming_up=False)
+                scored = policy_step.without_logprobs(stage, rollout(), stage.prompts[:2], UNCENTRED)
+                rewards, values = policy_step.learn_at_once(stage, scored, batches)
+                values |= policy_step.optimise(stage, trained, 1, warming_up=False)
             else:
                 scored = score(stage)
-                rewards = policy_update.token_rewards(scored, stage.config)
-                values = policy_update.learn(stage, trained, scored, rewards, returns_of(rewards), 1)
+                rewards = policy_step.token_rewards(scored, stage.config)
+                values = policy_step.learn(stage, trained, scored, rewards, returns_of(rewards), 1)
             numbers = torch.tensor([values[key] for key in ("policy_loss", "advantage_std", "grad_norm")])
             found.append([scored.old_logprobs, scored.ref_logprobs, rewards, numbers, *gradients(trained[POLICY])])
         assert max(g.abs().max() for g in found[0][4:]) > 1e-3
@@ -364,10 +365,10 @@ class TestAtOnce:
 
     def test_kl_is_exactly_zero_at_step_0(self, tiny_base: Path) -> None:
         stage = new_stage(tiny_base, baseline="leave_one_out")
-        batches = policy_update.whole_prompts(rollout(), stage.config)
+        batches = policy_step.whole_prompts(rollout(), stage.config)
         assert batches is not None
-        scored = policy_update.without_logprobs(stage, rollout(), stage.prompts[:2], UNCENTRED)
-        policy_update.learn_at_once(stage, scored, batches)
+        scored = policy_step.without_logprobs(stage, rollout(), stage.prompts[:2], UNCENTRED)
+        policy_step.learn_at_once(stage, scored, batches)
         assert torch.equal(scored.old_logprobs, scored.ref_logprobs)
         assert scored.old_logprobs[scored.mask].abs().min() > 0
 
@@ -385,7 +386,7 @@ class TestAtOnce:
     ) -> None:
         options: dict[str, Any] = {"baseline": "leave_one_out", **changed}
         config = new_stage(tiny_base, **options).config
-        assert policy_update.whole_prompts(rollout(), config) is None
+        assert policy_step.whole_prompts(rollout(), config) is None
 
 
 class TestAdvantages:
@@ -398,8 +399,8 @@ class TestAdvantages:
         prepare(stage)
         scored, returns, values = score(stage), returns_of(self.REWARDS), None
         if VALUE in stage.model.adapters:
-            values, _ = policy_update.value_pass(stage, scored, returns)
-        return policy_update.advantages_of(stage.config, scored.mask, self.REWARDS, returns, values)
+            values, _ = policy_step.value_pass(stage, scored, returns)
+        return policy_step.advantages_of(stage.config, scored.mask, self.REWARDS, returns, values)
 
     def test_none(self, tiny_base: Path) -> None:
         assert torch.equal(self.advantages(tiny_base, baseline="none"), returns_of(self.REWARDS))

@@ -11,11 +11,11 @@ from scipy.stats import chisquare
 from tiny_models import END, VOCAB, merged_network, random_ids, randomise, reference_logprobs
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from perlhf import cache, native
 from perlhf.errors import DivergenceError, StaleSamplerError
-from perlhf.model import Model
-from perlhf.packing import Ids
-from perlhf.sampler import Rollout, draw, probe, sample, uniforms
+from perlhf.kernels import cpu, kv_cache
+from perlhf.method.packing import Ids
+from perlhf.model.model import Model
+from perlhf.rollout.local import Rollout, draw, probe, sample, uniforms
 
 PROMPTS = random_ids([7, 2, 11], seed=3)
 LENGTH = 8
@@ -256,7 +256,7 @@ class TestCache:
     """Prompts kept once and shared by their rows against each row's own forward pass."""
 
     def test_buffers_grow_and_rows_end(self, adapted: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cache, "GROW", 3)
+        monkeypatch.setattr(kv_cache, "GROW", 3)
         endless = roll(adapted, samples=4, end_id=-1)
         for end in (endless.completions[0][1], -1):
             found = roll(adapted, samples=4, end_id=end)
@@ -271,19 +271,19 @@ class TestCache:
     ) -> None:
         """What a GPU records as a graph: full buffers under a mask, ended rows that stay until half have."""
         end_id = roll(adapted, samples=4, end_id=-1).completions[0][1] if end is None else end
-        with native.off():
+        with cpu.off():
             expected = roll(adapted, samples=4, end_id=end_id)
-            monkeypatch.setattr(cache, "FIXED", ("cpu",))
+            monkeypatch.setattr(kv_cache, "FIXED", ("cpu",))
             found = roll(adapted, samples=4, end_id=end_id)
         assert (found.completions, found.ended) == (expected.completions, expected.ended)
         for one, other in zip(found.sampler_logprobs, expected.sampler_logprobs, strict=True):
             assert one == pytest.approx(other, abs=1e-5)
 
     def test_buffers_of_one_shape_grow(self, adapted: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cache, "FIXED", ("cpu",))
-        monkeypatch.setattr(cache, "GROW", 3)
+        monkeypatch.setattr(kv_cache, "FIXED", ("cpu",))
+        monkeypatch.setattr(kv_cache, "GROW", 3)
         ids = [5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 17]
-        with native.off():
+        with cpu.off():
             _, kept = adapted.prefill([ids[:4]], "policy")
             kept.fork(1)
             for token in ids[4:]:
@@ -307,7 +307,7 @@ class TestCache:
 
     def test_attention_by_hand(self) -> None:
         """One prompt of two tokens, two rows, one head of width 1, scale 1: softmax over [ln 1, ln 3, ln 4] q."""
-        kept = cache.KeyValueCache([[0, 1]], torch.device("cpu"))
+        kept = kv_cache.KeyValueCache([[0, 1]], torch.device("cpu"))
         logs = torch.tensor([1.0, 3.0]).log()
         kept.record(0, logs.view(1, 2, 1), torch.tensor([8.0, 16.0]).view(1, 2, 1))
         kept.fork(2)

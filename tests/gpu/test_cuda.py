@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from perlhf.decoding import Decoding
-from perlhf.model import Model
-from perlhf.sampler import Rollout, probe, sample, uniforms
+from perlhf.model.model import Model
+from perlhf.rollout.decoding import Decoding
+from perlhf.rollout.local import Rollout, probe, sample, uniforms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -5,9 +5,10 @@ import hashlib
 import numpy as np
 import pytest
 
-from perlhf import data
-from perlhf.data import Comparison, Rating
-from perlhf.statistics import auc, bag_of_words, length_baseline, pairwise_accuracy, position_baseline
+from perlhf.data.read import read
+from perlhf.data.records import Comparison, Rating
+from perlhf.evaluation.baselines import bag_of_words, length_baseline, position_baseline
+from perlhf.method.metrics import auc, pairwise_accuracy
 
 FOLDS = 5
 
@@ -30,7 +31,7 @@ def cross_validated(baseline, records):
     [("coffee", 2609, 0.74, 0.46, 0.54), ("ticketing", 3018, 0.70, 0.60, 0.49)],
 )
 def test_taskmaster_ratings(feedback_root, name, number, words, position, length):
-    records = data.read(str(feedback_root / f"taskmaster-{name}" / "reward"))
+    records = read(str(feedback_root / f"taskmaster-{name}" / "reward"))
     assert len(records) == number and all(isinstance(record, Rating) for record in records)
     labels = [record.label for record in records if isinstance(record, Rating)]
     found = [
@@ -41,7 +42,7 @@ def test_taskmaster_ratings(feedback_root, name, number, words, position, length
 
 
 def test_harmless_comparisons(feedback_root):
-    records = data.read(str(feedback_root / "hh-rlhf" / "harmless-base"))
+    records = read(str(feedback_root / "hh-rlhf" / "harmless-base"))
     assert len(records) > 1800 and all(isinstance(record, Comparison) for record in records)
     found = [pairwise_accuracy(*cross_validated(baseline, records).T) for baseline in (bag_of_words, length_baseline)]
     assert found == pytest.approx([0.65, 0.55], abs=0.02)

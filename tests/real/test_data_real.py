@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from perlhf.config import DataConfig
-from perlhf.data import load
+from perlhf.config.stages import DataConfig
 from perlhf.data.pull import pull, sources
-from perlhf.data.readers import read_all
+from perlhf.data.read import read_all
 from perlhf.data.records import Comparison, Demonstration, Rating, Record
+from perlhf.data.splits import load
 from perlhf.data.tools import validate
 from perlhf.errors import DataError
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from perlhf import base
-from perlhf.config import RewardConfig
-from perlhf.data import load
-from perlhf.encode import Encoder
-from perlhf.packing import lay_out
-from perlhf.recipe import load_recipe
-from perlhf.train_reward import encode_items
+from perlhf.config.recipe import load_recipe
+from perlhf.config.stages import RewardConfig
+from perlhf.data.splits import load
+from perlhf.method.packing import lay_out
+from perlhf.model import base
+from perlhf.model.encode import Encoder
+from perlhf.training.reward import encode_items
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from toy import Done, command, write_feedback
 
-from perlhf.cli import main
+from perlhf.commands.cli import main
 
 Perlhf = Callable[..., Done]
 Stage = Callable[..., tuple[Path, Done]]

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from toy import BAD, GOOD, read_json
 
-from perlhf import store
-from perlhf.adapter import Adapter
-from perlhf.adapter_files import AdapterFiles, read_adapter
-from perlhf.average import mean_adapter
-from perlhf.cli import main
-from perlhf.finished import Finished, read_finished
+from perlhf.commands.average import mean_adapter
+from perlhf.commands.cli import main
+from perlhf.model import saved
+from perlhf.model.adapter import Adapter
+from perlhf.model.adapter_files import AdapterFiles, read_adapter
+from perlhf.model.open import Finished, read_finished
 
 TEXTS = [(f"a tea please {number}", text) for number, text in enumerate((*GOOD, *BAD))]
 
@@ -96,8 +96,8 @@ def test_saved_and_loaded_again_it_scores_bit_equal(averaged, reward_run, other_
     run = averaged(reward_run, other_reward_run)
     finished = read_finished(run)
     model, encoder = finished.open("cpu")
-    store.save_adapter(model, "reward", tmp_path / "again", encoder)
-    store.load_adapter(model, tmp_path / "again", "again", encoder)
+    saved.save_adapter(model, "reward", tmp_path / "again", encoder)
+    saved.load_adapter(model, tmp_path / "again", "again", encoder)
     sequences = [encoder.example(prompt, text).ids for prompt, text in TEXTS]
     assert torch.equal(model.scores(sequences, "reward"), model.scores(sequences, "again"))
     written, held = read_adapter(run / "adapter"), model.adapters["reward"].pairs

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from perlhf import base
-from perlhf.packaged_base import sha256_of
+from perlhf.model import base
+from perlhf.model.packaged import sha256_of
 
 PARAMETERS = 134_515_008  # of SmolLM2-135M, embeddings tied
 WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"

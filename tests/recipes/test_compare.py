@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tiny_runs import SHORT, SYSTEM, TinyRuns, tiny_runs
 
-from perlhf.cli import main
+from perlhf.commands.cli import main
 
 
 @pytest.fixture(scope="module")

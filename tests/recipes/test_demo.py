@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from toy import read_json, read_lines
 
-from perlhf import demo
-from perlhf.config import DataConfig
-from perlhf.config_commands import DemoConfig
-from perlhf.data import load
+from perlhf.commands import demo
+from perlhf.config.commands import DemoConfig
+from perlhf.config.stages import DataConfig
 from perlhf.data.records import Rating
+from perlhf.data.splits import load
 
 
 def test_the_quick_demo_runs_all_and_then_reuses_it(perlhf, tiny_base: Path, tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from types import ModuleType
 import pytest
 from pydantic import BaseModel
 
-from perlhf.cli import COMMANDS, DATA_COMMANDS
-from perlhf.config import PolicyConfig, RewardConfig, SftConfig
-from perlhf.config_commands import EvaluateConfig
-from perlhf.options import parse
-from perlhf.recipe import submodel
+from perlhf.commands.cli import COMMANDS, DATA_COMMANDS
+from perlhf.config.command_line import parse
+from perlhf.config.commands import EvaluateConfig
+from perlhf.config.recipe import submodel
+from perlhf.config.stages import PolicyConfig, RewardConfig, SftConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "docs" / "results"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from perlhf import base
-from perlhf.config import EncodingConfig
-from perlhf.encode import Encoder
+from perlhf.config.stages import EncodingConfig
+from perlhf.model import base
+from perlhf.model.encode import Encoder
 
 SYSTEM = [1, 9690, 198, 47662, 30, 2, 198]  # <|im_start|> system \n Brief . <|im_end|> \n
 USER = [1, 4093, 198]

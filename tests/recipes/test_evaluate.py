@@ -13,20 +13,20 @@ import torch
 from tiny_runs import SHORT, TinyRuns, tiny_runs
 from transformers import AutoModelForCausalLM
 
-from perlhf import base as bases
-from perlhf.config import DataConfig, PolicyConfig
-from perlhf.config_commands import EvaluateConfig, ScoreConfig
-from perlhf.data import load, split_of
-from perlhf.data.coffee_bar import gold
+from perlhf.config.commands import EvaluateConfig, ScoreConfig
+from perlhf.config.stages import DataConfig, PolicyConfig
+from perlhf.data.coffee_bar.feedback import gold
 from perlhf.data.records import Demonstration
-from perlhf.encode import Encoder
+from perlhf.data.splits import load, split_of
 from perlhf.errors import AdapterError, ConfigError, RunError
-from perlhf.evaluate import evaluate, score
-from perlhf.finished import read_finished
-from perlhf.run_files import measured, read_runs
-from perlhf.train_policy import train_policy
+from perlhf.evaluation.evaluate import evaluate, score
+from perlhf.model import base as bases
+from perlhf.model.encode import Encoder
+from perlhf.model.open import read_finished
+from perlhf.runs.read import measured, read_runs
+from perlhf.training.policy import train_policy
 
-GOLD = "perlhf.data.coffee_bar:gold_reward"
+GOLD = "perlhf.data.coffee_bar.gold:gold_reward"
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import torch
 from data_rows import UIBERT
 from toy import read_json, read_lines
 
-from perlhf.config import PolicyConfig
-from perlhf.data import read
+from perlhf.config.recipe import load_recipe
+from perlhf.config.stages import PolicyConfig
+from perlhf.data.read import read
 from perlhf.errors import DataError
-from perlhf.recipe import load_recipe
-from perlhf.scorers import load_function
+from perlhf.rollout.scorers import load_function
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -12,15 +12,15 @@ from peft import PeftModel
 from tiny_runs import SYSTEM, TinyRuns, tiny_runs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from perlhf.config import EncodingConfig, SftConfig
-from perlhf.config_commands import ExportConfig
-from perlhf.data import load
+from perlhf.commands.export import DETAILS, chat_template, export
+from perlhf.config.commands import ExportConfig
+from perlhf.config.stages import EncodingConfig, SftConfig
 from perlhf.data.records import Rating
-from perlhf.encode import Encoder
+from perlhf.data.splits import load
 from perlhf.errors import AdapterError, ConfigError
-from perlhf.export import DETAILS, chat_template, export
-from perlhf.finished import read_finished
-from perlhf.train_sft import train_sft
+from perlhf.model.encode import Encoder
+from perlhf.model.open import read_finished
+from perlhf.training.sft import train_sft
 
 # peft asks transformers for a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from toy import Moment, command, demonstrations, finish, metrics, outcome, read_json, start, write_rows
 
-from perlhf import checkpoint
+from perlhf.training import checkpoint
 
 STAGES = ("sft", "reward", "policy")
 UPDATES = {"sft": 9, "reward": 9, "policy": 6}

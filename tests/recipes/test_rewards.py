@@ -8,13 +8,13 @@ import pytest
 import torch
 from toy import BAD, GOOD, command, ratings, read_lines, write_rows
 
-from perlhf import base, store
-from perlhf.cli import main
-from perlhf.config import EncodingConfig
-from perlhf.encode import Encoder
+from perlhf.commands.cli import main
+from perlhf.config.stages import EncodingConfig
 from perlhf.errors import ConfigError
-from perlhf.model import Model
-from perlhf.rewards import load_rewards, score_ids
+from perlhf.model import base, saved
+from perlhf.model.encode import Encoder
+from perlhf.model.model import Model
+from perlhf.rollout.rewards import load_rewards, score_ids
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_reward_run_scores_polite_above_rude(model, encoder, reward_run):
 
 
 def test_scores_do_not_depend_on_how_sequences_are_batched(model, encoder, reward_run):
-    store.load_adapter(model, reward_run / "adapter", "reward_0", encoder)
+    saved.load_adapter(model, reward_run / "adapter", "reward_0", encoder)
     prompts, completions = ids_of(encoder, ["one tea", "one tea", "milk"] * 2, [*GOOD, *BAD])
     alone = [score_ids(model, [p], [c], "reward_0", 2048)[0] for p, c in zip(prompts, completions, strict=True)]
     assert len(set(alone)) == 6
@@ -53,7 +53,7 @@ def test_scores_do_not_depend_on_how_sequences_are_batched(model, encoder, rewar
 
 
 def test_the_score_is_the_head_on_the_last_state_plus_the_label_prior(model, encoder, reward_run):
-    adapter = store.load_adapter(model, reward_run / "adapter", "reward_0", encoder)
+    adapter = saved.load_adapter(model, reward_run / "adapter", "reward_0", encoder)
     (prompt,), (completion,) = ids_of(encoder, ["one tea"], [GOOD[0]])
     (score,) = score_ids(model, [prompt], [completion], "reward_0", 2048)
     states, _ = model.prefill([[*prompt, *completion]], "reward_0")  # of the last token, by the sampler's way

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from toy import command, comparisons, lasting, metrics, ratings, read_json, read_lines, write_rows
 
 from perlhf import EvaluateConfig
-from perlhf.cli import main
-from perlhf.evaluate import evaluate
+from perlhf.commands.cli import main
+from perlhf.evaluation.evaluate import evaluate
 
 LN2 = math.log(2)
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

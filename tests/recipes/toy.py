@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from perlhf.cli import main
+from perlhf.commands.cli import main
 
 DRINKS = ("tea", "cocoa", "water", "juice", "cider", "milk")
 GOOD, BAD = ("sure, here", "here you go", "with pleasure"), ("nope", "go away", "not now")
@@ -195,7 +195,7 @@ def start(
         file_bytes: no file may grow beyond this, which is how a full disk looks.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["perlhf.train_sft", "perlhf.train_reward", "perlhf.train_policy"])
+    context.set_forkserver_preload([f"perlhf.training.{stage}" for stage in ("sft", "reward", "policy")])
     process = context.Process(target=_run, args=(list(arguments), str(log), str(directory), moment, file_bytes))
     process.start()
     return process

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from perlhf.data.coffee_bar import gold
+from perlhf.data.coffee_bar.feedback import gold
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 ORDER = "Good afternoon. A bagel with butter to stay, please."

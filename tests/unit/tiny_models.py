@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from perlhf import base
-from perlhf.config import EncodingConfig
-from perlhf.encode import Encoder
-from perlhf.model import Model
-from perlhf.packing import Ids
+from perlhf.config.stages import EncodingConfig
+from perlhf.method.packing import Ids
+from perlhf.model import base
+from perlhf.model.encode import Encoder
+from perlhf.model.model import Model
 
 VOCAB = 272
 START, END = 0, 1

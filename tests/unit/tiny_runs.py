@@ -8,11 +8,20 @@ from typing import Any
 
 import pytest
 
-from perlhf import store, train_reward
-from perlhf.config import AdapterConfig, DataConfig, EncodingConfig, OptimConfig, PolicyConfig, RewardConfig, SftConfig
-from perlhf.data import load
-from perlhf.train_policy import train_policy
-from perlhf.train_sft import train_sft
+from perlhf.config.stages import (
+    AdapterConfig,
+    DataConfig,
+    EncodingConfig,
+    OptimConfig,
+    PolicyConfig,
+    RewardConfig,
+    SftConfig,
+)
+from perlhf.data.splits import load
+from perlhf.model import saved
+from perlhf.training import reward as reward_stage
+from perlhf.training.policy import train_policy
+from perlhf.training.sft import train_sft
 
 SYSTEM = 'You sell coffee.\nBe "brief" – ☕'
 DRINKS = ("coffee", "tea", "water", "milk", "cocoa", "juice", "soda", "cider", "broth", "mate")
@@ -85,14 +94,14 @@ SHORT: dict[str, Any] = {
 def _train_reward_and_look(config: RewardConfig) -> tuple[dict[str, Any], list[list[float]]]:
     """Trains, and scores all records with the model as it is in memory when its adapter is saved."""
     seen: list[list[float]] = []
-    save = store.save_adapter
+    save = saved.save_adapter
 
     def save_and_look(model: Any, name: str, directory: Path, encoder: Any) -> None:
-        items, _ = train_reward.encode_items(encoder, load(config.data, KINDS, "all"))
-        seen.extend(train_reward.score_items(model, items, name, config.microbatch_tokens, config.packing))
+        items, _ = reward_stage.encode_items(encoder, load(config.data, KINDS, "all"))
+        seen.extend(reward_stage.score_items(model, items, name, config.microbatch_tokens, config.packing))
         save(model, name, directory, encoder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "save_adapter", save_and_look)
-        result = train_reward.train_reward(config)
+        patch.setattr(saved, "save_adapter", save_and_look)
+        result = reward_stage.train_reward(config)
     return result, seen

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from perlhf.data import pull
-from perlhf.data.tfrecord import is_tfrecord, read_examples
+from perlhf.data.readers.tfrecord import is_tfrecord, read_examples
 from perlhf.errors import DataError, nearest
 
 BUILTIN = "builtin:coffee-bar"

@@ -23,7 +23,7 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from perlhf.errors import DataError, nearest
-from perlhf.storage import directory_atomic
+from perlhf.system.files import directory_atomic
 
 ADDRESS = "https://raw.githubusercontent.com"
 """Files are at ADDRESS/{repository}/{commit}/{path}; $PERLHF_DATA_ADDRESS takes its place when set."""

@@ -58,3 +58,10 @@ class Prompt:
 
 
 Record = Comparison | Rating | Demonstration | Prompt
+
+
+def text_of(text: Text) -> str:
+    """Plain text as it is; chat messages as `role: content` lines."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{message['role']}: {message['content']}" for message in text)

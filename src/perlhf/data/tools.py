@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perlhf.config import DataConfig
-from perlhf.data import files, readers
+from perlhf.config.stages import DataConfig
+from perlhf.data import files, read
 from perlhf.data.fields import Skipped, checked
 from perlhf.data.files import DataFile
-from perlhf.data.readers import FORMATS
+from perlhf.data.read import FORMATS
 from perlhf.data.records import Comparison, Demonstration, Rating, Record, Text
-from perlhf.data.split import SPLITS, kind_of, prompt_text, record_hash, split_of
+from perlhf.data.splits import SPLITS, kind_of, prompt_text, record_hash, split_of
 from perlhf.errors import DataError
-from perlhf.storage import storage_errors, write_atomic
+from perlhf.system.files import storage_errors, write_atomic
 
 MAX_PROBLEMS = 100
 EXAMPLE_CHARACTERS = 400
@@ -56,14 +56,14 @@ def validate(paths: Sequence[str], format: str = "auto", root: Path | None = Non
     Raises:
         DataError: unknown format, or nothing has one of the names.
     """
-    readers.check_format(format)
+    read.check_format(format)
     records: list[Record] = []
     skipped: Counter[str] = Counter()
     problems: list[DataError] = []
     count = 0
     for path in paths:
-        if readers.is_builtin(path):
-            records.extend(readers.read(path))
+        if read.is_builtin(path):
+            records.extend(read.read(path))
             count += 1
             continue
         for file in files.find(path, root):
@@ -92,7 +92,7 @@ def inspect(
     Raises:
         DataError: as `read`.
     """
-    readings = [readers.read_all(path, format, root) for path in paths]
+    readings = [read.read_all(path, format, root) for path in paths]
     records = [record for reading in readings for record in reading.records]
     labels = Counter(record.label for record in records if isinstance(record, Rating))
     skipped = sum((Counter(reading.skipped) for reading in readings), Counter[str]())
@@ -125,7 +125,7 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
         DataError: a file or row is wrong, or a side is empty; nothing is written then.
         StorageError: the files can't be written.
     """
-    records = [record for path in config.paths for record in readers.read(path, config.format)]
+    records = [record for path in config.paths for record in read.read(path, config.format)]
     sides = {side: [record for record in records if split_of(record.group, config) == side] for side in SPLITS}
     shares = {"train": 1.0, "validation": config.validation, "test": config.test}
     wanted = {side: found for side, found in sides.items() if shares[side] > 0}
@@ -167,7 +167,7 @@ def convert(path: str, output: Path, format: str = "auto", root: Path | None = N
             where=str(output),
             allowed=" or ".join(_OUTPUTS),
         )
-    records = readers.read(path, format, root)
+    records = read.read(path, format, root)
     with storage_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, to_jsonl(records) if output.suffix == ".jsonl" else to_parquet(records))
@@ -229,7 +229,7 @@ def _records_or_problems(file: DataFile, format: str) -> Iterable[Record | Skipp
                 good.append((where, row))
         if not good:
             return
-        reader = readers.reader_of(readers.detect(good[0][1]) if format == "auto" else format, file)
+        reader = read.reader_of(read.detect(good[0][1]) if format == "auto" else format, file)
     except DataError as error:
         yield error
         return

@@ -1,0 +1,1 @@
+"""The `perlhf` command (`cli`) and the commands that train nothing."""

@@ -1,0 +1,121 @@
+"""Talks with a policy, an SFT run or the bare base; answers appear token by token."""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from perlhf.config.commands import ChatConfig
+from perlhf.config.stages import EncodingConfig
+from perlhf.data.records import Message
+from perlhf.model import base as bases
+from perlhf.model.encode import Encoder
+from perlhf.model.model import Model
+from perlhf.model.open import read_finished
+from perlhf.rollout.local import draw, uniforms
+
+EXIT, NEW = "/exit", "/new"
+
+
+def chat(config: ChatConfig) -> list[Message]:
+    """Answers `config.message`, or else every line of standard input until /exit or its end (Ctrl-D).
+
+    The conversation so far is the prompt of each answer; /new forgets it. Ctrl-C stops an answer.
+
+    Returns:
+        The conversation.
+
+    Raises:
+        RunError: no finished policy or SFT run.
+        ConfigError: `max_completion_tokens` leaves no room in the network's context.
+        ModelError, AdapterError: as the parts say.
+    """
+    model, encoder, adapter = _open(config)
+    messages: list[Message] = []
+    if config.message is not None:
+        return _answered(model, encoder, adapter, [{"role": "user", "content": config.message}], config)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 -- gives `input` editing and history
+
+        print(f"{EXIT} or Ctrl-D ends, {NEW} starts again, Ctrl-C stops an answer", file=sys.stderr)
+    while (line := _line()) is not None:
+        if line == NEW:
+            messages = []
+        elif line:
+            messages = _answered(model, encoder, adapter, [*messages, {"role": "user", "content": line}], config)
+    return messages
+
+
+@torch.no_grad()
+def stream(
+    model: Model, prompt: list[int], adapter: str | None, draws: Tensor, end_id: int, temperature: float
+) -> Iterator[int]:
+    """Tokens of one completion as they are sampled, end token left out; equals `sampler.sample` of one prompt.
+
+    Args:
+        draws: uniform numbers [max_completion_tokens].
+        temperature: 0 takes the most likely token.
+    """
+    states, cache = model.prefill([prompt], adapter)
+    cache.fork(1)
+    for time in range(len(draws)):
+        token, _ = draw(model.logits(states, adapter), draws[time : time + 1].to(model.device), temperature)
+        if token.item() == end_id:
+            return
+        yield int(token.item())
+        if time + 1 < len(draws):
+            states = model.decode(token, cache, adapter)
+
+
+def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None]:
+    """The network, an encoder with the whole context to talk in, and the adapter's name."""
+    if config.run is None:
+        model, adapter = Model.load(config.base, device=config.device), None
+        tokenizer = bases.load_tokenizer(bases.resolve(config.base))
+        encoding = EncodingConfig(template="tokenizer" if tokenizer.chat_template else "plain")
+    else:
+        finished = read_finished(config.run, ("policy", "sft"))
+        model, encoder = finished.open(config.device)
+        adapter, tokenizer, encoding = finished.stage, encoder.tokenizer, encoder.config
+    context = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
+    changes = {"max_tokens": max(encoding.max_tokens, context or 0)}
+    if config.system is not None:
+        changes |= {"system": config.system}
+    return model, Encoder(tokenizer, encoding.model_copy(update=changes)), adapter
+
+
+def _line() -> str | None:
+    """The next line of the user's; None at the end."""
+    try:
+        line = input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    return None if line == EXIT else line
+
+
+def _answered(
+    model: Model, encoder: Encoder, adapter: str | None, messages: list[Message], config: ChatConfig
+) -> list[Message]:
+    """The messages and the answer to them, which is printed as it grows."""
+    prompt = encoder.cut_prompt(messages, config.max_completion_tokens)
+    draws = uniforms(config.seed, len(messages), [0], 1, config.max_completion_tokens)[0]
+    ids: list[int] = []
+    shown = ""
+    try:
+        for token in stream(model, prompt, adapter, draws, encoder.end_id, config.temperature):
+            ids.append(token)
+            shown = _show(encoder.decode(ids).rstrip("\ufffd"), shown)  # half a character waits for its other half
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    answer = encoder.decode(ids)
+    _show(answer, shown)
+    print(flush=True)
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def _show(text: str, shown: str) -> str:
+    """Prints what `text` adds to `shown`; control characters, which could take the terminal over, are left out."""
+    added = text[len(shown) :]
+    print("".join(sign for sign in added if sign.isprintable() or sign in "\n\t"), end="", flush=True)
+    return shown + added

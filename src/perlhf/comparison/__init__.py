@@ -1,0 +1,1 @@
+"""A grid of runs beside one another (`grid`), and what it shows (`results`)."""

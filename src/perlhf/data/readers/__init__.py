@@ -1,0 +1,1 @@
+"""Readers of published layouts, one module for each family. `perlhf.data.read` chooses among them."""

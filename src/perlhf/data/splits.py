@@ -1,0 +1,247 @@
+"""From a data configuration to the records of one split.
+
+Splits are made by group, so that no conversation is on two sides.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from perlhf.config.stages import DataConfig
+from perlhf.data import files, read
+from perlhf.data.read import KINDS, Kind
+from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
+from perlhf.errors import DataError, nearest
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def load(config: DataConfig, kinds: Sequence[str], split: Split | Literal["all"]) -> list[Record]:
+    """Records of the asked kinds in one split, in file order.
+
+    Rule: a record of an asked kind stays as it is. Otherwise, when demonstrations are asked for, a thumbs-up rating
+    becomes one, and so does the chosen side of a comparison; when prompts are asked for, every record gives its
+    prompt, each different prompt once. The embedded set has records of each kind and is never converted. `limit`
+    keeps the records whose content hashes lowest, whatever their order, and so does `limit_train` of the training
+    side, whose labels `label_noise` turns round after that.
+
+    Args:
+        kinds: among "comparison", "rating", "demonstration", "prompt".
+        split: "train", "validation", "test" or "all".
+
+    Raises:
+        DataError: a file or row is wrong, nothing can serve as one of the kinds, or the split is empty.
+    """
+    wanted = _checked_kinds(kinds)
+    if split not in (*SPLITS, "all"):
+        raise DataError(f"no split is called {split!r}", where="split", allowed=", ".join((*SPLITS, "all")))
+    if config.label_noise and not {"comparison", "rating"} & set(wanted):
+        allowed = "a stage that learns from comparisons or ratings"
+        raise DataError(f"{' and '.join(wanted)} records have no labels", where="data.label_noise", allowed=allowed)
+    found = _converted(config, wanted)
+    if not found:
+        raise DataError(
+            f"no record can serve as {' or '.join(wanted)}",
+            where=", ".join(config.paths),
+            hint="`perlhf data inspect` shows which kinds a file holds",
+        )
+    chosen = found if split == "all" else [record for record in found if split_of(record.group, config) == split]
+    if not chosen:
+        raise _empty_split(split, config, len({record.group for record in found}))
+    kept = limited(chosen, config.limit)
+    if split != "train":
+        return kept
+    kept = limited(kept, config.limit_train)
+    return with_label_noise(kept, config) if config.label_noise else kept
+
+
+def split_of(group: str, config: DataConfig) -> Split:
+    """The split of a group; depends on nothing but the group and `split_seed`, `test`, `validation`.
+
+    u = sha256("{split_seed}:{group}") read as a fraction of [0, 1): below `test` is test, then validation, the rest
+    train.
+    """
+    position = _position(f"{config.split_seed}:{group}")
+    if position < config.test:
+        return "test"
+    return "validation" if position < config.test + config.validation else "train"
+
+
+def content_hash(config: DataConfig) -> dict[str, str]:
+    """SHA-256 by path: of a file's bytes, a directory's names and hashes, the records of a hub name or embedded set."""
+    return {path: _path_hash(path, config) for path in config.paths}
+
+
+def check_labels(records: Iterable[Record], config: DataConfig) -> None:
+    """Raises DataError when there are ratings and all have the same label: a reward model would learn a constant."""
+    labels = Counter(record.label for record in records if isinstance(record, Rating))
+    if len(labels) == 1:
+        ((label, count),) = labels.items()
+        raise DataError(
+            f"all {count} ratings have the label {str(label).lower()}",
+            where=", ".join(config.paths),
+            allowed="ratings of both labels",
+            hint="add records of the other label, or raise the limit if one is set",
+        )
+
+
+def record_hash(record: Record) -> str:
+    """SHA-256 of a record's kind and content; `source` is left out."""
+    content = {part.name: getattr(record, part.name) for part in fields(record) if part.name != "source"}
+    return hashlib.sha256(_canonical([kind_of(record), content]).encode()).hexdigest()
+
+
+def limited(records: list[Record], limit: int | None) -> list[Record]:
+    """At most `limit` records: those whose hashes are lowest, in the order given."""
+    if limit is None or len(records) <= limit:
+        return records
+    hashes = [record_hash(record) for record in records]
+    kept = sorted(range(len(records)), key=hashes.__getitem__)[:limit]
+    return [records[index] for index in sorted(kept)]
+
+
+def with_label_noise(records: Iterable[Record], config: DataConfig) -> list[Record]:
+    """The records, about `label_noise` of the comparisons and ratings with the other label.
+
+    u = sha256("{split_seed}:label_noise:{record_hash}") read as a fraction of [0, 1): below `label_noise` is turned.
+    """
+
+    def turned(record: Record) -> bool:
+        return _position(f"{config.split_seed}:label_noise:{record_hash(record)}") < config.label_noise
+
+    return [_other_label(record) if turned(record) else record for record in records]
+
+
+def kind_of(record: Record) -> Kind:
+    """The kind's name in configuration and summaries."""
+    match record:
+        case Comparison():
+            return "comparison"
+        case Rating():
+            return "rating"
+        case Demonstration():
+            return "demonstration"
+        case Prompt():
+            return "prompt"
+
+
+def prompt_text(prompt: Text) -> str:
+    """A text that is the same for equal prompts and differs for different ones."""
+    return _canonical(prompt)
+
+
+def _position(key: str) -> float:
+    """Where a hash of the key falls in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
+def _other_label(record: Record) -> Record:
+    match record:
+        case Comparison():
+            return replace(record, chosen=record.rejected, rejected=record.chosen)
+        case Rating():
+            return replace(record, label=not record.label)
+        case _:
+            return record
+
+
+def _converted(config: DataConfig, kinds: Sequence[Kind]) -> list[Record]:
+    found: list[Record] = []
+    for path in config.paths:
+        if read.is_builtin(path):
+            from perlhf.data.coffee_bar import feedback
+
+            available = read.builtin_kinds(path)
+            found.extend(record for kind in kinds if kind in available for record in feedback.records(kind))
+        else:
+            found.extend(_as_kinds(read.read(path, config.format), kinds))
+    return list(_unique_prompts(found))
+
+
+def _as_kinds(records: Iterable[Record], kinds: Sequence[Kind]) -> Iterator[Record]:
+    for record in records:
+        if kind_of(record) in kinds:
+            yield record
+        elif "demonstration" in kinds and isinstance(record, Comparison):
+            yield Demonstration(record.prompt, record.chosen, record.group, weight=record.weight, source=record.source)
+        elif "demonstration" in kinds and isinstance(record, Rating) and record.label:
+            yield Demonstration(
+                record.prompt, record.completion, record.group, weight=record.weight, source=record.source
+            )
+        elif "prompt" in kinds:
+            yield Prompt(record.prompt, record.group, source=record.source)
+
+
+def _unique_prompts(records: Iterable[Record]) -> Iterator[Record]:
+    seen: set[str] = set()
+    for record in records:
+        if isinstance(record, Prompt):
+            key = prompt_text(record.prompt)
+            if key in seen:
+                continue
+            seen.add(key)
+        yield record
+
+
+def _checked_kinds(kinds: Sequence[str]) -> list[Kind]:
+    for kind in kinds:
+        if kind not in KINDS:
+            near = nearest(kind, KINDS)
+            raise DataError(
+                f"no kind of record is called {kind!r}",
+                where="kinds",
+                allowed=", ".join(KINDS),
+                hint=near and f"did you mean {near!r}?",
+            )
+    return [kind for kind in KINDS if kind in kinds]
+
+
+def _empty_split(split: str, config: DataConfig, groups: int) -> DataError:
+    share = {"test": config.test, "validation": config.validation}.get(split, 1 - config.test - config.validation)
+    change = "lower data.validation or data.test" if split == "train" else f"raise data.{split}"
+    return DataError(
+        f"the {split} split is empty: none of {groups} groups falls into it (share {share:g})",
+        where=", ".join(config.paths),
+        allowed="at least one group on each side",
+        hint=f"{change}, give more data, or change data.split_seed",
+    )
+
+
+def _path_hash(path: str, config: DataConfig) -> str:
+    if read.is_builtin(path):
+        return _records_hash(read.read(path))
+    found = files.find(path)
+    if any(file.path is None for file in found):
+        return _records_hash(read.read(path, config.format))
+    hashes = [(file.name, _file_hash(file.path)) for file in found if file.path]
+    return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == path else _sha256(json.dumps(hashes).encode())
+
+
+def _records_hash(records: Iterable[Record]) -> str:
+    return _sha256("\n".join(map(record_hash, records)).encode())
+
+
+def _file_hash(path: Path) -> str:
+    if path.is_dir():
+        inside = sorted(part for part in path.rglob("*") if part.is_file())
+        return _sha256(json.dumps([(part.relative_to(path).as_posix(), _file_hash(part)) for part in inside]).encode())
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"can't be read: {error.strerror}", where=str(path), hint="check the file's permissions"
+        ) from error
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _canonical(found: Any) -> str:
+    return json.dumps(found, sort_keys=True, ensure_ascii=True, default=dict)

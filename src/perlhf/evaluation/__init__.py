@@ -1,0 +1,1 @@
+"""Measuring finished runs on held-out groups. Begin with `evaluate`."""

@@ -1,0 +1,99 @@
+"""Evaluation of finished runs on held-out groups, and scores for a file.
+
+    evaluate(config) -> dict     what RUN/evaluation.json holds; `reward`, `policy` and `sft` say how it is measured
+    score(config)    -> list     records with the scores of a reward run
+
+A number that can't be computed (AUC of one class, an interval of one group) is null.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from perlhf.config.commands import EvaluateConfig, ScoreConfig
+from perlhf.data.records import Comparison
+from perlhf.data.splits import load
+from perlhf.data.tools import to_jsonl
+from perlhf.errors import ConfigError
+from perlhf.evaluation.policy import evaluate_policy
+from perlhf.evaluation.reward import evaluate_reward, score_records
+from perlhf.evaluation.sft import evaluate_sft
+from perlhf.model.open import Finished, read_finished
+from perlhf.runs.manifest import strict_json
+from perlhf.system.files import storage_errors, write_atomic
+
+EVALUATION = "evaluation.json"
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluates a run of any stage, writes the result to `config.output` (RUN/evaluation.json) and returns it.
+
+    Raises:
+        RunError: no run directory, or a run that isn't finished.
+        DataError, ModelError, AdapterError, ServiceError: as the parts say.
+        ConfigError: as the parts say; what only a policy can be asked, of another run; an adapter without `output`.
+        StorageError: the result can't be written.
+    """
+    finished = read_finished(config.run)
+    _check_asked(finished, config)
+    match finished.stage:
+        case "sft":
+            found = evaluate_sft(finished, config)
+        case "reward":
+            found = evaluate_reward(finished, config)
+        case "policy":
+            found = evaluate_policy(finished, config)
+    if config.split in ("validation", "test") and found["groups_seen_in_training"]:
+        seen, groups = found["groups_seen_in_training"], found["groups"]
+        print(f"note: the run was trained on {seen} of these {groups} groups; they aren't unseen", file=sys.stderr)
+    if config.data is not None:  # not the run's own
+        found["data"] = list(config.data.paths)
+    text = strict_json(found, indent=2)
+    _write(config.output or config.run / EVALUATION, text + "\n")
+    return json.loads(text)
+
+
+def _check_asked(finished: Finished, config: EvaluateConfig) -> None:
+    """Raises ConfigError for what would be ignored, or would stand in the run's own evaluation as if it were its."""
+    asked = [name for name in ("adapter", "reward", "best_of", "judge") if getattr(config, name)]
+    if asked and finished.stage != "policy":
+        raise ConfigError(f"{config.run} holds a run of stage {finished.stage}", where=asked[0], allowed="a policy run")
+    if config.adapter and config.output is None:
+        hint = "name a file, such as --output evaluation-of-adapter.json"
+        raise ConfigError("another adapter's evaluation isn't the run's own", where="output", hint=hint)
+
+
+def score(config: ScoreConfig) -> list[dict[str, Any]]:
+    """Scores every rating, demonstration and comparison of a file under a reward run.
+
+    Returns:
+        The rows that are also written as JSON lines (or printed): each record with TRL's column names and `score`, or
+        `score_chosen` and `score_rejected`; null for a record that the run's encoding.drop_long drops.
+
+    Raises:
+        RunError: no finished reward run.
+        DataError, ModelError, AdapterError: as the parts say.
+        StorageError: the rows can't be written; nothing half-written is left.
+    """
+    finished = read_finished(config.run, ("reward",))
+    records = load(config.data, ("comparison", "rating", "demonstration"), "all")
+    model, encoder = finished.open(config.device)
+    budget = config.tokens_per_microbatch or finished.config.microbatch_tokens
+    scores, _ = score_records(model, encoder, records, finished.stage, budget, finished.config.packing)
+    rows: list[dict[str, Any]] = []
+    for record, line, found in zip(records, to_jsonl(records).splitlines(), scores, strict=True):
+        names = ("score_chosen", "score_rejected") if isinstance(record, Comparison) else ("score",)
+        rows.append(json.loads(line) | dict(zip(names, found or [None] * len(names), strict=True)))
+    text = "".join(strict_json(row) + "\n" for row in rows)
+    if config.output is None:
+        print(text, end="")
+    else:
+        _write(config.output, text)
+    return rows
+
+
+def _write(path: Path, text: str) -> None:
+    with storage_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text)

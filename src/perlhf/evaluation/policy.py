@@ -1,0 +1,311 @@
+"""Evaluation of a policy run: its answers beside the reference's, to the same held-out prompts with the same draws."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from perlhf.config.commands import EvaluateConfig
+from perlhf.config.stages import PolicyConfig
+from perlhf.data import order
+from perlhf.data.coffee_bar.feedback import gold
+from perlhf.data.files import BUILTIN
+from perlhf.data.records import Prompt, Text
+from perlhf.data.splits import load
+from perlhf.errors import AdapterError
+from perlhf.evaluation.judge import judge
+from perlhf.evaluation.shared import ROWS, by_length, mean_of, plain, progress, sample_batch, seen_groups, with_interval
+from perlhf.method import advantages, metrics
+from perlhf.method.packing import microbatches
+from perlhf.model import saved
+from perlhf.model.encode import Encoder
+from perlhf.model.model import Model
+from perlhf.model.open import Finished
+from perlhf.rollout.local import Rollout
+from perlhf.rollout.rewards import Rewards, load_rewards
+from perlhf.system.progress import Progress
+
+JUDGED = 8
+"""Pairs that the judge is asked about between two steps of the bar."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both sides of an evaluation have in common."""
+
+    config: EvaluateConfig
+    policy: PolicyConfig
+    model: Model
+    encoder: Encoder
+    rewards: Rewards
+    records: list[Prompt]
+    prompts: list[list[int]]
+    batches: list[list[int]]
+    reference: str | None
+    policy_adapter: str
+    """Whose answers are held beside the reference's."""
+
+    @property
+    def groups(self) -> list[str]:
+        """Of the prompts."""
+        return [record.group for record in self.records]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One completion of each prompt, in the order of the prompts; each array is float64 [prompt]."""
+
+    texts: list[str]
+    scores: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    ended: NDArray[np.float64]
+    kl: NDArray[np.float64] | None
+    """To the reference, in nats a completion, at the sampling temperature; None where that is 0."""
+    gold: NDArray[np.float64] | None
+
+
+def evaluate_policy(finished: Finished, config: EvaluateConfig) -> dict[str, Any]:
+    """What evaluation.json holds of a policy run."""
+    setting, trained_on = _set_up(finished, config)
+    sides = [setting.reference, setting.policy_adapter]
+    at_one = config.temperature != 1
+    with progress((len(sides) + at_one) * len(setting.batches), "answers") as bar:
+        before, after = (_answers(setting, adapter, bar) for adapter in sides)
+        # A KL at another temperature than that of the samples would be no expectation under the policy: sample again.
+        kl_at_one = _kl_at_one(setting, setting.policy_adapter, bar) if at_one else after.kl
+    assert kl_at_one is not None
+    described = {"before": _describe(before, setting), "after": _describe(after, setting)}
+    zero = np.zeros(len(setting.records))
+    for side, values in (("before", zero), ("after", kl_at_one)):
+        described[side]["kl_temperature_1"] = with_interval(mean_of(values), setting.groups, config)
+    changes = {"score": after.scores - before.scores, "tokens": after.tokens - before.tokens}
+    if before.gold is not None and after.gold is not None:
+        changes["gold"] = after.gold - before.gold
+    sources = config.reward or setting.policy.reward
+    return {
+        "kind": "policy",
+        "split": config.split,
+        "n": len(setting.records),
+        "groups": len(set(setting.groups)),
+        "groups_seen_in_training": seen_groups(setting.records, trained_on),
+        **described,
+        "change": {key: with_interval(mean_of(values), setting.groups, config) for key, values in changes.items()},
+        **_win_rates(setting, before, after, ", ".join(sources)),
+        **({"best_of": _best_of(setting, before)} if config.best_of else {}),
+        "temperature": config.temperature,
+        "max_completion_tokens": setting.policy.max_completion_tokens,
+        "reward": list(sources),
+        **({"adapter": str(config.adapter)} if config.adapter else {}),
+        "bootstrap": config.bootstrap,
+        "seed": config.seed,
+        "samples": [
+            _sample_row(record.prompt, record.group, before, after, i) for i, record in enumerate(setting.records)
+        ],
+    }
+
+
+def _set_up(finished: Finished, config: EvaluateConfig) -> tuple[Setting, list[Prompt]]:
+    """The setting, and the prompts that the policy was trained on."""
+    policy = finished.config
+    assert isinstance(policy, PolicyConfig)
+    trained_on = _prompts(load(policy.data, ("prompt",), "train"))
+    found = _prompts(load(config.data or policy.data, ("prompt",), config.split))
+    records = order.choose(found, config.prompts, config.seed)
+    model, encoder = finished.open(config.device)
+    reference = None
+    if policy.sft is not None:
+        reference = saved.load_adapter(model, policy.sft / "adapter", "sft", encoder).name
+        model.freeze(reference)
+    answers = finished.stage if config.adapter is None else _load_answering(model, config.adapter, encoder)
+    rewards = load_rewards(model, config.reward or policy.reward, policy.combine, encoder)
+    prompts = [encoder.cut_prompt(record.prompt, policy.max_completion_tokens) for record in records]
+    setting = Setting(config, policy, model, encoder, rewards, records, prompts, by_length(prompts), reference, answers)
+    return setting, trained_on
+
+
+def _load_answering(model: Model, directory: Path, encoder: Encoder) -> str:
+    """The name of an adapter that answers instead of the run's own."""
+    adapter = saved.load_adapter(model, directory, "answering", encoder)
+    if adapter.head is not None:
+        raise AdapterError(f"a {adapter.role} adapter writes no answers", where=str(directory), allowed="sft or policy")
+    model.freeze(adapter.name)
+    return adapter.name
+
+
+def _prompts(records: Sequence[Any]) -> list[Prompt]:
+    return [record for record in records if isinstance(record, Prompt)]
+
+
+def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
+    """Completions under `adapter` with everything that is measured of each."""
+    config, policy, count = setting.config, setting.policy, len(setting.records)
+    texts, scores, tokens, ended, kl = [""] * count, np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count)
+    for batch in setting.batches:
+        rollout = _rollout(setting, adapter, batch, config.temperature)
+        chosen: list[Text] = [setting.records[i].prompt for i in batch]
+        scores[batch] = setting.rewards.scores(
+            setting.model,
+            setting.encoder,
+            rollout.prompts,
+            rollout.completions,
+            chosen,
+            config.tokens_per_microbatch or policy.microbatch_tokens,
+        )
+        tokens[batch], ended[batch] = [len(ids) for ids in rollout.completions], rollout.ended
+        if adapter != setting.reference and config.temperature:
+            kl[batch] = _kl(setting, adapter, rollout, config.temperature)
+        for i, ids in zip(batch, rollout.completions, strict=True):
+            texts[i] = setting.encoder.decode(ids)
+        bar.advance()
+    golden = _golden(setting, range(count), texts)
+    return Answers(texts, scores, tokens, ended, kl if config.temperature else None, golden)
+
+
+def _golden(setting: Setting, numbers: Sequence[int], texts: Sequence[str]) -> NDArray[np.float64] | None:
+    """Gold scores of texts that answer the prompts of these numbers; None where the set has no gold score."""
+    paths = (setting.config.data or setting.policy.data).paths
+    if not all(path.split("/")[0] == BUILTIN for path in paths):
+        return None
+    return np.array([gold(setting.records[i].prompt, text) for i, text in zip(numbers, texts, strict=True)])
+
+
+def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
+    """For each n: the reference's best of n answers by what the policy learned from, scored as the policy is.
+
+    The first of the n is the answer `before`. No policy that chooses among n answers is further from the reference than
+    log n - (n - 1) / n nats (arXiv 2401.01879).
+    """
+    config, policy, most = setting.config, setting.policy, max(setting.config.best_of)
+    chooser = setting.rewards
+    if config.reward:
+        chooser = load_rewards(setting.model, policy.reward, policy.combine, setting.encoder, "chooser")
+    shape = len(setting.records), most
+    chosen_by, scores, tokens = (np.zeros(shape) for _ in range(3))
+    golden = np.zeros(shape) if before.gold is not None else None
+    at_once = max(1, ROWS // most)
+    batches = [batch[at : at + at_once] for batch in setting.batches for at in range(0, len(batch), at_once)]
+    with progress(len(batches), f"best of {most}") as bar:
+        for batch in batches:
+            rollout = _rollout(setting, setting.reference, batch, config.temperature, most)
+            numbers = [i for i in batch for _ in range(most)]
+            given = (
+                *(setting.model, setting.encoder, rollout.prompts, rollout.completions),
+                [setting.records[i].prompt for i in numbers],
+                config.tokens_per_microbatch or policy.microbatch_tokens,
+            )
+            chosen_by[batch] = chooser.scores(*given).reshape(-1, most)
+            scores[batch] = setting.rewards.scores(*given).reshape(-1, most) if config.reward else chosen_by[batch]
+            tokens[batch] = np.reshape([len(ids) for ids in rollout.completions], (-1, most))
+            if golden is not None:
+                found = _golden(setting, numbers, [setting.encoder.decode(ids) for ids in rollout.completions])
+                assert found is not None
+                golden[batch] = found.reshape(-1, most)
+            bar.advance()
+    return {str(n): _best_of_first(n, setting, before, chosen_by, scores, tokens, golden) for n in config.best_of}
+
+
+def _best_of_first(
+    n: int,
+    setting: Setting,
+    before: Answers,
+    chosen_by: NDArray[np.float64],
+    scores: NDArray[np.float64],
+    tokens: NDArray[np.float64],
+    golden: NDArray[np.float64] | None,
+) -> dict[str, Any]:
+    """Means of the best of the first n answers; arrays are [prompt, answer]."""
+    rows, best = np.arange(len(scores)), chosen_by[:, :n].argmax(1)
+    reached = scores[rows, best]
+    points = (reached > before.scores) + 0.5 * (reached == before.scores)
+    points[best == 0] = 0.5  # the same answer, which another batch may score otherwise in the last bits
+    columns = {"score": reached, "chosen_by": chosen_by[rows, best], "tokens": tokens[rows, best], "win_rate": points}
+    if golden is not None:
+        columns["gold"] = golden[rows, best]
+    found: dict[str, Any] = {
+        key: with_interval(mean_of(values), setting.groups, setting.config) for key, values in columns.items()
+    }
+    return found | {"kl_at_most": float(np.log(n) - (n - 1) / n)}
+
+
+def _rollout(setting: Setting, adapter: str | None, batch: list[int], temperature: float, samples: int = 1) -> Rollout:
+    return sample_batch(
+        setting.model,
+        setting.encoder,
+        setting.prompts,
+        batch,
+        adapter=adapter,
+        temperature=temperature,
+        max_completion_tokens=setting.policy.max_completion_tokens,
+        seed=setting.config.seed,
+        samples=samples,
+    )
+
+
+@torch.no_grad()
+def _kl(setting: Setting, adapter: str | None, rollout: Rollout, temperature: float) -> NDArray[np.float64]:
+    """log pi - log reference of each completion, both at `temperature`, on the same batch layout."""
+    rows = [[(*p, *c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
+    found, packing = np.zeros(len(rows)), setting.policy.packing
+    budget = setting.config.tokens_per_microbatch or setting.policy.microbatch_tokens
+    for batch in microbatches(rows, budget, packing):
+        chosen = [rollout.prompts[i] for i in batch], [rollout.completions[i] for i in batch]
+        now = setting.model.logprobs(*chosen, adapter, temperature=temperature, packing=packing)
+        reference = setting.model.logprobs(*chosen, setting.reference, temperature=temperature, packing=packing)
+        found[batch] = advantages.completion_kl(now.logprobs, reference.logprobs, now.mask).cpu().numpy()
+    return found
+
+
+def _kl_at_one(setting: Setting, adapter: str, bar: Progress) -> NDArray[np.float64]:
+    found = np.zeros(len(setting.records))
+    for batch in setting.batches:
+        found[batch] = _kl(setting, adapter, _rollout(setting, adapter, batch, 1.0), 1.0)
+        bar.advance()
+    return found
+
+
+def _describe(answers: Answers, setting: Setting) -> dict[str, Any]:
+    columns = {"score": answers.scores, "gold": answers.gold, "kl": answers.kl}
+    columns |= {"tokens": answers.tokens, "end_rate": answers.ended}
+    described: dict[str, Any] = {
+        key: None if values is None else with_interval(mean_of(values), setting.groups, setting.config)
+        for key, values in columns.items()
+    }
+    for n in (1, 2):  # without interval: a resample repeats texts
+        value = metrics.distinct_ngrams(answers.texts, n)
+        described[f"distinct_{n}"] = {"value": value, "low": None, "high": None}
+    return described
+
+
+def _win_rates(setting: Setting, before: Answers, after: Answers, sources: str) -> dict[str, Any]:
+    """Win rate of the policy over the reference: by score and, where one is named, by the judge; ties count half."""
+    config, groups = setting.config, setting.groups
+    points = (after.scores > before.scores) + 0.5 * (after.scores == before.scores)
+    by_score = {**(with_interval(mean_of(points), groups, config) or {}), "by": sources}
+    if config.judge is None:
+        return {"win_rate": by_score}
+    parts, unparsable = [], 0
+    starts = range(0, len(groups), JUDGED)
+    with progress(len(starts), "judge") as bar:
+        for start in starts:
+            chosen = slice(start, start + JUDGED)
+            prompts = [record.prompt for record in setting.records[chosen]]
+            answer = judge(prompts, after.texts[chosen], before.texts[chosen], config.judge, config.judge_model)
+            parts.append(answer.points)
+            unparsable += answer.unparsable
+            bar.advance()
+    rate = with_interval(mean_of(np.concatenate(parts)), groups, config) or {}
+    by_judge = {**rate, "by": f"judge {config.judge_model}, both orders", "unparsable": unparsable}
+    return {"win_rate": by_judge, "win_rate_by_score": by_score}
+
+
+def _sample_row(prompt: Text, group: str, before: Answers, after: Answers, i: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"group": group, "prompt": plain(prompt), "before": before.texts[i], "after": after.texts[i]}
+    row |= {"score_before": before.scores[i].item(), "score_after": after.scores[i].item()}
+    row["kl"] = None if after.kl is None else after.kl[i].item()
+    for side, answers in (("before", before), ("after", after)):
+        row[f"gold_{side}"] = None if answers.gold is None else answers.gold[i].item()
+    return row

@@ -1,0 +1,271 @@
+"""Evaluation of a reward run: metrics on held-out groups beside baselines that were fitted on its training groups."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from perlhf.config.commands import EvaluateConfig
+from perlhf.data import order
+from perlhf.data.records import Comparison, Demonstration, Rating, Record
+from perlhf.data.splits import load
+from perlhf.errors import DataError
+from perlhf.evaluation import baselines
+from perlhf.evaluation.shared import Measured, Statistic, plain, progress, seen_groups, with_interval
+from perlhf.method import metrics
+from perlhf.method.packing import Ids, Packing, microbatches
+from perlhf.model.encode import Encoder
+from perlhf.model.model import Model
+from perlhf.model.open import Finished
+from perlhf.training import loop
+
+METRICS = ("auc", "accuracy", "balanced_accuracy", "pairwise_accuracy")
+"""What baselines are measured by, too."""
+MAX_SAMPLES = 500
+KINDS = ("comparison", "rating")
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Ratings or comparisons with scores: [n] of ratings, [n, 2] (chosen, rejected) of comparisons."""
+
+    ratings: list[Rating]
+    comparisons: list[Comparison]
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> "Judged":
+        """Both kinds apart, in order."""
+        return cls(
+            [record for record in records if isinstance(record, Rating)],
+            [record for record in records if isinstance(record, Comparison)],
+        )
+
+    @property
+    def labels(self) -> NDArray[np.bool_]:
+        """Of the ratings."""
+        return np.array([record.label for record in self.ratings], dtype=bool)
+
+    def statistics(self, rated: Scores | None, compared: Scores | None) -> dict[str, tuple[Statistic, list[str]]]:
+        """Metrics of these scores by name, each with the groups that it is resampled by."""
+        found: dict[str, tuple[Statistic, list[str]]] = {}
+        if rated is not None:
+            groups = [record.group for record in self.ratings]
+            found = {name: (one, groups) for name, one in _rating_statistics(rated, self.labels).items()}
+        if compared is not None:
+            groups = [record.group for record in self.comparisons]
+            found |= {name: (one, groups) for name, one in _comparison_statistics(compared).items()}
+        return found
+
+
+def evaluate_reward(finished: Finished, config: EvaluateConfig) -> dict[str, Any]:
+    """What evaluation.json holds of a reward run."""
+    trained_on = load(finished.config.data, KINDS, "train")
+    found = load(config.data or finished.config.data, KINDS, config.split)
+    model, encoder = finished.open(config.device)
+    budget = config.tokens_per_microbatch or finished.config.microbatch_tokens
+    scored, counts = score_records(model, encoder, found, finished.stage, budget, finished.config.packing)
+    pairs = [(record, scores) for record, scores in zip(found, scored, strict=True) if scores is not None]
+    records = [record for record, _ in pairs]
+    test, train = Judged.of(records), Judged.of(trained_on)
+    rated = [scores[0] for record, scores in pairs if isinstance(record, Rating)]
+    compared = [scores for record, scores in pairs if isinstance(record, Comparison)]
+    own = (np.array(rated) if rated else None, np.array(compared) if compared else None)
+    baselines = _baselines(train, test)
+    return {
+        "kind": "reward",
+        "split": config.split,
+        "n": len(records),
+        "groups": len({record.group for record in records}),
+        "ratings": len(test.ratings),
+        "comparisons": len(test.comparisons),
+        "groups_seen_in_training": seen_groups(records, trained_on),
+        "counts": counts,
+        **_measure(test, own, baselines, config),
+        "calibration": _calibration(own[0], test, config),
+        "bootstrap": config.bootstrap,
+        "seed": config.seed,
+        "records": _scores_of(test, own),
+        "samples": _samples(order.choose(pairs, MAX_SAMPLES, config.seed)),
+    }
+
+
+def score_records(
+    model: Model, encoder: Encoder, records: Sequence[Record], adapter: str, max_tokens: int, packing: Packing
+) -> tuple[list[list[float] | None], dict[str, int]]:
+    """Scores of each record's completions (chosen, rejected; or the one), None for a record dropped as too long.
+
+    Records are laid out as in training's own validation, so that the same records give bit-equal scores. Also counts of
+    cut and dropped records.
+
+    Raises:
+        TooLong: a completion that can't fit, unless the run's encoding.drop_long says to drop it.
+    """
+    texts = [(record.prompt, _completions(record), record.source) for record in records]
+    encoded, counts = loop.encode_all(encoder, texts, encoder.config.drop_long)
+    kept = [number for number, examples in enumerate(encoded) if examples is not None]
+    sequences: list[list[Ids]] = [[example.ids for example in examples] for examples in encoded if examples is not None]
+    batches = microbatches(sequences, max_tokens, packing)
+    with progress(len(batches), "scores") as bar:
+        found = loop.score_batches(model, sequences, batches, adapter, packing, bar.advance)
+    scores: list[list[float] | None] = [None] * len(records)
+    for number, line in zip(kept, found, strict=True):
+        scores[number] = line
+    return scores, counts
+
+
+def _completions(record: Record) -> list[Any]:
+    match record:
+        case Comparison():
+            return [record.chosen, record.rejected]
+        case Rating() | Demonstration():
+            return [record.completion]
+        case _:
+            raise AssertionError("a prompt has no completion to score")
+
+
+def _rating_statistics(scores: Scores, labels: NDArray[np.bool_]) -> dict[str, Statistic]:
+    probabilities = expit(scores)
+    return {
+        "auc": lambda i: metrics.auc(scores[i], labels[i]),
+        "accuracy": lambda i: metrics.accuracy(scores[i], labels[i]),
+        "balanced_accuracy": lambda i: metrics.balanced_accuracy(scores[i], labels[i]),
+        "rating_loss": lambda i: metrics.log_loss(scores[i], labels[i]),
+        "expected_calibration_error": lambda i: metrics.expected_calibration_error(probabilities[i], labels[i]),
+    }
+
+
+def _comparison_statistics(scores: Scores) -> dict[str, Statistic]:
+    losses = np.logaddexp(0, scores[:, 1] - scores[:, 0])
+    return {
+        "pairwise_accuracy": lambda i: metrics.pairwise_accuracy(scores[i, 0], scores[i, 1]),
+        "comparison_loss": lambda i: float(losses[i].mean()),
+    }
+
+
+def _baselines(train: Judged, test: Judged) -> dict[str, tuple[Scores | None, Scores | None, str]]:
+    """By name: scores of the test ratings and comparisons (None where it has none), and why a fit failed or ""."""
+    fits: dict[str, tuple[Callable[[], Scores] | None, Callable[[], Scores] | None]] = {
+        "bag_of_words": (
+            lambda: baselines.bag_of_words(train.ratings, test.ratings),
+            lambda: baselines.bag_of_words(train.comparisons, test.comparisons),
+        ),
+        "position": (lambda: baselines.position_baseline(train.ratings, test.ratings), None),
+        "length": (
+            lambda: baselines.length_baseline(train.ratings, test.ratings),
+            lambda: baselines.length_baseline(train.comparisons, test.comparisons),
+        ),
+        "majority": (lambda: _majority(train, test), None),
+    }
+    found: dict[str, tuple[Scores | None, Scores | None, str]] = {}
+    with progress(len(fits), "baselines") as bar:
+        for name, (rate, compare) in fits.items():
+            rated, why = _fitted(rate if test.ratings else None)
+            compared, why_not = _fitted(compare if test.comparisons else None)
+            found[name] = (rated, compared, why or why_not)
+            bar.advance()
+    return found
+
+
+def _fitted(fit: Callable[[], Scores] | None) -> tuple[Scores | None, str]:
+    if fit is None:
+        return None, ""
+    try:
+        return fit(), ""
+    except DataError as error:  # such as training records of one class: there is nothing to compare with
+        return None, error.what
+
+
+def _majority(train: Judged, test: Judged) -> Scores:
+    """The more frequent label of training (up on a tie), for every rating."""
+    labels = train.labels
+    if not len(labels):
+        raise DataError("the run's training groups hold no rating")
+    return np.full(len(test.ratings), 1.0 if 2 * labels.sum() >= len(labels) else -1.0)
+
+
+def _measure(
+    test: Judged,
+    own: tuple[Scores | None, Scores | None],
+    baselines: dict[str, tuple[Scores | None, Scores | None, str]],
+    config: EvaluateConfig,
+) -> dict[str, Any]:
+    """Metrics of the model and of each baseline, and of the model minus bag of words on the same resamples."""
+    sides = {"model": test.statistics(*own)}
+    sides |= {name: test.statistics(rated, compared) for name, (rated, compared, _) in baselines.items()}
+    words, model = sides["bag_of_words"], sides["model"]
+    sides["difference"] = {name: (_minus(model[name][0], words[name][0]), words[name][1]) for name in words}
+    wanted = [(side, name) for side, named in sides.items() for name in named if side == "model" or name in METRICS]
+    found: dict[str, dict[str, Measured | str | None]] = {
+        side: dict.fromkeys(METRICS) if side == "model" else {} for side in sides
+    }
+    with progress(len(wanted), "intervals") as bar:
+        for side, name in wanted:
+            statistic, groups = sides[side][name]
+            found[side][name] = with_interval(statistic, groups, config)
+            bar.advance()
+    for name, (_, _, why) in baselines.items():
+        found[name] |= {"unavailable": why} if why else {}
+    return {
+        "metrics": found["model"],
+        "baselines": {name: found[name] for name in baselines},
+        "minus_bag_of_words": found["difference"],
+    }
+
+
+def _minus(first: Statistic, second: Statistic) -> Statistic:
+    return lambda indices: first(indices) - second(indices)
+
+
+def _calibration(scores: Scores | None, test: Judged, config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Bins of `metrics.calibration` with an interval of the observed share; none for comparisons."""
+    if scores is None:
+        return []
+    probabilities, labels = expit(scores), test.labels
+    groups = [record.group for record in test.ratings]
+    rows: list[dict[str, Any]] = []
+    for row in metrics.calibration(probabilities, labels):
+        last = row["high"] == 1
+        inside = (probabilities >= row["low"]) & ((probabilities < row["high"]) | last)
+        low, high = metrics.cluster_bootstrap(_share(labels, inside), groups, config.bootstrap, config.seed)
+        rows.append({**row, "observed_low": low, "observed_high": high})
+    return rows
+
+
+def _share(labels: NDArray[np.bool_], inside: NDArray[np.bool_]) -> Statistic:
+    """Share of ups among the records inside; nan when a resample has none there."""
+
+    def share(indices: NDArray[np.intp]) -> float:
+        chosen = labels[indices][inside[indices]]
+        return float(chosen.mean()) if len(chosen) else float("nan")
+
+    return share
+
+
+def _scores_of(test: Judged, own: tuple[Scores | None, Scores | None]) -> dict[str, dict[str, list[Any]]]:
+    """Every record's group and scores, column by column: what `compare` resamples."""
+    rated, compared = ([] if scores is None else scores.round(6).tolist() for scores in own)
+    return {
+        "ratings": {
+            "group": [record.group for record in test.ratings],
+            "label": test.labels.tolist(),
+            "score": rated,
+        },
+        "comparisons": {"group": [record.group for record in test.comparisons], "scores": compared},
+    }
+
+
+def _samples(pairs: Sequence[tuple[Record, list[float]]]) -> list[dict[str, Any]]:
+    """One row a completion; `label` of a comparison's is whether it was chosen."""
+    rows = []
+    for record, scores in pairs:
+        verdicts = [record.label] if isinstance(record, Rating) else [True, False]
+        for text, label, score in zip(_completions(record), verdicts, scores, strict=True):
+            kind = "rating" if isinstance(record, Rating) else "comparison"
+            row = {"prompt": plain(record.prompt), "completion": plain(text), "label": label, "score": score}
+            rows.append({**row, "kind": kind, "source": record.source})
+    return rows

@@ -1,0 +1,220 @@
+"""Keys and values while completions are sampled: a prompt's once for all its rows, each row's own tokens beside them.
+
+`attention` hands over what every layer attends with: the prompts' keys and values by `record`, then one token a row by
+`attend`, which computes it over its prompt and what the row has sampled. Nothing is copied from step to step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perlhf.kernels import cpu
+from perlhf.method.packing import length_mask
+
+KERNELS = ("cpu",)
+"""Devices with torch's flash kernel that tells its log-sums; CUDA has one too, elsewhere it is written out."""
+ALIGNED = 16
+"""Elements to a multiple of which rows of a mask are laid out in memory, as CUDA's kernel wants them."""
+GROW = 64
+"""Tokens by which the rows' own buffers grow."""
+FIXED = ("cuda",)
+"""Devices where a step changes no tensor's shape, so that it can be recorded as a graph and replayed (`decoding`)."""
+
+
+class KeyValueCache:
+    """Filled by one pass over the prompts; after `fork` it takes one token a row at a time.
+
+    Args:
+        positions: for each prompt, where its tokens lie in the packed row of that pass.
+        device: of the network.
+    """
+
+    def __init__(self, positions: Sequence[Sequence[int]], device: torch.device):
+        self.lengths = torch.tensor([len(places) for places in positions], device=device)
+        self.seen = length_mask([len(places) for places in positions], device)
+        self._places = torch.zeros(self.seen.shape, dtype=torch.long, device=device)
+        self._places[self.seen] = torch.tensor([at for places in positions for at in places], device=device)
+        self.rows = torch.arange(0, device=device)
+        """[row] the prompt of each row; none before `fork`."""
+        self.time = 0
+        """Tokens that each row has beyond its prompt; on `FIXED` devices `_now` tells it."""
+        self.fixed = device.type in FIXED
+        """Whether a step changes no tensor's shape."""
+        self._prompts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
+        # Rounded logits would move the probabilities: products are float32. Torch's kernel wants all tensors so.
+        self._dtype = torch.float32 if device.type in KERNELS and cpu.library() is None else None
+        self._adds_up_wide = device.type == "cuda"  # CUDA's kernel computes them so itself
+
+    def fork(self, samples: int, most: int | None = None) -> None:
+        """`samples` rows for each prompt, ordered by prompt; on `FIXED` devices with room for `most` tokens at once."""
+        assert not len(self.rows), "forked already"
+        device, room = self.lengths.device, most + -most % ALIGNED if most and self.fixed else GROW
+        self.rows = torch.arange(len(self.lengths), device=device).repeat_interleave(samples)
+        self._own = {
+            layer: (self._empty(keys, room), self._empty(values, room))
+            for layer, (keys, values) in self._prompts.items()
+        }
+        if self.fixed:
+            dtype = next(iter(self._prompts.values()))[0].dtype
+            self._now = torch.zeros(1, dtype=torch.long, device=device)
+            self._later = torch.full((1, 1, 1, room), -torch.inf, dtype=dtype, device=device)
+            self._later[..., 0] = 0
+        self._arrange()
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but these (ascending numbers), and prompts that have no row left."""
+        self.rows = self.rows[rows]
+        self._own = {layer: (k[rows], v[rows]) for layer, (k, v) in self._own.items()}
+        left = torch.unique(self.rows)
+        if len(left) < len(self.lengths):
+            self._prompts = {layer: (k[left], v[left]) for layer, (k, v) in self._prompts.items()}
+            self.lengths, self.seen = self.lengths[left], self.seen[left]
+            self.rows = torch.searchsorted(left, self.rows)
+        self._arrange()
+
+    def positions(self) -> Tensor:
+        """[row] depth of the token that comes next."""
+        return self.lengths[self.rows] + (self._now if self.fixed else self.time)
+
+    def record(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keys and values of the packed prompts [kv_heads, tokens, width] in one layer."""
+        assert not len(self.rows) and layer not in self._prompts, "the prompts are one packed row, once"
+        self._prompts[layer] = self._of_prompts(key), self._of_prompts(value)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """softmax(scaling * q k^T) v of one new token a row, kept from now on.
+
+        Args:
+            query: [row, heads, 1, width]; key, value: [row, kv_heads, 1, width].
+
+        Returns:
+            [row, heads, 1, width of value].
+        """
+        keys, values = self._prompts[layer]
+        count, heads, _, width = query.shape
+        kv_heads = keys.shape[1]
+        if cpu.usable(query, keys, values) and width == values.shape[-1]:
+            return self._attend_natively(layer, query, key, value, scaling)
+        share, dtype = heads // kv_heads, query.dtype if self._adds_up_wide else torch.float32
+        q = query.to(dtype).reshape(count, kv_heads, share, width)
+        past, past_sum = attend_part(self._by_prompt(q), keys.to(dtype), values.to(dtype), scaling, mask=self._hidden)
+        past, past_sum = self._by_row(past, share), self._by_row(past_sum[..., None], share).squeeze(-1)
+        for buffer, new in zip(self._own[layer], (key, value), strict=True):
+            if self.fixed:
+                buffer.index_copy_(2, self._now, new.to(buffer.dtype))
+            else:
+                buffer[:, :, self.time] = new[:, :, 0]
+        seen, mask = (None, self._later.to(dtype)) if self.fixed else (self.time + 1, None)
+        own_keys, own_values = (buffer[:, :, :seen].to(dtype) for buffer in self._own[layer])
+        mixed = mix((past, past_sum), attend_part(q, own_keys, own_values, scaling, mask=mask))
+        return mixed.reshape(count, heads, 1, -1).to(query.dtype)
+
+    def advance(self) -> None:
+        """The token of each row has gone through all layers."""
+        self.time += 1
+        if self.time == next(iter(self._own.values()))[0].shape[2]:
+            self._own = {layer: (_grown(keys, 0.0), _grown(values, 0.0)) for layer, (keys, values) in self._own.items()}
+            if self.fixed:
+                self._later = _grown(self._later.transpose(2, 3), -torch.inf).transpose(2, 3).contiguous()
+        if self.fixed:
+            self._now += 1
+            self._later.index_fill_(3, self._now, 0)
+
+    def _attend_natively(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+        (keys, values), (own_keys, own_values) = self._prompts[layer], self._own[layer]
+        out = torch.empty_like(query)
+        prompts, kv_heads, longest, width = keys.shape
+        capacity, time = own_keys.shape[2], self.time + 1
+        sizes = cpu.int64s([prompts, longest, query.shape[1], kv_heads, width, capacity, time])
+        tensors = query, key, value, keys, values, own_keys, own_values, out, self.lengths, self._first_rows
+        cpu.call("decode", *tensors, sizes, float(scaling))
+        return out
+
+    def _empty(self, like: Tensor, room: int) -> Tensor:
+        return like.new_zeros(len(self.rows), like.shape[1], room, like.shape[3])
+
+    def _of_prompts(self, packed: Tensor) -> Tensor:
+        """[kv_heads, tokens, width] as [prompt, kv_heads, longest, width]; rows beyond a prompt's end are hidden."""
+        return packed[:, self._places].transpose(0, 1).to(self._dtype or packed.dtype).contiguous()
+
+    def _arrange(self) -> None:
+        """Places for the rows of each prompt: all prompts get as many as the one with most rows. Their mask, too."""
+        prompts, longest = self.seen.shape
+        dtype = next(iter(self._prompts.values()))[0].dtype if self._adds_up_wide else torch.float32
+        hidden = torch.zeros(prompts, longest + -longest % ALIGNED, dtype=dtype, device=self.seen.device)
+        self._hidden = hidden[:, :longest].masked_fill_(~self.seen, -torch.inf)[:, None, None]
+        counts = torch.bincount(self.rows, minlength=len(self.lengths))
+        self._first_rows = F.pad(counts.cumsum(0), (1, 0))
+        self._most = int(counts.max())
+        first = counts.cumsum(0) - counts
+        rank = torch.arange(len(self.rows), device=self.rows.device) - first[self.rows]
+        self._slots = None if bool((counts == self._most).all()) else self.rows * self._most + rank
+
+    def _by_prompt(self, rows: Tensor) -> Tensor:
+        """[row, kv_heads, share, x] as [prompt, kv_heads, most * share, x]: a prompt's rows side by side."""
+        prompts, (_, kv_heads, share, last) = len(self.lengths), rows.shape
+        if self._slots is not None:
+            rows = rows.new_zeros(prompts * self._most, kv_heads, share, last).index_copy_(0, self._slots, rows)
+        return (
+            rows.view(prompts, self._most, kv_heads, share, last)
+            .transpose(1, 2)
+            .reshape(prompts, kv_heads, self._most * share, last)
+        )
+
+    def _by_row(self, prompts: Tensor, share: int) -> Tensor:
+        """The reverse of `_by_prompt`."""
+        count, kv_heads, _, last = prompts.shape
+        rows = prompts.view(count, kv_heads, self._most, share, last).transpose(1, 2)
+        rows = rows.reshape(count * self._most, kv_heads, share, last)
+        return rows if self._slots is None else rows[self._slots]
+
+
+def attend_part(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, *, mask: Tensor | None = None, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """softmax(scaling * q k^T + mask) v over part of what the queries see, and what joins it with other parts.
+
+    Args:
+        query: [batch, heads, n, width]; keys, values: [batch, heads, m, width] of the same dtype.
+        mask: to be added, broadcast to [batch, heads, n, m].
+        causal: query i sees keys 0 to i alone.
+
+    Returns:
+        [batch, heads, n, width], and the logarithm of each row's sum of exponentials, float32 [batch, heads, n].
+    """
+    if query.device.type in KERNELS:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, 0.0, causal, attn_mask=mask, scale=scaling
+        )
+    if query.device.type == "cuda" and query.shape[-1] % 8 == values.shape[-1] % 8 == 0:
+        if mask is not None:
+            mask = mask.expand(*query.shape[:3], keys.shape[2])
+        mixed, log_sum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, keys, values, mask, True, 0.0, causal, scale=scaling
+        )
+        return mixed, log_sum[..., : query.shape[2]]
+    logits = (query.float() @ keys.float().transpose(2, 3)) * scaling
+    if causal:
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
+    logits = logits if mask is None else logits + mask
+    log_sum = logits.logsumexp(-1)
+    return torch.exp(logits - log_sum[..., None]).to(values.dtype) @ values, log_sum
+
+
+def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of both parts: each weighted by its share of all exponentials. As `attend_part`."""
+    return mix(first, second), torch.logaddexp(first[1], second[1])
+
+
+def mix(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """What `join_parts` gives first."""
+    weight = torch.sigmoid(second[1] - first[1])[..., None]
+    return torch.lerp(first[0].float(), second[0].float(), weight).to(first[0].dtype)
+
+
+def _grown(buffer: Tensor, value: float) -> Tensor:
+    return torch.cat([buffer, buffer.new_full((*buffer.shape[:2], GROW, buffer.shape[3]), value)], 2)

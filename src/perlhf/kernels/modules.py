@@ -1,0 +1,358 @@
+"""The network's modules as we compute them: adapted linear layers, norms, gated MLPs, attention with rotary positions.
+
+`fuse` puts them in the place of the network's own. They do what those do, operation by operation, so that their
+outputs are the same bit for bit; a module whose output differs on random input stays as it is. Their backwards take
+fewer passes over memory and keep fewer tensors. A CPU's own kernels (`cpu`) then add up in another order. Parameters
+keep their names.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from perlhf.kernels import cpu, tree_attention
+from perlhf.method.lora import LowRank, adapted_linear, joined
+from perlhf.method.targets import match
+
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
+KNOWN = ("config", "layer_idx", "head_dim", "scaling", "num_key_value_groups")
+
+
+class AdaptedLinear(nn.Module):
+    """Replaces an `nn.Linear` of the base. With no active adapter it is that layer exactly.
+
+    The adapters in `pairs` are deliberately not registered as parameters: the base's names and parameters stay its own.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight
+        self.bias: nn.Parameter | None = linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.pairs: dict[str, LowRank] = {}
+        self.active: tuple[str, ...] = ()
+        self._held: tuple[Tensor, Tensor] | None = None
+        self._held_for_few: tuple[Tensor, Tensor] | None = None
+
+    def hold(self) -> None:
+        """Converts the active pairs once, for all passes until `release`: their weights must not change meanwhile."""
+        pairs = self._pairs()
+        if pairs:
+            self._held = joined(pairs, self.weight.dtype)
+            self._held_for_few = cpu.padded(*self._held)
+
+    def release(self) -> None:
+        """The pairs are read at every pass again."""
+        self._held = self._held_for_few = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out] under the active adapters."""
+        if self.bias is None and cpu.few_rows(x, self.weight):
+            if self._held_for_few is not None:
+                return cpu.linear(x, self.weight, self._held_for_few)
+            if not self._pairs():
+                return cpu.linear(x, self.weight)
+        if self._held is not None:
+            return adapted_linear(x, self.weight, self.bias, *self._held)
+        pairs = self._pairs()
+        if not pairs:
+            return F.linear(x, self.weight, self.bias)
+        dtype, top = self.weight.dtype, self.pairs.get(self.active[-1])
+        if top is not None and top.dropout and self.training:
+            keep = F.dropout(torch.ones_like(x), top.dropout)
+            a, b = top.a.to(dtype), (top.b * top.scale).to(dtype)
+            if len(pairs) == 1:
+                return adapted_linear(x, self.weight, self.bias, a, b, keep)
+            # What lies beneath is frozen: its input isn't dropped.
+            return self._adapted(x, pairs[:-1]) + F.linear(F.linear(x * keep, a), b)
+        return self._adapted(x, pairs)
+
+    def _pairs(self) -> list[LowRank]:
+        return [self.pairs[name] for name in self.active if name in self.pairs]
+
+    def _adapted(self, x: Tensor, pairs: Sequence[LowRank]) -> Tensor:
+        return adapted_linear(x, self.weight, self.bias, *joined(pairs, self.weight.dtype))
+
+
+class RmsNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps), in float32, over the last dimension."""
+
+    def __init__(self, weight: nn.Parameter, eps: float):
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to the same shape and dtype."""
+        if not torch.is_grad_enabled():
+            # Without the cost of a graph's node, which shows where there are few rows.
+            plain = x.dtype == torch.float32 and not cpu.usable(x, self.weight)
+            if plain or (x.device.type == "cuda" and cpu.is_sampling()):
+                return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+            return _normed(x, self.weight, self.eps)[0]
+        return cast(Tensor, _RmsNorm.apply(x, self.weight, self.eps))
+
+
+class GatedMlp(nn.Module):
+    """down(silu(gate(x)) * up(x)) of three linear layers, which may be adapted later."""
+
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate, up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] to the same shape."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = _SiluProduct.apply(gate, up) if torch.is_grad_enabled() else _gated(gate, up)
+        return self.down_proj(cast(Tensor, product))
+
+
+class Linear(nn.Linear):
+    """A linear layer that is faster while sampling, where there is a kernel for few rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        if self.bias is None and cpu.few_rows(input, self.weight):
+            return cpu.linear(input, self.weight)
+        return F.linear(input, self.weight, self.bias)
+
+
+class SelfAttention(nn.Module):
+    """Queries, keys and values of linear layers, turned by their positions; parameters keep their names.
+
+    Args:
+        stock: the network's own module, with the layers of `LAYERS`.
+    """
+
+    def __init__(self, stock: nn.Module):
+        super().__init__()
+        known: Any = stock
+        self.q_proj: nn.Module = known.q_proj
+        self.k_proj: nn.Module = known.k_proj
+        self.v_proj: nn.Module = known.v_proj
+        self.o_proj: nn.Module = known.o_proj
+        self.config, self.layer_idx, self.head_dim = known.config, known.layer_idx, known.head_dim
+        self.scaling, self.num_key_value_groups, self.is_causal = known.scaling, known.num_key_value_groups, True
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """[batch, time, hidden] to the same shape; what transformers' layers call."""
+        shape = hidden_states.shape[:-1]
+        layers = self.q_proj, self.k_proj, self.v_proj
+        query, key, value = (layer(hidden_states).view(*shape, -1, self.head_dim) for layer in layers)
+        query, key = (rotated(x, *position_embeddings).transpose(1, 2) for x in (query, key))
+        value = value.transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        out, _ = tree_attention.attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(*shape, -1)), None
+
+
+def match_targets(
+    modules: Iterable[tuple[str, nn.Module]],
+    targets: str | tuple[str, ...],
+    skip: tuple[str, ...] = (),
+    layers: str = "all",
+) -> list[str]:
+    """Module paths that `targets` names in `layers`, in module order (`targets.match`).
+
+    Args:
+        modules: `named_modules()` of the base.
+        skip: paths never adapted (the output head).
+    """
+    linear = [n for n, m in modules if isinstance(m, nn.Linear | AdaptedLinear) and n not in skip]
+    return match(linear, targets, layers)
+
+
+def fuse(base: nn.Module) -> int:
+    """Replaces linear layers, and the norms, MLPs and attention modules of `base` that compute what is computed here;
+    tells how many of these.
+    """
+    for path, module in list(base.named_modules()):
+        if type(module) is nn.Linear:
+            own = Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            own.weight, own.bias = module.weight, module.bias
+            _put(base, path, own.train(module.training))
+    replaced = 0
+    for path, module in list(base.named_modules()):
+        own = _twin(module)
+        equal = _same_attention if isinstance(own, SelfAttention) else _same
+        if own is not None and equal(module, own):
+            _put(base, path, own.train(module.training))
+            replaced += 1
+    return replaced
+
+
+def _put(base: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(base.get_submodule(parent), leaf, module)
+
+
+def _twin(module: nn.Module) -> nn.Module | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and isinstance(eps, float):
+        return RmsNorm(weight, eps)
+    if _is_llama_attention(module):
+        return SelfAttention(module)
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if all(isinstance(part, nn.Linear) for part in parts) and len(list(module.parameters(recurse=False))) == 0:
+        return GatedMlp(*cast(list[nn.Module], parts))
+    return None
+
+
+def _same(module: nn.Module, own: Any) -> bool:
+    """Whether both give the same bits on a few random rows, with a graph and without."""
+    weight = next(module.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, weight.shape[-1], generator=generator).to(weight)
+    equal = []
+    for graph in (True, False):
+        with torch.set_grad_enabled(graph), cpu.off():
+            equal.append(torch.equal(module(x), own(x)))
+    return all(equal)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The output and 1 / sqrt(mean(x^2) + eps)."""
+    if cpu.usable(x, weight):
+        x = x.contiguous()
+        out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        cpu.call("norm", x, weight, out, inverse, inverse.numel(), x.shape[-1], float(eps))
+        return out, inverse
+    wide = x.float()
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * inverse).to(x.dtype), inverse
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, inverse = _normed(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, inverse = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        if cpu.usable(x, weight, grads[0]) and not ctx.needs_input_grad[1]:
+            x, above = x.contiguous(), grads[0].contiguous()
+            grad_x = torch.empty_like(x)
+            cpu.call("norm_backward", x, weight, inverse, above, grad_x, inverse.numel(), x.shape[-1])
+            return grad_x, None, None
+        wide, grad = x.float(), grads[0].float()
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * (wide * inverse)).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        # With n = x r and r = (mean(x^2) + eps)^(-1/2): dx = r (g w) - x r^3 mean(g w x).
+        grad = grad * weight.float()
+        along = torch.linalg.vecdot(grad, wide).unsqueeze(-1) * inverse.pow(3) / -x.shape[-1]
+        return grad.mul_(inverse).addcmul_(wide, along).to(x.dtype), grad_weight, None
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    if not cpu.usable(gate, up):
+        return F.silu(gate).mul_(up)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    cpu.call("gated", gate, up, out, gate.numel())
+    return out
+
+
+class _SiluProduct(torch.autograd.Function):
+    """silu(gate) * up; keeps gate and up, not silu(gate)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _gated(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate, up = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        if cpu.usable(gate, up, grads[0]):
+            gate, up, above = gate.contiguous(), up.contiguous(), grads[0].contiguous()
+            by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
+            cpu.call("gated_backward", gate, up, above, by_gate, by_up, gate.numel())
+            return by_gate, by_up
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
+
+
+def _is_llama_attention(module: nn.Module) -> bool:
+    """Whether `SelfAttention` may take the place of `module`: it has the same layers and nothing else."""
+    return (
+        sorted(name for name, _ in module.named_children()) == sorted(LAYERS)
+        and not list(module.parameters(recurse=False))
+        and all(isinstance(getattr(module, name), nn.Linear) for name in LAYERS)
+        and all(hasattr(module, name) for name in KNOWN)
+    )
+
+
+def _same_attention(module: nn.Module, own: Any) -> bool:
+    """Whether both give the same bits on a few random rows, by torch's operations."""
+    weight = own.q_proj.weight
+    generator = torch.Generator().manual_seed(0)
+    x, cos, sin = (
+        torch.randn(1, 5, width, generator=generator).to(weight) for width in (weight.shape[1], *2 * [own.head_dim])
+    )
+    found = []
+    for graph in (True, False):
+        with torch.set_grad_enabled(graph), cpu.off():
+            try:
+                expected = module(x, position_embeddings=(cos, sin), attention_mask=None)[0]
+            except (TypeError, RuntimeError):
+                return False  # called otherwise, or positions turn a part of each head only
+            found.append(torch.equal(expected, own(x, (cos, sin))[0]))
+    return all(found)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + (-second half, first half of x) sin: rotary positions (arXiv 2104.09864), halves as in Llama.
+
+    Args:
+        x: [batch, time, heads, width].
+        cos, sin: [batch or 1, time, width].
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cast(Tensor, _Rotated.apply(x, cos, sin))
+    return _rotated(x, cos, sin, back=False)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    """The rotation, or with `back` its gradient by x of a gradient by its output."""
+    batch, time, heads, width = x.shape
+    if cpu.usable(x, cos, sin) and width % 2 == 0:
+        x, (cos, sin) = x.contiguous(), (t.expand(batch, -1, -1).contiguous() for t in (cos, sin))
+        out = torch.empty_like(x)
+        cpu.call("rotate", x, cos, sin, out, batch * time, heads, width, int(back))
+        return out
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    if not back:
+        first, second = x.chunk(2, -1)
+        return (x * cos) + (torch.cat((-second, first), -1) * sin)
+    first, second = (x * sin).chunk(2, -1)
+    return (x * cos) + torch.cat((second, -first), -1)
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = cast(tuple[Tensor, Tensor], ctx.saved_tensors)
+        return _rotated(grads[0], cos, sin, back=True), None, None

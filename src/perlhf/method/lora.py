@@ -1,0 +1,112 @@
+"""The adapted linear layer: one frozen weight, any number of named low-rank updates (LoRA, arXiv 2106.09685).
+
+y = x W^T + bias + sum_i (alpha_i / rank_i) (drop(x) A_i^T) B_i^T over the active adapters i. The low-rank path runs in
+the base's dtype on float32 master weights; the backward below saves only x and x A^T and never forms a gradient for W.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+@dataclass
+class LowRank:
+    """The pair of one adapter on one layer, float32 masters: `a` [rank, in], `b` [out, rank], scale alpha / rank."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+    dropout: float = 0.0
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None
+    ) -> Tensor:
+        y, low = _forward(x, weight, bias, a, b, keep)
+        ctx.save_for_backward(x, weight, a, b, low, keep)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  the decorator's own signature
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
+        x, weight, a, b, low = cast(tuple[Tensor, ...], ctx.saved_tensors[:5])
+        keep = cast(Tensor | None, ctx.saved_tensors[5])
+        grad = grads[0].reshape(-1, weight.shape[0])
+        grad_low = grad @ b
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            if keep is None:
+                grad_x = (grad @ weight).addmm_(grad_low, a)
+            else:
+                grad_x = (grad @ weight) + (grad_low @ a) * keep.reshape(-1, x.shape[-1])
+            grad_x = grad_x.view_as(x)
+        if ctx.needs_input_grad[3]:
+            flat = x.reshape(-1, x.shape[-1])
+            grad_a = grad_low.t() @ (flat if keep is None else flat * keep.reshape(flat.shape))
+        if ctx.needs_input_grad[4]:
+            grad_b = grad.t() @ low
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The output and x a^T."""
+    flat = x.reshape(-1, x.shape[-1])
+    dropped = flat if keep is None else flat * keep.reshape(flat.shape)
+    low = dropped @ a.t()
+    y = F.linear(flat, weight, bias).addmm_(low, b.t())
+    return y.view(*x.shape[:-1], weight.shape[0]), low
+
+
+def adapted_linear(
+    x: Float[Tensor, "*batch inputs"],
+    weight: Float[Tensor, "outputs inputs"],
+    bias: Float[Tensor, " outputs"] | None,
+    a: Float[Tensor, "rank inputs"],
+    b: Float[Tensor, "outputs rank"],
+    keep: Float[Tensor, "*batch inputs"] | None = None,
+) -> Float[Tensor, "*batch outputs"]:
+    """x W^T + bias + ((x * keep) a^T) b^T, with the scale already inside `b`; all in the dtype of `weight`.
+
+    `weight` and `bias` get no gradient. `keep` is the scaled dropout mask (0 or 1 / (1 - p)).
+    """
+    if not torch.is_grad_enabled():
+        # Without the cost of a graph's node, which shows where there are few rows.
+        return _forward(x, weight, bias, a, b, keep)[0]
+    apply = cast(Callable[..., Tensor], _AdaptedLinear.apply)  # pyright: ignore[reportUnknownMemberType]: untyped in torch
+    return apply(x, weight, bias, a, b, keep)
+
+
+def new_pair(
+    weight: Float[Tensor, "outputs inputs"], rank: int, alpha: float, dropout: float, generator: torch.Generator
+) -> LowRank:
+    """A zero update of the layer with this weight: A uniform in +-1/sqrt(inputs) (as PEFT), B = 0.
+
+    A is drawn on the CPU, so that devices agree.
+    """
+    outputs, inputs = weight.shape
+    a = (torch.rand(rank, inputs, generator=generator) * 2 - 1) * (1 / math.sqrt(inputs))
+    b = torch.zeros(outputs, rank, device=weight.device)
+    return LowRank(nn.Parameter(a.to(weight.device)), nn.Parameter(b), alpha / rank, dropout)
+
+
+def joined(
+    pairs: Sequence[LowRank], dtype: torch.dtype
+) -> tuple[Float[Tensor, "rank inputs"], Float[Tensor, "outputs rank"]]:
+    """All pairs of a layer as one (A, B) in `dtype`, with the scales inside B: their updates add up."""
+    downs: list[Tensor] = [pair.a for pair in pairs]
+    ups = [pair.b * pair.scale for pair in pairs]
+    a = (torch.cat(downs) if len(pairs) > 1 else downs[0]).to(dtype)
+    return a, (torch.cat(ups, 1) if len(pairs) > 1 else ups[0]).to(dtype)

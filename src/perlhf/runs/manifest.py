@@ -1,0 +1,221 @@
+"""Whose a run directory is: its lock, config.yaml and manifest.json.
+
+A directory belongs to one stage, configuration and data. Any other is refused before more than its lock is written.
+"""
+
+import fcntl
+import json
+import math
+import os
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from perlhf.system.machine import environment
+from perlhf.errors import RunError
+from perlhf.system.files import TEMPORARY, storage_errors, write_atomic
+
+LOCK, CONFIG, MANIFEST, RESULT = ".lock", "config.yaml", "manifest.json", "result.json"
+CHECKPOINTS = "checkpoints"
+"""Directory of a run's checkpoints; a finished run needs none."""
+FREE_KEYS = ("checkpoint_every", "log", "run")
+"""Keys that may differ when a run continues: they change no result (`run` is the directory itself)."""
+
+
+def check_is_run_directory(path: Path) -> None:
+    """Refuses a file, and a directory that holds something else: nothing is written among a user's own files."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunError("the run directory is a file", where=str(path), hint="name another run directory")
+    if not (path / MANIFEST).exists():
+        foreign = [
+            entry.name
+            for entry in path.iterdir()
+            if entry.name not in (LOCK, CONFIG) and not entry.name.startswith(TEMPORARY)
+        ]
+        if foreign:
+            raise RunError(
+                f"not a run directory: it has no {MANIFEST} but holds {min(foreign)!r}",
+                where=str(path),
+                allowed="a new or empty directory, or one of an earlier run",
+                hint="name another run directory",
+            )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with storage_errors(path / LOCK):
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with storage_errors(path / LOCK):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
+                raise RunError(
+                    f"the run directory is in use by process {owner}",
+                    where=str(path),
+                    hint=f"wait for it, stop it (kill {owner}), or name another run directory",
+                ) from None
+            if not _is_still(descriptor, path / LOCK):
+                raise RunError("another process has just given the run directory up", where=str(path), hint="try again")
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Writes config.yaml and then manifest.json, or checks that they are of the same run; returns the manifest."""
+    facts = json.loads(strict_json(facts))
+    here = environment()
+    session = {"started": utc_now(), "pid": os.getpid()}
+    if not (path / MANIFEST).exists():
+        manifest = {
+            "format": 1,
+            "id": uuid.uuid4().hex[:12],
+            "stage": stage,
+            "seed": settings.get("seed"),
+            "facts": facts,
+        }
+        manifest |= here | {
+            "wall_seconds": 0.0,
+            "peak_memory_bytes": 0,
+            "cuda_peak_memory_bytes": 0,
+            "sessions": [session],
+        }
+        write_atomic(path / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        write_atomic(path / MANIFEST, strict_json(manifest, indent=2) + "\n")
+        return manifest
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("format") != 1:
+        raise _damaged(path / MANIFEST, f"format {manifest.get('format')!r} instead of 1")
+    if manifest["stage"] != stage:
+        raise RunError(
+            f"the directory holds a run of stage {manifest['stage']!r}, not {stage!r}",
+            where=str(path),
+            hint="use another run directory",
+        )
+    _check_same(path / CONFIG, _bound(_read_yaml(path / CONFIG)), _bound(settings), "configuration")
+    _check_same(path / MANIFEST, {"facts": manifest["facts"]}, {"facts": facts}, "data or base")
+    if (path / RESULT).exists():
+        return manifest
+    recorded = {key: manifest.get(key) for key in here}
+    if difference := first_difference(recorded, here):
+        key, then, now = difference
+        session |= {"changed": {"key": key, "before": then, "now": now}}
+        print(
+            f"note: {key} is {now!r} but was {then!r} when this run started; the result may not be bit-equal",
+            file=sys.stderr,
+        )
+    manifest["sessions"].append(session)
+    write_atomic(path / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_atomic(path / MANIFEST, strict_json(manifest, indent=2) + "\n")
+    return manifest
+
+
+def discard_unstarted(path: Path, is_new: bool) -> None:
+    """Takes back what `start_or_continue` wrote, unless the directory holds anything else; the lock must be held.
+
+    Args:
+        is_new: the directory was made for this run, so it goes too.
+    """
+    with storage_errors(path):
+        folders = [entry for entry in path.iterdir() if entry.is_dir()]
+        files = {entry.name for entry in path.iterdir()} - {folder.name for folder in folders}
+        if files - {MANIFEST, CONFIG, LOCK} or any(True for folder in folders for _ in folder.iterdir()):
+            return
+        # The manifest first: a directory without it is one of a start that was killed, which is started again.
+        for name in (MANIFEST, CONFIG, LOCK):
+            (path / name).unlink(missing_ok=True)
+        for folder in [*folders, *([path] if is_new else [])]:
+            folder.rmdir()
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    """Whether `path` is the open file, and not another one or none."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _bound(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in FREE_KEYS}
+
+
+def _check_same(file: Path, recorded: dict[str, Any], given: dict[str, Any], what: str) -> None:
+    if difference := first_difference(recorded, given):
+        key, then, now = difference
+        raise RunError(
+            f"{key} is {now!r}, but {then!r} in the run that is here: another {what}",
+            where=str(file),
+            allowed=f"only {' and '.join(FREE_KEYS[:2])} may change when a run continues",
+            hint=f"use another run directory, or delete {file.parent} to start again",
+        )
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first dotted key whose values differ, with both values ("not set" for an absent one), or None."""
+    for key in [*new, *(key for key in old if key not in new)]:
+        then, now = old.get(key, "not set"), new.get(key, "not set")
+        if isinstance(then, dict) and isinstance(now, dict):
+            if deeper := first_difference(then, now, f"{prefix}{key}."):
+                return deeper
+        elif then != now or isinstance(then, bool) != isinstance(now, bool):
+            return f"{prefix}{key}", then, now
+    return None
+
+
+def strict_json(value: object, indent: int | None = None) -> str:
+    """Strict JSON: a number that isn't finite becomes null, so that browsers can read it too."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _finite(value: object) -> object:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, f"a {type(value).__name__} instead of an object")
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_bytes())
+    except (FileNotFoundError, yaml.YAMLError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, f"a {type(value).__name__} instead of a mapping")
+    return value
+
+
+def _damaged(path: Path, reason: str) -> RunError:
+    hint = f"restore the file, use another run directory, or delete {path.parent} to start again"
+    return RunError(f"missing or damaged: {reason}", where=str(path), hint=hint)

@@ -1,0 +1,1 @@
+"""The three stages, one loop each: `sft`, `reward`, `policy`. Begin with `policy`."""

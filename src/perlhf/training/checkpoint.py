@@ -1,0 +1,171 @@
+"""Checkpoints of a run: `RUN/checkpoints/00000020/{name}.safetensors` and `state.json`.
+
+A checkpoint is a directory that gets its name by a rename once everything in it is on disk, so a process killed at any
+moment leaves the previous one as the newest. `state.json` holds the SHA-256 of each tensor file, and of itself.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from perlhf.errors import CheckpointError
+from perlhf.model import saved
+from perlhf.runs.manifest import CHECKPOINTS
+from perlhf.system.files import directory_atomic, remove_directory, storage_errors
+
+STATE_FILE, KEEP_LAST = "state.json", 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save` was given, on the CPU."""
+
+    step: int
+    tensors: dict[str, dict[str, torch.Tensor]]
+    state: dict[str, Any]
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    state: dict[str, Any],
+    keep_last: int = KEEP_LAST,
+    pinned: int | None = None,
+) -> Path:
+    """Saves a checkpoint and deletes older ones.
+
+    Args:
+        run_dir: run directory.
+        step: number of updates done; a checkpoint of the same step is replaced.
+        tensors: file name (without suffix) -> tensor name -> tensor of any dtype and device.
+        state: whatever else is needed to continue; must survive JSON unchanged (string keys, lists, no tuples).
+        keep_last: the newest checkpoints to keep, this one included.
+        pinned: a step to keep besides (the best one).
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        StorageError: it can't be written; older checkpoints are untouched and nothing half-written is left.
+    """
+    assert step >= 0 and keep_last >= 1, f"step {step}, keep_last {keep_last}"
+    state_text = json.dumps(state)
+    assert _survives_json(state), "state must have string keys, lists (no tuples) and plain numbers"
+    target = _directory(run_dir, step)
+    with directory_atomic(target) as temporary:
+        sums = {}
+        for name, named_tensors in tensors.items():
+            file = temporary / f"{name}.safetensors"
+            saved.write_tensors(file, named_tensors, target)
+            sums[file.name] = _sha256(file)
+        body = f'{{"step":{step},"files":{json.dumps(sums)},"state":{state_text}}}'
+        (temporary / STATE_FILE).write_bytes(_sealed(body.encode()))
+    prune(run_dir, step, pinned, keep_last)
+    return target
+
+
+def prune(run_dir: Path, step: int, pinned: int | None, keep_last: int = KEEP_LAST) -> None:
+    """Deletes checkpoints older than the newest `keep_last` up to `step`, but for the pinned one.
+
+    Raises:
+        StorageError: one can't be deleted.
+    """
+    steps = [older for older in _steps(run_dir) if older <= step]
+    with storage_errors(run_dir / CHECKPOINTS):
+        for older in steps[:-keep_last]:
+            if older != pinned:
+                remove_directory(_directory(run_dir, older))
+
+
+def load(run_dir: Path, step: int | None = None) -> Checkpoint | None:
+    """Loads the newest checkpoint, or the one of `step`; None when the run has none.
+
+    Raises:
+        CheckpointError: a file of it is damaged or missing, or there is no checkpoint of `step`. Nothing older is
+            loaded instead: the message names the newest one that is intact.
+    """
+    steps = _steps(run_dir)
+    if step is None:
+        if not steps:
+            return None
+        step = steps[-1]
+    if step not in steps:
+        found = ", ".join(map(str, steps)) or "none"
+        raise CheckpointError(
+            f"no checkpoint of step {step}", where=str(run_dir / CHECKPOINTS), allowed=f"steps: {found}"
+        )
+    directory = _directory(run_dir, step)
+    damage = _damage(directory)
+    if damage:
+        file, what = damage
+        raise CheckpointError(what, where=str(file), hint=_way_back(run_dir, step))
+    body = _body(directory)
+    tensors = {Path(name).stem: load_file(directory / name) for name in body["files"]}
+    return Checkpoint(step=step, tensors=tensors, state=body["state"])
+
+
+def _directory(run_dir: Path, step: int) -> Path:
+    return run_dir / CHECKPOINTS / f"{step:08d}"
+
+
+def _steps(run_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints, ascending. A directory without its last file doesn't exist."""
+    found = (run_dir / CHECKPOINTS).glob(f"*/{STATE_FILE}")
+    return sorted(int(file.parent.name) for file in found if re.fullmatch(r"\d{8,}", file.parent.name))
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+_SEAL_HEAD, _SEAL_MIDDLE, _SEAL_END = b'{"sha256":"', b'","checkpoint":', b"}\n"
+_BODY_START = len(_SEAL_HEAD) + 64 + len(_SEAL_MIDDLE)
+
+
+def _sealed(body: bytes) -> bytes:
+    """JSON with the hash of its own content; any changed byte shows."""
+    return _SEAL_HEAD + hashlib.sha256(body).hexdigest().encode() + _SEAL_MIDDLE + body + _SEAL_END
+
+
+def _body(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / STATE_FILE).read_bytes())["checkpoint"]
+
+
+def _damage(directory: Path) -> tuple[Path, str] | None:
+    """The first file that isn't as it was written and what is wrong with it, or None."""
+    raw = (directory / STATE_FILE).read_bytes()
+    if raw != _sealed(raw[_BODY_START : -len(_SEAL_END)]):
+        return directory / STATE_FILE, "the checkpoint's state is damaged: its content doesn't match its SHA-256"
+    for name, expected in _body(directory)["files"].items():
+        file = directory / name
+        if not file.is_file():
+            return file, "a file of the checkpoint is missing"
+        if (found := _sha256(file)) != expected:
+            return file, f"the checkpoint is damaged: SHA-256 {found[:12]}… instead of {expected[:12]}…"
+    return None
+
+
+def _way_back(run_dir: Path, damaged: int) -> str:
+    for older in reversed([step for step in _steps(run_dir) if step < damaged]):
+        if _damage(_directory(run_dir, older)) is None:
+            bad = _directory(run_dir, damaged)
+            return f"step {older} is still good: delete {bad} and run the same command to continue from it"
+    return f"no older checkpoint is intact; delete {run_dir} to start again"
+
+
+def _survives_json(value: object) -> bool:
+    match value:
+        case dict():
+            return all(isinstance(key, str) and _survives_json(item) for key, item in value.items())
+        case list():
+            return all(_survives_json(item) for item in value)
+        case _:
+            return value is None or isinstance(value, str | int | float)

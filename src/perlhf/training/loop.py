@@ -1,0 +1,195 @@
+"""What the three loops share: opening a stage, the order of updates, one optimiser step, and saving so that a
+resumed run is bit-equal.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perlhf.config.stages import StageConfig
+from perlhf.data import order
+from perlhf.data.records import Record, Text
+from perlhf.data.splits import content_hash
+from perlhf.errors import DataError, DivergenceError, PerlhfError
+from perlhf.method.packing import Ids, Packing
+from perlhf.model import base as bases
+from perlhf.model import saved
+from perlhf.model.adapter import Adapter
+from perlhf.model.encode import Encoder, Example, TooLong
+from perlhf.model.model import Model
+from perlhf.runs.run import Run
+from perlhf.training import checkpoint, optim
+
+LOSS_LIMIT = 1000.0
+"""Nats a token (SFT) or an example (reward) above which a run has exploded; ln of a vocabulary is about 10, and weights
+of records may be above 1."""
+KL_LIMIT = 1000.0
+"""Nats a completion above which a policy has."""
+
+
+class Interrupted(PerlhfError):
+    """Ctrl-C: a checkpoint was saved; the same command continues."""
+
+    exit_code = 130
+
+
+@dataclass
+class Best:
+    """The best validation so far, saved with every checkpoint."""
+
+    step: int | None = None
+    """None: nothing was validated. 0: before the first update."""
+    value: float = -math.inf
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def facts(config: StageConfig) -> dict[str, Any]:
+    """What a run's result depends on besides its configuration; sets the threads, so that the manifest tells them."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    found: dict[str, Any] = {
+        "data": content_hash(config.data),
+        "base": bases.fingerprint(bases.resolve(config.base)),
+    }
+    template = Path(config.encoding.template)
+    if template.is_file():
+        found["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    adapters = {str(run): saved.files_hash(run / "adapter") for run in _earlier_runs(config)}
+    return found | ({"adapters": adapters} if adapters else {})
+
+
+def _earlier_runs(config: StageConfig) -> list[Path]:
+    """The runs whose adapters this one starts from or is paid by."""
+    sft: Path | None = getattr(config, "sft", None)
+    rewards: Sequence[str] = (*getattr(config, "reward", ()), *getattr(config, "validation_reward", ()))
+    runs = [*([sft] if sft else []), *(Path(source) for source in rewards)]
+    return [run for run in runs if (run / "adapter").is_dir()]
+
+
+def encode_all(
+    encoder: Encoder, records: Sequence[tuple[Text, Sequence[Text], str]], drop_long: bool
+) -> tuple[list[list[Example] | None], dict[str, int]]:
+    """Examples of each (prompt, completions, where); None for a dropped one. Counts of cut and dropped records.
+
+    Raises:
+        TooLong: a completion that can't fit, unless `drop_long`.
+    """
+    encoded: list[list[Example] | None] = []
+    counts = {"cut_prompts": 0, "dropped_long": 0}
+    for prompt, completions, where in records:
+        try:
+            examples = encoder.examples(prompt, completions, where)
+        except TooLong:
+            if not drop_long:
+                raise
+            examples = None
+        counts["cut_prompts"] += examples is not None and examples[0].cut > 0
+        counts["dropped_long"] += examples is None
+        encoded.append(examples)
+    if not any(encoded):
+        raise DataError("every example is longer than encoding.max_tokens", hint="raise encoding.max_tokens")
+    return encoded, counts
+
+
+def some(records: Sequence[Record], count: int | None, seed: int) -> list[Record]:
+    """About `count` of the records, of whole groups; all for None."""
+    return [records[number] for number in order.whole_groups([record.group for record in records], count, seed)]
+
+
+@torch.no_grad()
+def score_batches(
+    model: Model,
+    examples: Sequence[Sequence[Ids]],
+    batches: Sequence[Sequence[int]],
+    adapter: str,
+    packing: Packing,
+    done: Callable[[], None] = lambda: None,
+) -> list[list[float]]:
+    """Scores of each example's sequences, batch (of example numbers) by batch; calls `done` after each."""
+    scores: list[list[float]] = [[] for _ in examples]
+    for batch in batches:
+        flat = model.scores([ids for i in batch for ids in examples[i]], adapter, packing=packing).tolist()
+        for i in batch:
+            size = len(examples[i])
+            scores[i], flat = flat[:size], flat[size:]
+        done()
+    return scores
+
+
+def optimiser_step(optimizer: torch.optim.AdamW, adapter: Adapter, learning_rate: float, max_grad_norm: float) -> float:
+    """Clips, steps and clears gradients; returns the gradient norm before clipping.
+
+    Raises:
+        DivergenceError: the gradient isn't finite; no weight was touched.
+    """
+    norm = optim.clip(adapter.trainable(), max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def check_bounded(name: str, value: float, step: int, limit: float = math.inf) -> None:
+    """Raises DivergenceError unless `value` is finite and at most `limit`, beyond which nothing sensible is learned."""
+    if not math.isfinite(value) or abs(value) > limit:
+        raise DivergenceError(
+            f"{name} is {value:.6g} at update {step}",
+            allowed=f"at most {limit:g}" if math.isfinite(value) else "a finite number",
+            hint="lower optim.learning_rate; the last checkpoint is kept",
+        )
+
+
+def save(
+    run: Run, step: int, model: Model, optimizers: dict[str, torch.optim.AdamW], best: Best, state: dict[str, Any]
+) -> None:
+    """A checkpoint of the named adapters and their optimisers; the best one stays."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, optimizer in optimizers.items():
+        tensors[name] = {key: t.detach() for key, t in model.adapters[name].tensors().items()}
+        tensors[f"{name}.optimizer"] = optim.state_tensors(optimizer)
+    kept = {
+        "best": {"step": best.step, "value": None if best.step is None else best.value, "metrics": best.metrics},
+        **state,
+    }
+    checkpoint.save(run.path, step, tensors, kept, pinned=best.step)
+
+
+def restore(run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW]) -> tuple[int, Best, dict[str, Any]]:
+    """The newest checkpoint put back: its step (0 for none), the best validation, and the stage's own state."""
+    saved = checkpoint.load(run.path)
+    if saved is None:
+        run.rewind(-1)
+        return 0, Best(), {}
+    for name, optimizer in optimizers.items():
+        load_adapter_tensors(model.adapters[name], saved.tensors[name])
+        optim.load_state_tensors(optimizer, saved.tensors[f"{name}.optimizer"])
+    run.rewind(saved.step)
+    found = saved.state["best"]
+    checkpoint.prune(run.path, saved.step, found["step"])  # what a kill in the midst of deleting left
+    # Checkpoints of earlier versions say step 0 where nothing was validated; the value is null in both.
+    best = Best() if found["value"] is None else Best(found["step"], found["value"], found["metrics"])
+    return saved.step, best, saved.state
+
+
+def restore_best(run_path: Path, best: Best, adapter: Adapter) -> None:
+    """Puts the weights of the best validation back (nothing to do when there was none)."""
+    if best.step is not None:
+        saved = checkpoint.load(run_path, best.step)
+        assert saved is not None
+        load_adapter_tensors(adapter, saved.tensors[adapter.name])
+
+
+@torch.no_grad()
+def load_adapter_tensors(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
+    """Copies saved tensors into an adapter of the same shape."""
+    own = adapter.tensors()
+    assert own.keys() == tensors.keys(), f"adapter '{adapter.name}' has other tensors than its checkpoint"
+    for key, tensor in own.items():
+        tensor.copy_(tensors[key])

@@ -1,0 +1,330 @@
+"""Reward stage: a score head on an adapter, from comparisons (Bradley-Terry), ratings (cross-entropy), or both.
+
+Beside the paper: ratings use the correct second term of the cross-entropy; the score's bias holds the log-odds of the
+ratings, so that update 0 predicts their share; the kept checkpoint is the best on held-out groups, the probe's start
+included.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from perlhf.config.stages import RewardConfig
+from perlhf.data import order
+from perlhf.data.records import Comparison, Rating, Record, Text
+from perlhf.data.splits import check_labels, load
+from perlhf.errors import DataError
+from perlhf.method import metrics
+from perlhf.method.losses import bradley_terry, rating_cross_entropy
+from perlhf.method.packing import Packing, lay_out, microbatches
+from perlhf.model import saved
+from perlhf.model.adapter import Adapter
+from perlhf.model.encode import Encoder
+from perlhf.model.model import Model
+from perlhf.model.open import load_sft, new_adapter, open_model
+from perlhf.runs.run import Run, open_run
+from perlhf.training import linear_probe, loop, optim
+from perlhf.training.loop import Best, Interrupted
+
+NAME = "reward_0"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One encoded comparison (chosen, rejected; `label` None) or rating."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    label: bool | None
+    weight: float
+    margin: float
+    group: str
+
+
+def train_reward(config: RewardConfig) -> dict[str, Any]:
+    """Trains a reward adapter into `config.run` and returns its result.
+
+    Raises:
+        DataError: unusable records; ConfigError, ModelError, AdapterError, RunError as the parts say.
+        DivergenceError: loss or gradient not finite; the last checkpoint is kept.
+    """
+    with open_run(config.run, "reward", config, loop.facts(config)) as run:
+        if run.finished:
+            return run.result()
+        model, encoder = open_model(config)
+        records = load(config.data, ("comparison", "rating"), "train")
+        check_labels(records, config.data)
+        train, counts = encode_items(encoder, records)
+        held_out = load(config.data, ("comparison", "rating"), "validation")
+        validation, _ = encode_items(encoder, loop.some(held_out, config.validation_examples, config.seed))
+        weights, balance = class_weights(train, config.class_weight)
+        adapter = _start(model, encoder, config, train)
+        plan = order.plan_updates(
+            [item.group for item in train],
+            config.examples_per_update,
+            config.epochs,
+            config.seed,
+            config.order,
+            config.max_updates,
+        )
+        optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
+        step, best, state = loop.restore(run, model, optimizers)
+        tokens = state.get("tokens", 0)
+        if config.head_start == "probe" and best.step is None and step == 0:
+            _start_head(run, model, adapter, train, weights, config)
+            best = _validated(0, model, validation, config)
+            run.log(0, _held_out(best.metrics))
+            loop.save(run, 0, model, optimizers, best, {"tokens": 0})
+        with run.progress(len(plan), step, "reward") as bar:
+            while step < len(plan):
+                step += 1
+                values = _update(
+                    model,
+                    adapter,
+                    optimizers[NAME],
+                    [train[i] for i in plan[step - 1]],
+                    weights,
+                    step,
+                    len(plan),
+                    config,
+                )
+                tokens += int(values["tokens"])
+                improved = False
+                if step % config.validate_every == 0 or step == len(plan):
+                    found = _validated(step, model, validation, config)
+                    values |= _held_out(found.metrics)
+                    if improved := found.value > best.value:
+                        best = found
+                run.log(step, values)
+                if improved or step % config.save_every == 0 or run.stop_requested:
+                    loop.save(run, step, model, optimizers, best, {"tokens": tokens})
+                bar.advance()
+                if run.stop_requested and step < len(plan):
+                    raise Interrupted(
+                        f"stopped at update {step} of {len(plan)}", hint="run the same command to continue"
+                    )
+        loop.restore_best(run.path, best, adapter)
+        saved.save_adapter(model, NAME, run.path / "adapter", encoder)
+        result = {
+            "updates": len(plan),
+            "best_step": best.step,
+            "validation": best.metrics,
+            "validation_examples": len(validation),
+            "train_examples": len(train),
+            "class_balance": balance,
+            "counts": counts,
+            "tokens": tokens,
+            "trainable_parameters": sum(p.numel() for p in adapter.trainable()),
+            "tuning": config.tuning,
+        }
+        run.finish(result)
+        return run.result()
+
+
+def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Item], dict[str, int]]:
+    """Comparisons and ratings as token sequences, with counts of cut and dropped ones."""
+    judged = [record for record in records if isinstance(record, Comparison | Rating)]
+    encoded, counts = loop.encode_all(
+        encoder, [(record.prompt, _completions(record), record.source) for record in judged], encoder.config.drop_long
+    )
+    items = []
+    for record, examples in zip(judged, encoded, strict=True):
+        if examples is not None:
+            label, margin = (None, record.margin) if isinstance(record, Comparison) else (record.label, 0.0)
+            sequences = tuple(example.ids for example in examples)
+            items.append(Item(sequences, label, record.weight, margin, record.group))
+    return items, counts
+
+
+def class_weights(items: Sequence[Item], how: str) -> tuple[dict[bool, float], dict[str, int]]:
+    """Loss weight of up and down ratings (`balanced`: n / (2 n_class)) and their numbers.
+
+    Raises:
+        DataError: all ratings are up, or all are down.
+    """
+    labels = [item.label for item in items if item.label is not None]
+    up = sum(labels)
+    balance = {"up": up, "down": len(labels) - up, "comparisons": len(items) - len(labels)}
+    if labels and up in (0, len(labels)):
+        raise DataError(
+            f"all {len(labels)} ratings are {'up' if up else 'down'}", hint="a reward model needs both labels"
+        )
+    if not labels or how == "none":
+        return {True: 1.0, False: 1.0}, balance
+    return {True: len(labels) / (2 * up), False: len(labels) / (2 * (len(labels) - up))}, balance
+
+
+def score_items(
+    model: Model, items: Sequence[Item], adapter: str, max_tokens: int, packing: Packing = "tree"
+) -> list[list[float]]:
+    """Scores of each item's sequences."""
+    sequences = [item.sequences for item in items]
+    return loop.score_batches(model, sequences, microbatches(sequences, max_tokens, packing), adapter, packing)
+
+
+def evaluate_items(model: Model, items: Sequence[Item], config: RewardConfig) -> dict[str, float]:
+    """Loss and accuracy of held-out items: AUC and balanced accuracy for ratings, pairwise accuracy for comparisons."""
+    scores = score_items(model, items, NAME, config.microbatch_tokens, config.packing)
+    rated = [(s[0], item.label) for s, item in zip(scores, items, strict=True) if item.label is not None]
+    compared = [s for s, item in zip(scores, items, strict=True) if item.label is None]
+    found: dict[str, float] = {}
+    losses = []
+    if rated:
+        scored, labels = [s for s, _ in rated], [bool(label) for _, label in rated]
+        found["accuracy"] = metrics.accuracy(scored, labels)
+        losses.append(metrics.log_loss(scored, labels))
+        if len(set(labels)) == 2:
+            found["balanced_accuracy"] = metrics.balanced_accuracy(scored, labels)
+            found["auc"] = metrics.auc(scored, labels)
+    if compared:
+        chosen, rejected = [s[0] for s in compared], [s[1] for s in compared]
+        found["pairwise_accuracy"] = metrics.pairwise_accuracy(chosen, rejected)
+        losses.append(float(np.logaddexp(0, np.array(rejected) - np.array(chosen)).mean()))
+    found["loss"] = sum(losses)
+    return found
+
+
+def _start(model: Model, encoder: Encoder, config: RewardConfig, train: Sequence[Item]) -> Adapter:
+    """The reward adapter, from the SFT adapter or the base; its bias is the log-odds of the (weighted) ratings."""
+    start = None
+    if config.sft is not None:
+        start = load_sft(model, config.sft, encoder)
+    adapter = new_adapter(model, NAME, "reward", config, start=start)
+    labels = [item.label for item in train if item.label is not None]
+    if labels and config.class_weight == "none":
+        up = sum(labels)
+        assert adapter.bias is not None
+        adapter.bias.data.fill_(float(np.log(up / (len(labels) - up))))
+    return adapter
+
+
+@torch.no_grad()
+def _start_head(
+    run: Run, model: Model, adapter: Adapter, train: Sequence[Item], weight: dict[bool, float], config: RewardConfig
+) -> None:
+    """Fits the head (and its constant bias) on the states before the first update: `linear_probe`."""
+    assert adapter.head is not None and adapter.bias is not None
+    numbers = order.whole_groups([item.group for item in train], config.probe_examples, config.seed)
+    items = [train[i] for i in numbers]
+    batches = microbatches([item.sequences for item in items], config.microbatch_tokens, config.packing)
+    states = [np.zeros((0, model.hidden_size))] * len(items)
+    with run.progress(len(batches), 0, "score head") as bar:
+        for batch in batches:
+            sequences = [ids for i in batch for ids in items[i].sequences]
+            found = model.last_states(sequences, NAME, packing=config.packing).double().cpu().numpy()
+            ends = np.cumsum([len(items[i].sequences) for i in batch])
+            for i, part in zip(batch, np.split(found, ends[:-1]), strict=True):
+                states[i] = part
+            bar.advance()
+    labels = [item.label for item in items]
+    weights = [
+        item.weight * (config.comparison_weight if item.label is None else config.rating_weight * weight[item.label])
+        for item in items
+    ]
+    probe = linear_probe.fit(states, labels, [item.group for item in items], weights)
+    adapter.head.copy_(torch.from_numpy(probe.weight)[None])
+    adapter.bias.fill_(probe.bias)
+
+
+def _update(
+    model: Model,
+    adapter: Adapter,
+    optimizer: torch.optim.AdamW,
+    items: Sequence[Item],
+    class_weight: dict[bool, float],
+    step: int,
+    total: int,
+    config: RewardConfig,
+) -> dict[str, float]:
+    """One optimiser step on `items`, in micro-batches whose losses add up to the update's."""
+    began = time.perf_counter()
+    torch.manual_seed(order.keyed_seed(config.seed, "dropout", step))
+    compared = sum(item.label is None for item in items)
+    rated = len(items) - compared
+    sums = {"loss": 0.0, "right": 0.0, "count": 0.0, "tokens": 0.0}
+    for batch in microbatches([item.sequences for item in items], config.microbatch_tokens, config.packing):
+        chosen = [items[i] for i in batch]
+        sequences = [ids for item in chosen for ids in item.sequences]
+        scores = model.scores(sequences, NAME, packing=config.packing, dropout=config.adapter.dropout > 0)
+        loss = torch.zeros((), device=model.device)
+        pairs = [i for i, item in enumerate(chosen) if item.label is None]
+        starts = np.cumsum([0, *[len(item.sequences) for item in chosen]])
+        if pairs:
+            part, metrics = bradley_terry(
+                scores[[int(starts[i]) for i in pairs]],
+                scores[[int(starts[i]) + 1 for i in pairs]],
+                weights=_floats([chosen[i].weight for i in pairs], scores),
+                margins=_floats([config.margin * chosen[i].margin for i in pairs], scores),
+                label_smoothing=config.label_smoothing,
+                divisor=compared,
+            )
+            loss = loss + config.comparison_weight * part
+            _add(sums, metrics)
+        ratings = [i for i, item in enumerate(chosen) if item.label is not None]
+        if ratings:
+            labels = [bool(chosen[i].label) for i in ratings]
+            part, metrics = rating_cross_entropy(
+                scores[[int(starts[i]) for i in ratings]],
+                torch.tensor(labels, device=model.device),
+                weights=_floats([chosen[i].weight * class_weight[bool(chosen[i].label)] for i in ratings], scores),
+                label_smoothing=config.label_smoothing,
+                divisor=rated,
+            )
+            loss = loss + config.rating_weight * part
+            _add(sums, metrics)
+        loss.backward()
+        sums["loss"] += loss.item()
+        sums["tokens"] += lay_out(sequences, config.packing).tokens
+    loop.check_bounded("loss", sums["loss"], step, loop.LOSS_LIMIT)
+    learning_rate = optim.learning_rate_at(step, total, config.learning_rate, config.optim)
+    norm = loop.optimiser_step(optimizer, adapter, learning_rate, config.optim.max_grad_norm)
+    return {
+        "loss": sums["loss"],
+        "accuracy": sums["right"] / sums["count"],
+        "learning_rate": learning_rate,
+        "grad_norm": norm,
+        "tokens": sums["tokens"],
+        "examples": len(items),
+        "groups": len({item.group for item in items}),
+        "tokens_per_second": sums["tokens"] / (time.perf_counter() - began),
+    }
+
+
+def _validated(step: int, model: Model, validation: Sequence[Item], config: RewardConfig) -> Best:
+    metrics = evaluate_items(model, validation, config)
+    return Best(step, _quality(metrics, config), metrics)
+
+
+def _held_out(metrics: dict[str, float]) -> dict[str, float]:
+    return {f"validation_{key}": value for key, value in metrics.items()}
+
+
+def _quality(metrics: dict[str, float], config: RewardConfig) -> float:
+    """The number that picks the kept checkpoint; higher is better."""
+    wanted = config.select
+    if wanted == "auto":
+        wanted = "auc" if "auc" in metrics else "pairwise_accuracy" if "pairwise_accuracy" in metrics else "loss"
+    if wanted not in metrics:
+        raise DataError(
+            f"the validation groups give no {wanted}",
+            where="select",
+            allowed=", ".join(metrics),
+            hint="raise data.validation or name another metric",
+        )
+    return -metrics["loss"] if wanted == "loss" else metrics[wanted]
+
+
+def _completions(record: Comparison | Rating) -> list[Text]:
+    return [record.chosen, record.rejected] if isinstance(record, Comparison) else [record.completion]
+
+
+def _floats(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)
+
+
+def _add(sums: dict[str, float], metrics: dict[str, float]) -> None:
+    for key, value in metrics.items():
+        sums[key] = sums.get(key, 0.0) + value

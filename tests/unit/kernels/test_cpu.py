@@ -1,0 +1,247 @@
+"""Our own CPU kernels against torch's operations, their slow twin: values, gradients, ragged sizes, threads."""
+
+import ctypes
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perlhf.kernels import cpu, cpu_build, modules, tree_attention
+from perlhf.kernels.kv_cache import KeyValueCache
+from perlhf.kernels.modules import rotated
+from perlhf.method.packing import lay_out
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"kernels are {cpu.state()}")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def near(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """To float32's accuracy, or to what rounding inputs and outputs to bfloat16 leaves."""
+    bound = 2e-6 if dtype == torch.float32 else 0.012
+    assert (found.float() - exact.float()).norm() <= bound * exact.float().norm().clamp_min(1.0)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 4, 40), (5, 1, 7), (2, 1, 128)])
+def test_attention(heads: int, kv_heads: int, width: int, dtype: torch.dtype, threads: int) -> None:
+    """Nodes longer than a piece and shorter than a vector, paths of several spans, any width."""
+    trunk = [*range(1, 151)]
+    layout = lay_out(
+        [[*trunk, 200], [*trunk[:40], *range(300, 320)], [*trunk[:40], *range(300, 310), 1, 2], [9]], "tree"
+    )
+    assert layout.nodes is not None
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(n, layout.tokens, width, generator=generator).to(dtype).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
+    ]
+    weight = torch.randn(heads, layout.tokens, width, generator=generator).to(dtype)
+    found, exact = [], []
+    for results, choose in (found, lambda t: t), (exact, lambda t: t.detach().float().requires_grad_()):
+        own = [choose(tensor) for tensor in tensors]
+        if results is exact:
+            with cpu.off():
+                out = tree_attention.tree_attention(own[0], own[1], own[2], layout.nodes, 0.2)
+                results += [out, *torch.autograd.grad((out * weight.float()).sum(), own)]
+        else:
+            out = tree_attention.tree_attention(own[0], own[1], own[2], layout.nodes, 0.2)
+            results += [out, *torch.autograd.grad(out, own, weight)]
+    for ours, wanted in zip(found, exact, strict=True):
+        near(ours, wanted, dtype)
+
+
+def test_attention_repeats_bit_for_bit() -> None:
+    layout = lay_out([[*range(400)], [*range(100), *range(500, 800)]], "tree")
+    assert layout.nodes is not None
+    query, key, value = (torch.randn(n, layout.tokens, 64).bfloat16().requires_grad_() for n in (9, 3, 3))
+    runs = []
+    for _ in range(4):
+        out = tree_attention.tree_attention(query, key, value, layout.nodes, 0.125)
+        runs.append([out, *torch.autograd.grad(out.float().square().sum(), (query, key, value))])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    """A run that diverges has to be seen (`DivergenceError`)."""
+    layout = lay_out([[1, 2, 3]], "tree")
+    assert layout.nodes is not None
+    query, key, value = (torch.randn(1, 3, 8) for _ in range(3))
+    key[0, 1] = math.nan
+    out = tree_attention.tree_attention(query, key, value, layout.nodes, 1.0)
+    assert out.isfinite().all(-1).tolist() == [[True, False, False]]
+    for dtype in DTYPES:
+        x = torch.tensor([[1.0, math.nan, 2.0, math.inf]], dtype=dtype)
+        norm = modules.RmsNorm(nn.Parameter(torch.ones(4, dtype=dtype)), 1e-5)
+        assert norm(x).isnan().all()
+        assert modules._gated(x, x).isfinite().tolist() == [[True, False, True, False]]
+
+
+@pytest.mark.parametrize("largest", [1.0, 60.0, 3000.0])
+def test_large_logits(largest: float) -> None:
+    """Softmaxes of one winner, whose other weights are smaller than any number."""
+    layout = lay_out([[*range(70)]], "tree")
+    assert layout.nodes is not None
+    query, key, value = (torch.randn(2, 70, 16) for _ in range(3))
+    found = tree_attention.tree_attention(query * largest, key, value, layout.nodes, 1.0)
+    with cpu.off():
+        exact = tree_attention.tree_attention(query * largest, key, value, layout.nodes, 1.0)
+    torch.testing.assert_close(found, exact, atol=2e-4 if largest > 100 else 2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 4, 40), (5, 1, 7)])
+def test_sampled_tokens(heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
+    """Prompts of one token to many, rows that finish, more rows than lanes, buffers that grow."""
+    lengths, samples = [1, 30, 130], 20
+    starts = [0, 1, 31]
+    generator = torch.Generator().manual_seed(0)
+    prompt_keys, prompt_values = torch.randn(2, kv_heads, sum(lengths), width, generator=generator).to(dtype)
+    steps = [torch.randn(3, len(lengths) * samples, heads, width, generator=generator).to(dtype) for _ in range(70)]
+    rows = torch.tensor([i for i in range(len(lengths) * samples) if i % 7 and not 20 <= i < 40])
+    outputs: list[list[Tensor]] = []
+    for native_too in (True, False):
+        with cpu.sampling() if native_too else cpu.off():
+            places = [range(start, start + n) for start, n in zip(starts, lengths, strict=True)]
+            cache = KeyValueCache(places, torch.device("cpu"))
+            cache.record(0, prompt_keys, prompt_values)
+            cache.fork(samples)
+            kept = torch.arange(len(lengths) * samples)
+            found = []
+            for time, step in enumerate(steps):
+                if time == 40:
+                    kept = rows
+                    cache.keep(rows)
+                query, key, value = step[:, kept, :, None]
+                found.append(cache.attend(0, query, key[:, :kv_heads], value[:, :kv_heads], 0.3))
+                cache.advance()
+            outputs.append(found)
+    for ours, wanted in zip(*outputs, strict=True):
+        near(ours, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.integers(1, 70), width=st.integers(1, 700))
+def test_norms_and_gated_products(dtype: torch.dtype, rows: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(rows * width)
+    x, up, grad = (torch.randn(rows, width, generator=generator).to(dtype).requires_grad_() for _ in range(3))
+    weight = torch.rand(width, generator=generator).to(dtype)
+    results = []
+    for exact in (False, True):
+        own = [t.detach().float().requires_grad_() if exact else t for t in (x, up)]
+        with cpu.off() if exact else cpu.sampling():
+            normed = modules._RmsNorm.apply(own[0], weight.float() if exact else weight, 1e-5)
+            gated = modules._SiluProduct.apply(*own)
+            grads = [torch.autograd.grad(out, own, grad.to(out.dtype), allow_unused=True) for out in (normed, gated)]
+        results.append([normed, gated, grads[0][0], *grads[1]])
+    for ours, wanted in zip(*results, strict=True):
+        near(ours, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "time", "heads", "width"), [(1, 70, 3, 64), (5, 1, 2, 6), (2, 3, 1, 40)])
+def test_rotary_positions(batch: int, time: int, heads: int, width: int, dtype: torch.dtype) -> None:
+    x, grad = torch.randn(2, batch, time, heads, width).to(dtype)
+    cos, sin = torch.randn(2, 1, time, width).to(dtype)
+    results = []
+    for exact in (False, True):
+        own, turn, slope, above = (t.float() if exact else t for t in (x, cos, sin, grad))
+        own = own.clone().requires_grad_()
+        with cpu.off() if exact else cpu.sampling():
+            out = rotated(own, turn, slope)
+            results.append([out, *torch.autograd.grad(out, own, above)])
+    for ours, wanted in zip(*results, strict=True):
+        near(ours, wanted, dtype)
+
+
+def test_a_gated_product_by_hand() -> None:
+    # silu(ln 3) = ln 3 * 3/4; its slope = 3/4 (1 + ln 3 (1 - 3/4)).
+    gate, up = torch.tensor([math.log(3.0)], requires_grad=True), torch.tensor([2.0], requires_grad=True)
+    out = modules._SiluProduct.apply(gate, up)
+    assert isinstance(out, Tensor) and out.item() == pytest.approx(2 * math.log(3) * 0.75)
+    by_gate, by_up = torch.autograd.grad(out, (gate, up))
+    assert by_up.item() == pytest.approx(math.log(3) * 0.75)
+    assert by_gate.item() == pytest.approx(2 * 0.75 * (1 + math.log(3) * 0.25))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 32), (576, 192), (1536, 576)])
+def test_linear_layers_of_few_rows(rows: int, inputs: int, outputs: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, a, b = (
+        torch.randn(*shape, generator=generator).bfloat16()
+        for shape in ((rows, 1, inputs), (outputs, inputs), (16, inputs), (outputs, 16))
+    )
+    with cpu.sampling():
+        if not cpu.few_rows(x, weight):
+            pytest.skip("this processor has no AMX")
+        near(cpu.linear(x, weight), F.linear(x.float(), weight.float()), torch.bfloat16)
+        found = cpu.linear(x, weight, cpu.padded(a, b))
+    low = F.linear(x, a).float()
+    near(found, F.linear(x.float(), weight.float()) + F.linear(low, b.float()), torch.bfloat16)
+
+
+def test_what_the_kernel_of_few_rows_leaves_to_torch() -> None:
+    x, weight = torch.zeros(4, 64).bfloat16(), torch.zeros(64, 64).bfloat16()
+    assert not cpu.few_rows(x, weight), "a pass that learns has the same bits as one that doesn't"
+    with cpu.sampling():
+        for odd in (torch.zeros(65, 64), torch.zeros(4, 64).float()):
+            assert not cpu.few_rows(odd, weight)
+        assert not cpu.few_rows(torch.zeros(4, 40).bfloat16(), torch.zeros(64, 40).bfloat16())
+        assert not cpu.few_rows(x, weight.t().contiguous()[:, :32].t())
+
+
+def test_state_and_the_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cpu.state().startswith("compiled")
+    with cpu.off():
+        assert cpu.library() is None
+    for variable, value, why in (
+        ("PERLHF_KERNELS", "off", "off ($PERLHF_KERNELS)"),
+        ("PATH", str(tmp_path), "off (no C"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            library, state = cpu._load.__wrapped__()
+            assert library is None and state.startswith(why)
+
+
+def test_compilers_that_fail_leave_torch_and_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "g++").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PERLHF_CACHE", str(tmp_path / "cache"))
+    library, why = cpu._load.__wrapped__()
+    assert library is None and "could not compile" in why
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_library_that_asks_for_other_threads_than_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The compiler's thread library is one that torch hasn't loaded: the kernels run on one thread."""
+    real = cpu_build.compile_kernels
+
+    def refuse(compiler: str, threads: str) -> Path:
+        if threads == "-fopenmp":
+            raise OSError("undefined symbol")
+        return real(compiler, threads)
+
+    monkeypatch.setattr(cpu_build, "compile_kernels", refuse)
+    library, why = cpu._load.__wrapped__()
+    assert library is not None and why == "compiled for one thread"
+    x, weight, inverse = torch.tensor([[3.0, 4.0]]), torch.ones(2), torch.zeros(1)
+    out, pointers = torch.empty(1, 2), ctypes.c_void_p
+    sizes = ctypes.c_int64(1), ctypes.c_int64(2), ctypes.c_float(0), ctypes.c_int(4)
+    library.norm_float32(*(pointers(t.data_ptr()) for t in (x, weight, out, inverse)), *sizes)
+    assert out.flatten().tolist() == pytest.approx([3 / 12.5**0.5, 4 / 12.5**0.5])

@@ -1,0 +1,355 @@
+"""Metrics, intervals and baselines; expected values are worked by hand beside each test."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from perlhf.data.records import Comparison, Rating, text_of
+from perlhf.errors import DataError
+from perlhf.evaluation.baselines import bag_of_words, length_baseline, position_baseline
+from perlhf.method.metrics import (
+    accuracy,
+    auc,
+    balanced_accuracy,
+    calibration,
+    cluster_bootstrap,
+    distinct_ngrams,
+    expected_calibration_error,
+    log_loss,
+    mean_interval,
+    paired_bootstrap,
+    pairwise_accuracy,
+)
+
+
+def is_nan(interval):
+    return all(math.isnan(bound) for bound in interval)
+
+
+# Metrics
+
+
+def test_auc_counts_pairs():
+    # Ups 0.35 and 0.8 against downs 0.1 and 0.4: 0.35 beats one, 0.8 beats both: 3 of 4.
+    assert auc([0.1, 0.4, 0.35, 0.8], [False, False, True, True]) == 0.75
+    assert auc([1, 2], [True, False]) == 0
+    assert auc([-5, 3, 4], [0, 1, 1]) == 1
+
+
+def test_auc_ties_count_half():
+    # Up 1 ties with down 1 (1/2) and loses to down 2 (0): 1/4.
+    assert auc([1, 1, 2], [True, False, False]) == 0.25
+    assert auc([7, 7, 7, 7, 7], [True, False, True, False, False]) == 0.5
+
+
+def test_auc_agrees_with_scikit_learn():
+    generator = np.random.default_rng(1)
+    for ties in (3, 1000):
+        scores, labels = generator.integers(ties, size=200), generator.random(200) < 0.2
+        assert auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+
+
+@pytest.mark.parametrize(("label", "word"), [(True, "up"), (False, "down")])
+def test_auc_and_balanced_accuracy_need_both_classes(label, word):
+    with pytest.raises(DataError, match=f"all 3 labels are {word}"):
+        auc([1, 2, 3], [label] * 3)
+    with pytest.raises(DataError, match=f"all 3 labels are {word}"):
+        balanced_accuracy([1, 2, 3], [label] * 3)
+
+
+def test_accuracies_at_zero():
+    # Ups 1, 2, -1 are 2 of 3 right; the down -3 is right: accuracy 3/4, balanced (2/3 + 1) / 2.
+    scores, labels = [1, 2, -1, -3], [True, True, True, False]
+    assert accuracy(scores, labels) == 0.75
+    assert balanced_accuracy(scores, labels) == pytest.approx(5 / 6)
+    assert accuracy([0.0, 0.0], [True, False]) == 0.5  # 0 predicts down
+    assert accuracy([1, 2], [True, True]) == 1
+
+
+def test_pairwise_accuracy_ties_count_half():
+    assert pairwise_accuracy([1, 2, 3, 4], [0, 2, 5, 1]) == 0.625  # right, tie, wrong, right
+
+
+def test_log_loss():
+    # Probabilities of the label: 1/2, 3/4, 1/4: mean of log 2, log 4/3, log 4.
+    assert log_loss([0, math.log(3), math.log(3)], [True, True, False]) == pytest.approx(math.log(32 / 3) / 3)
+    assert log_loss([1000, -1000, 1000], [True, False, False]) == pytest.approx(1000 / 3)
+
+
+def test_calibration_bins():
+    rows = calibration([0.05, 0.15, 0.18, 1.0, 0.3], [False, True, False, True, True])
+    assert [(row["low"], row["high"], row["observed"], row["n"]) for row in rows] == [
+        (0.0, 0.1, 0.0, 1),
+        (0.1, 0.2, 0.5, 2),
+        (0.3, 0.4, 1.0, 1),
+        (0.9, 1.0, 1.0, 1),
+    ]
+    assert [row["mean_predicted"] for row in rows] == pytest.approx([0.05, 0.165, 0.3, 1.0])
+
+
+def test_expected_calibration_error():
+    # (1 * 0.05 + 2 * |0.165 - 0.5| + 1 * 0.7 + 1 * 0) / 5
+    found = expected_calibration_error([0.05, 0.15, 0.18, 1.0, 0.3], [False, True, False, True, True])
+    assert found == pytest.approx(0.284)
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01])
+def test_calibration_refuses_what_is_no_probability(value):
+    with pytest.raises(DataError, match="allowed: 0 to 1"):
+        calibration([0.5, value], [True, False])
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [
+        ([1.0, 2.0], [True], r"shape \(2,\) and \(1,\)"),
+        ([], [], r"shape \(0,\)"),
+        ([[1.0], [2.0]], [[True], [False]], r"shape \(2, 1\)"),
+        ([1.0, float("nan")], [True, False], "value nan at index 1"),
+        ([float("-inf"), 1.0], [True, False], "value -inf at index 0"),
+    ],
+)
+def test_metrics_refuse_broken_arrays(scores, labels, message):
+    for metric in (auc, accuracy, balanced_accuracy, log_loss, calibration, pairwise_accuracy):
+        with pytest.raises(DataError, match=message):
+            metric(scores, labels)
+
+
+def test_distinct_ngrams():
+    texts, ids = ["a b a", "a  b"], [[1, 2, 1], [1, 2]]
+    for tokens in (texts, ids):
+        assert distinct_ngrams(tokens, 1) == 2 / 5
+        assert distinct_ngrams(tokens, 2) == 2 / 3  # ab, ba, ab
+        assert distinct_ngrams(tokens, 3) == 1
+    assert math.isnan(distinct_ngrams(["a", "b"], 2))  # no n-gram crosses from one text to the next
+    assert math.isnan(distinct_ngrams([], 1))
+
+
+# Intervals
+
+
+def test_bootstrap_of_two_groups():
+    # Means of the resamples are 0, 1/2, 1 with chances 1/4, 1/2, 1/4: quantiles 0.025 and 0.975 are 0 and 1,
+    # quantiles 0.3 and 0.7 are 1/2.
+    values = np.array([0.0, 0.0, 1.0, 1.0])
+    groups = ["a", "a", "b", "b"]
+    assert cluster_bootstrap(lambda indices: values[indices].mean(), groups) == (0, 1)
+    assert cluster_bootstrap(lambda indices: values[indices].mean(), groups, level=0.4) == (0.5, 0.5)
+
+
+def test_bootstrap_draws_whole_groups():
+    groups = ["x", "y", "x", "z", "x", "y"]
+    drawn = []
+    cluster_bootstrap(lambda indices: drawn.append(np.bincount(indices, minlength=6)) or 0.0, groups, resamples=50)
+    assert len(drawn) == 50
+    for counts in drawn:
+        assert counts[0] == counts[2] == counts[4] and counts[1] == counts[5]
+        assert counts[0] + counts[1] + counts[3] == 3  # as many groups as there are
+
+
+def test_bootstrap_is_keyed_by_seed_and_not_by_order():
+    generator = np.random.default_rng(0)
+    values, groups = generator.random(60), [f"g{index % 12}" for index in range(60)]
+    first = cluster_bootstrap(lambda indices: values[indices].mean(), groups, 200, seed=3)
+    assert first == cluster_bootstrap(lambda indices: values[indices].mean(), groups, 200, seed=3)
+    assert first != cluster_bootstrap(lambda indices: values[indices].mean(), groups, 200, seed=4)
+    turned = values[::-1]
+    again = cluster_bootstrap(lambda indices: turned[indices].mean(), groups[::-1], 200, seed=3)
+    assert again == pytest.approx(first, abs=1e-12)
+
+
+def test_bootstrap_covers_the_truth_where_resampling_records_would_not():
+    # 20 groups of 10 records that nearly share one normal value: there are only about 20 independent draws.
+    generator = np.random.default_rng(5)
+    groups = [f"g{index // 10}" for index in range(200)]
+    alone = [f"r{index}" for index in range(200)]
+    hits, hits_alone = 0, 0
+    for seed in range(100):
+        values = np.repeat(generator.normal(size=20), 10) + 0.1 * generator.normal(size=200)
+        low, high = cluster_bootstrap(lambda i, values=values: values[i].mean(), groups, 200, seed)
+        hits += low <= 0 <= high
+        low, high = cluster_bootstrap(lambda i, values=values: values[i].mean(), alone, 200, seed)
+        hits_alone += low <= 0 <= high
+    assert hits >= 85  # 95 wanted; percentile intervals of 20 groups are a little narrow
+    assert hits_alone <= 65  # three times too narrow
+
+
+def test_bootstrap_leaves_out_a_few_undefined_resamples():
+    # Group 0 comes at least four times in 10 draws with chance 0.013: below the share that is tolerated.
+    values, groups = np.arange(10.0), [str(index) for index in range(10)]
+
+    def statistic(indices):
+        return values[indices].mean() if (indices == 0).sum() < 4 else float("nan")
+
+    def raising(indices):
+        return auc(values[indices], indices % 2 == 0)  # one class only: chance 2 * 0.5 ** 10
+
+    assert any(math.isnan(statistic(np.array(drawn))) for drawn in ([0, 0, 0, 0], [1]))
+    low, high = cluster_bootstrap(statistic, groups)
+    assert 2 < low < 4.5 < high < 7
+    low, high = cluster_bootstrap(raising, groups)
+    assert 0 <= low < high <= 1
+
+
+def test_bootstrap_gives_up_on_many_undefined_resamples():
+    # One group all up, the other all down: half of the resamples have one class.
+    scores, labels = np.array([1.0, 0.0]), np.array([True, False])
+    assert is_nan(cluster_bootstrap(lambda indices: auc(scores[indices], labels[indices]), ["a", "b"]))
+    assert is_nan(cluster_bootstrap(lambda indices: float("nan"), ["a", "b"]))
+
+
+def test_bootstrap_of_one_group_or_none_has_no_interval():
+    assert is_nan(cluster_bootstrap(lambda indices: 1.0, ["a", "a", "a"]))
+    assert is_nan(cluster_bootstrap(lambda indices: 1.0, []))
+
+
+def test_paired_bootstrap_cancels_what_both_share():
+    generator = np.random.default_rng(2)
+    values, groups = generator.normal(size=40), [str(index // 2) for index in range(40)]
+    low, high = paired_bootstrap(lambda i: values[i].mean() + 0.25, lambda i: values[i].mean(), groups, 200)
+    assert (low, high) == pytest.approx((0.25, 0.25))
+    # First minus second, not the other way round: 1 against -1 in one of two groups, equal in the other.
+    first, second = np.array([1.0, 0.0]), np.array([-1.0, 0.0])
+    assert paired_bootstrap(lambda i: first[i].mean(), lambda i: second[i].mean(), ["a", "b"]) == (0, 2)
+
+
+def test_mean_interval():
+    assert mean_interval([0, 0, 0, 4], ["a", "a", "a", "b"]) == {"value": 1.0, "low": 0.0, "high": 4.0}
+    one = mean_interval([1, 2], ["a", "a"])
+    assert one["value"] == 1.5 and math.isnan(one["low"]) and math.isnan(one["high"])
+    with pytest.raises(DataError, match="2 values for 1 groups"):
+        mean_interval([1, 2], ["a"])
+    with pytest.raises(DataError, match="0 values"):
+        mean_interval([], [])
+
+
+# Baselines
+
+
+def rating(prompt, completion, label, **more):
+    return Rating(prompt=prompt, completion=completion, label=label, group="g", **more)
+
+
+def comparison(chosen, rejected):
+    return Comparison(prompt="p", chosen=chosen, rejected=rejected, group="g")
+
+
+def turns(count):
+    return tuple({"role": ("user", "assistant")[index % 2], "content": "word"} for index in range(count))
+
+
+def test_text_of():
+    assert text_of("as it\nis") == "as it\nis"
+    assert text_of(({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"})) == (
+        "user: hi\nassistant: yes?"
+    )
+
+
+def test_bag_of_words_finds_the_word_in_the_completion():
+    train = [rating(f"p{i}", f"{'thanks' if i % 2 else 'sorry'} number {i}", i % 2 == 1) for i in range(20)]
+    scores = bag_of_words(train, [rating("new", "sorry about 99", False), rating("new", "thanks for 98", True)])
+    assert scores[0] < 0 < scores[1]
+
+
+def test_bag_of_words_reads_the_prompt():
+    train = [rating(f"{'coffee' if i % 2 else 'tickets'} please", "done", i % 2 == 1) for i in range(20)]
+    scores = bag_of_words(train, [rating("two tickets", "done", False), rating("a coffee", "done", True)])
+    assert scores[0] < 0 < scores[1]
+
+
+def test_bag_of_words_sees_pairs_of_words():
+    train = [rating("p", "not good" if i % 2 else "good not", i % 2 == 1) for i in range(20)]
+    scores = bag_of_words(train, [rating("p", "good not", False), rating("p", "not good", True)])
+    assert scores[0] < 0 < scores[1]
+
+
+def test_bag_of_words_of_comparisons():
+    train = [comparison(f"glad to help {i}", f"no {i}") for i in range(10)]
+    test = [comparison("glad", "no"), comparison("no", "glad"), comparison("unseen", "words")]
+    scores = bag_of_words(train, test)
+    assert scores.shape == (3, 2)
+    assert scores[0, 0] > 0 > scores[0, 1]
+    assert scores[1].tolist() == scores[0, ::-1].tolist()
+    assert scores[2].tolist() == [0, 0]  # no intercept: nothing known is a tie
+    mirrored = bag_of_words([comparison(pair.rejected, pair.chosen) for pair in train], test)
+    assert mirrored == pytest.approx(-scores, abs=1e-5)
+
+
+def test_baselines_are_deterministic_and_heed_weights():
+    train = [rating(f"p{i}", "up" if i % 2 else "down", i % 2 == 1) for i in range(10)]
+    test = [rating("q", "up", True), rating("q", "down", False)]
+    once = bag_of_words(train, test)
+    assert once.tolist() == bag_of_words(train, test).tolist()
+    contrary = [replace(record, label=not record.label, weight=0.0) for record in train * 3]
+    assert bag_of_words(train + contrary, test)[0] > 0 > bag_of_words(train + contrary, test)[1]
+    heavy = [replace(record, weight=1.0) for record in contrary]
+    assert bag_of_words(train + heavy, test)[0] < 0 < bag_of_words(train + heavy, test)[1]
+
+
+def test_position_baseline_counts_turns_of_the_prompt():
+    train = [rating(turns(count), "same", count < 5) for count in (1, 3, 7, 9)]
+    scores = position_baseline(
+        train, [rating(turns(1), "x", True), rating("one turn", "x", True), rating(turns(9), "x", False)]
+    )
+    assert scores[0] == scores[1] > 0 > scores[2]
+
+
+def test_position_baseline_without_any_difference_is_constant():
+    train = [rating("p", "x", label) for label in (True, True, True, False)]
+    scores = position_baseline(train, [rating("q", "y", True), rating("r", "z", False)])
+    # Only the intercept is learned: log-odds of 3 ups to 1 down.
+    assert scores == pytest.approx([math.log(3)] * 2, abs=1e-3)
+
+
+def test_position_baseline_refuses_comparisons():
+    with pytest.raises(DataError, match="needs ratings"):
+        position_baseline([comparison("a", "b")], [comparison("a", "b")])  # pyright: ignore[reportArgumentType]  (the wrong kind is the point)
+
+
+def test_length_baseline_of_comparisons_picks_what_won_in_training():
+    test = [comparison("ab", "abcde"), comparison(turns(1), "x")]
+    lengths = [[2, 5], [len("user: word"), 1]]
+    longer, shorter, same = comparison("long", "s"), comparison("s", "much longer"), comparison("ab", "cd")
+    assert length_baseline([longer, shorter, longer, same], test).tolist() == lengths
+    for train in ([shorter, longer, shorter], [longer, shorter], [same]):
+        assert length_baseline(train, test).tolist() == [[-one, -other] for one, other in lengths]
+
+
+def test_length_baseline_of_ratings_is_fitted():
+    train = [rating("p", "x" * length, length > 50) for length in (5, 10, 20, 80, 160, 320)]
+    test = [rating("p", "y" * 4, False), rating("p", "y" * 400, True)]
+    scores = length_baseline(train, test)
+    assert scores[0] < 0 < scores[1]
+    flipped = length_baseline([replace(record, label=not record.label) for record in train], test)
+    assert flipped == pytest.approx(-scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("baseline", [bag_of_words, length_baseline, position_baseline])
+def test_baselines_refuse_what_they_cannot_use(baseline):
+    ups = [rating("p", "x", True)] * 3
+    with pytest.raises(DataError, match="all 3 labels are up"):
+        baseline(ups, ups)
+    with pytest.raises(DataError, match="0 train and 3 test"):
+        baseline([], ups)
+    with pytest.raises(DataError, match="3 train and 0 test"):
+        baseline(ups, [])
+    with pytest.raises(DataError, match="kind Comparison, Rating"):
+        baseline(ups, [comparison("a", "b")])
+
+
+def test_bag_of_words_needs_words():
+    with pytest.raises(DataError, match="no word in any train text"):
+        bag_of_words([rating("?", "!", True), rating("?", "...", False)], [rating("?", "word", True)])
+    with pytest.raises(DataError, match="one comparison"):
+        bag_of_words([comparison("a", "b")], [comparison("a", "b")])
+
+
+def test_import_is_light():
+    code = "import sys, perlhf.statistics; print([m for m in ('torch', 'sklearn', 'scipy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

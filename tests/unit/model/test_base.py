@@ -1,0 +1,336 @@
+"""Finding, fetching and loading a base: names, hub, local directories, dtypes, fingerprints."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from perlhf.config.stages import DEFAULT_BASE
+from perlhf.errors import ModelError
+from perlhf.model import base
+from perlhf.system.machine import cpu_computes_in_bf16
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of ours."""
+    monkeypatch.setenv("PERLHF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def copy(tiny_base: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny base that a test may damage."""
+    return Path(shutil.copytree(tiny_base, tmp_path / "copy"))
+
+
+def test_cache_dir_is_the_variable_or_in_the_home(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    assert base.cache_dir() == cache
+    monkeypatch.delenv("PERLHF_CACHE")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert base.cache_dir() == Path("/home/somebody/.cache/perlhf")
+
+
+def test_missing_packaged_base_says_how_to_get_it() -> None:
+    with pytest.raises(ModelError, match=f"perlhf pull {DEFAULT_BASE}"):
+        base.resolve(DEFAULT_BASE)
+
+
+def test_missing_hub_base_says_how_to_get_it() -> None:
+    with pytest.raises(ModelError, match="perlhf pull nobody/nothing") as error:
+        base.resolve("nobody/nothing")
+    assert "local directory" in str(error.value)
+
+
+def test_a_misspelt_name_gets_the_nearest() -> None:
+    with pytest.raises(ModelError, match=f"did you mean {DEFAULT_BASE}"):
+        base.resolve("smollm2-135m-instruct-q4_0")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "../up", "a b", ""])
+def test_a_missing_directory_is_no_hub_name(name: str) -> None:
+    for find in (base.resolve, base.pull):
+        with pytest.raises(ModelError, match=r"no such directory|no config"):
+            find(name)
+
+
+def test_local_directory_is_used_in_place(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert base.resolve(str(copy)) == copy and base.pull(str(copy)) == copy
+    monkeypatch.chdir(copy.parent)
+    assert base.resolve("copy") == Path("copy")
+    assert base.fingerprint(base.resolve("copy"))["name"] == "copy"  # as given, not where it is on this machine
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", r"no config\.json"),
+        ("tokenizer.json", "no tokenizer"),
+        ("model.safetensors", r"lacks model\.safetensors"),
+    ],
+)
+def test_incomplete_directory(copy: Path, missing: str, message: str) -> None:
+    (copy / missing).unlink()
+    with pytest.raises(ModelError, match=message):
+        base.resolve(str(copy))
+
+
+def test_pickled_weights_are_never_read(copy: Path) -> None:
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="pickled ones are never read"):
+        base.resolve(str(copy))
+    with pytest.raises(ModelError, match="can't be loaded"):
+        base.load_base(copy, torch.float32, "cpu")
+
+
+def test_sharded_weights_must_all_be_there(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    shards = {f"model-0000{1 + i % 2}-of-00002.safetensors": {} for i in range(2)}
+    first, second = shards
+    weight_map = {name: (first if "layers.0" in name else second) for name in tensors}
+    for shard in shards:
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == shard}, copy / shard, metadata={"format": "pt"})
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert base.resolve(str(copy)) == copy
+    base.load_base(copy, torch.float32, "cpu")
+    both = (copy / first).read_bytes() + (copy / second).read_bytes()
+    assert base.fingerprint(copy)["sha256"] == hashlib.sha256(both).hexdigest()
+    (copy / second).unlink()
+    with pytest.raises(ModelError, match=second):
+        base.resolve(str(copy))
+    (copy / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ModelError, match="index of the weights"):
+        base.resolve(str(copy))
+
+
+def test_fingerprint_follows_the_weights(copy: Path, cache: Path) -> None:
+    weights = copy / "model.safetensors"
+    expected = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert base.fingerprint(copy) == {"name": str(copy), "sha256": expected}
+    assert [path.read_text() for path in (cache / "fingerprints").iterdir()] == [expected]
+    assert base.fingerprint(copy)["sha256"] == expected
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    os.utime(weights, ns=(0, 12345))
+    changed = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert changed != expected and base.fingerprint(copy)["sha256"] == changed
+
+
+def test_fingerprint_is_computed_once(copy: Path, cache: Path) -> None:
+    base.fingerprint(copy)
+    (entry,) = (cache / "fingerprints").iterdir()
+    entry.write_text("f" * 64)
+    assert base.fingerprint(copy)["sha256"] == "f" * 64
+
+
+def test_fingerprint_needs_no_writable_cache(copy: Path, cache: Path) -> None:
+    cache.write_text("a file where the directory should be")
+    assert base.fingerprint(copy)["sha256"] == hashlib.sha256((copy / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loaded_base_is_frozen(tiny_base: Path, dtype: torch.dtype, capfd: pytest.CaptureFixture[str]) -> None:
+    model = base.load_base(tiny_base, dtype, "cpu")
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.config._attn_implementation == "sdpa"
+    stored = load_file(tiny_base / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(model.get_parameter("model.norm.weight"), stored.to(dtype))
+    assert capfd.readouterr() == ("", "")  # nothing of the libraries' own
+
+
+def test_weights_with_missing_tensors_are_refused(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
+        base.load_base(copy, torch.float32, "cpu")
+
+
+def test_damaged_files_are_one_error(copy: Path) -> None:
+    (copy / "model.safetensors").write_bytes(b"\x00" * 50)
+    with pytest.raises(ModelError, match="can't be loaded"):
+        base.load_base(copy, torch.float32, "cpu")
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="tokenizer can't be loaded"):
+        base.load_tokenizer(copy)
+    (copy / "config.json").write_text('{"model_type": "something-new"}')
+    with pytest.raises(ModelError, match="can't be loaded"):
+        base.load_base(copy, torch.float32, "cpu")
+
+
+def test_unsupported_architecture_is_refused_before_its_weights_are_read(copy: Path) -> None:
+    config = {"model_type": "mistral", "sliding_window": 128, "max_position_embeddings": 512}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"mistral can't be a base: .*sliding window of 128"):
+        base.load_base(copy, torch.float32, "cpu")
+
+
+def test_code_in_a_directory_is_not_run(copy: Path, tmp_path: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ModelError, match="can't be loaded"):
+        base.load_base(copy, torch.float32, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_tokenizer_gets_padding_and_a_limit(copy: Path) -> None:
+    file = copy / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    for key in ("pad_token", "model_max_length"):
+        settings.pop(key, None)
+    file.write_text(json.dumps(settings))
+    tokenizer = base.load_tokenizer(copy)
+    assert tokenizer.pad_token == "<|im_end|>" and tokenizer.model_max_length == 512
+    del settings["eos_token"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="no end token"):
+        base.load_tokenizer(copy)
+
+
+def test_dtype_as_asked_or_by_hardware() -> None:
+    assert base.pick_dtype("float32", "cpu")[0] == torch.float32
+    assert base.pick_dtype("bfloat16", "cpu")[0] == torch.bfloat16
+    dtype, reason = base.pick_dtype("auto", "cpu")
+    assert dtype == (torch.bfloat16 if cpu_computes_in_bf16()[0] else torch.float32)
+    assert "this CPU" in reason and reason.startswith(str(dtype).removeprefix("torch."))
+    with pytest.raises(ModelError, match="float16"):
+        base.pick_dtype("float16", "cpu")
+
+
+def test_device_must_exist() -> None:
+    assert base.pick_device("cpu") == torch.device("cpu")
+    assert base.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("cuda:97", "tpu", "meta", "cuda:x"):
+        with pytest.raises(ModelError, match="device"):
+            base.pick_device(name)
+
+
+def test_wheel_is_for_packaged_bases_only(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not a packaged base"):
+        base.pull("some/model", wheel=tmp_path / "a.whl")
+
+
+# --- the hub, served from here -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tiny_base: Path) -> Iterator[tuple[str, list[str]]]:
+    """A hub with one repository `some/model`: the tiny base and files that nobody asked for. Address, files sent."""
+    files = {path.name: path.read_bytes() for path in tiny_base.iterdir()}
+    files |= {"pytorch_model.bin": b"pickle", "consolidated.safetensors": b"twice", "onnx/model.safetensors": b"other"}
+    sent: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_body=True)
+
+        def answer(self, with_body: bool) -> None:
+            path, extra = self.path.split("?")[0], {}
+            if path == "/api/models/some/model/revision/main":
+                siblings = [{"rfilename": name} for name in files]
+                body = json.dumps({"id": "some/model", "sha": COMMIT, "siblings": siblings}).encode()
+            elif path == f"/api/models/some/model/tree/{COMMIT}":
+                tree = [{"type": "file", "path": n, "size": len(d), "oid": _oid(d)} for n, d in files.items()]
+                body = json.dumps(tree).encode()
+            elif path.startswith(f"/some/model/resolve/{COMMIT}/"):
+                name = path.split(f"{COMMIT}/")[1]
+                body, extra = files[name], {"ETag": f'"{_oid(files[name])}"', "X-Repo-Commit": COMMIT}
+                sent.extend([name] if with_body else [])
+            else:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            for key, value in {"Content-Length": str(len(body)), **extra}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", sent
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def _oid(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
+FIND = """
+import json, sys
+from perlhf.model import base
+from perlhf.errors import ModelError
+for step in sys.argv[1:]:
+    do, name = step.split(":")
+    try:
+        path = getattr(base, do)(name, **({"progress": False} if do == "pull" else {}))
+        print(json.dumps([str(path), sorted(p.name for p in path.iterdir()), base.fingerprint(path)]))
+    except ModelError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def find(address: str, home: Path, *steps: str) -> list:
+    """Results of `pull:NAME` and `resolve:NAME` in another process (the hub library reads its address at import)."""
+    settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FIND, *steps], env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_hub_names(hub: tuple[str, list[str]], tiny_base: Path, tmp_path: Path) -> None:
+    address, sent = hub
+    before, pulled, resolved, unknown = find(
+        address, tmp_path / "hf", "resolve:some/model", "pull:some/model", "resolve:some/model", "pull:some/other"
+    )
+    assert "perlhf pull some/model" in before
+    assert pulled == resolved
+    path, names, fingerprint = pulled
+    assert Path(path).is_relative_to(tmp_path / "hf")
+    wanted = {file.name for file in tiny_base.iterdir()}
+    assert set(names) == set(sent) == wanted and len(sent) == len(wanted)  # no pickles, nothing twice
+    digest = hashlib.sha256((tiny_base / "model.safetensors").read_bytes()).hexdigest()
+    assert fingerprint == {"name": "some/model", "sha256": digest}
+    assert "some/other could not be fetched" in unknown and "local directory" in unknown
+
+
+def test_models_of_the_right_size_load_with_the_same_logits(tiny_base: Path) -> None:
+    config = LlamaConfig.from_pretrained(tiny_base)
+    by_hand = LlamaForCausalLM(config).eval()
+    missing, _ = by_hand.load_state_dict(load_file(tiny_base / "model.safetensors"), strict=False)
+    assert missing == ["lm_head.weight"]  # tied to the embedding
+    ids = torch.tensor([[4, 99, 7]])
+    with torch.no_grad():
+        found = base.load_base(tiny_base, torch.float32, "cpu")(ids).logits
+        torch.testing.assert_close(found, by_hand(ids).logits)

@@ -1,0 +1,112 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import perlhf
+from perlhf.system.machine import (
+    COMPILED_PRODUCTS,
+    bound_compiled_products,
+    cpu_computes_in_bf16,
+    environment,
+    free_memory_bytes,
+    peak_memory_bytes,
+)
+
+
+def git(directory: Path, *arguments: str) -> str:
+    options = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", str(directory), *options, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def environment_of(package_parent: Path) -> dict:
+    code = "import json; from perlhf.system.machine import environment; print(json.dumps(environment()))"
+    variables = os.environ | {"PYTHONPATH": str(package_parent), "GIT_CEILING_DIRECTORIES": str(package_parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=variables)
+    return json.loads(done.stdout)
+
+
+def test_commit_is_that_of_the_package_and_only_if_it_is_tracked(tmp_path):
+    source = Path(perlhf.__file__).parent
+    (tmp_path / "perlhf" / "system").mkdir(parents=True)
+    for name in ("__init__.py", "errors.py", "system/__init__.py", "system/allocator.py", "system/machine.py"):
+        shutil.copy(source / name, tmp_path / "perlhf" / name)
+    outside = environment_of(tmp_path)
+    assert (outside["commit"], outside["uncommitted_changes"]) == (None, None)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "of somebody else's repository")
+    assert environment_of(tmp_path)["commit"] is None
+    git(tmp_path, "add", "perlhf/__init__.py", "perlhf/system/machine.py")
+    git(tmp_path, "commit", "-q", "-m", "package")
+    clean = environment_of(tmp_path)
+    assert (clean["commit"], clean["uncommitted_changes"]) == (git(tmp_path, "rev-parse", "HEAD"), False)
+    with open(tmp_path / "perlhf" / "__init__.py", "a") as file:
+        file.write("\n")
+    assert environment_of(tmp_path)["uncommitted_changes"] is True
+
+
+def test_versions_hardware_and_threads():
+    found = environment()
+    assert found["versions"]["perlhf"] == perlhf.__version__ and found["versions"]["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["hardware"]["memory_bytes"] > 2**28 and found["hardware"]["cpu"]
+
+
+def test_peak_memory_is_of_this_process_and_stays():
+    code = (
+        "from perlhf.system.machine import cuda_peak_bytes, peak_memory_bytes as peak\n"
+        "before = peak(); block = bytearray(200_000_000); block[::4096] = bytes(len(block[::4096]))\n"
+        "with_block = peak(); del block; print(before, with_block, peak(), cuda_peak_bytes())"
+    )
+    # Started from this process, which holds torch and so far more: the child's own peak must not inherit that.
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    before, with_block, after, cuda = map(int, done.stdout.split())
+    megabyte = 1_000_000  # the system's own count is this exact
+    assert before < 100 * megabyte < 150 * megabyte < peak_memory_bytes()
+    assert 199 * megabyte <= with_block - before < 250 * megabyte
+    assert after >= with_block - megabyte and cuda == 0
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("vendor_id : GenuineIntel\nflags\t\t: avx512f avx512_bf16 amx_bf16 amx_tile\n", True),
+        ("vendor_id : GenuineIntel\nflags\t\t: avx512f avx512_bf16\n", False),  # half the float32 rate
+        ("vendor_id : AuthenticAMD\nflags\t\t: avx512f avx512_bf16\n", True),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("vendor_id : GenuineIntel\nflags\t\t: avx2 avx512f avx512_vnni\n", False),
+        ("", False),
+    ],
+)
+def test_bf16_where_it_is_the_faster_one(cpuinfo: str, expected: bool):
+    assert cpu_computes_in_bf16(cpuinfo)[0] is expected
+
+
+def test_compiled_products_are_bounded_unless_the_user_says_how_many():
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    variables: dict[str, str] = {}
+    bound_compiled_products(variables)
+    assert variables == {name: str(COMPILED_PRODUCTS)}
+    variables[name] = "7"
+    bound_compiled_products(variables)
+    assert variables == {name: "7"}
+
+
+def test_free_memory_is_the_gpus_where_one_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 81000\necho 500\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert free_memory_bytes("auto") == free_memory_bytes("cuda:0") == 81000 * 2**20
+    assert free_memory_bytes("cuda:1") == 500 * 2**20 and free_memory_bytes("cuda:2") is None
+    tool.unlink()
+    own = free_memory_bytes("cpu")
+    assert own is None or own > 2**20
+    assert (free_memory_bytes("auto") is None) == (own is None)
+    assert free_memory_bytes("cuda") is None

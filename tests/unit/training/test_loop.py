@@ -1,0 +1,276 @@
+"""What the stages share: encoding, which adapter starts from what, an optimiser step, saving and restoring."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import open_encoder, open_model, randomise
+
+from perlhf.config.stages import AdapterConfig, EncodingConfig, OptimConfig, RewardConfig, SftConfig
+from perlhf.data.records import Comparison, Rating, Text
+from perlhf.errors import AdapterError, ConfigError, DataError, DivergenceError
+from perlhf.model.encode import TooLong
+from perlhf.model.model import Model
+from perlhf.model.open import new_adapter
+from perlhf.runs.run import open_run
+from perlhf.training import checkpoint, loop, optim
+from perlhf.training import reward as reward_stage
+from perlhf.training.loop import Best
+
+PROMPT = 20  # tokens of "hi" in ChatML; "yes" and its end token make 4
+
+
+@pytest.fixture
+def model(tiny_base: Path) -> Model:
+    torch.set_num_threads(1)
+    return open_model(tiny_base)
+
+
+class TestEncodeAll:
+    PAIRS: tuple[tuple[Text, list[Text], str], ...] = (
+        ("hi", ["yes"], "a:1"),
+        ("hi", ["longer"], "a:2"),
+        ("hi", ["x" * 40], "a:3"),
+    )
+
+    def test_counts_what_is_cut_and_dropped(self, tiny_base: Path) -> None:
+        encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=PROMPT + 4))
+        examples, counts = loop.encode_all(encoder, self.PAIRS, drop_long=True)
+        assert counts == {"cut_prompts": 1, "dropped_long": 1}
+        assert examples[0] is not None and examples[0][0].cut == 0
+        assert examples[1] is not None and examples[1][0].cut > 0
+        assert examples[2] is None
+
+    def test_both_sides_of_a_comparison_keep_the_same_prompt(self, tiny_base: Path) -> None:
+        encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=PROMPT + 4))
+        examples, counts = loop.encode_all(encoder, [("hi", ["no", "longer"], "a:1")], drop_long=False)
+        assert counts == {"cut_prompts": 1, "dropped_long": 0}
+        assert examples[0] is not None
+        short, long = examples[0]
+        assert short.prompt == long.prompt == tuple(encoder.prompt("hi")[long.cut :])
+        assert long.cut > 0
+
+    def test_too_long_is_an_error_unless_asked_otherwise(self, tiny_base: Path) -> None:
+        encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=PROMPT + 4))
+        with pytest.raises(TooLong, match="a:3"):
+            loop.encode_all(encoder, self.PAIRS, drop_long=False)
+
+    def test_nothing_left(self, tiny_base: Path) -> None:
+        encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=3))
+        with pytest.raises(DataError, match="every example is longer"):
+            loop.encode_all(encoder, self.PAIRS, drop_long=True)
+
+
+class TestNewAdapter:
+    @pytest.fixture
+    def with_sft(self, model: Model) -> Model:
+        model.add_adapter("sft", "sft", rank=4, alpha=8.0, dropout=0.3)
+        randomise(model, "sft")
+        model.freeze("sft")
+        return model
+
+    def test_same_shape_is_a_copy(self, with_sft: Model) -> None:
+        config = RewardConfig(adapter=AdapterConfig(rank=4, alpha=8.0, dropout=0.1))
+        adapter = new_adapter(with_sft, "reward_0", "reward", config, start="sft")
+        assert adapter.beneath is None
+        source = with_sft.adapters["sft"].tensors()
+        assert all(torch.equal(t, source[key]) for key, t in adapter.tensors().items() if key in source)
+        # Its dropout is what its own recipe says, not what SFT had.
+        assert adapter.dropout == 0.1 and {p.dropout for p in adapter.pairs.values()} == {0.1}
+        assert {p.dropout for p in with_sft.adapters["sft"].pairs.values()} == {0.3}
+
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            AdapterConfig(rank=2, alpha=8.0),
+            AdapterConfig(rank=4, alpha=4.0),
+            AdapterConfig(rank=4, alpha=8.0, targets="all"),
+        ],
+    )
+    def test_another_shape_is_new_over_it(self, with_sft: Model, shape: AdapterConfig) -> None:
+        adapter = new_adapter(with_sft, "reward_0", "reward", RewardConfig(adapter=shape), start="sft")
+        assert adapter.beneath == "sft" and adapter.rank == shape.rank
+        assert not any(pair.b.any() for pair in adapter.pairs.values())
+
+    def test_without_a_start(self, model: Model) -> None:
+        config = SftConfig(adapter=AdapterConfig(rank=3, dropout=0.2))
+        adapter = new_adapter(model, "sft", "sft", config)
+        assert adapter.beneath is None and adapter.head is None and adapter.dropout == 0.2
+        assert not any(pair.b.any() for pair in adapter.pairs.values())
+
+    def test_depends_on_seed_and_name_alone(self, model: Model, tiny_base: Path) -> None:
+        def first(where: Model, name: str, seed: int) -> torch.Tensor:
+            config = SftConfig(seed=seed, adapter=AdapterConfig(rank=3))
+            return next(iter(new_adapter(where, name, "sft", config).pairs.values())).a
+
+        other = open_model(tiny_base)
+        torch.rand(7)  # the global generator has no say
+        one = first(model, "a", 0)
+        assert torch.equal(one, first(other, "a", 0))
+        assert not torch.equal(one, first(model, "b", 0)) and not torch.equal(one, first(model, "c", 1))
+
+    def test_full_tuning(self, with_sft: Model) -> None:
+        config = RewardConfig(tuning="full")
+        merged = new_adapter(with_sft, "full_sft", "sft", config, start="sft")
+        assert merged.weights and not merged.pairs and merged.beneath is None
+        copy = new_adapter(with_sft, "reward_0", "reward", config, start="full_sft")
+        assert all(torch.equal(copy.weights[name], w) for name, w in merged.weights.items())
+        assert copy.head is not None and not copy.head.any()
+
+    def test_lora_on_a_fully_tuned_start_is_refused(self, model: Model) -> None:
+        """An adapter directory could not hold both; saved alone, the LoRA part would load onto the wrong network."""
+        model.add_adapter("sft", "sft", tuning="full")
+        with pytest.raises(ConfigError, match="tuning: lora can't start"):
+            new_adapter(model, "reward_0", "reward", RewardConfig(), start="sft")
+
+    def test_misspelt_target(self, model: Model) -> None:
+        with pytest.raises(AdapterError, match="q_porj"):
+            new_adapter(model, "sft", "sft", SftConfig(adapter=AdapterConfig(targets=("q_porj",))))
+
+
+class TestOptimiserStep:
+    def test_clips_steps_and_clears(self, model: Model) -> None:
+        adapter = model.add_adapter("sft", "sft", rank=2)
+        optimizer = optim.build({"x": (adapter.trainable_by_name(), 9.9)}, OptimConfig(beta1=0.0))["x"]
+        before = [p.detach().clone() for p in adapter.trainable()]
+        for parameter in adapter.trainable():
+            parameter.grad = torch.ones_like(parameter)
+        count = sum(p.numel() for p in adapter.trainable())
+        norm = loop.optimiser_step(optimizer, adapter, 0.01, 0.5)
+        assert norm == pytest.approx(math.sqrt(count), rel=1e-5)
+        # AdamW's first step is the learning rate against the gradient's sign, whatever its size
+        for parameter, old in zip(adapter.trainable(), before, strict=True):
+            torch.testing.assert_close(parameter.detach(), old - 0.01, rtol=0, atol=1e-5)
+            assert parameter.grad is None
+        assert optimizer.state[adapter.trainable()[0]]["exp_avg"].max().item() == pytest.approx(0.5 / math.sqrt(count))
+
+    def test_a_gradient_that_is_not_finite_changes_nothing(self, model: Model) -> None:
+        adapter = model.add_adapter("sft", "sft", rank=2)
+        optimizer = optim.build({"x": (adapter.trainable_by_name(), 0.1)}, OptimConfig())["x"]
+        before = model.digest("sft")
+        for parameter in adapter.trainable():
+            parameter.grad = torch.full_like(parameter, math.inf)
+        with pytest.raises(DivergenceError, match="gradient norm"):
+            loop.optimiser_step(optimizer, adapter, 0.1, 1.0)
+        assert model.digest("sft") == before
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_check_bounded(self, value: float) -> None:
+        loop.check_bounded("loss", 1e30, 3)
+        loop.check_bounded("loss", 100.0, 3, 100.0)
+        with pytest.raises(DivergenceError, match=r"loss is .* at update 3"):
+            loop.check_bounded("loss", value, 3)
+        with pytest.raises(DivergenceError, match=r"loss is 100\.1 at update 3"):
+            loop.check_bounded("loss", 100.1, 3, 100.0)
+
+
+class TestSaved:
+    def test_restore_puts_back_weights_optimiser_best_and_state(
+        self, model: Model, tiny_base: Path, tmp_path: Path
+    ) -> None:
+        config = SftConfig(run=tmp_path / "run")
+
+        def opened(where: Model):
+            adapter = where.add_adapter("sft", "sft", rank=2)
+            return optim.build({"sft": (adapter.trainable_by_name(), 1e-2)}, config.optim)
+
+        def learn(where: Model, optimizer: torch.optim.AdamW, times: int) -> None:
+            for _ in range(times):
+                where.logprobs([[5, 6]], [[7, 8, 9]], "sft").logprobs.sum().backward()
+                loop.optimiser_step(optimizer, where.adapters["sft"], 1e-2, 1.0)
+
+        with open_run(config.run, "sft", config, {}) as run:
+            assert loop.restore(run, model, {}) == (0, Best(), {})
+            optimizers = opened(model)
+            learn(model, optimizers["sft"], 2)
+            best = Best(2, 0.75, {"loss": 0.5})
+            loop.save(run, 2, model, optimizers, best, {"tokens": 12})
+            best_digest = model.digest("sft")
+            learn(model, optimizers["sft"], 1)
+            loop.save(run, 3, model, optimizers, best, {"tokens": 18})
+            saved_digest = model.digest("sft")
+            learn(model, optimizers["sft"], 2)
+
+            other = open_model(tiny_base)
+            again = opened(other)
+            step, found, state = loop.restore(run, other, again)
+            assert (step, found, state["tokens"]) == (3, best, 18)
+            assert other.digest("sft") == saved_digest
+            learn(other, again["sft"], 2)
+            assert other.digest("sft") == model.digest("sft")
+            loop.restore_best(run.path, best, other.adapters["sft"])
+            assert other.digest("sft") == best_digest
+
+    @pytest.mark.parametrize("step", [None, 0])
+    def test_a_checkpoint_before_any_validation(self, model: Model, tmp_path: Path, step: int | None) -> None:
+        """Earlier versions wrote step 0 for it."""
+        with open_run(tmp_path / "run", "sft", SftConfig(run=tmp_path / "run"), {}) as run:
+            checkpoint.save(run.path, 2, {}, {"best": {"step": step, "value": None, "metrics": {}}})
+            assert loop.restore(run, model, {})[:2] == (2, Best())
+
+    def test_no_best_yet(self, model: Model, tmp_path: Path) -> None:
+        adapter = model.add_adapter("sft", "sft", rank=2)
+        before = model.digest("sft")
+        loop.restore_best(tmp_path, Best(), adapter)
+        assert model.digest("sft") == before
+
+
+class TestRewardItems:
+    RECORDS = (
+        Rating("hi", "yes", True, "g1", weight=0.5),
+        Comparison("hi", "yes", "no", "g2", weight=2.0, margin=1.5),
+        Rating("hi", "no", False, "g1"),
+        Rating("hi", "no", False, "g3"),
+    )
+
+    def test_encoded(self, tiny_base: Path) -> None:
+        encoder = open_encoder(tiny_base)
+        items, counts = reward_stage.encode_items(encoder, self.RECORDS)
+        assert counts == {"cut_prompts": 0, "dropped_long": 0}
+        assert [item.label for item in items] == [True, None, False, False]
+        assert [(item.weight, item.margin, item.group) for item in items[:2]] == [(0.5, 0.0, "g1"), (2.0, 1.5, "g2")]
+        yes, no = (tuple(encoder.prompt("hi") + encoder.completion(text)) for text in ("yes", "no"))
+        assert items[0].sequences == (yes,) and items[1].sequences == (yes, no)
+
+    def test_a_comparison_with_one_completion_too_long_goes_as_a_whole(self, tiny_base: Path) -> None:
+        encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=PROMPT + 4, drop_long=True))
+        records = [Comparison("hi", "yes", "x" * 40, "g"), Rating("hi", "yes", True, "g")]
+        items, counts = reward_stage.encode_items(encoder, records)
+        assert [item.label for item in items] == [True] and counts["dropped_long"] == 1
+
+    def test_class_weights(self, tiny_base: Path) -> None:
+        items, _ = reward_stage.encode_items(open_encoder(tiny_base), self.RECORDS)
+        balance = {"up": 1, "down": 2, "comparisons": 1}
+        # n / (2 n_class): 3 / 2 and 3 / 4
+        assert reward_stage.class_weights(items, "balanced") == ({True: 1.5, False: 0.75}, balance)
+        assert reward_stage.class_weights(items, "none") == ({True: 1.0, False: 1.0}, balance)
+        assert reward_stage.class_weights(items[1:2], "balanced")[0] == {True: 1.0, False: 1.0}
+
+    @pytest.mark.parametrize("how", ["none", "balanced"])
+    def test_ratings_that_are_all_equal_are_refused(self, tiny_base: Path, how: str) -> None:
+        items, _ = reward_stage.encode_items(open_encoder(tiny_base), self.RECORDS[2:])
+        with pytest.raises(DataError, match="all 2 ratings are down"):
+            reward_stage.class_weights(items, how)
+
+    @pytest.mark.parametrize(("how", "bias"), [("none", math.log(1 / 2)), ("balanced", 0.0)])
+    def test_the_bias_starts_at_the_log_odds(self, model: Model, tiny_base: Path, how: str, bias: float) -> None:
+        encoder = open_encoder(tiny_base)
+        items, _ = reward_stage.encode_items(encoder, self.RECORDS)
+        config = RewardConfig(class_weight=how)  # pyright: ignore[reportArgumentType]
+        adapter = reward_stage._start(model, encoder, config, items)
+        assert adapter.bias is not None and adapter.bias.item() == pytest.approx(bias)
+        assert not adapter.bias.requires_grad
+        scores = reward_stage.score_items(model, items, reward_stage.NAME, 100)
+        assert scores == [pytest.approx([bias] * len(item.sequences)) for item in items]
+
+    def test_scores_come_back_in_order(self, model: Model, tiny_base: Path) -> None:
+        items, _ = reward_stage.encode_items(open_encoder(tiny_base), self.RECORDS)
+        model.add_adapter(reward_stage.NAME, "reward", rank=4)
+        randomise(model, reward_stage.NAME)
+        with torch.no_grad():
+            alone = [[model.scores([s], reward_stage.NAME, packing="none").item() for s in i.sequences] for i in items]
+        for max_tokens in (1, 1000):
+            found = reward_stage.score_items(model, items, reward_stage.NAME, max_tokens)
+            assert found == [pytest.approx(scores, abs=1e-5) for scores in alone]
+        assert abs(alone[0][0] - alone[2][0]) > 1e-2

@@ -1,0 +1,178 @@
+"""Plans: parameter counts worked by hand and compared with a real network, updates, memory, missing bases."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from perlhf.config.stages import AdapterConfig, DataConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.errors import AdapterError, DataError, ModelError, RunError
+from perlhf.system import allocator
+from perlhf.training.plan import (
+    COMPILED_BYTES,
+    SMOLLM2_CONFIG,
+    count_records,
+    count_updates,
+    dtype_in_force,
+    llama_shapes,
+    lora_parameters,
+    plan,
+    read_base,
+    trainable_parameters,
+)
+
+DATA = DataConfig(limit=20)
+
+
+def test_counts_of_the_packaged_base_need_no_download():
+    shapes = llama_shapes(SMOLLM2_CONFIG)
+    # Embedding 49152 x 576, then per layer q, o: 576 x 576, k, v: 192 x 576, three of 1536 x 576, two norms; last norm.
+    layer = 2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576 + 2 * 576
+    assert sum(a * (b[0] if b else 1) for a, *b in shapes.values()) == 49152 * 576 + 30 * layer + 576
+    assert lora_parameters(AdapterConfig(rank=1), shapes) == 30 * (2 * (576 + 576) + 2 * (576 + 192))
+    everything = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
+    assert lora_parameters(AdapterConfig(rank=3, targets="all"), shapes) == 3 * 30 * everything
+    assert lora_parameters(AdapterConfig(rank=2, targets=("up_proj", "layers.0.mlp.up_proj")), shapes) == 2 * 30 * 2112
+    assert lora_parameters(AdapterConfig(rank=3, targets="all", layers="last:7"), shapes) == 3 * 7 * everything
+
+
+def test_counts_agree_with_the_network(tiny_base: Path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    base = read_base(str(tiny_base))
+    assert base.parameters == sum(parameter.numel() for parameter in model.parameters())
+    full = trainable_parameters(SftConfig(tuning="full"), base)
+    assert full == {"sft": base.parameters}
+
+
+def test_heads_are_counted(tiny_base: Path):
+    base = read_base(str(tiny_base))
+    body = 2 * (2 * (64 + 64) + 2 * (64 + 32))  # 2 layers; q, o: 64 -> 64; k, v: 64 -> 32; rank 1
+    rank1 = AdapterConfig(rank=1)
+    assert trainable_parameters(RewardConfig(adapter=rank1), base) == {"reward": body + 64}
+    policy = PolicyConfig(adapter=rank1, reward=("runs/r",))
+    assert trainable_parameters(policy, base) == {"policy": body, "value": body + 64 + 1}
+    without_value = policy.model_copy(update={"baseline": "leave_one_out"})
+    assert trainable_parameters(without_value, base) == {"policy": body}
+
+
+KINDS = {SftConfig: ("demonstration",), RewardConfig: ("rating",), PolicyConfig: ("prompt",)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "updates"),
+    [
+        (SftConfig(examples_per_update=16), 7),
+        (SftConfig(examples_per_update=16, epochs=3), 21),
+        (SftConfig(examples_per_update=100), 1),
+        (RewardConfig(examples_per_update=16, epochs=3, max_updates=5), 5),
+        (PolicyConfig(updates=9, steps_per_rollout=2, clip=0.2, reward=("a:b",)), 18),
+    ],
+)
+def test_updates_for_100_records(settings, updates):
+    limited = settings.model_copy(update={"data": DataConfig(limit=100)})
+    assert count_updates(limited, KINDS[type(settings)]) == updates
+
+
+def test_limit_caps_each_split_and_an_empty_split_is_an_error(tmp_path: Path):
+    whole = count_records(SftConfig(), ("demonstration",))
+    assert sum(whole.values()) == 900, "the embedded set has 900 demonstrations"
+    few = count_records(SftConfig(data=DATA), ("demonstration",))
+    assert few == {"train": 20, "validation": 20, "test": 20}
+    fewer = count_records(SftConfig(data=DATA.model_copy(update={"limit_train": 5})), ("demonstration",))
+    assert fewer == {"train": 5, "validation": 20, "test": 20}
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError):
+        count_records(SftConfig(data=DataConfig(paths=(str(path),))), ("demonstration",))
+    # Nor without validation groups, which every stage needs; test groups it does not.
+    with pytest.raises(DataError, match="validation split is empty"):
+        count_records(SftConfig(data=DataConfig(paths=(str(path),), validation=0, test=0)), ("demonstration",))
+    path.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "b"}) + "\n" for i in range(20)))
+    untested = SftConfig(data=DataConfig(paths=(str(path),), validation=0.5, test=0))
+    assert count_records(untested, ("demonstration",))["test"] == 0
+
+
+def test_memory_parts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(allocator, "expected", lambda: "libtcmalloc.so")
+    settings = RewardConfig(base=str(tiny_base), dtype="float32", data=DATA, tokens_per_microbatch=100)
+    planned = plan(settings)
+    parameters = planned.base_parameters
+    assert planned.memory_bytes["base"] == 4 * parameters
+    assert planned.memory_bytes["adapters and optimiser"] == 16 * planned.trainable["reward"]
+    # Per token: 2 layers of 3 x 64 + 2 x (4 + 2) heads of 16 + 2 x 128 float32 numbers.
+    layer = 192 + 192 + 256
+    assert planned.memory_bytes["activations"] == 100 * 2 * layer * 4
+    top = settings.model_copy(update={"adapter": AdapterConfig(layers="last:1")})
+    assert plan(top).memory_bytes["activations"] == 100 * layer * 4
+    everywhere = settings.model_copy(update={"adapter": AdapterConfig(targets="all")})
+    assert plan(everywhere).memory_bytes["activations"] == 100 * 2 * (layer + 64 + 128) * 4
+    # 256 x 272 logits, twice.
+    sft = SftConfig(base=str(tiny_base), dtype="float32", data=DATA, tokens_per_microbatch=100)
+    assert plan(sft).memory_bytes["activations"] == 100 * 2 * layer * 4 + 2 * 256 * 272 * 4
+    monkeypatch.setattr(allocator, "expected", lambda: "system")
+    assert plan(settings).memory_bytes["activations"] == 2 * 100 * 2 * layer * 4
+    full = plan(settings.model_copy(update={"tuning": "full"}))
+    assert full.memory_bytes["adapters and optimiser"] == 16 * (parameters + 64)
+    assert full.memory_bytes["copies of the weights"] == 4 * parameters
+    in_half = plan(settings.model_copy(update={"tuning": "full", "dtype": "bfloat16"}))
+    assert in_half.memory_bytes["copies of the weights"] == 6 * parameters
+    assert planned.total_bytes == sum(planned.memory_bytes.values())
+    # bfloat16 halves what is computed in it, and on a CPU its compiled products come on top.
+    half = settings.model_copy(update={"dtype": "bfloat16"})
+    assert plan(half).memory_bytes["base"] == 2 * parameters
+    assert plan(half).memory_bytes["compiled products"] == COMPILED_BYTES
+    assert plan(half).memory_bytes["activations"] == 2 * 100 * 2 * layer * 2  # holes, as under glibc
+    assert "compiled products" not in planned.memory_bytes
+    assert "compiled products" not in plan(half.model_copy(update={"device": "cuda:1"})).memory_bytes
+
+
+def test_frozen_adapters_of_a_policy_are_counted(tiny_base: Path, tmp_path: Path):
+    sft, first, second = (tmp_path / name for name in "sab")
+    settings = PolicyConfig(base=str(tiny_base), data=DATA, sft=sft, reward=(str(first), str(second), "mod:f"))
+    for missing in (sft, first, second):
+        with pytest.raises(RunError, match="no finished run"):
+            plan(settings)
+        (missing / "adapter").mkdir(parents=True)
+    planned = plan(settings)
+    assert planned.memory_bytes["frozen adapters"] == 3 * 4 * planned.trainable["policy"]
+
+
+def test_dtype_without_torch():
+    assert dtype_in_force("float32", "cuda") == "float32"
+    assert dtype_in_force("auto", "cuda:1") == "bfloat16"
+    assert dtype_in_force("auto", "cpu") in ("bfloat16", "float32")
+
+
+def test_targets_that_match_nothing_name_the_nearest(tiny_base: Path):
+    with pytest.raises(AdapterError, match="'q_porj' matches no linear layer") as caught:
+        lora_parameters(AdapterConfig(targets=("q_porj",)), read_base(str(tiny_base)).shapes)
+    assert caught.value.hint == "q_proj"
+
+
+def test_a_missing_base_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PERLHF_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="perlhf pull nobody/nothing"):
+        read_base("nobody/nothing")
+    with pytest.raises(ModelError, match="perlhf pull no such base!"):
+        read_base("no such base!")
+
+
+def test_a_damaged_base_is_named(tiny_base: Path, tmp_path: Path):
+    (tmp_path / "config.json").write_text((tiny_base / "config.json").read_text())
+    with pytest.raises(ModelError, match="no safetensors files"):
+        read_base(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ModelError, match="can't read the base"):
+        read_base(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ModelError, match="is no safetensors file"):
+        read_base(str(tmp_path))
+
+
+def test_checkpoints_of_a_full_policy_are_rarer():
+    reward = ("a.module:function",)
+    assert PolicyConfig(reward=reward).save_every == 1
+    assert PolicyConfig(reward=reward, tuning="full").save_every == 20  # about 3 GB each on the small base
+    assert PolicyConfig(reward=reward, tuning="full", checkpoint_every=5).save_every == 5
