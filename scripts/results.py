@@ -1,7 +1,8 @@
 """Keeps what `perlhf compare` found below docs/results, and writes tables and plots from it without training.
 
-keep RUNS NAME     numbers of the finished runs in RUNS (no texts, no adapters) go to docs/results/NAME, and what the
-                   rollouts of policies on the embedded set scored, the gold score included
+keep RUNS NAME     the comparison in RUNS goes to docs/results/NAME; numbers of its finished runs (no texts, no
+                   adapters), and what the rollouts of policies on the embedded set scored, the gold score included, go
+                   into docs/results/cells.tar.gz, whose SHA-256 is written to docs/results/commands.yaml
 restore NAME RUNS  the reverse: `perlhf compare --output RUNS` then goes on after the kept cells
 tables             tables and plots from docs/results, between the markers of docs/results/index.md
 reproduce          says how long the kept cells took, then runs the commands of docs/results/commands.yaml, in which
@@ -23,15 +24,15 @@ from typing import Any
 
 import yaml
 
-from perlhf.data.coffee_bar.feedback import gold
-from perlhf.data.coffee_bar.gold import RULES, gold_rules
+from perlhf.data.coffee_bar.gold import RULES, gold, gold_rules
+from perlhf.errors import PerlhfError
 from perlhf.runs.manifest import read_json
 from perlhf.runs.read import duration
 from perlhf.system.files import write_atomic
 from results_tables import commands, finished, machine, manifest_of, tables
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "docs" / "results"
+KEPT = Kept(REPOSITORY / "docs" / "results", REPOSITORY / "build" / "results")
 WHOLE = ("config.yaml", "manifest.json", "metrics.jsonl", "result.json")
 """Files of a cell that are kept as they are."""
 SAMPLE = ("group", "score_before", "score_after", "gold_before", "gold_after")
@@ -39,12 +40,14 @@ SAMPLE = ("group", "score_before", "score_after", "gold_before", "gold_after")
 
 
 def keep(runs: Path, name: str) -> None:
-    """Copies the numbers of every finished cell, and of the whole comparison."""
-    target = RESULTS / name
-    target.mkdir(parents=True, exist_ok=True)
+    """Copies the whole comparison, and packs the numbers of every finished cell."""
     for file in ("compare.yaml", "compare.json"):
         if (runs / file).exists():
-            shutil.copyfile(runs / file, target / file)
+            (KEPT.results / name).mkdir(exist_ok=True)
+            shutil.copyfile(runs / file, KEPT.results / name / file)
+    (KEPT.cells / MARKER).unlink(missing_ok=True)  # until they are packed, the archive's cells are what counts
+    target = KEPT.cells / name
+    target.mkdir(parents=True, exist_ok=True)
     if (runs / "failed").exists():
         shutil.copytree(runs / "failed", target / "failed", dirs_exist_ok=True)
     elsewhere = (path.parent for path in sorted(runs.glob("*/dpo.json")))  # evaluated, but no run of ours
@@ -57,6 +60,7 @@ def keep(runs: Path, name: str) -> None:
             for file in ("config.yaml", "manifest.json"):
                 shutil.copyfile(run / file, target / run.name / file)
             write_atomic(target / run.name / "curve.json", json.dumps(_rollout_means(run)) + "\n")
+    pack(KEPT)
 
 
 def _keep_cell(cell: Path, to: Path, samples: bool) -> None:
@@ -108,19 +112,20 @@ def _rollout_means(run: Path) -> list[dict[str, float]]:
 def restore(name: str, runs: Path) -> None:
     """Puts the kept cells where `perlhf compare` looks for finished ones; what is there already stays."""
     runs.mkdir(parents=True, exist_ok=True)
-    for source in sorted((RESULTS / name).rglob("*")):
-        target = runs / source.relative_to(RESULTS / name)
-        if source.is_file() and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    for kept in (KEPT.results / name, KEPT.cells / name):
+        for source in sorted(kept.rglob("*")):
+            target = runs / source.relative_to(kept)
+            if source.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
 
 
 def reproduce() -> None:
     """Runs the commands of every result, in the order of the file."""
     total = 0.0
-    for name in commands(RESULTS):
-        manifests = [manifest_of(cell) for cell in finished(RESULTS / name)]
-        outside = [read_json(file) for file in (RESULTS / name).glob("*/dpo.json")]
+    for name in commands(KEPT.results):
+        manifests = [manifest_of(cell) for cell in finished(KEPT.cells / name)]
+        outside = [read_json(file) for file in (KEPT.cells / name).glob("*/dpo.json")]
         seconds = sum(one["wall_seconds"] for one in manifests) + sum(one["seconds"] for one in outside)
         total += seconds
         machines = " and ".join(dict.fromkeys(map(machine, manifests)))
@@ -131,7 +136,7 @@ def reproduce() -> None:
         "come on top. Ctrl-C saves, and the same command goes on",
         flush=True,
     )
-    for command in dict.fromkeys(itertools.chain.from_iterable(commands(RESULTS).values())):
+    for command in dict.fromkeys(itertools.chain.from_iterable(commands(KEPT.results).values())):
         words = shlex.split(command)
         if not _made(words):
             program = [] if words[0].endswith(".py") else ["-m", "perlhf"]
@@ -167,12 +172,19 @@ def main() -> None:
     wanted = {"keep": 2, "restore": 2}.get(arguments.what, 0)
     if len(arguments.names) != wanted:
         parser.error(f"{arguments.what} takes {wanted} names")
-    if arguments.what == "keep":
-        keep(Path(arguments.names[0]), arguments.names[1])
-    elif arguments.what == "restore":
-        restore(arguments.names[0], Path(arguments.names[1]))
-    else:
-        {"tables": lambda: tables(RESULTS), "reproduce": reproduce}[arguments.what]()
+    try:
+        unpack(KEPT)
+        match arguments.what:
+            case "keep":
+                keep(Path(arguments.names[0]), arguments.names[1])
+            case "restore":
+                restore(arguments.names[0], Path(arguments.names[1]))
+            case "tables":
+                tables(KEPT)
+            case "reproduce":
+                reproduce()
+    except PerlhfError as error:
+        parser.exit(error.exit_code, f"error: {error}\n")
 
 
 if __name__ == "__main__":

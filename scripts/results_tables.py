@@ -3,7 +3,6 @@
 A marker of the page, `<!-- KIND of NAME -->`, says what stands below it; `tables` has the kinds.
 """
 
-import itertools
 import json
 import re
 import statistics
@@ -13,12 +12,22 @@ from typing import Any
 
 import yaml
 
+<<<<<<< HEAD
 from perlhf.data.coffee_bar.gold import RULES
 from perlhf.reports import comparison, figures, findings
 from perlhf.runs import read
 from perlhf.runs.manifest import read_json
 from perlhf.runs.read import count, duration, mapping, number
 from perlhf.system.files import write_atomic
+=======
+from perlhf import run_files
+from perlhf.data.coffee_bar_gold import RULES
+from perlhf.report import comparison, figures, findings
+from perlhf.run_directory import read_json
+from perlhf.run_files import count, duration, mapping, number
+from perlhf.storage import write_atomic
+from results_kept import Kept, commands, finished, manifest_of
+>>>>>>> c76ae43c3d8748db9921d1d2fb727d7c85c21fb1
 
 MARKED = re.compile(r"(<!-- (\w+) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SEED = re.compile(r"-?seed\d+$")
@@ -33,40 +42,13 @@ BLOCK = 4
 """Updates whose rollouts are averaged for a point of a curve."""
 
 
-def tables(results: Path) -> None:
-    """Rewrites what stands between the markers of the page `results / "index.md"`, and the plots beside it."""
-    page = results / "index.md"
+def tables(kept: Kept) -> None:
+    """Rewrites what stands between the markers of the page of results, and the plots beside it."""
+    page = kept.results / "index.md"
     text = page.read_text(encoding="utf-8")
     write = {"overview": _overview, "tried": _tried, "results": _results, "rules": _rules, "runs": _runs}
     write |= {"curves": _curves, "labels": _labels, "frontier": _frontier, "times": _times, "grid": _grid}
-    write_atomic(page, MARKED.sub(lambda found: f"{found[1]}{write[found[2]](results, found[3])}{found[4]}", text))
-
-
-def commands(results: Path) -> dict[str, list[str]]:
-    """What makes each result, without the word `perlhf`; what two results share is done once."""
-    written = yaml.safe_load((results / "commands.yaml").read_text(encoding="utf-8"))
-    return {name: list(_each(entries)) for name, entries in written.items() if name != "shared"}
-
-
-def _each(entry: Any) -> Iterator[str]:
-    """The commands of a list of lists, in which {each: {name: values}, run: commands} stands for a grid."""
-    if isinstance(entry, str):
-        yield entry
-    elif isinstance(entry, list):
-        for one in entry:
-            yield from _each(one)
-    else:
-        for values in itertools.product(*entry["each"].values()):
-            named = dict(zip(entry["each"], values, strict=True))
-            yield from (command.format(**named) for command in entry["run"])
-
-
-def finished(runs: Path) -> Iterator[Path]:
-    return (path.parent for path in sorted(runs.glob("*/result.json")))
-
-
-def manifest_of(cell: Path) -> dict[str, Any]:
-    return read_json(cell / "manifest.json")
+    write_atomic(page, MARKED.sub(lambda found: f"{found[1]}{write[found[2]](kept, found[3])}{found[4]}", text))
 
 
 def machine(manifest: Mapping[str, Any]) -> str:
@@ -76,21 +58,21 @@ def machine(manifest: Mapping[str, Any]) -> str:
     return f"{hardware['cpu']} ({manifest['threads']} threads)"
 
 
-def _comparisons(results: Path, stage: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _comparisons(kept: Kept, stage: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Those of a stage; with fewer labels they have a table of their own."""
-    for name in commands(results):
-        file = results / name / "compare.json"
+    for name in commands(kept.results):
+        file = kept.results / name / "compare.json"
         found = read_json(file) if file.exists() and "-labels-" not in name else {}
         if stage in found:
             yield name, found[stage]
 
 
-def _overview(results: Path, stage: str) -> str:
+def _overview(kept: Kept, stage: str) -> str:
     """The comparisons of a stage, a line each: the reference beside the rank of `SHOWN`."""
     beside = {"reward": "best baseline", "policy": "start"}[stage]
     heads = ["set", beside, "full", SHOWN[stage], "difference", "verdict", "seeds", "memory", "speed"]
     lines = [heads, ["---"] * len(heads)]
-    for name, part in _comparisons(results, stage):
+    for name, part in _comparisons(kept, stage):
         if SHOWN[stage] not in part["sides"]:
             continue
         full, side = part["sides"][part["reference"]], part["sides"][SHOWN[stage]]
@@ -109,10 +91,10 @@ def _overview(results: Path, stage: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _tried(results: Path, stage: str) -> str:
+def _tried(kept: Kept, stage: str) -> str:
     """What each learning rate reached on validation groups with the first seed: full tuning, and all ranks' mean."""
     lines = ["| set | validated by | full | LoRA, mean of ranks |", "|---|---|---|---|"]
-    for name, part in _comparisons(results, stage):
+    for name, part in _comparisons(kept, stage):
         first = min(one["seed"] for one in part["tried"])
         reached: dict[bool, dict[float, list[float]]] = {True: {}, False: {}}
         for one in part["tried"]:
@@ -123,15 +105,15 @@ def _tried(results: Path, stage: str) -> str:
             ", ".join(f"{rate:g}: {number(statistics.fmean(found))}" for rate, found in sorted(side.items()))
             for side in reached.values()
         ]
-        lines.append(f"| {' | '.join([name, _validated_by(results, name, stage) or part['metric'], *cells])} |")
+        lines.append(f"| {' | '.join([name, _validated_by(kept, name, stage) or part['metric'], *cells])} |")
     return "\n".join([*lines, ""])
 
 
-def _validated_by(results: Path, name: str, stage: str) -> str | None:
+def _validated_by(kept: Kept, name: str, stage: str) -> str | None:
     """What chose the learning rate, where that isn't the metric of the test groups."""
     if stage == "policy":
         return "held-out reward"
-    asked = yaml.safe_load((results / name / "compare.yaml").read_text(encoding="utf-8"))[stage]
+    asked = yaml.safe_load((kept.results / name / "compare.yaml").read_text(encoding="utf-8"))[stage]
     return "minus loss" if asked.get("select") == "loss" else None
 
 
@@ -140,15 +122,15 @@ def _best(baselines: Mapping[str, object]) -> str:
     return f"{best[0]} {number(best[1])}" if best else "–"
 
 
-def _results(results: Path, name: str) -> str:
+def _results(kept: Kept, name: str) -> str:
     """One comparison: what it was, a table of its sides, the verdict, a plot."""
-    found = read_json(results / name / "compare.json")
+    found = read_json(kept.results / name / "compare.json")
     parts = []
     for stage, part in found.items():
-        manifests = [manifest_of(cell) for cell in finished(results / name) if cell.name.startswith(stage)]
+        manifests = [manifest_of(cell) for cell in finished(kept.cells / name) if cell.name.startswith(stage)]
         versions = mapping(part["versions"])
         lines = [
-            f"`perlhf {commands(results)[name][-1]}`: {len(manifests)} {stage} runs of "
+            f"`perlhf {commands(kept.results)[name][-1]}`: {len(manifests)} {stage} runs of "
             f"{duration(sum(one['wall_seconds'] for one in manifests))} in all, {count(part['records'])} test "
             f"records of {count(part['groups'])} groups, margin {number(part['margin'])}. {comparison.over(part)} "
             f"{', '.join(dict.fromkeys(map(machine, manifests)))}, {part['jobs']} at a time, torch "
@@ -165,7 +147,7 @@ def _results(results: Path, name: str) -> str:
             for side, one in part["sides"].items()
         ]
         image = f"{name}-{stage}.svg"
-        _draw(results, image, figures.dots(image, points, "peak memory, GiB", part["metric"]))
+        _draw(kept, image, figures.dots(image, points, "peak memory, GiB", part["metric"]))
         words = "; ".join(f"{one.label} {number(one.y)} at {number(one.x)} GiB" for one in points)
         parts += [*lines, f"![{part['metric']} against peak memory: {words}]({image})", ""]
     return "\n".join(parts)
@@ -185,10 +167,11 @@ def _table(part: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _evaluated(results: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+def _evaluated(kept: Kept, name: str) -> dict[str, list[dict[str, Any]]]:
     """Evaluations of each setting, one a seed: runs whose names differ in -seedN alone are one setting."""
     settings: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted((results / name).glob("*/evaluation.json"), key=lambda file: SEED.sub("", file.parent.name)):
+    files = sorted((kept.cells / name).glob("*/evaluation.json"))
+    for file in sorted(files, key=lambda file: SEED.sub("", file.parent.name)):
         evaluation = read_json(file)
         for made in (file.with_name("result.json"), file.with_name("dpo.json")):
             if made.exists():
@@ -219,9 +202,9 @@ def _over_seeds(found: Sequence[Any]) -> str:
     return f"{number(statistics.fmean(values))} ({number(min(values))} to {number(max(values))})"
 
 
-def _runs(results: Path, name: str) -> str:
+def _runs(kept: Kept, name: str) -> str:
     """Evaluated policies: what they changed against the reference, by what scored them; best-of-n where asked."""
-    settings = _evaluated(results, name)
+    settings = _evaluated(kept, name)
     golden = _judged_by(settings) == "gold"
     timed = all(one.get("trained") for seeds in settings.values() for one in seeds)
     columns = ["change in score", "score", *(["gold score"] if golden else []), "win rate", "KL, nats"]
@@ -260,10 +243,10 @@ def _runs(results: Path, name: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def _frontier(results: Path, name: str) -> str:
+def _frontier(kept: Kept, name: str) -> str:
     """Gold score (or score) over KL: a line for each way, through its settings; best-of-n at the most its KL can be."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    settings = _evaluated(results, name)
+    settings = _evaluated(kept, name)
     key = _judged_by(settings)
     for setting, seeds in settings.items():
         point = (_mean(seeds, "kl_temperature_1"), _mean(seeds, key))
@@ -273,28 +256,28 @@ def _frontier(results: Path, name: str) -> str:
     start = next(iter(settings.values()))[0]["before"][key]["value"]
     drawn = {label: [[(0.0, start), *sorted(points)]] for label, points in lines.items()}
     image, words = f"{name}-frontier.svg", WORDS[key]
-    _draw(results, image, figures.paths(image, drawn, "KL, nats a completion", words))
+    _draw(kept, image, figures.paths(image, drawn, "KL, nats a completion", words))
     return f"![{words} over KL, as in the table]({image})\n"
 
 
-def _times(results: Path, name: str) -> str:
+def _times(kept: Kept, name: str) -> str:
     """Gold score (or score) against the seconds that training took: from each setting to the same one with a clip."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    settings = _evaluated(results, name)
+    settings = _evaluated(kept, name)
     key = _judged_by(settings)
     for setting, seeds in settings.items():
         seconds = statistics.fmean(one["trained"] for one in seeds)
         lines.setdefault(setting.removesuffix("-clip"), []).append((seconds, _mean(seeds, key)))
     image, words = f"{name}-times.svg", WORDS[key]
     drawn = figures.paths(image, {label: [points] for label, points in lines.items()}, "seconds of training", words)
-    _draw(results, image, drawn)
+    _draw(kept, image, drawn)
     return f"![{words} against training time, from without to with a clip, as in the table]({image})\n"
 
 
-def _grid(results: Path, name: str) -> str:
+def _grid(kept: Kept, name: str) -> str:
     """Validation of a grid's runs by targets and alpha (rows) and learning rate (columns): mean of seeds, and each."""
     reached: dict[tuple[str, float], dict[float, list[float]]] = {}
-    for run in finished(results / name):
+    for run in finished(kept.cells / name):
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         row = (config["adapter"]["targets"], config["adapter"]["alpha"])
         rates = reached.setdefault(row, {})
@@ -327,26 +310,26 @@ def _validation(run: Path) -> float:
     return reached.get("auc", reached.get("pairwise_accuracy"))
 
 
-def _rules(results: Path, name: str) -> str:
+def _rules(kept: Kept, name: str) -> str:
     """How far the policies of a comparison on the embedded set keep each rule, on the mean of their seeds."""
-    (part,) = read_json(results / name / "compare.json").values()
+    (part,) = read_json(kept.results / name / "compare.json").values()
     lines = [f"| side | {' | '.join(RULES)} |", "|---" * (len(RULES) + 1) + "|"]
     for side in part["sides"]:
-        files = sorted((results / name).glob(f"policy-{side}-*/evaluation.json"))
-        kept = [read_json(file)["gold_rules"] for file in files]
+        files = sorted((kept.cells / name).glob(f"policy-{side}-*/evaluation.json"))
+        rules = [read_json(file)["gold_rules"] for file in files]
         whens = [(part["start"]["name"], "before")] if side == part["reference"] else []
         for label, when in [*whens, (side, "after")]:
-            cells = [number(statistics.fmean(one[when][rule] for one in kept)) for rule in RULES]
+            cells = [number(statistics.fmean(one[when][rule] for one in rules)) for rule in RULES]
             lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
-def _labels(results: Path, name: str) -> str:
+def _labels(kept: Kept, name: str) -> str:
     """Quality against the number of labels: the comparisons NAME-labels-N, and NAME itself, which has all."""
     rows, lines = [], {}
-    for folder in [*results.glob(f"{name}-labels-*"), results / name]:
+    for folder in [*kept.results.glob(f"{name}-labels-*"), kept.results / name]:
         (part,) = read_json(folder / "compare.json").values()
-        cell = next(finished(folder))
+        cell = next(finished(kept.cells / folder.name))
         result = read_json(cell / "result.json")
         learned, values = result["train_examples"], yaml.safe_load((cell / "config.yaml").read_text(encoding="utf-8"))
         if values["max_updates"]:  # part of an epoch sees fewer; an update of whole groups may hold more than its size
@@ -367,19 +350,19 @@ def _labels(results: Path, name: str) -> str:
         for side in sides:
             lines.setdefault(side, [[]])[0].append((learned, part["sides"][side]["quality"]["value"]))
     image = f"{name}-labels.svg"
-    _draw(results, image, figures.paths(image, lines, "labels", metric))
+    _draw(kept, image, figures.paths(image, lines, "labels", metric))
     return "\n".join([*table, "", f"![{metric} against the number of labels, as in the table]({image})", ""])
 
 
-def _draw(results: Path, image: str, svg: str) -> None:
-    write_atomic(results / image, figures.alone(svg))
+def _draw(kept: Kept, image: str, svg: str) -> None:
+    write_atomic(kept.results / image, figures.alone(svg))
 
 
 def _with_interval(found: Any) -> str:
     return comparison.with_interval(read.measured(found))
 
 
-def _curves(results: Path, name: str) -> str:
+def _curves(kept: Kept, name: str) -> str:
     """Policy runs on the embedded set: what their first and last completions score, the same over KL, what was kept."""
     heads = [
         "run",
@@ -393,7 +376,7 @@ def _curves(results: Path, name: str) -> str:
     ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     paths: dict[str, dict[str, list[list[tuple[float, float]]]]] = {"score": {}, "gold": {}}
-    for file in sorted((results / name).glob("*/curve.json")):
+    for file in sorted((kept.cells / name).glob("*/curve.json")):
         rows = json.loads(file.read_text(encoding="utf-8"))
         means = [_means(rows[at : at + BLOCK]) for at in range(0, len(rows) - len(rows) % BLOCK, BLOCK)]
         if not means:
@@ -403,19 +386,24 @@ def _curves(results: Path, name: str) -> str:
         cells = [start if len(means) == 1 else f"{start} to {end}" for start, end in ends]
         best = max(means, key=lambda one: one["gold"])
         cells.insert(2, f"{number(best['gold'])} at KL {number(best['kl'])}")
-        manifest, kept = manifest_of(file.parent), "cut off"
+        manifest, chosen = manifest_of(file.parent), "cut off"
         bytes_of = manifest.get("cuda_peak_memory_bytes") or manifest.get("peak_memory_bytes")
         if (file.parent / "result.json").exists():
             step = read_json(file.parent / "result.json")["best_step"]
+<<<<<<< HEAD
             kept = f"{step}: {number(_means(rows[max(step - BLOCK, 0) : step])['gold'])}" if step else "the start"
         cells += [kept, read.memory(bytes_of) if bytes_of else "–"]
+=======
+            chosen = f"{step}: {number(_means(rows[max(step - BLOCK, 0) : step])['gold'])}" if step else "the start"
+        cells += [chosen, run_files.memory(bytes_of) if bytes_of else "–"]
+>>>>>>> c76ae43c3d8748db9921d1d2fb727d7c85c21fb1
         lines.append(f"| {file.parent.name} | {len(rows)} | " + " | ".join(cells) + " |")
         for key, shown in paths.items():
             shown[file.parent.name] = [[(one["kl"], one[key]) for one in means]]
     images = []
     for key, words in WORDS.items():
         image = f"{name}-{key}.svg"
-        _draw(results, image, figures.paths(image, paths[key], "KL, nats a completion", words))
+        _draw(kept, image, figures.paths(image, paths[key], "KL, nats a completion", words))
         images.append(f"![{words} over KL; the table has first and last points]({image})")
     return "\n".join([*lines, "", *images, ""])
 

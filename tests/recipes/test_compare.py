@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,31 +92,35 @@ def results_are_kept(monkeypatch: pytest.MonkeyPatch, out: Path, kept: Path, pat
     scripts = Path(__file__).parents[2] / "scripts"
     monkeypatch.syspath_prepend(scripts)
     script = runpy.run_path(str(scripts / "results.py"), run_name="results")
-    monkeypatch.setitem(script["keep"].__globals__, "RESULTS", kept)
+    where = script["Kept"](kept, kept.with_name("cells"))
+    monkeypatch.setitem(script["keep"].__globals__, "KEPT", where)
     shown = {"reward": "r2-attention", "policy": "r2-attention"}
     monkeypatch.setitem(script["tables"].__globals__, "SHOWN", shown)
+    kept.mkdir()
+    (kept / "commands.yaml").write_text("tiny: [compare tiny.yaml]")
     script["keep"](out, "tiny")
-    files = [file for file in kept.rglob("*") if file.is_file()]
+    shutil.rmtree(where.cells)
+    script["unpack"](where)
+    files = [file for folder in (kept / "tiny", where.cells) for file in folder.rglob("*") if file.is_file()]
     assert not [file for file in files if file.suffix == ".safetensors"]
     rows = [row for file in out.glob("*/evaluation.json") for row in json.loads(file.read_text())["samples"]]
     texts = {
         json.dumps(value) for row in rows for key, value in row.items() if isinstance(value, str) and key != "group"
     }
     assert texts and not any(text in file.read_text() for file in files for text in texts)
-    (kept / "commands.yaml").write_text("tiny: [compare tiny.yaml]")
     marked = "".join(
         f"<!-- {what} -->\nSTALE\n<!-- end -->\n"
         for what in ("overview of reward", "overview of policy", "results of tiny")
     )
     (kept / "index.md").write_text(f"before\n{marked}after\n")
-    script["tables"](kept)
+    script["tables"](where)
     page = (kept / "index.md").read_text()
     assert page.startswith("before") and page.endswith("after\n") and "STALE" not in page
     assert page.count("\n| r2-attention |") == 2 and found["reward"]["verdict"] in page
     heads, line = (row.split(" | ") for row in page.splitlines() if row.startswith(("| set | start", "| tiny: score")))
     assert len(heads) == len(line) == 9 and line[6] == "1 and 1"
     assert (kept / "tiny-policy.svg").read_text().startswith("<svg xmlns=")
-    script["tables"](kept)
+    script["tables"](where)
     assert page == (kept / "index.md").read_text()
     restored = path.parent / "restored"
     script["restore"]("tiny", restored)

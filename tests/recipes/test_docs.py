@@ -99,8 +99,8 @@ def parses(words: list[str]) -> None:
 def test_every_result_says_what_made_it(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.syspath_prepend(REPOSITORY / "scripts")
-    made = importlib.import_module("results_tables").commands(RESULTS)
-    assert made.keys() == {path.name for path in RESULTS.iterdir() if path.is_dir()}
+    made = importlib.import_module("results_kept").commands(RESULTS)
+    assert made.keys() >= {path.name for path in RESULTS.iterdir() if path.is_dir()}
     for command in dict.fromkeys(command for given in made.values() for command in given):
         words = shlex.split(command)
         if words[0].endswith(".py"):

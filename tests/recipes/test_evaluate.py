@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from perlhf.config.commands import EvaluateConfig, ScoreConfig
 from perlhf.config.stages import DataConfig, PolicyConfig
-from perlhf.data.coffee_bar.feedback import gold
+from perlhf.data.coffee_bar.gold import gold
 from perlhf.data.records import Demonstration
 from perlhf.data.splits import load, split_of
 from perlhf.errors import AdapterError, ConfigError, RunError

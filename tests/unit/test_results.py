@@ -1,8 +1,11 @@
-"""scripts/results.py: what is kept of rollouts, and tables of runs, rates and curves, from files written by hand."""
+"""scripts/results.py: what is kept of rollouts, its archive, and tables from files written by hand."""
 
 import functools
+import hashlib
 import json
+import os
 import runpy
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from perlhf.data.coffee_bar.feedback import gold
+from perlhf.data.coffee_bar.gold import gold
+from perlhf.errors import PerlhfError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 ORDER = "Good afternoon. A bagel with butter to stay, please."
@@ -28,8 +32,10 @@ def write(path: Path, value: Any) -> None:
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(SCRIPTS)
     found = runpy.run_path(str(SCRIPTS / "results.py"), run_name="results")
-    found["keep"].__globals__["RESULTS"] = tmp_path / "kept"
-    return found | {"tables": functools.partial(found["tables"], tmp_path / "kept")}
+    kept = found["Kept"](tmp_path / "kept", tmp_path / "cells")
+    found["keep"].__globals__["KEPT"] = kept
+    write(kept.results / "commands.yaml", "")
+    return found | {name: functools.partial(found[name], kept) for name in ("tables", "pack", "unpack")}
 
 
 def config(paths: list[str]) -> str:
@@ -49,8 +55,8 @@ def test_rollouts_on_the_embedded_set_become_a_curve(tmp_path: Path, script: dic
             rows = [row | {"completion": GOOD if step > 8 else BAD} for row in said]
             write(tmp_path / "runs" / name / "rollouts" / f"{step:08d}.jsonl", "\n".join(map(json.dumps, rows)))
     script["keep"](tmp_path / "runs", "far")
-    assert [path.name for path in (tmp_path / "kept" / "far").iterdir()] == ["a"]
-    curve = json.loads((tmp_path / "kept" / "far" / "a" / "curve.json").read_text())
+    assert [path.name for path in (tmp_path / "cells" / "far").iterdir()] == ["a"]
+    curve = json.loads((tmp_path / "cells" / "far" / "a" / "curve.json").read_text())
     assert [row["step"] for row in curve] == list(range(1, 17)) and curve[0]["score"] == 1.5
     assert curve[0]["gold"] == gold(ORDER, BAD) < gold(ORDER, GOOD) == curve[-1]["gold"]
     write(tmp_path / "kept" / "index.md", "<!-- curves of far -->\n<!-- end -->\n")
@@ -61,10 +67,85 @@ def test_rollouts_on_the_embedded_set_become_a_curve(tmp_path: Path, script: dic
     assert page.count("| cut off | – |") == 1
     assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1, "a head for every cell"
     assert all((tmp_path / "kept" / f"far-{key}.svg").read_text().startswith("<svg") for key in ("gold", "score"))
-    write(tmp_path / "kept" / "far" / "a" / "result.json", {"best_step": 8})
+    write(tmp_path / "cells" / "far" / "a" / "result.json", {"best_step": 8})
     script["tables"]()
     page = (tmp_path / "kept" / "index.md").read_text()
     assert f"| 8: {gold(ORDER, BAD):.3f} | – |" in page
+
+
+def test_the_same_runs_give_the_same_archive(tmp_path: Path, script: dict[str, Any]) -> None:
+    kept, made = script["keep"].__globals__["KEPT"], []
+    write(kept.results / "commands.yaml", "# who\nsome: [sft a.yaml]\n")
+    for at in ("now", "later"):
+        for name in ("b", "a")[:: 1 if at == "now" else -1]:
+            for file in ("result.json", "manifest.json"):
+                write(tmp_path / at / name / file, {"run": name})
+                (tmp_path / at / name / file).chmod(0o600 if at == "now" else 0o644)
+                os.utime(tmp_path / at / name / file, (len(made), len(made)))
+        script["keep"](tmp_path / at, "some")
+        made.append([(kept.results / name).read_bytes() for name in ("cells.tar.gz", "commands.yaml")])
+        shutil.rmtree(kept.cells)
+    assert made[0] == made[1]
+    sha256 = hashlib.sha256(made[0][0]).hexdigest()
+    assert made[0][1].decode() == f"cells.tar.gz: sha256:{sha256}\n# who\nsome: [sft a.yaml]\n"
+    assert script["commands"](kept.results) == {"some": ["sft a.yaml"]}
+    script["unpack"]()
+    found = {str(file.relative_to(kept.cells)): file.read_text() for file in kept.cells.glob("*/*/*")}
+    assert found == {
+        f"some/{run}/{file}.json": f'{{"run": "{run}"}}' for run in "ab" for file in ("result", "manifest")
+    }
+    write(kept.cells / "some" / "a" / "result.json", {"run": "changed"})
+    script["unpack"]()
+    assert "changed" in (kept.cells / "some" / "a" / "result.json").read_text(), "unpacked already"
+    write(tmp_path / "now" / "b" / "evaluation.json", "{")
+    with pytest.raises(PerlhfError):  # in the middle: run a is copied, nothing packed
+        script["keep"](tmp_path / "now", "other")
+    assert (kept.cells / "other" / "a").exists()
+    script["unpack"]()
+    assert found == {str(file.relative_to(kept.cells)): file.read_text() for file in kept.cells.glob("*/*/*")}
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "unnamed"])
+def test_another_archive_is_refused(
+    script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    kept = script["keep"].__globals__["KEPT"]
+    write(kept.cells / "some" / "a" / "result.json", {})
+    script["pack"]()
+    archive = kept.results / "cells.tar.gz"
+    named = hashlib.sha256(archive.read_bytes()).hexdigest()
+    match damage:
+        case "changed":
+            archive.write_bytes(archive.read_bytes()[:-1])
+        case "missing":
+            archive.unlink()
+        case "unnamed":
+            write(kept.results / "commands.yaml", "some: [sft a.yaml]")
+    monkeypatch.setattr(sys, "argv", ["results.py", "tables"])
+    with pytest.raises(SystemExit) as stopped:
+        script["main"]()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 3
+    assert f"error: {archive}: not the archive of runs that commands.yaml names by its SHA-256: " in said
+    assert f"allowed: {'what commands.yaml names in a line' if damage == 'unnamed' else named}" in said
+    assert "try: `git checkout HEAD -- " in said
+
+
+def test_tables_and_plots_are_those_of_the_tracked_archive(
+    script: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is the one that commands.yaml names, or it would be refused."""
+    kept = script["keep"].__globals__["KEPT"]
+    shutil.copytree(SCRIPTS.parent / "docs" / "results", kept.results, dirs_exist_ok=True)
+    before = {file: file.read_bytes() for file in kept.results.rglob("*") if file.is_file()}
+    for file in kept.results.glob("*.svg"):
+        file.unlink()
+    monkeypatch.setattr(sys, "argv", ["results.py", "tables"])
+    script["main"]()
+    assert {path.name for path in kept.cells.iterdir() if path.is_dir()} == script["commands"](kept.results).keys()
+    after = {file: file.read_bytes() for file in kept.results.rglob("*") if file.is_file()}
+    assert before.keys() == after.keys()
+    assert not [file.name for file in before if before[file] != after[file]], "run `make results`"
 
 
 def test_rules_of_the_gold_score_are_kept(tmp_path: Path, script: dict[str, Any]) -> None:
@@ -77,8 +158,8 @@ def test_rules_of_the_gold_score_are_kept(tmp_path: Path, script: dict[str, Any]
     part = {"sides": {"r1-attention": {}}, "reference": "r1-attention", "start": {"name": "SFT"}}
     write(tmp_path / "runs" / "compare.json", {"policy": part})
     script["keep"](tmp_path / "runs", "some")
-    assert not any(GOOD in file.read_text() for file in (tmp_path / "kept").rglob("*.json"))
-    before = {file: file.read_bytes() for file in (tmp_path / "kept").rglob("*.json")}
+    assert not any(GOOD in file.read_text() for file in (tmp_path / "cells").rglob("*.json"))
+    before = {file: file.read_bytes() for file in (tmp_path / "cells").rglob("*.json")}
     script["restore"]("some", tmp_path / "again")
     script["keep"](tmp_path / "again", "some")
     assert before == {file: file.read_bytes() for file in before}, "texts aren't needed twice"
@@ -102,14 +183,14 @@ def evaluation(value: float, **others: Any) -> dict[str, Any]:
 
 
 def test_runs_alone_and_over_seeds(tmp_path: Path, script: dict[str, Any]) -> None:
-    kept = tmp_path / "kept"
+    kept, cells = tmp_path / "kept", tmp_path / "cells"
     measured = {"value": 0.5, "low": 0.25, "high": 0.75}
     best = {"score": measured, "gold": measured, "win_rate": measured, "kl_at_most": 0.25}
-    write(kept / "some" / "r" / "evaluation.json", evaluation(0.5, best_of={"4": best}))
+    write(cells / "some" / "r" / "evaluation.json", evaluation(0.5, best_of={"4": best}))
     for seed, value, seconds in ((0, 0.5, 60), (1, 1.0, 70)):
         for setting in ("dpo-beta0.1-lr2", "dpo-beta0.3-lr2", "dpo-beta0.3-lr2-clip"):
-            write(kept / "more" / f"{setting}-seed{seed}" / "evaluation.json", evaluation(value))
-            write(kept / "more" / f"{setting}-seed{seed}" / "dpo.json", {"seconds": seconds})
+            write(cells / "more" / f"{setting}-seed{seed}" / "evaluation.json", evaluation(value))
+            write(cells / "more" / f"{setting}-seed{seed}" / "dpo.json", {"seconds": seconds})
     markers = [f"{kind} of {name}" for kind, name in MARKERS]
     write(kept / "index.md", "".join(f"<!-- {marker} -->\n<!-- end -->\n" for marker in markers))
     script["tables"]()
@@ -122,7 +203,9 @@ def test_runs_alone_and_over_seeds(tmp_path: Path, script: dict[str, Any]) -> No
     assert page.count("the lowest and highest seed") == 1
     assert page.count("| dpo-") == 3, "seeds of a setting share a line"
     frontier, times = ((kept / f"more-{kind}.svg").read_text() for kind in ("frontier", "times"))
-    write(kept / "more" / "other-seed0" / "evaluation.json", evaluation(0.5, before={"score": measured | {"low": 0.0}}))
+    write(
+        cells / "more" / "other-seed0" / "evaluation.json", evaluation(0.5, before={"score": measured | {"low": 0.0}})
+    )
     with pytest.raises(AssertionError, match="unlike references"):
         script["tables"]()
     assert "dpo-lr2" in frontier and "dpo-beta" not in frontier, "a line goes through all strengths of the anchor"
@@ -136,11 +219,11 @@ MARKERS = (("runs", "some"), ("frontier", "some"), ("runs", "more"), ("frontier"
 def test_a_grid_has_seeds_in_a_cell(tmp_path: Path, script: dict[str, Any]) -> None:
     for seed, accuracy, golden in ((0, 0.5, 0.25), (1, 0.75, 0.25)):
         for name in ("paid", "judged"):
-            run = tmp_path / "kept" / name / f"all-alpha8-seed{seed}"
+            run = tmp_path / "cells" / name / f"all-alpha8-seed{seed}"
             write(run / "config.yaml", config(["x"]))
             write(run / "result.json", {"validation": {"pairwise_accuracy": accuracy, "loss": 1}})
         write(run / "evaluation.json", evaluation(golden, kind="policy", split="validation"))
-    other = tmp_path / "kept" / "paid" / "other"
+    other = tmp_path / "cells" / "paid" / "other"
     adapter = {"rank": 4, "targets": "attention", "alpha": 8.0}
     write(other / "config.yaml", yaml.safe_dump({"adapter": adapter, "optim": {"learning_rate": 3e-3}}))
     write(other / "result.json", {"validation": {"auc": 0.875}})
@@ -178,7 +261,7 @@ def test_what_is_made_is_not_made_again(
     values = script["reproduce"].__globals__
     values |= {"REPOSITORY": tmp_path, "_run": lambda command: ran.append(command) or 0}
     write(tmp_path / "kept" / "commands.yaml", yaml.safe_dump({"some": [command]}))
-    write(tmp_path / "kept" / "some" / "dpo" / "dpo.json", {"seconds": 61})
+    write(tmp_path / "cells" / "some" / "dpo" / "dpo.json", {"seconds": 61})
     (tmp_path / "made").mkdir()  # as a kill leaves it
     script["reproduce"]()
     assert "some: 1 runs that were kept took 1 min 01 s" in capsys.readouterr().out
@@ -242,7 +325,7 @@ def test_quality_against_the_number_of_labels(tmp_path: Path, script: dict[str, 
         sides = {side: {"quality": quality, "difference": quality, "verdict": "better"} for side in ("full", "r8")}
         part = {"sides": sides, "reference": "full", "metric": "AUC"}
         write(tmp_path / "kept" / name / "compare.json", {"reward": part})
-        cell = tmp_path / "kept" / name / "cell"
+        cell = tmp_path / "cells" / name / "cell"
         there, most = (1869, 11) if learned == 187 else (learned, None)  # a tenth of an epoch; all of it
         write(cell / "result.json", {"train_examples": there, "updates": 11})
         write(cell / "config.yaml", yaml.safe_dump({"examples_per_update": 17, "max_updates": most}))

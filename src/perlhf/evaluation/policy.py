@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from perlhf.config.commands import EvaluateConfig
 from perlhf.config.stages import PolicyConfig
 from perlhf.data import order
-from perlhf.data.coffee_bar.feedback import gold
+from perlhf.data.coffee_bar.gold import gold
 from perlhf.data.files import BUILTIN
 from perlhf.data.records import Prompt, Text
 from perlhf.data.splits import load
