@@ -29,7 +29,8 @@ from perlhf.errors import PerlhfError
 from perlhf.runs.manifest import read_json
 from perlhf.runs.read import duration
 from perlhf.system.files import write_atomic
-from results_tables import commands, finished, machine, manifest_of, tables
+from results_kept import MARKER, Kept, commands, finished, manifest_of, pack, unpack
+from results_tables import machine, tables
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 KEPT = Kept(REPOSITORY / "docs" / "results", REPOSITORY / "build" / "results")

@@ -12,22 +12,13 @@ from typing import Any
 
 import yaml
 
-<<<<<<< HEAD
 from perlhf.data.coffee_bar.gold import RULES
 from perlhf.reports import comparison, figures, findings
 from perlhf.runs import read
 from perlhf.runs.manifest import read_json
 from perlhf.runs.read import count, duration, mapping, number
 from perlhf.system.files import write_atomic
-=======
-from perlhf import run_files
-from perlhf.data.coffee_bar_gold import RULES
-from perlhf.report import comparison, figures, findings
-from perlhf.run_directory import read_json
-from perlhf.run_files import count, duration, mapping, number
-from perlhf.storage import write_atomic
 from results_kept import Kept, commands, finished, manifest_of
->>>>>>> c76ae43c3d8748db9921d1d2fb727d7c85c21fb1
 
 MARKED = re.compile(r"(<!-- (\w+) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SEED = re.compile(r"-?seed\d+$")
@@ -390,13 +381,8 @@ def _curves(kept: Kept, name: str) -> str:
         bytes_of = manifest.get("cuda_peak_memory_bytes") or manifest.get("peak_memory_bytes")
         if (file.parent / "result.json").exists():
             step = read_json(file.parent / "result.json")["best_step"]
-<<<<<<< HEAD
-            kept = f"{step}: {number(_means(rows[max(step - BLOCK, 0) : step])['gold'])}" if step else "the start"
-        cells += [kept, read.memory(bytes_of) if bytes_of else "–"]
-=======
             chosen = f"{step}: {number(_means(rows[max(step - BLOCK, 0) : step])['gold'])}" if step else "the start"
-        cells += [chosen, run_files.memory(bytes_of) if bytes_of else "–"]
->>>>>>> c76ae43c3d8748db9921d1d2fb727d7c85c21fb1
+        cells += [chosen, read.memory(bytes_of) if bytes_of else "–"]
         lines.append(f"| {file.parent.name} | {len(rows)} | " + " | ".join(cells) + " |")
         for key, shown in paths.items():
             shown[file.parent.name] = [[(one["kl"], one[key]) for one in means]]
