@@ -19,7 +19,7 @@ from perlhf.data import order
 from perlhf.data.records import Comparison, Rating
 from perlhf.data.splits import load
 from perlhf.errors import AdapterError, ConfigError
-from perlhf.method.packing import Ids, pad
+from perlhf.method.packing import Ids, Tokens, pack, pad
 from perlhf.model import adapter_files
 from perlhf.model import base as bases
 from perlhf.model.adapter import Adapter
@@ -183,7 +183,7 @@ def _name_tokens(
     network.config.get_text_config().pad_token_id = pad_id
 
 
-def _texts(finished: Finished, encoder: Encoder) -> list[list[int]]:
+def _texts(finished: Finished, encoder: Encoder) -> list[Ids]:
     """Ids of a few prompts, for a reward run with a completion, of the groups held out for tests (or of all)."""
     data, reward = finished.config.data, finished.stage == "reward"
     kinds = ("comparison", "rating") if reward else ("prompt",)
@@ -196,7 +196,7 @@ def _texts(finished: Finished, encoder: Encoder) -> list[list[int]]:
         text = record.chosen if isinstance(record, Comparison) else record.completion
         pairs.append((record.prompt, [text], record.source))
     examples, _ = loop.encode_all(encoder, pairs, drop_long=True)
-    return [list(found[0].ids) for found in examples if found is not None]
+    return [found[0].tokens.ids for found in examples if found is not None]
 
 
 @torch.no_grad()
@@ -231,9 +231,10 @@ def _measure(model: Model, adapter: Adapter, directory: Path, texts: Sequence[Id
 
 def _outputs(model: Model, adapter: str | None, texts: Sequence[Ids]) -> Tensor:
     """Logits after each prompt [prompt, vocab] or scores [text], under the adapter as it is used here."""
+    batch = pack([[Tokens(ids)] for ids in texts], "none", model.device)
     if adapter is not None and model.adapters[adapter].head is not None:
-        return model.scores(texts, adapter, packing="none")
-    return model.logits(model.last_states(texts, adapter, packing="none"), adapter)
+        return model.scores(batch, adapter)
+    return model.logits(model.last_states(batch, adapter), adapter)
 
 
 def _last(network: PreTrainedModel, texts: Sequence[Ids]) -> Tensor:

@@ -20,13 +20,13 @@ from perlhf.errors import AdapterError
 from perlhf.evaluation.judge import judge
 from perlhf.evaluation.shared import ROWS, by_length, mean_of, plain, progress, sample_batch, seen_groups, with_interval
 from perlhf.method import advantages, metrics
-from perlhf.method.packing import microbatches
+from perlhf.method.packing import batches, completed
 from perlhf.model import saved
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import Finished
 from perlhf.rollout.local import Rollout
-from perlhf.rollout.rewards import Rewards, load_rewards
+from perlhf.rollout.scorers import Scorers, load_scorers
 from perlhf.system.progress import Progress
 
 JUDGED = 8
@@ -41,7 +41,7 @@ class Setting:
     policy: PolicyConfig
     model: Model
     encoder: Encoder
-    rewards: Rewards
+    scorers: Scorers
     records: list[Prompt]
     prompts: list[list[int]]
     batches: list[list[int]]
@@ -121,9 +121,9 @@ def _set_up(finished: Finished, config: EvaluateConfig) -> tuple[Setting, list[P
         reference = saved.load_adapter(model, policy.sft / "adapter", "sft", encoder).name
         model.freeze(reference)
     answers = finished.stage if config.adapter is None else _load_answering(model, config.adapter, encoder)
-    rewards = load_rewards(model, config.reward or policy.reward, policy.combine, encoder)
+    scorers = load_scorers(model, config.reward or policy.reward, policy.combine, encoder)
     prompts = [encoder.cut_prompt(record.prompt, policy.max_completion_tokens) for record in records]
-    setting = Setting(config, policy, model, encoder, rewards, records, prompts, by_length(prompts), reference, answers)
+    setting = Setting(config, policy, model, encoder, scorers, records, prompts, by_length(prompts), reference, answers)
     return setting, trained_on
 
 
@@ -147,7 +147,7 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
     for batch in setting.batches:
         rollout = _rollout(setting, adapter, batch, config.temperature)
         chosen: list[Text] = [setting.records[i].prompt for i in batch]
-        scores[batch] = setting.rewards.scores(
+        scores[batch] = setting.scorers.scores(
             setting.model,
             setting.encoder,
             rollout.prompts,
@@ -180,9 +180,9 @@ def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
     log n - (n - 1) / n nats (arXiv 2401.01879).
     """
     config, policy, most = setting.config, setting.policy, max(setting.config.best_of)
-    chooser = setting.rewards
+    chooser = setting.scorers
     if config.reward:
-        chooser = load_rewards(setting.model, policy.reward, policy.combine, setting.encoder, "chooser")
+        chooser = load_scorers(setting.model, policy.reward, policy.combine, setting.encoder, "chooser")
     shape = len(setting.records), most
     chosen_by, scores, tokens = (np.zeros(shape) for _ in range(3))
     golden = np.zeros(shape) if before.gold is not None else None
@@ -198,7 +198,7 @@ def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
                 config.tokens_per_microbatch or policy.microbatch_tokens,
             )
             chosen_by[batch] = chooser.scores(*given).reshape(-1, most)
-            scores[batch] = setting.rewards.scores(*given).reshape(-1, most) if config.reward else chosen_by[batch]
+            scores[batch] = setting.scorers.scores(*given).reshape(-1, most) if config.reward else chosen_by[batch]
             tokens[batch] = np.reshape([len(ids) for ids in rollout.completions], (-1, most))
             if golden is not None:
                 found = _golden(setting, numbers, [setting.encoder.decode(ids) for ids in rollout.completions])
@@ -248,15 +248,17 @@ def _rollout(setting: Setting, adapter: str | None, batch: list[int], temperatur
 @torch.no_grad()
 def _kl(setting: Setting, adapter: str | None, rollout: Rollout, temperature: float) -> NDArray[np.float64]:
     """log pi - log reference of each completion, both at `temperature`, on the same batch layout."""
-    rows = [[(*p, *c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
-    found, packing = np.zeros(len(rows)), setting.policy.packing
+    model, examples = (
+        setting.model,
+        [[completed(p, c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)],
+    )
+    kl = np.zeros(len(examples))
     budget = setting.config.tokens_per_microbatch or setting.policy.microbatch_tokens
-    for batch in microbatches(rows, budget, packing):
-        chosen = [rollout.prompts[i] for i in batch], [rollout.completions[i] for i in batch]
-        now = setting.model.logprobs(*chosen, adapter, temperature=temperature, packing=packing)
-        reference = setting.model.logprobs(*chosen, setting.reference, temperature=temperature, packing=packing)
-        found[batch] = advantages.completion_kl(now.logprobs, reference.logprobs, now.mask).cpu().numpy()
-    return found
+    for batch in batches(examples, budget, setting.policy.packing, model.device):
+        now = model.logprobs(batch, adapter, temperature=temperature).logprobs
+        reference = model.logprobs(batch, setting.reference, temperature=temperature).logprobs
+        kl[list(batch.sequences)] = advantages.completion_kl(now, reference, batch.completion_mask).cpu().numpy()
+    return kl
 
 
 def _kl_at_one(setting: Setting, adapter: str, bar: Progress) -> NDArray[np.float64]:

@@ -16,10 +16,11 @@ from perlhf.errors import DataError
 from perlhf.evaluation import baselines
 from perlhf.evaluation.shared import Measured, Statistic, plain, progress, seen_groups, with_interval
 from perlhf.method import metrics
-from perlhf.method.packing import Ids, Packing, microbatches
+from perlhf.method.packing import Packing, batches
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import Finished
+from perlhf.rollout.scorers import score_batches
 from perlhf.training import loop
 
 METRICS = ("auc", "accuracy", "balanced_accuracy", "pairwise_accuracy")
@@ -108,10 +109,10 @@ def score_records(
     texts = [(record.prompt, _completions(record), record.source) for record in records]
     encoded, counts = loop.encode_all(encoder, texts, encoder.config.drop_long)
     kept = [number for number, examples in enumerate(encoded) if examples is not None]
-    sequences: list[list[Ids]] = [[example.ids for example in examples] for examples in encoded if examples is not None]
-    batches = microbatches(sequences, max_tokens, packing)
-    with progress(len(batches), "scores") as bar:
-        found = loop.score_batches(model, sequences, batches, adapter, packing, bar.advance)
+    examples = [[example.tokens for example in examples] for examples in encoded if examples is not None]
+    laid_out = batches(examples, max_tokens, packing, model.device)
+    with progress(len(laid_out), "scores") as bar:
+        found = score_batches(model, laid_out, adapter, bar.advance)
     scores: list[list[float] | None] = [None] * len(records)
     for number, line in zip(kept, found, strict=True):
         scores[number] = line

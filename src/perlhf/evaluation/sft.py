@@ -13,7 +13,7 @@ from perlhf.data import order
 from perlhf.data.records import Demonstration
 from perlhf.data.splits import load
 from perlhf.evaluation.shared import Statistic, by_length, plain, progress, sample_batch, seen_groups, with_interval
-from perlhf.method.packing import microbatches
+from perlhf.method.packing import batches
 from perlhf.model.encode import Encoder, Example
 from perlhf.model.model import Model
 from perlhf.model.open import Finished
@@ -67,12 +67,11 @@ def _losses(
     """Mean negative log-probability of a completion token in nats, and its exponential, with intervals."""
     nats, tokens = np.zeros(len(examples)), np.array([len(example.completion) for example in examples], dtype=float)
     budget = config.tokens_per_microbatch or trained.microbatch_tokens
-    batches = microbatches([[example.ids] for example in examples], budget, trained.packing)
-    with progress(len(batches), "loss of the base" if adapter is None else "loss") as bar:
-        for batch in batches:
-            prompts = [examples[i].prompt for i in batch]
-            out = model.logprobs(prompts, [examples[i].completion for i in batch], adapter, packing=trained.packing)
-            nats[batch] = -out.logprobs.double().sum(-1).cpu().numpy()
+    laid_out = batches([[example.tokens] for example in examples], budget, trained.packing, model.device)
+    with progress(len(laid_out), "loss of the base" if adapter is None else "loss") as bar:
+        for batch in laid_out:
+            logprobs = model.logprobs(batch, adapter).logprobs
+            nats[list(batch.examples)] = -logprobs.double().sum(-1).cpu().numpy()
             bar.advance()
     loss = with_interval(_per_token(nats, tokens), groups, config)
     perplexity = None if loss is None else {key: float(np.exp(value)) for key, value in loss.items()}

@@ -1,23 +1,74 @@
-"""Which tokens are computed together: prefix trees, and micro-batches under a token budget.
+"""Which tokens are computed together: prefix trees, micro-batches under a token budget, and the `Batch` made of each.
 
-Under causal attention a token's state depends on its prefix alone, so sequences that share a prefix share its
-states. `tree`
-lays the distinct tokens of all sequences in one row without padding; `none` gives each sequence a padded row and is the
-slow twin that tests compare with. Only this module and `attention` know; callers pass and receive whole sequences.
+Under causal attention a token's state depends on its prefix alone, so sequences that share a prefix share its states.
+`tree` lays the distinct tokens of all sequences in one row without padding; `none` gives each sequence a padded row and
+is the slow twin that tests compare with. A `Batch` is laid out once for all passes over it; nobody else lays out,
+counts tokens or pads.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 Ids = Sequence[int]
 Packing = Literal["none", "tree"]
 Span = tuple[int, int]
-"""First packed position and number of tokens."""
+"""First position and number of tokens."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One sequence, and which of its tokens are completions (learned or scored one by one): spans, in order."""
+
+    ids: Ids
+    completions: tuple[Span, ...] = ()
+
+
+def completed(prompt: Ids, completion: Ids) -> Tokens:
+    """A prompt and its completion in one sequence. The prompt isn't empty: its last token predicts the first one."""
+    assert prompt, "a completion needs a token to be predicted from"
+    return Tokens((*prompt, *completion), ((len(prompt), len(completion)),))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that are computed together, laid out once, on the network's device.
+
+    A completion token is predicted from the state of the token before it. Where several spans of a sequence are
+    completions, their tokens stand one after another in [batch, time].
+    """
+
+    ids: Int[Tensor, "rows width"]
+    positions: Int[Tensor, "rows width"]
+    """Depth of each token in its sequence."""
+    nodes: "tuple[Node, ...] | None"
+    """Of the prefix tree, in packed order; None for padded rows."""
+    ends: Int[Tensor, " batch"]
+    """Flat position (row * width + column) of each sequence's last token."""
+    predicting: Int[Tensor, " tokens"]
+    """Flat positions whose states predict the completion tokens, sequence by sequence."""
+    targets: Int[Tensor, " tokens"]
+    """The completion tokens."""
+    completion_mask: Bool[Tensor, "batch time"]
+    sequences: tuple[int, ...]
+    """Number of each sequence among all of the update: where its row of an update's tensors is."""
+    examples: tuple[int, ...]
+    """Numbers of the examples in it, in the order of their sequences."""
+    first: tuple[int, ...]
+    """Where each example begins: its first sequence in this batch."""
+    spans: tuple[tuple[Span, ...], ...]
+    """Flat positions of each sequence, in order."""
+    tokens: int
+    """Tokens computed, padding not counted."""
+
+    def places(self, sequence: int) -> list[int]:
+        """Flat position of each token of a sequence."""
+        return [at for start, length in self.spans[sequence] for at in range(start, start + length)]
 
 
 @dataclass(frozen=True)
@@ -44,15 +95,6 @@ class Layout:
     """Flat positions of each sequence, in order."""
     tokens: int
     """Tokens computed, padding not counted."""
-
-    def index(self, sequence: int, position: int) -> int:
-        """Flat position (row * width + column) of a token."""
-        left = position
-        for start, length in self.spans[sequence]:
-            if left < length:
-                return start + left
-            left -= length
-        raise IndexError(f"sequence {sequence} has no position {position}")
 
     def ends(self) -> list[int]:
         """Flat position of each sequence's last token."""
@@ -94,12 +136,65 @@ def lay_out(sequences: Sequence[Ids], packing: Packing) -> Layout:
     return Layout(torch.tensor([packed]), torch.tensor([depths]), tuple(nodes), tuple(spans_of), len(packed))
 
 
+def pack(examples: Sequence[Sequence[Tokens]], packing: Packing, device: torch.device | str = "cpu") -> Batch:
+    """One batch of examples, each of one or more sequences."""
+    return _packed(examples, range(len(examples)), packing, device)
+
+
+def batches(
+    examples: Sequence[Sequence[Tokens]], max_tokens: int, packing: Packing, device: torch.device | str = "cpu"
+) -> list[Batch]:
+    """All examples in micro-batches of at most `max_tokens` each; an example's sequences stay together."""
+    groups = microbatches([[tokens.ids for tokens in example] for example in examples], max_tokens, packing)
+    return [_packed(examples, numbers, packing, device) for numbers in groups]
+
+
+def _packed(
+    examples: Sequence[Sequence[Tokens]], numbers: Sequence[int], packing: Packing, device: torch.device | str
+) -> Batch:
+    """The batch of the examples that `numbers` names."""
+    starts = list(itertools.accumulate(map(len, examples), initial=0))
+    first = itertools.accumulate((len(examples[i]) for i in numbers), initial=0)
+    rows = [tokens for i in numbers for tokens in examples[i]]
+    layout = lay_out([tokens.ids for tokens in rows], packing)
+    spans = [(row, start, length) for row, tokens in enumerate(rows) for start, length in tokens.completions]
+    predicting = [at for row, start, length in spans for at in layout.indices(row, start - 1, length)]
+    targets = [token for row, start, length in spans for token in rows[row].ids[start : start + length]]
+    return Batch(
+        ids=layout.ids.to(device),
+        positions=layout.positions.to(device),
+        nodes=layout.nodes,
+        ends=torch.tensor(layout.ends(), dtype=torch.long, device=device),
+        predicting=torch.tensor(predicting, dtype=torch.long, device=device),
+        targets=torch.tensor(targets, dtype=torch.long, device=device),
+        completion_mask=length_mask([sum(length for _, length in tokens.completions) for tokens in rows], device),
+        sequences=tuple(starts[i] + at for i in numbers for at in range(len(examples[i]))),
+        examples=tuple(numbers),
+        first=tuple(first)[:-1],
+        spans=layout.spans,
+        tokens=layout.tokens,
+    )
+
+
+def join_rows(laid_out: Sequence[Batch], parts: Sequence[Tensor]) -> Shaped[Tensor, "batch time"]:
+    """One tensor of the whole update from those of its micro-batches, [batch, time] each; 0 beyond them."""
+    shape = sum(len(batch.sequences) for batch in laid_out), max(part.shape[1] for part in parts)
+    whole = parts[0].new_zeros(shape)
+    for batch, part in zip(laid_out, parts, strict=True):
+        whole[list(batch.sequences), : part.shape[1]] = part
+    return whole
+
+
+def rows_of(whole: Shaped[Tensor, "batch time"], batch: Batch) -> Shaped[Tensor, "rows width"]:
+    """The micro-batch's part of a tensor of the whole update."""
+    return whole[list(batch.sequences), : batch.completion_mask.shape[1]]
+
+
 def microbatches(examples: Sequence[Sequence[Ids]], max_tokens: int, packing: Packing) -> list[list[int]]:
     """Splits examples (each a list of sequences computed together) into groups of example numbers.
 
-    Computed tokens (padding included) stay within `max_tokens` unless one example alone exceeds it. The result
-    depends on nothing but the arguments,
-    so that a resumed run splits alike.
+    Computed tokens (padding included) stay within `max_tokens` unless one example alone exceeds it. The result depends on
+    nothing but the arguments, so that a resumed run splits alike.
     """
     if packing == "none":
         longest = [max(map(len, example)) for example in examples]

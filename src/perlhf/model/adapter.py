@@ -25,6 +25,8 @@ class Adapter:
     head: nn.Parameter | None = None
     bias: nn.Parameter | None = None
     beneath: str | None = None
+    version: int = 0
+    """Raised by whoever changes its weights: the optimiser's step, and a checkpoint that is put back."""
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """All its tensors by a stable name."""

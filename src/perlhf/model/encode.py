@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from perlhf.config.stages import EncodingConfig
 from perlhf.data.records import Message, Text
 from perlhf.errors import ConfigError, DataError
+from perlhf.method.packing import Tokens, completed
 
 CUT_PARTS = 8
 """A long prompt loses whole parts of `max_tokens`."""
@@ -36,9 +37,9 @@ class Example:
     """Tokens cut from the start of the prompt."""
 
     @property
-    def ids(self) -> tuple[int, ...]:
+    def tokens(self) -> Tokens:
         """Prompt and completion in one sequence."""
-        return self.prompt + self.completion
+        return completed(self.prompt, self.completion)
 
 
 class TooLong(DataError):

@@ -1,11 +1,9 @@
-"""One frozen base, any number of named adapters. Callers pass sequences of ids and an adapter name; layout stays
-inside.
+"""One frozen base, any number of named adapters. Callers pass a `Batch` and the name of an adapter.
 
 `adapter=None` is the bare base. LoRA and full tuning differ in `add_adapter` (what is trainable) and `_run` (how the
 forward uses it) and nowhere else.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.kernels.modules import AdaptedLinear, match_targets
 from perlhf.method.logprobs import token_logprobs
 from perlhf.method.lora import new_pair
-from perlhf.method.packing import Ids, Layout, Packing, lay_out, length_mask, spread
+from perlhf.method.packing import Batch, Ids, Tokens, pack, spread
 from perlhf.model import base as bases
 from perlhf.model.adapter import Adapter, Role
 
@@ -33,7 +31,6 @@ class TokenLogprobs:
 
     logprobs: Tensor
     entropy: Tensor
-    mask: Tensor
 
 
 class Model:
@@ -148,54 +145,32 @@ class Model:
         for tensor in self.adapters[name].tensors().values():
             tensor.requires_grad_(False)
 
-    def digest(self, name: str | None) -> str:
-        """SHA-256 over all tensors that `name` makes active: the adapter's version."""
-        digest = hashlib.sha256()
-        for adapter in self._chain(name):
-            for key, tensor in adapter.tensors().items():
-                digest.update(key.encode())
-                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+    def version(self, name: str | None) -> tuple[tuple[str, int], ...]:
+        """Name and version of each adapter that `name` makes active: whoever changes weights raises the version."""
+        return tuple((adapter.name, adapter.version) for adapter in self._chain(name))
 
     # forward passes
 
-    def scores(
-        self, sequences: Sequence[Ids], adapter: str, *, packing: Packing = "tree", dropout: bool = False
-    ) -> Tensor:
+    def scores(self, batch: Batch, adapter: str, *, dropout: bool = False) -> Tensor:
         """Scalar head on the state of each sequence's last token, float32 [batch]."""
-        return self._head(self.last_states(sequences, adapter, packing=packing, dropout=dropout), adapter)
+        return self._head(self.last_states(batch, adapter, dropout=dropout), adapter)
 
-    def last_states(
-        self, sequences: Sequence[Ids], adapter: str | None, *, packing: Packing = "tree", dropout: bool = False
-    ) -> Tensor:
+    def last_states(self, batch: Batch, adapter: str | None, *, dropout: bool = False) -> Tensor:
         """State of each sequence's last token, what the score head reads: [batch, hidden]."""
-        layout = lay_out(sequences, packing)
-        return self._states(layout, adapter, layout.ends(), dropout=dropout)
+        return self._states(batch, adapter, dropout=dropout)[batch.ends]
 
-    def values(
-        self, prompts: Sequence[Ids], completions: Sequence[Ids], adapter: str, *, packing: Packing = "tree"
-    ) -> Tensor:
-        """Scalar head where each completion token is predicted, float32 [batch, time]; values[t] has not seen token
-        t.
-        """
-        states, mask = self._predicting_states(prompts, completions, adapter, packing, dropout=False)
-        return spread(self._head(states, adapter), mask)
+    def values(self, batch: Batch, adapter: str) -> Tensor:
+        """Scalar head where each completion token is predicted, float32 [batch, time]; values[t] can't see t."""
+        states = self._states(batch, adapter, dropout=False)[batch.predicting]
+        return spread(self._head(states, adapter), batch.completion_mask)
 
     def logprobs(
-        self,
-        prompts: Sequence[Ids],
-        completions: Sequence[Ids],
-        adapter: str | None,
-        *,
-        temperature: float = 1.0,
-        packing: Packing = "tree",
-        dropout: bool = False,
+        self, batch: Batch, adapter: str | None, *, temperature: float = 1.0, dropout: bool = False
     ) -> TokenLogprobs:
         """log softmax(logits / temperature) of the completion tokens and the entropy there; no full logits are kept."""
-        states, mask = self._predicting_states(prompts, completions, adapter, packing, dropout=dropout)
-        targets = torch.tensor([token for ids in completions for token in ids], dtype=torch.long, device=self.device)
-        logprobs, entropy = token_logprobs(states, self._output_weight(adapter), targets, temperature)
-        return TokenLogprobs(spread(logprobs, mask), spread(entropy, mask), mask)
+        states = self._states(batch, adapter, dropout=dropout)[batch.predicting]
+        logprobs, entropy = token_logprobs(states, self._output_weight(adapter), batch.targets, temperature)
+        return TokenLogprobs(spread(logprobs, batch.completion_mask), spread(entropy, batch.completion_mask))
 
     @contextmanager
     def holding(self, adapter: str | None) -> Iterator[None]:
@@ -217,9 +192,9 @@ class Model:
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Ids], adapter: str | None) -> tuple[Tensor, KeyValueCache]:
         """States of each prompt's last token [prompt, hidden] and the cache of their keys and values, to be forked."""
-        layout = lay_out(prompts, "tree")
-        cache = KeyValueCache([layout.indices(i, 0, len(ids)) for i, ids in enumerate(prompts)], self.device)
-        return self._states(layout, adapter, layout.ends(), dropout=False, cache=cache), cache
+        batch = pack([[Tokens(ids)] for ids in prompts], "tree", self.device)
+        cache = KeyValueCache([batch.places(row) for row in range(len(prompts))], self.device)
+        return self._states(batch, adapter, cache=cache)[batch.ends], cache
 
     @torch.no_grad()
     def decode(self, ids: Tensor, cache: KeyValueCache, adapter: str | None) -> Tensor:
@@ -290,46 +265,18 @@ class Model:
         return chain
 
     def _states(
-        self,
-        layout: Layout,
-        adapter: str | None,
-        wanted: Sequence[int],
-        *,
-        dropout: bool,
-        cache: KeyValueCache | None = None,
+        self, batch: Batch, adapter: str | None, *, dropout: bool = False, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """States [wanted, hidden] at flat positions of the layout; `cache` gets the keys and values."""
-        inputs: dict[str, Any] = {"input_ids": layout.ids.to(self.device), "use_cache": False}
+        """States [rows * width, hidden] of all tokens; `cache` gets the keys and values."""
+        inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
         if cache is not None:
             inputs["sampled"] = cache
-        if layout.nodes is not None:
+        if batch.nodes is not None:
             # A four-dimensional mask is passed on as it is: the tree's attention needs none and no [T, T] one is built.
             inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
-            inputs |= {"position_ids": layout.positions.to(self.device), "tree": layout.nodes}
+            inputs |= {"position_ids": batch.positions, "tree": batch.nodes}
         states = self._run(adapter, dropout=dropout, **inputs)
-        return states.reshape(-1, states.shape[-1])[torch.tensor(list(wanted), dtype=torch.long, device=self.device)]
-
-    def _predicting_states(
-        self,
-        prompts: Sequence[Ids],
-        completions: Sequence[Ids],
-        adapter: str | None,
-        packing: Packing,
-        *,
-        dropout: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """States [tokens, hidden] from which each completion token is predicted, and the completion mask [batch,
-        time].
-        """
-        assert all(len(ids) for ids in prompts), "a completion needs a token to be predicted from"
-        layout = lay_out([[*p, *c] for p, c in zip(prompts, completions, strict=True)], packing)
-        wanted = [
-            at
-            for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
-            for at in layout.indices(i, len(p) - 1, len(c))
-        ]
-        mask = length_mask([len(c) for c in completions], self.device)
-        return self._states(layout, adapter, wanted, dropout=dropout), mask
+        return states.reshape(-1, states.shape[-1])
 
     @torch.no_grad()
     def _check_paths(self) -> None:
@@ -338,8 +285,8 @@ class Model:
         sequences = [[(37 * t + 11 * s) % vocab for t in range(5)] for s in (40, 41)]
         sequences += [sequences[0][:3], [*sequences[0][:2], *sequences[1][:3]]]
         shared, separate = (
-            self._states(layout, None, layout.ends(), dropout=False).float()
-            for layout in (lay_out(sequences, "tree"), lay_out(sequences, "none"))
+            self.last_states(pack([[Tokens(ids)] for ids in sequences], packing, self.device), None).float()
+            for packing in ("tree", "none")
         )
         _, cache = self.prefill([ids[:-1] for ids in sequences], None)
         cache.fork(1)

@@ -35,8 +35,8 @@ class Rollout:
     """False where the completion was stopped by its length."""
     prompt_states: Tensor
     """[prompt, hidden] states that the first tokens were sampled from: what the probe compares."""
-    adapter_digest: str
-    """Version of the adapter that was sampled."""
+    adapter_version: tuple[tuple[str, int], ...]
+    """Of the adapters that were active: `Model.version`."""
 
     @property
     def tokens(self) -> int:
@@ -110,7 +110,7 @@ def sample(
         logprobs,
         [ids[-1] == end_id for ids in completions],
         prompt_states,
-        model.digest(adapter),
+        model.version(adapter),
     )
 
 
@@ -118,8 +118,7 @@ def sample(
 def probe(model: Model, rollout: Rollout, adapter: str | None) -> None:
     """Proves that `rollout` was sampled from `adapter` as it is now.
 
-    The digest of the weights must agree, and the states of the same prompts in the same batch layout must be equal
-    bit for bit.
+    The version must agree, and the states of the same prompts in the same batch layout must be equal bit for bit.
 
     Raises:
         StaleSamplerError: the sampler used other weights.
@@ -135,14 +134,14 @@ def probe(model: Model, rollout: Rollout, adapter: str | None) -> None:
         ids for i, ids in enumerate(rollout.prompts) if i % (len(rollout.prompts) // len(rollout.prompt_states)) == 0
     ]
     states, _ = model.prefill(unique, adapter)
-    same_digest = rollout.adapter_digest == model.digest(adapter)
-    if same_digest and torch.equal(states, rollout.prompt_states):
+    same_version = rollout.adapter_version == model.version(adapter)
+    if same_version and torch.equal(states, rollout.prompt_states):
         return
     worst = (states.float() - rollout.prompt_states.float()).abs().max().item()
     raise StaleSamplerError(
-        f"the sampler did not use the current adapter '{adapter}': digests {'agree' if same_digest else 'differ'}, "
+        f"the sampler did not use the current adapter '{adapter}': versions {'agree' if same_version else 'differ'}, "
         f"prompt states differ by up to {worst:.3g}",
-        allowed="equal digests and bit-equal states on the same batch layout",
+        allowed="equal versions and bit-equal states on the same batch layout",
         hint="sync the sampler's weights before every rollout",
     )
 

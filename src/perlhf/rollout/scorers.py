@@ -1,21 +1,121 @@
-"""Scores from a Python function or an HTTP address instead of a reward adapter; and how several scores become one."""
+"""What scores completions: reward adapters on the same base, Python functions, HTTP addresses; how scores combine."""
 
 import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, SupportsFloat
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from perlhf.data.records import Text
 from perlhf.errors import ConfigError, DataError, PerlhfError, ServiceError, nearest
+from perlhf.method.packing import Batch, Ids, Packing, batches, completed
+from perlhf.model import saved
+from perlhf.model.encode import Encoder
+from perlhf.model.model import Model
 from perlhf.system.http import check_address, post_json
 
+Combine = Literal["mean", "min", "mean_minus_std"]
 Scorer = Callable[[list[Text], list[str]], list[float]]
 """Prompts and their completions in, one finite score each out."""
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """Reward adapters by name (`reward_0`..) and functions; all of them score every completion."""
+
+    adapters: tuple[str, ...]
+    functions: tuple[Scorer, ...]
+    how: Combine
+
+    def scores(
+        self,
+        model: Model,
+        encoder: Encoder,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        texts: Sequence[Text],
+        max_tokens: int,
+        packing: Packing = "tree",
+    ) -> NDArray[np.float64]:
+        """One combined score per completion, float64 [batch].
+
+        Reward adapters see the sampled ids as they are, but a completion that was cut gets the end token: they never
+        learned from a state before it, and score such states at random (docs/experiments.md). Functions and services
+        get the prompts' texts and decoded completions.
+        """
+        members: list[list[float]] = []
+        if self.adapters:
+            whole = [ids if ids and ids[-1] == encoder.end_id else [*ids, encoder.end_id] for ids in completions]
+            # The end token may be one too many for the context: then the prompt loses its first one.
+            given = [p if len(p) + len(c) <= encoder.max_tokens else p[1:] for p, c in zip(prompts, whole, strict=True)]
+            examples = [[completed(p, c)] for p, c in zip(given, whole, strict=True)]
+            laid_out = batches(examples, max_tokens, packing, model.device)
+            members += [[score for (score,) in score_batches(model, laid_out, name)] for name in self.adapters]
+        if self.functions:
+            decoded = [encoder.decode(ids) for ids in completions]
+            members += [function(list(texts), decoded) for function in self.functions]
+        return combine(np.array(members, dtype=float), self.how)
+
+
+@torch.no_grad()
+def score_batches(
+    model: Model, laid_out: Sequence[Batch], adapter: str, done: Callable[[], None] = lambda: None
+) -> list[list[float]]:
+    """Scores of each example's sequences, in the order of the examples; calls `done` after each batch."""
+    scores: dict[int, list[float]] = {}
+    for batch in laid_out:
+        flat = model.scores(batch, adapter).tolist()
+        ends = (*batch.first[1:], len(flat))
+        scores |= {i: flat[at:end] for i, at, end in zip(batch.examples, batch.first, ends, strict=True)}
+        done()
+    return [scores[i] for i in range(len(scores))]
+
+
+def load_scorers(
+    model: Model,
+    sources: Sequence[str],
+    how: Combine,
+    encoder: Encoder,
+    prefix: str = "reward",
+    key: str = "reward",
+) -> Scorers:
+    """Loads every source: an http(s) address, `module:function`, or a reward run directory, as adapter PREFIX_0, ..
+
+    Args:
+        key: of the configuration, which errors name.
+
+    Raises:
+        ConfigError: a source that is none of these; AdapterError: a reward run of another base or encoding.
+    """
+    adapters: list[str] = []
+    functions: list[Scorer] = []
+    for source in sources:
+        if source.startswith(("http://", "https://")):
+            functions.append(http_reward(source))
+        elif (Path(source) / "adapter").is_dir():
+            name = f"{prefix}_{len(adapters)}"
+            adapter = saved.load_adapter(model, Path(source) / "adapter", name, encoder)
+            if adapter.head is None:
+                raise ConfigError(f"{source} holds a {adapter.role} adapter", where=key, allowed="a reward run")
+            model.freeze(name)
+            adapters.append(name)
+        elif ":" in source and not Path(source).exists():
+            functions.append(load_function(source, key))
+        else:
+            raise ConfigError(
+                f"'{source}' is no finished reward run",
+                where=key,
+                allowed="a reward run directory, module:function, or an http(s) address",
+                hint="train it with perlhf reward",
+            )
+    return Scorers(tuple(adapters), tuple(functions), how)
 
 
 def load_function(name: str, key: str = "reward") -> Scorer:
@@ -49,7 +149,7 @@ def load_function(name: str, key: str = "reward") -> Scorer:
 def http_reward(address: str, timeout_seconds: float = 60.0, attempts: int = 4, backoff_seconds: float = 1.0) -> Scorer:
     """Scores from a service: each call posts `{"prompts": [...], "completions": [...]}` and reads `{"scores": [...]}`.
 
-    A prompt is a string or a list of `{"role", "content"}`. Retries are those of `perlhf.http.post_json`.
+    A prompt is a string or a list of `{"role", "content"}`. Retries are those of `perlhf.system.http.post_json`.
 
     Raises:
         ConfigError: no http(s) address.
@@ -75,7 +175,7 @@ def http_reward(address: str, timeout_seconds: float = 60.0, attempts: int = 4, 
     return score
 
 
-def combine(scores: ArrayLike, how: Literal["mean", "min", "mean_minus_std"]) -> NDArray[np.float64]:
+def combine(scores: ArrayLike, how: Combine) -> NDArray[np.float64]:
     """One score per completion from those of several reward models.
 
     Args:

@@ -4,8 +4,8 @@ resumed run is bit-equal.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from perlhf.data import order
 from perlhf.data.records import Record, Text
 from perlhf.data.splits import content_hash
 from perlhf.errors import DataError, DivergenceError, PerlhfError
-from perlhf.method.packing import Ids, Packing
 from perlhf.model import base as bases
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
@@ -40,13 +39,23 @@ class Interrupted(PerlhfError):
 
 
 @dataclass
-class Best:
-    """The best validation so far, saved with every checkpoint."""
+class Keeper:
+    """Which checkpoint is kept: the one with the best validation. Saved with every checkpoint."""
 
     step: int | None = None
     """None: nothing was validated. 0: before the first update."""
     value: float = -math.inf
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    worse: int = 0
+    """Validations in a row that were no better."""
+
+    def offer(self, step: int, value: float, metrics: dict[str, float]) -> bool:
+        """Takes the weights of `step` as those to keep if `value` is above all values before; whether it did."""
+        self.worse += 1
+        if not value > self.value:  # a value that is no number is no better
+            return False
+        self.step, self.value, self.metrics, self.worse = step, value, metrics, 0
+        return True
 
 
 def facts(config: StageConfig) -> dict[str, Any]:
@@ -97,29 +106,9 @@ def encode_all(
     return encoded, counts
 
 
-def some(records: Sequence[Record], count: int | None, seed: int) -> list[Record]:
+def whole_groups(records: Sequence[Record], count: int | None, seed: int) -> list[Record]:
     """About `count` of the records, of whole groups; all for None."""
     return [records[number] for number in order.whole_groups([record.group for record in records], count, seed)]
-
-
-@torch.no_grad()
-def score_batches(
-    model: Model,
-    examples: Sequence[Sequence[Ids]],
-    batches: Sequence[Sequence[int]],
-    adapter: str,
-    packing: Packing,
-    done: Callable[[], None] = lambda: None,
-) -> list[list[float]]:
-    """Scores of each example's sequences, batch (of example numbers) by batch; calls `done` after each."""
-    scores: list[list[float]] = [[] for _ in examples]
-    for batch in batches:
-        flat = model.scores([ids for i in batch for ids in examples[i]], adapter, packing=packing).tolist()
-        for i in batch:
-            size = len(examples[i])
-            scores[i], flat = flat[:size], flat[size:]
-        done()
-    return scores
 
 
 def optimiser_step(optimizer: torch.optim.AdamW, adapter: Adapter, learning_rate: float, max_grad_norm: float) -> float:
@@ -132,6 +121,7 @@ def optimiser_step(optimizer: torch.optim.AdamW, adapter: Adapter, learning_rate
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
+    adapter.version += 1
     optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -147,41 +137,36 @@ def check_bounded(name: str, value: float, step: int, limit: float = math.inf) -
 
 
 def save(
-    run: Run, step: int, model: Model, optimizers: dict[str, torch.optim.AdamW], best: Best, state: dict[str, Any]
+    run: Run, step: int, model: Model, optimizers: dict[str, torch.optim.AdamW], keeper: Keeper, state: dict[str, Any]
 ) -> None:
-    """A checkpoint of the named adapters and their optimisers; the best one stays."""
+    """A checkpoint of the named adapters and their optimisers; the kept one stays."""
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, optimizer in optimizers.items():
         tensors[name] = {key: t.detach() for key, t in model.adapters[name].tensors().items()}
         tensors[f"{name}.optimizer"] = optim.state_tensors(optimizer)
-    kept = {
-        "best": {"step": best.step, "value": None if best.step is None else best.value, "metrics": best.metrics},
-        **state,
-    }
-    checkpoint.save(run.path, step, tensors, kept, pinned=best.step)
+    best = asdict(keeper) | {"value": None if keeper.step is None else keeper.value}
+    checkpoint.save(run.path, step, tensors, {"best": best, **state}, pinned=keeper.step)
 
 
-def restore(run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW]) -> tuple[int, Best, dict[str, Any]]:
-    """The newest checkpoint put back: its step (0 for none), the best validation, and the stage's own state."""
+def restore(run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW]) -> tuple[int, Keeper, dict[str, Any]]:
+    """The newest checkpoint put back: its step (0 for none), what is kept, and the stage's own state ({} for none)."""
     saved = checkpoint.load(run.path)
     if saved is None:
         run.rewind(-1)
-        return 0, Best(), {}
+        return 0, Keeper(), {}
     for name, optimizer in optimizers.items():
         load_adapter_tensors(model.adapters[name], saved.tensors[name])
         optim.load_state_tensors(optimizer, saved.tensors[f"{name}.optimizer"])
     run.rewind(saved.step)
-    found = saved.state["best"]
-    checkpoint.prune(run.path, saved.step, found["step"])  # what a kill in the midst of deleting left
-    # Checkpoints of earlier versions say step 0 where nothing was validated; the value is null in both.
-    best = Best() if found["value"] is None else Best(found["step"], found["value"], found["metrics"])
-    return saved.step, best, saved.state
+    best = saved.state.pop("best")
+    checkpoint.prune(run.path, saved.step, best["step"])  # what a kill in the midst of deleting left
+    return saved.step, Keeper(**best | {"value": -math.inf if best["value"] is None else best["value"]}), saved.state
 
 
-def restore_best(run_path: Path, best: Best, adapter: Adapter) -> None:
+def restore_best(run_path: Path, keeper: Keeper, adapter: Adapter) -> None:
     """Puts the weights of the best validation back (nothing to do when there was none)."""
-    if best.step is not None:
-        saved = checkpoint.load(run_path, best.step)
+    if keeper.step is not None:
+        saved = checkpoint.load(run_path, keeper.step)
         assert saved is not None
         load_adapter_tensors(adapter, saved.tensors[adapter.name])
 
@@ -193,3 +178,4 @@ def load_adapter_tensors(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
     assert own.keys() == tensors.keys(), f"adapter '{adapter.name}' has other tensors than its checkpoint"
     for key, tensor in own.items():
         tensor.copy_(tensors[key])
+    adapter.version += 1

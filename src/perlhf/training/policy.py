@@ -1,14 +1,11 @@
 """Policy stage: REINFORCE with a KL anchor and a learned value baseline, every trained part a LoRA adapter on one base.
 
-The paper's objective (arXiv 2403.10704, section 3.3; loop of arXiv 2309.00267, appendix): reward = (1 - beta) score
-- beta KL folded in per token, gamma 1, loss = -sum logprobs * stopgrad(return - value), separate value adapter. Added,
-since the paper is silent: scores are centred by the reference's mean, the value head starts at the first rollout's mean
-return, and a completion without end token pays a penalty. Not included: dropout, several epochs without `clip`.
+`policy_step` has the paper's step. Added here, since the paper is silent: scores are centred by the reference's mean,
+the value head starts at the first rollout's mean return, a completion without end token pays a penalty, and the weights
+with the best reward on held-out prompts are kept. Not included: dropout, several epochs without `clip`.
 """
 
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,16 +19,40 @@ from perlhf.data.splits import load
 from perlhf.method import advantages
 from perlhf.model import saved
 from perlhf.model.open import load_sft, new_adapter, open_model
-from perlhf.rollout.local import Rollout, probe, sample, uniforms
-from perlhf.rollout.rewards import load_rewards
+from perlhf.rollout.scorers import load_scorers
 from perlhf.runs.run import Run, open_run
 from perlhf.system.machine import peak_memory_bytes
-from perlhf.training import loop, optim, policy_step
-from perlhf.training.loop import Best, Interrupted
-from perlhf.training.policy_step import POLICY, VALUE, Centre, Scored, Stage
+from perlhf.training import loop, optim
+from perlhf.training.loop import Interrupted, Keeper
+from perlhf.training.policy_step import (
+    POLICY,
+    VALUE,
+    Centre,
+    Optimizers,
+    Setup,
+    Step,
+    each_completion,
+    logprobs_of_all,
+    policy_step,
+    raw_scores,
+    sample_completions,
+    score,
+)
 
-STATE = ("centre", "judged_centre", "before", "tokens", "stopped", "no_better")
-"""What a checkpoint keeps besides adapters, optimisers and the best validation."""
+
+@dataclass
+class PolicyState:
+    """What a checkpoint has besides adapters, optimisers and what is kept."""
+
+    centre: Centre
+    validation_centre: Centre
+    """Of the scorers that see held-out prompts."""
+    before: dict[str, float]
+    """How the reference does on held-out prompts."""
+    tokens: int = 0
+    """Sampled so far."""
+    stopped: str | None = None
+    """Why the run ended before its last update."""
 
 
 def train_policy(config: PolicyConfig) -> dict[str, Any]:
@@ -45,234 +66,199 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
     with open_run(config.run, "policy", config, loop.facts(config)) as run:
         if run.finished:
             return run.result()
-        stage = _open(config)
-        model = stage.model
-        optimizers = optim.build(
-            {POLICY: (model.adapters[POLICY].trainable_by_name(), config.learning_rate)}
-            | (
-                {VALUE: (model.adapters[VALUE].trainable_by_name(), config.value_learning_rate)}
-                if VALUE in model.adapters
-                else {}
-            ),
-            config.optim,
-        )
-        judged = _judged(stage)
-        step, best, state = loop.restore(run, model, optimizers)
-        if not state:
-            state = _before(stage, judged, run)
-            best = Best(0, state["before"]["reward"], state["before"])  # the policy starts as its reference
-            loop.save(run, 0, model, optimizers, best, {key: state[key] for key in STATE})
-        state = {"judged_centre": state["centre"], "no_better": 0} | state  # of runs begun before these were kept
-        centre, judged_centre = Centre(**state["centre"]), Centre(**state["judged_centre"])
+        setup = _open(config)
+        model, optimizers = setup.model, _optimizers(setup)
+        validation = _validation(setup)
+        step, keeper, saved_state = loop.restore(run, model, optimizers)
+        if saved_state:
+            state = _state(saved_state)
+        else:
+            state = _before(setup, validation, run)
+            keeper.offer(0, state.before["reward"], state.before)  # the policy starts as its reference
+            loop.save(run, 0, model, optimizers, keeper, asdict(state))
         with run.progress(config.updates, step, "policy") as bar:
-            while step < config.updates and state["stopped"] is None:
+            while step < config.updates and state.stopped is None:
                 step += 1
-                values = _step(stage, run, optimizers, centre, step)
-                state["tokens"] += int(values["tokens"])
-                improved = False
+                done = policy_step(setup, optimizers, state.centre, step)
+                run.write_rollout(step, _rows(setup, done, step))
+                values = _values(done)
+                state.tokens += int(values["tokens"])
                 if config.max_kl is not None and values["kl"] > config.max_kl:
-                    state["stopped"] = f"KL {values['kl']:.3g} exceeded max_kl {config.max_kl:g} at update {step}"
-                if step % config.validate_every == 0 or step == config.updates or state["stopped"]:
-                    held_out = _validate(judged, judged_centre, POLICY)
+                    state.stopped = f"KL {values['kl']:.3g} exceeded max_kl {config.max_kl:g} at update {step}"
+                if step % config.validate_every == 0 or step == config.updates or state.stopped:
+                    held_out = validate(validation, state.validation_centre, POLICY)
                     values |= {f"validation_{key}": value for key, value in held_out.items()}
-                    exceeded = state["stopped"] is not None and best.step  # a trained one within max_kl goes first
-                    if improved := held_out["reward"] > best.value and not exceeded:
-                        best = Best(step, held_out["reward"], held_out)
-                    state["no_better"] = 0 if improved else state["no_better"] + 1
-                    if state["no_better"] == config.patience:
-                        found = f"held-out reward was no better {config.patience} times in a row, at update {step}"
-                        state["stopped"] = state["stopped"] or found
+                    _offer(keeper, state, step, held_out, config)
                 run.log(step, values)
-                if improved or state["stopped"] or step % config.save_every == 0 or run.stop_requested:
-                    loop.save(run, step, model, optimizers, best, {key: state[key] for key in STATE})
+                if keeper.step == step or state.stopped or step % config.save_every == 0 or run.stop_requested:
+                    loop.save(run, step, model, optimizers, keeper, asdict(state))
                 bar.advance()
                 if run.stop_requested and step < config.updates:
                     raise Interrupted(
                         f"stopped at update {step} of {config.updates}", hint="run the same command to continue"
                     )
-        loop.restore_best(run.path, best, model.adapters[POLICY])
-        saved.save_adapter(model, POLICY, run.path / "adapter", stage.encoder)
+        loop.restore_best(run.path, keeper, model.adapters[POLICY])
+        saved.save_adapter(model, POLICY, run.path / "adapter", setup.encoder)
         if VALUE in model.adapters:
-            saved.save_adapter(model, VALUE, run.path / "value", stage.encoder)
-        result = {
-            "updates": step,
-            "stopped": state["stopped"],
-            "best_step": best.step,
-            "before": state["before"],
-            "after": best.metrics,
-            "score_before": state["before"]["score"],
-            "score_after": best.metrics.get("score"),
-            "kl": best.metrics.get("kl"),
-            "validation_prompts": len(stage.held_out),
-            "centre": state["centre"],
-            "tokens": state["tokens"],
-            "trainable_parameters": sum(p.numel() for name in optimizers for p in model.adapters[name].trainable()),
-            "tuning": config.tuning,
-        }
-        run.finish(result)
+            saved.save_adapter(model, VALUE, run.path / "value", setup.encoder)
+        run.finish(_result(setup, step, keeper, state))
         return run.result()
 
 
-def _open(config: PolicyConfig) -> Stage:
+def _open(config: PolicyConfig) -> Setup:
     """The base with the reference, policy, value and reward adapters, and the prompts."""
     model, encoder = open_model(config)
-    reference = None
-    if config.sft is not None:
-        reference = load_sft(model, config.sft, encoder)
+    reference = None if config.sft is None else load_sft(model, config.sft, encoder)
     new_adapter(model, POLICY, "policy", config, start=reference)
     if config.baseline == "value":
         new_adapter(model, VALUE, "value", config, start=reference)
-    rewards = load_rewards(model, config.reward, config.combine, encoder)
+    scorers = load_scorers(model, config.reward, config.combine, encoder)
     prompts = [record for record in load(config.data, ("prompt",), "train") if isinstance(record, Prompt)]
     held_out = [record for record in load(config.data, ("prompt",), "validation") if isinstance(record, Prompt)]
     chosen = order.choose(held_out, config.validation_prompts, config.seed)
-    return Stage(config, model, encoder, rewards, prompts, chosen, reference)
+    return Setup(config, model, encoder, scorers, prompts, chosen, reference)
 
 
-def _judged(stage: Stage) -> Stage:
-    """The stage that held-out prompts see: scored by `validation_reward` where that is given."""
-    config = stage.config
+def _optimizers(setup: Setup) -> Optimizers:
+    rates = {POLICY: setup.config.learning_rate, VALUE: setup.config.value_learning_rate}
+    adapters = setup.model.adapters
+    trained = {name: (adapters[name].trainable_by_name(), rate) for name, rate in rates.items() if name in adapters}
+    return optim.build(trained, setup.config.optim)
+
+
+def _validation(setup: Setup) -> Setup:
+    """What held-out prompts see: other scorers, where `validation_reward` names some."""
+    config = setup.config
     if not config.validation_reward:
-        return stage
+        return setup
     sources, name = config.validation_reward, "validation_reward"
-    return replace(stage, rewards=load_rewards(stage.model, sources, config.combine, stage.encoder, name, name))
+    return replace(setup, scorers=load_scorers(setup.model, sources, config.combine, setup.encoder, name, name))
 
 
-def _before(stage: Stage, judged: Stage, run: Run) -> dict[str, Any]:
+def _before(setup: Setup, validation: Setup, run: Run) -> PolicyState:
     """The state before the first update: what centres the scores, and how the reference does on held-out prompts."""
     with run.progress(2, 0, "reference") as bar:
-        centre = _centre(stage)
-        judged_centre = centre if judged is stage else _centre(judged)
+        centre = centre_of(setup)
+        validation_centre = centre if validation is setup else centre_of(validation)
         bar.advance()
-        before = _validate(judged, judged_centre, stage.reference)
+        before = validate(validation, validation_centre, setup.reference)
         bar.advance()
-    centres = {"centre": asdict(centre), "judged_centre": asdict(judged_centre)}
-    return centres | {"before": before, "tokens": 0, "stopped": None, "no_better": 0}
+    return PolicyState(centre, validation_centre, before)
 
 
-def _step(
-    stage: Stage, run: Run, optimizers: dict[str, torch.optim.AdamW], centre: Centre, step: int
-) -> dict[str, float]:
-    """One rollout and its optimiser steps: sample, probe, score, reference, advantages, learn."""
-    config, model = stage.config, stage.model
-    began = time.perf_counter()
-    numbers = order.cycle(len(stage.prompts), config.prompts_per_update, step, config.seed)
-    prompts = [stage.prompts[i] for i in numbers]
-    rollout = _sample(stage, prompts, POLICY, config.completions_per_prompt, step, numbers)
-    probe(model, rollout, POLICY)
-    sampled = time.perf_counter()
-    batches = policy_step.whole_prompts(rollout, config)
-    if batches is None:
-        scored = policy_step.score(stage, rollout, prompts, centre, POLICY)
-        kl = policy_step.bounded_kl(scored, step)
-        rewards = policy_step.token_rewards(scored, config)
-        returns = advantages.returns_to_go(rewards)
-        if VALUE in model.adapters and step == 1:
-            bias = model.adapters[VALUE].bias
-            assert bias is not None
-            bias.data.fill_(returns[scored.mask].mean().item())
-        finished_scoring = time.perf_counter()
-        learned = policy_step.learn(stage, optimizers, scored, rewards, returns, step)
-    else:
-        scored = policy_step.without_logprobs(stage, rollout, prompts, centre)
-        finished_scoring = time.perf_counter()
-        rewards, learned = policy_step.learn_at_once(stage, scored, batches)
-        kl = policy_step.bounded_kl(scored, step)
-        loop.check_bounded("policy_loss", learned["policy_loss"], step)
-        learned |= policy_step.optimise(stage, optimizers, step, False)
-    run.write_rollout(step, _rows(stage, scored, prompts, rewards, kl, step))
-    ended = time.perf_counter()
-    gap = (_padded(rollout.sampler_logprobs, scored.mask) - scored.old_logprobs)[scored.mask].abs()
-    lengths = scored.mask.sum(-1).float()
-    return {
-        "score_mean": float(scored.scores.mean()),
-        "score_std": float(scored.scores.std()),
-        "reward_mean": rewards.sum(-1).mean().item(),
-        "kl": kl.mean().item(),
-        "entropy": scored.entropy[scored.mask].mean().item(),
-        "completion_tokens": lengths.mean().item(),
-        "end_rate": float(np.mean(rollout.ended)),
-        "sampler_gap_mean": gap.mean().item(),
-        "sampler_gap_max": gap.max().item(),
-        **learned,
-        "tokens": float(lengths.sum().item()),
-        "tokens_per_second": lengths.sum().item() / (ended - began),
-        "seconds_sample": sampled - began,
-        "seconds_score": finished_scoring - sampled,
-        "seconds_learn": ended - finished_scoring,
-        "memory_bytes": peak_memory_bytes(),
-    }
+def _state(saved_state: dict[str, Any]) -> PolicyState:
+    """As a checkpoint has it."""
+    centres = [Centre(**saved_state[key]) for key in ("centre", "validation_centre")]
+    return PolicyState(*centres, *(saved_state[key] for key in ("before", "tokens", "stopped")))
 
 
-def _sample(
-    stage: Stage, prompts: Sequence[Prompt], adapter: str | None, samples: int, step: int, numbers: Sequence[int]
-) -> Rollout:
-    config = stage.config
-    return sample(
-        stage.model,
-        [stage.encoder.cut_prompt(record.prompt, config.max_completion_tokens) for record in prompts],
-        adapter=adapter,
-        draws=uniforms(config.seed, step, numbers, samples, config.max_completion_tokens),
-        end_id=stage.encoder.end_id,
-        temperature=config.temperature,
-        max_completion_tokens=config.max_completion_tokens,
-    )
+def _offer(keeper: Keeper, state: PolicyState, step: int, held_out: dict[str, float], config: PolicyConfig) -> None:
+    """Offers the step's weights to the keeper, and stops the run where `patience` is used up.
+
+    Where the KL exceeded `max_kl`, weights that stayed below it go first.
+    """
+    if state.stopped is None or not keeper.step:
+        keeper.offer(step, held_out["reward"], held_out)
+    if state.stopped is None and config.patience is not None and keeper.worse >= config.patience:
+        times = f"{config.patience} times in a row, at update {step}"
+        state.stopped = f"held-out reward was no better {times}"
 
 
-def _centre(stage: Stage) -> Centre:
+def centre_of(setup: Setup) -> Centre:
     """Mean and deviation of the reference's scores on `centre_prompts` training prompts, one completion each."""
-    config = stage.config
-    numbers = order.cycle(len(stage.prompts), min(config.centre_prompts, len(stage.prompts)), 1, config.seed)
-    prompts = [stage.prompts[i] for i in numbers]
-    rollout = _sample(stage, prompts, stage.reference, 1, 0, numbers)
-    raw = policy_step.raw_scores(stage, rollout, prompts)
+    config = setup.config
+    numbers = order.cycle(len(setup.prompts), min(config.centre_prompts, len(setup.prompts)), 1, config.seed)
+    prompts = [setup.prompts[i] for i in numbers]
+    rollout = sample_completions(setup, prompts, setup.reference, 1, 0, numbers)
+    raw = raw_scores(setup, rollout, prompts)
     std = float(raw.std())
     penalty = std if config.missing_end_penalty is None else config.missing_end_penalty
     return Centre(float(raw.mean()), std, penalty)
 
 
-def _validate(stage: Stage, centre: Centre, adapter: str | None) -> dict[str, float]:
+def validate(setup: Setup, centre: Centre, adapter: str | None) -> dict[str, float]:
     """One completion of each held-out prompt with draws that never change: score, KL, reward, length, end rate."""
-    config = stage.config
-    numbers = list(range(len(stage.held_out)))
-    rollout = _sample(stage, stage.held_out, adapter, 1, -1, numbers)
-    scored = policy_step.score(stage, rollout, stage.held_out, centre, adapter)
-    kl = advantages.completion_kl(scored.old_logprobs, scored.ref_logprobs, scored.mask).mean().item()
+    config = setup.config
+    rollout = sample_completions(setup, setup.held_out, adapter, 1, -1, range(len(setup.held_out)))
+    scored = score(setup, rollout, setup.held_out, centre)
+    known = logprobs_of_all(setup, each_completion(rollout, setup), adapter)
+    kl = advantages.completion_kl(known.old_logprobs, known.ref_logprobs, known.mask).mean().item()
     return {
         "score": float(scored.scores.mean()),
         "kl": kl,
         "reward": float((1 - config.kl_coef) * scored.paid.mean() - config.kl_coef * kl),
-        "completion_tokens": scored.mask.sum(-1).float().mean().item(),
+        "completion_tokens": known.mask.sum(-1).float().mean().item(),
         "end_rate": float(np.mean(rollout.ended)),
     }
 
 
-def _rows(
-    stage: Stage, scored: Scored, prompts: Sequence[Prompt], rewards: Tensor, kl: Tensor, step: int
-) -> list[dict[str, Any]]:
+def _values(done: Step) -> dict[str, float]:
+    """What metrics.jsonl has of an update."""
+    known, scored, rollout = done.known, done.scored, done.scored.rollout
+    gap = (_padded(rollout.sampler_logprobs, known.mask) - known.old_logprobs)[known.mask].abs()
+    lengths = known.mask.sum(-1).float()
+    seconds = sum(value for key, value in done.values.items() if key.startswith("seconds_"))
+    return {
+        "score_mean": float(scored.scores.mean()),
+        "score_std": float(scored.scores.std()),
+        "reward_mean": done.rewards.sum(-1).mean().item(),
+        "kl": done.kl.mean().item(),
+        "entropy": known.entropy[known.mask].mean().item(),
+        "completion_tokens": lengths.mean().item(),
+        "end_rate": float(np.mean(rollout.ended)),
+        "sampler_gap_mean": gap.mean().item(),
+        "sampler_gap_max": gap.max().item(),
+        **done.values,
+        "tokens": float(lengths.sum().item()),
+        "tokens_per_second": lengths.sum().item() / seconds,
+        "memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _rows(setup: Setup, done: Step, step: int) -> list[dict[str, Any]]:
     """What rollouts/STEP.jsonl keeps for people and the report."""
-    samples = stage.config.completions_per_prompt
+    samples, rollout = setup.config.completions_per_prompt, done.scored.rollout
     rows = []
-    for i, ids in enumerate(scored.rollout.completions):
-        prompt = prompts[i // samples].prompt
+    for i, ids in enumerate(rollout.completions):
+        prompt = done.prompts[i // samples].prompt
         rows.append(
             {
                 "step": step,
                 "prompt_index": i // samples,
                 "sample_index": i % samples,
                 "prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt],
-                "completion": stage.encoder.decode(ids),
-                "score": float(scored.scores[i]),
-                "reward": rewards[i].sum().item(),
-                "kl": kl[i].item(),
+                "completion": setup.encoder.decode(ids),
+                "score": float(done.scored.scores[i]),
+                "reward": done.rewards[i].sum().item(),
+                "kl": done.kl[i].item(),
                 "tokens": len(ids),
-                "ended": scored.rollout.ended[i],
+                "ended": rollout.ended[i],
             }
         )
     return rows
 
 
-def _padded(lists: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+def _result(setup: Setup, step: int, keeper: Keeper, state: PolicyState) -> dict[str, Any]:
+    """What result.json has."""
+    adapters = [setup.model.adapters[name] for name in (POLICY, VALUE) if name in setup.model.adapters]
+    return {
+        "updates": step,
+        "stopped": state.stopped,
+        "best_step": keeper.step,
+        "before": state.before,
+        "after": keeper.metrics,
+        "score_before": state.before["score"],
+        "score_after": keeper.metrics["score"],
+        "kl": keeper.metrics["kl"],
+        "validation_prompts": len(setup.held_out),
+        "centre": asdict(state.centre),
+        "tokens": state.tokens,
+        "trainable_parameters": sum(p.numel() for adapter in adapters for p in adapter.trainable()),
+        "tuning": setup.config.tuning,
+    }
+
+
+def _padded(lists: list[list[float]], like: Tensor) -> Tensor:
     out = torch.zeros(like.shape, device=like.device)
     for row, values in enumerate(lists):
         out[row, : len(values)] = torch.tensor(values, device=like.device)

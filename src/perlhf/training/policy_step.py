@@ -1,28 +1,47 @@
-"""What a policy learns from a rollout: scores, log-probabilities, advantages, gradients and optimiser steps.
+"""One step of the policy in the paper's words: sample, score, reward, advantage, loss, step.
 
-A step takes two passes of the policy, one for the old log-probabilities and one that learns (`score`, `learn`), or one
-that does both where a micro-batch tells its own advantages (`whole_prompts`, `learn_at_once`).
+The objective is that of arXiv 2403.10704, section 3.3, the loop that of arXiv 2309.00267, appendix: REINFORCE on
+J = (1 - kl_coef) score - kl_coef KL, with a learned value as the baseline. Ways to depart from it are visible choices
+below: another baseline, PPO's clip with several steps a rollout, and one pass of the policy instead of two where a
+micro-batch tells its own advantages.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from perlhf.config.stages import PolicyConfig
+from perlhf.data import order
 from perlhf.data.records import Prompt
 from perlhf.method import advantages
 from perlhf.method.losses import policy_loss, value_loss
-from perlhf.method.packing import length_mask, microbatches
+from perlhf.method.packing import Batch, batches, completed, join_rows, microbatches, rows_of
 from perlhf.model.encode import Encoder
-from perlhf.model.model import Model, TokenLogprobs
-from perlhf.rollout.local import Rollout
-from perlhf.rollout.rewards import Rewards
+from perlhf.model.model import Model
+from perlhf.rollout.local import Rollout, probe, sample, uniforms
+from perlhf.rollout.scorers import Scorers
 from perlhf.training import loop, optim
 
 POLICY, VALUE = "policy", "value"
+Optimizers = dict[str, torch.optim.AdamW]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every step uses and nothing changes."""
+
+    config: PolicyConfig
+    model: Model
+    encoder: Encoder
+    scorers: Scorers
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    reference: str | None
 
 
 @dataclass(frozen=True)
@@ -36,229 +55,126 @@ class Centre:
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout with everything that learning needs, all [batch, time] but `scores` and `rewards` [batch]."""
+    """Completions and what they are paid."""
 
     rollout: Rollout
-    scores: np.ndarray
-    """Raw, before centring and penalty."""
-    paid: np.ndarray
-    """Centred, missing ends penalised."""
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    entropy: Tensor
-    mask: Tensor
-
-    def fill(self, rows: Sequence[int], now: TokenLogprobs, reference: TokenLogprobs) -> None:
-        """Puts in what a pass over these completions has found."""
-        width = now.mask.shape[1]
-        self.old_logprobs[rows, :width] = now.logprobs.detach()
-        self.ref_logprobs[rows, :width] = reference.logprobs
-        self.entropy[rows, :width] = now.entropy
+    scores: NDArray[np.float64]
+    """Raw [batch], before centring and penalty."""
+    paid: Tensor
+    """Centred, missing ends penalised: float32 [batch]."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What every step uses and nothing changes."""
+class Known:
+    """What the network says of all completion tokens, [batch, time], 0 beyond each completion."""
 
-    config: PolicyConfig
-    model: Model
-    encoder: Encoder
-    rewards: Rewards
+    old_logprobs: Tensor
+    """Under the policy that sampled them."""
+    ref_logprobs: Tensor
+    entropy: Tensor
+    mask: Tensor
+    """True at completion tokens."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did: completions, their rewards [batch, time] and numbers for metrics.jsonl."""
+
     prompts: list[Prompt]
-    held_out: list[Prompt]
-    reference: str | None
+    scored: Scored
+    known: Known
+    rewards: Tensor
+    kl: Tensor
+    """To the reference, of each completion, in nats: [batch]."""
+    values: dict[str, float]
 
 
-def whole_prompts(rollout: Rollout, config: PolicyConfig) -> list[list[int]] | None:
-    """Micro-batches that hold all completions of their prompts, so that each tells its own advantages.
+def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, step: int) -> Step:
+    """Samples completions of the step's prompts, scores them and learns from them; `step` counts from 1.
 
-    None where it takes all completions to tell them (a value adapter, normalisation, several steps a rollout) or where
-    those of one prompt don't fit.
+    Raises:
+        StaleSamplerError: the sampler didn't use the current adapter.
+        DivergenceError: a loss, gradient or KL isn't finite or has exploded.
     """
-    if config.baseline == "value" or config.advantage_norm != "none" or config.steps_per_rollout > 1:
-        return None
-    samples = len(rollout.completions) // len(rollout.prompt_states)
-    rows = [(*p, *c) for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
-    examples = [rows[at : at + samples] for at in range(0, len(rows), samples)]
-    most = max(len(microbatches([[r] for r in e], config.microbatch_tokens, config.packing)) for e in examples)
-    if most > 1:
-        return None
-    batches = microbatches(examples, config.microbatch_tokens, config.packing)
-    return [[number * samples + k for number in batch for k in range(samples)] for batch in batches]
-
-
-def raw_scores(stage: Stage, rollout: Rollout, prompts: Sequence[Prompt]) -> np.ndarray:
-    """Scores [batch] as the rewards give them; each prompt has equally many completions."""
-    config = stage.config
-    samples = len(rollout.completions) // len(prompts)
-    texts = [record.prompt for record in prompts for _ in range(samples)]
-    return stage.rewards.scores(
-        stage.model,
-        stage.encoder,
-        rollout.prompts,
-        rollout.completions,
-        texts,
-        config.microbatch_tokens,
-        config.packing,
+    config, began = setup.config, time.perf_counter()
+    numbers = order.cycle(len(setup.prompts), config.prompts_per_update, step, config.seed)
+    prompts = [setup.prompts[i] for i in numbers]
+    rollout = sample_completions(setup, prompts, POLICY, config.completions_per_prompt, step, numbers)
+    probe(setup.model, rollout, POLICY)
+    sampled = time.perf_counter()
+    scored = score(setup, rollout, prompts, centre)
+    scored_at = time.perf_counter()
+    if laid_out := whole_prompts(rollout, config, setup.model.device):
+        known, rewards, values = one_pass(setup, optimizers, scored, laid_out, step)
+    else:
+        known, rewards, values = two_passes(setup, optimizers, scored, each_completion(rollout, setup), step)
+    times = {"seconds_sample": sampled - began, "seconds_score": scored_at - sampled}
+    kl = advantages.completion_kl(known.old_logprobs, known.ref_logprobs, known.mask)
+    return Step(
+        prompts, scored, known, rewards, kl, values | times | {"seconds_learn": time.perf_counter() - scored_at}
     )
 
 
-@torch.no_grad()
-def without_logprobs(stage: Stage, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre) -> Scored:
-    """Scores; log-probabilities and entropy are still 0."""
-    model = stage.model
-    raw = raw_scores(stage, rollout, prompts)
-    paid = raw - centre.mean - np.where(rollout.ended, 0.0, centre.penalty)
-    mask = length_mask([len(ids) for ids in rollout.completions], model.device)
-    old, ref, entropy = (torch.zeros(mask.shape, device=model.device) for _ in range(3))
-    return Scored(rollout, raw, paid, old, ref, entropy, mask)
-
-
-@torch.no_grad()
-def score(stage: Stage, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre, adapter: str | None) -> Scored:
-    """Scores, and log-probabilities under `adapter` and the reference on the same batch layouts (so equal weights
-    give KL 0).
-    """
-    config, model = stage.config, stage.model
-    scored = without_logprobs(stage, rollout, prompts, centre)
-    for batch in _microbatches(rollout, config):
-        chosen = [rollout.prompts[i] for i in batch], [rollout.completions[i] for i in batch]
-        now = model.logprobs(*chosen, adapter, temperature=config.temperature, packing=config.packing)
-        reference = now
-        if adapter != stage.reference:
-            reference = model.logprobs(*chosen, stage.reference, temperature=config.temperature, packing=config.packing)
-        scored.fill(batch, now, reference)
-    return scored
-
-
-def token_rewards(scored: Scored, config: PolicyConfig, rows: Sequence[int] | None = None) -> Tensor:
-    """Reward of each token [rows, time]: the score at the end, the KL's price everywhere."""
-    chosen = list(range(len(scored.scores))) if rows is None else list(rows)
-    return advantages.token_rewards(
-        torch.from_numpy(scored.paid[chosen]).float().to(scored.mask.device),
-        scored.old_logprobs[chosen],
-        scored.ref_logprobs[chosen],
-        scored.mask[chosen],
-        kl_coef=config.kl_coef,
-    )
-
-
-def bounded_kl(scored: Scored, step: int) -> Tensor:
-    """KL [batch]; raises DivergenceError where it has exploded."""
-    kl = advantages.completion_kl(scored.old_logprobs, scored.ref_logprobs, scored.mask)
-    loop.check_bounded("kl", kl.mean().item(), step, loop.KL_LIMIT)
-    return kl
-
-
-def learn(
-    stage: Stage,
-    optimizers: dict[str, torch.optim.AdamW],
-    scored: Scored,
-    rewards: Tensor,
-    returns: Tensor,
-    step: int,
-) -> dict[str, float]:
-    """Advantages, then `steps_per_rollout` optimiser steps of policy and value on the rollout."""
-    config = stage.config
+def two_passes(
+    setup: Setup, optimizers: Optimizers, scored: Scored, laid_out: Sequence[Batch], step: int
+) -> tuple[Known, Tensor, dict[str, float]]:
+    """A pass for the log-probabilities that advantages need, then `steps_per_rollout` passes that learn."""
+    config, values = setup.config, dict[str, float]()
+    known = logprobs_of_all(setup, laid_out, POLICY)
+    check_kl(known, step)
+    mask, price = known.mask, config.kl_coef
+    rewards = advantages.token_rewards(scored.paid, known.old_logprobs, known.ref_logprobs, mask, kl_coef=price)
+    returns = advantages.returns_to_go(rewards)
+    if VALUE in optimizers and step == 1:
+        start_value(setup.model, returns[mask].mean().item())
     warming_up = VALUE in optimizers and step <= config.value.warmup_updates
-    values: dict[str, float] = {}
     advantage = torch.zeros_like(rewards)
     for number in range(config.steps_per_rollout):
-        summed = {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}
-        predicted = None
+        # Values first: the pass that learns them gives those of the advantages too, since no weight moves before the
+        # optimisers' steps.
+        predicted, losses = None, {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}
         if VALUE in optimizers:
-            # Values first: the pass that learns them gives those of the advantages too, since no weight moves before
-            # `optimise`.
-            predicted, summed["value_loss"] = value_pass(stage, scored, returns)
+            predicted, losses["value_loss"] = value_pass(setup, laid_out, returns)
         if number == 0:
-            advantage = advantages_of(config, scored.mask, rewards, returns, predicted)
-            values["advantage_std"] = advantage[scored.mask].std(correction=0).item()
+            advantage = advantage_of(config, mask, rewards, returns, predicted)
         if not warming_up:
-            summed["policy_loss"], summed["clipped"] = _policy_pass(stage, scored, advantage)
-        for key, value in summed.items():
-            loop.check_bounded(key, value, step)
-        values |= summed | {"clipped": summed["clipped"] / max(1, int(scored.mask.sum()))}
-        values |= optimise(stage, optimizers, step, warming_up)
-    return values
+            losses["policy_loss"], losses["clipped"] = policy_pass(setup, laid_out, known, advantage)
+        values |= step_on(setup, optimizers, losses, advantage, mask, step, warming_up)
+    return known, rewards, values
 
 
-def value_pass(stage: Stage, scored: Scored, returns: Tensor) -> tuple[Tensor, float]:
-    """Gradients of the value loss; the values [batch, time] and the loss."""
-    config, total = stage.config, 0.0
-    values = torch.zeros_like(returns)
-    for batch in _microbatches(scored.rollout, config):
-        prompts = [scored.rollout.prompts[i] for i in batch]
-        chosen = [scored.rollout.completions[i] for i in batch]
-        predicted = stage.model.values(prompts, chosen, VALUE, packing=config.packing)
-        width = predicted.shape[1]
-        mask = scored.mask[batch, :width]
-        loss, _ = value_loss(predicted, returns[batch, :width], mask, divisor=len(scored.rollout.completions))
-        loss.backward()
-        total += loss.item()
-        values[batch, :width] = predicted.detach()
-    return values, total
-
-
-def _policy_pass(stage: Stage, scored: Scored, advantage: Tensor) -> tuple[float, float]:
-    """Gradients of the policy loss; the loss and the number of clipped tokens."""
-    config, total, clipped = stage.config, 0.0, 0.0
-    for batch in _microbatches(scored.rollout, config):
-        prompts = [scored.rollout.prompts[i] for i in batch]
-        chosen = [scored.rollout.completions[i] for i in batch]
-        now = stage.model.logprobs(prompts, chosen, POLICY, temperature=config.temperature, packing=config.packing)
-        loss, outside = _policy_backward(config, scored, batch, now, advantage)
-        total, clipped = total + loss, clipped + outside
-    return total, clipped
-
-
-def learn_at_once(stage: Stage, scored: Scored, batches: Sequence[Sequence[int]]) -> tuple[Tensor, dict[str, float]]:
-    """Fills `scored` and forms the policy's gradients in the same pass: no other one tells the old log-probabilities,
-    which on-policy are those that are learned from. Returns the rewards of all tokens and the losses.
+def one_pass(
+    setup: Setup, optimizers: Optimizers, scored: Scored, laid_out: Sequence[Batch], step: int
+) -> tuple[Known, Tensor, dict[str, float]]:
+    """The pass that tells the old log-probabilities learns from them, too: on-policy they are the same ones.
 
     Args:
-        batches: as `whole_prompts` gives them.
+        laid_out: as `whole_prompts` gives them.
     """
-    config, model = stage.config, stage.model
-    rewards, advantage = torch.zeros_like(scored.old_logprobs), torch.zeros_like(scored.old_logprobs)
-    values = {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}
-    for batch in batches:
-        chosen = [scored.rollout.prompts[i] for i in batch], [scored.rollout.completions[i] for i in batch]
+    config, model, divisor = setup.config, setup.model, len(scored.paid)
+    losses = {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}
+    parts = []
+    for batch in laid_out:
         with torch.no_grad():
-            reference = model.logprobs(*chosen, stage.reference, temperature=config.temperature, packing=config.packing)
-        now = model.logprobs(*chosen, POLICY, temperature=config.temperature, packing=config.packing)
-        scored.fill(batch, now, reference)
-        rewards[batch] = token_rewards(scored, config, batch)
-        returns = advantages.returns_to_go(rewards[batch])
-        advantage[batch] = advantages_of(config, scored.mask[batch], rewards[batch], returns, None)
-        loss, outside = _policy_backward(config, scored, batch, now, advantage)
-        values["policy_loss"] += loss
-        values["clipped"] += outside
-    values["clipped"] /= max(1, int(scored.mask.sum()))
-    values["advantage_std"] = advantage[scored.mask].std(correction=0).item()
-    return rewards, values
+            reference = model.logprobs(batch, setup.reference, temperature=config.temperature)
+        now = model.logprobs(batch, POLICY, temperature=config.temperature)
+        mask, paid = batch.completion_mask, scored.paid[list(batch.sequences)]
+        price = config.kl_coef
+        rewards = advantages.token_rewards(paid, now.logprobs, reference.logprobs, mask, kl_coef=price)
+        advantage = advantage_of(config, mask, rewards, advantages.returns_to_go(rewards), None)
+        loss, counted = policy_loss(now.logprobs, now.logprobs, advantage, mask, clip=config.clip, divisor=divisor)
+        loss.backward()
+        losses["policy_loss"] += loss.item()
+        losses["clipped"] += counted["clipped"]
+        parts.append((now.logprobs.detach(), reference.logprobs, now.entropy, mask, rewards, advantage))
+    *columns, rewards, advantage = (join_rows(laid_out, tensors) for tensors in zip(*parts, strict=True))
+    known = Known(*columns)
+    check_kl(known, step)
+    return known, rewards, step_on(setup, optimizers, losses, advantage, known.mask, step, warming_up=False)
 
 
-def _policy_backward(
-    config: PolicyConfig, scored: Scored, batch: Sequence[int], now: TokenLogprobs, advantage: Tensor
-) -> tuple[float, float]:
-    """Adds the gradients of these completions' part of the policy loss; that part and the number of clipped tokens."""
-    width = now.mask.shape[1]
-    loss, metrics = policy_loss(
-        now.logprobs,
-        scored.old_logprobs[batch, :width],
-        advantage[batch, :width],
-        now.mask,
-        clip=config.clip,
-        divisor=len(scored.rollout.completions),
-    )
-    loss.backward()
-    return loss.item(), metrics["clipped"]
-
-
-def advantages_of(
-    config: PolicyConfig, mask: Tensor, rewards: Tensor, returns: Tensor, values: Tensor | None
-) -> Tensor:
-    """[batch, time], after the chosen baseline and normalisation over all tokens given."""
+def advantage_of(config: PolicyConfig, mask: Tensor, rewards: Tensor, returns: Tensor, values: Tensor | None) -> Tensor:
+    """How much better each token did than the baseline: [batch, time], normalised over all tokens given."""
     match config.baseline:
         case "value":
             assert values is not None
@@ -272,22 +188,145 @@ def advantages_of(
     return advantages.normalise(advantage, mask, config.advantage_norm)
 
 
-def optimise(stage: Stage, optimizers: dict[str, torch.optim.AdamW], step: int, warming_up: bool) -> dict[str, float]:
+def value_pass(setup: Setup, laid_out: Sequence[Batch], returns: Tensor) -> tuple[Tensor, float]:
+    """Gradients of the value loss; the values [batch, time] and the loss."""
+    total, parts = 0.0, []
+    for batch in laid_out:
+        predicted = setup.model.values(batch, VALUE)
+        loss, _ = value_loss(predicted, rows_of(returns, batch), batch.completion_mask, divisor=len(returns))
+        loss.backward()
+        total += loss.item()
+        parts.append(predicted.detach())
+    return join_rows(laid_out, parts), total
+
+
+def policy_pass(setup: Setup, laid_out: Sequence[Batch], known: Known, advantage: Tensor) -> tuple[float, float]:
+    """Gradients of the policy loss; the loss and the number of clipped tokens."""
+    config, total, clipped = setup.config, 0.0, 0.0
+    for batch in laid_out:
+        now = setup.model.logprobs(batch, POLICY, temperature=config.temperature)
+        old, own = rows_of(known.old_logprobs, batch), rows_of(advantage, batch)
+        loss, counted = policy_loss(
+            now.logprobs, old, own, batch.completion_mask, clip=config.clip, divisor=len(advantage)
+        )
+        loss.backward()
+        total, clipped = total + loss.item(), clipped + counted["clipped"]
+    return total, clipped
+
+
+def step_on(
+    setup: Setup,
+    optimizers: Optimizers,
+    losses: dict[str, float],
+    advantage: Tensor,
+    mask: Tensor,
+    step: int,
+    warming_up: bool,
+) -> dict[str, float]:
+    """The optimisers' step on the gradients that are there, unless a loss isn't finite; numbers for metrics.jsonl."""
+    for key, value in losses.items():
+        loop.check_bounded(key, value, step)
+    values = losses | {"clipped": losses["clipped"] / max(1, int(mask.sum()))}
+    values["advantage_std"] = advantage[mask].std(correction=0).item()
+    return values | optimise(setup, optimizers, step, warming_up)
+
+
+def optimise(setup: Setup, optimizers: Optimizers, step: int, warming_up: bool) -> dict[str, float]:
     """Clips and steps each adapter that learns now; the gradients' norms and the learning rates."""
-    config = stage.config
+    config = setup.config
     peaks = {POLICY: config.learning_rate, VALUE: config.value_learning_rate}
     out: dict[str, float] = {}
     for name, optimizer in optimizers.items():
         if name == POLICY and warming_up:
             continue
         rate = optim.learning_rate_at(step, config.updates, peaks[name], config.optim)
-        adapter = stage.model.adapters[name]
-        norm = loop.optimiser_step(optimizer, adapter, rate, config.optim.max_grad_norm)
+        norm = loop.optimiser_step(optimizer, setup.model.adapters[name], rate, config.optim.max_grad_norm)
         prefix = "" if name == POLICY else "value_"
         out |= {f"{prefix}grad_norm": norm, f"{prefix}learning_rate": rate}
     return out
 
 
-def _microbatches(rollout: Rollout, config: PolicyConfig) -> list[list[int]]:
-    rows = [[(*p, *c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
-    return microbatches(rows, config.microbatch_tokens, config.packing)
+def start_value(model: Model, mean: float) -> None:
+    """The value predicts the first rollout's mean return before it learns."""
+    bias = model.adapters[VALUE].bias
+    assert bias is not None
+    bias.data.fill_(mean)
+
+
+def check_kl(known: Known, step: int) -> None:
+    """Raises DivergenceError where the KL to the reference has exploded."""
+    kl = advantages.completion_kl(known.old_logprobs, known.ref_logprobs, known.mask)
+    loop.check_bounded("kl", kl.mean().item(), step, loop.KL_LIMIT)
+
+
+# ---- sampling and scoring -------------------------------------------------------------------------------------------
+
+
+def sample_completions(
+    setup: Setup, prompts: Sequence[Prompt], adapter: str | None, samples: int, step: int, numbers: Sequence[int]
+) -> Rollout:
+    """`samples` completions of each prompt; draws are keyed by the seed, the step and the prompt's number."""
+    config = setup.config
+    return sample(
+        setup.model,
+        [setup.encoder.cut_prompt(record.prompt, config.max_completion_tokens) for record in prompts],
+        adapter=adapter,
+        draws=uniforms(config.seed, step, numbers, samples, config.max_completion_tokens),
+        end_id=setup.encoder.end_id,
+        temperature=config.temperature,
+        max_completion_tokens=config.max_completion_tokens,
+    )
+
+
+def raw_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
+    """Scores [batch] as the scorers give them; each prompt has equally many completions."""
+    config, samples = setup.config, len(rollout.completions) // len(prompts)
+    texts = [record.prompt for record in prompts for _ in range(samples)]
+    given = rollout.prompts, rollout.completions, texts, config.microbatch_tokens, config.packing
+    return setup.scorers.scores(setup.model, setup.encoder, *given)
+
+
+@torch.no_grad()
+def score(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre) -> Scored:
+    """What each completion is paid: its score less the reference's mean, and less the penalty where no end came."""
+    raw = raw_scores(setup, rollout, prompts)
+    paid = raw - centre.mean - np.where(rollout.ended, 0.0, centre.penalty)
+    return Scored(rollout, raw, torch.from_numpy(paid).float().to(setup.model.device))
+
+
+# ---- micro-batches and the tensors of a whole update -----------------------------------------------------------------
+
+
+def each_completion(rollout: Rollout, setup: Setup) -> list[Batch]:
+    """Micro-batches of prompts with their completions."""
+    examples = [[completed(p, c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
+    return batches(examples, setup.config.microbatch_tokens, setup.config.packing, setup.model.device)
+
+
+def whole_prompts(rollout: Rollout, config: PolicyConfig, device: torch.device) -> list[Batch] | None:
+    """Micro-batches that hold all completions of their prompts, so that each tells its own advantages.
+
+    None where it takes all completions to tell them (a value adapter, normalisation, several steps a rollout) or where
+    those of one prompt don't fit.
+    """
+    if config.baseline == "value" or config.advantage_norm != "none" or config.steps_per_rollout > 1:
+        return None
+    samples = len(rollout.completions) // len(rollout.prompt_states)
+    rows = [completed(p, c) for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
+    examples = [rows[at : at + samples] for at in range(0, len(rows), samples)]
+    for example in examples:
+        if len(microbatches([[row.ids] for row in example], config.microbatch_tokens, config.packing)) > 1:
+            return None
+    return batches(examples, config.microbatch_tokens, config.packing, device)
+
+
+@torch.no_grad()
+def logprobs_of_all(setup: Setup, laid_out: Sequence[Batch], adapter: str | None) -> Known:
+    """Log-probabilities under `adapter` and the reference, on the same layouts (so that equal weights give KL 0)."""
+    model, temperature, parts = setup.model, setup.config.temperature, []
+    for batch in laid_out:
+        now = reference = model.logprobs(batch, adapter, temperature=temperature)
+        if adapter != setup.reference:
+            reference = model.logprobs(batch, setup.reference, temperature=temperature)
+        parts.append((now.logprobs, reference.logprobs, now.entropy, batch.completion_mask))
+    return Known(*(join_rows(laid_out, tensors) for tensors in zip(*parts, strict=True)))

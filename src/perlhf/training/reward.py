@@ -20,15 +20,16 @@ from perlhf.data.splits import check_labels, load
 from perlhf.errors import DataError
 from perlhf.method import metrics
 from perlhf.method.losses import bradley_terry, rating_cross_entropy
-from perlhf.method.packing import Packing, lay_out, microbatches
+from perlhf.method.packing import Batch, Tokens, batches
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import load_sft, new_adapter, open_model
+from perlhf.rollout.scorers import score_batches
 from perlhf.runs.run import Run, open_run
 from perlhf.training import linear_probe, loop, optim
-from perlhf.training.loop import Best, Interrupted
+from perlhf.training.loop import Interrupted, Keeper
 
 NAME = "reward_0"
 
@@ -37,7 +38,7 @@ NAME = "reward_0"
 class Item:
     """One encoded comparison (chosen, rejected; `label` None) or rating."""
 
-    sequences: tuple[tuple[int, ...], ...]
+    sequences: tuple[Tokens, ...]
     label: bool | None
     weight: float
     margin: float
@@ -59,7 +60,8 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         check_labels(records, config.data)
         train, counts = encode_items(encoder, records)
         held_out = load(config.data, ("comparison", "rating"), "validation")
-        validation, _ = encode_items(encoder, loop.some(held_out, config.validation_examples, config.seed))
+        held_out, _ = encode_items(encoder, loop.whole_groups(held_out, config.validation_examples, config.seed))
+        validation = held_out, laid_out(held_out, config, model)
         weights, balance = class_weights(train, config.class_weight)
         adapter = _start(model, encoder, config, train)
         plan = order.plan_updates(
@@ -71,13 +73,12 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
             config.max_updates,
         )
         optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
-        step, best, state = loop.restore(run, model, optimizers)
+        step, keeper, state = loop.restore(run, model, optimizers)
         tokens = state.get("tokens", 0)
-        if config.head_start == "probe" and best.step is None and step == 0:
+        if config.head_start == "probe" and keeper.step is None and step == 0:
             _start_head(run, model, adapter, train, weights, config)
-            best = _validated(0, model, validation, config)
-            run.log(0, _held_out(best.metrics))
-            loop.save(run, 0, model, optimizers, best, {"tokens": 0})
+            run.log(0, _validate(keeper, 0, model, validation, config))
+            loop.save(run, 0, model, optimizers, keeper, {"tokens": 0})
         with run.progress(len(plan), step, "reward") as bar:
             while step < len(plan):
                 step += 1
@@ -92,27 +93,23 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
                     config,
                 )
                 tokens += int(values["tokens"])
-                improved = False
                 if step % config.validate_every == 0 or step == len(plan):
-                    found = _validated(step, model, validation, config)
-                    values |= _held_out(found.metrics)
-                    if improved := found.value > best.value:
-                        best = found
+                    values |= _validate(keeper, step, model, validation, config)
                 run.log(step, values)
-                if improved or step % config.save_every == 0 or run.stop_requested:
-                    loop.save(run, step, model, optimizers, best, {"tokens": tokens})
+                if keeper.step == step or step % config.save_every == 0 or run.stop_requested:
+                    loop.save(run, step, model, optimizers, keeper, {"tokens": tokens})
                 bar.advance()
                 if run.stop_requested and step < len(plan):
                     raise Interrupted(
                         f"stopped at update {step} of {len(plan)}", hint="run the same command to continue"
                     )
-        loop.restore_best(run.path, best, adapter)
+        loop.restore_best(run.path, keeper, adapter)
         saved.save_adapter(model, NAME, run.path / "adapter", encoder)
         result = {
             "updates": len(plan),
-            "best_step": best.step,
-            "validation": best.metrics,
-            "validation_examples": len(validation),
+            "best_step": keeper.step,
+            "validation": keeper.metrics,
+            "validation_examples": len(held_out),
             "train_examples": len(train),
             "class_balance": balance,
             "counts": counts,
@@ -134,7 +131,7 @@ def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Item
     for record, examples in zip(judged, encoded, strict=True):
         if examples is not None:
             label, margin = (None, record.margin) if isinstance(record, Comparison) else (record.label, 0.0)
-            sequences = tuple(example.ids for example in examples)
+            sequences = tuple(example.tokens for example in examples)
             items.append(Item(sequences, label, record.weight, margin, record.group))
     return items, counts
 
@@ -157,34 +154,30 @@ def class_weights(items: Sequence[Item], how: str) -> tuple[dict[bool, float], d
     return {True: len(labels) / (2 * up), False: len(labels) / (2 * (len(labels) - up))}, balance
 
 
-def score_items(
-    model: Model, items: Sequence[Item], adapter: str, max_tokens: int, packing: Packing = "tree"
-) -> list[list[float]]:
-    """Scores of each item's sequences."""
-    sequences = [item.sequences for item in items]
-    return loop.score_batches(model, sequences, microbatches(sequences, max_tokens, packing), adapter, packing)
+def laid_out(items: Sequence[Item], config: RewardConfig, model: Model) -> list[Batch]:
+    """The items in micro-batches."""
+    return batches([item.sequences for item in items], config.microbatch_tokens, config.packing, model.device)
 
 
-def evaluate_items(model: Model, items: Sequence[Item], config: RewardConfig) -> dict[str, float]:
+def evaluate_items(model: Model, items: Sequence[Item], laid_out: Sequence[Batch]) -> dict[str, float]:
     """Loss and accuracy of held-out items: AUC and balanced accuracy for ratings, pairwise accuracy for comparisons."""
-    scores = score_items(model, items, NAME, config.microbatch_tokens, config.packing)
-    rated = [(s[0], item.label) for s, item in zip(scores, items, strict=True) if item.label is not None]
-    compared = [s for s, item in zip(scores, items, strict=True) if item.label is None]
-    found: dict[str, float] = {}
-    losses = []
-    if rated:
-        scored, labels = [s for s, _ in rated], [bool(label) for _, label in rated]
-        found["accuracy"] = metrics.accuracy(scored, labels)
-        losses.append(metrics.log_loss(scored, labels))
+    scored = list(zip(score_batches(model, laid_out, NAME), items, strict=True))
+    compared = [scores for scores, item in scored if item.label is None]
+    values = [scores[0] for scores, item in scored if item.label is not None]
+    labels = [item.label for item in items if item.label is not None]
+    measured: dict[str, float] = {}
+    losses: list[float] = []
+    if labels:
+        measured["accuracy"] = metrics.accuracy(values, labels)
+        losses.append(metrics.log_loss(values, labels))
         if len(set(labels)) == 2:
-            found["balanced_accuracy"] = metrics.balanced_accuracy(scored, labels)
-            found["auc"] = metrics.auc(scored, labels)
+            measured["balanced_accuracy"] = metrics.balanced_accuracy(values, labels)
+            measured["auc"] = metrics.auc(values, labels)
     if compared:
-        chosen, rejected = [s[0] for s in compared], [s[1] for s in compared]
-        found["pairwise_accuracy"] = metrics.pairwise_accuracy(chosen, rejected)
+        chosen, rejected = [scores[0] for scores in compared], [scores[1] for scores in compared]
+        measured["pairwise_accuracy"] = metrics.pairwise_accuracy(chosen, rejected)
         losses.append(float(np.logaddexp(0, np.array(rejected) - np.array(chosen)).mean()))
-    found["loss"] = sum(losses)
-    return found
+    return measured | {"loss": sum(losses)}
 
 
 def _start(model: Model, encoder: Encoder, config: RewardConfig, train: Sequence[Item]) -> Adapter:
@@ -209,14 +202,12 @@ def _start_head(
     assert adapter.head is not None and adapter.bias is not None
     numbers = order.whole_groups([item.group for item in train], config.probe_examples, config.seed)
     items = [train[i] for i in numbers]
-    batches = microbatches([item.sequences for item in items], config.microbatch_tokens, config.packing)
+    microbatches = laid_out(items, config, model)
     states = [np.zeros((0, model.hidden_size))] * len(items)
-    with run.progress(len(batches), 0, "score head") as bar:
-        for batch in batches:
-            sequences = [ids for i in batch for ids in items[i].sequences]
-            found = model.last_states(sequences, NAME, packing=config.packing).double().cpu().numpy()
-            ends = np.cumsum([len(items[i].sequences) for i in batch])
-            for i, part in zip(batch, np.split(found, ends[:-1]), strict=True):
+    with run.progress(len(microbatches), 0, "score head") as bar:
+        for batch in microbatches:
+            last = model.last_states(batch, NAME).double().cpu().numpy()
+            for i, part in zip(batch.examples, np.split(last, batch.first[1:]), strict=True):
                 states[i] = part
             bar.advance()
     labels = [item.label for item in items]
@@ -245,39 +236,36 @@ def _update(
     compared = sum(item.label is None for item in items)
     rated = len(items) - compared
     sums = {"loss": 0.0, "right": 0.0, "count": 0.0, "tokens": 0.0}
-    for batch in microbatches([item.sequences for item in items], config.microbatch_tokens, config.packing):
-        chosen = [items[i] for i in batch]
-        sequences = [ids for item in chosen for ids in item.sequences]
-        scores = model.scores(sequences, NAME, packing=config.packing, dropout=config.adapter.dropout > 0)
+    for batch in laid_out(items, config, model):
+        scores = model.scores(batch, NAME, dropout=config.adapter.dropout > 0)
+        members = [(items[i], at) for i, at in zip(batch.examples, batch.first, strict=True)]
+        pairs = [(item, at) for item, at in members if item.label is None]
+        ratings = [(item, at, item.label) for item, at in members if item.label is not None]
         loss = torch.zeros((), device=model.device)
-        pairs = [i for i, item in enumerate(chosen) if item.label is None]
-        starts = np.cumsum([0, *[len(item.sequences) for item in chosen]])
         if pairs:
-            part, metrics = bradley_terry(
-                scores[[int(starts[i]) for i in pairs]],
-                scores[[int(starts[i]) + 1 for i in pairs]],
-                weights=_floats([chosen[i].weight for i in pairs], scores),
-                margins=_floats([config.margin * chosen[i].margin for i in pairs], scores),
+            part, counted = bradley_terry(
+                scores[[at for _, at in pairs]],
+                scores[[at + 1 for _, at in pairs]],
+                weights=_floats([item.weight for item, _ in pairs], scores),
+                margins=_floats([config.margin * item.margin for item, _ in pairs], scores),
                 label_smoothing=config.label_smoothing,
                 divisor=compared,
             )
             loss = loss + config.comparison_weight * part
-            _add(sums, metrics)
-        ratings = [i for i, item in enumerate(chosen) if item.label is not None]
+            _add(sums, counted)
         if ratings:
-            labels = [bool(chosen[i].label) for i in ratings]
-            part, metrics = rating_cross_entropy(
-                scores[[int(starts[i]) for i in ratings]],
-                torch.tensor(labels, device=model.device),
-                weights=_floats([chosen[i].weight * class_weight[bool(chosen[i].label)] for i in ratings], scores),
+            part, counted = rating_cross_entropy(
+                scores[[at for _, at, _ in ratings]],
+                torch.tensor([label for _, _, label in ratings], device=model.device),
+                weights=_floats([item.weight * class_weight[label] for item, _, label in ratings], scores),
                 label_smoothing=config.label_smoothing,
                 divisor=rated,
             )
             loss = loss + config.rating_weight * part
-            _add(sums, metrics)
+            _add(sums, counted)
         loss.backward()
         sums["loss"] += loss.item()
-        sums["tokens"] += lay_out(sequences, config.packing).tokens
+        sums["tokens"] += batch.tokens
     loop.check_bounded("loss", sums["loss"], step, loop.LOSS_LIMIT)
     learning_rate = optim.learning_rate_at(step, total, config.learning_rate, config.optim)
     norm = loop.optimiser_step(optimizer, adapter, learning_rate, config.optim.max_grad_norm)
@@ -293,28 +281,28 @@ def _update(
     }
 
 
-def _validated(step: int, model: Model, validation: Sequence[Item], config: RewardConfig) -> Best:
-    metrics = evaluate_items(model, validation, config)
-    return Best(step, _quality(metrics, config), metrics)
+def _validate(
+    keeper: Keeper, step: int, model: Model, validation: tuple[list[Item], list[Batch]], config: RewardConfig
+) -> dict[str, float]:
+    """Offers the weights of `step` to the keeper; the metrics of held-out items, as metrics.jsonl has them."""
+    measured = evaluate_items(model, *validation)
+    keeper.offer(step, _quality(measured, config), measured)
+    return {f"validation_{key}": value for key, value in measured.items()}
 
 
-def _held_out(metrics: dict[str, float]) -> dict[str, float]:
-    return {f"validation_{key}": value for key, value in metrics.items()}
-
-
-def _quality(metrics: dict[str, float], config: RewardConfig) -> float:
+def _quality(measured: dict[str, float], config: RewardConfig) -> float:
     """The number that picks the kept checkpoint; higher is better."""
     wanted = config.select
     if wanted == "auto":
-        wanted = "auc" if "auc" in metrics else "pairwise_accuracy" if "pairwise_accuracy" in metrics else "loss"
-    if wanted not in metrics:
+        wanted = "auc" if "auc" in measured else "pairwise_accuracy" if "pairwise_accuracy" in measured else "loss"
+    if wanted not in measured:
         raise DataError(
             f"the validation groups give no {wanted}",
             where="select",
-            allowed=", ".join(metrics),
+            allowed=", ".join(measured),
             hint="raise data.validation or name another metric",
         )
-    return -metrics["loss"] if wanted == "loss" else metrics[wanted]
+    return -measured["loss"] if wanted == "loss" else measured[wanted]
 
 
 def _completions(record: Comparison | Rating) -> list[Text]:
@@ -325,6 +313,6 @@ def _floats(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)
 
 
-def _add(sums: dict[str, float], metrics: dict[str, float]) -> None:
-    for key, value in metrics.items():
+def _add(sums: dict[str, float], counted: dict[str, float]) -> None:
+    for key, value in counted.items():
         sums[key] = sums.get(key, 0.0) + value

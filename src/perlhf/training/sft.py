@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,19 +12,26 @@ from perlhf.data import order
 from perlhf.data.records import Demonstration, Record
 from perlhf.data.splits import load
 from perlhf.method.losses import sft_loss
-from perlhf.method.packing import Packing, lay_out, microbatches
+from perlhf.method.packing import Batch, Tokens, batches
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
-from perlhf.model.encode import Encoder, Example
+from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import new_adapter, open_model
 from perlhf.runs.run import open_run
 from perlhf.training import loop, optim
-from perlhf.training.loop import Best, Interrupted
+from perlhf.training.loop import Interrupted
 
 NAME = "sft"
-Weighted = tuple[Example, float, str]
-"""An example, its weight and its group."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One encoded demonstration."""
+
+    tokens: Tokens
+    weight: float
+    group: str
 
 
 def train_sft(config: SftConfig) -> dict[str, Any]:
@@ -37,12 +45,13 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
         if run.finished:
             return run.result()
         model, encoder = open_model(config)
-        train, counts = _encode(encoder, load(config.data, ("demonstration",), "train"))
+        train, counts = encode_items(encoder, load(config.data, ("demonstration",), "train"))
         held_out = load(config.data, ("demonstration",), "validation")
-        validation, _ = _encode(encoder, loop.some(held_out, config.validation_examples, config.seed))
+        held_out, _ = encode_items(encoder, loop.whole_groups(held_out, config.validation_examples, config.seed))
+        validation = laid_out(held_out, config, model)
         adapter = new_adapter(model, NAME, "sft", config)
         plan = order.plan_updates(
-            [group for _, _, group in train],
+            [item.group for item in train],
             config.examples_per_update,
             config.epochs,
             config.seed,
@@ -50,36 +59,33 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
             config.max_updates,
         )
         optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
-        step, best, state = loop.restore(run, model, optimizers)
+        step, keeper, state = loop.restore(run, model, optimizers)
         tokens = state.get("tokens", 0)
         with run.progress(len(plan), step, "sft") as bar:
             while step < len(plan):
                 step += 1
-                examples = [train[i] for i in plan[step - 1]]
-                values = _update(model, adapter, optimizers[NAME], examples, step, len(plan), config)
+                items = [train[i] for i in plan[step - 1]]
+                values = _update(model, adapter, optimizers[NAME], items, step, len(plan), config)
                 tokens += int(values["tokens"])
                 improved = False
                 if step % config.validate_every == 0 or step == len(plan):
-                    values["validation_loss"] = validation_loss(
-                        model, validation, config.microbatch_tokens, config.packing
-                    )
-                    if improved := -values["validation_loss"] > best.value:
-                        best = Best(step, -values["validation_loss"], {"loss": values["validation_loss"]})
+                    loss = values["validation_loss"] = validation_loss(model, validation)
+                    improved = keeper.offer(step, -loss, {"loss": loss})
                 run.log(step, values)
                 if improved or step % config.save_every == 0 or run.stop_requested:
-                    loop.save(run, step, model, optimizers, best, {"tokens": tokens})
+                    loop.save(run, step, model, optimizers, keeper, {"tokens": tokens})
                 bar.advance()
                 if run.stop_requested and step < len(plan):
                     raise Interrupted(
                         f"stopped at update {step} of {len(plan)}", hint="run the same command to continue"
                     )
-        loop.restore_best(run.path, best, adapter)
+        loop.restore_best(run.path, keeper, adapter)
         saved.save_adapter(model, NAME, run.path / "adapter", encoder)
         result = {
             "updates": len(plan),
-            "best_step": best.step,
-            "validation_loss": best.metrics["loss"],
-            "validation_examples": len(validation),
+            "best_step": keeper.step,
+            "validation_loss": keeper.metrics["loss"],
+            "validation_examples": len(held_out),
             "train_examples": len(train),
             "counts": counts,
             "tokens": tokens,
@@ -91,52 +97,53 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def validation_loss(model: Model, examples: Sequence[Weighted], max_tokens: int, packing: Packing = "tree") -> float:
-    """Mean negative log-probability of a completion token, in nats."""
+def validation_loss(model: Model, laid_out: Sequence[Batch]) -> float:
+    """Mean negative log-probability of a completion token under the `sft` adapter, in nats."""
     total = 0.0
-    for batch in microbatches([[e.ids] for e, _, _ in examples], max_tokens, packing):
-        chosen = [examples[i][0] for i in batch]
-        out = model.logprobs([e.prompt for e in chosen], [e.completion for e in chosen], NAME, packing=packing)
-        total -= out.logprobs.double().sum().item()
-    return total / sum(len(e.completion) for e, _, _ in examples)
+    for batch in laid_out:
+        total -= model.logprobs(batch, NAME).logprobs.double().sum().item()
+    return total / sum(len(batch.targets) for batch in laid_out)
 
 
-def _encode(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Weighted], dict[str, int]]:
+def laid_out(items: Sequence[Item], config: SftConfig, model: Model) -> list[Batch]:
+    """The items in micro-batches."""
+    return batches([[item.tokens] for item in items], config.microbatch_tokens, config.packing, model.device)
+
+
+def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Item], dict[str, int]]:
+    """Demonstrations as tokens, with counts of cut and dropped ones."""
     demonstrations = [record for record in records if isinstance(record, Demonstration)]
     pairs = [(record.prompt, [record.completion], record.source) for record in demonstrations]
-    examples, counts = loop.encode_all(encoder, pairs, encoder.config.drop_long)
-    kept = zip(examples, demonstrations, strict=True)
-    return [(found[0], record.weight, record.group) for found, record in kept if found is not None], counts
+    encoded, counts = loop.encode_all(encoder, pairs, encoder.config.drop_long)
+    return [
+        Item(examples[0].tokens, record.weight, record.group)
+        for examples, record in zip(encoded, demonstrations, strict=True)
+        if examples is not None
+    ], counts
 
 
 def _update(
     model: Model,
     adapter: Adapter,
     optimizer: torch.optim.AdamW,
-    examples: Sequence[Weighted],
+    items: Sequence[Item],
     step: int,
     total: int,
     config: SftConfig,
 ) -> dict[str, float]:
-    """One optimiser step on `examples`, in micro-batches whose losses add up to the update's."""
+    """One optimiser step on `items`, in micro-batches whose losses add up to the update's."""
     began = time.perf_counter()
     torch.manual_seed(order.keyed_seed(config.seed, "dropout", step))
-    completion_tokens = sum(len(e.completion) for e, _, _ in examples)
-    summed, tokens = 0.0, 0
-    for batch in microbatches([[e.ids] for e, _, _ in examples], config.microbatch_tokens, config.packing):
-        chosen = [examples[i][0] for i in batch]
-        out = model.logprobs(
-            [e.prompt for e in chosen],
-            [e.completion for e in chosen],
-            NAME,
-            packing=config.packing,
-            dropout=config.adapter.dropout > 0,
-        )
-        tokens += lay_out([e.ids for e in chosen], config.packing).tokens
-        weights = torch.tensor([examples[i][1] for i in batch], device=model.device)
-        loss, _ = sft_loss(out.logprobs, out.mask, weights=weights, divisor=completion_tokens)
+    microbatches = laid_out(items, config, model)
+    completion_tokens = sum(len(batch.targets) for batch in microbatches)
+    summed = 0.0
+    for batch in microbatches:
+        out = model.logprobs(batch, NAME, dropout=config.adapter.dropout > 0)
+        weights = torch.tensor([items[i].weight for i in batch.examples], device=model.device)
+        loss, _ = sft_loss(out.logprobs, batch.completion_mask, weights=weights, divisor=completion_tokens)
         loss.backward()
         summed += loss.item()
+    tokens = sum(batch.tokens for batch in microbatches)
     loop.check_bounded("loss", summed, step, loop.LOSS_LIMIT)
     learning_rate = optim.learning_rate_at(step, total, config.learning_rate, config.optim)
     norm = loop.optimiser_step(optimizer, adapter, learning_rate, config.optim.max_grad_norm)
