@@ -193,8 +193,8 @@ def rows_of(whole: Shaped[Tensor, "batch time"], batch: Batch) -> Shaped[Tensor,
 def microbatches(examples: Sequence[Sequence[Ids]], max_tokens: int, packing: Packing) -> list[list[int]]:
     """Splits examples (each a list of sequences computed together) into groups of example numbers.
 
-    Computed tokens (padding included) stay within `max_tokens` unless one example alone exceeds it. The result depends on
-    nothing but the arguments, so that a resumed run splits alike.
+    Computed tokens (padding included) stay within `max_tokens` unless one example alone exceeds it. The result depends
+    on nothing but the arguments, so that a resumed run splits alike.
     """
     if packing == "none":
         longest = [max(map(len, example)) for example in examples]

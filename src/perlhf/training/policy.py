@@ -148,8 +148,8 @@ def _before(setup: Setup, validation: Setup, run: Run) -> PolicyState:
 
 def _state(saved_state: dict[str, Any]) -> PolicyState:
     """As a checkpoint has it."""
-    centres = [Centre(**saved_state[key]) for key in ("centre", "validation_centre")]
-    return PolicyState(*centres, *(saved_state[key] for key in ("before", "tokens", "stopped")))
+    first, second = (Centre(**saved_state[key]) for key in ("centre", "validation_centre"))
+    return PolicyState(first, second, *(saved_state[key] for key in ("before", "tokens", "stopped")))
 
 
 def _offer(keeper: Keeper, state: PolicyState, step: int, held_out: dict[str, float], config: PolicyConfig) -> None:
