@@ -143,10 +143,11 @@ def has_key(model: type[BaseModel] | None, name: str) -> bool:
     return not rest or has_key(submodel(model.model_fields[first].annotation), rest)
 
 
-def test_tests_that_the_pages_name_exist():
+def test_files_and_tests_that_the_pages_name_exist():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    files = set(re.findall(r"tests/[\w/]+\.py", text))
-    assert all((REPOSITORY / file).is_file() for file in files)
+    files = set(re.findall(r"\b(?:src/perlhf|tests|scripts|examples|benchmarks)/[\w/]+(?:\.\w+)?", text))
+    assert len(files) > 20
+    assert not [file for file in files if not (REPOSITORY / file).exists()]
     missing = [
         f"{file}::{name}"
         for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text)
