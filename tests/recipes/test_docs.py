@@ -37,6 +37,10 @@ def test_there_is_something_to_check():
         assert len(named(kind)) > 20, kind
 
 
+def test_the_readme_is_short():
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").split()) < 700
+
+
 # ---- code ---------------------------------------------------------------------------------------------------------
 
 
