@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from perlhf.config.stages import DEFAULT_BASE
+from perlhf.method.packing import Tokens, pack
 from perlhf.model import base as bases
 from perlhf.model.model import Model
 from perlhf.rollout.local import sample, uniforms
@@ -46,9 +47,10 @@ def reward(base: str, rank: int, repeats: int) -> dict[str, float]:
     for _ in range(PAIRS):
         prefix = torch.randint(0, 49000, (PREFIX,), generator=generator).tolist()
         sequences += [prefix + torch.randint(0, 49000, (OWN,), generator=generator).tolist() for _ in range(2)]
+    batch = pack([[Tokens(ids)] for ids in sequences], "tree", model.device)
 
     def update() -> None:
-        scores = model.scores(sequences, "reward_0")
+        scores = model.scores(batch, "reward_0")
         (scores[::2] - scores[1::2]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -17,6 +17,7 @@ from typing import Any
 
 import harness
 from perlhf.config.stages import DEFAULT_BASE
+from perlhf.method.packing import Packing, Tokens, completed, pack
 from perlhf.system import allocator
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -71,17 +72,19 @@ def measure(repeats: int) -> dict[str, dict[str, Curve]]:
     }
 
 
-def train(model: Any, count: int, length: int = LENGTH, packing: str = "tree", rank: int = 16) -> int:
+def train(model: Any, count: int, length: int = LENGTH, packing: Packing = "tree", rank: int = 16) -> int:
     """Forward and backward of `count` sequences, in micro-batches; their tokens."""
     at_once = max(1, TOKENS // length)
     sequences = [tokens(length, seed) for seed in range(count)]
     for start in range(0, count, at_once):
-        model.scores(sequences[start : start + at_once], f"rank{rank}", packing=packing).sum().backward()
+        model.scores(
+            pack([[Tokens(ids)] for ids in sequences[start : start + at_once]], packing), f"rank{rank}"
+        ).sum().backward()
     clear(model)
     return count * length
 
 
-def train_length(model: Any, length: int, packing: str) -> int:
+def train_length(model: Any, length: int, packing: Packing) -> int:
     """As `train`, a micro-batch of sequences of this length."""
     return train(model, max(1, TOKENS // length), length, packing)
 
@@ -91,11 +94,11 @@ def train_rank(model: Any, rank: int) -> int:
     return train(model, TOKENS // LENGTH, rank=rank)
 
 
-def learn(model: Any, samples: int, packing: str) -> int:
+def learn(model: Any, samples: int, packing: Packing) -> int:
     """Forward and backward of the completions of one prompt; their tokens."""
     completions = [tokens(COMPLETION, seed + 1) for seed in range(samples)]
-    found = model.logprobs([tokens(PROMPT, 0)] * samples, completions, "rank16", packing=packing)
-    found.logprobs.sum().backward()
+    batch = pack([[completed(tokens(PROMPT, 0), completion)] for completion in completions], packing)
+    model.logprobs(batch, "rank16").logprobs.sum().backward()
     clear(model)
     return samples * COMPLETION
 
@@ -122,7 +125,7 @@ def score(model: Any, adapters: int) -> int:
     sequences = [tokens(LENGTH, seed) for seed in range(TOKENS // LENGTH)]
     with torch.no_grad():
         for number in range(adapters):
-            model.scores(sequences, f"reward_{number}")
+            model.scores(pack([[Tokens(ids)] for ids in sequences], "tree"), f"reward_{number}")
     return adapters * TOKENS
 
 

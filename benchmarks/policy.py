@@ -179,8 +179,8 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
 
     from perlhf.model.model import Model
     from perlhf.model.open import new_adapter, open_model
-    from perlhf.rollout.rewards import Rewards
-    from perlhf.training.policy_step import POLICY, VALUE, Stage
+    from perlhf.rollout.scorers import Scorers
+    from perlhf.training.policy_step import POLICY, VALUE, Setup
 
     config, encoder, prompts, _ = _problem()
     config = config.model_copy(update={"tuning": tuning, "baseline": baseline})
@@ -200,31 +200,27 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
     model.freeze("reward_0")
     # Not frozen, unlike the real one: a benchmark makes it smaller.
     return SimpleNamespace(
-        **vars(Stage(config, model, encoder, Rewards(("reward_0",), (), "mean"), prompts, [], reference))
+        **vars(Setup(config, model, encoder, Scorers(("reward_0",), (), "mean"), prompts, [], reference))
     )
 
 
 def _steps(stage: Any, count: int) -> list[dict[str, float]]:
     """Seconds of each policy step, whole and by part."""
     from perlhf.training import optim
-    from perlhf.training.policy import _step
-    from perlhf.training.policy_step import POLICY, VALUE, Centre
+    from perlhf.training.policy_step import POLICY, VALUE, Centre, policy_step
 
     rates = {POLICY: LEARNING_RATE, VALUE: LEARNING_RATE}
     adapters = {name: stage.model.adapters[name] for name in rates if name in stage.model.adapters}
     optimizers = optim.build({n: (a.trainable_by_name(), rates[n]) for n, a in adapters.items()}, stage.config.optim)
-    run: Any = SimpleNamespace(write_rollout=lambda step, rows: None)
     steps = []
     for step in range(1, count + 1):
         began = time.perf_counter()
-        values = _step(stage, run, optimizers, Centre(0.0, 1.0, 1.0), step)
-        parts = {key: value for key, value in values.items() if key.startswith("seconds_")}
+        done = policy_step(stage, optimizers, Centre(0.0, 1.0, 1.0), step)
+        parts = {key: value for key, value in done.values.items() if key.startswith("seconds_")}
         steps.append({"seconds": time.perf_counter() - began} | parts)
-        assert "grad_norm" in values, "the policy did not learn"
-        wanted = stage.config.max_completion_tokens
-        assert values["completion_tokens"] == wanted, (
-            f"completions of {values['completion_tokens']} tokens, not {wanted}"
-        )
+        assert "grad_norm" in done.values, "the policy did not learn"
+        sampled, wanted = done.known.mask.sum(-1).float().mean().item(), stage.config.max_completion_tokens
+        assert sampled == wanted, f"completions of {sampled} tokens, not {wanted}"
     return steps
 
 

@@ -25,7 +25,7 @@ RANK, LEARNING_RATE = 16, 1e-4
 
 def ours(recipe: str, packing: Literal["tree", "none"] = "tree", tuning: Literal["lora", "full"] = "lora") -> Work:
     """Our own updates; the first one (of pairs), or one on a few of the ratings, warms up."""
-    from perlhf.method.packing import lay_out, microbatches
+    from perlhf.method.packing import batches
     from perlhf.model.open import new_adapter
     from perlhf.training import optim
     from perlhf.training import reward as reward_stage
@@ -50,9 +50,8 @@ def ours(recipe: str, packing: Literal["tree", "none"] = "tree", tuning: Literal
     distinct = alone = 0
     for numbers in timed:
         own = [items[i].sequences for i in numbers]
-        alone += sum(len(ids) for sequences in own for ids in sequences)
-        for batch in microbatches(own, config.microbatch_tokens, "tree"):
-            distinct += lay_out([ids for i in batch for ids in own[i]], "tree").tokens
+        alone += sum(len(tokens.ids) for sequences in own for tokens in sequences)
+        distinct += sum(batch.tokens for batch in batches(own, config.microbatch_tokens, "tree"))
     details = {"tokens_alone": alone, "tokens_distinct": distinct, "dtype": str(model.dtype)}
     return Work(sum(map(len, timed)), seconds, details)
 
@@ -74,7 +73,7 @@ def trl(by_length: bool = False) -> Work:
     if by_length:
         timed.sort(key=lambda i: _longest(items[i]), reverse=True)
     chosen = [items[i] for i in (*warm, *timed)]
-    rows = [{"chosen_ids": list(item.sequences[0]), "rejected_ids": list(item.sequences[1])} for item in chosen]
+    rows = [{"chosen_ids": list(item.sequences[0].ids), "rejected_ids": list(item.sequences[1].ids)} for item in chosen]
     clock = Clock()
     with tempfile.TemporaryDirectory() as directory:
         arguments = RewardConfig(
@@ -96,7 +95,7 @@ def trl(by_length: bool = False) -> Work:
 
 
 def _longest(item: Any) -> int:
-    return max(map(len, item.sequences))
+    return max(len(tokens.ids) for tokens in item.sequences)
 
 
 def trainer(recipe: str) -> Work:
@@ -116,7 +115,7 @@ def trainer(recipe: str) -> Work:
     del model
     numbers = [i for update in updates for i in update]
     chosen = sorted((items[i] for i in numbers), key=_longest, reverse=True)[::2]
-    rows = [{"input_ids": list(item.sequences[0]), "labels": float(bool(item.label))} for item in chosen]
+    rows = [{"input_ids": list(item.sequences[0].ids), "labels": float(bool(item.label))} for item in chosen]
     rows = rows[: len(rows) // PADDED_BATCH * PADDED_BATCH]
     rows = rows[-PADDED_BATCH:] + rows
     network = get_peft_model(classifier(config, dtype, encoder.pad_id), lora("SEQ_CLS"))

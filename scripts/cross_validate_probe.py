@@ -23,10 +23,9 @@ from perlhf.data.records import Rating
 from perlhf.data.splits import load
 from perlhf.evaluation import baselines
 from perlhf.method import metrics
-from perlhf.method.packing import microbatches
 from perlhf.model.open import open_model
 from perlhf.training import linear_probe
-from perlhf.training.reward import encode_items
+from perlhf.training.reward import encode_items, laid_out
 
 FOLDS = 5
 Fold = NDArray[np.intp]
@@ -73,11 +72,10 @@ def last_states(config: RewardConfig, records: Sequence[Rating]) -> NDArray[np.f
     model, encoder = open_model(config)
     items, _ = encode_items(encoder, records)
     assert len(items) == len(records), "no record is dropped"
-    sequences = [item.sequences for item in items]
     states = np.zeros((len(items), model.hidden_size))
     with torch.no_grad():
-        for batch in microbatches(sequences, config.microbatch_tokens, "tree"):
-            states[batch] = model.last_states([sequences[i][0] for i in batch], None).double().cpu().numpy()
+        for batch in laid_out(items, config, model):
+            states[list(batch.examples)] = model.last_states(batch, None).double().cpu().numpy()
     return states
 
 

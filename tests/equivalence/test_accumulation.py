@@ -8,13 +8,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from tiny_models import END, open_model, random_ids, randomise
+from tiny_models import END, answers, apart, open_model, random_ids, randomise
 from torch import Tensor
 from torch.nn import functional as F
 
 from perlhf.config.stages import OptimConfig, RewardConfig, SftConfig
-from perlhf.method.packing import Packing
-from perlhf.model.encode import Example
+from perlhf.method.packing import Packing, Tokens, batches, completed, pack
 from perlhf.model.model import Model
 from perlhf.training import optim
 from perlhf.training import reward as reward_stage
@@ -62,11 +61,11 @@ class TestPacking:
         prompts = [ids[: len(ids) // 2] for ids in SEQUENCES]
         completions = [ids[len(ids) // 2 :] for ids in SEQUENCES]
         if what == "scores":
-            out = model.scores(SEQUENCES, "a", packing=packing)
+            out = model.scores(apart(SEQUENCES, packing=packing), "a")
         elif what == "values":
-            out = model.values(prompts, completions, "a", packing=packing)
+            out = model.values(answers(prompts, completions, packing=packing), "a")
         else:
-            out = model.logprobs(prompts, completions, "a", packing=packing, temperature=0.7).logprobs
+            out = model.logprobs(answers(prompts, completions, packing=packing), "a", temperature=0.7).logprobs
         weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
         (out * weights).sum().backward()
         return [out.detach(), *(p.grad for p in adapter.trainable() if p.grad is not None)]
@@ -82,24 +81,26 @@ class TestPacking:
     def test_a_sequence_scores_the_same_in_any_company(self, model: Model) -> None:
         model.add_adapter("a", "reward", rank=4)
         randomise(model, "a")
-        together = model.scores(SEQUENCES, "a")
-        alone = torch.cat([model.scores([ids], "a", packing="none") for ids in SEQUENCES])
+        together = model.scores(apart(SEQUENCES), "a")
+        alone = torch.cat([model.scores(apart([ids], packing="none"), "a") for ids in SEQUENCES])
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
         assert together[3] == together[5]
 
     def test_one_token(self, model: Model) -> None:
         model.add_adapter("a", "reward", rank=2)
         randomise(model, "a")
-        torch.testing.assert_close(model.scores([[5]], "a"), model.scores([[5], [5, 6]], "a", packing="none")[:1])
+        torch.testing.assert_close(
+            model.scores(apart([[5]]), "a"), model.scores(apart([[5], [5, 6]], packing="none"), "a")[:1]
+        )
 
 
 class TestReward:
     ITEMS = (
-        reward_stage.Item((tuple(SEQUENCES[0]), tuple(SEQUENCES[1])), None, 1.0, 0.5, "a"),
-        reward_stage.Item((tuple(SEQUENCES[3]), tuple(SEQUENCES[4])), None, 2.0, 0.0, "b"),
-        reward_stage.Item((tuple(SEQUENCES[6]), tuple(SEQUENCES[2])), None, 1.0, 1.0, "a"),
+        reward_stage.Item((Tokens(SEQUENCES[0]), Tokens(SEQUENCES[1])), None, 1.0, 0.5, "a"),
+        reward_stage.Item((Tokens(SEQUENCES[3]), Tokens(SEQUENCES[4])), None, 2.0, 0.0, "b"),
+        reward_stage.Item((Tokens(SEQUENCES[6]), Tokens(SEQUENCES[2])), None, 1.0, 1.0, "a"),
         *(
-            reward_stage.Item((tuple(SEQUENCES[i]),), label, weight, 0.0, group)
+            reward_stage.Item((Tokens(SEQUENCES[i]),), label, weight, 0.0, group)
             for i, label, weight, group in (
                 (0, True, 1.0, "a"),
                 (2, False, 1.0, "a"),
@@ -135,7 +136,9 @@ class TestReward:
         randomise(model, reward_stage.NAME)
         total = torch.zeros(())
         for item in self.ITEMS:
-            scores = [model.scores([ids], reward_stage.NAME, packing="none")[0] for ids in item.sequences]
+            scores = [
+                model.scores(apart([tokens.ids], packing="none"), reward_stage.NAME)[0] for tokens in item.sequences
+            ]
             if item.label is None:
                 gap = scores[0] - scores[1] - 0.7 * item.margin
                 loss = 0.9 * F.softplus(-gap) + 0.1 * F.softplus(gap)
@@ -157,8 +160,8 @@ class TestReward:
 
 
 class TestSft:
-    EXAMPLES = tuple(
-        (Example(tuple(ids[:-cut]), tuple(ids[-cut:])), weight, "g")
+    ITEMS = tuple(
+        sft_stage.Item(completed(ids[:-cut], ids[-cut:]), weight, "g")
         for ids, cut, weight in zip(
             SEQUENCES, (4, 7, 2, 6, 3, 1, 5, 4), (1.0, 1.0, 2.0, 1.0, 0.5, 1.0, 1.0, 1.0), strict=True
         )
@@ -168,12 +171,12 @@ class TestSft:
         model = open_model(directory)
         adapter = model.add_adapter(sft_stage.NAME, "sft", rank=4)
         randomise(model, sft_stage.NAME)
-        tokens = sum(len(example.completion) for example, _, _ in self.EXAMPLES)
+        tokens = sum(length for item in self.ITEMS for _, length in item.tokens.completions)
         assert tokens == 4 + 7 + 2 + 6 + 3 + 1 + 5 + 4
         total = torch.zeros(())
-        for example, weight, _ in self.EXAMPLES:
-            out = model.logprobs([example.prompt], [example.completion], sft_stage.NAME, packing="none")
-            total = total - weight * out.logprobs.sum() / tokens
+        for item in self.ITEMS:
+            out = model.logprobs(pack([[item.tokens]], "none"), sft_stage.NAME)
+            total = total - item.weight * out.logprobs.sum() / tokens
         total.backward()
         return total.item(), [p.grad for p in adapter.trainable() if p.grad is not None]
 
@@ -185,15 +188,17 @@ class TestSft:
         randomise(model, sft_stage.NAME)
         config = SftConfig(tokens_per_microbatch=max_tokens, packing=packing, optim=PLAIN)
         optimizer = optim.build({"x": (adapter.trainable_by_name(), 1e-3)}, config.optim)["x"]
-        values = sft_stage._update(model, adapter, optimizer, self.EXAMPLES, 1, 10, config)
+        values = sft_stage._update(model, adapter, optimizer, self.ITEMS, 1, 10, config)
         assert values["loss"] == pytest.approx(loss, rel=1e-5)
         check_close(gradients(optimizer), expected)
 
     @pytest.mark.parametrize("packing", ["none", "tree"])
     def test_validation_loss_is_a_mean_over_tokens(self, model: Model, packing: Packing) -> None:
         model.add_adapter(sft_stage.NAME, "sft", rank=4)
-        whole = sft_stage.validation_loss(model, self.EXAMPLES, 10_000, packing)
-        parts = sft_stage.validation_loss(model, self.EXAMPLES, 1, packing)
+        examples = [[item.tokens] for item in self.ITEMS]
+        whole, parts = (
+            sft_stage.validation_loss(model, batches(examples, max_tokens, packing)) for max_tokens in (10_000, 1)
+        )
         with torch.no_grad():
-            out = [model.logprobs([e.prompt], [e.completion], None).logprobs.sum().item() for e, _, _ in self.EXAMPLES]
+            out = [model.logprobs(pack([example], "tree"), None).logprobs.sum().item() for example in examples]
         assert whole == pytest.approx(-sum(out) / 32, rel=1e-5) and parts == pytest.approx(whole, rel=1e-5)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
-from tiny_models import open_encoder, open_model, random_ids, randomise, reference_logprobs
+from tiny_models import answers, apart, open_encoder, open_model, random_ids, randomise, reference_logprobs
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -25,7 +25,7 @@ COMPLETIONS = random_ids([4, 1, 7], seed=2)
 
 def logprobs(model: Model, adapter: str | None, temperature: float = 1.0) -> Tensor:
     with torch.no_grad():
-        return model.logprobs(PROMPTS, COMPLETIONS, adapter, temperature=temperature).logprobs
+        return model.logprobs(answers(PROMPTS, COMPLETIONS), adapter, temperature=temperature).logprobs
 
 
 def states(model: Model, adapter: str | None) -> Tensor:
@@ -77,7 +77,7 @@ class TestOff:
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                model.logprobs(PROMPTS, COMPLETIONS, adapter.name).logprobs.sum().backward()
+                model.logprobs(answers(PROMPTS, COMPLETIONS), adapter.name).logprobs.sum().backward()
             kept_bytes[adapter.name] = sum(sizes)
         for path, pair in last.pairs.items():
             assert pair.b.grad is not None
@@ -94,7 +94,7 @@ class TestOff:
 
     def test_only_the_adapter_is_trainable(self, model: Model) -> None:
         adapter = model.add_adapter("policy", "policy", rank=4)
-        model.logprobs(PROMPTS, COMPLETIONS, "policy").logprobs.sum().backward()
+        model.logprobs(answers(PROMPTS, COMPLETIONS), "policy").logprobs.sum().backward()
         assert all(p.grad is None for p in model.base.parameters())
         # 2 layers, q k v o: rank * (in + out) = 4 * (128 + 96 + 96 + 128)
         assert sum(p.numel() for p in adapter.trainable()) == 2 * 4 * 448
@@ -114,7 +114,7 @@ class TestTemperature:
         network = LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
         with torch.no_grad():
             logits = network(torch.tensor([PROMPTS[2]])).logits[0, -1]
-            found = model.logprobs(PROMPTS, COMPLETIONS, None, temperature=0.7).entropy[2, 0]
+            found = model.logprobs(answers(PROMPTS, COMPLETIONS), None, temperature=0.7).entropy[2, 0]
         expected = torch.distributions.Categorical(logits=logits / 0.7).entropy()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -136,7 +136,7 @@ class TestFullTuning:
     def test_all_weights_get_gradients_and_the_base_stays(self, model: Model) -> None:
         before = {name: p.clone() for name, p in model.base.named_parameters()}
         adapter = model.add_adapter("policy", "policy", tuning="full")
-        model.logprobs(PROMPTS, COMPLETIONS, "policy").logprobs.sum().backward()
+        model.logprobs(answers(PROMPTS, COMPLETIONS), "policy").logprobs.sum().backward()
         assert set(adapter.weights) == set(before)
         assert all(p.grad is not None and p.grad.any() for p in adapter.trainable())
         with torch.no_grad():
@@ -147,7 +147,7 @@ class TestFullTuning:
     def test_gradients_are_those_of_the_untied_network(self, model: Model, tiny_base: Path) -> None:
         """Embeddings are tied: their gradient has a part from the input and one from the output."""
         adapter = model.add_adapter("policy", "policy", tuning="full")
-        model.logprobs(PROMPTS[:1], COMPLETIONS[:1], "policy").logprobs.sum().backward()
+        model.logprobs(answers(PROMPTS[:1], COMPLETIONS[:1]), "policy").logprobs.sum().backward()
         network = LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
         ids = [*PROMPTS[0], *COMPLETIONS[0]]
         logits = network(torch.tensor([ids])).logits[0, len(PROMPTS[0]) - 1 : -1]
@@ -162,7 +162,7 @@ class TestFullTuning:
         other = open_model(tiny_base)
         loaded = saved.load_adapter(other, tmp_path / "adapter", "again", encoder).tensors()
         assert all(torch.equal(loaded[key], t) for key, t in model.adapters["reward_0"].tensors().items())
-        torch.testing.assert_close(other.scores(PROMPTS, "again"), model.scores(PROMPTS, "reward_0"))
+        torch.testing.assert_close(other.scores(apart(PROMPTS), "again"), model.scores(apart(PROMPTS), "reward_0"))
         weights = tmp_path / "adapter" / saved.FULL_WEIGHTS
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
@@ -198,7 +198,7 @@ class TestStacked:
 
     def test_only_the_upper_one_learns(self, stacked: Model) -> None:
         randomise(stacked, "policy", 2)
-        stacked.logprobs(PROMPTS, COMPLETIONS, "policy").logprobs.sum().backward()
+        stacked.logprobs(answers(PROMPTS, COMPLETIONS), "policy").logprobs.sum().backward()
         assert all(p.grad is None for p in stacked.adapters["sft"].tensors().values())
         assert all(p.grad is not None for p in stacked.adapters["policy"].trainable())
 
@@ -212,18 +212,17 @@ class TestStacked:
         assert loaded.rank == 6 and loaded.beneath is None
         torch.testing.assert_close(logprobs(other, "policy"), logprobs(stacked, "policy"), rtol=0, atol=1e-5)
 
-    def test_digest_covers_the_one_beneath(self, stacked: Model) -> None:
-        before = stacked.digest("policy")
-        with torch.no_grad():
-            next(iter(stacked.adapters["sft"].pairs.values())).b[0, 0] += 1e-3
-        assert stacked.digest("policy") != before
+    def test_version_covers_the_one_beneath(self, stacked: Model) -> None:
+        assert stacked.version("policy") == (("sft", 0), ("policy", 0)) and stacked.version(None) == ()
+        stacked.adapters["sft"].version += 1
+        assert stacked.version("policy") == (("sft", 1), ("policy", 0))
 
     def test_value_adapter_over_the_same_sft(self, stacked: Model) -> None:
         """The value adapter shares the frozen SFT adapter; its head starts at 0, so it predicts its bias."""
         value = stacked.add_adapter("value", "value", rank=2, beneath="sft")
         assert value.bias is not None
         value.bias.data.fill_(1.5)
-        found = stacked.values(PROMPTS, COMPLETIONS, "value")
+        found = stacked.values(answers(PROMPTS, COMPLETIONS), "value")
         assert found[1].tolist() == [1.5, 0, 0, 0, 0, 0, 0]
         assert torch.equal(found[2], torch.full((7,), 1.5))
 
@@ -269,11 +268,11 @@ class TestHolding:
         before = logprobs(model, None)
         randomise(model, "policy")
         with model.holding("policy"):
-            assert not model.logprobs(PROMPTS, COMPLETIONS, "policy").logprobs.requires_grad
+            assert not model.logprobs(answers(PROMPTS, COMPLETIONS), "policy").logprobs.requires_grad
             with pytest.raises(AssertionError, match="held"):
                 logprobs(model, None)
         assert torch.equal(logprobs(model, None), before)
-        assert model.logprobs(PROMPTS, COMPLETIONS, "policy").logprobs.requires_grad
+        assert model.logprobs(answers(PROMPTS, COMPLETIONS), "policy").logprobs.requires_grad
 
     def test_the_bare_base(self, model: Model) -> None:
         model.add_adapter("policy", "policy", rank=4)
@@ -300,7 +299,7 @@ class TestSelection:
 
         hook = model.base.get_submodule("model.layers.1.mlp").register_forward_hook(refuse)
         with pytest.raises(Broken):
-            model.logprobs(PROMPTS, COMPLETIONS, "policy", dropout=True)
+            model.logprobs(answers(PROMPTS, COMPLETIONS), "policy", dropout=True)
         hook.remove()
         assert [(layer.active, layer.training) for layer in layers] == selected
         assert torch.equal(logprobs(model, None), before)
@@ -314,9 +313,9 @@ class TestSelection:
     def test_dropout_only_when_asked(self, model: Model) -> None:
         model.add_adapter("reward_0", "reward", rank=4, dropout=0.5)
         randomise(model, "reward_0")
-        still = model.scores(PROMPTS, "reward_0")
-        assert torch.equal(still, model.scores(PROMPTS, "reward_0"))
-        assert not torch.allclose(still, model.scores(PROMPTS, "reward_0", dropout=True))
+        still = model.scores(apart(PROMPTS), "reward_0")
+        assert torch.equal(still, model.scores(apart(PROMPTS), "reward_0"))
+        assert not torch.allclose(still, model.scores(apart(PROMPTS), "reward_0", dropout=True))
 
 
 class TestRefused:
@@ -332,7 +331,7 @@ class TestRefused:
     ) -> None:
         other = open_model(tiny_base)
         loaded = saved.load_adapter(other, directory, "mine", encoder)
-        assert torch.equal(other.scores(PROMPTS, "mine"), model.scores(PROMPTS, "reward_0"))
+        assert torch.equal(other.scores(apart(PROMPTS), "mine"), model.scores(apart(PROMPTS), "reward_0"))
         assert loaded.bias is not None and loaded.bias.item() != 0 and not loaded.bias.requires_grad
         assert saved.encoding_of(directory) == encoder.identity()
 

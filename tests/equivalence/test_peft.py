@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import END, START, random_ids, randomise, reference_logprobs
+from tiny_models import END, START, answers, apart, random_ids, randomise, reference_logprobs
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from perlhf.errors import AdapterError
@@ -26,8 +26,8 @@ def network(directory: Path) -> LlamaForCausalLM:
 
 def check_same(model: Model, adapter: str, other: torch.nn.Module) -> None:
     with torch.no_grad():
-        found = model.logprobs(PROMPTS, COMPLETIONS, adapter).logprobs
-        bare = model.logprobs(PROMPTS, COMPLETIONS, None).logprobs
+        found = model.logprobs(answers(PROMPTS, COMPLETIONS), adapter).logprobs
+        bare = model.logprobs(answers(PROMPTS, COMPLETIONS), None).logprobs
     assert (found - bare).abs().max() > 0.01  # the adapter does something
     for row, prompt, completion in zip(found, PROMPTS, COMPLETIONS, strict=True):
         expected = reference_logprobs(other, prompt, completion)
@@ -113,7 +113,7 @@ def test_a_scoring_adapter_opens_as_sequence_classification(
     theirs = PeftModel.from_pretrained(classifier, str(tmp_path / "adapter")).eval()
     sequences = [[*p, *c, END] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     with torch.no_grad():
-        ours = model.scores(sequences, "scorer")
+        ours = model.scores(apart(sequences), "scorer")
         expected = torch.stack([theirs(torch.tensor([ids])).logits[0, 0] for ids in sequences])
     torch.testing.assert_close(ours - 1.25, expected, rtol=0, atol=1e-4)
     assert ours.std() > 0.1

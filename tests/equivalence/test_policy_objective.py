@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import END, merged_network, open_encoder, open_model, random_ids, randomise, reference_logprobs
+from tiny_models import (
+    END,
+    answers,
+    apart,
+    digest,
+    merged_network,
+    open_encoder,
+    open_model,
+    random_ids,
+    randomise,
+    reference_logprobs,
+)
 from torch import Tensor
 
 from perlhf.config.stages import AdapterConfig, OptimConfig, PolicyConfig, ValueConfig
@@ -18,12 +29,10 @@ from perlhf.method.packing import length_mask
 from perlhf.model.model import Model
 from perlhf.model.open import new_adapter
 from perlhf.rollout.local import Rollout, sample
-from perlhf.rollout.rewards import Rewards
-from perlhf.rollout.scorers import Scorer
-from perlhf.runs.run import open_run
+from perlhf.rollout.scorers import Scorer, Scorers
 from perlhf.training import optim, policy_step
-from perlhf.training import policy as stage_code
-from perlhf.training.policy_step import Centre, Scored, Stage
+from perlhf.training import policy as policy_stage
+from perlhf.training.policy_step import Centre, Known, Scored, Setup
 
 POLICY, VALUE, SFT = "policy", "value", "sft"
 # With beta1 = 0 AdamW's first moment is the gradient itself, as long as nothing is clipped.
@@ -44,7 +53,7 @@ def constant(value: float) -> Scorer:
 
 def new_stage(
     directory: Path, scorer: Scorer = number, prompts: Sequence[str] = ("1", "2", "3", "6"), **options: Any
-) -> Stage:
+) -> Setup:
     """A stage on the tiny base with an SFT adapter as its reference, as `_open` leaves it."""
     options = {
         "optim": PLAIN,
@@ -61,10 +70,10 @@ def new_stage(
     if config.baseline == "value":
         new_adapter(model, VALUE, "value", config, start=SFT)
     records = [Prompt(text, text) for text in prompts]
-    return Stage(config, model, open_encoder(directory), Rewards((), (scorer,), "mean"), records, records, SFT)
+    return Setup(config, model, open_encoder(directory), Scorers((), (scorer,), "mean"), records, records, SFT)
 
 
-def optimizers(stage: Stage) -> dict[str, torch.optim.AdamW]:
+def optimizers(stage: Setup) -> dict[str, torch.optim.AdamW]:
     rates = {POLICY: stage.config.learning_rate, VALUE: stage.config.value_learning_rate}
     adapters = stage.model.adapters
     return optim.build(
@@ -77,14 +86,25 @@ def gradients(optimizer: torch.optim.AdamW) -> list[Tensor]:
 
 
 def rollout(ended: list[bool] = ENDED) -> Rollout:
-    return Rollout(ROWS, COMPLETIONS, [[0.0] * len(c) for c in COMPLETIONS], ended, torch.zeros(2, 64), "")
+    return Rollout(ROWS, COMPLETIONS, [[0.0] * len(c) for c in COMPLETIONS], ended, torch.zeros(2, 64), ())
 
 
 UNCENTRED = Centre(mean=0.0, std=1.0, penalty=0.0)
 
 
-def score(stage: Stage, centre: Centre = UNCENTRED) -> Scored:
-    return policy_step.score(stage, rollout(), stage.prompts[:2], centre, POLICY)
+def score(stage: Setup, centre: Centre = UNCENTRED) -> Scored:
+    return policy_step.score(stage, rollout(), stage.prompts[:2], centre)
+
+
+def known(stage: Setup) -> Known:
+    """Log-probabilities of the rollout under the policy and the reference."""
+    return policy_step.logprobs_of_all(stage, policy_step.each_completion(rollout(), stage), POLICY)
+
+
+def two_passes(stage: Setup, trained: dict[str, torch.optim.AdamW], step: int = 2) -> tuple[Known, Tensor, Any]:
+    """The step after the first, which would start the value."""
+    laid_out = policy_step.each_completion(rollout(), stage)
+    return policy_step.two_passes(stage, trained, score(stage), laid_out, step)
 
 
 class TestStart:
@@ -106,22 +126,22 @@ class TestStart:
     ) -> None:
         stage = new_stage(tiny_base, adapter=shape, tokens_per_microbatch=max_tokens, packing=packing)
         assert stage.model.adapters[POLICY].beneath == beneath
-        scored = score(stage)
-        assert torch.equal(scored.old_logprobs, scored.ref_logprobs)
-        assert scored.old_logprobs[scored.mask].abs().min() > 0
+        told = known(stage)
+        assert torch.equal(told.old_logprobs, told.ref_logprobs)
+        assert told.old_logprobs[told.mask].abs().min() > 0
 
     def test_kl_of_full_tuning_is_zero_within_rounding(self, tiny_base: Path) -> None:
         stage = new_stage(tiny_base, tuning="full")
         assert stage.model.adapters[POLICY].weights
-        scored = score(stage)
-        torch.testing.assert_close(scored.old_logprobs, scored.ref_logprobs, rtol=0, atol=1e-4)
+        told = known(stage)
+        torch.testing.assert_close(told.old_logprobs, told.ref_logprobs, rtol=0, atol=1e-4)
 
     def test_the_reference_is_the_sft_adapter(self, tiny_base: Path) -> None:
         stage = new_stage(tiny_base)
         randomise(stage.model, POLICY, 2)
-        scored = score(stage)
+        told = known(stage)
         networks = {name: merged_network(tiny_base, stage.model, name) for name in (POLICY, SFT)}
-        for name, found in ((POLICY, scored.old_logprobs), (SFT, scored.ref_logprobs)):
+        for name, found in ((POLICY, told.old_logprobs), (SFT, told.ref_logprobs)):
             for row, (prompt, ids) in enumerate(zip(ROWS, COMPLETIONS, strict=True)):
                 expected = reference_logprobs(networks[name], prompt, ids)
                 torch.testing.assert_close(found[row, : len(ids)], expected, rtol=0, atol=1e-4)
@@ -137,16 +157,16 @@ class TestTemperature:
     def test_all_logprobs_are_at_the_sampling_temperature(self, tiny_base: Path) -> None:
         stage = new_stage(tiny_base, temperature=0.6)
         randomise(stage.model, POLICY, 2, size=0.1)
-        rolled = stage_code._sample(stage, stage.prompts[:2], POLICY, 2, 1, [0, 1])
-        scored = policy_step.score(stage, rolled, stage.prompts[:2], UNCENTRED, POLICY)
+        rolled = policy_step.sample_completions(stage, stage.prompts[:2], POLICY, 2, 1, [0, 1])
+        told = policy_step.logprobs_of_all(stage, policy_step.each_completion(rolled, stage), POLICY)
         policy, reference = (merged_network(tiny_base, stage.model, name) for name in (POLICY, SFT))
         for row, (prompt, ids) in enumerate(zip(rolled.prompts, rolled.completions, strict=True)):
             reported = torch.tensor(rolled.sampler_logprobs[row])
             expected = reference_logprobs(policy, prompt, ids, 0.6)
             torch.testing.assert_close(reported, expected, rtol=0, atol=1e-4)
-            torch.testing.assert_close(scored.old_logprobs[row, : len(ids)], expected, rtol=0, atol=1e-4)
+            torch.testing.assert_close(told.old_logprobs[row, : len(ids)], expected, rtol=0, atol=1e-4)
             anchor = reference_logprobs(reference, prompt, ids, 0.6)
-            torch.testing.assert_close(scored.ref_logprobs[row, : len(ids)], anchor, rtol=0, atol=1e-4)
+            torch.testing.assert_close(told.ref_logprobs[row, : len(ids)], anchor, rtol=0, atol=1e-4)
 
     def test_truncated_sampling_is_refused(self) -> None:
         with pytest.raises(ValueError, match="top_p"):
@@ -161,10 +181,10 @@ class TestValuePosition:
         randomise(model, VALUE)
         prompt, completion = ROWS[0], random_ids([6], seed=9)[0]
         with torch.no_grad():
-            before = model.values([prompt], [completion], VALUE, packing=packing)[0]
+            before = model.values(answers([prompt], [completion], packing=packing), VALUE)[0]
             for t in range(6):
                 other = [*completion[:t], (completion[t] + 1) % 200 + 2, *completion[t + 1 :]]
-                after = model.values([prompt], [other], VALUE, packing=packing)[0]
+                after = model.values(answers([prompt], [other], packing=packing), VALUE)[0]
                 torch.testing.assert_close(after[: t + 1], before[: t + 1], rtol=0, atol=1e-5)
                 assert t == 5 or (after[t + 1 :] - before[t + 1 :]).abs().max() > 0.1
 
@@ -172,20 +192,20 @@ class TestValuePosition:
         model.add_adapter(VALUE, "value", rank=4)
         randomise(model, VALUE)
         with torch.no_grad():
-            values = model.values([ROWS[0]], [COMPLETIONS[0]], VALUE)
-            torch.testing.assert_close(values[0, :1], model.scores([ROWS[0]], VALUE))
-            seen = model.scores([[*ROWS[0], COMPLETIONS[0][0]]], VALUE)
+            values = model.values(answers([ROWS[0]], [COMPLETIONS[0]]), VALUE)
+            torch.testing.assert_close(values[0, :1], model.scores(apart([ROWS[0]]), VALUE))
+            seen = model.scores(apart([[*ROWS[0], COMPLETIONS[0][0]]]), VALUE)
         torch.testing.assert_close(values[0, 1:2], seen)
 
 
 class TestScores:
     def test_centring(self, tiny_base: Path) -> None:
         """Mean and deviation of the reference's scores on the prompts 1, 2, 3, 6: 3 and sqrt((4 + 1 + 0 + 9) / 4)."""
-        centre = stage_code._centre(new_stage(tiny_base))
+        centre = policy_stage.centre_of(new_stage(tiny_base))
         assert (centre.mean, centre.std) == pytest.approx((3, 3.5**0.5))
         assert centre.penalty == pytest.approx(3.5**0.5)
-        assert stage_code._centre(new_stage(tiny_base, missing_end_penalty=0.25)).penalty == 0.25
-        assert stage_code._centre(new_stage(tiny_base, missing_end_penalty=0.0)).penalty == 0
+        assert policy_stage.centre_of(new_stage(tiny_base, missing_end_penalty=0.25)).penalty == 0.25
+        assert policy_stage.centre_of(new_stage(tiny_base, missing_end_penalty=0.0)).penalty == 0
 
     def test_centring_scores_the_reference_not_the_policy(self, tiny_base: Path) -> None:
         seen: list[str] = []
@@ -195,11 +215,11 @@ class TestScores:
             return [0.0] * len(completions)
 
         stage = new_stage(tiny_base, remember)
-        stage_code._centre(stage)
+        policy_stage.centre_of(stage)
         first = seen.copy()
         seen.clear()
         randomise(stage.model, POLICY, 7)
-        stage_code._centre(stage)
+        policy_stage.centre_of(stage)
         assert seen == first
 
     def test_a_missing_end_is_scored_and_then_pays(self, tiny_base: Path) -> None:
@@ -218,10 +238,12 @@ class TestScores:
         again = encoder.completion(encoder.decode(sampled))
         assert again == [259, END]
         one = dataclasses.replace(rollout([True]), prompts=ROWS[:1], completions=[sampled])
-        stage = dataclasses.replace(stage, rewards=Rewards(("reward_0",), (), "mean"))
-        found = policy_step.score(stage, one, stage.prompts[:1], UNCENTRED, POLICY).scores
+        stage = dataclasses.replace(stage, scorers=Scorers(("reward_0",), (), "mean"))
+        found = policy_step.score(stage, one, stage.prompts[:1], UNCENTRED).scores
         with torch.no_grad():
-            as_sampled, re_encoded = model.scores([[*ROWS[0], *sampled], [*ROWS[0], *again]], "reward_0").tolist()
+            as_sampled, re_encoded = model.scores(
+                apart([[*ROWS[0], *sampled], [*ROWS[0], *again]]), "reward_0"
+            ).tolist()
         assert found[0] == pytest.approx(as_sampled, abs=1e-5)
         assert abs(as_sampled - re_encoded) > 1e-2
 
@@ -234,7 +256,7 @@ class TestScores:
 
         stage = new_stage(tiny_base, remember)
         ends = dataclasses.replace(rollout([True, True]), prompts=ROWS[:2], completions=[[73, 74, END], [73, 70, END]])
-        policy_step.score(stage, ends, stage.prompts[:2], UNCENTRED, POLICY)
+        policy_step.score(stage, ends, stage.prompts[:2], UNCENTRED)
         assert seen == [("1", "hi"), ("2", "he")]
 
 
@@ -242,11 +264,11 @@ def by_formula(directory: Path) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of policy and value from the paper's two sums, one completion at a time, divided by 4 completions."""
     stage = new_stage(directory)
     prepare(stage)
-    model, scored = stage.model, score(stage)
-    rewards = reward_of(scored, 0.1)
+    model = stage.model
+    rewards = reward_of(score(stage), known(stage), 0.1)
     for row, (prompt, ids) in enumerate(zip(ROWS, COMPLETIONS, strict=True)):
-        logprobs = model.logprobs([prompt], [ids], POLICY, packing="none").logprobs[0]
-        values = model.values([prompt], [ids], VALUE, packing="none")[0]
+        logprobs = model.logprobs(answers([prompt], [ids], packing="none"), POLICY).logprobs[0]
+        values = model.values(answers([prompt], [ids], packing="none"), VALUE)[0]
         returns = torch.stack([rewards[row, t : len(ids)].sum() for t in range(len(ids))])
         loss = -(logprobs * (returns - values.detach())).sum() / 4 + ((values - returns) ** 2).sum() / 4
         loss.backward()
@@ -254,18 +276,18 @@ def by_formula(directory: Path) -> tuple[list[Tensor], list[Tensor]]:
     return found[0], found[1]
 
 
-def prepare(stage: Stage) -> None:
+def prepare(stage: Setup) -> None:
     randomise(stage.model, POLICY, 2, size=0.1)
     if VALUE in stage.model.adapters:
         randomise(stage.model, VALUE, 3, size=0.1)
 
 
-def reward_of(scored: Scored, kl_coef: float) -> Tensor:
+def reward_of(scored: Scored, told: Known, kl_coef: float) -> Tensor:
     """Token rewards written out: the KL of every token, and the score at the last."""
-    rewards = torch.zeros(scored.mask.shape)
+    rewards = torch.zeros(told.mask.shape)
     for row, ids in enumerate(COMPLETIONS):
         for t in range(len(ids)):
-            rewards[row, t] = -kl_coef * (scored.old_logprobs[row, t] - scored.ref_logprobs[row, t])
+            rewards[row, t] = -kl_coef * (told.old_logprobs[row, t] - told.ref_logprobs[row, t])
         rewards[row, len(ids) - 1] += (1 - kl_coef) * scored.paid[row]
     return rewards
 
@@ -282,12 +304,10 @@ class TestGradients:
     ) -> None:
         """The divisor is 4 completions, not those of a micro-batch. At ratio 1 the clipped objective's are the same."""
         expected = by_formula(tiny_base)
-        stage = new_stage(tiny_base, tokens_per_microbatch=max_tokens, packing=packing, clip=clip)
+        stage = new_stage(tiny_base, tokens_per_microbatch=max_tokens, packing=packing, clip=clip, kl_coef=0.1)
         prepare(stage)
-        scored = score(stage)
-        rewards = reward_of(scored, 0.1)
         trained = optimizers(stage)
-        policy_step.learn(stage, trained, scored, rewards, returns_of(rewards), step=1)
+        two_passes(stage, trained)
         for name, wanted in zip((POLICY, VALUE), expected, strict=True):
             found = gradients(trained[name])
             assert len(found) == len(wanted) and max(g.abs().max() for g in wanted) > 1e-2
@@ -298,9 +318,7 @@ class TestGradients:
         big_steps = OptimConfig(learning_rate=0.02, beta1=0.0, max_grad_norm=1e9)
         stage = new_stage(tiny_base, clip=0.1, steps_per_rollout=5, optim=big_steps)
         prepare(stage)
-        scored = score(stage)
-        rewards = reward_of(scored, 0.1)
-        values = policy_step.learn(stage, optimizers(stage), scored, rewards, returns_of(rewards), step=1)
+        _, _, values = two_passes(stage, optimizers(stage))
         assert values["clipped"] > 0  # of the last step: by then ratios have left 1 +- 0.1
         with pytest.raises(ValueError, match="steps_per_rollout"):
             PolicyConfig(reward=("a:b",), steps_per_rollout=2)
@@ -308,12 +326,12 @@ class TestGradients:
     def test_not_a_number_stops_before_any_weight_changes(self, tiny_base: Path) -> None:
         stage = new_stage(tiny_base)
         prepare(stage)
-        scored, before = score(stage), stage.model.digest(POLICY)
-        rewards = reward_of(scored, 0.1)
-        rewards[0, 0] = float("nan")
+        before, scored = digest(stage.model, POLICY), score(stage)
+        scored.paid[0] = float("nan")
+        laid_out = policy_step.each_completion(rollout(), stage)
         with pytest.raises(DivergenceError, match="policy_loss is nan at update 4"):
-            policy_step.learn(stage, optimizers(stage), scored, rewards, returns_of(rewards), step=4)
-        assert stage.model.digest(POLICY) == before
+            policy_step.two_passes(stage, optimizers(stage), scored, laid_out, 4)
+        assert digest(stage.model, POLICY) == before
 
     def test_norms_are_clipped_per_adapter(self, tiny_base: Path) -> None:
         """A huge policy gradient is cut to norm 1 and leaves the value adapter's small one as it is."""
@@ -348,29 +366,24 @@ class TestAtOnce:
             prepare(stage)
             trained = optimizers(stage)
             if at_once:
-                batches = policy_step.whole_prompts(rollout(), stage.config)
+                batches = policy_step.whole_prompts(rollout(), stage.config, stage.model.device)
                 assert batches is not None and len(batches) == (1 if max_tokens > 25 else 2)
-                scored = policy_step.without_logprobs(stage, rollout(), stage.prompts[:2], UNCENTRED)
-                rewards, values = policy_step.learn_at_once(stage, scored, batches)
-                values |= policy_step.optimise(stage, trained, 1, warming_up=False)
+                told, rewards, values = policy_step.one_pass(stage, trained, score(stage), batches, 2)
             else:
-                scored = score(stage)
-                rewards = policy_step.token_rewards(scored, stage.config)
-                values = policy_step.learn(stage, trained, scored, rewards, returns_of(rewards), 1)
+                told, rewards, values = two_passes(stage, trained)
             numbers = torch.tensor([values[key] for key in ("policy_loss", "advantage_std", "grad_norm")])
-            found.append([scored.old_logprobs, scored.ref_logprobs, rewards, numbers, *gradients(trained[POLICY])])
+            found.append([told.old_logprobs, told.ref_logprobs, rewards, numbers, *gradients(trained[POLICY])])
         assert max(g.abs().max() for g in found[0][4:]) > 1e-3
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
     def test_kl_is_exactly_zero_at_step_0(self, tiny_base: Path) -> None:
         stage = new_stage(tiny_base, baseline="leave_one_out")
-        batches = policy_step.whole_prompts(rollout(), stage.config)
+        batches = policy_step.whole_prompts(rollout(), stage.config, stage.model.device)
         assert batches is not None
-        scored = policy_step.without_logprobs(stage, rollout(), stage.prompts[:2], UNCENTRED)
-        policy_step.learn_at_once(stage, scored, batches)
-        assert torch.equal(scored.old_logprobs, scored.ref_logprobs)
-        assert scored.old_logprobs[scored.mask].abs().min() > 0
+        told, _, _ = policy_step.one_pass(stage, optimizers(stage), score(stage), batches, 1)
+        assert torch.equal(told.old_logprobs, told.ref_logprobs)
+        assert told.old_logprobs[told.mask].abs().min() > 0
 
     @pytest.mark.parametrize(
         "changed",
@@ -385,8 +398,8 @@ class TestAtOnce:
         self, tiny_base: Path, changed: dict[str, Any]
     ) -> None:
         options: dict[str, Any] = {"baseline": "leave_one_out", **changed}
-        config = new_stage(tiny_base, **options).config
-        assert policy_step.whole_prompts(rollout(), config) is None
+        stage = new_stage(tiny_base, **options)
+        assert policy_step.whole_prompts(rollout(), stage.config, stage.model.device) is None
 
 
 class TestAdvantages:
@@ -397,10 +410,10 @@ class TestAdvantages:
     def advantages(self, directory: Path, **options: Any) -> Tensor:
         stage = new_stage(directory, **options)
         prepare(stage)
-        scored, returns, values = score(stage), returns_of(self.REWARDS), None
+        laid_out, returns, values = policy_step.each_completion(rollout(), stage), returns_of(self.REWARDS), None
         if VALUE in stage.model.adapters:
-            values, _ = policy_step.value_pass(stage, scored, returns)
-        return policy_step.advantages_of(stage.config, scored.mask, self.REWARDS, returns, values)
+            values, _ = policy_step.value_pass(stage, laid_out, returns)
+        return policy_step.advantage_of(stage.config, self.MASK, self.REWARDS, returns, values)
 
     def test_none(self, tiny_base: Path) -> None:
         assert torch.equal(self.advantages(tiny_base, baseline="none"), returns_of(self.REWARDS))
@@ -419,7 +432,7 @@ class TestAdvantages:
         stage = new_stage(tiny_base)
         prepare(stage)
         with torch.no_grad():
-            rows = [stage.model.values([p], [c], VALUE)[0] for p, c in zip(ROWS, COMPLETIONS, strict=True)]
+            rows = [stage.model.values(answers([p], [c]), VALUE)[0] for p, c in zip(ROWS, COMPLETIONS, strict=True)]
         found = self.advantages(tiny_base, tokens_per_microbatch=max_tokens)
         for row, values in enumerate(rows):
             length = len(values)
@@ -441,45 +454,45 @@ class TestAdvantages:
 
 
 class TestSteps:
-    """Whole steps of the loop, in a real run directory."""
+    """Whole steps of the loop."""
 
     CENTRE = Centre(mean=1.0, std=1.0, penalty=0.0)
 
-    def step(self, stage: Stage, directory: Path, steps: int = 1) -> list[dict[str, float]]:
+    def step(self, stage: Setup, steps: int = 1) -> list[dict[str, float]]:
         trained = optimizers(stage)
-        with open_run(directory / "run", "policy", stage.config, {}) as run:
-            return [stage_code._step(stage, run, trained, self.CENTRE, step) for step in range(1, steps + 1)]
+        done = [policy_step.policy_step(stage, trained, self.CENTRE, step) for step in range(1, steps + 1)]
+        return [policy_stage._values(each) for each in done]
 
-    def test_cold_start_of_the_value(self, tiny_base: Path, tmp_path: Path) -> None:
+    def test_cold_start_of_the_value(self, tiny_base: Path) -> None:
         """All scores 3, centred by 1: returns are 0.95 * 2 everywhere, which the value predicts before it learns."""
         stage = new_stage(
             tiny_base, constant(3.0), kl_coef=0.05, value=ValueConfig(learning_rate=1e-6, warmup_updates=1)
         )
         head, bias = stage.model.adapters[VALUE].head, stage.model.adapters[VALUE].bias
         assert head is not None and bias is not None and not head.any() and bias.item() == 0
-        (values,) = self.step(stage, tmp_path)
+        (values,) = self.step(stage)
         assert values["kl"] == 0 and values["reward_mean"] == pytest.approx(1.9)
         assert bias.item() == pytest.approx(1.9, abs=1e-5)
         assert values["value_loss"] == pytest.approx(0, abs=1e-9)
         assert values["advantage_std"] == pytest.approx(0, abs=1e-6)
 
-    def test_value_learns_alone_at_first(self, tiny_base: Path, tmp_path: Path) -> None:
+    def test_value_learns_alone_at_first(self, tiny_base: Path) -> None:
         stage = new_stage(tiny_base, value=ValueConfig(warmup_updates=2))
-        start = {name: stage.model.digest(name) for name in (POLICY, VALUE, SFT)}
-        first = self.step(stage, tmp_path, 2)
+        start = {name: digest(stage.model, name) for name in (POLICY, VALUE, SFT)}
+        first = self.step(stage, 2)
         assert [values["policy_loss"] for values in first] == [0, 0] and "grad_norm" not in first[0]
-        assert stage.model.digest(POLICY) == start[POLICY] and stage.model.digest(VALUE) != start[VALUE]
-        third = self.step(stage, tmp_path / "longer", 3)[-1]
-        assert third["grad_norm"] > 0 and stage.model.digest(POLICY) != start[POLICY]
-        assert stage.model.digest(SFT) == start[SFT]
+        assert digest(stage.model, POLICY) == start[POLICY] and digest(stage.model, VALUE) != start[VALUE]
+        third = self.step(stage, 3)[-1]
+        assert third["grad_norm"] > 0 and digest(stage.model, POLICY) != start[POLICY]
+        assert digest(stage.model, SFT) == start[SFT]
 
-    def test_gap_between_sampler_and_trainer_is_reported(self, tiny_base: Path, tmp_path: Path) -> None:
-        (values,) = self.step(new_stage(tiny_base), tmp_path)
+    def test_gap_between_sampler_and_trainer_is_reported(self, tiny_base: Path) -> None:
+        (values,) = self.step(new_stage(tiny_base))
         assert 0 <= values["sampler_gap_mean"] <= values["sampler_gap_max"] < 1e-4
 
     @pytest.mark.parametrize("stale", [None, SFT])
     def test_a_stale_sampler_stops_the_run(
-        self, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: str | None
+        self, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, stale: str | None
     ) -> None:
         """Planted: an engine that goes on with the base, or with the weights of step 0, and claims the current ones."""
         stage = new_stage(tiny_base)
@@ -487,18 +500,18 @@ class TestSteps:
 
         def engine(model: Model, prompts: Any, *, adapter: str | None, **options: Any) -> Rollout:
             rolled = sample(model, prompts, adapter=stale, **options)
-            return dataclasses.replace(rolled, adapter_digest=model.digest(adapter))
+            return dataclasses.replace(rolled, adapter_version=model.version(adapter))
 
-        monkeypatch.setattr(stage_code, "sample", engine)
-        before = stage.model.digest(POLICY)
+        monkeypatch.setattr(policy_step, "sample", engine)
+        before = digest(stage.model, POLICY)
         with pytest.raises(StaleSamplerError, match="'policy'"):
-            self.step(stage, tmp_path)
-        assert stage.model.digest(POLICY) == before
+            self.step(stage)
+        assert digest(stage.model, POLICY) == before
 
-    def test_repeats_bit_for_bit(self, tiny_base: Path, tmp_path: Path) -> None:
+    def test_repeats_bit_for_bit(self, tiny_base: Path) -> None:
         digests = []
-        for name in ("a", "b"):
+        for _ in range(2):
             stage = new_stage(tiny_base)
-            self.step(stage, tmp_path / name, 2)
-            digests.append((stage.model.digest(POLICY), stage.model.digest(VALUE)))
+            self.step(stage, 2)
+            digests.append((digest(stage.model, POLICY), digest(stage.model, VALUE)))
         assert digests[0] == digests[1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from tiny_models import END, VOCAB, merged_network, random_ids, randomise, reference_logprobs
+from tiny_models import END, VOCAB, answers, apart, merged_network, random_ids, randomise, reference_logprobs
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perlhf.errors import DivergenceError, StaleSamplerError
@@ -72,7 +72,7 @@ class TestAgainstForwardPasses:
     def test_logprobs_are_the_models(self, adapted: Model, tiny_base: Path, temperature: float) -> None:
         found = roll(adapted, temperature=temperature)
         with torch.no_grad():
-            trainer = adapted.logprobs(found.prompts, found.completions, "policy", temperature=temperature)
+            trainer = adapted.logprobs(answers(found.prompts, found.completions), "policy", temperature=temperature)
         network = merged_network(tiny_base, adapted, "policy")
         for row, (prompt, ids) in enumerate(zip(found.prompts, found.completions, strict=True)):
             reported = torch.tensor(found.sampler_logprobs[row])
@@ -83,17 +83,18 @@ class TestAgainstForwardPasses:
     def test_greedy_logprobs_are_at_temperature_one(self, adapted: Model) -> None:
         found = roll(adapted, samples=1, temperature=0)
         with torch.no_grad():
-            trainer = adapted.logprobs(found.prompts, found.completions, "policy")
+            batch = answers(found.prompts, found.completions)
+            trainer = adapted.logprobs(batch, "policy").logprobs[batch.completion_mask]
         flat = torch.tensor([value for row in found.sampler_logprobs for value in row])
-        torch.testing.assert_close(flat, trainer.logprobs[trainer.mask], rtol=0, atol=1e-4)
+        torch.testing.assert_close(flat, trainer, rtol=0, atol=1e-4)
 
     def test_full_tuning_samples_its_own_weights(self, model: Model) -> None:
         model.add_adapter("policy", "policy", tuning="full")
         randomise(model, "policy")
         found = roll(model)
         with torch.no_grad():
-            trainer = model.logprobs(found.prompts, found.completions, "policy").logprobs
-            base = model.logprobs(found.prompts, found.completions, None).logprobs
+            trainer = model.logprobs(answers(found.prompts, found.completions), "policy").logprobs
+            base = model.logprobs(answers(found.prompts, found.completions), None).logprobs
         reported = torch.zeros_like(trainer)
         for row, values in enumerate(found.sampler_logprobs):
             reported[row, : len(values)] = torch.tensor(values)
@@ -224,18 +225,24 @@ class TestProbe:
         rollout = roll(adapted)
         with torch.no_grad():
             next(iter(adapted.adapters["policy"].pairs.values())).b[0, 0] += 1e-4
-        with pytest.raises(StaleSamplerError, match="digests differ"):
+        with pytest.raises(StaleSamplerError, match="versions agree, prompt states differ"):
+            probe(adapted, rollout, "policy")
+
+    def test_catches_an_update_that_hardly_changed_a_state(self, adapted: Model) -> None:
+        rollout = roll(adapted)
+        adapted.adapters["policy"].version += 1
+        with pytest.raises(StaleSamplerError, match="versions differ, prompt states differ by up to 0"):
             probe(adapted, rollout, "policy")
 
     @pytest.mark.parametrize("stale", [None, "old"])
     def test_catches_a_sampler_that_claims_the_right_version(self, adapted: Model, stale: str | None) -> None:
-        """It sampled from the base, or from a copy that missed the last update, yet reports the current digest."""
+        """It sampled from the base, or from a copy that missed the last update, yet reports the current version."""
         adapted.copy_adapter("policy", "old", "policy")
         with torch.no_grad():
             for pair in adapted.adapters["policy"].pairs.values():
                 pair.b.add_(1e-3)
-        rollout = dataclasses.replace(roll(adapted, adapter=stale), adapter_digest=adapted.digest("policy"))
-        with pytest.raises(StaleSamplerError, match=r"digests agree, prompt states differ by up to \d"):
+        rollout = dataclasses.replace(roll(adapted, adapter=stale), adapter_version=adapted.version("policy"))
+        with pytest.raises(StaleSamplerError, match=r"versions agree, prompt states differ by up to \d"):
             probe(adapted, rollout, "policy")
 
     def test_says_so_when_states_are_no_numbers(self, adapted: Model) -> None:
@@ -261,9 +268,10 @@ class TestCache:
         for end in (endless.completions[0][1], -1):
             found = roll(adapted, samples=4, end_id=end)
             with torch.no_grad():
-                trainer = adapted.logprobs(found.prompts, found.completions, "policy")
+                batch = answers(found.prompts, found.completions)
+                trainer = adapted.logprobs(batch, "policy").logprobs[batch.completion_mask]
             flat = torch.tensor([value for row in found.sampler_logprobs for value in row])
-            torch.testing.assert_close(flat, trainer.logprobs[trainer.mask], rtol=0, atol=1e-4)
+            torch.testing.assert_close(flat, trainer, rtol=0, atol=1e-4)
 
     @pytest.mark.parametrize("end", [None, -1])
     def test_steps_of_one_shape_sample_the_same(
@@ -288,7 +296,7 @@ class TestCache:
             kept.fork(1)
             for token in ids[4:]:
                 found = adapted.decode(torch.tensor([token]), kept, "policy")
-        torch.testing.assert_close(found, adapted.last_states([ids], "policy"), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, adapted.last_states(apart([ids]), "policy"), rtol=0, atol=1e-5)
 
     def test_rows_and_prompts_that_end_leave_the_others(self, adapted: Model) -> None:
         prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 9]]
@@ -301,9 +309,11 @@ class TestCache:
         assert kept.rows.tolist() == [0, 1, 1] and kept.positions().tolist() == [5, 4, 4]
         found = adapted.decode(torch.tensor([21, 22, 23]), kept, "policy")
         whole = [[5, 6, 7, 8, 12, 21], [5, 6, 9, 15, 22], [5, 6, 9, 16, 23]]
-        expected = adapted.last_states(whole, "policy", packing="none")
+        expected = adapted.last_states(apart(whole, packing="none"), "policy")
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(states, adapted.last_states(prompts, "policy", packing="none"), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            states, adapted.last_states(apart(prompts, packing="none"), "policy"), rtol=0, atol=1e-5
+        )
 
     def test_attention_by_hand(self) -> None:
         """One prompt of two tokens, two rows, one head of width 1, scale 1: softmax over [ln 1, ln 3, ln 4] q."""

@@ -1,10 +1,13 @@
 """The same numbers on CUDA as on the CPU. Skipped where there is no CUDA device; these paths are untested there."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tiny_models import apart
 
+from perlhf.method.packing import Batch, completed, pack
 from perlhf.model.model import Model
 from perlhf.rollout.decoding import Decoding
 from perlhf.rollout.local import Rollout, probe, sample, uniforms
@@ -27,14 +30,18 @@ def _model(path: Path, device: str) -> Model:
     return model
 
 
+def _answers(prompts: Any, completions: Any, packing: Any, model: Model) -> Batch:
+    return pack([[completed(p, c)] for p, c in zip(prompts, completions, strict=True)], packing, model.device)
+
+
 @pytest.mark.parametrize("packing", ["tree", "none"])
 def test_scores_logprobs_and_gradients_equal_the_cpus(tiny_base: Path, packing) -> None:
     found = {}
     for device in ("cpu", "cuda"):
         model = _model(tiny_base, device)
-        scores = model.scores([[1, 2, 3], [1, 2, 4, 5], [1, 2]], "reward_0", packing=packing)
+        scores = model.scores(apart([[1, 2, 3], [1, 2, 4, 5], [1, 2]], packing, model.device), "reward_0")
         scores.sum().backward()
-        logprobs = model.logprobs(PROMPTS, COMPLETIONS, "policy", packing=packing).logprobs
+        logprobs = model.logprobs(_answers(PROMPTS, COMPLETIONS, packing, model), "policy").logprobs
         gradient = model.adapters["reward_0"].trainable()[0].grad
         assert gradient is not None
         found[device] = scores.detach().cpu(), logprobs.detach().cpu(), gradient.cpu()
@@ -97,9 +104,10 @@ def test_the_sampler_uses_the_adapter_as_it_is_now(tiny_base: Path) -> None:
     for _ in range(2):
         rollout = _roll(model, -1)
         probe(model, rollout, "policy")
-        found = model.logprobs(rollout.prompts, rollout.completions, "policy")
+        batch = _answers(rollout.prompts, rollout.completions, "tree", model)
+        logprobs = model.logprobs(batch, "policy").logprobs[batch.completion_mask]
         flat = torch.tensor([value for row in rollout.sampler_logprobs for value in row])
-        torch.testing.assert_close(flat, found.logprobs[found.mask].detach().cpu(), rtol=0, atol=2e-3)
+        torch.testing.assert_close(flat, logprobs.detach().cpu(), rtol=0, atol=2e-3)
         for tensor in model.adapters["policy"].trainable():
             tensor.data.mul_(1.5)
 
@@ -108,5 +116,7 @@ def test_the_sampler_uses_the_adapter_as_it_is_now(tiny_base: Path) -> None:
 def test_a_tree_equals_separate_rows(tiny_base: Path, dtype: str) -> None:
     model = Model.load(str(tiny_base), dtype, "cuda")
     sequences = [[1, 2, 3, *range(20, 60)], [1, 2, 4, 5], [1, 2], [1, 2, 3, *range(20, 40), 9], [7]]
-    tree, separate = (model.last_states(sequences, None, packing=packing).float() for packing in ("tree", "none"))
+    tree, separate = (
+        model.last_states(apart(sequences, packing, model.device), None).float() for packing in ("tree", "none")
+    )
     assert ((tree - separate).norm() / separate.norm()).item() < (1e-3 if dtype == "float32" else 0.02)

@@ -24,7 +24,7 @@ def test_a_trie_of_all_ratings(feedback_root: Path, name: str, most: float) -> N
     encoder = Encoder(base.load_tokenizer(base.resolve(config.base)), config.encoding)
     items, counts = encode_items(encoder, load(everything, ("rating",), "all"))
     assert len(items) > 2600 and counts["dropped_long"] == 0
-    sequences = [ids for item in items for ids in item.sequences]
+    sequences = [tokens.ids for item in items for tokens in item.sequences]
     share = lay_out(sequences, "tree").tokens / sum(map(len, sequences))
     print(f"{name}: {share:.3f}")
     assert share <= most

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import apart
 from torch import Tensor
 from toy import BAD, GOOD, read_json
 
@@ -25,7 +26,7 @@ def adapter_of(run: Path) -> Adapter:
 def scores(finished: Finished) -> Tensor:
     """Scores of a few answers under a reward run, float32."""
     model, encoder = finished.open("cpu")
-    return model.scores([encoder.example(prompt, text).ids for prompt, text in TEXTS], "reward")
+    return model.scores(apart([encoder.example(prompt, text).tokens.ids for prompt, text in TEXTS]), "reward")
 
 
 @pytest.fixture
@@ -98,8 +99,8 @@ def test_saved_and_loaded_again_it_scores_bit_equal(averaged, reward_run, other_
     model, encoder = finished.open("cpu")
     saved.save_adapter(model, "reward", tmp_path / "again", encoder)
     saved.load_adapter(model, tmp_path / "again", "again", encoder)
-    sequences = [encoder.example(prompt, text).ids for prompt, text in TEXTS]
-    assert torch.equal(model.scores(sequences, "reward"), model.scores(sequences, "again"))
+    sequences = [encoder.example(prompt, text).tokens.ids for prompt, text in TEXTS]
+    assert torch.equal(model.scores(apart(sequences), "reward"), model.scores(apart(sequences), "again"))
     written, held = read_adapter(run / "adapter"), model.adapters["reward"].pairs
     assert written.weights.keys() == held.keys()
     for path, (a, b) in written.weights.items():

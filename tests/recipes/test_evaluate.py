@@ -280,7 +280,7 @@ def test_sft_loss_against_plain_transformers(runs: TinyRuns, tiny_base: Path, tm
         assert isinstance(record, Demonstration)
         example = encoder.example(record.prompt, record.completion)
         with torch.no_grad():
-            logprobs = network(torch.tensor([example.ids])).logits[0].log_softmax(-1)
+            logprobs = network(torch.tensor([example.tokens.ids])).logits[0].log_softmax(-1)
         start = len(example.prompt)
         for position, token in enumerate(example.completion, start=start - 1):
             nats -= logprobs[position, token].item()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from tiny_models import apart
 from tiny_runs import SYSTEM, TinyRuns, tiny_runs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -92,8 +93,8 @@ def test_a_reward_model_gives_the_same_scores_elsewhere(runs: TinyRuns, tiny_bas
     finished = read_finished(runs.reward)
     model, encoder = finished.open("cpu")
     records = [record for record in load(finished.config.data, ("rating",), "test") if isinstance(record, Rating)]
-    sequences = [encoder.example(record.prompt, record.completion).ids for record in records[:5]]
-    wanted = model.scores(sequences, "reward", packing="none")
+    sequences = [encoder.example(record.prompt, record.completion).tokens.ids for record in records[:5]]
+    wanted = model.scores(apart(sequences, packing="none"), "reward")
     if format == "peft":
         network = PeftModel.from_pretrained(plain_base(tiny_base, classifier=True), str(output))
         network.config.pad_token_id = None

@@ -11,10 +11,19 @@ from toy import BAD, GOOD, command, ratings, read_lines, write_rows
 from perlhf.commands.cli import main
 from perlhf.config.stages import EncodingConfig
 from perlhf.errors import ConfigError
+from perlhf.method.packing import batches, completed
 from perlhf.model import base, saved
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.rollout.rewards import load_rewards, score_ids
+from perlhf.rollout.scorers import load_scorers, score_batches
+
+
+def score_ids(
+    model: Model, prompts: list[list[int]], completions: list[list[int]], adapter: str, max_tokens: int
+) -> list[float]:
+    """Scores of prompt + completion ids under one reward adapter."""
+    examples = [[completed(p, c)] for p, c in zip(prompts, completions, strict=True)]
+    return [score for (score,) in score_batches(model, batches(examples, max_tokens, "tree"), adapter)]
 
 
 @pytest.fixture
@@ -33,7 +42,7 @@ def ids_of(encoder: Encoder, prompts: list[str], completions: list[str]) -> tupl
 
 
 def test_a_reward_run_scores_polite_above_rude(model, encoder, reward_run):
-    rewards = load_rewards(model, [str(reward_run)], "mean", encoder)
+    rewards = load_scorers(model, [str(reward_run)], "mean", encoder)
     assert rewards.adapters == ("reward_0",)
     assert not any(t.requires_grad for t in model.adapters["reward_0"].tensors().values())
     prompts = [f"a tea please {number}" for number in (70, 71, 72)] * 2
@@ -63,7 +72,7 @@ def test_the_score_is_the_head_on_the_last_state_plus_the_label_prior(model, enc
 
 
 def test_a_cut_completion_is_scored_as_if_it_ended(model, encoder, reward_run):
-    rewards = load_rewards(model, [str(reward_run)], "mean", encoder)
+    rewards = load_scorers(model, [str(reward_run)], "mean", encoder)
     prompts, completions = ids_of(encoder, ["one tea", "one tea"], [GOOD[0], BAD[0]])
     whole = rewards.scores(model, encoder, prompts, completions, ["one tea"] * 2, 2048)
     cut = rewards.scores(model, encoder, prompts, [ids[:-1] for ids in completions], ["one tea"] * 2, 2048)
@@ -84,7 +93,7 @@ def test_adapters_see_the_sampled_ids_and_functions_their_text(model, encoder, r
         "    return [2.0] * len(prompts)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    rewards = load_rewards(model, [str(reward_run), "seen_reward:keep"], "min", encoder)
+    rewards = load_scorers(model, [str(reward_run), "seen_reward:keep"], "min", encoder)
     # A sampler may write "the" as three tokens although the tokenizer would write one or two.
     letters = [encoder.tokenizer.convert_tokens_to_ids(letter) for letter in "the"]
     encoded = encoder.completion("the")
@@ -104,16 +113,16 @@ def test_adapters_see_the_sampled_ids_and_functions_their_text(model, encoder, r
 
 def test_a_directory_goes_before_a_function_and_nonsense_is_refused(model, encoder, reward_run, sft_run):
     with pytest.raises(ConfigError, match="is no finished reward run"):
-        load_rewards(model, [str(reward_run.parent)], "mean", encoder)
+        load_scorers(model, [str(reward_run.parent)], "mean", encoder)
     with pytest.raises(ConfigError, match="holds a sft adapter"):
-        load_rewards(model, [str(sft_run)], "mean", encoder)
+        load_scorers(model, [str(sft_run)], "mean", encoder)
 
 
 def test_a_fully_tuned_reward_run_is_a_reward(stage, model, encoder):
     learn = ("--tuning", "full", "--optim.learning-rate", "3e-3", "--epochs", "9", "--max-updates", "16")
     full, done = stage("reward", *learn, run="full")
     assert done.code == 0
-    rewards = load_rewards(model, [str(full)], "mean", encoder)
+    rewards = load_scorers(model, [str(full)], "mean", encoder)
     prompts = ["a tea please 70"] * 6
     scores = rewards.scores(model, encoder, *ids_of(encoder, prompts, [*GOOD, *BAD]), prompts, 2048)
     assert scores[:3].min() > scores[3:].max()

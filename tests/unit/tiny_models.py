@@ -1,5 +1,6 @@
 """The tiny random base with adapters that do something, for tests that run the real network."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from perlhf.config.stages import EncodingConfig
-from perlhf.method.packing import Ids
+from perlhf.method.packing import Batch, Ids, Packing, Tokens, completed, pack
 from perlhf.model import base
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
@@ -23,6 +24,22 @@ def open_model(directory: Path) -> Model:
 
 def open_encoder(directory: Path, config: EncodingConfig | None = None) -> Encoder:
     return Encoder(base.load_tokenizer(directory), config or EncodingConfig(max_tokens=256))
+
+
+def apart(sequences: Sequence[Ids], packing: Packing = "tree", device: torch.device | str = "cpu") -> Batch:
+    """Sequences without completions, each an example."""
+    return pack([[Tokens(ids)] for ids in sequences], packing, device)
+
+
+def answers(prompts: Sequence[Ids], completions: Sequence[Ids], packing: Packing = "tree") -> Batch:
+    """Prompts with their completions, each an example."""
+    return pack([[completed(p, c)] for p, c in zip(prompts, completions, strict=True)], packing)
+
+
+def digest(model: Model, name: str) -> str:
+    """SHA-256 over all tensors of an adapter: whether it changed."""
+    tensors = model.adapters[name].tensors().values()
+    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors)).hexdigest()
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from perlhf.config.stages import (
 )
 from perlhf.data.splits import load
 from perlhf.model import saved
+from perlhf.rollout.scorers import score_batches
 from perlhf.training import reward as reward_stage
 from perlhf.training.policy import train_policy
 from perlhf.training.sft import train_sft
@@ -98,7 +99,7 @@ def _train_reward_and_look(config: RewardConfig) -> tuple[dict[str, Any], list[l
 
     def save_and_look(model: Any, name: str, directory: Path, encoder: Any) -> None:
         items, _ = reward_stage.encode_items(encoder, load(config.data, KINDS, "all"))
-        seen.extend(reward_stage.score_items(model, items, name, config.microbatch_tokens, config.packing))
+        seen.extend(score_batches(model, reward_stage.laid_out(items, config, model), name))
         save(model, name, directory, encoder)
 
     with pytest.MonkeyPatch.context() as patch:

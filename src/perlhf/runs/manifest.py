@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from perlhf.system.machine import environment
 from perlhf.errors import RunError
 from perlhf.system.files import TEMPORARY, storage_errors, write_atomic
+from perlhf.system.machine import environment
 
 LOCK, CONFIG, MANIFEST, RESULT = ".lock", "config.yaml", "manifest.json", "result.json"
 CHECKPOINTS = "checkpoints"

@@ -20,9 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from perlhf.system.machine import cuda_peak_bytes, gpu_name, peak_memory_bytes, reset_peak_memory
 from perlhf.errors import ConfigError, PerlhfError, RunError
-from perlhf.system.progress import Progress
 from perlhf.runs.manifest import (
     MANIFEST,
     RESULT,
@@ -35,6 +33,8 @@ from perlhf.runs.manifest import (
     utc_now,
 )
 from perlhf.system.files import remove_leftovers, storage_errors, write_atomic
+from perlhf.system.machine import cuda_peak_bytes, gpu_name, peak_memory_bytes, reset_peak_memory
+from perlhf.system.progress import Progress
 
 METRICS = "metrics.jsonl"
 

@@ -60,8 +60,8 @@ class Scored:
     rollout: Rollout
     scores: NDArray[np.float64]
     """Raw [batch], before centring and penalty."""
-    paid: Tensor
-    """Centred, missing ends penalised: float32 [batch]."""
+    paid: NDArray[np.float64]
+    """Centred, missing ends penalised: [batch]."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def two_passes(
     config, values = setup.config, dict[str, float]()
     known = logprobs_of_all(setup, laid_out, POLICY)
     check_kl(known, step)
-    mask, price = known.mask, config.kl_coef
-    rewards = advantages.token_rewards(scored.paid, known.old_logprobs, known.ref_logprobs, mask, kl_coef=price)
+    paid, mask, price = torch.from_numpy(scored.paid).float().to(setup.model.device), known.mask, config.kl_coef
+    rewards = advantages.token_rewards(paid, known.old_logprobs, known.ref_logprobs, mask, kl_coef=price)
     returns = advantages.returns_to_go(rewards)
     if VALUE in optimizers and step == 1:
         start_value(setup.model, returns[mask].mean().item())
@@ -152,14 +152,13 @@ def one_pass(
         laid_out: as `whole_prompts` gives them.
     """
     config, model, divisor = setup.config, setup.model, len(scored.paid)
-    losses = {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}
-    parts = []
+    all_paid, price = torch.from_numpy(scored.paid).float().to(model.device), config.kl_coef
+    losses, parts = {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}, []
     for batch in laid_out:
         with torch.no_grad():
             reference = model.logprobs(batch, setup.reference, temperature=config.temperature)
         now = model.logprobs(batch, POLICY, temperature=config.temperature)
-        mask, paid = batch.completion_mask, scored.paid[list(batch.sequences)]
-        price = config.kl_coef
+        mask, paid = batch.completion_mask, all_paid[list(batch.sequences)]
         rewards = advantages.token_rewards(paid, now.logprobs, reference.logprobs, mask, kl_coef=price)
         advantage = advantage_of(config, mask, rewards, advantages.returns_to_go(rewards), None)
         loss, counted = policy_loss(now.logprobs, now.logprobs, advantage, mask, clip=config.clip, divisor=divisor)
@@ -291,7 +290,7 @@ def score(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], centre: Cen
     """What each completion is paid: its score less the reference's mean, and less the penalty where no end came."""
     raw = raw_scores(setup, rollout, prompts)
     paid = raw - centre.mean - np.where(rollout.ended, 0.0, centre.penalty)
-    return Scored(rollout, raw, torch.from_numpy(paid).float().to(setup.model.device))
+    return Scored(rollout, raw, paid)
 
 
 # ---- micro-batches and the tensors of a whole update -----------------------------------------------------------------

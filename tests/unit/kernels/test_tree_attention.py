@@ -110,8 +110,8 @@ def test_later_tokens_and_other_branches_change_nothing() -> None:
     assert layout.nodes is not None
     query, key, value = (tensor.detach() for tensor in inputs(layout.tokens))
     before = tree_attention.tree_attention(query, key, value, layout.nodes, SCALING)
-    at = layout.index(1, 2)  # of 4, which only 4 and 5 see
+    at = layout.indices(1, 2, 1)[0]  # of 4, which only 4 and 5 see
     key[:, at], value[:, at] = 7.0, -7.0
     after = tree_attention.tree_attention(query, key, value, layout.nodes, SCALING)
     changed = (before != after).any(-1).any(0).nonzero().flatten().tolist()
-    assert changed == [at, layout.index(1, 3)]
+    assert changed == [at, layout.indices(1, 3, 1)[0]]

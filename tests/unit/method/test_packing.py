@@ -5,7 +5,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perlhf.method.packing import Ids, Layout, Packing, common_prefix, lay_out, length_mask, microbatches, pad
+from perlhf.method.packing import (
+    Ids,
+    Layout,
+    Packing,
+    Tokens,
+    batches,
+    common_prefix,
+    completed,
+    join_rows,
+    lay_out,
+    length_mask,
+    microbatches,
+    pack,
+    pad,
+    rows_of,
+)
 
 PACKINGS: tuple[Packing, ...] = ("none", "tree")
 # A small alphabet, so that prefixes are often shared.
@@ -15,7 +30,7 @@ EXAMPLES = st.lists(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6)
 
 def ids_of(layout: Layout, sequence: int, length: int) -> list[int]:
     flat = layout.ids.flatten()
-    return [int(flat[layout.index(sequence, position)]) for position in range(length)]
+    return [int(flat[layout.indices(sequence, position, 1)[0]]) for position in range(length)]
 
 
 def distinct_prefixes(sequences: list[list[int]]) -> set[tuple[int, ...]]:
@@ -39,7 +54,7 @@ class TestLayout:
         for i, ids in enumerate(sequences):
             assert ids_of(layout, i, len(ids)) == ids
             found = layout.indices(i, 0, len(ids))
-            assert found == [layout.index(i, position) for position in range(len(ids))]
+            assert found == [layout.indices(i, position, 1)[0] for position in range(len(ids))]
             assert layout.ends()[i] == found[-1]
             # a token's position is its depth, also after a branch
             assert positions[found].tolist() == list(range(len(ids)))
@@ -72,15 +87,13 @@ class TestLayout:
         assert layout.ids.tolist() == [[7, 1, 2, 4, 5, 3]]
         assert layout.positions.tolist() == [[0, 0, 1, 2, 3, 2]]
         assert layout.spans == (((1, 2), (5, 1)), ((1, 2),), ((1, 4),), ((0, 1),), ((1, 2), (5, 1)))
-        assert layout.indices(2, 1, 2) == [2, 3] and layout.index(0, 2) == 5
-        with pytest.raises(IndexError, match="position 3"):
-            layout.index(0, 3)
+        assert layout.indices(2, 1, 2) == [2, 3] and layout.indices(0, 2, 1)[0] == 5
 
     def test_none_pads_each_sequence_to_the_longest(self) -> None:
         layout = lay_out([[1, 2, 3], [1]], "none")
         assert layout.ids.tolist() == [[1, 2, 3], [1, 0, 0]]
         assert layout.nodes is None and layout.tokens == 4
-        assert layout.index(1, 0) == 3
+        assert layout.indices(1, 0, 1)[0] == 3
 
 
 @given(st.lists(st.integers(0, 1), max_size=9), st.lists(st.integers(0, 1), max_size=9))
@@ -145,3 +158,40 @@ def test_pad_and_mask() -> None:
     assert length_mask([2, 1, 0]).tolist() == [[True, True], [True, False], [False, False]]
     assert length_mask([]).shape == (0, 0)
     assert length_mask([0]).shape == (1, 0)
+
+
+class TestBatch:
+    """Two examples: a conversation with two completions in it, and a comparison of two sequences."""
+
+    EXAMPLES = (
+        [Tokens((1, 2, 3, 4, 5, 6), ((2, 1), (4, 2)))],
+        [completed((1, 2), (3, 9)), completed((1, 2), (8,))],
+    )
+
+    @pytest.mark.parametrize("packing", ["tree", "none"])
+    def test_completion_tokens_are_predicted_from_the_one_before(self, packing: Packing) -> None:
+        batch = pack(self.EXAMPLES, packing)
+        flat = batch.ids.flatten()
+        assert flat[batch.predicting].tolist() == [2, 4, 5, 2, 3, 2]
+        assert batch.targets.tolist() == [3, 5, 6, 3, 9, 8]
+        assert batch.completion_mask.tolist() == [[True, True, True], [True, True, False], [True, False, False]]
+        assert flat[batch.ends].tolist() == [6, 9, 8]
+        assert [flat[batch.places(row)].tolist() for row in range(3)] == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 9], [1, 2, 8]]
+        assert (batch.examples, batch.first, batch.sequences) == ((0, 1), (0, 1), (0, 1, 2))
+        assert batch.tokens == (8 if packing == "tree" else 13)
+
+    def test_examples_stay_whole_and_know_their_places(self) -> None:
+        first, second = batches(self.EXAMPLES, 6, "tree")
+        assert (first.examples, first.sequences, first.first) == ((0,), (0,), (0,))
+        assert (second.examples, second.sequences, second.first) == ((1,), (1, 2), (0,))
+
+    def test_rows_of_an_update_and_back(self) -> None:
+        laid_out = batches(self.EXAMPLES, 6, "tree")
+        parts = [torch.tensor([[1.0, 2, 3]]), torch.tensor([[4.0, 5], [6, 0]])]
+        whole = join_rows(laid_out, parts)
+        assert whole.tolist() == [[1, 2, 3], [4, 5, 0], [6, 0, 0]]
+        assert all(torch.equal(rows_of(whole, batch), part) for batch, part in zip(laid_out, parts, strict=True))
+
+    def test_a_completion_needs_a_prompt(self) -> None:
+        with pytest.raises(AssertionError, match="predicted from"):
+            completed((), (1,))

@@ -99,7 +99,7 @@ class TestChat:
     def test_pad_equal_to_the_end_token(self, encoder: Encoder) -> None:
         """The completion's end token stays although padding has the same id; nothing is found by comparing ids."""
         assert encoder.pad_id == encoder.end_id == END
-        assert encoder.example("hi", "yes").ids[-1] == END
+        assert encoder.example("hi", "yes").tokens.ids[-1] == END
 
 
 class TestControlTokens:
@@ -156,7 +156,7 @@ class TestLength:
         example = self.encode(tokenizer, self.PROMPT + self.COMPLETION - 3)
         # 3 tokens too many; an eighth of 21 is 2, so 4 are cut.
         assert example.cut == 4
-        assert list(example.ids) == [*(USER + letters("hi") + CLOSE + ASSISTANT)[4:], *letters("yes"), END]
+        assert list(example.tokens.ids) == [*(USER + letters("hi") + CLOSE + ASSISTANT)[4:], *letters("yes"), END]
         assert self.encode(tokenizer, self.COMPLETION + 1).prompt == (NEWLINE,)
 
     def test_later_turns_are_cut_at_the_same_place(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -166,7 +166,7 @@ class TestLength:
         too_many = [len(encoder.prompt(chat(*["a"] * turns))) + self.COMPLETION - 320 for turns in (29, 31, 33, 35)]
         assert [example.cut for example in examples] == [-(-extra // 40) * 40 for extra in too_many]
         assert len({example.cut for example in examples}) < 4 == len(set(too_many)) and min(too_many) > 0
-        assert max(len(example.ids) for example in examples) <= 320
+        assert max(len(example.tokens.ids) for example in examples) <= 320
 
     def test_a_completion_that_leaves_no_room_is_too_long(self, tokenizer: PreTrainedTokenizerBase) -> None:
         with pytest.raises(TooLong) as caught:

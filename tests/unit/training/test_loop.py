@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import open_encoder, open_model, randomise
+from tiny_models import answers, apart, digest, open_encoder, open_model, randomise
 
 from perlhf.config.stages import AdapterConfig, EncodingConfig, OptimConfig, RewardConfig, SftConfig
 from perlhf.data.records import Comparison, Rating, Text
@@ -13,10 +13,11 @@ from perlhf.errors import AdapterError, ConfigError, DataError, DivergenceError
 from perlhf.model.encode import TooLong
 from perlhf.model.model import Model
 from perlhf.model.open import new_adapter
+from perlhf.rollout.scorers import score_batches
 from perlhf.runs.run import open_run
-from perlhf.training import checkpoint, loop, optim
+from perlhf.training import loop, optim
 from perlhf.training import reward as reward_stage
-from perlhf.training.loop import Best
+from perlhf.training.loop import Keeper
 
 PROMPT = 20  # tokens of "hi" in ChatML; "yes" and its end token make 4
 
@@ -148,12 +149,12 @@ class TestOptimiserStep:
     def test_a_gradient_that_is_not_finite_changes_nothing(self, model: Model) -> None:
         adapter = model.add_adapter("sft", "sft", rank=2)
         optimizer = optim.build({"x": (adapter.trainable_by_name(), 0.1)}, OptimConfig())["x"]
-        before = model.digest("sft")
+        before = digest(model, "sft")
         for parameter in adapter.trainable():
             parameter.grad = torch.full_like(parameter, math.inf)
         with pytest.raises(DivergenceError, match="gradient norm"):
             loop.optimiser_step(optimizer, adapter, 0.1, 1.0)
-        assert model.digest("sft") == before
+        assert digest(model, "sft") == before
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_check_bounded(self, value: float) -> None:
@@ -177,43 +178,47 @@ class TestSaved:
 
         def learn(where: Model, optimizer: torch.optim.AdamW, times: int) -> None:
             for _ in range(times):
-                where.logprobs([[5, 6]], [[7, 8, 9]], "sft").logprobs.sum().backward()
+                where.logprobs(answers([[5, 6]], [[7, 8, 9]]), "sft").logprobs.sum().backward()
                 loop.optimiser_step(optimizer, where.adapters["sft"], 1e-2, 1.0)
 
         with open_run(config.run, "sft", config, {}) as run:
-            assert loop.restore(run, model, {}) == (0, Best(), {})
+            assert loop.restore(run, model, {}) == (0, Keeper(), {})
             optimizers = opened(model)
             learn(model, optimizers["sft"], 2)
-            best = Best(2, 0.75, {"loss": 0.5})
+            best = Keeper(2, 0.75, {"loss": 0.5})
             loop.save(run, 2, model, optimizers, best, {"tokens": 12})
-            best_digest = model.digest("sft")
+            best_digest = digest(model, "sft")
             learn(model, optimizers["sft"], 1)
             loop.save(run, 3, model, optimizers, best, {"tokens": 18})
-            saved_digest = model.digest("sft")
+            saved_digest = digest(model, "sft")
             learn(model, optimizers["sft"], 2)
 
             other = open_model(tiny_base)
             again = opened(other)
             step, found, state = loop.restore(run, other, again)
             assert (step, found, state["tokens"]) == (3, best, 18)
-            assert other.digest("sft") == saved_digest
+            assert digest(other, "sft") == saved_digest
             learn(other, again["sft"], 2)
-            assert other.digest("sft") == model.digest("sft")
+            assert digest(other, "sft") == digest(model, "sft")
             loop.restore_best(run.path, best, other.adapters["sft"])
-            assert other.digest("sft") == best_digest
+            assert digest(other, "sft") == best_digest
 
-    @pytest.mark.parametrize("step", [None, 0])
-    def test_a_checkpoint_before_any_validation(self, model: Model, tmp_path: Path, step: int | None) -> None:
-        """Earlier versions wrote step 0 for it."""
+    def test_a_checkpoint_before_any_validation(self, model: Model, tmp_path: Path) -> None:
         with open_run(tmp_path / "run", "sft", SftConfig(run=tmp_path / "run"), {}) as run:
-            checkpoint.save(run.path, 2, {}, {"best": {"step": step, "value": None, "metrics": {}}})
-            assert loop.restore(run, model, {})[:2] == (2, Best())
+            loop.save(run, 2, model, {}, Keeper(), {})
+            assert loop.restore(run, model, {}) == (2, Keeper(), {})
+
+    def test_the_keeper_takes_what_is_better_and_counts_what_is_not(self) -> None:
+        keeper = Keeper()
+        offers = [(0, 0.5), (1, 0.5), (2, math.nan), (3, 0.75), (4, 0.25)]
+        assert [keeper.offer(step, value, {"v": value}) for step, value in offers] == [True, False, False, True, False]
+        assert keeper == Keeper(3, 0.75, {"v": 0.75}, worse=1)
 
     def test_no_best_yet(self, model: Model, tmp_path: Path) -> None:
         adapter = model.add_adapter("sft", "sft", rank=2)
-        before = model.digest("sft")
-        loop.restore_best(tmp_path, Best(), adapter)
-        assert model.digest("sft") == before
+        before = digest(model, "sft")
+        loop.restore_best(tmp_path, Keeper(), adapter)
+        assert digest(model, "sft") == before
 
 
 class TestRewardItems:
@@ -231,7 +236,7 @@ class TestRewardItems:
         assert [item.label for item in items] == [True, None, False, False]
         assert [(item.weight, item.margin, item.group) for item in items[:2]] == [(0.5, 0.0, "g1"), (2.0, 1.5, "g2")]
         yes, no = (tuple(encoder.prompt("hi") + encoder.completion(text)) for text in ("yes", "no"))
-        assert items[0].sequences == (yes,) and items[1].sequences == (yes, no)
+        assert [[tokens.ids for tokens in item.sequences] for item in items[:2]] == [[yes], [yes, no]]
 
     def test_a_comparison_with_one_completion_too_long_goes_as_a_whole(self, tiny_base: Path) -> None:
         encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=PROMPT + 4, drop_long=True))
@@ -261,7 +266,7 @@ class TestRewardItems:
         adapter = reward_stage._start(model, encoder, config, items)
         assert adapter.bias is not None and adapter.bias.item() == pytest.approx(bias)
         assert not adapter.bias.requires_grad
-        scores = reward_stage.score_items(model, items, reward_stage.NAME, 100)
+        scores = score_batches(model, reward_stage.laid_out(items, config, model), reward_stage.NAME)
         assert scores == [pytest.approx([bias] * len(item.sequences)) for item in items]
 
     def test_scores_come_back_in_order(self, model: Model, tiny_base: Path) -> None:
@@ -269,8 +274,12 @@ class TestRewardItems:
         model.add_adapter(reward_stage.NAME, "reward", rank=4)
         randomise(model, reward_stage.NAME)
         with torch.no_grad():
-            alone = [[model.scores([s], reward_stage.NAME, packing="none").item() for s in i.sequences] for i in items]
+            alone = [
+                [model.scores(apart([s.ids], packing="none"), reward_stage.NAME).item() for s in i.sequences]
+                for i in items
+            ]
         for max_tokens in (1, 1000):
-            found = reward_stage.score_items(model, items, reward_stage.NAME, max_tokens)
+            laid_out = reward_stage.laid_out(items, RewardConfig(tokens_per_microbatch=max_tokens), model)
+            found = score_batches(model, laid_out, reward_stage.NAME)
             assert found == [pytest.approx(scores, abs=1e-5) for scores in alone]
         assert abs(alone[0][0] - alone[2][0]) > 1e-2
