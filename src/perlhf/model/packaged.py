@@ -6,7 +6,6 @@ nothing that counts as done, the next one sweeps its remains away, and two at a 
 
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
@@ -228,13 +228,16 @@ def _clean_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
 @contextlib.contextmanager
 def _locked(path: Path, report: Report) -> Iterator[None]:
     """Holds an exclusive lock that the system drops when this process dies; waits for another holder."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report("waiting for another pull of it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        report("waiting for another pull of it")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

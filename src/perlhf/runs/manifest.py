@@ -3,7 +3,6 @@
 A directory belongs to one stage, configuration and data. Any other is refused before more than its lock is written.
 """
 
-import fcntl
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from perlhf.errors import RunError
 from perlhf.system.files import (
@@ -58,26 +58,24 @@ def check_is_run_directory(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
+    """Holds a run directory for this process alone; the system drops the lock when the process dies.
+
+    Raises:
+        RunError: another process holds it, or has given the directory up since it was found.
+        StorageError: the lock can't be written.
+    """
+    lock = FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
     with storage_errors(path / LOCK):
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise _refused(path) from None
     try:
         with storage_errors(path / LOCK):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
-                raise RunError(
-                    f"the run directory is in use by process {owner}",
-                    where=str(path),
-                    hint=f"wait for it, stop it (kill {owner}), or name another run directory",
-                ) from None
-            if not _is_still(descriptor, path / LOCK):
-                raise RunError("another process has just given the run directory up", where=str(path), hint="try again")
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            (path / LOCK).write_text(f"{os.getpid()}\n")
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -147,12 +145,17 @@ def discard_unstarted(path: Path, is_new: bool) -> None:
             folder.rmdir()
 
 
-def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether `path` is the open file, and not another one or none."""
+def _refused(path: Path) -> RunError:
+    """The error for a directory whose lock can't be had; names the process that wrote itself into the lock."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        owner = (path / LOCK).read_text(errors="replace").strip() or "unknown"
     except FileNotFoundError:
-        return False
+        return RunError("another process has just given the run directory up", where=str(path), hint="try again")
+    return RunError(
+        f"the run directory is in use by process {owner}",
+        where=str(path),
+        hint=f"wait for it, stop it (kill {owner}), or name another run directory",
+    )
 
 
 def _bound(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import resource
@@ -358,6 +359,19 @@ def test_a_run_is_refused_twice_in_one_process_and_free_afterwards(tmp_path):
     with pytest.raises(ZeroDivisionError), opened(path):
         raise ZeroDivisionError
     with opened(path):
+        pass
+
+
+def test_a_run_given_up_between_opening_and_locking_is_refused(tmp_path, monkeypatch):
+    """The lock that is won then belongs to a file that has gone, and guards nothing."""
+    path, flock = tmp_path / "run", fcntl.flock
+
+    def given_up(descriptor: int, operation: int) -> None:
+        (path / ".lock").unlink(missing_ok=True)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", given_up)
+    with pytest.raises(RunError, match="another process has just given the run directory up"), opened(path):
         pass
 
 
