@@ -39,7 +39,7 @@ def write_run(
 ) -> Path:
     """Writes those files of a run directory that are given, and a manifest that names the stage."""
     path.mkdir(parents=True)
-    (path / "manifest.json").write_text(json.dumps({"format": 1, "stage": stage} | (manifest or {})))
+    (path / "manifest.json").write_text(json.dumps({"format": 2, "stage": stage} | (manifest or {})))
     if config is not None:
         # JSON is YAML.
         (path / "config.yaml").write_text(_yaml(config.model_dump(mode="json")), encoding="utf-8")

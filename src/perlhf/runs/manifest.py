@@ -29,6 +29,8 @@ from perlhf.system.files import (
 from perlhf.system.machine import environment
 
 LOCK, CONFIG, MANIFEST, RESULT = ".lock", "config.yaml", "manifest.json", "result.json"
+FORMAT = 2
+"""Number of what a run directory looks like; raised when older ones can't be continued or used any more."""
 CHECKPOINTS = "checkpoints"
 """Directory of a run's checkpoints; a finished run needs none."""
 FREE_KEYS = ("checkpoint_every", "log", "run")
@@ -85,7 +87,7 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
     session = {"started": utc_now(), "pid": os.getpid()}
     if not (path / MANIFEST).exists():
         manifest = {
-            "format": 1,
+            "format": FORMAT,
             "id": uuid.uuid4().hex[:12],
             "stage": stage,
             "seed": settings.get("seed"),
@@ -100,9 +102,7 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
         write_atomic(path / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         write_json(path / MANIFEST, manifest)
         return manifest
-    manifest = read_json(path / MANIFEST)
-    if manifest.get("format") != 1:
-        raise damaged(path / MANIFEST, f"format {manifest.get('format')!r} instead of 1")
+    manifest = read_manifest(path)
     if manifest["stage"] != stage:
         raise RunError(
             f"the directory holds a run of stage {manifest['stage']!r}, not {stage!r}",
@@ -124,6 +124,26 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
     manifest["sessions"].append(session)
     write_atomic(path / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_json(path / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What manifest.json says of the run in the directory `path`.
+
+    Raises:
+        RunError: it is missing, damaged or of another format.
+    """
+    manifest = read_json(path / MANIFEST)
+    version = manifest.get("format")
+    if isinstance(version, int) and version < FORMAT:
+        raise RunError(
+            f"made by an earlier version of perlhf (format {version})",
+            where=str(path / MANIFEST),
+            allowed=f"format {FORMAT}",
+            hint="run it again in another directory",
+        )
+    if version != FORMAT:
+        raise damaged(path / MANIFEST, f"format {version!r} instead of {FORMAT}")
     return manifest
 
 

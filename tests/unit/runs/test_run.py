@@ -15,6 +15,7 @@ import pytest
 
 from perlhf.config.stages import LogConfig, OptimConfig, RewardConfig, SftConfig
 from perlhf.errors import ConfigError, RunError, StorageError
+from perlhf.model.open import read_finished
 from perlhf.runs.run import open_run
 
 FACTS = {"data": {"feedback.json": "aa11"}, "base": {"name": "tiny", "sha256": "bb22"}}
@@ -429,6 +430,30 @@ def test_other_data_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"facts\.data\.feedback\.json is 'cc33', but 'aa11' in"):
         with opened(tmp_path / "run", facts=changed):
             pass
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (
+            1,
+            r"made by an earlier version of perlhf \(format 1\)\n  allowed: format 2\n  try: run it again in",
+        ),
+        (3, "missing or damaged: format 3 instead of 2"),
+        (None, "missing or damaged: format None instead of 2"),
+    ],
+)
+def test_a_run_of_another_format_is_neither_continued_nor_used(tmp_path, version, message):
+    path = tmp_path / "run"
+    with opened(path) as run:
+        run.finish({})
+    manifest = path / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": version}))
+    with pytest.raises(RunError, match=message) as caught, opened(path):
+        pass
+    assert caught.value.where == str(manifest)
+    with pytest.raises(RunError, match=message):
+        read_finished(path)
 
 
 def test_another_version_is_noted_not_refused(tmp_path, capsys):
