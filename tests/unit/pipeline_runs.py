@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perlhf.config.stages import DataConfig, EncodingConfig, PolicyConfig, RewardConfig, SftConfig, StageConfig
-from perlhf.runs.manifest import strict_json
+from perlhf.system.files import strict_json
 
 ATTACK = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 """A completion that would take the page over if it were ever read as HTML."""

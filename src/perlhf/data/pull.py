@@ -23,7 +23,7 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from perlhf.errors import DataError, nearest
-from perlhf.system.files import directory_atomic
+from perlhf.system.files import directory_atomic, sha256
 
 ADDRESS = "https://raw.githubusercontent.com"
 """Files are at ADDRESS/{repository}/{commit}/{path}; $PERLHF_DATA_ADDRESS takes its place when set."""
@@ -245,11 +245,9 @@ def _check_present(target: Path) -> Path:
 
 
 def _check_hash(place: Path, expected: str, where: str) -> None:
-    with place.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
+    if (actual := sha256(place)) != expected:
         raise DataError(
-            f"the SHA-256 is {found}",
+            f"the SHA-256 is {actual}",
             where=where,
             allowed=f"{expected}, as MANIFEST.json says",
             hint="the file was changed or damaged; copy it again",

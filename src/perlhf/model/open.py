@@ -16,7 +16,8 @@ from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_json
+from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT
+from perlhf.system.files import read_json
 
 StageName = Literal["sft", "reward", "policy"]
 _CONFIGS = {"sft": SftConfig, "reward": RewardConfig, "policy": PolicyConfig}

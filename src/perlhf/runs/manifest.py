@@ -5,7 +5,6 @@ A directory belongs to one stage, configuration and data. Any other is refused b
 
 import fcntl
 import json
-import math
 import os
 import sys
 import uuid
@@ -17,9 +16,17 @@ from typing import Any
 
 import yaml
 
-from perlhf.system.machine import environment
 from perlhf.errors import RunError
-from perlhf.system.files import TEMPORARY, storage_errors, write_atomic
+from perlhf.system.files import (
+    TEMPORARY,
+    damaged,
+    read_json,
+    storage_errors,
+    strict_json,
+    write_atomic,
+    write_json,
+)
+from perlhf.system.machine import environment
 
 LOCK, CONFIG, MANIFEST, RESULT = ".lock", "config.yaml", "manifest.json", "result.json"
 CHECKPOINTS = "checkpoints"
@@ -93,11 +100,11 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
             "sessions": [session],
         }
         write_atomic(path / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        write_atomic(path / MANIFEST, strict_json(manifest, indent=2) + "\n")
+        write_json(path / MANIFEST, manifest)
         return manifest
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != 1:
-        raise _damaged(path / MANIFEST, f"format {manifest.get('format')!r} instead of 1")
+        raise damaged(path / MANIFEST, f"format {manifest.get('format')!r} instead of 1")
     if manifest["stage"] != stage:
         raise RunError(
             f"the directory holds a run of stage {manifest['stage']!r}, not {stage!r}",
@@ -118,7 +125,7 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
         )
     manifest["sessions"].append(session)
     write_atomic(path / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    write_atomic(path / MANIFEST, strict_json(manifest, indent=2) + "\n")
+    write_json(path / MANIFEST, manifest)
     return manifest
 
 
@@ -175,47 +182,15 @@ def first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
     return None
 
 
-def strict_json(value: object, indent: int | None = None) -> str:
-    """Strict JSON: a number that isn't finite becomes null, so that browsers can read it too."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
-
-
-def _finite(value: object) -> object:
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-        case _:
-            return value
-
-
 def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    if not isinstance(value, dict):
-        raise _damaged(path, f"a {type(value).__name__} instead of an object")
-    return value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(path.read_bytes())
     except (FileNotFoundError, yaml.YAMLError) as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     if not isinstance(value, dict):
-        raise _damaged(path, f"a {type(value).__name__} instead of a mapping")
+        raise damaged(path, f"a {type(value).__name__} instead of a mapping")
     return value
-
-
-def _damaged(path: Path, reason: str) -> RunError:
-    hint = f"restore the file, use another run directory, or delete {path.parent} to start again"
-    return RunError(f"missing or damaged: {reason}", where=str(path), hint=hint)

@@ -324,7 +324,8 @@ def test_wandb_without_login_says_so_when_the_run_is_opened(tmp_path, wandb_reco
 
 def test_opening_a_run_imports_no_torch(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from perlhf.config.stages import SftConfig; from perlhf.runs.run import open_run\n"
+        "import sys; from pathlib import Path; from perlhf.config.stages import SftConfig\n"
+        "from perlhf.runs.run import open_run\n"
         f"with open_run(Path({str(tmp_path / 'run')!r}), 'sft', SftConfig(), {{}}) as run: run.log(1, {{'x': 1.0}})\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
@@ -335,7 +336,8 @@ def test_opening_a_run_imports_no_torch(tmp_path):
 def test_a_run_in_use_is_refused_until_its_process_dies(tmp_path):
     path = tmp_path / "run"
     code = (
-        "import time; from pathlib import Path; from perlhf.config.stages import SftConfig; from perlhf.runs.run import open_run\n"
+        "import time; from pathlib import Path; from perlhf.config.stages import SftConfig\n"
+        "from perlhf.runs.run import open_run\n"
         f"with open_run(Path({str(path)!r}), 'sft', SftConfig(), {FACTS!r}): print('open', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
