@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from perlhf.config.stages import EncodingConfig
-from perlhf.errors import AdapterError, CheckpointError
+from perlhf.errors import AdapterError
 from perlhf.kernels.modules import AdaptedLinear
 from perlhf.method.lora import LowRank
 from perlhf.model import saved
@@ -167,7 +167,7 @@ class TestFullTuning:
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
         weights.write_bytes(bytes(data))
-        with pytest.raises(CheckpointError, match="SHA-256"):
+        with pytest.raises(AdapterError, match="SHA-256"):
             saved.load_adapter(open_model(tiny_base), tmp_path / "adapter", "again", encoder)
 
 
@@ -333,7 +333,7 @@ class TestRefused:
         loaded = saved.load_adapter(other, directory, "mine", encoder)
         assert torch.equal(other.scores(apart(PROMPTS), "mine"), model.scores(apart(PROMPTS), "reward_0"))
         assert loaded.bias is not None and loaded.bias.item() != 0 and not loaded.bias.requires_grad
-        assert saved.encoding_of(directory) == encoder.identity()
+        assert saved.read_adapter(directory).encoding == encoder.identity()
 
     @pytest.mark.parametrize("tuning", ["lora", "full"])
     def test_adapter_of_another_base(
@@ -371,8 +371,8 @@ class TestRefused:
     def test_a_damaged_description(self, model: Model, encoder: Encoder, tmp_path: Path) -> None:
         model.add_adapter("sft", "sft", tuning="full")
         saved.save_adapter(model, "sft", tmp_path / "adapter", encoder)
-        (tmp_path / "adapter" / saved.FULL_META).write_text('{"role": ')
-        with pytest.raises(CheckpointError, match="damaged"):
+        (tmp_path / "adapter" / saved.DETAILS).write_text('{"role": ')
+        with pytest.raises(AdapterError, match="damaged"):
             saved.load_adapter(model, tmp_path / "adapter", "again")
 
     @pytest.mark.parametrize(

@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perlhf.config.commands import AverageConfig
 from perlhf.config.stages import RewardConfig
 from perlhf.errors import AdapterError, ConfigError
-from perlhf.model.adapter_files import AdapterFiles, read_adapter, write_adapter
+from perlhf.method import lora
+from perlhf.model.adapter import Adapter
 from perlhf.model.open import Finished, read_finished
-from perlhf.model.saved import files_hash, full_meta, full_tensors, write_full
+from perlhf.model.saved import ENCODING, SavedAdapter, files_hash, read_adapter, write_adapter
 from perlhf.runs.manifest import RESULT, first_difference, start_or_continue
 from perlhf.system.files import directory_atomic, write_json
-
-ENCODING = ("system", "template_sha256", "end_token")
-"""What of the encoding must agree, as when an adapter is loaded."""
 
 
 def average(config: AverageConfig) -> dict[str, Any]:
@@ -39,57 +37,43 @@ def average(config: AverageConfig) -> dict[str, Any]:
     """
     runs = [read_finished(path, ("reward",)) for path in config.runs]
     _check_output(config.output)
-    base = _check_alike(runs)
-    members = [run.path / "adapter" for run in runs]
-    hashes = {str(run.path): files_hash(member) for run, member in zip(runs, members, strict=True)}
+    mean = _mean(runs)
+    hashes = {str(run.path): files_hash(run.path / "adapter") for run in runs}
     result: dict[str, Any] = {"stage": "reward", "tuning": runs[0].config.tuning, "averaged": hashes}
     settings = _settings(runs, config.output)
+    if mean.adapter.pairs:
+        settings["adapter"] |= {"rank": mean.adapter.rank, "alpha": mean.adapter.alpha}
+        result["rank"] = mean.adapter.rank
     with directory_atomic(config.output) as temporary:
-        if runs[0].config.tuning == "full":
-            _write_mean_weights(members, temporary / "adapter")
-        else:
-            files = mean_adapter([read_adapter(member) for member in members])
-            write_adapter(temporary / "adapter", files)
-            settings["adapter"] |= {"rank": files.rank, "alpha": files.alpha}
-            result["rank"] = files.rank
-        start_or_continue(temporary, "reward", settings, {"base": base, "adapters": hashes})
+        write_adapter(temporary / "adapter", mean)
+        start_or_continue(temporary, "reward", settings, {"base": mean.base, "adapters": hashes})
         write_json(temporary / RESULT, result)
     return result
 
 
-def mean_adapter(members: Sequence[AdapterFiles]) -> AdapterFiles:
-    """The adapter whose update of every layer is the mean of the members' updates, without approximation.
+@torch.no_grad()
+def _mean(runs: Sequence[Finished]) -> SavedAdapter:
+    """The adapter whose update of every layer, weights, head and bias are the means of the runs' own.
 
-    mean_i scale_i B_i A_i = [scale_1 B_1 .. scale_n B_n] / n [A_1; ..; A_n] with scale = alpha / rank, so that its rank
-    is the sum of theirs and its own scale is 1. (mean(B) mean(A) would be another update.) Head and bias are means.
+    Of fully tuned weights, those of one run at a time are in memory beside their sum.
     """
-    count, rank = len(members), sum(member.rank for member in members)
-    weights = {}
-    for path in members[0].weights:
-        downs = [member.weights[path][0] for member in members]
-        ups = [member.weights[path][1] * (member.alpha / member.rank / count) for member in members]
-        weights[path] = torch.cat(downs), torch.cat(ups, 1)
-    heads = [member.head for member in members if member.head is not None]
-    return replace(
-        members[0],
-        weights=weights,
-        rank=rank,
-        alpha=float(rank),
-        dropout=0.0,
-        targets=sorted(weights),
-        head=torch.stack(heads).mean(0),
-        bias=sum(member.bias for member in members) / count,
-    )
-
-
-def _write_mean_weights(members: Sequence[Path], output: Path) -> None:
-    """Full tuning: the mean of every tensor, with one member at a time in memory beside it."""
-    metas = [full_meta(member) for member in members]
-    total: dict[str, Tensor] = {}
-    for member, meta in zip(members, metas, strict=True):
-        tensors = full_tensors(member, meta)
-        total = {name: total[name] + tensor for name, tensor in tensors.items()} if total else tensors
-    write_full(output, {name: tensor / len(members) for name, tensor in total.items()}, metas[0])
+    first = read_adapter(runs[0].path / "adapter")
+    sums, members = first.adapter.weights, [first.adapter]
+    for run in runs[1:]:
+        member = read_adapter(run.path / "adapter")
+        _check_alike(runs[0], first, run, member)
+        for name, weight in member.adapter.weights.items():
+            sums[name] = nn.Parameter(sums[name] + weight)
+        members.append(replace(member.adapter, weights={}))
+    heads: list[Tensor] = [adapter.head for adapter in members if adapter.head is not None]
+    biases = [adapter.bias.item() for adapter in members if adapter.bias is not None]
+    rank = sum(adapter.rank for adapter in members)
+    mean = Adapter("mean", first.adapter.role, rank, float(rank))
+    mean.pairs = {path: lora.mean([adapter.pairs[path] for adapter in members]) for path in first.adapter.pairs}
+    mean.weights = {name: nn.Parameter(weight / len(runs)) for name, weight in sums.items()}
+    mean.head = nn.Parameter(torch.stack(heads).mean(0))
+    mean.bias = nn.Parameter(torch.tensor([sum(biases) / len(runs)], dtype=torch.float32))
+    return replace(first, adapter=mean)
 
 
 def _check_output(output: Path) -> None:
@@ -98,41 +82,28 @@ def _check_output(output: Path) -> None:
         raise ConfigError(f"{output} {found}", where="output", allowed="a new or empty directory")
 
 
-def _check_alike(runs: Sequence[Finished]) -> dict[str, str]:
-    """Refuses runs that have no common average; returns their base's fingerprint."""
-    first, *others = runs
-    base, expected = _traits(first)
-    for run in others:
-        found_base, found = _traits(run)
-        what = None
-        if found_base["sha256"] != base["sha256"]:
-            what = f"trained on base {found_base['name']}, but {first.path} on {base['name']}"
-        elif difference := first_difference(expected, found):
-            key, then, now = difference
-            what = f"{key} is {now!r}, but {then!r} in {first.path}"
-        if what:
-            allowed = "reward runs of one base, tuning, encoding, set of adapted layers and split of the data"
-            hint = "train them from one recipe with different seeds"
-            raise AdapterError(what, where=str(run.path), allowed=allowed, hint=hint)
-    return base
+def _check_alike(first: Finished, expected: SavedAdapter, run: Finished, member: SavedAdapter) -> None:
+    """Refuses a run that has no mean with the first one."""
+    what = None
+    if member.base["sha256"] != expected.base["sha256"]:
+        what = f"trained on base {member.base['name']}, but {first.path} on {expected.base['name']}"
+    elif difference := first_difference(_traits(first, expected), _traits(run, member)):
+        key, then, now = difference
+        what = f"{key} is {now!r}, but {then!r} in {first.path}"
+    if what:
+        allowed = "reward runs of one base, tuning, encoding, set of adapted layers and split of the data"
+        hint = "train them from one recipe with different seeds"
+        raise AdapterError(what, where=str(run.path), allowed=allowed, hint=hint)
 
 
-def _traits(run: Finished) -> tuple[dict[str, str], dict[str, Any]]:
-    """The base of a run, and what else must agree. Groups that one run holds out, no other may have learned from."""
-    directory, layers = run.path / "adapter", dict[str, str]()
-    if run.config.tuning == "full":
-        meta = full_meta(directory)
-        base, encoding = meta["base"], meta["encoding"]
-    else:
-        files = read_adapter(directory)
-        base, encoding, layers = files.base, files.encoding, dict.fromkeys(sorted(files.weights), "adapted")
-    traits = {
+def _traits(run: Finished, member: SavedAdapter) -> dict[str, Any]:
+    """What must agree besides the base. Groups that one run holds out, no other may have learned from."""
+    return {
         "tuning": run.config.tuning,
-        "encoding": {key: encoding.get(key) for key in ENCODING},
-        "layers": layers,
+        "encoding": {key: member.encoding.get(key) for key in ENCODING},
+        "layers": dict.fromkeys(sorted(member.adapter.pairs), "adapted"),
         "data": run.config.data.model_dump(mode="json", exclude={"paths"}),
     }
-    return base, traits
 
 
 def _settings(runs: Sequence[Finished], output: Path) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from perlhf.data.records import Comparison, Rating
 from perlhf.data.splits import load
 from perlhf.errors import AdapterError, ConfigError
 from perlhf.method.packing import Ids, Tokens, pack, pad
-from perlhf.model import adapter_files
 from perlhf.model import base as bases
+from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
@@ -75,11 +75,12 @@ def _export_peft(finished: Finished, config: ExportConfig) -> dict[str, Any]:
     if finished.config.tuning == "full":
         hint = "--format merged writes the trained weights as a checkpoint"
         raise ConfigError("a run with tuning: full has no adapter", where="format", allowed="merged", hint=hint)
-    files = adapter_files.read_adapter(source)
-    adapter_files.write_adapter(config.output, files)
-    details: dict[str, Any] = {"format": "peft", "stage": finished.stage, "base": files.base["name"]}
-    details |= {"rank": files.rank, "alpha": files.alpha}
-    return details | ({"score_bias": files.bias} if files.head is not None else {})
+    whole = saved.read_adapter(source)
+    saved.write_adapter(config.output, whole)
+    adapter = whole.adapter
+    details: dict[str, Any] = {"format": "peft", "stage": finished.stage, "base": whole.base["name"]}
+    details |= {"rank": adapter.rank, "alpha": adapter.alpha}
+    return details | ({"score_bias": adapter.bias.item()} if adapter.bias is not None else {})
 
 
 def _export_merged(finished: Finished, config: ExportConfig) -> dict[str, Any]:

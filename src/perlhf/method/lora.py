@@ -6,7 +6,7 @@ the base's dtype on float32 master weights; the backward below saves only x and 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -110,3 +110,19 @@ def joined(
     ups = [pair.b * pair.scale for pair in pairs]
     a = (torch.cat(downs) if len(pairs) > 1 else downs[0]).to(dtype)
     return a, (torch.cat(ups, 1) if len(pairs) > 1 else ups[0]).to(dtype)
+
+
+@torch.no_grad()
+def stacked(pairs: Sequence[LowRank]) -> LowRank:
+    """One pair of scale 1 whose update is the sum of the pairs' updates; its rank is the sum of their ranks."""
+    a, b = joined(pairs, torch.float32)
+    return LowRank(nn.Parameter(a), nn.Parameter(b), 1.0)
+
+
+def mean(pairs: Sequence[LowRank]) -> LowRank:
+    """One pair of scale 1 whose update is the mean of the n pairs' updates, without approximation.
+
+    mean_i scale_i B_i A_i = [scale_1 / n B_1 .. scale_n / n B_n] [A_1; ..; A_n], so that its rank is the sum of theirs.
+    (mean(B) mean(A) would be another update.) This is how weights are averaged in WARM (arXiv 2401.12187).
+    """
+    return stacked([replace(pair, scale=pair.scale / len(pairs)) for pair in pairs])

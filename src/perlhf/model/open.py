@@ -36,7 +36,7 @@ class Finished:
         Sets the number of CPU threads where the run's configuration does.
 
         Raises:
-            ModelError: the base isn't there; AdapterError, CheckpointError: the adapter is damaged or for another base.
+            ModelError: the base isn't there; AdapterError: the adapter is damaged or for another base.
         """
         # Another number of threads adds up in another order: scores would differ in the last bits.
         if self.config.threads:

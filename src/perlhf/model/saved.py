@@ -1,11 +1,20 @@
-"""Adapters between the model and run directories: LoRA in PEFT's layout, full tuning as float32 weights beside a
-perlhf.json.
+"""Adapters on disk. LoRA lies there in PEFT's layout: other tools load ours and we load theirs.
+
+    adapter_config.json        rank, alpha, dropout, targets, task type, name of the base     (read by peft)
+    adapter_model.safetensors  float32 `base_model.model.<module path>.lora_A.weight` and so on   (read by peft)
+    full_weights.safetensors   instead of the two, where all weights were trained: float32 `base.<name>`
+    perlhf.json                role, bias of the score head, base, encoding, SHA-256 of the tensors; sealed
+
+Reward and value adapters are sequence-classification adapters whose head is `base_model.model.score.weight`. The head's
+bias is the one thing that peft doesn't see, so its scores are ours up to that constant.
 """
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +23,61 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from perlhf.errors import AdapterError, CheckpointError
+from perlhf.errors import AdapterError
+from perlhf.method import lora
 from perlhf.method.lora import LowRank
 from perlhf.model.adapter import Adapter
-from perlhf.model.adapter_files import AdapterFiles, check_base, read_adapter, write_adapter
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.system.files import directory_atomic, storage_error
+from perlhf.system.files import directory_atomic, sealed, sha256, storage_error, unsealed
 
+CONFIG, TENSORS, DETAILS = "adapter_config.json", "adapter_model.safetensors", "perlhf.json"
 FULL_WEIGHTS = "full_weights.safetensors"
-FULL_META = "perlhf_full.json"
+ENCODING = ("system", "template_sha256", "end_token")
+"""What of the encoding must agree wherever an adapter is used."""
+_PREFIX, _HEAD = "base_model.model.", "score.weight"
+_FORMAT = 2
+_OURS = {CONFIG, TENSORS, DETAILS, FULL_WEIGHTS, "README.md"}
+_KNOWN = frozenset(  # keys of PEFT's configuration; these are read,
+    "base_model_name_or_path bias init_lora_weights layers_to_transform lora_alpha lora_dropout modules_to_save "
+    "peft_type r target_modules task_type use_rslora "
+    # and these have no effect on what an adapter computes, given its tensors
+    "auto_mapping ensure_weight_tying eva_config exclude_modules inference_mode layers_pattern megatron_core "
+    "peft_version qalora_group_size revision runtime_config".split()
+)
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's weights as well
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What an adapter directory holds.
+
+    Args:
+        adapter: on the CPU, float32, with nothing beneath it.
+        base: fingerprint {"name", "sha256"} of the base it was trained on; "" where unknown (made by other tools).
+        encoding: how records became tokens (the `encoding` section of its recipe); {} where unknown.
+        extra: anything else worth keeping, as JSON.
+        targets: module names (or path endings) that have a pair, as PEFT is told them; empty for full tuning.
+    """
+
+    adapter: Adapter
+    base: dict[str, str]
+    encoding: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    targets: list[str] = field(default_factory=list)
 
 
 def save_adapter(
     model: Model, name: str, directory: Path, encoder: Encoder, extra: dict[str, Any] | None = None
 ) -> None:
-    """Writes adapter `name`, with whatever stays active beneath it concatenated in, so that it loads on its own.
+    """Writes adapter `name`, with whatever stays active beneath it stacked in, so that it loads on its own.
 
     Raises:
-        StorageError: it can't be written; nothing half-written is left.
+        AdapterError, StorageError: as `write_adapter`.
     """
-    adapter = model.adapters[name]
-    if adapter.weights:
-        meta = {"role": adapter.role, "base": model.fingerprint, "encoding": encoder.identity(), "extra": extra or {}}
-        write_full(directory, adapter.tensors(), meta)
-        return
-    rank, pairs = stacked_pairs(model, name)
-    scaled = len({pair.scale for pair in adapter.pairs.values()}) == 1 and adapter.beneath is None
-    write_adapter(
-        directory,
-        AdapterFiles(
-            weights={path: (a.cpu(), b.cpu()) for path, (a, b) in pairs.items()},
-            rank=rank,
-            alpha=adapter.alpha if scaled else float(rank),
-            dropout=adapter.dropout,
-            targets=sorted(pairs),
-            head=adapter.head.detach().cpu() if adapter.head is not None else None,
-            bias=adapter.bias.item() if adapter.bias is not None else 0.0,
-            role=adapter.role,
-            base=model.fingerprint,
-            encoding=encoder.identity(),
-            extra=extra or {},
-        ),
-    )
+    adapter = with_those_beneath(model, name)
+    targets = sorted(adapter.pairs)
+    write_adapter(directory, SavedAdapter(adapter, model.fingerprint, encoder.identity(), extra or {}, targets))
 
 
 def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | None = None) -> Adapter:
@@ -68,76 +89,125 @@ def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | No
     Raises:
         AdapterError: missing, damaged, made for another base, or trained with another encoding.
     """
-    if (directory / FULL_META).is_file():
-        return _load_full(model, directory, name, encoder)
+    saved = read_adapter(directory, name)
+    check_base(saved, model.fingerprint)
+    _check_encoding(saved.encoding, encoder, directory)
+    adapter = saved.adapter
+    if adapter.weights:  # optimisers know their parameters by the order
+        adapter.weights = {path: adapter.weights[path] for path, _ in model.base.named_parameters()}
+    return model.adopt(adapter)
+
+
+def with_those_beneath(model: Model, name: str) -> Adapter:
+    """The adapter as one that needs none beneath it: where there are some, the pairs of each layer are stacked.
+
+    A layer that one of them lacks gets zeros from it, so that all pairs have the same rank.
+    """
+    chain = [model.adapters[name]]
+    while (beneath := chain[0].beneath) is not None:
+        chain.insert(0, model.adapters[beneath])
+    top = chain[-1]
+    if len(chain) == 1:
+        return top
+    rank = sum(adapter.rank for adapter in chain)
+    whole = Adapter(name, top.role, rank, float(rank), top.dropout, head=top.head, bias=top.bias)
+    for path, example in {path: pair for adapter in chain for path, pair in adapter.pairs.items()}.items():
+        whole.pairs[path] = lora.stacked([adapter.pairs.get(path) or _zeros(adapter, example) for adapter in chain])
+    return whole
+
+
+def write_adapter(directory: Path, saved: SavedAdapter) -> None:
+    """Writes an adapter directory, whole or not at all; replaces an adapter that is there.
+
+    Raises:
+        AdapterError: the directory holds something else.
+        StorageError: it can't be written; what was there stays.
+    """
+    adapter, full = saved.adapter, bool(saved.adapter.weights)
+    assert full != bool(adapter.pairs) and adapter.beneath is None, "either weights or pairs, and nothing beneath"
+    assert (adapter.head is not None) == (adapter.role in ("reward", "value")), f"head of a {adapter.role} adapter"
+    if directory.exists() and (strange := _strangers(directory)):
+        hint = "name a new directory, or delete this one"
+        raise AdapterError(f"not overwritten: it holds {strange[0]}", where=str(directory), hint=hint)
+    tensors = {name: tensor for name, tensor in adapter.tensors().items() if name != "score.bias"}
+    if not full:
+        tensors = {f"{_PREFIX}{name.removesuffix('.weight')}.weight": tensor for name, tensor in tensors.items()}
+    with directory_atomic(directory) as temporary:
+        file = temporary / (FULL_WEIGHTS if full else TENSORS)
+        write_tensors(file, tensors, directory)
+        if not full:
+            (temporary / CONFIG).write_text(json.dumps(_peft_config(saved), indent=2) + "\n", "utf-8")
+        details = {
+            "format": _FORMAT,
+            "tuning": "full" if full else "lora",
+            "role": adapter.role,
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "bias": 0.0 if adapter.bias is None else adapter.bias.item(),
+            "base": saved.base,
+            "encoding": saved.encoding,
+            "extra": saved.extra,
+            "sha256": sha256(file),
+        }
+        (temporary / DETAILS).write_bytes(sealed(details))
+
+
+def read_adapter(directory: Path, name: str = "adapter") -> SavedAdapter:
+    """Reads an adapter directory, ours or one that `peft` saved; no network is loaded.
+
+    Raises:
+        AdapterError: files missing or damaged, of an earlier version, or an adapter that needs more than
+            (alpha / rank) B A on linear layers.
+    """
     if not directory.is_dir():
         raise AdapterError(f"no adapter at {directory}", hint="name a finished run directory")
-    files = read_adapter(directory)
-    check_base(files, model.fingerprint)
-    _check_encoding(files.encoding, encoder, directory)
-    adapter = Adapter(name, files.role, files.rank, files.alpha, files.dropout)
-    for path, (a, b) in files.weights.items():
-        scale = files.alpha / a.shape[0]
-        adapter.pairs[path] = LowRank(
-            nn.Parameter(a.float().clone()), nn.Parameter(b.float().clone()), scale, files.dropout
-        )
-    if files.head is not None:
-        adapter.head = nn.Parameter(files.head.float().clone())
-        adapter.bias = nn.Parameter(
-            torch.tensor([files.bias], dtype=torch.float32), requires_grad=files.role == "value"
-        )
-    return model.adopt(adapter)
+    details = _read_details(directory)
+    if details is not None and details["tuning"] == "full":
+        tensors = _read_tensors(directory / FULL_WEIGHTS, details["sha256"])
+        adapter = _with_head(Adapter(name, details["role"]), tensors.pop(_HEAD, None), details["bias"])
+        adapter.weights = {key.removeprefix("base."): nn.Parameter(tensor) for key, tensor in tensors.items()}
+        return SavedAdapter(adapter, details["base"], details["encoding"], details["extra"])
+    config = _read_json(directory / CONFIG)
+    _check_plain(config, str(directory / CONFIG))
+    tensors = _read_tensors(directory / TENSORS, None if details is None else details["sha256"])
+    rank, alpha, dropout = _numbers(directory / CONFIG, config)
+    if details is not None and (rank, alpha) != (details["rank"], details["alpha"]):
+        raise _damaged(directory / CONFIG, f"rank or alpha were changed after saving: {DETAILS} has others")
+    head = tensors.pop(_PREFIX + _HEAD, None)
+    if head is not None and (head.dim() != 2 or head.shape[0] != 1):
+        what = f"the score head is {list(head.shape)}"
+        raise AdapterError(what, where=str(directory / TENSORS), allowed="[1, hidden]")
+    details = details or _details_of_peft(config, head)
+    adapter = _with_head(Adapter(name, details["role"], rank, alpha, dropout), head, details["bias"])
+    adapter.pairs = _pairs(tensors, adapter, directory / TENSORS)
+    targets = _targets(config, adapter)
+    return SavedAdapter(adapter, details["base"], details["encoding"], details["extra"], targets)
+
+
+def check_base(saved: SavedAdapter, fingerprint: dict[str, str]) -> None:
+    """Refuses an adapter that was trained on another base.
+
+    The SHA-256 of the weights decides; the name does for adapters of other tools, which record nothing else.
+
+    Raises:
+        AdapterError: with both names.
+    """
+    name, digest = saved.base.get("name", ""), saved.base.get("sha256", "")
+    same = digest == fingerprint["sha256"] if digest else name in ("", fingerprint["name"])
+    if same:
+        return
+    theirs = f"{name} (SHA-256 {digest[:12] or 'unknown'})"
+    ours = f"{fingerprint['name']} (SHA-256 {fingerprint['sha256'][:12]})"
+    hint = f"--base {name}, or train on {fingerprint['name']} again"
+    if not digest:
+        hint += f"; if the two are the same, correct base_model_name_or_path in {CONFIG}"
+    raise AdapterError(f"the adapter is for base {theirs}, not for {ours}", where="base", allowed=name, hint=hint)
 
 
 def files_hash(directory: Path) -> str:
     """SHA-256 over the names and bytes of an adapter directory's files."""
-    digest = hashlib.sha256()
-    for file in sorted(part for part in directory.iterdir() if part.is_file()):
-        digest.update(f"{file.name}:{_sha256(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def encoding_of(directory: Path) -> dict[str, Any]:
-    """The encoding that an adapter on disk was trained with ({} when it says none)."""
-    if (directory / FULL_META).is_file():
-        return dict(full_meta(directory)["encoding"])
-    return dict(read_adapter(directory).encoding)
-
-
-@torch.no_grad()
-def stacked_pairs(model: Model, name: str) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
-    """Rank and (A, B) of an adapter together with the ones beneath it.
-
-    One adapter alone is given as it is. Of several, A is their concatenation along the rank and B that of scale *
-    B, to be used with
-    scale 1; a layer that one of them lacks gets zeros.
-    """
-    chain: list[Adapter] = []
-    at: str | None = name
-    while at is not None:
-        chain.insert(0, model.adapters[at])
-        at = chain[0].beneath
-    if len(chain) == 1:
-        return chain[0].rank, {path: (p.a.detach(), p.b.detach()) for path, p in chain[0].pairs.items()}
-    paths = dict.fromkeys(path for adapter in chain for path in adapter.pairs)
-    out: dict[str, tuple[Tensor, Tensor]] = {}
-    for path in paths:
-        example = next(adapter.pairs[path] for adapter in chain if path in adapter.pairs)
-        a, b = [], []
-        for adapter in chain:
-            pair = adapter.pairs.get(path)
-            a.append(pair.a if pair else example.a.new_zeros(adapter.rank, example.a.shape[1]))
-            b.append(pair.b * pair.scale if pair else example.b.new_zeros(example.b.shape[0], adapter.rank))
-        out[path] = torch.cat(a), torch.cat(b, 1)
-    return sum(adapter.rank for adapter in chain), out
-
-
-def write_full(directory: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-    """A fully tuned adapter, whole or not at all: its tensors, and role, base, encoding and extra in `meta`."""
-    with directory_atomic(directory) as temporary:
-        write_tensors(temporary / FULL_WEIGHTS, tensors, directory)
-        sealed = meta | {"sha256": _sha256(temporary / FULL_WEIGHTS)}
-        (temporary / FULL_META).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
+    lines = [f"{file.name}:{sha256(file)}\n" for file in sorted(directory.iterdir()) if file.is_file()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], target: Path) -> None:
@@ -150,7 +220,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], target: Path) -> No
         plain[name] = held.clone() if address in seen else held
         seen.add(address)
     try:
-        save_file(plain, file)
+        save_file(plain, file, metadata={"format": "pt"})
     except SafetensorError as error:
         # The Rust library reports what the system refused as text only.
         number = re.search(r"os error (\d+)", str(error))
@@ -159,62 +229,144 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], target: Path) -> No
         raise storage_error(target, int(number[1]), str(error)) from error
 
 
-def _load_full(model: Model, directory: Path, name: str, encoder: Encoder | None) -> Adapter:
-    meta = full_meta(directory)
-    if meta["base"]["sha256"] != model.fingerprint["sha256"]:
-        raise AdapterError(
-            f"trained on base {meta['base']['name']}, not on {model.fingerprint['name']}",
-            where=str(directory),
-            hint=f"--base {meta['base']['name']}",
-        )
-    _check_encoding(meta["encoding"], encoder, directory)
-    adapter = Adapter(name, meta["role"])
-    for key, tensor in full_tensors(directory, meta).items():
-        if key == "score.weight":
-            adapter.head = nn.Parameter(tensor)
-        elif key == "score.bias":
-            adapter.bias = nn.Parameter(tensor, requires_grad=meta["role"] == "value")
-        else:
-            adapter.weights[key.removeprefix("base.")] = nn.Parameter(tensor)
-    order = [n for n, _ in model.base.named_parameters()]
-    adapter.weights = {n: adapter.weights[n] for n in order}
-    return model.adopt(adapter)
+def _zeros(adapter: Adapter, example: LowRank) -> LowRank:
+    """A pair of the adapter's rank, for the example's layer, that changes nothing."""
+    a = example.a.new_zeros(adapter.rank, example.a.shape[1])
+    b = example.b.new_zeros(example.b.shape[0], adapter.rank)
+    return LowRank(nn.Parameter(a), nn.Parameter(b), 1.0)
 
 
-def full_tensors(directory: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a fully tuned adapter, which must be those that `full_meta` speaks of.
+def _peft_config(saved: SavedAdapter) -> dict[str, Any]:
+    adapter, classifier = saved.adapter, saved.adapter.head is not None
+    for path in adapter.pairs:
+        assert any(path == end or path.endswith(f".{end}") for end in saved.targets), f"{path} is no target"
+    alpha = int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if classifier else "CAUSAL_LM",
+        "base_model_name_or_path": saved.base.get("name") or None,
+        "r": adapter.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": adapter.dropout,
+        "target_modules": sorted(saved.targets),
+        "modules_to_save": ["score"] if classifier else None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
 
-    Raises:
-        CheckpointError: missing, or changed after saving.
-    """
-    file = directory / FULL_WEIGHTS
+
+def _read_details(directory: Path) -> dict[str, Any] | None:
+    """What perlhf.json says, as it was written; None for a directory of other tools, which have no such file."""
+    file = directory / DETAILS
     if not file.is_file():
-        raise CheckpointError("the weights are missing", where=str(file))
-    if _sha256(file) != meta["sha256"]:
-        raise CheckpointError("SHA-256 differs from the recorded one", where=str(file))
-    return load_file(file)
-
-
-def full_meta(directory: Path) -> dict[str, Any]:
-    """What is said of a fully tuned adapter: role, base, encoding, SHA-256 of the weights.
-
-    Raises:
-        CheckpointError: damaged.
-    """
+        if (directory / FULL_WEIGHTS).is_file():
+            what = f"{FULL_WEIGHTS} without {DETAILS}: copied in part, or made by an earlier version of perlhf"
+            raise AdapterError(what, where=str(directory), hint="copy the directory again, or train again")
+        return None
+    format = _read_json(file).get("format")
+    if format != _FORMAT:
+        what = f"format {format}, of another version of perlhf"
+        raise AdapterError(what, where=str(file), allowed=f"format {_FORMAT}", hint="train the adapter again")
     try:
-        meta = json.loads((directory / FULL_META).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"damaged: {error}", where=str(directory / FULL_META)) from error
-    if not isinstance(meta, dict) or not {"role", "base", "encoding", "sha256"} <= meta.keys():
-        raise CheckpointError("damaged: a key is missing", where=str(directory / FULL_META))
-    return meta
+        return unsealed(file)
+    except ValueError as error:
+        raise _damaged(file, str(error)) from error
+
+
+def _check_plain(config: dict[str, Any], where: str) -> None:
+    """Refuses every setting that isn't known to be plain LoRA, those of later peft versions included."""
+    allowed = "plain LoRA on linear layers"
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"peft_type is {config.get('peft_type')}", where=where, allowed="LORA")
+    if config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_CLS"):
+        raise AdapterError(f"task_type is {config['task_type']}", where=where, allowed="CAUSAL_LM or SEQ_CLS")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"bias: {config['bias']} isn't supported", where=where, allowed="none")
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        what = f"init_lora_weights: {config['init_lora_weights']} changes the base's weights"
+        raise AdapterError(what, where=where, allowed=allowed, hint="convert it to plain LoRA with peft first")
+    extra = set(config.get("modules_to_save") or ()) - {"score", "classifier"}
+    if extra:
+        raise AdapterError(f"modules_to_save has {sorted(extra)[0]}", where=where, allowed="score")
+    for key in sorted(config.keys() - _KNOWN):
+        if config[key]:
+            raise AdapterError(f"{key}: {config[key]} isn't supported", where=where, allowed=allowed)
+
+
+def _numbers(file: Path, config: dict[str, Any]) -> tuple[int, float, float]:
+    """Rank, alpha and dropout; of rsLoRA, whose scale is alpha / sqrt(rank), the alpha that means the same here."""
+    try:
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        dropout = float(config.get("lora_dropout") or 0)
+        if rank < 1:
+            raise ValueError(f"r is {rank}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(file, f"no rank, alpha or dropout: {error}") from error
+    return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha, dropout
+
+
+def _read_tensors(file: Path, expected: str | None) -> dict[str, Tensor]:
+    """The tensors in order of their names, in the file's own memory; `expected` is its SHA-256, where it is known."""
+    if not file.is_file():
+        hint = "save it again as safetensors; pickled adapters (.bin) are never read"
+        raise AdapterError(f"no {file.name} in it", where=str(file.parent), hint=hint)
+    if expected is not None and sha256(file) != expected:
+        raise _damaged(file, f"its SHA-256 is not the one in {DETAILS}")
+    try:
+        # safetensors gives another order in every process; optimisers know their parameters by it.
+        return dict(sorted(load_file(file).items()))
+    except SafetensorError as error:
+        raise _damaged(file, str(error)) from error
+
+
+def _with_head(adapter: Adapter, head: Tensor | None, bias: float) -> Adapter:
+    if head is not None:
+        adapter.head = nn.Parameter(head.to(torch.float32, copy=True))
+        adapter.bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32), adapter.role == "value")
+    return adapter
+
+
+def _pairs(tensors: dict[str, Tensor], adapter: Adapter, where: Path) -> dict[str, LowRank]:
+    """Pairs by module path; every tensor must belong to one of the right shape."""
+    a_end, b_end, rank = ".lora_A.weight", ".lora_B.weight", adapter.rank
+    paths = [name[len(_PREFIX) : -len(a_end)] for name in tensors if name.startswith(_PREFIX) and name.endswith(a_end)]
+    pairs = {}
+    for path in paths:
+        a, b = tensors.pop(f"{_PREFIX}{path}{a_end}"), tensors.pop(f"{_PREFIX}{path}{b_end}", None)
+        if b is None:
+            raise AdapterError(f"{path} has lora_A without lora_B", where=str(where))
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
+            what = f"{path}: A {list(a.shape)} and B {list(b.shape)} are no pair of rank {rank}"
+            raise AdapterError(what, where=str(where), allowed="A [rank, in] and B [out, rank] of linear layers")
+        a, b = (nn.Parameter(tensor.to(torch.float32, copy=True)) for tensor in (a, b))
+        pairs[path] = LowRank(a, b, adapter.alpha / rank, adapter.dropout)
+    if tensors:
+        what = f"unknown tensor {sorted(tensors)[0]}"
+        raise AdapterError(what, where=str(where), allowed=f"lora_A, lora_B, {_HEAD}")
+    if not pairs:
+        raise AdapterError("no lora_A and lora_B in it", where=str(where))
+    return pairs
+
+
+def _targets(config: dict[str, Any], adapter: Adapter) -> list[str]:
+    """The listed module names; full paths where peft chose modules by a pattern or by layer."""
+    names = config.get("target_modules")
+    everywhere = config.get("layers_to_transform") is None and not config.get("exclude_modules")
+    return sorted(names) if isinstance(names, list) and everywhere else sorted(adapter.pairs)
+
+
+def _details_of_peft(config: dict[str, Any], head: Tensor | None) -> dict[str, Any]:
+    """What perlhf.json would say of an adapter of other tools, as far as it is known."""
+    base = {"name": config.get("base_model_name_or_path") or "", "sha256": ""}
+    return {"role": "sft" if head is None else "reward", "bias": 0.0, "base": base, "encoding": {}, "extra": {}}
 
 
 def _check_encoding(trained: dict[str, Any], encoder: Encoder | None, directory: Path) -> None:
     if encoder is None or not trained:
         return
     now = encoder.identity()
-    for key in ("system", "template_sha256", "end_token"):
+    for key in ENCODING:
         if key in trained and trained[key] != now[key]:
             option = "encoding.template" if key != "system" else "encoding.system"
             raise AdapterError(
@@ -224,9 +376,23 @@ def _check_encoding(trained: dict[str, Any], encoder: Encoder | None, directory:
             )
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"no {path.name} in it", where=str(path.parent), allowed="an adapter directory") from error
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, "it is no JSON object")
+    return value
+
+
+def _damaged(path: Path, why: str) -> AdapterError:
+    return AdapterError(f"damaged: {why}", where=str(path), hint="copy or export the adapter again")
+
+
+def _strangers(directory: Path) -> list[str]:
+    if not directory.is_dir():
+        return [directory.name]
+    return sorted(entry.name for entry in directory.iterdir() if entry.name not in _OURS)

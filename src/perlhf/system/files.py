@@ -108,6 +108,28 @@ def sha256(*files: Path) -> str:
     return digest.hexdigest()
 
 
+def sealed(said: dict[str, Any]) -> bytes:
+    """JSON of `said` with a last key `seal`, the SHA-256 of all the rest, by which `unsealed` sees every change."""
+    seal = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    return (json.dumps(said | {"seal": seal}, indent=2) + "\n").encode()
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    """What `sealed` was given when it made the content of this file.
+
+    Raises:
+        ValueError: a byte of the file was changed since, or it never was sealed.
+        OSError: it can't be read.
+    """
+    content = path.read_bytes()
+    said = json.loads(content)
+    if isinstance(said, dict):
+        said.pop("seal", None)
+        if content == sealed(said):
+            return said
+    raise ValueError("it was changed after saving")
+
+
 @contextmanager
 def directory_atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary directory beside `path` that becomes `path` when the block ends without an exception.

@@ -1,12 +1,11 @@
 """Checkpoints of a run: `RUN/checkpoints/00000020/{name}.safetensors` and `state.json`.
 
 A checkpoint is a directory that gets its name by a rename once everything in it is on disk, so a process killed at any
-moment leaves the previous one as the newest. `state.json` holds the SHA-256 of each tensor file, and of itself.
+moment leaves the previous one as the newest. `state.json` holds the SHA-256 of each tensor file, and a seal of its own.
 """
 
-import hashlib
-import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from perlhf.errors import CheckpointError
 from perlhf.model import saved
 from perlhf.runs.manifest import CHECKPOINTS
-from perlhf.system.files import directory_atomic, remove_directory, storage_errors
+from perlhf.system.files import directory_atomic, remove_directory, sealed, sha256, storage_errors, unsealed
 
 STATE_FILE, KEEP_LAST = "state.json", 2
 
@@ -56,7 +55,6 @@ def save(
         StorageError: it can't be written; older checkpoints are untouched and nothing half-written is left.
     """
     assert step >= 0 and keep_last >= 1, f"step {step}, keep_last {keep_last}"
-    state_text = json.dumps(state)
     assert _survives_json(state), "state must have string keys, lists (no tuples) and plain numbers"
     target = _directory(run_dir, step)
     with directory_atomic(target) as temporary:
@@ -64,9 +62,8 @@ def save(
         for name, named_tensors in tensors.items():
             file = temporary / f"{name}.safetensors"
             saved.write_tensors(file, named_tensors, target)
-            sums[file.name] = _sha256(file)
-        body = f'{{"step":{step},"files":{json.dumps(sums)},"state":{state_text}}}'
-        (temporary / STATE_FILE).write_bytes(_sealed(body.encode()))
+            sums[file.name] = sha256(file)
+        (temporary / STATE_FILE).write_bytes(sealed({"step": step, "files": sums, "state": state}))
     prune(run_dir, step, pinned, keep_last)
     return target
 
@@ -102,13 +99,12 @@ def load(run_dir: Path, step: int | None = None) -> Checkpoint | None:
             f"no checkpoint of step {step}", where=str(run_dir / CHECKPOINTS), allowed=f"steps: {found}"
         )
     directory = _directory(run_dir, step)
-    damage = _damage(directory)
-    if damage:
-        file, what = damage
-        raise CheckpointError(what, where=str(file), hint=_way_back(run_dir, step))
-    body = _body(directory)
-    tensors = {Path(name).stem: load_file(directory / name) for name in body["files"]}
-    return Checkpoint(step=step, tensors=tensors, state=body["state"])
+    try:
+        said = _intact(directory)
+    except CheckpointError as error:
+        raise CheckpointError(error.what, where=error.where, hint=_way_back(run_dir, step)) from error
+    tensors = {Path(name).stem: load_file(directory / name) for name in said["files"]}
+    return Checkpoint(step=step, tensors=tensors, state=said["state"])
 
 
 def _directory(run_dir: Path, step: int) -> Path:
@@ -121,41 +117,31 @@ def _steps(run_dir: Path) -> list[int]:
     return sorted(int(file.parent.name) for file in found if re.fullmatch(r"\d{8,}", file.parent.name))
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _intact(directory: Path) -> dict[str, Any]:
+    """What `state.json` says, once it and every file that it names are seen to be as they were written.
 
-
-_SEAL_HEAD, _SEAL_MIDDLE, _SEAL_END = b'{"sha256":"', b'","checkpoint":', b"}\n"
-_BODY_START = len(_SEAL_HEAD) + 64 + len(_SEAL_MIDDLE)
-
-
-def _sealed(body: bytes) -> bytes:
-    """JSON with the hash of its own content; any changed byte shows."""
-    return _SEAL_HEAD + hashlib.sha256(body).hexdigest().encode() + _SEAL_MIDDLE + body + _SEAL_END
-
-
-def _body(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / STATE_FILE).read_bytes())["checkpoint"]
-
-
-def _damage(directory: Path) -> tuple[Path, str] | None:
-    """The first file that isn't as it was written and what is wrong with it, or None."""
-    raw = (directory / STATE_FILE).read_bytes()
-    if raw != _sealed(raw[_BODY_START : -len(_SEAL_END)]):
-        return directory / STATE_FILE, "the checkpoint's state is damaged: its content doesn't match its SHA-256"
-    for name, expected in _body(directory)["files"].items():
+    Raises:
+        CheckpointError: the first file that isn't.
+    """
+    try:
+        said = unsealed(directory / STATE_FILE)
+    except ValueError as error:
+        what = f"the checkpoint's state is damaged: {error}"
+        raise CheckpointError(what, where=str(directory / STATE_FILE)) from error
+    for name, expected in said["files"].items():
         file = directory / name
         if not file.is_file():
-            return file, "a file of the checkpoint is missing"
-        if (found := _sha256(file)) != expected:
-            return file, f"the checkpoint is damaged: SHA-256 {found[:12]}… instead of {expected[:12]}…"
-    return None
+            raise CheckpointError("a file of the checkpoint is missing", where=str(file))
+        if (actual := sha256(file)) != expected:
+            what = f"the checkpoint is damaged: SHA-256 {actual[:12]}… instead of {expected[:12]}…"
+            raise CheckpointError(what, where=str(file))
+    return said
 
 
 def _way_back(run_dir: Path, damaged: int) -> str:
     for older in reversed([step for step in _steps(run_dir) if step < damaged]):
-        if _damage(_directory(run_dir, older)) is None:
+        with suppress(CheckpointError):
+            _intact(_directory(run_dir, older))
             bad = _directory(run_dir, damaged)
             return f"step {older} is still good: delete {bad} and run the same command to continue from it"
     return f"no older checkpoint is intact; delete {run_dir} to start again"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perlhf.errors import AdapterError
 from perlhf.kernels.modules import AdaptedLinear, match_targets
-from perlhf.method.lora import LowRank, adapted_linear, new_pair
+from perlhf.method.lora import LowRank, adapted_linear, mean, new_pair, stacked
 
 
 def slow(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None, scale: float) -> Tensor:
@@ -173,6 +173,27 @@ class TestLayer:
     def test_adapters_are_no_parameters_of_the_base(self, layer: AdaptedLinear) -> None:
         layer.pairs["a"] = self.pair(1, 2, 0.5)
         assert sorted(dict(layer.named_parameters())) == ["bias", "weight"]
+
+
+def three_pairs() -> list[LowRank]:
+    """Of rank 1: scales 2, 3 and 4."""
+    rows = [([1.0, 1.0], [1.0, 0.0], 2.0), ([1.0, 0.0], [0.0, 1.0], 3.0), ([0.0, 1.0], [1.0, 1.0], 4.0)]
+    return [LowRank(nn.Parameter(torch.tensor([a])), nn.Parameter(torch.tensor([b]).T), s, 0.1) for a, b, s in rows]
+
+
+def test_stacked_by_hand() -> None:
+    """2 [1 0]' [1 1] + 3 [0 1]' [1 0] + 4 [1 1]' [0 1] = [[2, 6], [3, 4]]."""
+    pair = stacked(three_pairs())
+    assert (pair.a.shape, pair.b.shape, pair.scale, pair.dropout) == ((3, 2), (2, 3), 1.0, 0.0)
+    assert (pair.b @ pair.a).tolist() == [[2.0, 6.0], [3.0, 4.0]]
+
+
+def test_mean_by_hand() -> None:
+    """A third of the sum, as one pair of rank 3."""
+    pair = mean(three_pairs())
+    assert (pair.a.shape, pair.b.shape, pair.scale, pair.dropout) == ((3, 2), (2, 3), 1.0, 0.0)
+    torch.testing.assert_close(pair.b @ pair.a, torch.tensor([[2.0, 6.0], [3.0, 4.0]]) / 3)
+    assert pair.a.requires_grad and pair.a.is_leaf
 
 
 def test_new_pair_is_a_zero_update() -> None:

@@ -6,7 +6,9 @@ from perlhf.system.files import (
     read_json,
     remove_directory,
     remove_leftovers,
+    sealed,
     sha256,
+    unsealed,
     write_atomic,
     write_json,
 )
@@ -107,3 +109,27 @@ def test_sha256_of_files_is_that_of_their_bytes_in_a_row(tmp_path):
     assert sha256(tmp_path / "a", tmp_path / "b") == whole
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a") == whole
+
+
+SAID = {"name": "Größe ☕", "numbers": [1, 0.1, float("-inf"), None, True], "deep": {"x": [{}]}}
+
+
+def test_what_was_sealed_is_read_back(tmp_path):
+    """`printf '{"a": 1}' | sha256sum`."""
+    assert sealed({"a": 1}).decode().splitlines() == [
+        "{",
+        '  "a": 1,',
+        '  "seal": "f9d86028c6e0d64e225186f96acb69338b2c59764df79162107f5c4bb34d1310"',
+        "}",
+    ]
+    (tmp_path / "a.json").write_bytes(sealed(SAID))
+    assert unsealed(tmp_path / "a.json") == SAID
+
+
+def test_any_changed_byte_breaks_the_seal(tmp_path):
+    file, good = tmp_path / "a.json", sealed(SAID)
+    changed = [good[:at] + bytes([good[at] ^ bit]) + good[at + 1 :] for at in range(len(good)) for bit in (1, 32)]
+    for content in (*changed, b"", good[:-1], good + b"\n", b"[]", b"{}", b'{"name": 1}'):
+        file.write_bytes(content)
+        with pytest.raises(ValueError):
+            unsealed(file)

@@ -4,15 +4,19 @@ import json
 import resource
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from perlhf.errors import AdapterError, PerlhfError, StorageError
-from perlhf.model.adapter_files import AdapterFiles, check_base, read_adapter, write_adapter
+from perlhf.method.lora import LowRank
+from perlhf.model.adapter import Adapter, Role
+from perlhf.model.saved import SavedAdapter, check_base, read_adapter, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -41,55 +45,73 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(tiny_config()).eval()
 
 
-def adapter(model: LlamaForCausalLM, head: torch.Tensor | None = None) -> AdapterFiles:
+def adapter(model: LlamaForCausalLM, head: torch.Tensor | None = None) -> SavedAdapter:
     """Random pairs (B not zero) on every attention projection."""
-    weights = {}
+    made = Adapter("adapter", "sft" if head is None else "reward", RANK, ALPHA)
     for path, module in model.named_modules():
         if path.rsplit(".", 1)[-1] in TARGETS:
-            assert isinstance(module, torch.nn.Linear)
-            weights[path] = (torch.randn(RANK, module.in_features), torch.randn(module.out_features, RANK) * 0.1)
-    return AdapterFiles(
-        weights=weights,
-        rank=RANK,
-        alpha=ALPHA,
-        dropout=0.0,
-        targets=TARGETS,
-        head=head,
-        bias=0.0 if head is None else -0.75,
-        role="sft" if head is None else "reward",
-        base=BASE,
-        encoding={"template": "tokenizer", "max_tokens": 1024},
-        extra={"step": 20},
-    )
+            assert isinstance(module, nn.Linear)
+            a, b = torch.randn(RANK, module.in_features), torch.randn(module.out_features, RANK) * 0.1
+            made.pairs[path] = LowRank(nn.Parameter(a), nn.Parameter(b), ALPHA / RANK)
+    if head is not None:
+        made.head, made.bias = nn.Parameter(head), nn.Parameter(torch.tensor([-0.75]), requires_grad=False)
+    return SavedAdapter(made, BASE, {"template": "tokenizer", "max_tokens": 1024}, {"step": 20}, TARGETS)
 
 
-def merge_by_hand(model: LlamaForCausalLM, files: AdapterFiles, scale: float) -> None:
+def full(role: Role = "reward") -> SavedAdapter:
+    """All weights of a network with two tensors that are one."""
+    weight = nn.Parameter(torch.randn(3, 2))
+    made = Adapter("adapter", role, weights={"lm_head.weight": weight, "model.embed.weight": weight})
+    if role in ("reward", "value"):
+        made.head, made.bias = nn.Parameter(torch.randn(1, 2)), nn.Parameter(torch.tensor([0.1]))
+    return SavedAdapter(made, BASE, {"system": "Größe ☕"}, {"step": 20})
+
+
+def with_alpha(saved: SavedAdapter, alpha: float) -> SavedAdapter:
+    pairs = {path: replace(pair, scale=alpha / RANK) for path, pair in saved.adapter.pairs.items()}
+    return replace(saved, adapter=replace(saved.adapter, alpha=alpha, pairs=pairs))
+
+
+@torch.no_grad()
+def merge_by_hand(model: LlamaForCausalLM, saved: SavedAdapter, scale: float) -> None:
     """W + scale B A, written out."""
-    for path, (a, b) in files.weights.items():
-        model.get_parameter(f"{path}.weight").data += scale * (b @ a)
+    for path, pair in saved.adapter.pairs.items():
+        model.get_parameter(f"{path}.weight").data += scale * (pair.b @ pair.a)
 
 
-def same(found: AdapterFiles, expected: AdapterFiles) -> None:
+def same(found: SavedAdapter, expected: SavedAdapter) -> None:
     """Equality of everything, tensors by value."""
-    assert found.weights.keys() == expected.weights.keys()
-    for path, (a, b) in expected.weights.items():
-        assert torch.equal(found.weights[path][0], a) and torch.equal(found.weights[path][1], b)
-    if found.head is None or expected.head is None:
-        assert found.head is expected.head
-    else:
-        assert torch.equal(found.head, expected.head)
-    plain = {"weights": {}, "head": None}
-    assert replace(found, **plain) == replace(expected, **plain)
+    ours, theirs = found.adapter, expected.adapter
+    assert ours.tensors().keys() == theirs.tensors().keys()
+    for name, tensor in theirs.tensors().items():
+        assert torch.equal(ours.tensors()[name], tensor), name
+    assert {path: (p.scale, p.dropout) for path, p in ours.pairs.items()} == {
+        path: (p.scale, p.dropout) for path, p in theirs.pairs.items()
+    }
+    plain: dict[str, Any] = {"pairs": {}, "weights": {}, "head": None, "bias": None}
+    assert replace(ours, **plain) == replace(theirs, **plain)
+    nothing = Adapter("", "sft")
+    assert replace(found, adapter=nothing) == replace(expected, adapter=nothing)
 
 
 def test_round_trip(tmp_path: Path, model: LlamaForCausalLM) -> None:
-    for name, files in (("sft", adapter(model)), ("reward", adapter(model, head=torch.randn(1, 64)))):
-        write_adapter(tmp_path / name, files)
+    for name, saved in (("sft", adapter(model)), ("reward", adapter(model, head=torch.randn(1, 64)))):
+        write_adapter(tmp_path / name, saved)
         found = read_adapter(tmp_path / name)
-        same(found, files)
-        assert list(found.weights) == sorted(files.weights), "the order of an optimiser's parameters"
+        same(found, saved)
+        assert list(found.adapter.pairs) == sorted(saved.adapter.pairs), "the order of an optimiser's parameters"
         names = sorted(path.name for path in (tmp_path / name).iterdir())
         assert names == ["adapter_config.json", "adapter_model.safetensors", "perlhf.json"]
+
+
+@pytest.mark.parametrize("role", ["sft", "reward", "policy", "value"])
+def test_round_trip_of_full_tuning(tmp_path: Path, role: Role) -> None:
+    saved = full(role)
+    write_adapter(tmp_path / "a", saved)
+    found = read_adapter(tmp_path / "a")
+    same(found, saved)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["full_weights.safetensors", "perlhf.json"]
+    assert found.adapter.bias is None or found.adapter.bias.requires_grad == (role == "value")
 
 
 def test_real_peft_gives_the_logits_of_the_hand_merged_model(tmp_path: Path, model: LlamaForCausalLM) -> None:
@@ -140,11 +162,13 @@ def test_reads_what_real_peft_saves(tmp_path: Path, model: LlamaForCausalLM, use
     trained = get_peft_model(model, config).eval()
     trained.save_pretrained(str(tmp_path / "peft"))
     files = read_adapter(tmp_path / "peft")
-    assert (files.rank, files.dropout, files.role, files.bias) == (4, 0.25, "sft", 0.0)
+    theirs = files.adapter
+    assert (theirs.rank, theirs.dropout, theirs.role, theirs.bias) == (4, 0.25, "sft", None)
     assert files.targets == TARGETS
-    assert len(files.weights) == 8 and "model.layers.1.self_attn.o_proj" in files.weights
+    assert len(theirs.pairs) == 8 and "model.layers.1.self_attn.o_proj" in theirs.pairs
     # peft scales by alpha / rank, or by alpha / sqrt(rank) with rslora: 6 / 4 or 6 / 2
-    assert files.alpha / files.rank == pytest.approx(3.0 if use_rslora else 1.5)
+    scale = pytest.approx(3.0 if use_rslora else 1.5)
+    assert theirs.alpha / theirs.rank == scale and all(pair.scale == scale for pair in theirs.pairs.values())
     merge_by_hand(bare, files, scale=3.0 if use_rslora else 1.5)
     with torch.no_grad():
         torch.testing.assert_close(trained(IDS).logits, bare(IDS).logits, rtol=1e-4, atol=1e-4)
@@ -157,10 +181,11 @@ def test_reads_a_classifier_of_real_peft(tmp_path: Path, model: LlamaForCausalLM
     trained = get_peft_model(classifier, config)
     trained.save_pretrained(str(tmp_path / "peft"))
     files = read_adapter(tmp_path / "peft")
-    assert files.role == "reward" and files.head is not None
-    assert torch.equal(files.head, trained.get_parameter("base_model.model.score.modules_to_save.default.weight"))
-    assert files.targets == sorted(files.weights)  # layer 0 only: plain names would match layer 1 as well
-    assert {path.split(".")[2] for path in files.weights} == {"0"} and len(files.weights) == 7
+    theirs = files.adapter
+    assert theirs.role == "reward" and theirs.head is not None and theirs.bias is not None and theirs.bias.item() == 0
+    assert torch.equal(theirs.head, trained.get_parameter("base_model.model.score.modules_to_save.default.weight"))
+    assert files.targets == sorted(theirs.pairs)  # layer 0 only: plain names would match layer 1 as well
+    assert {path.split(".")[2] for path in theirs.pairs} == {"0"} and len(theirs.pairs) == 7
     assert files.base == {"name": str(tmp_path / "base"), "sha256": ""}
 
 
@@ -175,10 +200,10 @@ def test_keys_and_config_are_those_of_peft(tmp_path: Path, model: LlamaForCausal
     assert (config["r"], config["lora_alpha"]) == (4, 6)
 
 
-@pytest.mark.parametrize("offset", [-1, -4000])
-def test_a_flipped_byte_is_found(tmp_path: Path, model: LlamaForCausalLM, offset: int) -> None:
-    write_adapter(tmp_path / "a", adapter(model))
-    path = tmp_path / "a" / "adapter_model.safetensors"
+@pytest.mark.parametrize(("tuning", "offset"), [("lora", -1), ("lora", -4000), ("full", -1), ("full", 20)])
+def test_a_flipped_byte_is_found(tmp_path: Path, model: LlamaForCausalLM, tuning: str, offset: int) -> None:
+    write_adapter(tmp_path / "a", adapter(model) if tuning == "lora" else full())
+    path = next((tmp_path / "a").glob("*.safetensors"))
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
     path.write_bytes(data)
@@ -231,6 +256,26 @@ def test_details_that_were_changed_are_found(
         read_adapter(tmp_path / "a")
 
 
+def test_details_of_full_tuning_that_were_changed_are_found(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", full())
+    file = tmp_path / "a" / "perlhf.json"
+    file.write_text(file.read_text().replace('"role": "reward"', '"role": "value"'))
+    with pytest.raises(AdapterError, match=r"perlhf\.json: damaged: it was changed after saving"):
+        read_adapter(tmp_path / "a")
+
+
+def test_files_of_an_earlier_version_are_refused_as_such(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    write_adapter(tmp_path / "a", adapter(model))
+    file = tmp_path / "a" / "perlhf.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
+    with pytest.raises(AdapterError, match=r"perlhf\.json: format 1, of another version of perlhf\n"):
+        read_adapter(tmp_path / "a")
+    write_adapter(tmp_path / "full", full())
+    (tmp_path / "full" / "perlhf.json").rename(tmp_path / "full" / "perlhf_full.json")
+    with pytest.raises(AdapterError, match=r"without perlhf\.json: .*, or made by an earlier version"):
+        read_adapter(tmp_path / "full")
+
+
 def test_refuses_strange_tensors(tmp_path: Path, model: LlamaForCausalLM) -> None:
     trained = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules=TARGETS))
     trained.save_pretrained(str(tmp_path))
@@ -254,8 +299,10 @@ def test_refuses_strange_tensors(tmp_path: Path, model: LlamaForCausalLM) -> Non
 
 
 def test_missing_and_damaged_files(tmp_path: Path, model: LlamaForCausalLM) -> None:
-    with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
+    with pytest.raises(AdapterError, match="no adapter at"):
         read_adapter(tmp_path / "nowhere")
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
+        read_adapter(tmp_path)
     write_adapter(tmp_path / "a", adapter(model))
     for name, text in (("perlhf.json", "{"), ("perlhf.json", "[]"), ("adapter_config.json", '{"r": ')):
         kept = (tmp_path / "a" / name).read_text()
@@ -267,6 +314,12 @@ def test_missing_and_damaged_files(tmp_path: Path, model: LlamaForCausalLM) -> N
     with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors") as error:
         read_adapter(tmp_path / "a")
     assert "never read" in str(error.value)
+    config = tmp_path / "a" / "adapter_config.json"
+    (tmp_path / "a" / "adapter_model.bin").rename(tmp_path / "a" / "adapter_model.safetensors")
+    for number in (0, "many", None):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"r": number}))
+        with pytest.raises(AdapterError, match="no rank, alpha or dropout"):
+            read_adapter(tmp_path / "a")
 
 
 def test_another_base_is_refused_with_both_names(model: LlamaForCausalLM) -> None:
@@ -292,7 +345,7 @@ def test_base_of_a_foreign_adapter_goes_by_name(model: LlamaForCausalLM) -> None
 def test_overwrites_an_adapter_but_nothing_else(tmp_path: Path, model: LlamaForCausalLM) -> None:
     files = adapter(model)
     write_adapter(tmp_path / "a", files)
-    changed = replace(files, alpha=2.5, extra={"step": 40})
+    changed = with_alpha(replace(files, extra={"step": 40}), 2.5)
     write_adapter(tmp_path / "a", changed)
     same(read_adapter(tmp_path / "a"), changed)
     (tmp_path / "a" / "thesis.txt").write_text("mine")
@@ -309,7 +362,7 @@ def test_full_disk_leaves_the_old_adapter(tmp_path: Path, model: LlamaForCausalL
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a file of more than 1000 bytes fails, as on a full disk
     try:
         with pytest.raises(StorageError, match="can't write"):
-            write_adapter(tmp_path / "a", replace(files, alpha=99.0))
+            write_adapter(tmp_path / "a", with_alpha(files, 99.0))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     same(read_adapter(tmp_path / "a"), files)
