@@ -305,7 +305,7 @@ class Model:
         if layout.nodes is not None:
             # A four-dimensional mask is passed on as it is: the tree's attention needs none and no [T, T] one is built.
             inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
-            inputs |= {"position_ids": layout.positions.to(self.device), "tree": layout.nodes}
+            inputs |= {"position_ids": layout.positions.to(self.device), "tree": tree_attention.Tree(layout.nodes)}
         states = self._run(adapter, dropout=dropout, **inputs)
         return states.reshape(-1, states.shape[-1])[torch.tensor(list(wanted), dtype=torch.long, device=self.device)]
 
