@@ -1,8 +1,8 @@
 """Times attention over a prefix tree, forward and backward, for nodes and paths of several lengths.
 
-Each row is one node of SmolLM2-135M's shape (9 heads, 3 for keys, width 64) in the given dtype. Beside the two parts
-without a mask: the same written out (what runs where torch has no such kernel) and torch's own attention with a mask.
-Medians of the repeats; the ways alternate. Prints one JSON line, then a table.
+Each row is one node of SmolLM2-135M's shape (9 heads, 3 for keys, width 64) in the given dtype: our own kernel beside
+torch's attention under a mask, which is what runs where none is compiled. Medians of the repeats; the ways alternate.
+Prints one JSON line, then a table.
 Run: python benchmarks/attention.py --threads 1
 """
 
@@ -10,13 +10,13 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perlhf.kernels import kv_cache, tree_attention
+from perlhf.kernels import cpu
+from perlhf.kernels.tree_attention import Tree, tree_attention
 from perlhf.method.packing import Node
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="times of which the median is taken")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of queries, keys, values")
     arguments = parser.parse_args()
+    if cpu.library() is None:
+        parser.error(f"the kernels are {cpu.state()}")
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
     rows = [measure(length, past, dtype, arguments.repeats) for length, past in SHAPES]
@@ -46,25 +48,21 @@ def measure(length: int, past: int, dtype: torch.dtype, repeats: int) -> dict[st
     """Median milliseconds of each way's forward and backward."""
     total = length + past
     tensors = [torch.randn(heads, total, WIDTH).to(dtype).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    node = Node(past, length, ((0, past),) if past else ())
     upper = torch.full((length, length), -torch.inf).triu(1)
     mask = torch.cat([torch.zeros(length, past), upper], 1).to(dtype)
     grad = torch.randn(HEADS, length, WIDTH).to(dtype)
 
-    def tree(kernels: tuple[str, ...]) -> Callable[[], Tensor]:
-        def compute() -> Tensor:
-            kv_cache.KERNELS = kernels
-            return tree_attention.tree_attention(tensors[0], tensors[1], tensors[2], [node], WIDTH**-0.5)[:, past:]
+    tree = Tree([Node(past, length, ((0, past),) if past else ())])
 
-        return compute
+    def native() -> Tensor:
+        return tree_attention(tensors[0], tensors[1], tensors[2], tree, WIDTH**-0.5)[:, past:]
 
-    def stock() -> Tensor:
+    def masked() -> Tensor:
         query, key, value = (tensor[None] for tensor in tensors)
         return F.scaled_dot_product_attention(query[:, :, past:], key, value, mask, enable_gqa=True)[0]
 
-    ways = {"parts": tree(kv_cache.KERNELS), "written out": tree(()), "torch": stock}
+    ways = {"kernel": native, "masked": masked}
     found: dict[str, list[float]] = {f"{name} {part}": [] for name in ways for part in ("forward", "backward")}
-    default = kv_cache.KERNELS
     for _ in range(repeats):
         for name, way in ways.items():
             began = time.perf_counter()
@@ -73,7 +71,6 @@ def measure(length: int, past: int, dtype: torch.dtype, repeats: int) -> dict[st
             out.backward(grad)
             found[f"{name} forward"].append(1e3 * (middle - began))
             found[f"{name} backward"].append(1e3 * (time.perf_counter() - middle))
-    kv_cache.KERNELS = default
     return {"length": length, "past": past, **{name: statistics.median(times) for name, times in found.items()}}
 
 

@@ -1,12 +1,20 @@
 """A CPU's own kernels: attention over a prefix tree, norms and gated products, each in one pass over memory.
 
-They are compiled by the system's C++ compiler when they are first wanted, once for each processor, and kept in the
-cache; where there is none, callers compute the same with torch's operations, which are their twin in the tests.
+Their sources are in `cpp/`. They are compiled by the system's C++ compiler when they are first wanted, once for each
+processor, and kept in the cache; where there is none, callers compute the same with torch's operations, which are their
+twin in the tests.
 """
 
 import ctypes
 import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +24,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perlhf.kernels import cpu_build
 from perlhf.system.machine import cache_dir
 
 FEW_ROWS = 64
 """Rows up to which a linear layer's own kernel is faster than oneDNN's."""
 BLOCK = 32
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+VARIABLE = "PERLHF_KERNELS"
+"""`off` in the environment computes with torch's operations alone."""
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = "-std=c++17 -O3 -march=native -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+X86_FLAGS = ["-mprefer-vector-width=512"]
+SOURCES = Path(__file__).parent / "cpp"
 
 _wanted, _sampling = True, False
 
@@ -40,7 +53,7 @@ def usable(*tensors: Tensor) -> bool:
 
 def state() -> str:
     """What stands in a run's manifest: `compiled`, or why not; before they were wanted, what is to be expected."""
-    return _load()[1] if _load.cache_info().currsize else cpu_build.compiler()[1]
+    return _load()[1] if _load.cache_info().currsize else compiler()[1]
 
 
 def library() -> ctypes.CDLL | None:
@@ -131,6 +144,16 @@ def int64s(numbers: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
+def compiler() -> tuple[str | None, str]:
+    """The compiler, and "compiled"; None and why not: not wanted, not there, not for this system."""
+    if os.environ.get(VARIABLE) == "off":
+        return None, f"off (${VARIABLE})"
+    if sys.platform == "win32":
+        return None, "off (not for Windows)"
+    path = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    return (path, "compiled") if path else (None, "off (no C++ compiler; g++ would make a CPU twice as fast)")
+
+
 _kernels: dict[tuple[str, torch.dtype], Any] = {}
 
 
@@ -142,12 +165,64 @@ def _has_linear() -> bool:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    compiler, why = cpu_build.compiler()
-    if compiler is None:
+    path, why = compiler()
+    if path is None:
         return None, why
     for threads, state in (("-fopenmp", "compiled"), ("-fopenmp-simd", "compiled for one thread")):
         try:
-            return ctypes.CDLL(str(cpu_build.compile_kernels(compiler, threads))), state
+            return ctypes.CDLL(str(_compiled(path, threads))), state
         except (OSError, subprocess.CalledProcessError):
             continue
-    return None, f"off ({Path(compiler).name} could not compile them, or {cache_dir()} can't be written)"
+    return None, f"off ({Path(path).name} could not compile them, or {cache_dir()} can't be written)"
+
+
+def _compiled(compiler: str, threads: str) -> Path:
+    """The library of the kernels, compiled where it isn't in the cache.
+
+    Args:
+        threads: `-fopenmp` runs them on torch's own threads, where its library has what this compiler asks for;
+            `-fopenmp-simd` on one.
+
+    Raises:
+        OSError: the cache can't be written.
+        subprocess.CalledProcessError: the compiler failed.
+    """
+    flags = [*FLAGS, *(X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else []), threads]
+    sources = sorted(SOURCES.iterdir())
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+    key.update("\0".join((compiler, _version(compiler), _processor(), *flags)).encode())
+    where = cache_dir() / "kernels" / f"{key.hexdigest()[:32]}.so"
+    if not where.is_file():
+        _compile([compiler, *flags], [source for source in sources if source.suffix == ".cpp"], where)
+    return where
+
+
+def _compile(command: Sequence[str], sources: Sequence[Path], where: Path) -> None:
+    """Writes the library; processes that compile at one time don't disturb each other."""
+    where.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=where.parent) as directory:
+        objects = [str(Path(directory, source.stem + ".o")) for source in sources]
+        running = [
+            subprocess.Popen([*command, "-c", str(source), "-o", to], stderr=subprocess.DEVNULL)
+            for source, to in zip(sources, objects, strict=True)
+        ]
+        codes = [process.wait() for process in running]
+        if any(codes):
+            raise subprocess.CalledProcessError(1, command[0])
+        # Linked without the compiler's own thread library: torch has loaded one, and two would fight for the cores.
+        built = str(Path(directory, "built.so"))
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        subprocess.run([command[0], "-shared", *undefined, *objects, "-o", built], check=True, capture_output=True)
+        os.replace(built, where)
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: machines may share a home directory."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text("utf-8", errors="replace") if info.is_file() else ""
+    lines = [re.search(rf"^{field}\s*:.*$", text, re.MULTILINE) for field in ("model name", "flags", "Features")]
+    return " ".join([platform.machine(), platform.processor(), *(line[0] for line in lines if line)])

@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from perlhf.kernels import cpu
 from perlhf.method.packing import length_mask
 
-KERNELS = ("cpu",)
-"""Devices with torch's flash kernel that tells its log-sums; CUDA has one too, elsewhere it is written out."""
 ALIGNED = 16
 """Elements to a multiple of which rows of a mask are laid out in memory, as CUDA's kernel wants them."""
 GROW = 64
@@ -44,9 +42,9 @@ class KeyValueCache:
         """Whether a step changes no tensor's shape."""
         self._prompts: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
-        # Rounded logits would move the probabilities: products are float32. Torch's kernel wants all tensors so.
-        self._dtype = torch.float32 if device.type in KERNELS and cpu.library() is None else None
-        self._adds_up_wide = device.type == "cuda"  # CUDA's kernel computes them so itself
+        # Rounded logits would move the probabilities: products are float32. A CPU converts what it keeps once.
+        self._dtype = torch.float32 if device.type == "cpu" and cpu.library() is None else None
+        self._adds_up_wide = device.type == "cuda"  # its kernel computes them so itself
 
     def fork(self, samples: int, most: int | None = None) -> None:
         """`samples` rows for each prompt, ordered by prompt; on `FIXED` devices with room for `most` tokens at once."""
@@ -100,7 +98,7 @@ class KeyValueCache:
             return self._attend_natively(layer, query, key, value, scaling)
         share, dtype = heads // kv_heads, query.dtype if self._adds_up_wide else torch.float32
         q = query.to(dtype).reshape(count, kv_heads, share, width)
-        past, past_sum = attend_part(self._by_prompt(q), keys.to(dtype), values.to(dtype), scaling, mask=self._hidden)
+        past, past_sum = attend_part(self._by_prompt(q), keys.to(dtype), values.to(dtype), scaling, self._hidden)
         past, past_sum = self._by_row(past, share), self._by_row(past_sum[..., None], share).squeeze(-1)
         for buffer, new in zip(self._own[layer], (key, value), strict=True):
             if self.fixed:
@@ -109,7 +107,7 @@ class KeyValueCache:
                 buffer[:, :, self.time] = new[:, :, 0]
         seen, mask = (None, self._later.to(dtype)) if self.fixed else (self.time + 1, None)
         own_keys, own_values = (buffer[:, :, :seen].to(dtype) for buffer in self._own[layer])
-        mixed = mix((past, past_sum), attend_part(q, own_keys, own_values, scaling, mask=mask))
+        mixed = join_parts((past, past_sum), attend_part(q, own_keys, own_values, scaling, mask))
         return mixed.reshape(count, heads, 1, -1).to(query.dtype)
 
     def advance(self) -> None:
@@ -174,44 +172,34 @@ class KeyValueCache:
 
 
 def attend_part(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, *, mask: Tensor | None = None, causal: bool = False
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """softmax(scaling * q k^T + mask) v over part of what the queries see, and what joins it with other parts.
 
     Args:
         query: [batch, heads, n, width]; keys, values: [batch, heads, m, width] of the same dtype.
         mask: to be added, broadcast to [batch, heads, n, m].
-        causal: query i sees keys 0 to i alone.
 
     Returns:
         [batch, heads, n, width], and the logarithm of each row's sum of exponentials, float32 [batch, heads, n].
     """
-    if query.device.type in KERNELS:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, 0.0, causal, attn_mask=mask, scale=scaling
-        )
     if query.device.type == "cuda" and query.shape[-1] % 8 == values.shape[-1] % 8 == 0:
         if mask is not None:
             mask = mask.expand(*query.shape[:3], keys.shape[2])
         mixed, log_sum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, keys, values, mask, True, 0.0, causal, scale=scaling
+            query, keys, values, mask, True, 0.0, False, scale=scaling
         )
         return mixed, log_sum[..., : query.shape[2]]
     logits = (query.float() @ keys.float().transpose(2, 3)) * scaling
-    if causal:
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
     logits = logits if mask is None else logits + mask
     log_sum = logits.logsumexp(-1)
     return torch.exp(logits - log_sum[..., None]).to(values.dtype) @ values, log_sum
 
 
-def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of both parts: each weighted by its share of all exponentials. As `attend_part`."""
-    return mix(first, second), torch.logaddexp(first[1], second[1])
-
-
-def mix(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """What `join_parts` gives first."""
+def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention over the keys of two parts, as `attend_part` tells them: each weighted by its share of all
+    exponentials.
+    """
     weight = torch.sigmoid(second[1] - first[1])[..., None]
     return torch.lerp(first[0].float(), second[0].float(), weight).to(first[0].dtype)
 

@@ -274,7 +274,7 @@ class Model:
         if batch.nodes is not None:
             # A four-dimensional mask is passed on as it is: the tree's attention needs none and no [T, T] one is built.
             inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
-            inputs |= {"position_ids": batch.positions, "tree": batch.nodes}
+            inputs |= {"position_ids": batch.positions, "tree": tree_attention.Tree(batch.nodes)}
         states = self._run(adapter, dropout=dropout, **inputs)
         return states.reshape(-1, states.shape[-1])
 

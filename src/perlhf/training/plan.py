@@ -19,7 +19,7 @@ from perlhf.data import splits
 from perlhf.data.order import plan_updates
 from perlhf.data.splits import SPLITS
 from perlhf.errors import ModelError, RunError
-from perlhf.kernels import cpu_build
+from perlhf.kernels import cpu
 from perlhf.method.targets import match
 from perlhf.system import allocator
 from perlhf.system.machine import cpu_computes_in_bf16
@@ -106,7 +106,7 @@ def plan(config: Stage) -> Plan:
     if compiles:
         memory["compiled products"] = COMPILED_BYTES
     updates = count_updates(config, kinds)
-    kernels = "not for a GPU" if config.device.startswith("cuda") else cpu_build.compiler()[1]
+    kernels = "not for a GPU" if config.device.startswith("cuda") else cpu.compiler()[1]
     rate, size = config.learning_rate, base.parameters
     return Plan(stage, records, updates, rate, size, trainable, dtype, used, kernels, memory)
 

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perlhf.kernels import cpu, cpu_build, modules, tree_attention
+from perlhf.kernels import cpu, modules, tree_attention
 from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.kernels.modules import rotated
+from perlhf.kernels.tree_attention import Tree
 from perlhf.method.packing import lay_out
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"kernels are {cpu.state()}")
+# Not skipped where a compiler fails: then every run would go without the kernels and nobody would notice.
+pytestmark = pytest.mark.skipif(cpu.compiler()[0] is None, reason=f"kernels are {cpu.compiler()[1]}")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -55,10 +57,10 @@ def test_attention(heads: int, kv_heads: int, width: int, dtype: torch.dtype, th
         own = [choose(tensor) for tensor in tensors]
         if results is exact:
             with cpu.off():
-                out = tree_attention.tree_attention(own[0], own[1], own[2], layout.nodes, 0.2)
+                out = tree_attention.tree_attention(own[0], own[1], own[2], Tree(layout.nodes), 0.2)
                 results += [out, *torch.autograd.grad((out * weight.float()).sum(), own)]
         else:
-            out = tree_attention.tree_attention(own[0], own[1], own[2], layout.nodes, 0.2)
+            out = tree_attention.tree_attention(own[0], own[1], own[2], Tree(layout.nodes), 0.2)
             results += [out, *torch.autograd.grad(out, own, weight)]
     for ours, wanted in zip(found, exact, strict=True):
         near(ours, wanted, dtype)
@@ -70,7 +72,7 @@ def test_attention_repeats_bit_for_bit() -> None:
     query, key, value = (torch.randn(n, layout.tokens, 64).bfloat16().requires_grad_() for n in (9, 3, 3))
     runs = []
     for _ in range(4):
-        out = tree_attention.tree_attention(query, key, value, layout.nodes, 0.125)
+        out = tree_attention.tree_attention(query, key, value, Tree(layout.nodes), 0.125)
         runs.append([out, *torch.autograd.grad(out.float().square().sum(), (query, key, value))])
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
@@ -81,7 +83,7 @@ def test_what_is_not_a_number_stays_so() -> None:
     assert layout.nodes is not None
     query, key, value = (torch.randn(1, 3, 8) for _ in range(3))
     key[0, 1] = math.nan
-    out = tree_attention.tree_attention(query, key, value, layout.nodes, 1.0)
+    out = tree_attention.tree_attention(query, key, value, Tree(layout.nodes), 1.0)
     assert out.isfinite().all(-1).tolist() == [[True, False, False]]
     for dtype in DTYPES:
         x = torch.tensor([[1.0, math.nan, 2.0, math.inf]], dtype=dtype)
@@ -96,9 +98,9 @@ def test_large_logits(largest: float) -> None:
     layout = lay_out([[*range(70)]], "tree")
     assert layout.nodes is not None
     query, key, value = (torch.randn(2, 70, 16) for _ in range(3))
-    found = tree_attention.tree_attention(query * largest, key, value, layout.nodes, 1.0)
+    found = tree_attention.tree_attention(query * largest, key, value, Tree(layout.nodes), 1.0)
     with cpu.off():
-        exact = tree_attention.tree_attention(query * largest, key, value, layout.nodes, 1.0)
+        exact = tree_attention.tree_attention(query * largest, key, value, Tree(layout.nodes), 1.0)
     torch.testing.assert_close(found, exact, atol=2e-4 if largest > 100 else 2e-5, rtol=1e-4)
 
 
@@ -230,14 +232,14 @@ def test_compilers_that_fail_leave_torch_and_no_file(monkeypatch: pytest.MonkeyP
 
 def test_a_library_that_asks_for_other_threads_than_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The compiler's thread library is one that torch hasn't loaded: the kernels run on one thread."""
-    real = cpu_build.compile_kernels
+    real = cpu._compiled
 
     def refuse(compiler: str, threads: str) -> Path:
         if threads == "-fopenmp":
             raise OSError("undefined symbol")
         return real(compiler, threads)
 
-    monkeypatch.setattr(cpu_build, "compile_kernels", refuse)
+    monkeypatch.setattr(cpu, "_compiled", refuse)
     library, why = cpu._load.__wrapped__()
     assert library is not None and why == "compiled for one thread"
     x, weight, inverse = torch.tensor([[3.0, 4.0]]), torch.ones(2), torch.zeros(1)

@@ -182,12 +182,12 @@ class TestBatch:
 
     def test_examples_stay_whole_and_know_their_places(self) -> None:
         first, second = batches(self.EXAMPLES, 6, "tree")
-        assert (first.examples, first.sequences, first.first) == ((0,), (0,), (0,))
-        assert (second.examples, second.sequences, second.first) == ((1,), (1, 2), (0,))
+        assert (first.examples, first.sequences, first.first) == ((1,), (1, 2), (0,))
+        assert (second.examples, second.sequences, second.first) == ((0,), (0,), (0,))
 
     def test_rows_of_an_update_and_back(self) -> None:
         laid_out = batches(self.EXAMPLES, 6, "tree")
-        parts = [torch.tensor([[1.0, 2, 3]]), torch.tensor([[4.0, 5], [6, 0]])]
+        parts = [torch.tensor([[4.0, 5], [6, 0]]), torch.tensor([[1.0, 2, 3]])]
         whole = join_rows(laid_out, parts)
         assert whole.tolist() == [[1, 2, 3], [4, 5, 0], [6, 0, 0]]
         assert all(torch.equal(rows_of(whole, batch), part) for batch, part in zip(laid_out, parts, strict=True))
