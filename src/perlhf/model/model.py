@@ -214,7 +214,7 @@ class Model:
         chain = self._chain(adapter)
         names = tuple(a.name for a in chain)
         layers = [layer for layer in self.base.modules() if isinstance(layer, AdaptedLinear)]
-        pairs = {layer: pair for layer in layers if (pair := layer.hold(names))}
+        pairs: dict[nn.Module, HeldPair] = {layer: pair for layer in layers if (pair := layer.hold(names))}
         return Held(names, pairs, self._full_weights(chain))
 
     @torch.no_grad()
