@@ -1,23 +1,36 @@
 """Adapters on one base: off, zero, copied, stacked, saved and loaded give what they must."""
 
 import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
-from tiny_models import answers, apart, open_encoder, open_model, random_ids, randomise, reference_logprobs
+from tiny_models import (
+    END,
+    answers,
+    apart,
+    open_encoder,
+    open_model,
+    random_ids,
+    randomise,
+    reference_logprobs,
+)
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from perlhf.config.stages import EncodingConfig
 from perlhf.errors import AdapterError
-from perlhf.kernels.modules import AdaptedLinear
+from perlhf.kernels.call import Call, current_call
 from perlhf.method.lora import LowRank
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.encode import Encoder
-from perlhf.model.model import Model
+from perlhf.model.model import Held, Model
+from perlhf.rollout.local import Rollout, sample, stream, uniforms
 
 PROMPTS = random_ids([5, 9, 1], seed=1)
 COMPLETIONS = random_ids([4, 1, 7], seed=2)
@@ -30,6 +43,25 @@ def logprobs(model: Model, adapter: str | None, temperature: float = 1.0) -> Ten
 
 def states(model: Model, adapter: str | None) -> Tensor:
     return model.prefill(PROMPTS, adapter)[0]
+
+
+def sampled_logits(model: Model, adapter: str | Held | None) -> Tensor:
+    """Logits after the prompts and one more token each, by the sampler's passes: [prompt, vocab]."""
+    _, cache = model.prefill(PROMPTS, adapter)
+    cache.fork(1)
+    return model.logits(model.decode(torch.tensor([7, 8, 9]), cache, adapter), adapter)
+
+
+def at_once(*tasks: Callable[[], Any]) -> list[Any]:
+    """What the tasks give, each in a thread of its own; they begin together."""
+    begin = threading.Barrier(len(tasks))
+
+    def run(task: Callable[[], Any]) -> Any:
+        begin.wait(60)
+        return task()
+
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        return [future.result() for future in [pool.submit(run, task) for task in tasks]]
 
 
 def untouched(directory: Path) -> list[Tensor]:
@@ -247,61 +279,115 @@ class TestCopy:
 
 
 class TestHolding:
-    """Weights converted once for many passes give the same bits, and are let go of afterwards."""
+    """Weights converted once give the same bits, and concern the passes that they are given to alone."""
 
     @pytest.mark.parametrize("tuning", ["lora", "full"])
     def test_same_bits_and_then_the_new_weights(self, model: Model, tuning: Literal["lora", "full"]) -> None:
         model.add_adapter("policy", "policy", rank=4, tuning=tuning)
-        randomise(model, "policy")
-        before = logprobs(model, "policy")
-        with model.holding("policy"):
-            assert torch.equal(logprobs(model, "policy"), before)
-            assert torch.equal(logprobs(model, "policy"), before)
-        randomise(model, "policy", 1)
-        changed = logprobs(model, "policy")
-        assert not torch.equal(changed, before)
-        with model.holding("policy"):
-            assert torch.equal(logprobs(model, "policy"), changed)
+        for seed in (0, 1):
+            randomise(model, "policy", seed)
+            expected = sampled_logits(model, "policy")
+            held = model.hold("policy")
+            assert torch.equal(sampled_logits(model, held), expected)
+            assert torch.equal(sampled_logits(model, held), expected)
+            assert not expected.requires_grad
 
-    def test_no_other_adapter_and_no_graph_meanwhile(self, model: Model) -> None:
-        model.add_adapter("policy", "policy", rank=4)
+    @pytest.mark.parametrize("tuning", ["lora", "full"])
+    def test_other_passes_meanwhile_are_as_ever(self, model: Model, tuning: Literal["lora", "full"]) -> None:
+        model.add_adapter("policy", "policy", rank=4, tuning=tuning)
         before = logprobs(model, None)
         randomise(model, "policy")
-        with model.holding("policy"):
-            assert not model.logprobs(answers(PROMPTS, COMPLETIONS), "policy").logprobs.requires_grad
-            with pytest.raises(AssertionError, match="held"):
-                logprobs(model, None)
+        held = model.hold("policy")
+        expected = sampled_logits(model, held)
         assert torch.equal(logprobs(model, None), before)
         assert model.logprobs(answers(PROMPTS, COMPLETIONS), "policy").logprobs.requires_grad
+        assert torch.equal(sampled_logits(model, held), expected)
+
+    def test_stacked_adapters(self, model: Model) -> None:
+        model.add_adapter("sft", "sft", rank=4)
+        randomise(model, "sft", 1)
+        model.add_adapter("policy", "policy", rank=2, targets="all", beneath="sft")
+        randomise(model, "policy", 2)
+        assert torch.equal(sampled_logits(model, model.hold("policy")), sampled_logits(model, "policy"))
 
     def test_the_bare_base(self, model: Model) -> None:
         model.add_adapter("policy", "policy", rank=4)
-        before = logprobs(model, None)
+        before = sampled_logits(model, None)
         randomise(model, "policy")
-        with model.holding(None):
-            assert torch.equal(logprobs(model, None), before)
+        assert torch.equal(sampled_logits(model, model.hold(None)), before)
+
+
+class TestThreads:
+    """Passes of several threads through one base at the same time give what each gives alone, bit for bit."""
+
+    @pytest.fixture
+    def shared(self, model: Model) -> Model:
+        """Two adapters on all layers, one of them over a third, and one with weights of its own."""
+        model.add_adapter("sft", "sft", rank=4, seed=1)
+        model.add_adapter("first", "policy", rank=4, targets="all", seed=2)
+        model.add_adapter("second", "policy", rank=2, seed=3, beneath="sft")
+        model.add_adapter("full", "policy", tuning="full")
+        for seed, name in enumerate(("sft", "first", "second", "full")):
+            randomise(model, name, seed)
+        model.freeze("sft")
+        return model
+
+    @pytest.mark.parametrize("other", ["second", "full", None])
+    def test_two_adapters_sample(self, shared: Model, other: str | None) -> None:
+        def rollout(adapter: str | None) -> Rollout:
+            draws = uniforms(0, 1, [0, 1, 2], 4, 48)
+            return sample(
+                shared,
+                PROMPTS,
+                adapter=adapter,
+                draws=draws,
+                end_id=END,
+                temperature=1.0,
+                max_completion_tokens=48,
+            )
+
+        alone = [rollout(adapter) for adapter in ("first", other)]
+        assert alone[0].completions != alone[1].completions
+        for _ in range(3):
+            for rolled, expected in zip(at_once(lambda: rollout("first"), lambda: rollout(other)), alone, strict=True):
+                assert rolled.completions == expected.completions
+                assert rolled.sampler_logprobs == expected.sampler_logprobs
+                assert torch.equal(rolled.prompt_states, expected.prompt_states)
+
+    @pytest.mark.parametrize(("trained", "sampled"), [("first", "second"), ("full", "first"), ("second", "full")])
+    def test_training_beside_sampling(self, shared: Model, trained: str, sampled: str) -> None:
+        def gradients() -> list[Tensor]:
+            passes = [shared.logprobs(answers(PROMPTS, COMPLETIONS), trained).logprobs for _ in range(12)]
+            return list(torch.autograd.grad(torch.stack(passes).square().sum(), shared.adapters[trained].trainable()))
+
+        def tokens() -> list[int]:
+            return list(stream(shared, PROMPTS[0], sampled, uniforms(0, 1, [0], 1, 96)[0], -1, 1.0))
+
+        expected_gradients, expected_tokens = gradients(), tokens()
+        for _ in range(3):
+            learned, streamed = at_once(gradients, tokens)
+            assert all(torch.equal(*pair) for pair in zip(learned, expected_gradients, strict=True))
+            assert streamed == expected_tokens
 
 
 class TestSelection:
     def test_undone_after_an_exception(self, model: Model) -> None:
-        model.add_adapter("policy", "policy", rank=4)
+        model.add_adapter("policy", "policy", rank=4, tuning="full")
         randomise(model, "policy")
         before = logprobs(model, None)
-        layers = [m for m in model.base.modules() if isinstance(m, AdaptedLinear)]
-        selected = [(layer.active, layer.training) for layer in layers]
-        assert len(layers) == 2 * 4
 
         class Broken(Exception):
             pass
 
         def refuse(module: nn.Module, inputs: object, output: object) -> None:
+            assert current_call().adapters == ("policy",) and current_call().dropout
             raise Broken
 
         hook = model.base.get_submodule("model.layers.1.mlp").register_forward_hook(refuse)
         with pytest.raises(Broken):
             model.logprobs(answers(PROMPTS, COMPLETIONS), "policy", dropout=True)
         hook.remove()
-        assert [(layer.active, layer.training) for layer in layers] == selected
+        assert current_call() == Call()
         assert torch.equal(logprobs(model, None), before)
 
     def test_unknown_adapter(self, model: Model) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_models import apart
 
+from perlhf.kernels.modules import AdaptedLinear
 from perlhf.method.packing import Batch, completed, pack
 from perlhf.model.model import Model
-from perlhf.rollout.decoding import Decoding
-from perlhf.rollout.local import Rollout, probe, sample, uniforms
+from perlhf.rollout.local import Decoding, Rollout, probe, sample, uniforms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -86,12 +86,13 @@ def test_recorded_steps_equal_plain_ones(tiny_base: Path, monkeypatch, tuning, e
     model = _model(tiny_base, "cuda")
     if tuning == "full":
         model.adapters.pop("policy")
-        for layer in model._adapted_layers():
-            layer.pairs.pop("policy")
+        for layer in model.base.modules():
+            if isinstance(layer, AdaptedLinear):
+                layer.pairs.pop("policy", None)
         model.add_adapter("policy", "policy", tuning="full")
     end_id = _roll(model, -1).completions[0][2] if end is None else end
     recorded = _roll(model, end_id)
-    monkeypatch.setattr(Decoding, "__call__", lambda self, ids: model.decode(ids, self.cache, self.adapter))
+    monkeypatch.setattr(Decoding, "__call__", lambda self, ids: model.decode(ids, self.cache, self.held))
     plain = _roll(model, end_id)
     assert recorded.completions == plain.completions and recorded.ended == plain.ended
     for one, other in zip(recorded.sampler_logprobs, plain.sampler_logprobs, strict=True):

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from tiny_runs import TinyRuns, tiny_runs
 
-from perlhf.commands.chat import chat, stream
+from perlhf.commands.chat import chat
 from perlhf.config.commands import ChatConfig
 from perlhf.errors import ConfigError, RunError
 from perlhf.model.open import read_finished
-from perlhf.rollout.local import sample, uniforms
+from perlhf.rollout.local import sample, stream, uniforms
 
 
 @pytest.fixture(scope="module")

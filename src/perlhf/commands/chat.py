@@ -1,10 +1,6 @@
 """Talks with a policy, an SFT run or the bare base; answers appear token by token."""
 
 import sys
-from collections.abc import Iterator
-
-import torch
-from torch import Tensor
 
 from perlhf.config.commands import ChatConfig
 from perlhf.config.stages import EncodingConfig
@@ -13,7 +9,7 @@ from perlhf.model import base as bases
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import read_finished
-from perlhf.rollout.local import draw, uniforms
+from perlhf.rollout.local import stream, uniforms
 
 EXIT, NEW = "/exit", "/new"
 
@@ -45,27 +41,6 @@ def chat(config: ChatConfig) -> list[Message]:
         elif line:
             messages = _answered(model, encoder, adapter, [*messages, {"role": "user", "content": line}], config)
     return messages
-
-
-@torch.no_grad()
-def stream(
-    model: Model, prompt: list[int], adapter: str | None, draws: Tensor, end_id: int, temperature: float
-) -> Iterator[int]:
-    """Tokens of one completion as they are sampled, end token left out; equals `sampler.sample` of one prompt.
-
-    Args:
-        draws: uniform numbers [max_completion_tokens].
-        temperature: 0 takes the most likely token.
-    """
-    states, cache = model.prefill([prompt], adapter)
-    cache.fork(1)
-    for time in range(len(draws)):
-        token, _ = draw(model.logits(states, adapter), draws[time : time + 1].to(model.device), temperature)
-        if token.item() == end_id:
-            return
-        yield int(token.item())
-        if time + 1 < len(draws):
-            states = model.decode(token, cache, adapter)
 
 
 def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None]:

@@ -15,8 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perlhf.kernels.call import calling, current_call
 from perlhf.system.machine import cache_dir
 
 FEW_ROWS = 64
@@ -36,8 +38,6 @@ COMPILERS = ("g++", "c++", "clang++")
 FLAGS = "-std=c++17 -O3 -march=native -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
 X86_FLAGS = ["-mprefer-vector-width=512"]
 SOURCES = Path(__file__).parent / "cpp"
-
-_wanted, _sampling = True, False
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -58,36 +58,17 @@ def state() -> str:
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where `state` says why, and inside `off`."""
-    return _load()[0] if _wanted else None
+    return _load()[0] if current_call().own_kernels else None
 
 
-@contextmanager
-def off() -> Iterator[None]:
-    """Computes with torch's operations alone."""
-    global _wanted
-    before, _wanted = _wanted, False
-    try:
-        yield
-    finally:
-        _wanted = before
+def off() -> AbstractContextManager[None]:
+    """Computes with torch's operations alone, in this thread."""
+    return calling(replace(current_call(), own_kernels=False))
 
 
-@contextmanager
-def sampling() -> Iterator[None]:
-    """Lets `few_rows` say yes: sums are added up in another order than in a pass that learns, which must have the same
-    bits as one that doesn't.
-    """
-    global _sampling
-    before, _sampling = _sampling, True
-    try:
-        yield
-    finally:
-        _sampling = before
-
-
-def is_sampling() -> bool:
-    """Whether sums may be added up in another order: inside `sampling`."""
-    return _sampling
+def sampling() -> AbstractContextManager[None]:
+    """Lets `few_rows` say yes, in this thread."""
+    return calling(replace(current_call(), sampling=True))
 
 
 def call(name: str, first: Tensor, *arguments: Any) -> None:
@@ -96,23 +77,23 @@ def call(name: str, first: Tensor, *arguments: Any) -> None:
     values += [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
     kernel = _kernels.get((name, first.dtype))
     if kernel is None:
-        found = library()
-        assert found is not None
-        kernel = _kernels[name, first.dtype] = getattr(found, f"{name}_{DTYPES[first.dtype]}")
+        # Also where `off` holds by now: a backward does as its forward did.
+        kernel = getattr(_load()[0], f"{name}_{DTYPES[first.dtype]}")
         kinds = {int: ctypes.c_int64, float: ctypes.c_float}
         kernel.argtypes = [*(kinds.get(type(value), ctypes.c_void_p) for value in (first, *arguments)), ctypes.c_int]
         kernel.restype = None
+        _kernels[name, first.dtype] = kernel  # last: other threads take it from here
     kernel(*values, torch.get_num_threads())
 
 
 def few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` is there for these and the faster way; inside `sampling` alone."""
-    if not _sampling:
-        return False
+    """Whether `linear` is there for these and the faster way; in a call that samples alone."""
+    current = current_call()
     return (
-        x.dtype == weight.dtype == torch.bfloat16
+        current.sampling
+        and x.dtype == weight.dtype == torch.bfloat16
         and x.device.type == "cpu"
-        and _wanted
+        and current.own_kernels
         and _has_linear()
         and x.numel() <= FEW_ROWS * x.shape[-1]
         and weight.shape[0] % BLOCK == weight.shape[1] % BLOCK == 0

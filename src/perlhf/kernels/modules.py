@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from perlhf.kernels import cpu, tree_attention
+from perlhf.kernels.call import HeldPair, current_call
 from perlhf.method.lora import LowRank, adapted_linear, joined
 from perlhf.method.targets import match
 
@@ -23,7 +24,7 @@ KNOWN = ("config", "layer_idx", "head_dim", "scaling", "num_key_value_groups")
 
 
 class AdaptedLinear(nn.Module):
-    """Replaces an `nn.Linear` of the base. With no active adapter it is that layer exactly.
+    """Replaces an `nn.Linear` of the base, under the adapters of the call. Without any it is that layer exactly.
 
     The adapters in `pairs` are deliberately not registered as parameters: the base's names and parameters stay its own.
     """
@@ -34,35 +35,28 @@ class AdaptedLinear(nn.Module):
         self.bias: nn.Parameter | None = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.pairs: dict[str, LowRank] = {}
-        self.active: tuple[str, ...] = ()
-        self._held: tuple[Tensor, Tensor] | None = None
-        self._held_for_few: tuple[Tensor, Tensor] | None = None
 
-    def hold(self) -> None:
-        """Converts the active pairs once, for all passes until `release`: their weights must not change meanwhile."""
-        pairs = self._pairs()
-        if pairs:
-            self._held = joined(pairs, self.weight.dtype)
-            self._held_for_few = cpu.padded(*self._held)
-
-    def release(self) -> None:
-        """The pairs are read at every pass again."""
-        self._held = self._held_for_few = None
+    def hold(self, adapters: Sequence[str]) -> HeldPair | None:
+        """These adapters' pairs converted once, for passes between which they don't change; None without any here."""
+        pairs = self._pairs(adapters)
+        if not pairs:
+            return None
+        a, b = joined(pairs, self.weight.dtype)
+        return HeldPair((a, b), cpu.padded(a, b))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out] under the active adapters."""
-        if self.bias is None and cpu.few_rows(x, self.weight):
-            if self._held_for_few is not None:
-                return cpu.linear(x, self.weight, self._held_for_few)
-            if not self._pairs():
-                return cpu.linear(x, self.weight)
-        if self._held is not None:
-            return adapted_linear(x, self.weight, self.bias, *self._held)
-        pairs = self._pairs()
+        """[..., in] to [..., out]."""
+        call = current_call()
+        held = call.held.get(self) if call.held is not None else None
+        pairs = self._pairs(call.adapters) if call.held is None else []
+        if not pairs and self.bias is None and cpu.few_rows(x, self.weight):
+            return cpu.linear(x, self.weight, held.padded if held else None)
+        if held:
+            return adapted_linear(x, self.weight, self.bias, *held.pair)
         if not pairs:
             return F.linear(x, self.weight, self.bias)
-        dtype, top = self.weight.dtype, self.pairs.get(self.active[-1])
-        if top is not None and top.dropout and self.training:
+        dtype, top = self.weight.dtype, self.pairs.get(call.adapters[-1])
+        if top is not None and top.dropout and call.dropout:
             keep = F.dropout(torch.ones_like(x), top.dropout)
             a, b = top.a.to(dtype), (top.b * top.scale).to(dtype)
             if len(pairs) == 1:
@@ -71,8 +65,8 @@ class AdaptedLinear(nn.Module):
             return self._adapted(x, pairs[:-1]) + F.linear(F.linear(x * keep, a), b)
         return self._adapted(x, pairs)
 
-    def _pairs(self) -> list[LowRank]:
-        return [self.pairs[name] for name in self.active if name in self.pairs]
+    def _pairs(self, adapters: Sequence[str]) -> list[LowRank]:
+        return [self.pairs[name] for name in adapters if name in self.pairs]
 
     def _adapted(self, x: Tensor, pairs: Sequence[LowRank]) -> Tensor:
         return adapted_linear(x, self.weight, self.bias, *joined(pairs, self.weight.dtype))
@@ -89,10 +83,11 @@ class RmsNorm(nn.Module):
         """[..., width] to the same shape and dtype."""
         if not torch.is_grad_enabled():
             # Without the cost of a graph's node, which shows where there are few rows.
-            plain = x.dtype == torch.float32 and not cpu.usable(x, self.weight)
-            if plain or (x.device.type == "cuda" and cpu.is_sampling()):
+            own_kernel = cpu.usable(x, self.weight)
+            plain = x.dtype == torch.float32 and not own_kernel
+            if plain or (x.device.type == "cuda" and current_call().sampling):
                 return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-            return _normed(x, self.weight, self.eps)[0]
+            return _normed(x, self.weight, self.eps, own_kernel=own_kernel)[0]
         return cast(Tensor, _RmsNorm.apply(x, self.weight, self.eps))
 
 
@@ -106,7 +101,10 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to the same shape."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        product = _SiluProduct.apply(gate, up) if torch.is_grad_enabled() else _gated(gate, up)
+        if torch.is_grad_enabled():
+            product = _SiluProduct.apply(gate, up)
+        else:
+            product = _gated(gate, up, own_kernel=cpu.usable(gate, up))
         return self.down_proj(cast(Tensor, product))
 
 
@@ -222,9 +220,9 @@ def _same(module: nn.Module, own: Any) -> bool:
     return all(equal)
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _normed(x: Tensor, weight: Tensor, eps: float, *, own_kernel: bool) -> tuple[Tensor, Tensor]:
     """The output and 1 / sqrt(mean(x^2) + eps)."""
-    if cpu.usable(x, weight):
+    if own_kernel:
         x = x.contiguous()
         out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         cpu.call("norm", x, weight, out, inverse, inverse.numel(), x.shape[-1], float(eps))
@@ -237,7 +235,8 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, inverse = _normed(x, weight, eps)
+        ctx.own_kernel = cpu.usable(x, weight)
+        out, inverse = _normed(x, weight, eps, own_kernel=ctx.own_kernel)
         ctx.save_for_backward(x, weight, inverse)
         return out
 
@@ -245,7 +244,7 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, inverse = cast(tuple[Tensor, ...], ctx.saved_tensors)
-        if cpu.usable(x, weight, grads[0]) and not ctx.needs_input_grad[1]:
+        if ctx.own_kernel and not ctx.needs_input_grad[1]:
             x, above = x.contiguous(), grads[0].contiguous()
             grad_x = torch.empty_like(x)
             cpu.call("norm_backward", x, weight, inverse, above, grad_x, inverse.numel(), x.shape[-1])
@@ -260,8 +259,8 @@ class _RmsNorm(torch.autograd.Function):
         return grad.mul_(inverse).addcmul_(wide, along).to(x.dtype), grad_weight, None
 
 
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    if not cpu.usable(gate, up):
+def _gated(gate: Tensor, up: Tensor, *, own_kernel: bool) -> Tensor:
+    if not own_kernel:
         return F.silu(gate).mul_(up)
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
@@ -274,14 +273,15 @@ class _SiluProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.own_kernel = cpu.usable(gate, up)
         ctx.save_for_backward(gate, up)
-        return _gated(gate, up)
+        return _gated(gate, up, own_kernel=ctx.own_kernel)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = cast(tuple[Tensor, ...], ctx.saved_tensors)
-        if cpu.usable(gate, up, grads[0]):
+        if ctx.own_kernel:
             gate, up, above = gate.contiguous(), up.contiguous(), grads[0].contiguous()
             by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
             cpu.call("gated_backward", gate, up, above, by_gate, by_up, gate.numel())
@@ -306,15 +306,15 @@ def _same_attention(module: nn.Module, own: Any) -> bool:
     x, cos, sin = (
         torch.randn(1, 5, width, generator=generator).to(weight) for width in (weight.shape[1], *2 * [own.head_dim])
     )
-    found = []
+    equal = []
     for graph in (True, False):
         with torch.set_grad_enabled(graph), cpu.off():
             try:
                 expected = module(x, position_embeddings=(cos, sin), attention_mask=None)[0]
             except (TypeError, RuntimeError):
                 return False  # called otherwise, or positions turn a part of each head only
-            found.append(torch.equal(expected, own(x, (cos, sin))[0]))
-    return all(found)
+            equal.append(torch.equal(expected, own(x, (cos, sin))[0]))
+    return all(equal)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -326,13 +326,17 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return cast(Tensor, _Rotated.apply(x, cos, sin))
-    return _rotated(x, cos, sin, back=False)
+    return _rotated(x, cos, sin, back=False, own_kernel=_can_rotate(x, cos, sin))
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+def _can_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    return x.shape[-1] % 2 == 0 and cpu.usable(x, cos, sin)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool, own_kernel: bool) -> Tensor:
     """The rotation, or with `back` its gradient by x of a gradient by its output."""
     batch, time, heads, width = x.shape
-    if cpu.usable(x, cos, sin) and width % 2 == 0:
+    if own_kernel:
         x, (cos, sin) = x.contiguous(), (t.expand(batch, -1, -1).contiguous() for t in (cos, sin))
         out = torch.empty_like(x)
         cpu.call("rotate", x, cos, sin, out, batch * time, heads, width, int(back))
@@ -348,11 +352,12 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
 class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.own_kernel = _can_rotate(x, cos, sin)
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, back=False)
+        return _rotated(x, cos, sin, back=False, own_kernel=ctx.own_kernel)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         cos, sin = cast(tuple[Tensor, Tensor], ctx.saved_tensors)
-        return _rotated(grads[0], cos, sin, back=True), None, None
+        return _rotated(grads[0], cos, sin, back=True, own_kernel=ctx.own_kernel), None, None

@@ -4,9 +4,8 @@
 forward uses it) and nowhere else.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from perlhf.errors import AdapterError, ModelError
 from perlhf.kernels import cpu, modules, tree_attention
+from perlhf.kernels.call import HeldPair, Turns, calling, current_call
 from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.kernels.modules import AdaptedLinear, match_targets
 from perlhf.method.logprobs import token_logprobs
@@ -31,6 +31,17 @@ class TokenLogprobs:
 
     logprobs: Tensor
     entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Held:
+    """An adapter's weights converted once, for passes without gradients between which they don't change."""
+
+    adapters: tuple[str, ...]
+    """The active ones, from the lowest to the uppermost."""
+    pairs: Mapping[nn.Module, HeldPair]
+    weights: Mapping[str, Tensor]
+    """Those of a full adapter by name, in the base's dtype."""
 
 
 class Model:
@@ -50,7 +61,7 @@ class Model:
         self.decoder: nn.Module = getattr(base, base.base_model_prefix)
         self.prefix = base.base_model_prefix + "."
         self.adapters: dict[str, Adapter] = {}
-        self._held: tuple[tuple[str, ...], dict[str, Tensor]] | None = None
+        self._turns = Turns()
         self.dtype, self.device = base.dtype, base.device
         self.hidden_size = int(base.config.get_text_config().hidden_size)
         base.set_attn_implementation(tree_attention.register())
@@ -172,32 +183,24 @@ class Model:
         logprobs, entropy = token_logprobs(states, self._output_weight(adapter), batch.targets, temperature)
         return TokenLogprobs(spread(logprobs, batch.completion_mask), spread(entropy, batch.completion_mask))
 
-    @contextmanager
-    def holding(self, adapter: str | None) -> Iterator[None]:
-        """Passes without gradients under `adapter` alone, whose weights don't change meanwhile: converted once."""
+    @torch.no_grad()
+    def hold(self, adapter: str | None) -> Held:
+        """What `prefill`, `decode` and `logits` take for the adapter's name, to convert nothing again."""
         chain = self._chain(adapter)
         names = tuple(a.name for a in chain)
-        with torch.no_grad(), self._active(names, dropout=False):
-            layers = self._adapted_layers()
-            try:
-                for layer in layers:
-                    layer.hold()
-                self._held = names, self._full_weights(chain, "")
-                yield
-            finally:
-                self._held = None
-                for layer in layers:
-                    layer.release()
+        layers = [layer for layer in self.base.modules() if isinstance(layer, AdaptedLinear)]
+        pairs: dict[nn.Module, HeldPair] = {layer: pair for layer in layers if (pair := layer.hold(names))}
+        return Held(names, pairs, self._full_weights(chain))
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Ids], adapter: str | None) -> tuple[Tensor, KeyValueCache]:
+    def prefill(self, prompts: Sequence[Ids], adapter: str | Held | None) -> tuple[Tensor, KeyValueCache]:
         """States of each prompt's last token [prompt, hidden] and the cache of their keys and values, to be forked."""
         batch = pack([[Tokens(ids)] for ids in prompts], "tree", self.device)
         cache = KeyValueCache([batch.places(row) for row in range(len(prompts))], self.device)
         return self._states(batch, adapter, cache=cache)[batch.ends], cache
 
     @torch.no_grad()
-    def decode(self, ids: Tensor, cache: KeyValueCache, adapter: str | None) -> Tensor:
+    def decode(self, ids: Tensor, cache: KeyValueCache, adapter: str | Held | None) -> Tensor:
         """One more token [row] for each row of the cache; its states [row, hidden]."""
         with cpu.sampling():
             states = self._run(
@@ -212,48 +215,33 @@ class Model:
         return states[:, -1]
 
     @torch.no_grad()
-    def logits(self, states: Tensor, adapter: str | None) -> Tensor:
+    def logits(self, states: Tensor, adapter: str | Held | None) -> Tensor:
         """Vocabulary logits of states [..., hidden], float32, to sample from."""
         weight = self._output_weight(adapter)
         with cpu.sampling():
-            found = cpu.linear(states, weight) if cpu.few_rows(states, weight) else states @ weight.t()
-        return found.float()
+            logits = cpu.linear(states, weight) if cpu.few_rows(states, weight) else states @ weight.t()
+        return logits.float()
 
     # inside
 
-    def _run(self, adapter: str | None, *, dropout: bool = False, **inputs: Any) -> Tensor:
-        chain = self._chain(adapter)
-        names = tuple(a.name for a in chain)
-        assert self._held is None or self._held[0] == names, f"{self._held and self._held[0]} held, not {names}"
-        with nullcontext() if self._held else self._active(names, dropout):
-            weights = self._full_weights(chain, self.prefix)
-            if weights:
-                inside = {n.removeprefix(self.prefix): w for n, w in weights.items() if n.startswith(self.prefix)}
+    def _run(self, adapter: str | Held | None, *, dropout: bool = False, **inputs: Any) -> Tensor:
+        if isinstance(adapter, Held):
+            names, pairs, weights = adapter.adapters, adapter.pairs, adapter.weights
+        else:
+            chain = self._chain(adapter)
+            names, pairs, weights = tuple(a.name for a in chain), None, self._full_weights(chain, self.prefix)
+        inside = {n.removeprefix(self.prefix): w for n, w in weights.items() if n.startswith(self.prefix)}
+        # Full weights stand in the network itself while it runs.
+        turn = self._turns.alone() if inside else self._turns.shared()
+        with calling(replace(current_call(), adapters=names, dropout=dropout, held=pairs)), turn:
+            if inside:
                 return functional_call(self.decoder, inside, kwargs=inputs).last_hidden_state
             return self.decoder(**inputs).last_hidden_state
 
-    def _full_weights(self, chain: Sequence[Adapter], prefix: str) -> dict[str, Tensor]:
-        """The uppermost full adapter's weights below `prefix` in the base's dtype; if held, all; {} without one."""
-        if self._held:
-            return self._held[1]
-        full = [a for a in chain if a.weights]
-        named = full[-1].weights.items() if full else ()
+    def _full_weights(self, chain: Sequence[Adapter], prefix: str = "") -> dict[str, Tensor]:
+        """The uppermost full adapter's weights below `prefix` in the base's dtype; {} without one."""
+        named = _uppermost_weights(chain).items()
         return {name: weight.to(self.dtype) for name, weight in named if name.startswith(prefix)}
-
-    @contextmanager
-    def _active(self, names: tuple[str, ...], dropout: bool) -> Iterator[None]:
-        layers = self._adapted_layers()
-        before = [(layer.active, layer.training) for layer in layers]
-        try:
-            for layer in layers:
-                layer.active, layer.training = names, dropout
-            yield
-        finally:
-            for layer, (active, training) in zip(layers, before, strict=True):
-                layer.active, layer.training = active, training
-
-    def _adapted_layers(self) -> list[AdaptedLinear]:
-        return [module for module in self.base.modules() if isinstance(module, AdaptedLinear)]
 
     def _chain(self, name: str | None) -> list[Adapter]:
         chain: list[Adapter] = []
@@ -265,7 +253,7 @@ class Model:
         return chain
 
     def _states(
-        self, batch: Batch, adapter: str | None, *, dropout: bool = False, cache: KeyValueCache | None = None
+        self, batch: Batch, adapter: str | Held | None, *, dropout: bool = False, cache: KeyValueCache | None = None
     ) -> Tensor:
         """States [rows * width, hidden] of all tokens; `cache` gets the keys and values."""
         inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
@@ -306,14 +294,13 @@ class Model:
         assert head.head is not None and head.bias is not None, f"adapter '{adapter}' has no score head"
         return (states.float() @ head.head.t()).squeeze(-1) + head.bias
 
-    def _output_weight(self, adapter: str | None) -> Tensor:
+    def _output_weight(self, adapter: str | Held | None) -> Tensor:
+        weights = adapter.weights if isinstance(adapter, Held) else _uppermost_weights(self._chain(adapter))
+        if not weights:
+            return self.base.get_output_embeddings().weight  # pyright: ignore[reportReturnType,reportOptionalMemberAccess]
         path = self._head_path[0] + ".weight"
-        for owner in reversed(self._chain(adapter)):
-            if owner.weights:
-                tied = path not in owner.weights
-                name = f"{self.prefix}{self._embedding_path()}.weight" if tied else path
-                return self._held[1][name] if self._held else owner.weights[name].to(self.dtype)
-        return self.base.get_output_embeddings().weight  # pyright: ignore[reportReturnType,reportOptionalMemberAccess]
+        tied = path not in weights
+        return weights[f"{self.prefix}{self._embedding_path()}.weight" if tied else path].to(self.dtype)
 
     def _embedding_path(self) -> str:
         embedding = self.base.get_input_embeddings()
@@ -345,3 +332,8 @@ class Model:
             for path, pair in adapter.pairs.items():
                 merged[path + ".weight"] += pair.scale * (pair.b.float() @ pair.a.float())
         return merged
+
+
+def _uppermost_weights(chain: Sequence[Adapter]) -> Mapping[str, Tensor]:
+    """The uppermost full adapter's own weights; {} without one."""
+    return next((adapter.weights for adapter in reversed(chain) if adapter.weights), {})

@@ -2,11 +2,12 @@
 
 Each prompt is computed once for its K completions, finished rows are dropped, the end token is kept. Randomness is
 keyed by (seed, step, prompt, sample), so that a rollout doesn't depend on how rows are batched beyond rounding.
+`sample` and `stream` read one loop, `_tokens`.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perlhf.errors import DivergenceError, StaleSamplerError
+from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.method.packing import Ids
-from perlhf.model.model import Model
-from perlhf.rollout.decoding import Decoding
+from perlhf.model.model import Held, Model
 
 VOCAB_BLOCK = 256
 """Tokens whose probabilities are added up together before one of them is drawn."""
@@ -76,34 +77,16 @@ def sample(
         draws: uniform numbers [prompt * sample, max_completion_tokens] (`uniforms`).
         temperature: 0 takes the most likely token; its log-probabilities are then at temperature 1.
     """
+    assert draws.shape[1] >= max_completion_tokens, "a draw for each token"
     samples = len(draws) // len(prompts)
-    with model.holding(adapter):
-        states, cache = model.prefill(prompts, adapter)
-        cache.fork(samples, max_completion_tokens)
-        decoding = Decoding(model, cache, adapter)
-        prompt_states = states
-        states = states.repeat_interleave(samples, 0)
-        draws = draws.to(model.device)
-        rows = torch.arange(len(draws), device=model.device)
-        completions: list[list[int]] = [[] for _ in draws]
-        logprobs: list[list[float]] = [[] for _ in draws]
-        going = [True] * len(draws)
-        for time in range(max_completion_tokens):
-            tokens, chosen = draw(model.logits(states, adapter), draws[rows, time], temperature)
-            numbers = rows.tolist()
-            for row, token, logprob in zip(numbers, tokens.tolist(), chosen.tolist(), strict=True):
-                if going[row]:
-                    completions[row].append(token)
-                    logprobs[row].append(logprob)
-                    going[row] = token != end_id
-            left = [at for at, row in enumerate(numbers) if going[row]]
-            if not left or time + 1 == max_completion_tokens:
-                break
-            if decoding.drops(len(left), len(rows)):
-                kept = torch.tensor(left, device=model.device)
-                decoding.keep(kept)
-                rows, tokens = rows[kept], tokens[kept]
-            states = decoding(tokens)
+    held = model.hold(adapter)
+    prompt_states, cache = model.prefill(prompts, held)
+    completions: list[list[int]] = [[] for _ in draws]
+    logprobs: list[list[float]] = [[] for _ in draws]
+    draws = draws[:, :max_completion_tokens]
+    for row, token, logprob in _tokens(model, held, prompt_states, cache, draws, end_id, temperature):
+        completions[row].append(token)
+        logprobs[row].append(logprob)
     return Rollout(
         [list(ids) for ids in prompts for _ in range(samples)],
         completions,
@@ -112,6 +95,95 @@ def sample(
         prompt_states,
         model.version(adapter),
     )
+
+
+def stream(
+    model: Model, prompt: Ids, adapter: str | None, draws: Tensor, end_id: int, temperature: float
+) -> Iterator[int]:
+    """Tokens of one completion as they are sampled, the end token left out: what `sample` gives for one prompt.
+
+    The adapter's weights must not change before the last one.
+
+    Args:
+        draws: uniform numbers [max_completion_tokens].
+        temperature: 0 takes the most likely token.
+    """
+    held = model.hold(adapter)
+    states, cache = model.prefill([prompt], held)
+    for _, token, _ in _tokens(model, held, states, cache, draws[None], end_id, temperature):
+        if token != end_id:
+            yield token
+
+
+def _tokens(
+    model: Model, held: Held, states: Tensor, cache: KeyValueCache, draws: Tensor, end_id: int, temperature: float
+) -> Iterator[tuple[int, int, float]]:
+    """Row, token and log-probability of every sampled token, all rows' first ones before the second; end tokens too.
+
+    Args:
+        states: [prompt, hidden] of each prompt's last token; the cache is of these prompts.
+        draws: uniform numbers [prompt * sample, max_completion_tokens].
+    """
+    count, longest = draws.shape
+    samples = count // len(states)
+    cache.fork(samples, longest)
+    decoding = Decoding(model, cache, held)
+    states, draws = states.repeat_interleave(samples, 0), draws.to(model.device)
+    rows = torch.arange(count, device=model.device)
+    going = [True] * count
+    for time in range(longest):
+        tokens, logprobs = draw(model.logits(states, held), draws[rows, time], temperature)
+        numbers = rows.tolist()
+        for row, token, logprob in zip(numbers, tokens.tolist(), logprobs.tolist(), strict=True):
+            if going[row]:
+                going[row] = token != end_id
+                yield row, token, logprob
+        left = [at for at, row in enumerate(numbers) if going[row]]
+        if not left or time + 1 == longest:
+            return
+        if decoding.drops(len(left), len(rows)):
+            staying = torch.tensor(left, device=model.device)
+            decoding.keep(staying)
+            rows, tokens = rows[staying], tokens[staying]
+        states = decoding(tokens)
+
+
+class Decoding:
+    """One more token for every row of a forked cache, again and again, under an adapter that is held meanwhile.
+
+    On a GPU, where launching a step's small kernels takes longer than running them, the first step runs as it is, the
+    second is recorded as a graph, and all others replay it; rows that have ended stay until half of them have, since
+    the rest must then be recorded anew. On a CPU every step is `Model.decode`.
+    """
+
+    def __init__(self, model: Model, cache: KeyValueCache, held: Held):
+        self.model, self.cache, self.held = model, cache, held
+        self._steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._ids = self._states = torch.empty(0)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """States [row, hidden] of one more token [row]; those of a step are overwritten by the next one."""
+        self._steps += 1
+        if self._steps == 1 or ids.device.type != "cuda":
+            return self.model.decode(ids, self.cache, self.held)
+        if self._graph is None:
+            self._ids, graph = ids.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._states = self.model.decode(self._ids, self.cache, self.held)
+            self._graph = graph
+        self._ids.copy_(ids)
+        self._graph.replay()
+        return self._states
+
+    def drops(self, left: int, rows: int) -> bool:
+        """Whether rows that have ended are worth dropping, with `left` of `rows` going on."""
+        return left <= rows // 2 if self.cache.fixed else left < rows
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but these (ascending numbers)."""
+        self.cache.keep(rows)
+        self._graph, self._steps = None, 0
 
 
 @torch.no_grad()
@@ -179,5 +251,5 @@ def _first_above(cumulative: Tensor, wanted: Tensor) -> Tensor:
     Where there is none, since a weight isn't a number, the last: `probe` says what is wrong.
     """
     below_the_end = torch.nextafter(cumulative[:, -1:], torch.zeros_like(wanted))
-    found = torch.searchsorted(cumulative, torch.minimum(wanted, below_the_end), right=True)
-    return found.clamp_max(cumulative.shape[-1] - 1)
+    numbers = torch.searchsorted(cumulative, torch.minimum(wanted, below_the_end), right=True)
+    return numbers.clamp_max(cumulative.shape[-1] - 1)

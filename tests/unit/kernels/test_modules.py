@@ -1,4 +1,6 @@
-"""Norms and gated MLPs with their own backward against the modules of transformers and their autograd."""
+"""Norms and gated MLPs with their own backward against the modules of transformers and their autograd; adapted linear
+layers against the formula; which modules targets name.
+"""
 
 import copy
 import math
@@ -14,8 +16,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, Llam
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from perlhf.errors import AdapterError
 from perlhf.kernels import cpu, modules
-from perlhf.kernels.modules import SelfAttention, rotated
+from perlhf.kernels.call import Call, calling
+from perlhf.kernels.modules import AdaptedLinear, SelfAttention, match_targets, rotated
+from perlhf.method.lora import LowRank
 
 SMALL = LlamaConfig(hidden_size=12, intermediate_size=20, num_attention_heads=2)
 
@@ -36,7 +41,7 @@ def gradients(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def torchs_operations() -> Iterator[None]:
-    """Our own kernels have tests of their own (test_native.py)."""
+    """Our own kernels have tests of their own (test_cpu.py)."""
     with cpu.off():
         yield
 
@@ -127,3 +132,151 @@ def test_rotation_by_hand() -> None:
     assert out.flatten().tolist() == [-2.0, 1.0]
     (grad,) = torch.autograd.grad(out, x, torch.tensor([[[[5.0, 7.0]]]]))
     assert grad.flatten().tolist() == [7.0, -5.0]
+
+
+class TestAdaptedLinear:
+    @pytest.fixture
+    def layer(self) -> AdaptedLinear:
+        torch.manual_seed(3)
+        return AdaptedLinear(nn.Linear(4, 5).requires_grad_(False))
+
+    @staticmethod
+    def pair(seed: int, rank: int, scale: float, dropout: float = 0.0) -> LowRank:
+        draw = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(rank, 4, generator=draw), torch.randn(5, rank, generator=draw)
+        return LowRank(nn.Parameter(a), nn.Parameter(b), scale, dropout)
+
+    @staticmethod
+    def out(layer: AdaptedLinear, x: Tensor, *adapters: str, dropout: bool = False) -> Tensor:
+        with calling(Call(adapters, dropout)):
+            return layer(x)
+
+    @staticmethod
+    def formula(layer: AdaptedLinear, x: Tensor, *adapters: str, keep: Tensor | float = 1.0) -> Tensor:
+        """y = x W^T + bias + sum of scale ((x * keep) A^T) B^T, left to autograd."""
+        assert layer.bias is not None
+        out = x @ layer.weight.T + layer.bias
+        for name in adapters:
+            pair = layer.pairs[name]
+            out = out + pair.scale * ((x * keep) @ pair.a.T) @ pair.b.T
+        return out
+
+    def test_off_is_the_linear_layer_exactly(self, layer: AdaptedLinear) -> None:
+        layer.pairs["a"] = self.pair(1, 2, 0.5)
+        x = torch.randn(3, 4)
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+        out = self.out(layer, x, "somebody_else")
+        assert torch.equal(out, nn.functional.linear(x, layer.weight, layer.bias))
+
+    def test_several_adapters_add_up(self, layer: AdaptedLinear) -> None:
+        layer.pairs |= {"a": self.pair(1, 2, 0.5), "b": self.pair(2, 3, 4.0), "idle": self.pair(3, 1, 9.0)}
+        x = torch.randn(6, 4)
+        out, expected = self.out(layer, x, "a", "b"), self.formula(layer, x, "a", "b")
+        torch.testing.assert_close(out, expected)
+        fast = torch.autograd.grad(out.square().sum(), [layer.pairs["a"].a, layer.pairs["b"].b])
+        by_formula = torch.autograd.grad(expected.square().sum(), [layer.pairs["a"].a, layer.pairs["b"].b])
+        torch.testing.assert_close(fast, by_formula, rtol=1e-4, atol=1e-4)
+
+    def test_a_frozen_adapter_beneath_gets_no_gradient(self, layer: AdaptedLinear) -> None:
+        layer.pairs |= {"below": self.pair(1, 2, 0.5), "above": self.pair(2, 2, 0.5)}
+        layer.pairs["below"].a.requires_grad_(False)
+        layer.pairs["below"].b.requires_grad_(False)
+        self.out(layer, torch.randn(3, 4), "below", "above").sum().backward()
+        assert layer.pairs["below"].a.grad is None and layer.pairs["below"].b.grad is None
+        assert layer.pairs["above"].a.grad is not None
+
+    def test_dropout_only_where_the_call_says_so(self, layer: AdaptedLinear) -> None:
+        layer.pairs["a"] = self.pair(1, 2, 1.0, dropout=0.5)
+        x = torch.randn(2000, 4)
+        without = self.out(layer, x, "a")
+        torch.testing.assert_close(without, self.formula(layer, x, "a"))
+        torch.manual_seed(5)
+        dropped = self.out(layer, x, "a", dropout=True)
+        torch.manual_seed(5)
+        keep = torch.nn.functional.dropout(torch.ones_like(x), 0.5)
+        assert set(keep.unique().tolist()) == {0.0, 2.0}
+        torch.testing.assert_close(dropped, self.formula(layer, x, "a", keep=keep))
+        assert not torch.allclose(dropped, without)
+
+    def test_what_lies_beneath_is_never_dropped(self, layer: AdaptedLinear) -> None:
+        # The adapter on top has no pair on this layer: the frozen one beneath is all there is, and stays whole.
+        layer.pairs["sft"] = self.pair(1, 2, 1.0, dropout=0.5)
+        x = torch.randn(50, 4)
+        without = self.out(layer, x, "sft", "reward")
+        torch.testing.assert_close(self.out(layer, x, "sft", "reward", dropout=True), without, rtol=0, atol=0)
+
+    def test_computes_in_the_dtype_of_the_base_on_float32_masters(self, layer: AdaptedLinear) -> None:
+        layer.to(torch.bfloat16)
+        layer.pairs["a"] = self.pair(1, 2, 0.5)
+        y = self.out(layer, torch.randn(3, 4, dtype=torch.bfloat16), "a")
+        assert y.dtype == torch.bfloat16
+        y.float().sum().backward()
+        gradient = layer.pairs["a"].a.grad
+        assert gradient is not None and gradient.dtype == torch.float32
+
+    def test_held_pairs_give_the_same_bits_on_the_layers_that_have_them(self, layer: AdaptedLinear) -> None:
+        layer.pairs |= {"a": self.pair(1, 2, 0.5), "b": self.pair(2, 3, 4.0)}
+        x = torch.randn(6, 4)
+        for adapters in (("a",), ("a", "b"), ("somebody_else",), ()):
+            with torch.no_grad():
+                held = layer.hold(adapters)
+                expected = self.out(layer, x, *adapters)
+                with calling(Call(adapters, held={layer: held} if held else {})):
+                    assert torch.equal(layer(x), expected)
+            assert (held is None) == ("a" not in adapters)
+
+    def test_adapters_are_no_parameters_of_the_base(self, layer: AdaptedLinear) -> None:
+        layer.pairs["a"] = self.pair(1, 2, 0.5)
+        assert sorted(dict(layer.named_parameters())) == ["bias", "weight"]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("q_proj", "o_proj")})
+        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(2, 2), "act": nn.ReLU()})
+
+
+class TestTargets:
+    ALL = tuple(f"layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"))
+
+    @pytest.fixture
+    def network(self) -> nn.Module:
+        return nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()]), "lm_head": nn.Linear(2, 7)})
+
+    def test_presets(self, network: nn.Module) -> None:
+        found = match_targets(network.named_modules(), "attention")
+        assert found == [path for path in self.ALL if "attn" in path]
+        assert match_targets(network.named_modules(), "all", skip=("lm_head",)) == list(self.ALL)
+        assert match_targets(network.named_modules(), "all") == [*self.ALL, "lm_head"]
+
+    def test_names_are_ends_of_paths(self, network: nn.Module) -> None:
+        assert match_targets(network.named_modules(), ("up_proj", "layers.1.self_attn.q_proj")) == [
+            "layers.0.mlp.up_proj",
+            "layers.1.self_attn.q_proj",
+            "layers.1.mlp.up_proj",
+        ]
+        assert match_targets(network.named_modules(), "o_proj") == [path for path in self.ALL if "o_proj" in path]
+
+    def test_layers_that_are_adapted_already_match_too(self, network: nn.Module) -> None:
+        attention = network.get_submodule("layers.0.self_attn")
+        attention["q_proj"] = AdaptedLinear(attention["q_proj"])  # pyright: ignore[reportIndexIssue]
+        assert match_targets(network.named_modules(), ("q_proj",)) == [p for p in self.ALL if "q_proj" in p]
+
+    def test_a_name_that_matches_nothing(self, network: nn.Module) -> None:
+        with pytest.raises(AdapterError) as caught:
+            match_targets(network.named_modules(), ("q_proj", "u_proj"), skip=("lm_head",))
+        message = str(caught.value)
+        assert "'u_proj'" in message and "adapter.targets" in message and "try: up_proj" in message
+        assert "o_proj, q_proj, up_proj" in message and "lm_head" not in message
+
+    def test_part_of_a_name_is_no_match(self, network: nn.Module) -> None:
+        with pytest.raises(AdapterError):
+            match_targets(network.named_modules(), ("proj",))
+
+    def test_a_base_without_such_layers(self) -> None:
+        def modules() -> Iterator[tuple[str, nn.Module]]:
+            yield "conv", nn.Conv1d(1, 1, 1)
+
+        with pytest.raises(AdapterError, match="match no linear layer"):
+            match_targets(modules(), "attention")

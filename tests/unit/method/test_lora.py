@@ -1,7 +1,6 @@
-"""The adapted linear layer against autograd through the formula; which modules targets name."""
+"""The low-rank update of a linear layer against autograd through the formula."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,8 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from perlhf.errors import AdapterError
-from perlhf.kernels.modules import AdaptedLinear, match_targets
 from perlhf.method.lora import LowRank, adapted_linear, mean, new_pair, stacked
 
 
@@ -96,85 +93,6 @@ def test_keeps_a_non_contiguous_input_right() -> None:
     torch.testing.assert_close(adapted_linear(turned, w, None, a, b), slow(turned, w, None, a, b, None, 1.0))
 
 
-class TestLayer:
-    @pytest.fixture
-    def layer(self) -> AdaptedLinear:
-        torch.manual_seed(3)
-        return AdaptedLinear(nn.Linear(4, 5).requires_grad_(False))
-
-    @staticmethod
-    def pair(seed: int, rank: int, scale: float, dropout: float = 0.0) -> LowRank:
-        _, _, _, a, b = operands((), 4, 5, rank, torch.float32, seed)
-        return LowRank(nn.Parameter(a), nn.Parameter(b), scale, dropout)
-
-    def test_off_is_the_linear_layer_exactly(self, layer: AdaptedLinear) -> None:
-        layer.pairs["a"] = self.pair(1, 2, 0.5)
-        x = torch.randn(3, 4)
-        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
-        layer.active = ("somebody_else",)
-        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
-
-    def test_several_adapters_add_up(self, layer: AdaptedLinear) -> None:
-        layer.pairs |= {"a": self.pair(1, 2, 0.5), "b": self.pair(2, 3, 4.0), "idle": self.pair(3, 1, 9.0)}
-        layer.active = ("a", "b")
-        x = torch.randn(6, 4)
-        assert layer.bias is not None
-        expected = x @ layer.weight.T + layer.bias
-        for name in ("a", "b"):
-            pair = layer.pairs[name]
-            expected = expected + pair.scale * (x @ pair.a.T) @ pair.b.T
-        torch.testing.assert_close(layer(x), expected)
-        fast = torch.autograd.grad(layer(x).square().sum(), [layer.pairs["a"].a, layer.pairs["b"].b])
-        by_formula = torch.autograd.grad(expected.square().sum(), [layer.pairs["a"].a, layer.pairs["b"].b])
-        torch.testing.assert_close(fast, by_formula, rtol=1e-4, atol=1e-4)
-
-    def test_a_frozen_adapter_beneath_gets_no_gradient(self, layer: AdaptedLinear) -> None:
-        layer.pairs |= {"below": self.pair(1, 2, 0.5), "above": self.pair(2, 2, 0.5)}
-        layer.pairs["below"].a.requires_grad_(False)
-        layer.pairs["below"].b.requires_grad_(False)
-        layer.active = ("below", "above")
-        layer(torch.randn(3, 4)).sum().backward()
-        assert layer.pairs["below"].a.grad is None and layer.pairs["below"].b.grad is None
-        assert layer.pairs["above"].a.grad is not None
-
-    def test_dropout_only_in_training(self, layer: AdaptedLinear) -> None:
-        layer.pairs["a"] = self.pair(1, 2, 1.0, dropout=0.5)
-        layer.active = ("a",)
-        pair, x = layer.pairs["a"], torch.randn(2000, 4)
-        layer.eval()
-        without = layer(x)
-        torch.testing.assert_close(without, slow(x, layer.weight, layer.bias, pair.a, pair.b, None, 1.0))
-        layer.train()
-        torch.manual_seed(5)
-        dropped = layer(x)
-        torch.manual_seed(5)
-        keep = torch.nn.functional.dropout(torch.ones_like(x), 0.5)
-        assert set(keep.unique().tolist()) == {0.0, 2.0}
-        torch.testing.assert_close(dropped, slow(x, layer.weight, layer.bias, pair.a, pair.b, keep, 1.0))
-        assert not torch.allclose(dropped, without)
-
-    def test_what_lies_beneath_is_never_dropped(self, layer: AdaptedLinear) -> None:
-        # The adapter on top has no pair on this layer: the frozen one beneath is all there is, and stays whole.
-        layer.pairs["sft"] = self.pair(1, 2, 1.0, dropout=0.5)
-        layer.active, x = ("sft", "reward"), torch.randn(50, 4)
-        without = layer.eval()(x)
-        torch.testing.assert_close(layer.train()(x), without, rtol=0, atol=0)
-
-    def test_computes_in_the_dtype_of_the_base_on_float32_masters(self, layer: AdaptedLinear) -> None:
-        layer.to(torch.bfloat16)
-        layer.pairs["a"] = self.pair(1, 2, 0.5)
-        layer.active = ("a",)
-        y = layer(torch.randn(3, 4, dtype=torch.bfloat16))
-        assert y.dtype == torch.bfloat16
-        y.float().sum().backward()
-        gradient = layer.pairs["a"].a.grad
-        assert gradient is not None and gradient.dtype == torch.float32
-
-    def test_adapters_are_no_parameters_of_the_base(self, layer: AdaptedLinear) -> None:
-        layer.pairs["a"] = self.pair(1, 2, 0.5)
-        assert sorted(dict(layer.named_parameters())) == ["bias", "weight"]
-
-
 def three_pairs() -> list[LowRank]:
     """Of rank 1: scales 2, 3 and 4."""
     rows = [([1.0, 1.0], [1.0, 0.0], 2.0), ([1.0, 0.0], [0.0, 1.0], 3.0), ([0.0, 1.0], [1.0, 1.0], 4.0)]
@@ -197,7 +115,7 @@ def test_mean_by_hand() -> None:
 
 
 def test_new_pair_is_a_zero_update() -> None:
-    layer = AdaptedLinear(nn.Linear(16, 3))
+    layer = nn.Linear(16, 3)
     pair = new_pair(layer.weight, 4, 10.0, 0.1, torch.Generator().manual_seed(0))
     assert pair.scale == 2.5 and pair.dropout == 0.1
     assert pair.a.shape == (4, 16) and pair.b.shape == (3, 4)
@@ -208,55 +126,3 @@ def test_new_pair_is_a_zero_update() -> None:
     assert torch.equal(pair.a, again.a)
     assert pair.a.dtype == pair.b.dtype == torch.float32
     assert math.isclose(pair.a.std().item(), 0.25 / math.sqrt(3), rel_tol=0.3)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.self_attn = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("q_proj", "o_proj")})
-        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(2, 2), "act": nn.ReLU()})
-
-
-class TestTargets:
-    ALL = tuple(f"layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"))
-
-    @pytest.fixture
-    def network(self) -> nn.Module:
-        return nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()]), "lm_head": nn.Linear(2, 7)})
-
-    def test_presets(self, network: nn.Module) -> None:
-        found = match_targets(network.named_modules(), "attention")
-        assert found == [path for path in self.ALL if "attn" in path]
-        assert match_targets(network.named_modules(), "all", skip=("lm_head",)) == list(self.ALL)
-        assert match_targets(network.named_modules(), "all") == [*self.ALL, "lm_head"]
-
-    def test_names_are_ends_of_paths(self, network: nn.Module) -> None:
-        assert match_targets(network.named_modules(), ("up_proj", "layers.1.self_attn.q_proj")) == [
-            "layers.0.mlp.up_proj",
-            "layers.1.self_attn.q_proj",
-            "layers.1.mlp.up_proj",
-        ]
-        assert match_targets(network.named_modules(), "o_proj") == [path for path in self.ALL if "o_proj" in path]
-
-    def test_layers_that_are_adapted_already_match_too(self, network: nn.Module) -> None:
-        attention = network.get_submodule("layers.0.self_attn")
-        attention["q_proj"] = AdaptedLinear(attention["q_proj"])  # pyright: ignore[reportIndexIssue]
-        assert match_targets(network.named_modules(), ("q_proj",)) == [p for p in self.ALL if "q_proj" in p]
-
-    def test_a_name_that_matches_nothing(self, network: nn.Module) -> None:
-        with pytest.raises(AdapterError) as caught:
-            match_targets(network.named_modules(), ("q_proj", "u_proj"), skip=("lm_head",))
-        message = str(caught.value)
-        assert "'u_proj'" in message and "adapter.targets" in message and "try: up_proj" in message
-        assert "o_proj, q_proj, up_proj" in message and "lm_head" not in message
-
-    def test_part_of_a_name_is_no_match(self, network: nn.Module) -> None:
-        with pytest.raises(AdapterError):
-            match_targets(network.named_modules(), ("proj",))
-
-    def test_a_base_without_such_layers(self) -> None:
-        def modules() -> Iterator[tuple[str, nn.Module]]:
-            yield "conv", nn.Conv1d(1, 1, 1)
-
-        with pytest.raises(AdapterError, match="match no linear layer"):
-            match_targets(modules(), "attention")

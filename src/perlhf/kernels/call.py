@@ -1,0 +1,90 @@
+"""What one pass of the network carries: transformers calls our modules with their input alone, so they read it here.
+
+Nothing of it is kept on the network or in a global: a context variable holds it while the pass runs, so that passes in
+several threads don't disturb each other.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HeldPair:
+    """What a layer's active adapters add to it, in the base's dtype."""
+
+    pair: tuple[Tensor, Tensor]
+    padded: tuple[Tensor, Tensor]
+    """The same with zeros to a rank that the kernel of few rows takes (`cpu.padded`)."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How one pass computes, the same for all of its tokens."""
+
+    adapters: tuple[str, ...] = ()
+    """The active ones, from the lowest to the uppermost."""
+    dropout: bool = False
+    """Whether the uppermost adapter's input is dropped."""
+    sampling: bool = False
+    """Whether sums may be added up in another order than in a pass that learns, which must have the same bits as a pass
+    that doesn't.
+    """
+    held: Mapping[nn.Module, HeldPair] | None = None
+    """By layer, instead of the adapters' own pairs; layers that it lacks are the base's. None: pairs are converted in
+    this pass.
+    """
+    own_kernels: bool = True
+    """Whether a CPU's own kernels may compute; else torch's operations do."""
+
+
+_current: ContextVar[Call] = ContextVar("call", default=Call())  # noqa: B039 -- frozen
+
+
+def current_call() -> Call:
+    """What the pass carries that this is read in; outside of one the bare base's."""
+    return _current.get()
+
+
+@contextmanager
+def calling(call: Call) -> Iterator[None]:
+    """Modules that run inside, in this thread, read `call`."""
+    token = _current.set(call)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+class Turns:
+    """Passes through one network: many at a time, or one alone, while it has other weights in its place."""
+
+    def __init__(self) -> None:
+        self._entrance = threading.Lock()
+        self._left = threading.Condition()
+        self._inside: set[object] = set()
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Runs beside others."""
+        turn = object()
+        try:
+            with self._entrance, self._left:
+                self._inside.add(turn)
+            yield
+        finally:
+            with self._left:
+                self._inside.discard(turn)
+                self._left.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until all others have left; nobody enters meanwhile."""
+        with self._entrance:
+            with self._left:
+                self._left.wait_for(lambda: not self._inside)
+            yield
