@@ -13,16 +13,16 @@ from perlhf.commands.cli import main
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.adapter_files import AdapterFiles, read_adapter
-from perlhf.model.open import Finished, read_finished
+from perlhf.model.open import FinishedRun, read_run
 
 TEXTS = [(f"a tea please {number}", text) for number, text in enumerate((*GOOD, *BAD))]
 
 
 def adapter_of(run: Path) -> Adapter:
-    return read_finished(run).open("cpu")[0].adapters["reward"]
+    return read_run(run).open("cpu")[0].adapters["reward"]
 
 
-def scores(finished: Finished) -> Tensor:
+def scores(finished: FinishedRun) -> Tensor:
     """Scores of a few answers under a reward run, float32."""
     model, encoder = finished.open("cpu")
     return model.scores([encoder.example(prompt, text).ids for prompt, text in TEXTS], "reward")
@@ -41,8 +41,8 @@ def averaged(perlhf, tmp_path: Path):
 
 
 def test_a_run_averaged_with_itself_scores_as_before(averaged, reward_run):
-    before = scores(read_finished(reward_run))
-    found = scores(read_finished(averaged(reward_run, reward_run)))
+    before = scores(read_run(reward_run))
+    found = scores(read_run(averaged(reward_run, reward_run)))
     assert before.std() > 0.1
     torch.testing.assert_close(found, before, rtol=1e-5, atol=1e-6)
 
@@ -94,7 +94,7 @@ def test_three_by_hand():
 
 def test_saved_and_loaded_again_it_scores_bit_equal(averaged, reward_run, other_reward_run, tmp_path):
     run = averaged(reward_run, other_reward_run)
-    finished = read_finished(run)
+    finished = read_run(run)
     model, encoder = finished.open("cpu")
     saved.save_adapter(model, "reward", tmp_path / "again", encoder)
     saved.load_adapter(model, tmp_path / "again", "again", encoder)
@@ -109,7 +109,7 @@ def test_saved_and_loaded_again_it_scores_bit_equal(averaged, reward_run, other_
 
 def test_it_is_used_like_a_reward_run(averaged, perlhf, stage, reward_run, other_reward_run, tmp_path):
     run = averaged(reward_run, other_reward_run)
-    config = read_finished(run).config
+    config = read_run(run).config
     assert [Path(path).name for path in config.data.paths] == ["ratings.jsonl", "comparisons.jsonl"]
     assert (config.run, config.adapter.rank) == (run, 6)
     assert list(read_json(run / "result.json")["averaged"]) == [str(reward_run), str(other_reward_run)]

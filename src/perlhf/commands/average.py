@@ -17,7 +17,7 @@ from perlhf.config.commands import AverageConfig
 from perlhf.config.stages import RewardConfig
 from perlhf.errors import AdapterError, ConfigError
 from perlhf.model.adapter_files import AdapterFiles, read_adapter, write_adapter
-from perlhf.model.open import Finished, read_finished
+from perlhf.model.open import FinishedRun, read_run
 from perlhf.model.saved import files_hash, full_meta, full_tensors, write_full
 from perlhf.runs.manifest import RESULT, first_difference, start_or_continue, strict_json
 from perlhf.system.files import directory_atomic, write_atomic
@@ -37,7 +37,7 @@ def average(config: AverageConfig) -> dict[str, Any]:
         AdapterError: runs that differ in base, tuning, encoding, adapted layers or split of the data.
         StorageError: it can't be written.
     """
-    runs = [read_finished(path, ("reward",)) for path in config.runs]
+    runs = [read_run(path, ("reward",)) for path in config.runs]
     _check_output(config.output)
     base = _check_alike(runs)
     members = [run.path / "adapter" for run in runs]
@@ -98,7 +98,7 @@ def _check_output(output: Path) -> None:
         raise ConfigError(f"{output} {found}", where="output", allowed="a new or empty directory")
 
 
-def _check_alike(runs: Sequence[Finished]) -> dict[str, str]:
+def _check_alike(runs: Sequence[FinishedRun]) -> dict[str, str]:
     """Refuses runs that have no common average; returns their base's fingerprint."""
     first, *others = runs
     base, expected = _traits(first)
@@ -117,7 +117,7 @@ def _check_alike(runs: Sequence[Finished]) -> dict[str, str]:
     return base
 
 
-def _traits(run: Finished) -> tuple[dict[str, str], dict[str, Any]]:
+def _traits(run: FinishedRun) -> tuple[dict[str, str], dict[str, Any]]:
     """The base of a run, and what else must agree. Groups that one run holds out, no other may have learned from."""
     directory, layers = run.path / "adapter", dict[str, str]()
     if run.config.tuning == "full":
@@ -135,7 +135,7 @@ def _traits(run: Finished) -> tuple[dict[str, str], dict[str, Any]]:
     return base, traits
 
 
-def _settings(runs: Sequence[Finished], output: Path) -> dict[str, Any]:
+def _settings(runs: Sequence[FinishedRun], output: Path) -> dict[str, Any]:
     """config.yaml of the average."""
     first = runs[0].config
     assert isinstance(first, RewardConfig)

@@ -21,6 +21,7 @@ from perlhf.data.records import Prompt
 from perlhf.data.splits import load
 from perlhf.method import advantages
 from perlhf.model import saved
+from perlhf.model.base import Base
 from perlhf.model.open import load_sft, new_adapter, open_model
 from perlhf.rollout.local import Rollout, probe, sample, uniforms
 from perlhf.rollout.rewards import load_rewards
@@ -42,10 +43,11 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         DivergenceError: a loss or gradient isn't finite; the last checkpoint is kept.
         DataError, ConfigError, ModelError, AdapterError, RunError: as the parts say.
     """
-    with open_run(config.run, "policy", config, loop.facts(config)) as run:
+    base = Base.find(config.base)
+    with open_run(config.run, "policy", config, loop.facts(config, base)) as run:
         if run.finished:
             return run.result()
-        stage = _open(config)
+        stage = _open(config, base)
         model = stage.model
         optimizers = optim.build(
             {POLICY: (model.adapters[POLICY].trainable_by_name(), config.learning_rate)}
@@ -113,9 +115,9 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         return run.result()
 
 
-def _open(config: PolicyConfig) -> Stage:
+def _open(config: PolicyConfig, base: Base) -> Stage:
     """The base with the reference, policy, value and reward adapters, and the prompts."""
-    model, encoder = open_model(config)
+    model, encoder = open_model(config, base)
     reference = None
     if config.sft is not None:
         reference = load_sft(model, config.sft, encoder)

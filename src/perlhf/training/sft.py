@@ -14,6 +14,7 @@ from perlhf.method.losses import sft_loss
 from perlhf.method.packing import Packing, lay_out, microbatches
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
+from perlhf.model.base import Base
 from perlhf.model.encode import Encoder, Example
 from perlhf.model.model import Model
 from perlhf.model.open import new_adapter, open_model
@@ -33,10 +34,11 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
         DataError, ConfigError, ModelError, AdapterError, RunError: as the parts say.
         DivergenceError: loss or gradient not finite; the last checkpoint is kept.
     """
-    with open_run(config.run, "sft", config, loop.facts(config)) as run:
+    base = Base.find(config.base)
+    with open_run(config.run, "sft", config, loop.facts(config, base)) as run:
         if run.finished:
             return run.result()
-        model, encoder = open_model(config)
+        model, encoder = open_model(config, base)
         train, counts = _encode(encoder, load(config.data, ("demonstration",), "train"))
         held_out = load(config.data, ("demonstration",), "validation")
         validation, _ = _encode(encoder, loop.some(held_out, config.validation_examples, config.seed))
