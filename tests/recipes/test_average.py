@@ -22,9 +22,9 @@ def adapter_of(run: Path) -> Adapter:
     return read_run(run).open("cpu")[0].adapters["reward"]
 
 
-def scores(finished: FinishedRun) -> Tensor:
+def scores(run: FinishedRun) -> Tensor:
     """Scores of a few answers under a reward run, float32."""
-    model, encoder = finished.open("cpu")
+    model, encoder = run.open("cpu")
     return model.scores([encoder.example(prompt, text).ids for prompt, text in TEXTS], "reward")
 
 
@@ -94,8 +94,7 @@ def test_three_by_hand():
 
 def test_saved_and_loaded_again_it_scores_bit_equal(averaged, reward_run, other_reward_run, tmp_path):
     run = averaged(reward_run, other_reward_run)
-    finished = read_run(run)
-    model, encoder = finished.open("cpu")
+    model, encoder = read_run(run).open("cpu")
     saved.save_adapter(model, "reward", tmp_path / "again", encoder)
     saved.load_adapter(model, tmp_path / "again", "again", encoder)
     sequences = [encoder.example(prompt, text).ids for prompt, text in TEXTS]

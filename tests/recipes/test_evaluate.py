@@ -266,17 +266,17 @@ def test_a_judge_who_always_says_1_finds_only_ties(runs: TinyRuns, tmp_path: Pat
 
 
 def test_sft_loss_against_plain_transformers(runs: TinyRuns, tiny_base: Path, tmp_path: Path):
-    finished = read_run(runs.sft)
+    run = read_run(runs.sft)
     found = checked(runs.sft, tmp_path, split="validation", prompts=2)
     trained = json.loads((runs.sft / "result.json").read_text())["validation_loss"]
     assert found["metrics"]["loss"]["value"] == pytest.approx(trained, rel=1e-6)
     assert found["metrics"]["perplexity"]["value"] == pytest.approx(math.exp(trained), rel=1e-6)
     assert len(found["samples"]) == 2
 
-    encoder = Encoder(load_tokenizer(Base(tiny_base)), finished.config.encoding)
+    encoder = Encoder(load_tokenizer(Base(tiny_base)), run.config.encoding)
     network = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     nats = tokens = 0.0
-    for record in load(finished.config.data, ("demonstration",), "validation"):
+    for record in load(run.config.data, ("demonstration",), "validation"):
         assert isinstance(record, Demonstration)
         example = encoder.example(record.prompt, record.completion)
         with torch.no_grad():

@@ -89,9 +89,9 @@ def test_a_language_model_gives_the_same_logits_elsewhere(
 @pytest.mark.parametrize("format", ["peft", "merged"])
 def test_a_reward_model_gives_the_same_scores_elsewhere(runs: TinyRuns, tiny_base: Path, exported: Any, format: str):
     output, details = exported("reward", format)
-    finished = read_run(runs.reward)
-    model, encoder = finished.open("cpu")
-    records = [record for record in load(finished.config.data, ("rating",), "test") if isinstance(record, Rating)]
+    run = read_run(runs.reward)
+    model, encoder = run.open("cpu")
+    records = [record for record in load(run.config.data, ("rating",), "test") if isinstance(record, Rating)]
     sequences = [encoder.example(record.prompt, record.completion).ids for record in records[:5]]
     wanted = model.scores(sequences, "reward", packing="none")
     if format == "peft":

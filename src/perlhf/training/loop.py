@@ -58,9 +58,9 @@ def facts(config: StageConfig, base: Base) -> dict[str, Any]:
     template = Path(config.encoding.template)
     if template.is_file():
         recorded["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
-    adapters = {run: run / "adapter" for runs in earlier_runs(config).values() for run in runs}
-    hashes = {str(run): saved.files_hash(adapter) for run, adapter in adapters.items() if adapter.is_dir()}
-    return recorded | ({"adapters": hashes} if hashes else {})
+    runs = [run for named in earlier_runs(config).values() for run in named if (run / "adapter").is_dir()]
+    adapters = {str(run): saved.files_hash(run / "adapter") for run in runs}
+    return recorded | ({"adapters": adapters} if adapters else {})
 
 
 def encode_all(

@@ -8,8 +8,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.data import splits
 from perlhf.data.order import plan_updates
@@ -157,8 +155,8 @@ def lora_parameters(adapter: AdapterConfig, network: "PreTrainedModel") -> int:
     Raises:
         AdapterError: a name that matches no linear layer.
     """
-    layers = (network.get_submodule(path) for path in target_paths(network, adapter.targets, adapter.layers))
-    return adapter.rank * sum(sum(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear))
+    paths = target_paths(network, adapter.targets, adapter.layers)
+    return adapter.rank * sum(sum(network.get_parameter(f"{path}.weight").shape) for path in paths)
 
 
 def _frozen_adapters(config: Stage) -> int:

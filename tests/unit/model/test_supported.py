@@ -161,11 +161,11 @@ def test_a_short_window_is_found_out() -> None:
 )
 def test_what_is_not_handed_on_is_found_out(lost: str, why: str, dtype: torch.dtype) -> None:
     """A network that drops the positions, the tree or the cache on the way to our attention."""
-    model = LlamaForCausalLM(LlamaConfig(**SMALL)).to(dtype)
+    model: Any = LlamaForCausalLM(LlamaConfig(**SMALL))
     hand_on = model.model.forward
     model.model.forward = lambda *inputs, **named: hand_on(*inputs, **{k: v for k, v in named.items() if k != lost})
     with pytest.raises(ModelError, match=rf"four-dimensional attention mask are not .*({why})"):
-        opened(model)
+        opened(model.to(dtype))
 
 
 def test_head_of_decoder_gives_the_logits() -> None:
