@@ -14,9 +14,10 @@ from perlhf.errors import RunError
 from perlhf.method import metrics
 from perlhf.method.metrics import SeedNoise, Statistic
 from perlhf.reports import findings
-from perlhf.runs.manifest import first_difference, read_json
+from perlhf.runs.manifest import first_difference
 from perlhf.runs.read import EVALUATION, RunFiles, Summary, finite, mapping, measured, number, read_runs
 from perlhf.runs.read import summarise as summary_of
+from perlhf.system.files import read_json
 
 CURVES = {
     "AUC": "validation_auc",

@@ -20,8 +20,7 @@ from perlhf.evaluation.policy import evaluate_policy
 from perlhf.evaluation.reward import evaluate_reward, score_records
 from perlhf.evaluation.sft import evaluate_sft
 from perlhf.model.open import FinishedRun, read_run
-from perlhf.runs.manifest import strict_json
-from perlhf.system.files import storage_errors, write_atomic
+from perlhf.system.files import storage_errors, strict_json, write_atomic
 
 EVALUATION = "evaluation.json"
 

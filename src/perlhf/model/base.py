@@ -37,10 +37,9 @@ from perlhf.model.packaged import (
     is_complete,
     pull_packaged,
     quiet,
-    sha256_of,
 )
 from perlhf.model.supported import check_supported
-from perlhf.system.files import write_atomic
+from perlhf.system.files import sha256, write_atomic
 from perlhf.system.machine import bound_compiled_products, cache_dir, cpu_computes_in_bf16
 
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template*")
@@ -90,7 +89,7 @@ class Base:
         cached = cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
         if cached.is_file():
             return {"name": _name_of(self.directory), "sha256": cached.read_text("utf-8")}
-        digest = sha256_of(files)
+        digest = sha256(*files)
         with contextlib.suppress(OSError):  # a cache that can't be written costs time only
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(cached, digest)

@@ -17,7 +17,7 @@ from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base, load_tokenizer
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_json
+from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_manifest
 
 StageName = Literal["sft", "reward", "policy"]
 _CONFIGS = {"sft": SftConfig, "reward": RewardConfig, "policy": PolicyConfig}
@@ -64,7 +64,7 @@ def read_run(path: Path, stages: Sequence[StageName] = get_args(StageName)) -> F
         stages: what is of use to the caller.
 
     Raises:
-        RunError: no run directory, a run that isn't finished, or one of another stage.
+        RunError: no run directory, a run that isn't finished, or one of another stage or an earlier version.
         ConfigError: its config.yaml is damaged.
     """
     where = str(path)
@@ -72,7 +72,7 @@ def read_run(path: Path, stages: Sequence[StageName] = get_args(StageName)) -> F
         what = "not a run directory" if path.exists() else "there is no such directory"
         hint = "perlhf sft, reward or policy makes one"
         raise RunError(what, where=where, allowed=f"a directory with {CONFIG}, {MANIFEST} and {RESULT}", hint=hint)
-    stage = read_json(path / MANIFEST).get("stage")
+    stage = read_manifest(path).get("stage")
     if stage not in _CONFIGS:
         raise RunError(f"unknown stage {stage!r}", where=str(path / MANIFEST), allowed=", ".join(_CONFIGS))
     if not (path / RESULT).is_file():

@@ -15,7 +15,6 @@ from markupsafe import Markup
 
 from perlhf.reports import charts, findings, samples, templating
 from perlhf.reports.charts import Chart
-from perlhf.runs.manifest import strict_json
 from perlhf.runs.read import (
     Measured,
     RunFiles,
@@ -31,7 +30,7 @@ from perlhf.runs.read import (
     read_runs,
     summarise,
 )
-from perlhf.system.files import storage_errors, write_atomic
+from perlhf.system.files import storage_errors, strict_json, write_atomic
 
 _STAGE_TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "policy": "Policy", "unknown": "Run"}
 _TABLE_ROWS = 40

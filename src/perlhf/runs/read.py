@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from perlhf.errors import ConfigError, RunError, nearest
-from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_json
+from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT
+from perlhf.system.files import read_json
 
 STAGES = ("sft", "reward", "policy")
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from perlhf import __version__
 from perlhf.system import allocator
 
@@ -23,11 +25,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 def environment() -> dict[str, Any]:
     """Versions, commit (None outside a git checkout), hardware and CPU threads (None before torch is loaded)."""
     versions = {"perlhf": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    versions |= {package: found for package in PACKAGES if (found := version(package))}
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch else None
     native: Any = sys.modules.get("perlhf.kernels.cpu")
@@ -39,6 +37,17 @@ def environment() -> dict[str, Any]:
         "allocator": allocator.in_use(),
         "kernels": native.state() if native else None,
     }
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; torch's with its build (`+cpu`, `+cu130`), which decides kernels and so bits.
+
+    The metadata of PyPI's torch leaves the build out.
+    """
+    try:
+        return (_torch_version() if package == "torch" else None) or metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def available_cores() -> int:
@@ -83,7 +92,7 @@ def gpu_name() -> str | None:
 
 
 def free_memory_bytes(device: str) -> int | None:
-    """What is free on the GPU if one is meant and there, else of the machine's memory; None where nothing tells it."""
+    """What is free on the GPU if one is meant and there, else of the machine's memory; None for a GPU not seen."""
     if device != "cpu":
         command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
         number = int(device.partition(":")[2] or 0)
@@ -93,11 +102,7 @@ def free_memory_bytes(device: str) -> int | None:
         except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
             if device != "auto":
                 return None
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        found = None
-    return int(found[1]) * 1024 if found else None
+    return psutil.virtual_memory().available
 
 
 def bound_compiled_products(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -129,6 +134,15 @@ def cpu_computes_in_bf16(cpuinfo: str | None = None) -> tuple[bool, str]:
     return True, "this CPU computes in it"
 
 
+def _torch_version() -> str | None:
+    """`torch.__version__`, read from its source where torch isn't loaded; None where that doesn't tell."""
+    if torch := sys.modules.get("torch"):
+        return str(torch.__version__)
+    file = Path(str(metadata.distribution("torch").locate_file("torch/version.py")))
+    found = re.search(r"^__version__ = ['\"](.+)['\"]", file.read_text("utf-8"), re.M) if file.is_file() else None
+    return found[1] if found else None
+
+
 def _commit() -> dict[str, Any]:
     """The commit of this package's source, if git tracks it there (an installed copy inside another checkout isn't)."""
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:
@@ -150,12 +164,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def _hardware() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cores": available_cores(),
-        "memory_bytes": memory,
+        "memory_bytes": psutil.virtual_memory().total,
         "gpu": gpu_name(),
     }
 
