@@ -32,21 +32,20 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     from perlhf.config.stages import DataConfig
     from perlhf.data.records import Comparison
     from perlhf.data.splits import load
-    from perlhf.model import base
+    from perlhf.model.base import load_tokenizer, pick_device, pick_dtype
     from perlhf.model.encode import Encoder
-    from perlhf.model.open import read_finished
+    from perlhf.model.open import read_run
     from perlhf.system.machine import peak_memory_bytes
 
-    sft = read_finished(arguments.sft, ("sft",))
-    where = base.resolve(sft.config.base)
-    encoder = Encoder(base.load_tokenizer(where), sft.config.encoding)
-    dtype, _ = base.pick_dtype(sft.config.dtype, base.pick_device(arguments.device).type)
+    sft = read_run(arguments.sft, ("sft",))
+    encoder = Encoder(load_tokenizer(sft.base), sft.config.encoding)
+    dtype, _ = pick_dtype(sft.config.dtype, pick_device(arguments.device).type)
     records = [r for r in load(DataConfig(paths=(COMPARISONS,)), ("comparison",), "train") if isinstance(r, Comparison)]
     rows = [
         {"prompt": encoder.tokenizer.decode(encoder.prompt(r.prompt)), "chosen": r.chosen, "rejected": r.rejected}
         for r in records
     ]
-    network = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
+    network = AutoModelForCausalLM.from_pretrained(sft.base.directory, dtype=dtype)
     model = PeftModel.from_pretrained(network, arguments.sft / "adapter", is_trainable=True)
     scratch = tempfile.TemporaryDirectory()  # TRL makes its output directory even where nothing is saved
     settings = DPOConfig(
@@ -73,7 +72,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     trainer.train()
     seconds = time.perf_counter() - began
     # By its name, not by the path where this machine keeps it; and nothing is looked up on the hub.
-    model.peft_config["default"].base_model_name_or_path = base.fingerprint(where)["name"]
+    model.peft_config["default"].base_model_name_or_path = sft.base.fingerprint["name"]
     model.save_pretrained(arguments.output / "adapter", selected_adapters=["default"], save_embedding_layers=False)
     return {
         "what": "TRL DPOTrainer",

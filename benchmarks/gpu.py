@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.method.packing import Tokens, pack
-from perlhf.model import base as bases
+from perlhf.model.base import Base
 from perlhf.model.model import Model
 from perlhf.rollout.local import sample, uniforms
 
@@ -39,7 +39,7 @@ def timed(work: Callable[[], object], repeats: int) -> float:
 def reward(base: str, rank: int, repeats: int) -> dict[str, float]:
     """Forward, backward and AdamW step on pairs that share their prompt; rank 0 is full tuning."""
     torch.cuda.empty_cache()
-    model = Model.load(base, "auto", "cuda")
+    model = Model.load(Base.find(base), "auto", "cuda")
     adapter = model.add_adapter("reward_0", "reward", tuning="lora" if rank else "full", rank=rank or 1)
     optimizer = torch.optim.AdamW(adapter.trainable(), lr=1e-5)
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ def reward(base: str, rank: int, repeats: int) -> dict[str, float]:
 
 def sampling(base: str, repeats: int) -> dict[str, float]:
     """Tokens a second of our sampler under an adapter, and of `generate` without one, for as many rows and tokens."""
-    model = Model.load(base, "auto", "cuda")
+    model = Model.load(Base.find(base), "auto", "cuda")
     model.add_adapter("policy", "policy", rank=16)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, 49000, (PROMPTS, PREFIX), generator=generator).tolist()
@@ -74,7 +74,7 @@ def sampling(base: str, repeats: int) -> dict[str, float]:
         sample(model, prompts, adapter="policy", draws=draws, end_id=-1, temperature=1.0, max_completion_tokens=LENGTH)
 
     found = {"sampler": tokens / timed(ours, repeats)}
-    network: Any = AutoModelForCausalLM.from_pretrained(bases.resolve(base), dtype=torch.bfloat16)
+    network: Any = AutoModelForCausalLM.from_pretrained(Base.find(base).directory, dtype=torch.bfloat16)
     network = network.cuda().eval()
     rows = torch.tensor([ids for ids in prompts for _ in range(SAMPLES)]).cuda()
 

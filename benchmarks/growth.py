@@ -18,6 +18,7 @@ from typing import Any
 import harness
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.method.packing import Packing, Tokens, completed, pack
+from perlhf.model.base import Base
 from perlhf.system import allocator
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -50,7 +51,7 @@ def measure(repeats: int) -> dict[str, dict[str, Curve]]:
     """Curves by panel and name."""
     from perlhf.model.model import Model
 
-    model = Model.load(DEFAULT_BASE, device="cpu")
+    model = Model.load(Base.find(DEFAULT_BASE), device="cpu")
     for rank in RANKS:
         model.add_adapter(f"rank{rank}", "reward", rank=rank)
     for number in range(max(ADAPTERS)):

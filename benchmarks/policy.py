@@ -35,10 +35,10 @@ def trl() -> Work:
     from transformers import AutoModelForCausalLM
     from trl import RLOOConfig, RLOOTrainer  # pyright: ignore[reportMissingImports]  of the extra `bench`
 
-    from perlhf.model import base
+    from perlhf.model.base import Base
 
     config, encoder, prompts, dtype = _problem()
-    where = base.resolve(config.base)
+    where = Base.find(config.base).directory
     # The template's text, which tokenises to the ids that our side samples from.
     texts = [encoder.tokenizer.decode(encoder.prompt(prompt.prompt)) for prompt in prompts]
     clock = Clock(warm_up=False)
@@ -96,10 +96,10 @@ def generate(adapted: bool) -> Work:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from perlhf.model import base
+    from perlhf.model.base import Base
 
     config, encoder, prompts, dtype = _problem()
-    network: Any = AutoModelForCausalLM.from_pretrained(base.resolve(config.base), dtype=dtype)
+    network: Any = AutoModelForCausalLM.from_pretrained(Base.find(config.base).directory, dtype=dtype)
     if adapted:
         from peft import get_peft_model
 
@@ -146,7 +146,7 @@ def _problem() -> tuple[Any, Any, list[Any], Any]:
     from perlhf.config.stages import OptimConfig, PolicyConfig, RewardConfig, ValueConfig
     from perlhf.data.records import Comparison, Prompt
     from perlhf.data.splits import load
-    from perlhf.model import base
+    from perlhf.model.base import Base, load_tokenizer, pick_device, pick_dtype
     from perlhf.model.encode import Encoder
 
     recipe = load_recipe(harness.REPOSITORY / "recipes" / "hh" / "reward.yaml", RewardConfig)
@@ -165,11 +165,11 @@ def _problem() -> tuple[Any, Any, list[Any], Any]:
         baseline="leave_one_out",
         value=ValueConfig(warmup_updates=0),
     )
-    encoder = Encoder(base.load_tokenizer(base.resolve(config.base)), config.encoding)
+    encoder = Encoder(load_tokenizer(Base.find(config.base)), config.encoding)
     records = (r for r in load(config.data, ("comparison",), "train") if isinstance(r, Comparison))
     short = (r for r in records if len(encoder.prompt(r.prompt)) <= PROMPT_TOKENS)
     prompts = [Prompt(r.prompt, r.group) for r in islice(short, PROMPTS)]
-    dtype, _ = base.pick_dtype(config.dtype, base.pick_device(config.device).type)
+    dtype, _ = pick_dtype(config.dtype, pick_device(config.device).type)
     return config, encoder, prompts, dtype
 
 
@@ -177,6 +177,7 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
     """What `perlhf policy` opens, with a new SFT adapter as reference and a reward adapter with a random head."""
     import torch
 
+    from perlhf.model.base import Base
     from perlhf.model.model import Model
     from perlhf.model.open import new_adapter, open_model
     from perlhf.rollout.scorers import Scorers
@@ -184,7 +185,10 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
 
     config, encoder, prompts, _ = _problem()
     config = config.model_copy(update={"tuning": tuning, "baseline": baseline})
-    model = open_model(config)[0] if network is None else Model(network, {"name": "random", "sha256": "0"})
+    if network is None:
+        model, _ = open_model(config, Base.find(config.base))
+    else:
+        model = Model(network, {"name": "random", "sha256": "0"})
     encoder.end_id = encoder.tokenizer.convert_tokens_to_ids(NEVER_SAMPLED)
     shape = {"rank": RANK, "targets": "attention"}
     reference = None

@@ -149,9 +149,11 @@ def matmul_share() -> Work:
     from torch import nn
 
     work = ours("hh")
+    from perlhf.model.base import Base
     from perlhf.model.open import open_model
 
-    model, _ = open_model(_config("hh"))
+    config = _config("hh")
+    model, _ = open_model(config, Base.find(config.base))
     head = model.base.get_output_embeddings()
     weights = sum(m.weight.numel() for m in model.base.modules() if isinstance(m, nn.Linear) and m is not head)
     gflop = 4e-9 * weights * work.details["tokens_distinct"]
@@ -190,10 +192,11 @@ def _examples(config: Any) -> tuple[Any, Any, list[Any], list[list[int]]]:
     from perlhf.data import order
     from perlhf.data.records import Comparison
     from perlhf.data.splits import load
+    from perlhf.model.base import Base
     from perlhf.model.open import open_model
     from perlhf.training.reward import encode_items
 
-    model, encoder = open_model(config)
+    model, encoder = open_model(config, Base.find(config.base))
     records = load(config.data, ("comparison", "rating"), "train")
     pairs = isinstance(records[0], Comparison)
     # Twice as many comparisons as are needed, since long ones are dropped.
@@ -210,9 +213,9 @@ def _examples(config: Any) -> tuple[Any, Any, list[Any], list[list[int]]]:
 def classifier(config: Any, dtype: Any, pad_id: int) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    from perlhf.model import base
+    from perlhf.model.base import Base
 
-    where = base.resolve(config.base)
+    where = Base.find(config.base).directory
     network = AutoModelForSequenceClassification.from_pretrained(where, num_labels=1, dtype=dtype)
     network.config.pad_token_id = pad_id
     return network

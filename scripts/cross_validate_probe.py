@@ -23,6 +23,7 @@ from perlhf.data.records import Rating
 from perlhf.data.splits import load
 from perlhf.evaluation import baselines
 from perlhf.method import metrics
+from perlhf.model.base import Base
 from perlhf.model.open import open_model
 from perlhf.training import linear_probe
 from perlhf.training.reward import encode_items, laid_out
@@ -69,7 +70,7 @@ def main() -> None:
 
 def last_states(config: RewardConfig, records: Sequence[Rating]) -> NDArray[np.float64]:
     """[record, hidden] states of the end tokens under the frozen base."""
-    model, encoder = open_model(config)
+    model, encoder = open_model(config, Base.find(config.base))
     items, _ = encode_items(encoder, records)
     assert len(items) == len(records), "no record is dropped"
     states = np.zeros((len(items), model.hidden_size))

@@ -9,6 +9,7 @@ from tiny_models import apart
 
 from perlhf.kernels.modules import AdaptedLinear
 from perlhf.method.packing import Batch, completed, pack
+from perlhf.model.base import Base
 from perlhf.model.model import Model
 from perlhf.rollout.local import Decoding, Rollout, probe, sample, uniforms
 
@@ -19,7 +20,7 @@ COMPLETIONS = [[10, 11, 12], [13]]
 
 
 def _model(path: Path, device: str) -> Model:
-    model = Model.load(str(path), "float32", device)
+    model = Model.load(Base(path), "float32", device)
     model.add_adapter("policy", "policy", rank=4)
     adapter = model.add_adapter("reward_0", "reward", rank=4)
     generator = torch.Generator().manual_seed(0)
@@ -115,7 +116,7 @@ def test_the_sampler_uses_the_adapter_as_it_is_now(tiny_base: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tree_equals_separate_rows(tiny_base: Path, dtype: str) -> None:
-    model = Model.load(str(tiny_base), dtype, "cuda")
+    model = Model.load(Base(tiny_base), dtype, "cuda")
     sequences = [[1, 2, 3, *range(20, 60)], [1, 2, 4, 5], [1, 2], [1, 2, 3, *range(20, 40), 9], [7]]
     tree, separate = (
         model.last_states(apart(sequences, packing, model.device), None).float() for packing in ("tree", "none")

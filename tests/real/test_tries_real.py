@@ -8,7 +8,7 @@ from perlhf.config.recipe import load_recipe
 from perlhf.config.stages import RewardConfig
 from perlhf.data.splits import load
 from perlhf.method.packing import lay_out
-from perlhf.model import base
+from perlhf.model.base import Base, load_tokenizer
 from perlhf.model.encode import Encoder
 from perlhf.training.reward import encode_items
 
@@ -21,7 +21,7 @@ def test_a_trie_of_all_ratings(feedback_root: Path, name: str, most: float) -> N
     config = load_recipe(RECIPES / name / "reward.yaml", RewardConfig)
     folder = feedback_root / f"taskmaster-{name}" / "reward"
     everything = config.data.model_copy(update={"paths": (str(folder),)})
-    encoder = Encoder(base.load_tokenizer(base.resolve(config.base)), config.encoding)
+    encoder = Encoder(load_tokenizer(Base.find(config.base)), config.encoding)
     items, counts = encode_items(encoder, load(everything, ("rating",), "all"))
     assert len(items) > 2600 and counts["dropped_long"] == 0
     sequences = [tokens.ids for item in items for tokens in item.sequences]

@@ -12,18 +12,18 @@ from toy import BAD, GOOD, read_json
 from perlhf.commands.cli import main
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
-from perlhf.model.open import Finished, read_finished
+from perlhf.model.open import FinishedRun, read_run
 
 TEXTS = [(f"a tea please {number}", text) for number, text in enumerate((*GOOD, *BAD))]
 
 
 def adapter_of(run: Path) -> Adapter:
-    return read_finished(run).open("cpu")[0].adapters["reward"]
+    return read_run(run).open("cpu")[0].adapters["reward"]
 
 
-def scores(finished: Finished) -> Tensor:
+def scores(run: FinishedRun) -> Tensor:
     """Scores of a few answers under a reward run, float32."""
-    model, encoder = finished.open("cpu")
+    model, encoder = run.open("cpu")
     return model.scores(apart([encoder.example(prompt, text).tokens.ids for prompt, text in TEXTS]), "reward")
 
 
@@ -40,8 +40,8 @@ def averaged(perlhf, tmp_path: Path):
 
 
 def test_a_run_averaged_with_itself_scores_as_before(averaged, reward_run):
-    before = scores(read_finished(reward_run))
-    found = scores(read_finished(averaged(reward_run, reward_run)))
+    before = scores(read_run(reward_run))
+    found = scores(read_run(averaged(reward_run, reward_run)))
     assert before.std() > 0.1
     torch.testing.assert_close(found, before, rtol=1e-5, atol=1e-6)
 
@@ -67,8 +67,7 @@ def test_each_update_is_the_mean_of_the_updates(averaged, reward_run, other_rewa
 
 def test_saved_and_loaded_again_it_scores_bit_equal(averaged, reward_run, other_reward_run, tmp_path):
     run = averaged(reward_run, other_reward_run)
-    finished = read_finished(run)
-    model, encoder = finished.open("cpu")
+    model, encoder = read_run(run).open("cpu")
     saved.save_adapter(model, "reward", tmp_path / "again", encoder)
     saved.load_adapter(model, tmp_path / "again", "again", encoder)
     sequences = [encoder.example(prompt, text).tokens.ids for prompt, text in TEXTS]
@@ -81,7 +80,7 @@ def test_saved_and_loaded_again_it_scores_bit_equal(averaged, reward_run, other_
 
 def test_it_is_used_like_a_reward_run(averaged, perlhf, stage, reward_run, other_reward_run, tmp_path):
     run = averaged(reward_run, other_reward_run)
-    config = read_finished(run).config
+    config = read_run(run).config
     assert [Path(path).name for path in config.data.paths] == ["ratings.jsonl", "comparisons.jsonl"]
     assert (config.run, config.adapter.rank) == (run, 6)
     assert list(read_json(run / "result.json")["averaged"]) == [str(reward_run), str(other_reward_run)]

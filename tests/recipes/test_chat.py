@@ -9,7 +9,7 @@ from tiny_runs import TinyRuns, tiny_runs
 from perlhf.commands.chat import chat
 from perlhf.config.commands import ChatConfig
 from perlhf.errors import ConfigError, RunError
-from perlhf.model.open import read_finished
+from perlhf.model.open import read_run
 from perlhf.rollout.local import sample, stream, uniforms
 
 
@@ -21,7 +21,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> TinyRuns:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_stream_is_what_the_sampler_samples(runs: TinyRuns, temperature: float):
-    model, encoder = read_finished(runs.policy).open("cpu")
+    model, encoder = read_run(runs.policy).open("cpu")
     prompt = encoder.prompt("a large tea please")
     ended = []
     for seed in range(8):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from perlhf.config.stages import EncodingConfig
-from perlhf.model import base
+from perlhf.model.base import Base, load_tokenizer
 from perlhf.model.encode import Encoder
 
 SYSTEM = [1, 9690, 198, 47662, 30, 2, 198]  # <|im_start|> system \n Brief . <|im_end|> \n
@@ -16,7 +16,7 @@ CLOSE = [2, 198]
 
 @pytest.fixture(scope="module")
 def encoder(smollm2: Path) -> Encoder:
-    return Encoder(base.load_tokenizer(smollm2), EncodingConfig(system="Brief."))
+    return Encoder(load_tokenizer(Base(smollm2)), EncodingConfig(system="Brief."))
 
 
 def test_digits_apart_and_a_typed_control_token_as_text(encoder: Encoder) -> None:

@@ -20,9 +20,9 @@ from perlhf.data.records import Demonstration
 from perlhf.data.splits import load, split_of
 from perlhf.errors import AdapterError, ConfigError, RunError
 from perlhf.evaluation.evaluate import evaluate, score
-from perlhf.model import base as bases
+from perlhf.model.base import Base, load_tokenizer
 from perlhf.model.encode import Encoder
-from perlhf.model.open import read_finished
+from perlhf.model.open import read_run
 from perlhf.runs.read import measured, read_runs
 from perlhf.training.policy import train_policy
 
@@ -138,7 +138,7 @@ def test_groups_of_the_training_split_are_noticed(runs: TinyRuns, tmp_path: Path
 
 
 def test_a_policy_that_has_learned_nothing_gives_the_same_answers(runs: TinyRuns, tmp_path: Path):
-    trained = read_finished(runs.policy).config
+    trained = read_run(runs.policy).config
     assert isinstance(trained, PolicyConfig)
     still = tmp_path / "still"
     changes = SHORT | {"value": {"warmup_updates": 1}, "updates": 1}
@@ -266,17 +266,17 @@ def test_a_judge_who_always_says_1_finds_only_ties(runs: TinyRuns, tmp_path: Pat
 
 
 def test_sft_loss_against_plain_transformers(runs: TinyRuns, tiny_base: Path, tmp_path: Path):
-    finished = read_finished(runs.sft)
+    run = read_run(runs.sft)
     found = checked(runs.sft, tmp_path, split="validation", prompts=2)
     trained = json.loads((runs.sft / "result.json").read_text())["validation_loss"]
     assert found["metrics"]["loss"]["value"] == pytest.approx(trained, rel=1e-6)
     assert found["metrics"]["perplexity"]["value"] == pytest.approx(math.exp(trained), rel=1e-6)
     assert len(found["samples"]) == 2
 
-    encoder = Encoder(bases.load_tokenizer(tiny_base), finished.config.encoding)
+    encoder = Encoder(load_tokenizer(Base(tiny_base)), run.config.encoding)
     network = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     nats = tokens = 0.0
-    for record in load(finished.config.data, ("demonstration",), "validation"):
+    for record in load(run.config.data, ("demonstration",), "validation"):
         assert isinstance(record, Demonstration)
         example = encoder.example(record.prompt, record.completion)
         with torch.no_grad():

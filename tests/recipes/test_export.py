@@ -20,7 +20,7 @@ from perlhf.data.records import Rating
 from perlhf.data.splits import load
 from perlhf.errors import AdapterError, ConfigError
 from perlhf.model.encode import Encoder
-from perlhf.model.open import read_finished
+from perlhf.model.open import read_run
 from perlhf.training.sft import train_sft
 
 # peft asks transformers for a name that is on its way out.
@@ -71,7 +71,7 @@ def test_a_language_model_gives_the_same_logits_elsewhere(
 ):
     run = getattr(runs, stage)
     output, details = exported(stage, format)
-    model, encoder = read_finished(run).open("cpu")
+    model, encoder = read_run(run).open("cpu")
     ids = encoder.prompt(TALK)
     states, _ = model.prefill([ids], stage)
     wanted = model.logits(states, stage)[0]
@@ -90,9 +90,9 @@ def test_a_language_model_gives_the_same_logits_elsewhere(
 @pytest.mark.parametrize("format", ["peft", "merged"])
 def test_a_reward_model_gives_the_same_scores_elsewhere(runs: TinyRuns, tiny_base: Path, exported: Any, format: str):
     output, details = exported("reward", format)
-    finished = read_finished(runs.reward)
-    model, encoder = finished.open("cpu")
-    records = [record for record in load(finished.config.data, ("rating",), "test") if isinstance(record, Rating)]
+    run = read_run(runs.reward)
+    model, encoder = run.open("cpu")
+    records = [record for record in load(run.config.data, ("rating",), "test") if isinstance(record, Rating)]
     sequences = [encoder.example(record.prompt, record.completion).tokens.ids for record in records[:5]]
     wanted = model.scores(apart(sequences, packing="none"), "reward")
     if format == "peft":
@@ -116,7 +116,7 @@ def test_a_reward_model_gives_the_same_scores_elsewhere(runs: TinyRuns, tiny_bas
 
 def test_the_error_of_rounding_to_bfloat16_is_measured(tiny_base: Path, runs: TinyRuns, tmp_path: Path):
     run = tmp_path / "sft"
-    config = read_finished(runs.sft).config
+    config = read_run(runs.sft).config
     train_sft(SftConfig.model_validate(config.model_dump() | {"run": run, "dtype": "bfloat16", "max_updates": 1}))
     details = export(ExportConfig(run=run, output=tmp_path / "out", format="merged", device="cpu"))
     assert details["dtype"] == "bfloat16"
@@ -128,13 +128,13 @@ def test_the_error_of_rounding_to_bfloat16_is_measured(tiny_base: Path, runs: Ti
 
 def test_full_tuning_is_exported_merged_only(tiny_base: Path, runs: TinyRuns, tmp_path: Path):
     run = tmp_path / "sft"
-    config = read_finished(runs.sft).config
+    config = read_run(runs.sft).config
     train_sft(SftConfig.model_validate(config.model_dump() | {"run": run, "tuning": "full", "max_updates": 2}))
     with pytest.raises(ConfigError, match="merged"):
         export(ExportConfig(run=run, output=tmp_path / "out", device="cpu"))
     assert not (tmp_path / "out").exists()
     export(ExportConfig(run=run, output=tmp_path / "out", format="merged", device="cpu"))
-    model, encoder = read_finished(run).open("cpu")
+    model, encoder = read_run(run).open("cpu")
     ids = encoder.prompt(TALK)
     states, _ = model.prefill([ids], "sft")
     found = logits(plain_base(tmp_path / "out"), ids)
@@ -148,7 +148,7 @@ def test_full_tuning_is_exported_merged_only(tiny_base: Path, runs: TinyRuns, tm
 @pytest.mark.parametrize("messages", [TALK, [{"role": "system", "content": "Sell tea."}, *TALK]])
 def test_the_exported_tokenizer_renders_prompts_as_in_training(runs: TinyRuns, exported: Any, messages: Any):
     output, _ = exported("sft", "merged")
-    _, encoder = read_finished(runs.sft).open("cpu")
+    _, encoder = read_run(runs.sft).open("cpu")
     tokenizer = AutoTokenizer.from_pretrained(output)
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert (SYSTEM in rendered) is (messages[0]["role"] != "system")

@@ -12,7 +12,8 @@ from perlhf.commands.cli import main
 from perlhf.config.stages import EncodingConfig
 from perlhf.errors import ConfigError
 from perlhf.method.packing import batches, completed
-from perlhf.model import base, saved
+from perlhf.model import saved
+from perlhf.model.base import Base, load_tokenizer
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.rollout.scorers import load_scorers, score_batches
@@ -28,12 +29,12 @@ def score_ids(
 
 @pytest.fixture
 def model(tiny_base: Path) -> Model:
-    return Model.load(str(tiny_base), "float32", "cpu")
+    return Model.load(Base(tiny_base), "float32", "cpu")
 
 
 @pytest.fixture
 def encoder(tiny_base: Path) -> Encoder:
-    return Encoder(base.load_tokenizer(tiny_base), EncodingConfig(max_tokens=96))
+    return Encoder(load_tokenizer(Base(tiny_base)), EncodingConfig(max_tokens=96))
 
 
 def ids_of(encoder: Encoder, prompts: list[str], completions: list[str]) -> tuple[list[list[int]], list[list[int]]]:

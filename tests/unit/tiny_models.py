@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from perlhf.config.stages import EncodingConfig
 from perlhf.method.packing import Batch, Ids, Packing, Tokens, completed, pack
-from perlhf.model import base
+from perlhf.model.base import Base, load_tokenizer
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 
@@ -19,11 +19,11 @@ START, END = 0, 1
 
 
 def open_model(directory: Path) -> Model:
-    return Model.load(str(directory), "float32", "cpu")
+    return Model.load(Base(directory), "float32", "cpu")
 
 
 def open_encoder(directory: Path, config: EncodingConfig | None = None) -> Encoder:
-    return Encoder(base.load_tokenizer(directory), config or EncodingConfig(max_tokens=256))
+    return Encoder(load_tokenizer(Base(directory)), config or EncodingConfig(max_tokens=256))
 
 
 def apart(sequences: Sequence[Ids], packing: Packing = "tree", device: torch.device | str = "cpu") -> Batch:

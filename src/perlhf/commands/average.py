@@ -18,7 +18,7 @@ from perlhf.config.stages import RewardConfig
 from perlhf.errors import AdapterError, ConfigError
 from perlhf.method import lora
 from perlhf.model.adapter import Adapter
-from perlhf.model.open import Finished, read_finished
+from perlhf.model.open import FinishedRun, read_run
 from perlhf.model.saved import ENCODING, SavedAdapter, files_hash, read_adapter, write_adapter
 from perlhf.runs.manifest import RESULT, first_difference, start_or_continue
 from perlhf.system.files import directory_atomic, write_json
@@ -35,7 +35,7 @@ def average(config: AverageConfig) -> dict[str, Any]:
         AdapterError: runs that differ in base, tuning, encoding, adapted layers or split of the data.
         StorageError: it can't be written.
     """
-    runs = [read_finished(path, ("reward",)) for path in config.runs]
+    runs = [read_run(path, ("reward",)) for path in config.runs]
     _check_output(config.output)
     mean = _mean(runs)
     hashes = {str(run.path): files_hash(run.path / "adapter") for run in runs}
@@ -52,7 +52,7 @@ def average(config: AverageConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _mean(runs: Sequence[Finished]) -> SavedAdapter:
+def _mean(runs: Sequence[FinishedRun]) -> SavedAdapter:
     """The adapter whose update of every layer, weights, head and bias are the means of the runs' own.
 
     Of fully tuned weights, those of one run at a time are in memory beside their sum.
@@ -82,7 +82,7 @@ def _check_output(output: Path) -> None:
         raise ConfigError(f"{output} {found}", where="output", allowed="a new or empty directory")
 
 
-def _check_alike(first: Finished, expected: SavedAdapter, run: Finished, member: SavedAdapter) -> None:
+def _check_alike(first: FinishedRun, expected: SavedAdapter, run: FinishedRun, member: SavedAdapter) -> None:
     """Refuses a run that has no mean with the first one."""
     what = None
     if member.base["sha256"] != expected.base["sha256"]:
@@ -96,7 +96,7 @@ def _check_alike(first: Finished, expected: SavedAdapter, run: Finished, member:
         raise AdapterError(what, where=str(run.path), allowed=allowed, hint=hint)
 
 
-def _traits(run: Finished, member: SavedAdapter) -> dict[str, Any]:
+def _traits(run: FinishedRun, member: SavedAdapter) -> dict[str, Any]:
     """What must agree besides the base. Groups that one run holds out, no other may have learned from."""
     return {
         "tuning": run.config.tuning,
@@ -106,7 +106,7 @@ def _traits(run: Finished, member: SavedAdapter) -> dict[str, Any]:
     }
 
 
-def _settings(runs: Sequence[Finished], output: Path) -> dict[str, Any]:
+def _settings(runs: Sequence[FinishedRun], output: Path) -> dict[str, Any]:
     """config.yaml of the average."""
     first = runs[0].config
     assert isinstance(first, RewardConfig)

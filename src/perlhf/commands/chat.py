@@ -5,10 +5,10 @@ import sys
 from perlhf.config.commands import ChatConfig
 from perlhf.config.stages import EncodingConfig
 from perlhf.data.records import Message
-from perlhf.model import base as bases
+from perlhf.model.base import Base, load_tokenizer
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.model.open import read_finished
+from perlhf.model.open import read_run
 from perlhf.rollout.local import stream, uniforms
 
 EXIT, NEW = "/exit", "/new"
@@ -46,13 +46,13 @@ def chat(config: ChatConfig) -> list[Message]:
 def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None]:
     """The network, an encoder with the whole context to talk in, and the adapter's name."""
     if config.run is None:
-        model, adapter = Model.load(config.base, device=config.device), None
-        tokenizer = bases.load_tokenizer(bases.resolve(config.base))
+        base = Base.find(config.base)
+        model, adapter, tokenizer = Model.load(base, device=config.device), None, load_tokenizer(base)
         encoding = EncodingConfig(template="tokenizer" if tokenizer.chat_template else "plain")
     else:
-        finished = read_finished(config.run, ("policy", "sft"))
-        model, encoder = finished.open(config.device)
-        adapter, tokenizer, encoding = finished.stage, encoder.tokenizer, encoder.config
+        run = read_run(config.run, ("policy", "sft"))
+        model, encoder = run.open(config.device)
+        adapter, tokenizer, encoding = run.stage, encoder.tokenizer, encoder.config
     context = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
     changes = {"max_tokens": max(encoding.max_tokens, context or 0)}
     if config.system is not None:

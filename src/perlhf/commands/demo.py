@@ -29,7 +29,7 @@ from perlhf.data.order import keyed_seed
 from perlhf.data.records import Rating
 from perlhf.data.splits import load
 from perlhf.evaluation.evaluate import evaluate
-from perlhf.model import base as bases
+from perlhf.model.base import pick_device, pick_dtype, pull
 from perlhf.reports.page import write as write_report
 from perlhf.system.files import write_atomic
 from perlhf.training.policy import train_policy
@@ -53,8 +53,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     """
     console = Console()
     began = time.monotonic()
-    bases.pull(config.base)
-    dtype, reason = bases.pick_dtype("auto", bases.pick_device(config.device))
+    pull(config.base)
+    dtype, reason = pick_dtype("auto", pick_device(config.device))
     console.print(f"[bold]perlhf demo[/bold]: simulated coffee-bar feedback, real training of {config.base}. {reason}")
     sft, reward, policy = stages(config)
     results: dict[str, Any] = {"sft": train_sft(sft), "reward": train_reward(reward)}

@@ -20,12 +20,12 @@ from perlhf.data.records import Comparison, Rating
 from perlhf.data.splits import load
 from perlhf.errors import AdapterError, ConfigError
 from perlhf.method.packing import Ids, Tokens, pack, pad
-from perlhf.model import base as bases
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
+from perlhf.model.base import Base, load_base, load_tokenizer
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.model.open import Finished, read_finished
+from perlhf.model.open import FinishedRun, read_run
 from perlhf.model.packaged import disk_errors, quiet
 from perlhf.system.files import directory_atomic, strict_json
 from perlhf.training import loop
@@ -48,9 +48,9 @@ def export(config: ExportConfig) -> dict[str, Any]:
         AdapterError, ModelError, DataError: as the parts say.
         StorageError: it can't be written.
     """
-    finished = read_finished(config.run)
+    run = read_run(config.run)
     _check_output(config)
-    details = _export_peft(finished, config) if config.format == "peft" else _export_merged(finished, config)
+    details = _export_peft(run, config) if config.format == "peft" else _export_merged(run, config)
     for key, value in details.items():
         print(f"{key}: {value}")
     return details
@@ -70,28 +70,27 @@ def _check_output(config: ExportConfig) -> None:
         raise ConfigError(f"{output} holds something else", where="output", allowed="a new or empty directory")
 
 
-def _export_peft(finished: Finished, config: ExportConfig) -> dict[str, Any]:
-    source = finished.path / "adapter"
-    if finished.config.tuning == "full":
+def _export_peft(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
+    source = run.path / "adapter"
+    if run.config.tuning == "full":
         hint = "--format merged writes the trained weights as a checkpoint"
         raise ConfigError("a run with tuning: full has no adapter", where="format", allowed="merged", hint=hint)
     whole = saved.read_adapter(source)
     saved.write_adapter(config.output, whole)
     adapter = whole.adapter
-    details: dict[str, Any] = {"format": "peft", "stage": finished.stage, "base": whole.base["name"]}
+    details: dict[str, Any] = {"format": "peft", "stage": run.stage, "base": whole.base["name"]}
     details |= {"rank": adapter.rank, "alpha": adapter.alpha}
     return details | ({"score_bias": adapter.bias.item()} if adapter.bias is not None else {})
 
 
-def _export_merged(finished: Finished, config: ExportConfig) -> dict[str, Any]:
-    model, encoder = finished.open(config.device)
-    adapter = model.adapters[finished.stage]
-    where = bases.resolve(finished.config.base)
+def _export_merged(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
+    model, encoder = run.open(config.device)
+    adapter = model.adapters[run.stage]
     # Measured on prompts of held-out groups, or on those there are.
-    texts = _texts(finished, encoder)
-    merged = _load(where, model, adapter)
+    texts = _texts(run, encoder)
+    merged = _load(run.base, model, adapter)
     _merge(merged, adapter)
-    tokenizer = bases.load_tokenizer(where)
+    tokenizer = load_tokenizer(run.base)
     tokenizer.chat_template = chat_template(tokenizer, encoder.config)
     _name_tokens(merged, tokenizer, encoder.end_id, classifier=adapter.head is not None)
     with directory_atomic(config.output) as temporary:
@@ -99,8 +98,8 @@ def _export_merged(finished: Finished, config: ExportConfig) -> dict[str, Any]:
             merged.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         del merged
-        details: dict[str, Any] = {"format": "merged", "stage": finished.stage, "base": model.fingerprint["name"]}
-        details |= {"dtype": str(model.dtype).removeprefix("torch."), "tuning": finished.config.tuning}
+        details: dict[str, Any] = {"format": "merged", "stage": run.stage, "base": model.fingerprint["name"]}
+        details |= {"dtype": str(model.dtype).removeprefix("torch."), "tuning": run.config.tuning}
         if adapter.bias is not None:  # transformers' head has none: add it to the logit, or compare scores only
             details["score_bias"] = adapter.bias.item()
         details |= _measure(model, adapter, temporary, texts)
@@ -124,18 +123,18 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, encoding: EncodingConfig) 
     return f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {lead} + messages %}}{{% endif %}}{body}"
 
 
-def _load(where: Path, model: Model, adapter: Adapter) -> PreTrainedModel:
+def _load(base: Base, model: Model, adapter: Adapter) -> PreTrainedModel:
     """A second network, plain: the base, or the base with a classification head where the adapter has one."""
     if adapter.head is None:
-        return bases.load_base(where, model.dtype, model.device)
-    return _classifier(where, model)
+        return load_base(base, model.dtype, model.device)
+    return _classifier(base, model)
 
 
-def _classifier(where: Path, model: Model) -> PreTrainedModel:
+def _classifier(base: Base, model: Model) -> PreTrainedModel:
     with quiet():
         try:
             network = AutoModelForSequenceClassification.from_pretrained(
-                where, num_labels=1, dtype=model.dtype, local_files_only=True, trust_remote_code=False
+                base.directory, num_labels=1, dtype=model.dtype, local_files_only=True, trust_remote_code=False
             )
         except ValueError as error:
             name = type(model.base).__name__
@@ -183,9 +182,9 @@ def _name_tokens(
     network.config.get_text_config().pad_token_id = pad_id
 
 
-def _texts(finished: Finished, encoder: Encoder) -> list[Ids]:
+def _texts(run: FinishedRun, encoder: Encoder) -> list[Ids]:
     """Ids of a few prompts, for a reward run with a completion, of the groups held out for tests (or of all)."""
-    data, reward = finished.config.data, finished.stage == "reward"
+    data, reward = run.config.data, run.stage == "reward"
     kinds = ("comparison", "rating") if reward else ("prompt",)
     records = order.choose(load(data, kinds, "test" if data.test else "all"), PROMPTS, 0)
     if not reward:
@@ -209,11 +208,11 @@ def _measure(model: Model, adapter: Adapter, directory: Path, texts: Sequence[Id
     what = "logit" if adapter.head is None else "score"
     wanted = _outputs(model, adapter.name, texts)
     if adapter.head is None:
-        network = bases.load_base(directory, model.dtype, model.device)
+        network = load_base(Base(directory), model.dtype, model.device)
         found = _last(network, texts)
     else:
         assert adapter.bias is not None
-        network = _classifier(directory, model)
+        network = _classifier(Base(directory), model)
         found = torch.cat([_one(network, ids) for ids in texts]) + adapter.bias
     error = (found - wanted).abs()
     measured: dict[str, Any] = {

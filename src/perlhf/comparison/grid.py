@@ -24,11 +24,11 @@ from perlhf.config.stages import DataConfig, PolicyConfig, RewardConfig
 from perlhf.data.splits import check_labels, load
 from perlhf.errors import RunError
 from perlhf.reports import comparison
+from perlhf.runs.earlier import check_runs, reward_runs
 from perlhf.runs.manifest import CHECKPOINTS, RESULT, first_difference
 from perlhf.runs.read import EVALUATION, finite, mapping, memory
 from perlhf.system.files import read_json, remove_directory, storage_errors, write_atomic, write_json
 from perlhf.system.machine import free_memory_bytes
-from perlhf.training.plan import check_runs, plan, reward_runs
 
 RECIPE, FAILURES, LOGS = "compare.yaml", "failed", "logs"
 MAY_GROW = ("output", "seeds", "ranks", "ranks_of_one_seed", "targets", "bootstrap", "jobs", "also_test")
@@ -147,6 +147,8 @@ def _check_tests(config: CompareConfig) -> None:
 
 def _memory_bytes(stage: Stage, side: Side, config: CompareConfig) -> int:
     """Estimated peak of a cell."""
+    from perlhf.training.plan import plan  # imports torch, which reading and reporting a grid do without
+
     values = Cell(stage, side, config.rates(side)[0], config.seeds[0]).recipe(config)
     return plan(RewardConfig(**values) if stage == "reward" else PolicyConfig(**values)).total_bytes
 

@@ -19,7 +19,7 @@ from perlhf.errors import ConfigError
 from perlhf.evaluation.policy import evaluate_policy
 from perlhf.evaluation.reward import evaluate_reward, score_records
 from perlhf.evaluation.sft import evaluate_sft
-from perlhf.model.open import Finished, read_finished
+from perlhf.model.open import FinishedRun, read_run
 from perlhf.system.files import storage_errors, strict_json, write_atomic
 
 EVALUATION = "evaluation.json"
@@ -34,15 +34,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError: as the parts say; what only a policy can be asked, of another run; an adapter without `output`.
         StorageError: the result can't be written.
     """
-    finished = read_finished(config.run)
-    _check_asked(finished, config)
-    match finished.stage:
+    run = read_run(config.run)
+    _check_asked(run, config)
+    match run.stage:
         case "sft":
-            found = evaluate_sft(finished, config)
+            found = evaluate_sft(run, config)
         case "reward":
-            found = evaluate_reward(finished, config)
+            found = evaluate_reward(run, config)
         case "policy":
-            found = evaluate_policy(finished, config)
+            found = evaluate_policy(run, config)
     if config.split in ("validation", "test") and found["groups_seen_in_training"]:
         seen, groups = found["groups_seen_in_training"], found["groups"]
         print(f"note: the run was trained on {seen} of these {groups} groups; they aren't unseen", file=sys.stderr)
@@ -53,11 +53,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return json.loads(text)
 
 
-def _check_asked(finished: Finished, config: EvaluateConfig) -> None:
+def _check_asked(run: FinishedRun, config: EvaluateConfig) -> None:
     """Raises ConfigError for what would be ignored, or would stand in the run's own evaluation as if it were its."""
     asked = [name for name in ("adapter", "reward", "best_of", "judge") if getattr(config, name)]
-    if asked and finished.stage != "policy":
-        raise ConfigError(f"{config.run} holds a run of stage {finished.stage}", where=asked[0], allowed="a policy run")
+    if asked and run.stage != "policy":
+        raise ConfigError(f"{config.run} holds a run of stage {run.stage}", where=asked[0], allowed="a policy run")
     if config.adapter and config.output is None:
         hint = "name a file, such as --output evaluation-of-adapter.json"
         raise ConfigError("another adapter's evaluation isn't the run's own", where="output", hint=hint)
@@ -75,11 +75,11 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         DataError, ModelError, AdapterError: as the parts say.
         StorageError: the rows can't be written; nothing half-written is left.
     """
-    finished = read_finished(config.run, ("reward",))
+    run = read_run(config.run, ("reward",))
     records = load(config.data, ("comparison", "rating", "demonstration"), "all")
-    model, encoder = finished.open(config.device)
-    budget = config.tokens_per_microbatch or finished.config.microbatch_tokens
-    scores, _ = score_records(model, encoder, records, finished.stage, budget, finished.config.packing)
+    model, encoder = run.open(config.device)
+    budget = config.tokens_per_microbatch or run.config.microbatch_tokens
+    scores, _ = score_records(model, encoder, records, run.stage, budget, run.config.packing)
     rows: list[dict[str, Any]] = []
     for record, line, found in zip(records, to_jsonl(records).splitlines(), scores, strict=True):
         names = ("score_chosen", "score_rejected") if isinstance(record, Comparison) else ("score",)

@@ -24,7 +24,7 @@ from perlhf.method.packing import batches, completed
 from perlhf.model import saved
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.model.open import Finished
+from perlhf.model.open import FinishedRun
 from perlhf.rollout.local import Rollout
 from perlhf.rollout.scorers import Scorers, load_scorers
 from perlhf.system.progress import Progress
@@ -68,9 +68,9 @@ class Answers:
     gold: NDArray[np.float64] | None
 
 
-def evaluate_policy(finished: Finished, config: EvaluateConfig) -> dict[str, Any]:
+def evaluate_policy(run: FinishedRun, config: EvaluateConfig) -> dict[str, Any]:
     """What evaluation.json holds of a policy run."""
-    setting, trained_on = _set_up(finished, config)
+    setting, trained_on = _set_up(run, config)
     sides = [setting.reference, setting.policy_adapter]
     at_one = config.temperature != 1
     with progress((len(sides) + at_one) * len(setting.batches), "answers") as bar:
@@ -108,19 +108,19 @@ def evaluate_policy(finished: Finished, config: EvaluateConfig) -> dict[str, Any
     }
 
 
-def _set_up(finished: Finished, config: EvaluateConfig) -> tuple[Setting, list[Prompt]]:
+def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, list[Prompt]]:
     """The setting, and the prompts that the policy was trained on."""
-    policy = finished.config
+    policy = run.config
     assert isinstance(policy, PolicyConfig)
     trained_on = _prompts(load(policy.data, ("prompt",), "train"))
     found = _prompts(load(config.data or policy.data, ("prompt",), config.split))
     records = order.choose(found, config.prompts, config.seed)
-    model, encoder = finished.open(config.device)
+    model, encoder = run.open(config.device)
     reference = None
     if policy.sft is not None:
         reference = saved.load_adapter(model, policy.sft / "adapter", "sft", encoder).name
         model.freeze(reference)
-    answers = finished.stage if config.adapter is None else _load_answering(model, config.adapter, encoder)
+    answers = run.stage if config.adapter is None else _load_answering(model, config.adapter, encoder)
     scorers = load_scorers(model, config.reward or policy.reward, policy.combine, encoder)
     prompts = [encoder.cut_prompt(record.prompt, policy.max_completion_tokens) for record in records]
     setting = Setting(config, policy, model, encoder, scorers, records, prompts, by_length(prompts), reference, answers)

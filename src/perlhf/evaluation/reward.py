@@ -19,7 +19,7 @@ from perlhf.method import metrics
 from perlhf.method.packing import Packing, batches
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.model.open import Finished
+from perlhf.model.open import FinishedRun
 from perlhf.rollout.scorers import score_batches
 from perlhf.training import loop
 
@@ -63,13 +63,13 @@ class Judged:
         return found
 
 
-def evaluate_reward(finished: Finished, config: EvaluateConfig) -> dict[str, Any]:
+def evaluate_reward(run: FinishedRun, config: EvaluateConfig) -> dict[str, Any]:
     """What evaluation.json holds of a reward run."""
-    trained_on = load(finished.config.data, KINDS, "train")
-    found = load(config.data or finished.config.data, KINDS, config.split)
-    model, encoder = finished.open(config.device)
-    budget = config.tokens_per_microbatch or finished.config.microbatch_tokens
-    scored, counts = score_records(model, encoder, found, finished.stage, budget, finished.config.packing)
+    trained_on = load(run.config.data, KINDS, "train")
+    found = load(config.data or run.config.data, KINDS, config.split)
+    model, encoder = run.open(config.device)
+    budget = config.tokens_per_microbatch or run.config.microbatch_tokens
+    scored, counts = score_records(model, encoder, found, run.stage, budget, run.config.packing)
     pairs = [(record, scores) for record, scores in zip(found, scored, strict=True) if scores is not None]
     records = [record for record, _ in pairs]
     test, train = Judged.of(records), Judged.of(trained_on)

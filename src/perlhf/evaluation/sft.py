@@ -16,26 +16,26 @@ from perlhf.evaluation.shared import Statistic, by_length, plain, progress, samp
 from perlhf.method.packing import batches
 from perlhf.model.encode import Encoder, Example
 from perlhf.model.model import Model
-from perlhf.model.open import Finished
+from perlhf.model.open import FinishedRun
 from perlhf.training import loop
 
 MAX_SAMPLES = 16
 COMPLETION_TOKENS = 128
 
 
-def evaluate_sft(finished: Finished, config: EvaluateConfig) -> dict[str, Any]:
+def evaluate_sft(run: FinishedRun, config: EvaluateConfig) -> dict[str, Any]:
     """What evaluation.json holds of an SFT run."""
-    trained_on = load(finished.config.data, ("demonstration",), "train")
-    found = load(config.data or finished.config.data, ("demonstration",), config.split)
+    trained_on = load(run.config.data, ("demonstration",), "train")
+    found = load(config.data or run.config.data, ("demonstration",), config.split)
     demonstrations = [record for record in found if isinstance(record, Demonstration)]
-    model, encoder = finished.open(config.device)
+    model, encoder = run.open(config.device)
     triples = [(record.prompt, [record.completion], record.source) for record in demonstrations]
     encoded, counts = loop.encode_all(encoder, triples, encoder.config.drop_long)
     kept = [(record, found[0]) for record, found in zip(demonstrations, encoded, strict=True) if found is not None]
     groups = [record.group for record, _ in kept]
-    sides = {"before": None, "after": finished.stage}
+    sides = {"before": None, "after": run.stage}
     measured = {
-        side: _losses(model, [example for _, example in kept], adapter, config, finished.config, groups)
+        side: _losses(model, [example for _, example in kept], adapter, config, run.config, groups)
         for side, adapter in sides.items()
     }
     shown = order.choose([record for record, _ in kept], min(config.prompts, MAX_SAMPLES), config.seed)
@@ -51,7 +51,7 @@ def evaluate_sft(finished: Finished, config: EvaluateConfig) -> dict[str, Any]:
         "temperature": config.temperature,
         "bootstrap": config.bootstrap,
         "seed": config.seed,
-        "samples": _samples(model, encoder, shown, finished.stage, config),
+        "samples": _samples(model, encoder, shown, run.stage, config),
     }
 
 

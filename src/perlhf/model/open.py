@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,9 +12,9 @@ from perlhf.config.recipe import load_recipe
 from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftConfig, StageConfig
 from perlhf.data import order
 from perlhf.errors import ConfigError, RunError
-from perlhf.model import base as bases
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
+from perlhf.model.base import Base, load_tokenizer
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_manifest
@@ -23,12 +24,21 @@ _CONFIGS = {"sft": SftConfig, "reward": RewardConfig, "policy": PolicyConfig}
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """A run that has ended."""
 
     path: Path
     stage: StageName
     config: SftConfig | RewardConfig | PolicyConfig
+
+    @cached_property
+    def base(self) -> Base:
+        """What it was trained on, found once.
+
+        Raises:
+            ModelError: it isn't here any more.
+        """
+        return Base.find(self.config.base)
 
     def open(self, device: str) -> tuple[Model, Encoder]:
         """The base with the run's adapter, frozen and named after the stage, and the encoder it was trained with.
@@ -41,13 +51,13 @@ class Finished:
         # Another number of threads adds up in another order: scores would differ in the last bits.
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        model, encoder = open_model(self.config.model_copy(update={"device": device}))
+        model, encoder = open_model(self.config.model_copy(update={"device": device}), self.base)
         saved.load_adapter(model, self.path / "adapter", self.stage, encoder)
         model.freeze(self.stage)
         return model, encoder
 
 
-def read_finished(path: Path, stages: Sequence[StageName] = get_args(StageName)) -> Finished:
+def read_run(path: Path, stages: Sequence[StageName] = get_args(StageName)) -> FinishedRun:
     """Reads a run directory; loads no network.
 
     Args:
@@ -59,9 +69,9 @@ def read_finished(path: Path, stages: Sequence[StageName] = get_args(StageName))
     """
     where = str(path)
     if not (path / MANIFEST).is_file():
-        found = "not a run directory" if path.exists() else "there is no such directory"
+        what = "not a run directory" if path.exists() else "there is no such directory"
         hint = "perlhf sft, reward or policy makes one"
-        raise RunError(found, where=where, allowed=f"a directory with {CONFIG}, {MANIFEST} and {RESULT}", hint=hint)
+        raise RunError(what, where=where, allowed=f"a directory with {CONFIG}, {MANIFEST} and {RESULT}", hint=hint)
     stage = read_manifest(path).get("stage")
     if stage not in _CONFIGS:
         raise RunError(f"unknown stage {stage!r}", where=str(path / MANIFEST), allowed=", ".join(_CONFIGS))
@@ -70,7 +80,7 @@ def read_finished(path: Path, stages: Sequence[StageName] = get_args(StageName))
         raise RunError("the run isn't finished", where=where, hint=hint)
     if stage not in stages:
         raise RunError(f"holds a run of stage {stage}", where=where, allowed=f"a run of stage {' or '.join(stages)}")
-    return Finished(path, stage, load_recipe(path / CONFIG, _CONFIGS[stage]))
+    return FinishedRun(path, stage, load_recipe(path / CONFIG, _CONFIGS[stage]))
 
 
 def load_sft(model: Model, run: Path, encoder: Encoder) -> str:
@@ -86,10 +96,9 @@ def load_sft(model: Model, run: Path, encoder: Encoder) -> str:
     return adapter.name
 
 
-def open_model(config: StageConfig) -> tuple[Model, Encoder]:
-    """The base and the encoder that a stage's configuration names."""
-    model = Model.load(config.base, config.dtype, config.device)
-    return model, Encoder(bases.load_tokenizer(bases.resolve(config.base)), config.encoding)
+def open_model(config: StageConfig, base: Base) -> tuple[Model, Encoder]:
+    """The model and the encoder that a stage's configuration names, on its base."""
+    return Model.load(base, config.dtype, config.device), Encoder(load_tokenizer(base), config.encoding)
 
 
 def new_adapter(

@@ -17,11 +17,12 @@ from perlhf.data import order
 from perlhf.data.records import Record, Text
 from perlhf.data.splits import content_hash
 from perlhf.errors import DataError, DivergenceError, PerlhfError
-from perlhf.model import base as bases
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
+from perlhf.model.base import Base
 from perlhf.model.encode import Encoder, Example, TooLong
 from perlhf.model.model import Model
+from perlhf.runs.earlier import earlier_runs
 from perlhf.runs.run import Run
 from perlhf.training import checkpoint, optim
 
@@ -58,27 +59,17 @@ class Keeper:
         return True
 
 
-def facts(config: StageConfig) -> dict[str, Any]:
+def facts(config: StageConfig, base: Base) -> dict[str, Any]:
     """What a run's result depends on besides its configuration; sets the threads, so that the manifest tells them."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    found: dict[str, Any] = {
-        "data": content_hash(config.data),
-        "base": bases.fingerprint(bases.resolve(config.base)),
-    }
+    recorded: dict[str, Any] = {"data": content_hash(config.data), "base": base.fingerprint}
     template = Path(config.encoding.template)
     if template.is_file():
-        found["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
-    adapters = {str(run): saved.files_hash(run / "adapter") for run in _earlier_runs(config)}
-    return found | ({"adapters": adapters} if adapters else {})
-
-
-def _earlier_runs(config: StageConfig) -> list[Path]:
-    """The runs whose adapters this one starts from or is paid by."""
-    sft: Path | None = getattr(config, "sft", None)
-    rewards: Sequence[str] = (*getattr(config, "reward", ()), *getattr(config, "validation_reward", ()))
-    runs = [*([sft] if sft else []), *(Path(source) for source in rewards)]
-    return [run for run in runs if (run / "adapter").is_dir()]
+        recorded["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    runs = [run for named in earlier_runs(config).values() for run in named if (run / "adapter").is_dir()]
+    adapters = {str(run): saved.files_hash(run / "adapter") for run in runs}
+    return recorded | ({"adapters": adapters} if adapters else {})
 
 
 def encode_all(

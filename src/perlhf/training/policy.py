@@ -18,6 +18,7 @@ from perlhf.data.records import Prompt
 from perlhf.data.splits import load
 from perlhf.method import advantages
 from perlhf.model import saved
+from perlhf.model.base import Base
 from perlhf.model.open import load_sft, new_adapter, open_model
 from perlhf.rollout.scorers import load_scorers
 from perlhf.runs.run import Run, open_run
@@ -63,10 +64,11 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         DivergenceError: a loss or gradient isn't finite; the last checkpoint is kept.
         DataError, ConfigError, ModelError, AdapterError, RunError: as the parts say.
     """
-    with open_run(config.run, "policy", config, loop.facts(config)) as run:
+    base = Base.find(config.base)
+    with open_run(config.run, "policy", config, loop.facts(config, base)) as run:
         if run.finished:
             return run.result()
-        setup = _open(config)
+        setup = _open(config, base)
         model, optimizers = setup.model, _optimizers(setup)
         validation = _validation(setup)
         step, keeper, saved_state = loop.restore(run, model, optimizers)
@@ -105,9 +107,9 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         return run.result()
 
 
-def _open(config: PolicyConfig) -> Setup:
+def _open(config: PolicyConfig, base: Base) -> Setup:
     """The base with the reference, policy, value and reward adapters, and the prompts."""
-    model, encoder = open_model(config)
+    model, encoder = open_model(config, base)
     reference = None if config.sft is None else load_sft(model, config.sft, encoder)
     new_adapter(model, POLICY, "policy", config, start=reference)
     if config.baseline == "value":

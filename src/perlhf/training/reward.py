@@ -23,6 +23,7 @@ from perlhf.method.losses import bradley_terry, rating_cross_entropy
 from perlhf.method.packing import Batch, Tokens, batches
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
+from perlhf.model.base import Base
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import load_sft, new_adapter, open_model
@@ -52,10 +53,11 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         DataError: unusable records; ConfigError, ModelError, AdapterError, RunError as the parts say.
         DivergenceError: loss or gradient not finite; the last checkpoint is kept.
     """
-    with open_run(config.run, "reward", config, loop.facts(config)) as run:
+    base = Base.find(config.base)
+    with open_run(config.run, "reward", config, loop.facts(config, base)) as run:
         if run.finished:
             return run.result()
-        model, encoder = open_model(config)
+        model, encoder = open_model(config, base)
         records = load(config.data, ("comparison", "rating"), "train")
         check_labels(records, config.data)
         train, counts = encode_items(encoder, records)

@@ -15,6 +15,7 @@ from perlhf.method.losses import sft_loss
 from perlhf.method.packing import Batch, Tokens, batches
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
+from perlhf.model.base import Base
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import new_adapter, open_model
@@ -41,10 +42,11 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
         DataError, ConfigError, ModelError, AdapterError, RunError: as the parts say.
         DivergenceError: loss or gradient not finite; the last checkpoint is kept.
     """
-    with open_run(config.run, "sft", config, loop.facts(config)) as run:
+    base = Base.find(config.base)
+    with open_run(config.run, "sft", config, loop.facts(config, base)) as run:
         if run.finished:
             return run.result()
-        model, encoder = open_model(config)
+        model, encoder = open_model(config, base)
         train, counts = encode_items(encoder, load(config.data, ("demonstration",), "train"))
         held_out = load(config.data, ("demonstration",), "validation")
         held_out, _ = encode_items(encoder, loop.whole_groups(held_out, config.validation_examples, config.seed))

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError
 from perlhf.model import base
-from perlhf.system.machine import cpu_computes_in_bf16
+from perlhf.model.base import Base
+from perlhf.system.machine import cache_dir, cpu_computes_in_bf16
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -38,40 +39,40 @@ def copy(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 def test_cache_dir_is_the_variable_or_in_the_home(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    assert base.cache_dir() == cache
+    assert cache_dir() == cache
     monkeypatch.delenv("PERLHF_CACHE")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert base.cache_dir() == Path("/home/somebody/.cache/perlhf")
+    assert cache_dir() == Path("/home/somebody/.cache/perlhf")
 
 
 def test_missing_packaged_base_says_how_to_get_it() -> None:
     with pytest.raises(ModelError, match=f"perlhf pull {DEFAULT_BASE}"):
-        base.resolve(DEFAULT_BASE)
+        Base.find(DEFAULT_BASE)
 
 
 def test_missing_hub_base_says_how_to_get_it() -> None:
     with pytest.raises(ModelError, match="perlhf pull nobody/nothing") as error:
-        base.resolve("nobody/nothing")
+        Base.find("nobody/nothing")
     assert "local directory" in str(error.value)
 
 
 def test_a_misspelt_name_gets_the_nearest() -> None:
     with pytest.raises(ModelError, match=f"did you mean {DEFAULT_BASE}"):
-        base.resolve("smollm2-135m-instruct-q4_0")
+        Base.find("smollm2-135m-instruct-q4_0")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "../up", "a b", ""])
 def test_a_missing_directory_is_no_hub_name(name: str) -> None:
-    for find in (base.resolve, base.pull):
+    for find in (Base.find, base.pull):
         with pytest.raises(ModelError, match=r"no such directory|no config"):
             find(name)
 
 
 def test_local_directory_is_used_in_place(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert base.resolve(str(copy)) == copy and base.pull(str(copy)) == copy
+    assert Base.find(str(copy)).directory == copy and base.pull(str(copy)) == copy
     monkeypatch.chdir(copy.parent)
-    assert base.resolve("copy") == Path("copy")
-    assert base.fingerprint(base.resolve("copy"))["name"] == "copy"  # as given, not where it is on this machine
+    assert Base.find("copy").directory == Path("copy")
+    assert Base.find("copy").fingerprint["name"] == "copy"  # as given, not where it is on this machine
 
 
 @pytest.mark.parametrize(
@@ -85,16 +86,16 @@ def test_local_directory_is_used_in_place(copy: Path, monkeypatch: pytest.Monkey
 def test_incomplete_directory(copy: Path, missing: str, message: str) -> None:
     (copy / missing).unlink()
     with pytest.raises(ModelError, match=message):
-        base.resolve(str(copy))
+        Base.find(str(copy))
 
 
 def test_pickled_weights_are_never_read(copy: Path) -> None:
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="pickled ones are never read"):
-        base.resolve(str(copy))
+        Base.find(str(copy))
     with pytest.raises(ModelError, match="can't be loaded"):
-        base.load_base(copy, torch.float32, "cpu")
+        base.load_base(Base(copy), torch.float32, "cpu")
 
 
 def test_sharded_weights_must_all_be_there(copy: Path) -> None:
@@ -106,47 +107,48 @@ def test_sharded_weights_must_all_be_there(copy: Path) -> None:
     for shard in shards:
         save_file({n: t for n, t in tensors.items() if weight_map[n] == shard}, copy / shard, metadata={"format": "pt"})
     (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    assert base.resolve(str(copy)) == copy
-    base.load_base(copy, torch.float32, "cpu")
+    assert Base.find(str(copy)).directory == copy
+    base.load_base(Base(copy), torch.float32, "cpu")
     both = (copy / first).read_bytes() + (copy / second).read_bytes()
-    assert base.fingerprint(copy)["sha256"] == hashlib.sha256(both).hexdigest()
+    assert Base(copy).fingerprint["sha256"] == hashlib.sha256(both).hexdigest()
     (copy / second).unlink()
     with pytest.raises(ModelError, match=second):
-        base.resolve(str(copy))
+        Base.find(str(copy))
     (copy / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ModelError, match="index of the weights"):
-        base.resolve(str(copy))
+        Base.find(str(copy))
 
 
 def test_fingerprint_follows_the_weights(copy: Path, cache: Path) -> None:
     weights = copy / "model.safetensors"
     expected = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert base.fingerprint(copy) == {"name": str(copy), "sha256": expected}
+    assert Base(copy).fingerprint == {"name": str(copy), "sha256": expected}
     assert [path.read_text() for path in (cache / "fingerprints").iterdir()] == [expected]
-    assert base.fingerprint(copy)["sha256"] == expected
+    assert Base(copy).fingerprint["sha256"] == expected
     tensors = load_file(weights)
     tensors["model.norm.weight"] += 1
     save_file(tensors, weights, metadata={"format": "pt"})
     os.utime(weights, ns=(0, 12345))
     changed = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert changed != expected and base.fingerprint(copy)["sha256"] == changed
+    assert changed != expected and Base(copy).fingerprint["sha256"] == changed
 
 
 def test_fingerprint_is_computed_once(copy: Path, cache: Path) -> None:
-    base.fingerprint(copy)
+    expected = Base(copy).fingerprint
     (entry,) = (cache / "fingerprints").iterdir()
+    assert entry.read_text() == expected["sha256"]
     entry.write_text("f" * 64)
-    assert base.fingerprint(copy)["sha256"] == "f" * 64
+    assert Base(copy).fingerprint["sha256"] == "f" * 64
 
 
 def test_fingerprint_needs_no_writable_cache(copy: Path, cache: Path) -> None:
     cache.write_text("a file where the directory should be")
-    assert base.fingerprint(copy)["sha256"] == hashlib.sha256((copy / "model.safetensors").read_bytes()).hexdigest()
+    assert Base(copy).fingerprint["sha256"] == hashlib.sha256((copy / "model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loaded_base_is_frozen(tiny_base: Path, dtype: torch.dtype, capfd: pytest.CaptureFixture[str]) -> None:
-    model = base.load_base(tiny_base, dtype, "cpu")
+    model = base.load_base(Base(tiny_base), dtype, "cpu")
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model.config._attn_implementation == "sdpa"
@@ -160,19 +162,19 @@ def test_weights_with_missing_tensors_are_refused(copy: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lack 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
-        base.load_base(copy, torch.float32, "cpu")
+        base.load_base(Base(copy), torch.float32, "cpu")
 
 
 def test_damaged_files_are_one_error(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(b"\x00" * 50)
     with pytest.raises(ModelError, match="can't be loaded"):
-        base.load_base(copy, torch.float32, "cpu")
+        base.load_base(Base(copy), torch.float32, "cpu")
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="tokenizer can't be loaded"):
-        base.load_tokenizer(copy)
+        base.load_tokenizer(Base(copy))
     (copy / "config.json").write_text('{"model_type": "something-new"}')
     with pytest.raises(ModelError, match="can't be loaded"):
-        base.load_base(copy, torch.float32, "cpu")
+        base.load_base(Base(copy), torch.float32, "cpu")
 
 
 def test_unsupported_architecture_is_refused_before_its_weights_are_read(copy: Path) -> None:
@@ -180,7 +182,7 @@ def test_unsupported_architecture_is_refused_before_its_weights_are_read(copy: P
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=r"mistral can't be a base: .*sliding window of 128"):
-        base.load_base(copy, torch.float32, "cpu")
+        base.load_base(Base(copy), torch.float32, "cpu")
 
 
 def test_code_in_a_directory_is_not_run(copy: Path, tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_code_in_a_directory_is_not_run(copy: Path, tmp_path: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(ModelError, match="can't be loaded"):
-        base.load_base(copy, torch.float32, "cpu")
+        base.load_base(Base(copy), torch.float32, "cpu")
     assert not (tmp_path / "ran").exists()
 
 
@@ -199,12 +201,12 @@ def test_tokenizer_gets_padding_and_a_limit(copy: Path) -> None:
     for key in ("pad_token", "model_max_length"):
         settings.pop(key, None)
     file.write_text(json.dumps(settings))
-    tokenizer = base.load_tokenizer(copy)
+    tokenizer = base.load_tokenizer(Base(copy))
     assert tokenizer.pad_token == "<|im_end|>" and tokenizer.model_max_length == 512
     del settings["eos_token"]
     file.write_text(json.dumps(settings))
     with pytest.raises(ModelError, match="no end token"):
-        base.load_tokenizer(copy)
+        base.load_tokenizer(Base(copy))
 
 
 def test_dtype_as_asked_or_by_hardware() -> None:
@@ -287,20 +289,21 @@ def _oid(data: bytes) -> str:
 
 FIND = """
 import json, sys
-from perlhf.model import base
+from perlhf.model.base import Base, pull
 from perlhf.errors import ModelError
 for step in sys.argv[1:]:
     do, name = step.split(":")
     try:
-        path = getattr(base, do)(name, **({"progress": False} if do == "pull" else {}))
-        print(json.dumps([str(path), sorted(p.name for p in path.iterdir()), base.fingerprint(path)]))
+        there = Base.find(name) if do == "find" else Base(pull(name, progress=False))
+        path = there.directory
+        print(json.dumps([str(path), sorted(p.name for p in path.iterdir()), there.fingerprint]))
     except ModelError as error:
         print(json.dumps(str(error)))
 """
 
 
 def find(address: str, home: Path, *steps: str) -> list:
-    """Results of `pull:NAME` and `resolve:NAME` in another process (the hub library reads its address at import)."""
+    """Results of `pull:NAME` and `find:NAME` in another process (the hub library reads its address at import)."""
     settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
     done = subprocess.run(
         [sys.executable, "-c", FIND, *steps], env=os.environ | settings, capture_output=True, text=True, check=False
@@ -312,7 +315,7 @@ def find(address: str, home: Path, *steps: str) -> list:
 def test_hub_names(hub: tuple[str, list[str]], tiny_base: Path, tmp_path: Path) -> None:
     address, sent = hub
     before, pulled, resolved, unknown = find(
-        address, tmp_path / "hf", "resolve:some/model", "pull:some/model", "resolve:some/model", "pull:some/other"
+        address, tmp_path / "hf", "find:some/model", "pull:some/model", "find:some/model", "pull:some/other"
     )
     assert "perlhf pull some/model" in before
     assert pulled == resolved
@@ -332,5 +335,5 @@ def test_models_of_the_right_size_load_with_the_same_logits(tiny_base: Path) -> 
     assert missing == ["lm_head.weight"]  # tied to the embedding
     ids = torch.tensor([[4, 99, 7]])
     with torch.no_grad():
-        found = base.load_base(tiny_base, torch.float32, "cpu")(ids).logits
+        found = base.load_base(Base(tiny_base), torch.float32, "cpu")(ids).logits
         torch.testing.assert_close(found, by_hand(ids).logits)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from perlhf.config.stages import EncodingConfig
 from perlhf.data.records import Message, Text
 from perlhf.errors import ConfigError, DataError
-from perlhf.model import base
+from perlhf.model.base import Base, load_tokenizer
 from perlhf.model.encode import Encoder, TooLong
 
 START, END, NEWLINE, SPACE = 0, 1, 200, 222
@@ -35,7 +35,7 @@ def chat(*contents: str) -> list[Message]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_base: Path) -> PreTrainedTokenizerBase:
-    return base.load_tokenizer(tiny_base)
+    return load_tokenizer(Base(tiny_base))
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ class TestErrors:
             Encoder(tokenizer, EncodingConfig(template=str(tmp_path / "none.jinja")))
 
     def test_tokenizer_without_template(self, tiny_base: Path) -> None:
-        bare = base.load_tokenizer(tiny_base)
+        bare = load_tokenizer(Base(tiny_base))
         bare.chat_template = None
         with pytest.raises(ConfigError, match="plain"):
             Encoder(bare, EncodingConfig())
@@ -223,7 +223,7 @@ class TestErrors:
             encoder.prompt([*chat("a"), {"role": "tool", "content": "{}"}])
 
     def test_no_end_token(self, tiny_base: Path) -> None:
-        endless = base.load_tokenizer(tiny_base)
+        endless = load_tokenizer(Base(tiny_base))
         endless.eos_token = None
         with pytest.raises(ConfigError, match="end token"):
             Encoder(endless, EncodingConfig(template="plain"))

@@ -1,5 +1,6 @@
-"""Networks that can't be a base are refused by name, or found out on eight tokens."""
+"""Networks that can't be a base are refused by name, or found out on a few tokens."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -39,7 +41,8 @@ from transformers import (
 )
 
 from perlhf.errors import ModelError
-from perlhf.model.supported import check_supported, decoder_and_head, verify_forward
+from perlhf.model.model import Model
+from perlhf.model.supported import check_supported, decoder_and_head
 
 SMALL = {
     "vocab_size": 64,
@@ -107,6 +110,11 @@ def test_configs_read_from_json_behave_alike() -> None:
     check_supported(config)
 
 
+def opened(network: PreTrainedModel) -> Model:
+    """The network as it is trained and sampled from, which verifies its forward pass."""
+    return Model(network.eval(), {"name": "random", "sha256": ""})
+
+
 def test_forward_of_plain_models_is_as_assumed() -> None:
     gpt2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
     for model in (
@@ -114,36 +122,50 @@ def test_forward_of_plain_models_is_as_assumed() -> None:
         Qwen2ForCausalLM(Qwen2Config(**SMALL)),
         GPT2LMHeadModel(gpt2),
     ):
-        verify_forward(model.eval())
-        verify_forward(model.bfloat16())
+        opened(copy.deepcopy(model))
+        opened(model.bfloat16())
 
 
 def test_changed_logits_are_found_out() -> None:
-    scaled = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.5, use_qk_norm=False)).eval()
+    scaled = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.5, use_qk_norm=False))
     with pytest.raises(ModelError, match="scaled, capped or otherwise changed"):
-        verify_forward(scaled)
+        opened(scaled)
 
 
 def test_attention_to_later_tokens_is_found_out() -> None:
-    model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
     for layer in model.model.layers:
         attention: Any = layer.get_submodule("self_attn")
         attention.is_causal = False
     with pytest.raises(ModelError, match="attention is not causal"):
-        verify_forward(model)
+        opened(model)
 
 
 def test_ignored_positions_are_found_out() -> None:
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
     with pytest.raises(ModelError, match="position ids or a four-dimensional"):
-        verify_forward(bloom.eval())
+        opened(bloom)
 
 
 def test_a_short_window_is_found_out() -> None:
     config = MistralConfig(**SMALL, sliding_window=2)
-    verify_forward(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)).eval())
+    opened(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)))
     with pytest.raises(ModelError, match="four-dimensional attention mask"):
-        verify_forward(MistralForCausalLM(config).eval())
+        opened(MistralForCausalLM(config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lost", "why"),
+    [("position_ids", "shared prefixes"), ("tree", "accepted|shared prefixes"), ("sampled", "accepted")],
+)
+def test_what_is_not_handed_on_is_found_out(lost: str, why: str, dtype: torch.dtype) -> None:
+    """A network that drops the positions, the tree or the cache on the way to our attention."""
+    model: Any = LlamaForCausalLM(LlamaConfig(**SMALL))
+    hand_on = model.model.forward
+    model.model.forward = lambda *inputs, **named: hand_on(*inputs, **{k: v for k, v in named.items() if k != lost})
+    with pytest.raises(ModelError, match=rf"four-dimensional attention mask are not .*({why})"):
+        opened(model.to(dtype))
 
 
 def test_head_of_decoder_gives_the_logits() -> None:

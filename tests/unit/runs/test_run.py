@@ -15,7 +15,7 @@ import pytest
 
 from perlhf.config.stages import LogConfig, OptimConfig, RewardConfig, SftConfig
 from perlhf.errors import ConfigError, RunError, StorageError
-from perlhf.model.open import read_finished
+from perlhf.model.open import read_run
 from perlhf.runs.run import open_run
 
 FACTS = {"data": {"feedback.json": "aa11"}, "base": {"name": "tiny", "sha256": "bb22"}}
@@ -453,7 +453,7 @@ def test_a_run_of_another_format_is_neither_continued_nor_used(tmp_path, version
         pass
     assert caught.value.where == str(manifest)
     with pytest.raises(RunError, match=message):
-        read_finished(path)
+        read_run(path)
 
 
 def test_another_version_is_noted_not_refused(tmp_path, capsys):

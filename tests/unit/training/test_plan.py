@@ -1,60 +1,61 @@
 """Plans: parameter counts worked by hand and compared with a real network, updates, memory, missing bases."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from perlhf.config.stages import AdapterConfig, DataConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.config.stages import DEFAULT_BASE, AdapterConfig, DataConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.errors import AdapterError, DataError, ModelError, RunError
+from perlhf.model.base import without_weights
 from perlhf.system import allocator
 from perlhf.training.plan import (
     COMPILED_BYTES,
-    SMOLLM2_CONFIG,
     count_records,
     count_updates,
     dtype_in_force,
-    llama_shapes,
     lora_parameters,
     plan,
-    read_base,
     trainable_parameters,
 )
 
 DATA = DataConfig(limit=20)
 
 
-def test_counts_of_the_packaged_base_need_no_download():
-    shapes = llama_shapes(SMOLLM2_CONFIG)
+def test_counts_of_the_packaged_base_need_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PERLHF_CACHE", str(tmp_path))
+    network = without_weights(DEFAULT_BASE)
     # Embedding 49152 x 576, then per layer q, o: 576 x 576, k, v: 192 x 576, three of 1536 x 576, two norms; last norm.
     layer = 2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576 + 2 * 576
-    assert sum(a * (b[0] if b else 1) for a, *b in shapes.values()) == 49152 * 576 + 30 * layer + 576
-    assert lora_parameters(AdapterConfig(rank=1), shapes) == 30 * (2 * (576 + 576) + 2 * (576 + 192))
+    assert network.num_parameters() == 49152 * 576 + 30 * layer + 576
+    assert lora_parameters(AdapterConfig(rank=1), network) == 30 * (2 * (576 + 576) + 2 * (576 + 192))
     everything = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
-    assert lora_parameters(AdapterConfig(rank=3, targets="all"), shapes) == 3 * 30 * everything
-    assert lora_parameters(AdapterConfig(rank=2, targets=("up_proj", "layers.0.mlp.up_proj")), shapes) == 2 * 30 * 2112
-    assert lora_parameters(AdapterConfig(rank=3, targets="all", layers="last:7"), shapes) == 3 * 7 * everything
+    assert lora_parameters(AdapterConfig(rank=3, targets="all"), network) == 3 * 30 * everything
+    assert lora_parameters(AdapterConfig(rank=2, targets=("up_proj", "layers.0.mlp.up_proj")), network) == 2 * 30 * 2112
+    assert lora_parameters(AdapterConfig(rank=3, targets="all", layers="last:7"), network) == 3 * 7 * everything
 
 
 def test_counts_agree_with_the_network(tiny_base: Path):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
-    base = read_base(str(tiny_base))
-    assert base.parameters == sum(parameter.numel() for parameter in model.parameters())
-    full = trainable_parameters(SftConfig(tuning="full"), base)
-    assert full == {"sft": base.parameters}
+    network = without_weights(str(tiny_base))
+    assert network.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+    full = trainable_parameters(SftConfig(tuning="full"), network)
+    assert full == {"sft": network.num_parameters()}
 
 
 def test_heads_are_counted(tiny_base: Path):
-    base = read_base(str(tiny_base))
+    network = without_weights(str(tiny_base))
     body = 2 * (2 * (64 + 64) + 2 * (64 + 32))  # 2 layers; q, o: 64 -> 64; k, v: 64 -> 32; rank 1
     rank1 = AdapterConfig(rank=1)
-    assert trainable_parameters(RewardConfig(adapter=rank1), base) == {"reward": body + 64}
+    assert trainable_parameters(RewardConfig(adapter=rank1), network) == {"reward": body + 64}
     policy = PolicyConfig(adapter=rank1, reward=("runs/r",))
-    assert trainable_parameters(policy, base) == {"policy": body, "value": body + 64 + 1}
+    assert trainable_parameters(policy, network) == {"policy": body, "value": body + 64 + 1}
     without_value = policy.model_copy(update={"baseline": "leave_one_out"})
-    assert trainable_parameters(without_value, base) == {"policy": body}
+    assert trainable_parameters(without_value, network) == {"policy": body}
 
 
 KINDS = {SftConfig: ("demonstration",), RewardConfig: ("rating",), PolicyConfig: ("prompt",)}
@@ -139,7 +140,7 @@ def test_frozen_adapters_of_a_policy_are_counted(tiny_base: Path, tmp_path: Path
     assert planned.memory_bytes["frozen adapters"] == 3 * 4 * planned.trainable["policy"]
 
 
-def test_dtype_without_torch():
+def test_dtype_of_a_device_that_is_not_here():
     assert dtype_in_force("float32", "cuda") == "float32"
     assert dtype_in_force("auto", "cuda:1") == "bfloat16"
     assert dtype_in_force("auto", "cpu") in ("bfloat16", "float32")
@@ -147,28 +148,32 @@ def test_dtype_without_torch():
 
 def test_targets_that_match_nothing_name_the_nearest(tiny_base: Path):
     with pytest.raises(AdapterError, match="'q_porj' matches no linear layer") as caught:
-        lora_parameters(AdapterConfig(targets=("q_porj",)), read_base(str(tiny_base)).shapes)
+        lora_parameters(AdapterConfig(targets=("q_porj",)), without_weights(str(tiny_base)))
     assert caught.value.hint == "q_proj"
 
 
 def test_a_missing_base_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PERLHF_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="perlhf pull nobody/nothing"):
-        read_base("nobody/nothing")
+        plan(SftConfig(base="nobody/nothing"))
     with pytest.raises(ModelError, match="perlhf pull no such base!"):
-        read_base("no such base!")
+        plan(SftConfig(base="no such base!"))
 
 
 def test_a_damaged_base_is_named(tiny_base: Path, tmp_path: Path):
-    (tmp_path / "config.json").write_text((tiny_base / "config.json").read_text())
-    with pytest.raises(ModelError, match="no safetensors files"):
-        read_base(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(ModelError, match="can't read the base"):
-        read_base(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(ModelError, match="is no safetensors file"):
-        read_base(str(tmp_path))
+    copy = Path(shutil.copytree(tiny_base, tmp_path / "copy"))
+    settings = SftConfig(base=str(copy), data=DATA)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"lacks model\.safetensors"):
+        plan(settings)
+    (copy / "model.safetensors").write_bytes(b"never read")
+    assert plan(settings).base_parameters > 0
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="can't be loaded"):
+        plan(settings)
+    (copy / "config.json").write_text('{"model_type": "mistral", "sliding_window": 128}')
+    with pytest.raises(ModelError, match=r"mistral can't be a base: .*sliding window of 128"):
+        plan(settings)
 
 
 def test_checkpoints_of_a_full_policy_are_rarer():
