@@ -27,7 +27,7 @@ import yaml
 from perlhf.data.coffee_bar.gold import RULES, gold, gold_rules
 from perlhf.errors import PerlhfError
 from perlhf.runs.manifest import read_json
-from perlhf.runs.read import duration
+from perlhf.runs.words import duration
 from perlhf.system.files import write_atomic
 from results_kept import MARKER, Kept, commands, finished, manifest_of, pack, unpack
 from results_tables import machine, tables

@@ -14,9 +14,9 @@ import yaml
 
 from perlhf.data.coffee_bar.gold import RULES
 from perlhf.reports import comparison, figures, findings
-from perlhf.runs import read
+from perlhf.runs.evaluations import mapping, measured
 from perlhf.runs.manifest import read_json
-from perlhf.runs.read import count, duration, mapping, number
+from perlhf.runs.words import count, duration, memory, number
 from perlhf.system.files import write_atomic
 from results_kept import Kept, commands, finished, manifest_of
 
@@ -71,8 +71,8 @@ def _overview(kept: Kept, stage: str) -> str:
         lines.append(
             [
                 f"{name}: {part['metric']}, {count(part['records'])} records",
-                _with_interval(part["start"]["quality"]) if part["start"] else _best(part["baselines"]),
-                *(_with_interval(one) for one in (full["quality"], side["quality"], side["difference"])),
+                comparison.words(part["start"]["quality"]) if part["start"] else _best(part["baselines"]),
+                *(comparison.words(one) for one in (full["quality"], side["quality"], side["difference"])),
                 shown["verdict"],
                 f"{len(full['seeds'])} and {len(side['seeds'])}",
                 f"{number(100 * side['memory_share'])} %",
@@ -109,7 +109,7 @@ def _validated_by(kept: Kept, name: str, stage: str) -> str | None:
 
 
 def _best(baselines: Mapping[str, object]) -> str:
-    best = findings.strongest(baselines)
+    best = findings.strongest({name: measured(raw) for name, raw in baselines.items()})
     return f"{best[0]} {number(best[1])}" if best else "–"
 
 
@@ -188,7 +188,7 @@ def _judged_by(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def _over_seeds(found: Sequence[Any]) -> str:
     """One measurement with its interval; of several seeds the mean and the lowest and highest."""
     if len(found) == 1:
-        return _with_interval(found[0])
+        return comparison.words(found[0])
     values = [one["value"] for one in found]
     return f"{number(statistics.fmean(values))} ({number(min(values))} to {number(max(values))})"
 
@@ -225,7 +225,7 @@ def _runs(kept: Kept, name: str) -> str:
         for number_of, best in _best_of(seeds).items():
             label = f"best of {number_of} by what {setting} learned from"
             kl = f"at most {number(best['kl_at_most'])}"
-            row(label, [best], kl, "–", seeds[0]["n"], win_rate=_with_interval(best["win_rate"]))
+            row(label, [best], kl, "–", seeds[0]["n"], win_rate=comparison.words(best["win_rate"]))
     if any(len(seeds) > 1 for seeds in settings.values()):
         lines += [
             "",
@@ -333,10 +333,9 @@ def _labels(kept: Kept, name: str) -> str:
     heads = [*(f"{side}, {metric}" for side in sides), *(f"{side} minus {reference}" for side in others)]
     table = ["| labels | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for learned, part in rows:
-        cells = [_with_interval(part["sides"][side]["quality"]) for side in sides]
-        cells += [
-            f"{_with_interval(part['sides'][side]['difference'])}, {part['sides'][side]['verdict']}" for side in others
-        ]
+        reached = part["sides"]
+        cells = [comparison.words(reached[side]["quality"]) for side in sides]
+        cells += [f"{comparison.words(reached[side]['difference'])}, {reached[side]['verdict']}" for side in others]
         table.append(f"| {count(learned)} | " + " | ".join(cells) + " |")
         for side in sides:
             lines.setdefault(side, [[]])[0].append((learned, part["sides"][side]["quality"]["value"]))
@@ -347,10 +346,6 @@ def _labels(kept: Kept, name: str) -> str:
 
 def _draw(kept: Kept, image: str, svg: str) -> None:
     write_atomic(kept.results / image, figures.alone(svg))
-
-
-def _with_interval(found: Any) -> str:
-    return comparison.with_interval(read.measured(found))
 
 
 def _curves(kept: Kept, name: str) -> str:
@@ -382,7 +377,7 @@ def _curves(kept: Kept, name: str) -> str:
         if (file.parent / "result.json").exists():
             step = read_json(file.parent / "result.json")["best_step"]
             chosen = f"{step}: {number(_means(rows[max(step - BLOCK, 0) : step])['gold'])}" if step else "the start"
-        cells += [chosen, read.memory(bytes_of) if bytes_of else "–"]
+        cells += [chosen, memory(bytes_of) if bytes_of else "–"]
         lines.append(f"| {file.parent.name} | {len(rows)} | " + " | ".join(cells) + " |")
         for key, shown in paths.items():
             shown[file.parent.name] = [[(one["kl"], one[key]) for one in means]]
