@@ -86,25 +86,19 @@ def stages(config: DemoConfig) -> tuple[SftConfig, RewardConfig, PolicyConfig]:
         "encoding": EncodingConfig(system=SYSTEM, max_tokens=512),
         "adapter": AdapterConfig(rank=8, targets="all"),
     }
-    sft = SftConfig(
-        run=root / "sft",
-        data=DataConfig(limit=32 if quick else 256),
-        optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
-        examples_per_update=16,
-        max_updates=2 if quick else None,
-        validate_every=25,
-        **common,
-    )
+    supervised = common | {
+        "optim": OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
+        "examples_per_update": 16,
+        "max_updates": 2 if quick else None,
+        "validate_every": 25,
+    }
+    sft = SftConfig(run=root / "sft", data=DataConfig(limit=32 if quick else 256), **supervised)
     reward = RewardConfig(
         run=root / "reward",
         sft=sft.run,
         data=DataConfig(paths=(str(_labels(config)),), limit=32 if quick else 600),
         select="loss",  # the scale of the scores counts against the KL, not their order alone
-        optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
-        examples_per_update=16,
-        max_updates=2 if quick else None,
-        validate_every=25,
-        **common,
+        **supervised,
     )
     policy = PolicyConfig(
         run=root / "policy",

@@ -260,7 +260,8 @@ def _describe(answers: Answers, kl_at_one: NDArray[np.float64], setting: Setting
     columns |= {"tokens": answers.tokens, "end_rate": answers.ended}
     described = {key: None if values is None else setting.mean(values) for key, values in columns.items()}
     for n in (1, 2):  # without interval: a resample repeats texts
-        described[f"distinct_{n}"] = Measured(metrics.distinct_ngrams(answers.texts, n))
+        share = metrics.distinct_ngrams(answers.texts, n)
+        described[f"distinct_{n}"] = Measured(share) if np.isfinite(share) else None
     return described | {"kl_temperature_1": setting.mean(kl_at_one)}
 
 

@@ -251,11 +251,7 @@ def _scores_of(test: Judged, own: Sides) -> dict[str, dict[str, list[Any]]]:
     """Every record's group and scores, column by column: what `compare` resamples."""
     rated, compared = ([] if scores is None else scores.round(6).tolist() for scores in own)
     return {
-        "ratings": {
-            "group": [record.group for record in test.ratings],
-            "label": test.labels.tolist(),
-            "score": rated,
-        },
+        "ratings": {"group": [record.group for record in test.ratings], "label": test.labels.tolist(), "score": rated},
         "comparisons": {"group": [record.group for record in test.comparisons], "scores": compared},
     }
 

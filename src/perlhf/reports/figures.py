@@ -240,21 +240,13 @@ _TRAINING = (
     ("Loss", "", (("loss", "training"), ("validation_loss", "validation"))),
     ("AUC", "", (("auc", "training"), ("validation_auc", "validation"))),
     ("Accuracy", "", (("accuracy", "training"), ("validation_accuracy", "validation"))),
-    (
-        "Pairwise accuracy",
-        "",
-        (("pairwise_accuracy", "training"), ("validation_pairwise_accuracy", "validation")),
-    ),
+    ("Pairwise accuracy", "", (("pairwise_accuracy", "training"), ("validation_pairwise_accuracy", "validation"))),
     ("Score", "", (("score_mean", "rollouts"), ("validation_score", "validation"))),
     ("Gold score", "", (("gold_mean", "rollouts"), ("validation_gold", "validation"))),
     ("Reward", "", (("reward_mean", "rollouts"), ("validation_reward", "validation"))),
     ("KL", "nats", (("kl", "rollouts"), ("validation_kl", "validation"))),
     ("Entropy", "nats", (("entropy", "rollouts"),)),
-    (
-        "Length",
-        "tokens",
-        (("completion_tokens", "rollouts"), ("validation_completion_tokens", "validation")),
-    ),
+    ("Length", "tokens", (("completion_tokens", "rollouts"), ("validation_completion_tokens", "validation"))),
     ("End-token rate", "", (("end_rate", "rollouts"), ("validation_end_rate", "validation"))),
 )
 _OPTIMISATION = (
