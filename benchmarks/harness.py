@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from perlhf.system import allocator
+from perlhf.system.machine import version
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft")
@@ -142,13 +142,7 @@ def machine(threads: int | None) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of the packages that are compared; None where one isn't installed."""
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return {package: version(package) for package in PACKAGES}
 
 
 def data_root() -> Path:

@@ -27,7 +27,7 @@ def asks_back(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains on the embedded prompts and returns the run's result."""
     parser = argparse.ArgumentParser(description="Train a policy against the function asks_back of this file.")
-    parser.add_argument("--base", default=perlhf.config.DEFAULT_BASE, help="packaged name, hub id or local directory")
+    parser.add_argument("--base", default=perlhf.RewardConfig().base, help="packaged name, hub id or local directory")
     parser.add_argument("--run", type=Path, default=Path("runs/example-policy"), help="run directory")
     parser.add_argument("--updates", type=int, default=10, help="rollouts to learn from")
     options = parser.parse_args(arguments)

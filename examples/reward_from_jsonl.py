@@ -32,7 +32,7 @@ def write_ratings(path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     """Trains, scores two new answers, and returns their scores."""
     parser = argparse.ArgumentParser(description="Train a reward adapter on a small JSONL file and score with it.")
-    parser.add_argument("--base", default=perlhf.config.DEFAULT_BASE, help="packaged name, hub id or local directory")
+    parser.add_argument("--base", default=perlhf.RewardConfig().base, help="packaged name, hub id or local directory")
     parser.add_argument("--directory", type=Path, default=Path("runs/example-reward"), help="where everything goes")
     parser.add_argument("--updates", type=int, default=20, help="optimiser steps")
     options = parser.parse_args(arguments)

@@ -43,7 +43,7 @@ def reference() -> str:
 def _section(name: str, command: Command[Any], level: str) -> str:
     words = " ".join(_positional(command.model, field) for field in command.positionals)
     recipe = " [recipe.yaml]" if command.dry_run else ""
-    lines = [f"{level} {name}", "", (command.model.__doc__ or "").strip(), ""]
+    lines = [f"{level} {name}", "", command.about, ""]
     lines += [f"    {command.prog}{recipe}{' ' + words if words else ''} [--option value ...]", ""]
     rows = list(_rows(command.model, command.positionals))
     if command.dry_run:

@@ -29,8 +29,8 @@ from perlhf.errors import PerlhfError
 from perlhf.runs.manifest import read_json
 from perlhf.runs.words import duration
 from perlhf.system.files import write_atomic
-from results_kept import MARKER, Kept, commands, finished, manifest_of, pack, unpack
-from results_tables import machine, tables
+from results_kept import MARKER, Kept, commands, finished, machine, manifest_of, pack, unpack
+from results_tables import tables
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 KEPT = Kept(REPOSITORY / "docs" / "results", REPOSITORY / "build" / "results")

@@ -10,7 +10,7 @@ import io
 import itertools
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,3 +106,11 @@ def finished(runs: Path) -> Iterator[Path]:
 
 def manifest_of(cell: Path) -> dict[str, Any]:
     return read_json(cell / "manifest.json")
+
+
+def machine(manifest: Mapping[str, Any]) -> str:
+    """What a run was computed on, in words."""
+    hardware = manifest["hardware"]
+    if hardware.get("gpu") or manifest.get("cuda_peak_memory_bytes"):
+        return hardware.get("gpu") or "a GPU"
+    return f"{hardware['cpu']} ({manifest['threads']} threads)"

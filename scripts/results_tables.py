@@ -1,6 +1,7 @@
 """Tables and plots of docs/results, from the numbers that scripts/results.py keeps there.
 
-A marker of the page, `<!-- KIND of NAME -->`, says what stands below it; `tables` has the kinds.
+A marker of the page, `<!-- KIND of NAME -->`, says what stands below it; `tables` has the kinds. What is between the
+markers is written here, all else by hand.
 """
 
 import json
@@ -18,7 +19,7 @@ from perlhf.runs.evaluations import mapping, measured
 from perlhf.runs.manifest import read_json
 from perlhf.runs.words import count, duration, memory, number
 from perlhf.system.files import write_atomic
-from results_kept import Kept, commands, finished, manifest_of
+from results_kept import Kept, commands, finished, machine, manifest_of
 
 MARKED = re.compile(r"(<!-- (\w+) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SEED = re.compile(r"-?seed\d+$")
@@ -42,13 +43,6 @@ def tables(kept: Kept) -> None:
     write_atomic(page, MARKED.sub(lambda found: f"{found[1]}{write[found[2]](kept, found[3])}{found[4]}", text))
 
 
-def machine(manifest: Mapping[str, Any]) -> str:
-    hardware = manifest["hardware"]
-    if hardware.get("gpu") or manifest.get("cuda_peak_memory_bytes"):
-        return hardware.get("gpu") or "a GPU"
-    return f"{hardware['cpu']} ({manifest['threads']} threads)"
-
-
 def _comparisons(kept: Kept, stage: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Those of a stage; with fewer labels they have a table of their own."""
     for name in commands(kept.results):
@@ -58,27 +52,29 @@ def _comparisons(kept: Kept, stage: str) -> Iterator[tuple[str, dict[str, Any]]]
             yield name, found[stage]
 
 
-def _overview(kept: Kept, stage: str) -> str:
-    """The comparisons of a stage, a line each: the reference beside the rank of `SHOWN`."""
-    beside = {"reward": "best baseline", "policy": "start"}[stage]
-    heads = ["set", beside, "full", SHOWN[stage], "difference", "verdict", "seeds", "memory", "speed"]
+def _overview(kept: Kept, stages: str) -> str:
+    """The comparisons of `STAGE+STAGE`, a line each: full tuning beside the rank of `SHOWN`, what both must beat."""
+    heads = ["set", "judged by", "to beat", "full", "LoRA", "LoRA minus full", "verdict", "memory", "speed"]
     lines = [heads, ["---"] * len(heads)]
-    for name, part in _comparisons(kept, stage):
-        if SHOWN[stage] not in part["sides"]:
-            continue
-        full, side = part["sides"][part["reference"]], part["sides"][SHOWN[stage]]
-        shown = dict(zip(comparison.columns(part), dict(comparison.rows(part))[SHOWN[stage]], strict=True))
-        lines.append(
-            [
-                f"{name}: {part['metric']}, {count(part['records'])} records",
-                comparison.words(part["start"]["quality"]) if part["start"] else _best(part["baselines"]),
-                *(comparison.words(one) for one in (full["quality"], side["quality"], side["difference"])),
-                shown["verdict"],
-                f"{len(full['seeds'])} and {len(side['seeds'])}",
-                f"{number(100 * side['memory_share'])} %",
-                f"{number(side['speed_factor'])}×",
-            ]
-        )
+    for stage in stages.split("+"):
+        for name, part in _comparisons(kept, stage):
+            if SHOWN[stage] not in part["sides"]:
+                continue
+            full, side, start = part["sides"][part["reference"]], part["sides"][SHOWN[stage]], part["start"]
+            shown = dict(zip(comparison.columns(part), dict(comparison.rows(part))[SHOWN[stage]], strict=True))
+            lines.append(
+                [
+                    name,
+                    part["metric"],
+                    f"{start['name']} {number(start['quality']['value'])}" if start else _best(part["baselines"]),
+                    number(full["quality"]["value"]),
+                    f"{SHOWN[stage].partition('-')[0]} {number(side['quality']['value'])}",
+                    comparison.words(side["difference"]),
+                    shown["verdict"],
+                    f"{number(100 * side['memory_share'])} %",
+                    f"{number(side['speed_factor'])}×",
+                ]
+            )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

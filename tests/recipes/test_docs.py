@@ -2,11 +2,11 @@
 
 import importlib
 import importlib.util
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from pydantic import BaseModel
@@ -35,6 +35,10 @@ def test_there_is_something_to_check():
     assert len(list(commands(REPOSITORY / "docs" / "recipes.md"))) > 20
     for kind in ("Code", "Key", "Test"):
         assert len(named(kind)) > 20, kind
+
+
+def test_the_readme_is_short():
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").split()) < 700
 
 
 # ---- code ---------------------------------------------------------------------------------------------------------
@@ -128,10 +132,7 @@ def named(kind: str) -> list[str]:
 
 @pytest.mark.parametrize("name", dict.fromkeys(named("Code")))
 def test_code_that_the_method_page_names_exists(name):
-    module, *attributes = name.split(".")
-    found: ModuleType | object = importlib.import_module(f"perlhf.{module}")
-    for attribute in attributes:
-        found = getattr(found, attribute)
+    pkgutil.resolve_name(f"perlhf.{name}")
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(named("Key")))
@@ -146,10 +147,11 @@ def has_key(model: type[BaseModel] | None, name: str) -> bool:
     return not rest or has_key(submodel(model.model_fields[first].annotation), rest)
 
 
-def test_tests_that_the_pages_name_exist():
+def test_files_and_tests_that_the_pages_name_exist():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    files = set(re.findall(r"tests/[\w/]+\.py", text))
-    assert all((REPOSITORY / file).is_file() for file in files)
+    files = set(re.findall(r"\b(?:src/perlhf|tests|scripts|examples|benchmarks)/[\w/]+(?:\.\w+)?", text))
+    assert len(files) > 20
+    assert not [file for file in files if not (REPOSITORY / file).exists()]
     missing = [
         f"{file}::{name}"
         for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text)

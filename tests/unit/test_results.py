@@ -33,6 +33,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(SCRIPTS)
     found = runpy.run_path(str(SCRIPTS / "results.py"), run_name="results")
     kept = found["Kept"](tmp_path / "kept", tmp_path / "cells")
+    assert "KEPT" in found, "or the tests would write into docs/results"
     found["keep"].__globals__["KEPT"] = kept
     write(kept.results / "commands.yaml", "")
     return found | {name: functools.partial(found[name], kept) for name in ("tables", "pack", "unpack")}

@@ -87,7 +87,7 @@ def overview(prog: str, about: str, summaries: Mapping[str, str]) -> str:
 
 def summaries(commands: Mapping[str, Command[Any]]) -> dict[str, str]:
     """First line of each command's documentation."""
-    return {name: (command.model.__doc__ or "").strip().splitlines()[0] for name, command in commands.items()}
+    return {name: command.about.splitlines()[0] for name, command in commands.items()}
 
 
 def top_level_help() -> str:

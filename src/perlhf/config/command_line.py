@@ -5,6 +5,7 @@ then checks the result once, so that a wrong value reads the same from a recipe 
 """
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class Command(Generic[Model]):
     model: type[Model]
     positionals: tuple[str, ...] = ()
     dry_run: bool = False
+
+    @property
+    def about(self) -> str:
+        """The model's docstring without its margin, which Python 3.13 alone strips by itself."""
+        return inspect.cleandoc(self.model.__doc__ or "")
 
 
 def parse(
@@ -90,8 +96,8 @@ def _read_options(command: Command[Any], arguments: Sequence[str], defaults: Map
 
 
 def _description(command: Command[Any]) -> str:
-    text = (command.model.__doc__ or "").strip()
-    return text + ("\n\nA recipe (a .yaml file) may come first; options override it." if command.dry_run else "")
+    recipe = "\n\nA recipe (a .yaml file) may come first; options override it." if command.dry_run else ""
+    return command.about + recipe
 
 
 def _drop_unset_models(

@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels of `cpu_kernels/` with the system's C++ compiler, once for each processor, into the cache.
+"""Compiles the CPU kernels of `cpp/` with the system's C++ compiler, once for each processor, into the cache.
 
 Imports no torch, so that a plan can tell what a run would use.
 """
@@ -21,7 +21,7 @@ VARIABLE = "PERLHF_KERNELS"
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = "-std=c++17 -O3 -march=native -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
 X86_FLAGS = ["-mprefer-vector-width=512"]
-SOURCES = Path(__file__).parent / "cpu_kernels"
+SOURCES = Path(__file__).parent / "cpp"
 
 
 def compiler() -> tuple[str | None, str]:

@@ -23,11 +23,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 def environment() -> dict[str, Any]:
     """Versions, commit (None outside a git checkout), hardware and CPU threads (None before torch is loaded)."""
     versions = {"perlhf": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    versions |= {package: found for package in PACKAGES if (found := version(package))}
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch else None
     native: Any = sys.modules.get("perlhf.kernels.cpu")
@@ -39,6 +35,17 @@ def environment() -> dict[str, Any]:
         "allocator": allocator.in_use(),
         "kernels": native.state() if native else None,
     }
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; torch's with its build (`+cpu`, `+cu130`), which decides kernels and so bits.
+
+    The metadata of PyPI's torch leaves the build out.
+    """
+    try:
+        return (_torch_version() if package == "torch" else None) or metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def available_cores() -> int:
@@ -127,6 +134,15 @@ def cpu_computes_in_bf16(cpuinfo: str | None = None) -> tuple[bool, str]:
     if flags == {"avx512_bf16"} and "GenuineIntel" in cpuinfo:
         return False, "this CPU has bfloat16 instructions but no AMX, so float32 is the faster one"
     return True, "this CPU computes in it"
+
+
+def _torch_version() -> str | None:
+    """`torch.__version__`, read from its source where torch isn't loaded; None where that doesn't tell."""
+    if torch := sys.modules.get("torch"):
+        return str(torch.__version__)
+    file = Path(str(metadata.distribution("torch").locate_file("torch/version.py")))
+    found = re.search(r"^__version__ = ['\"](.+)['\"]", file.read_text("utf-8"), re.M) if file.is_file() else None
+    return found[1] if found else None
 
 
 def _commit() -> dict[str, Any]:

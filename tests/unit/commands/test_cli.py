@@ -74,6 +74,10 @@ def test_help_has_every_option_with_its_docstring(words, capsys):
         assert " ".join(docstring.split()) in text
 
 
+def test_help_leaves_out_a_docstrings_margin(capsys):
+    assert "\nEvery cell is a run in a process of its own" in help_of(capsys, "compare")
+
+
 def test_overviews_and_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"perlhf {__version__}\n"

@@ -16,6 +16,7 @@ from perlhf.config.comparison import CompareConfig, Side
 from perlhf.config.stages import PolicyConfig, RewardConfig
 from perlhf.errors import PerlhfError, RunError
 from perlhf.reports import comparison
+from perlhf.system.files import write_atomic
 
 FULL, R4 = Side(0, None), Side(4, "attention")
 
@@ -35,8 +36,9 @@ def config(output: Path, **changed: Any) -> CompareConfig:
 
 
 def write(path: Path, value: object) -> None:
+    """As training writes: a thread that reads meanwhile never sees a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
+    write_atomic(path, json.dumps(value))
 
 
 def write_cell(output: Path, cell: Cell, validation: float, scores: list[float], tokens: float, memory: int) -> Path:

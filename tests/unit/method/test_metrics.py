@@ -350,6 +350,8 @@ def test_bag_of_words_needs_words():
 
 
 def test_import_is_light():
-    code = "import sys, perlhf.evaluation.baselines; print([m for m in ('torch', 'sklearn', 'scipy') if m in sys.modules])"
+    code = (
+        "import sys, perlhf.evaluation.baselines; print([m for m in ('torch', 'sklearn', 'scipy') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

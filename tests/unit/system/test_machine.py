@@ -39,6 +39,7 @@ def test_commit_is_that_of_the_package_and_only_if_it_is_tracked(tmp_path):
         shutil.copy(source / name, tmp_path / "perlhf" / name)
     outside = environment_of(tmp_path)
     assert (outside["commit"], outside["uncommitted_changes"]) == (None, None)
+    assert (outside["threads"], outside["versions"]["torch"]) == (None, torch.__version__), "told without loading it"
     git(tmp_path, "init", "-q")
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "of somebody else's repository")
     assert environment_of(tmp_path)["commit"] is None

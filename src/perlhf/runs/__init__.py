@@ -1,0 +1,1 @@
+"""Run directories: writing one (`run`), whose it is (`manifest`), reading it (`read`). Begin with `run`."""
