@@ -33,8 +33,9 @@ def main() -> None:
         found[name] |= {"tokens": [run.result.get("tokens") for run in runs], "seconds": seconds}
     noise = seed_noise(found[name]["seeds"] for name in tested)
     found["seed_noise"] = None if noise is None else asdict(noise)
-    sides, groups = ([run.value for run in tested[name]] for name in tested), tested["first"][0].groups
-    found["difference"] = asdict(mean_with_interval(*sides, groups, noise, arguments.bootstrap, 0))
+    first, second = ([run.value for run in tested[name]] for name in ("first", "second"))
+    groups = tested["first"][0].groups
+    found["difference"] = asdict(mean_with_interval(first, second, groups, noise, arguments.bootstrap, 0))
     print(json.dumps(found))
 
 
