@@ -26,9 +26,8 @@ import yaml
 
 from perlhf.data.coffee_bar.gold import RULES, gold, gold_rules
 from perlhf.errors import PerlhfError
-from perlhf.runs.manifest import read_json
 from perlhf.runs.words import duration
-from perlhf.system.files import write_atomic
+from perlhf.system.files import read_json, write_atomic
 from results_kept import MARKER, Kept, commands, finished, machine, manifest_of, pack, unpack
 from results_tables import tables
 

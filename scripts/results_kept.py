@@ -18,8 +18,7 @@ from typing import Any
 import yaml
 
 from perlhf.errors import DataError
-from perlhf.runs.manifest import read_json
-from perlhf.system.files import directory_atomic, write_atomic
+from perlhf.system.files import directory_atomic, read_json, write_atomic
 
 ARCHIVE = "cells.tar.gz"
 SHA256 = re.compile(rf"^{re.escape(ARCHIVE)}: sha256:(\w+)\n", re.MULTILINE)

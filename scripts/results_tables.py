@@ -16,9 +16,8 @@ import yaml
 from perlhf.data.coffee_bar.gold import RULES
 from perlhf.reports import comparison, figures, findings
 from perlhf.runs.evaluations import mapping, measured
-from perlhf.runs.manifest import read_json
 from perlhf.runs.words import count, duration, memory, number
-from perlhf.system.files import write_atomic
+from perlhf.system.files import read_json, write_atomic
 from results_kept import Kept, commands, finished, machine, manifest_of
 
 MARKED = re.compile(r"(<!-- (\w+) of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perlhf.model import base
-from perlhf.model.packaged import sha256_of
+from perlhf.system.files import sha256
 
 PARAMETERS = 134_515_008  # of SmolLM2-135M, embeddings tied
 WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
@@ -74,7 +74,7 @@ def test_weights_are_plain_bfloat16(model: PreTrainedModel, smollm2: Path) -> No
 
 def test_fingerprint_is_the_same_everywhere(smollm2: Path) -> None:
     assert base.fingerprint(smollm2) == {"name": "smollm2-135m-instruct-q4_1", "sha256": WEIGHTS_SHA256}
-    assert sha256_of([smollm2 / "model.safetensors"]) == WEIGHTS_SHA256
+    assert sha256(smollm2 / "model.safetensors") == WEIGHTS_SHA256
 
 
 def test_it_knows_some_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perlhf.config.stages import DataConfig, EncodingConfig, PolicyConfig, RewardConfig, SftConfig, StageConfig
-from perlhf.runs.manifest import strict_json
+from perlhf.system.files import strict_json
 
 ATTACK = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 """A completion that would take the page over if it were ever read as HTML."""
@@ -39,7 +39,7 @@ def write_run(
 ) -> Path:
     """Writes those files of a run directory that are given, and a manifest that names the stage."""
     path.mkdir(parents=True)
-    (path / "manifest.json").write_text(json.dumps({"format": 1, "stage": stage} | (manifest or {})))
+    (path / "manifest.json").write_text(json.dumps({"format": 2, "stage": stage} | (manifest or {})))
     if config is not None:
         # JSON is YAML.
         (path / "config.yaml").write_text(_yaml(config.model_dump(mode="json")), encoding="utf-8")

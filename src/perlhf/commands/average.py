@@ -19,8 +19,8 @@ from perlhf.errors import AdapterError, ConfigError
 from perlhf.model.adapter_files import AdapterFiles, read_adapter, write_adapter
 from perlhf.model.open import Finished, read_finished
 from perlhf.model.saved import files_hash, full_meta, full_tensors, write_full
-from perlhf.runs.manifest import RESULT, first_difference, start_or_continue, strict_json
-from perlhf.system.files import directory_atomic, write_atomic
+from perlhf.runs.manifest import RESULT, first_difference, start_or_continue
+from perlhf.system.files import directory_atomic, write_json
 
 ENCODING = ("system", "template_sha256", "end_token")
 """What of the encoding must agree, as when an adapter is loaded."""
@@ -53,7 +53,7 @@ def average(config: AverageConfig) -> dict[str, Any]:
             settings["adapter"] |= {"rank": files.rank, "alpha": files.alpha}
             result["rank"] = files.rank
         start_or_continue(temporary, "reward", settings, {"base": base, "adapters": hashes})
-        write_atomic(temporary / RESULT, strict_json(result, indent=2) + "\n")
+        write_json(temporary / RESULT, result)
     return result
 
 

@@ -27,8 +27,7 @@ from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import Finished, read_finished
 from perlhf.model.packaged import disk_errors, quiet
-from perlhf.runs.manifest import strict_json
-from perlhf.system.files import directory_atomic
+from perlhf.system.files import directory_atomic, strict_json
 from perlhf.training import loop
 
 DETAILS = "perlhf_export.json"

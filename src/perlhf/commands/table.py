@@ -10,10 +10,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from perlhf.runs.manifest import strict_json
 from perlhf.runs.read import Summary, read_runs, summarise
 from perlhf.runs.words import count, duration, interval, memory, number
-from perlhf.system.files import storage_errors, write_atomic
+from perlhf.system.files import storage_errors, write_json
 
 _TEXTS = ("run", "stage", "tuning", "targets", "metric")
 _COSTS = ("trainable", "time", "tokens/s", "peak memory")
@@ -31,7 +30,7 @@ def tabulate(runs: Sequence[Path], output: Path | None = None) -> list[Summary]:
     if output is not None:
         with storage_errors(output.parent):
             output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(output, strict_json([asdict(row) for row in rows], indent=2) + "\n")
+        write_json(output, [asdict(row) for row in rows])
     print_rows(rows, Console())
     return rows
 

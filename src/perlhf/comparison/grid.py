@@ -25,9 +25,9 @@ from perlhf.data.splits import check_labels, load
 from perlhf.errors import RunError
 from perlhf.reports import comparison
 from perlhf.runs.evaluations import EVALUATION, finite, mapping, read_evaluation
-from perlhf.runs.manifest import CHECKPOINTS, RESULT, first_difference, read_json, strict_json
+from perlhf.runs.manifest import CHECKPOINTS, RESULT, first_difference
 from perlhf.runs.words import memory
-from perlhf.system.files import remove_directory, storage_errors, write_atomic
+from perlhf.system.files import read_json, remove_directory, storage_errors, write_atomic, write_json
 from perlhf.system.machine import free_memory_bytes
 from perlhf.training.plan import check_runs, plan, reward_runs
 
@@ -248,7 +248,7 @@ def _train(cell: Cell, config: CompareConfig, processes: Processes) -> None:
     write_atomic(recipe, yaml.safe_dump(cell.recipe(config), sort_keys=False, allow_unicode=True))
     code, message = processes.perlhf([cell.stage, str(recipe)], config.output / LOGS / f"{cell.name}.log")
     if code == 3:
-        write_atomic(failed, strict_json({"exit_code": code, "message": message}, indent=2) + "\n")
+        write_json(failed, {"exit_code": code, "message": message})
         print(f"  {cell.name} stopped, and counts as failed: {message}", file=sys.stderr)
     elif code:
         raise RunError(f"the cell stopped with exit code {code}: {message}", where=cell.name)
@@ -281,5 +281,5 @@ def _evaluate(cell: Cell, config: CompareConfig, processes: Processes) -> None:
 
 
 def _write(parts: dict[str, Any], config: CompareConfig) -> None:
-    write_atomic(config.output / "compare.json", strict_json(parts, indent=2) + "\n")
+    write_json(config.output / "compare.json", parts)
     write_atomic(config.output / "compare.html", comparison.render(parts, config.output.name))

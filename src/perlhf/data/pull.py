@@ -4,7 +4,6 @@ A set is whole or absent: files gather in a temporary directory that is renamed 
 with the SHA-256 of each file as it arrived, so that a second pull can tell that everything is there.
 """
 
-import hashlib
 import http.client
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from perlhf.errors import DataError, nearest
-from perlhf.system.files import directory_atomic
+from perlhf.system.files import directory_atomic, sha256
 
 ADDRESS = "https://raw.githubusercontent.com"
 """Files are at ADDRESS/{repository}/{commit}/{path}; $PERLHF_DATA_ADDRESS takes its place when set."""
@@ -84,28 +83,24 @@ def safe_extract(archive: Path, directory: Path) -> list[Path]:
 
     Raises:
         DataError: a member would land outside `directory`, is a link or device, or the archive is damaged; every
-        member is
-            checked before the first one is written.
+            member is checked before the first one is written.
     """
     try:
         if archive.name.endswith(".zip"):
             with zipfile.ZipFile(archive) as opened:
-                members = [one for one in opened.infolist() if not one.is_dir()]
-                places = [
-                    _place(directory, one.filename, archive, stat.S_IFMT(one.external_attr >> 16) in (0, stat.S_IFREG))
-                    for one in members
-                ]
-                for member, place in zip(members, places, strict=True):
-                    _write_stream(opened.open(member), place)
-        else:
-            with tarfile.open(archive) as opened:
-                inside = [one for one in opened.getmembers() if not one.isdir()]
-                places = [_place(directory, one.name, archive, one.isreg()) for one in inside]
-                for one, place in zip(inside, places, strict=True):
-                    _write_stream(opened.extractfile(one), place)
+                members = [member for member in opened.infolist() if not member.is_dir()]
+                for member in members:
+                    regular = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
+                    _place(directory, member.filename, archive, regular)
+                return [Path(opened.extract(member, directory)) for member in members]
+        with tarfile.open(archive) as opened:
+            inside = [member for member in opened.getmembers() if not member.isdir()]
+            places = [_place(directory, member.name, archive, member.isreg()) for member in inside]
+            # The filter refuses what leaves the directory as well, but writes an absolute name below it.
+            opened.extractall(directory, inside, filter="data")
+            return places
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
         raise DataError(f"the archive is damaged: {error}", where=archive.name, hint="download it again") from error
-    return places
 
 
 def _place(directory: Path, member: str, archive: Path, regular: bool) -> Path:
@@ -122,12 +117,6 @@ def _place(directory: Path, member: str, archive: Path, regular: bool) -> Path:
     return directory / parts
 
 
-def _write_stream(stream: Any, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with stream, place.open("wb") as out:
-        shutil.copyfileobj(stream, out)
-
-
 def _download(known: dict[str, Any], stage: Path, address: str) -> list[dict[str, Any]]:
     entries = []
     columns = (
@@ -142,27 +131,21 @@ def _download(known: dict[str, Any], stage: Path, address: str) -> list[dict[str
             url = f"{address.rstrip('/')}/{known['repository']}/{known['commit']}/{urllib.parse.quote(path)}"
             place = stage / local
             place.parent.mkdir(parents=True, exist_ok=True)
-            sha256 = _download_one(url, place, progress)
+            _download_one(url, place, progress)
             published = {"source": known["repository"], "commit": known["commit"], "path": path}
-            entries.append({"file": local, "bytes": place.stat().st_size, "sha256": sha256, "address": url} | published)
+            arrived = {"file": local, "bytes": place.stat().st_size, "sha256": sha256(place), "address": url}
+            entries.append(arrived | published)
     return entries
 
 
-def _download_one(url: str, place: Path, progress: Progress) -> str:
-    digest, received = hashlib.sha256(), 0
+def _download_one(url: str, place: Path, progress: Progress) -> None:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, place.open("wb") as out:
-            expected = (
-                int(response.headers["Content-Length"])
-                if (response.headers["Content-Length"] or "").isdecimal()
-                else None
-            )
+            length = response.headers["Content-Length"] or ""
+            expected = int(length) if length.isdecimal() else None
             task = progress.add_task(place.name, total=expected)
             while block := response.read(_BLOCK):
-                out.write(block)
-                digest.update(block)
-                received += len(block)
-                progress.update(task, completed=received)
+                progress.advance(task, out.write(block))
     except urllib.error.HTTPError as error:
         error.close()
         raise DataError(
@@ -175,11 +158,11 @@ def _download_one(url: str, place: Path, progress: Progress) -> str:
             where=url,
             hint="check the connection, or take a local copy with --source DIR",
         ) from error
-    if expected is not None and received != expected:
+    # urllib takes a connection that breaks off for the end of the file.
+    if expected is not None and (received := place.stat().st_size) != expected:
         raise DataError(
             f"the download ended after {received} of {expected} bytes", where=url, hint="run the command again"
         )
-    return digest.hexdigest()
 
 
 def _copy(name: str, source: Path, stage: Path) -> list[dict[str, Any]]:
@@ -245,11 +228,9 @@ def _check_present(target: Path) -> Path:
 
 
 def _check_hash(place: Path, expected: str, where: str) -> None:
-    with place.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
+    if (actual := sha256(place)) != expected:
         raise DataError(
-            f"the SHA-256 is {found}",
+            f"the SHA-256 is {actual}",
             where=where,
             allowed=f"{expected}, as MANIFEST.json says",
             hint="the file was changed or damaged; copy it again",

@@ -16,6 +16,7 @@ from perlhf.data import files, read
 from perlhf.data.read import KINDS, Kind
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
 from perlhf.errors import DataError, nearest
+from perlhf.system.files import sha256
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -219,27 +220,27 @@ def _path_hash(path: str, config: DataConfig) -> str:
     if any(file.path is None for file in found):
         return _records_hash(read.read(path, config.format))
     hashes = [(file.name, _file_hash(file.path)) for file in found if file.path]
-    return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == path else _sha256(json.dumps(hashes).encode())
+    return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == path else _sha256_of(json.dumps(hashes).encode())
 
 
 def _records_hash(records: Iterable[Record]) -> str:
-    return _sha256("\n".join(map(record_hash, records)).encode())
+    return _sha256_of("\n".join(map(record_hash, records)).encode())
 
 
 def _file_hash(path: Path) -> str:
     if path.is_dir():
         inside = sorted(part for part in path.rglob("*") if part.is_file())
-        return _sha256(json.dumps([(part.relative_to(path).as_posix(), _file_hash(part)) for part in inside]).encode())
+        hashes = [(part.relative_to(path).as_posix(), _file_hash(part)) for part in inside]
+        return _sha256_of(json.dumps(hashes).encode())
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise DataError(
             f"can't be read: {error.strerror}", where=str(path), hint="check the file's permissions"
         ) from error
 
 
-def _sha256(content: bytes) -> str:
+def _sha256_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 

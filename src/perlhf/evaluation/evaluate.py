@@ -21,8 +21,7 @@ from perlhf.evaluation.reward import evaluate_reward, score_records
 from perlhf.evaluation.sft import evaluate_sft
 from perlhf.model.open import Finished, read_finished
 from perlhf.runs.evaluations import EVALUATION, Evaluation, read_evaluation, write_evaluation
-from perlhf.runs.manifest import strict_json
-from perlhf.system.files import storage_errors, write_atomic
+from perlhf.system.files import storage_errors, strict_json, write_atomic
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:

@@ -26,10 +26,9 @@ from perlhf.model.packaged import (
     is_complete,
     pull_packaged,
     quiet,
-    sha256_of,
 )
 from perlhf.model.supported import check_supported, decoder_and_head, verify_forward
-from perlhf.system.files import write_atomic
+from perlhf.system.files import sha256, write_atomic
 from perlhf.system.machine import bound_compiled_products, cache_dir, cpu_computes_in_bf16
 
 __all__ = [
@@ -203,7 +202,7 @@ def fingerprint(path: Path) -> dict[str, str]:
     cached = cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
     if cached.is_file():
         return {"name": _name_of(path), "sha256": cached.read_text("utf-8")}
-    digest = sha256_of(files)
+    digest = sha256(*files)
     with contextlib.suppress(OSError):  # a cache that can't be written costs time only
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(cached, digest)

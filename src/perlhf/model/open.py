@@ -16,7 +16,7 @@ from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_json
+from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_manifest
 
 StageName = Literal["sft", "reward", "policy"]
 _CONFIGS = {"sft": SftConfig, "reward": RewardConfig, "policy": PolicyConfig}
@@ -54,7 +54,7 @@ def read_finished(path: Path, stages: Sequence[StageName] = get_args(StageName))
         stages: what is of use to the caller.
 
     Raises:
-        RunError: no run directory, a run that isn't finished, or one of another stage.
+        RunError: no run directory, a run that isn't finished, or one of another stage or an earlier version.
         ConfigError: its config.yaml is damaged.
     """
     where = str(path)
@@ -62,7 +62,7 @@ def read_finished(path: Path, stages: Sequence[StageName] = get_args(StageName))
         found = "not a run directory" if path.exists() else "there is no such directory"
         hint = "perlhf sft, reward or policy makes one"
         raise RunError(found, where=where, allowed=f"a directory with {CONFIG}, {MANIFEST} and {RESULT}", hint=hint)
-    stage = read_json(path / MANIFEST).get("stage")
+    stage = read_manifest(path).get("stage")
     if stage not in _CONFIGS:
         raise RunError(f"unknown stage {stage!r}", where=str(path / MANIFEST), allowed=", ".join(_CONFIGS))
     if not (path / RESULT).is_file():

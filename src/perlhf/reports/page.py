@@ -18,10 +18,9 @@ from markupsafe import Markup
 from perlhf.reports import figures, findings, samples
 from perlhf.reports.figures import Chart
 from perlhf.runs.evaluations import Measured, finite, mapping, measured
-from perlhf.runs.manifest import strict_json
 from perlhf.runs.read import NOT_EVALUATED, RunFiles, Summary, read_runs, summarise
 from perlhf.runs.words import count, duration, interval, memory, number, with_interval
-from perlhf.system.files import storage_errors, write_atomic
+from perlhf.system.files import storage_errors, strict_json, write_atomic
 
 TEMPLATES = resources.files("perlhf.reports") / "templates"
 _STAGE_TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "policy": "Policy", "unknown": "Run"}

@@ -1,4 +1,4 @@
-"""What evaluation.json holds: written by `evaluate`, read by reports, comparisons and the demo, and by nothing else."""
+"""What evaluation.json holds; of the package only this module writes and reads the file."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from perlhf.runs.manifest import read_json, strict_json
-from perlhf.system.files import storage_errors, write_atomic
+from perlhf.system.files import read_json, storage_errors, write_json
 
 EVALUATION = "evaluation.json"
 
@@ -119,7 +118,7 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     """
     with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, strict_json(as_json(evaluation), indent=2) + "\n")
+    write_json(path, as_json(evaluation))
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:

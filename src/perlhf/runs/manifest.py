@@ -3,9 +3,7 @@
 A directory belongs to one stage, configuration and data. Any other is refused before more than its lock is written.
 """
 
-import fcntl
 import json
-import math
 import os
 import sys
 import uuid
@@ -16,12 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
-from perlhf.system.machine import environment
 from perlhf.errors import RunError
-from perlhf.system.files import TEMPORARY, storage_errors, write_atomic
+from perlhf.system.files import (
+    TEMPORARY,
+    damaged,
+    read_json,
+    storage_errors,
+    strict_json,
+    write_atomic,
+    write_json,
+)
+from perlhf.system.machine import environment
 
 LOCK, CONFIG, MANIFEST, RESULT = ".lock", "config.yaml", "manifest.json", "result.json"
+FORMAT = 2
+"""Number of what a run directory looks like; raised when older ones can't be continued or used any more."""
 CHECKPOINTS = "checkpoints"
 """Directory of a run's checkpoints; a finished run needs none."""
 FREE_KEYS = ("checkpoint_every", "log", "run")
@@ -51,26 +60,24 @@ def check_is_run_directory(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
+    """Holds a run directory for this process alone; the system drops the lock when the process dies.
+
+    Raises:
+        RunError: another process holds it, or has given the directory up since it was found.
+        StorageError: the lock can't be written.
+    """
+    lock = FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
     with storage_errors(path / LOCK):
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise _refused(path) from None
     try:
         with storage_errors(path / LOCK):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
-                raise RunError(
-                    f"the run directory is in use by process {owner}",
-                    where=str(path),
-                    hint=f"wait for it, stop it (kill {owner}), or name another run directory",
-                ) from None
-            if not _is_still(descriptor, path / LOCK):
-                raise RunError("another process has just given the run directory up", where=str(path), hint="try again")
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            (path / LOCK).write_text(f"{os.getpid()}\n")
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +87,7 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
     session = {"started": utc_now(), "pid": os.getpid()}
     if not (path / MANIFEST).exists():
         manifest = {
-            "format": 1,
+            "format": FORMAT,
             "id": uuid.uuid4().hex[:12],
             "stage": stage,
             "seed": settings.get("seed"),
@@ -93,11 +100,9 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
             "sessions": [session],
         }
         write_atomic(path / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        write_atomic(path / MANIFEST, strict_json(manifest, indent=2) + "\n")
+        write_json(path / MANIFEST, manifest)
         return manifest
-    manifest = read_json(path / MANIFEST)
-    if manifest.get("format") != 1:
-        raise _damaged(path / MANIFEST, f"format {manifest.get('format')!r} instead of 1")
+    manifest = read_manifest(path)
     if manifest["stage"] != stage:
         raise RunError(
             f"the directory holds a run of stage {manifest['stage']!r}, not {stage!r}",
@@ -118,7 +123,27 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
         )
     manifest["sessions"].append(session)
     write_atomic(path / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    write_atomic(path / MANIFEST, strict_json(manifest, indent=2) + "\n")
+    write_json(path / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What manifest.json says of the run in the directory `path`.
+
+    Raises:
+        RunError: it is missing, damaged or of another format.
+    """
+    manifest = read_json(path / MANIFEST)
+    version = manifest.get("format")
+    if isinstance(version, int) and version < FORMAT:
+        raise RunError(
+            f"made by an earlier version of perlhf (format {version})",
+            where=str(path / MANIFEST),
+            allowed=f"format {FORMAT}",
+            hint="run it again in another directory",
+        )
+    if version != FORMAT:
+        raise damaged(path / MANIFEST, f"format {version!r} instead of {FORMAT}")
     return manifest
 
 
@@ -140,12 +165,17 @@ def discard_unstarted(path: Path, is_new: bool) -> None:
             folder.rmdir()
 
 
-def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether `path` is the open file, and not another one or none."""
+def _refused(path: Path) -> RunError:
+    """The error for a directory whose lock can't be had; names the process that wrote itself into the lock."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        owner = (path / LOCK).read_text(errors="replace").strip() or "unknown"
     except FileNotFoundError:
-        return False
+        return RunError("another process has just given the run directory up", where=str(path), hint="try again")
+    return RunError(
+        f"the run directory is in use by process {owner}",
+        where=str(path),
+        hint=f"wait for it, stop it (kill {owner}), or name another run directory",
+    )
 
 
 def _bound(settings: dict[str, Any]) -> dict[str, Any]:
@@ -175,47 +205,15 @@ def first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
     return None
 
 
-def strict_json(value: object, indent: int | None = None) -> str:
-    """Strict JSON: a number that isn't finite becomes null, so that browsers can read it too."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
-
-
-def _finite(value: object) -> object:
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-        case _:
-            return value
-
-
 def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    if not isinstance(value, dict):
-        raise _damaged(path, f"a {type(value).__name__} instead of an object")
-    return value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(path.read_bytes())
     except (FileNotFoundError, yaml.YAMLError) as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     if not isinstance(value, dict):
-        raise _damaged(path, f"a {type(value).__name__} instead of a mapping")
+        raise damaged(path, f"a {type(value).__name__} instead of a mapping")
     return value
-
-
-def _damaged(path: Path, reason: str) -> RunError:
-    hint = f"restore the file, use another run directory, or delete {path.parent} to start again"
-    return RunError(f"missing or damaged: {reason}", where=str(path), hint=hint)

@@ -15,7 +15,8 @@ import yaml
 
 from perlhf.errors import ConfigError, RunError, nearest
 from perlhf.runs.evaluations import EVALUATION, Evaluation, Measured, finite, mapping, measured, read_evaluation
-from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_json
+from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT
+from perlhf.system.files import read_json
 
 STAGES = ("sft", "reward", "policy")
 METRICS = "metrics.jsonl"

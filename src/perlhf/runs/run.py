@@ -20,21 +20,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from perlhf.system.machine import cuda_peak_bytes, gpu_name, peak_memory_bytes, reset_peak_memory
 from perlhf.errors import ConfigError, PerlhfError, RunError
-from perlhf.system.progress import Progress
 from perlhf.runs.manifest import (
     MANIFEST,
     RESULT,
     check_is_run_directory,
     discard_unstarted,
     locked,
-    read_json,
     start_or_continue,
-    strict_json,
     utc_now,
 )
-from perlhf.system.files import remove_leftovers, storage_errors, write_atomic
+from perlhf.system.files import read_json, remove_leftovers, storage_errors, strict_json, write_atomic, write_json
+from perlhf.system.machine import cuda_peak_bytes, gpu_name, peak_memory_bytes, reset_peak_memory
+from perlhf.system.progress import Progress
 
 METRICS = "metrics.jsonl"
 
@@ -208,7 +206,7 @@ class Run:
         self._record_session()
         measured = {"stage": self._stage, "seconds": round(self.seconds, 3)}
         measured["peak_memory_bytes"] = self._manifest["peak_memory_bytes"]
-        write_atomic(self.path / RESULT, strict_json(measured | result, indent=2) + "\n")
+        write_json(self.path / RESULT, measured | result)
 
     def _record_session(self) -> None:
         manifest = self._manifest
@@ -218,7 +216,7 @@ class Run:
         if gpu := gpu_name():  # not known before the network was loaded
             manifest["hardware"]["gpu"] = gpu
         manifest["sessions"][-1]["ended"] = utc_now()
-        write_atomic(self.path / MANIFEST, strict_json(manifest, indent=2) + "\n")
+        write_json(self.path / MANIFEST, manifest)
 
     def _open_metrics(self) -> int:
         """Opens what `log` feeds, late, so that `rewind` has said from where; returns metrics.jsonl's descriptor."""

@@ -1,4 +1,4 @@
-"""Files and directories that appear complete or not at all: temporary name, fsync, rename.
+"""Files: written complete or not at all (temporary name, fsync, rename), as JSON, and their SHA-256.
 
 A process killed half-way leaves only names that start with `TEMPORARY`; readers ignore them and `remove_leftovers`
 deletes them. Whatever the system refuses (disk full, no permission) becomes a `StorageError`, with the old content
@@ -6,14 +6,18 @@ still in place.
 """
 
 import errno
+import hashlib
+import json
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from perlhf.errors import StorageError
+from perlhf.errors import RunError, StorageError
 
 TEMPORARY = ".tmp-"
 
@@ -56,6 +60,54 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         _sync(path.parent)
 
 
+def write_json(path: Path, value: object, indent: int | None = 2) -> None:
+    """Writes `value` by `strict_json` and a line break, whole or not at all.
+
+    Raises:
+        StorageError: as `write_atomic`.
+    """
+    write_atomic(path, strict_json(value, indent) + "\n")
+
+
+def strict_json(value: object, indent: int | None = None) -> str:
+    """Strict JSON: a number that isn't finite becomes null, so that browsers can read it too."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run directory.
+
+    Raises:
+        RunError: the file is missing, isn't JSON, or holds something else than an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    if not isinstance(value, dict):
+        raise damaged(path, f"a {type(value).__name__} instead of an object")
+    return value
+
+
+def damaged(path: Path, reason: str) -> RunError:
+    """The error for a file of a run directory that can't be used as it is."""
+    hint = f"restore the file, use another run directory, or delete {path.parent} to start again"
+    return RunError(f"missing or damaged: {reason}", where=str(path), hint=hint)
+
+
+def sha256(*files: Path) -> str:
+    """SHA-256 (hexadecimal) over the bytes of the files, one after the other.
+
+    Raises:
+        OSError: a file can't be read.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            hashlib.file_digest(opened, lambda: digest)
+    return digest.hexdigest()
+
+
 @contextmanager
 def directory_atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary directory beside `path` that becomes `path` when the block ends without an exception.
@@ -96,6 +148,18 @@ def remove_leftovers(directory: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
+
+
+def _finite(value: object) -> object:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value
 
 
 def _temporary(path: Path) -> Path:

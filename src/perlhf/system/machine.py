@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from perlhf import __version__
 from perlhf.system import allocator
 
@@ -90,7 +92,7 @@ def gpu_name() -> str | None:
 
 
 def free_memory_bytes(device: str) -> int | None:
-    """What is free on the GPU if one is meant and there, else of the machine's memory; None where nothing tells it."""
+    """What is free on the GPU if one is meant and there, else of the machine's memory; None for a GPU not seen."""
     if device != "cpu":
         command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
         number = int(device.partition(":")[2] or 0)
@@ -100,11 +102,7 @@ def free_memory_bytes(device: str) -> int | None:
         except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
             if device != "auto":
                 return None
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        found = None
-    return int(found[1]) * 1024 if found else None
+    return psutil.virtual_memory().available
 
 
 def bound_compiled_products(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -166,12 +164,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def _hardware() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cores": available_cores(),
-        "memory_bytes": memory,
+        "memory_bytes": psutil.virtual_memory().total,
         "gpu": gpu_name(),
     }
 

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import pytest
 
 from perlhf.config.stages import LogConfig, OptimConfig, RewardConfig, SftConfig
 from perlhf.errors import ConfigError, RunError, StorageError
+from perlhf.model.open import read_finished
 from perlhf.runs.run import open_run
 
 FACTS = {"data": {"feedback.json": "aa11"}, "base": {"name": "tiny", "sha256": "bb22"}}
@@ -324,7 +326,8 @@ def test_wandb_without_login_says_so_when_the_run_is_opened(tmp_path, wandb_reco
 
 def test_opening_a_run_imports_no_torch(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from perlhf.config.stages import SftConfig; from perlhf.runs.run import open_run\n"
+        "import sys; from pathlib import Path; from perlhf.config.stages import SftConfig\n"
+        "from perlhf.runs.run import open_run\n"
         f"with open_run(Path({str(tmp_path / 'run')!r}), 'sft', SftConfig(), {{}}) as run: run.log(1, {{'x': 1.0}})\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
@@ -335,7 +338,8 @@ def test_opening_a_run_imports_no_torch(tmp_path):
 def test_a_run_in_use_is_refused_until_its_process_dies(tmp_path):
     path = tmp_path / "run"
     code = (
-        "import time; from pathlib import Path; from perlhf.config.stages import SftConfig; from perlhf.runs.run import open_run\n"
+        "import time; from pathlib import Path; from perlhf.config.stages import SftConfig\n"
+        "from perlhf.runs.run import open_run\n"
         f"with open_run(Path({str(path)!r}), 'sft', SftConfig(), {FACTS!r}): print('open', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
@@ -356,6 +360,19 @@ def test_a_run_is_refused_twice_in_one_process_and_free_afterwards(tmp_path):
     with pytest.raises(ZeroDivisionError), opened(path):
         raise ZeroDivisionError
     with opened(path):
+        pass
+
+
+def test_a_run_given_up_between_opening_and_locking_is_refused(tmp_path, monkeypatch):
+    """The lock that is won then belongs to a file that has gone, and guards nothing."""
+    path, flock = tmp_path / "run", fcntl.flock
+
+    def given_up(descriptor: int, operation: int) -> None:
+        (path / ".lock").unlink(missing_ok=True)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", given_up)
+    with pytest.raises(RunError, match="another process has just given the run directory up"), opened(path):
         pass
 
 
@@ -413,6 +430,30 @@ def test_other_data_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"facts\.data\.feedback\.json is 'cc33', but 'aa11' in"):
         with opened(tmp_path / "run", facts=changed):
             pass
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (
+            1,
+            r"made by an earlier version of perlhf \(format 1\)\n  allowed: format 2\n  try: run it again in",
+        ),
+        (3, "missing or damaged: format 3 instead of 2"),
+        (None, "missing or damaged: format None instead of 2"),
+    ],
+)
+def test_a_run_of_another_format_is_neither_continued_nor_used(tmp_path, version, message):
+    path = tmp_path / "run"
+    with opened(path) as run:
+        run.finish({})
+    manifest = path / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": version}))
+    with pytest.raises(RunError, match=message) as caught, opened(path):
+        pass
+    assert caught.value.where == str(manifest)
+    with pytest.raises(RunError, match=message):
+        read_finished(path)
 
 
 def test_another_version_is_noted_not_refused(tmp_path, capsys):

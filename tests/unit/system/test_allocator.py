@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from perlhf.commands.cli import main
 from perlhf.errors import ConfigError
 from perlhf.system import allocator
 
@@ -56,3 +57,16 @@ def test_the_command_works_with_whatever_is_installed() -> None:
     environment = bare | (allocator.variables(library) if library else {})
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "system" if library is None else done.stdout.strip() in library.name
+
+
+def test_only_the_command_restarts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever calls `main` with words of their own, as tests and notebooks do, keeps the process."""
+
+    def restarted(words: list[str]) -> None:
+        raise AssertionError(words)
+
+    monkeypatch.setattr(allocator, "restart", restarted)
+    assert main(["demo", "here"]) == 2 and "perlhf demo: unexpected 'here'" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["perlhf", "demo", "here"])
+    with pytest.raises(AssertionError):
+        main()

@@ -1,7 +1,15 @@
 import pytest
 
-from perlhf.errors import StorageError
-from perlhf.system.files import directory_atomic, remove_directory, remove_leftovers, write_atomic
+from perlhf.errors import RunError, StorageError
+from perlhf.system.files import (
+    directory_atomic,
+    read_json,
+    remove_directory,
+    remove_leftovers,
+    sha256,
+    write_atomic,
+    write_json,
+)
 
 
 def names(directory) -> list[str]:
@@ -71,3 +79,31 @@ def test_removing_a_directory(tmp_path):
     remove_directory(tmp_path / "a")
     remove_directory(tmp_path / "a")
     assert names(tmp_path) == []
+
+
+def test_json_is_strict_and_read_back(tmp_path):
+    write_json(tmp_path / "a.json", {"mean": float("nan"), "parts": (1, float("inf")), "name": "☕"})
+    text = (tmp_path / "a.json").read_text("utf-8")
+    assert text == '{\n  "mean": null,\n  "parts": [\n    1,\n    null\n  ],\n  "name": "☕"\n}\n'
+    assert read_json(tmp_path / "a.json") == {"mean": None, "parts": [1, None], "name": "☕"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "No such file"), (b"{", "Expecting"), (b"[]", "a list instead")]
+)
+def test_json_that_cannot_be_used_says_which_file(tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(RunError, match=f"missing or damaged: .*{reason}") as caught:
+        read_json(tmp_path / "a.json")
+    assert caught.value.where == str(tmp_path / "a.json")
+
+
+def test_sha256_of_files_is_that_of_their_bytes_in_a_row(tmp_path):
+    """`printf abc | sha256sum`."""
+    (tmp_path / "a").write_bytes(b"ab")
+    (tmp_path / "b").write_bytes(b"c")
+    whole = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(tmp_path / "a", tmp_path / "b") == whole
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256(tmp_path / "a") == whole
