@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from perlhf.comparison.results import difference, tested_by
+from perlhf.comparison.results import mean_with_interval, tested_by
 from perlhf.method.metrics import seed_noise
 from perlhf.runs.read import read_runs, summarise
 
@@ -33,7 +33,9 @@ def main() -> None:
         found[name] |= {"tokens": [run.result.get("tokens") for run in runs], "seconds": seconds}
     noise = seed_noise(found[name]["seeds"] for name in tested)
     found["seed_noise"] = None if noise is None else asdict(noise)
-    found["difference"] = difference(tested["first"], tested["second"], noise, arguments.bootstrap, 0)
+    first, second = ([run.value for run in tested[name]] for name in ("first", "second"))
+    groups = tested["first"][0].groups
+    found["difference"] = asdict(mean_with_interval(first, second, groups, noise, arguments.bootstrap, 0))
     print(json.dumps(found))
 
 

@@ -26,7 +26,7 @@ import yaml
 
 from perlhf.data.coffee_bar.gold import RULES, gold, gold_rules
 from perlhf.errors import PerlhfError
-from perlhf.runs.read import duration
+from perlhf.runs.words import duration
 from perlhf.system.files import read_json, write_atomic
 from results_kept import MARKER, Kept, commands, finished, machine, manifest_of, pack, unpack
 from results_tables import tables

@@ -15,8 +15,8 @@ import yaml
 
 from perlhf.data.coffee_bar.gold import RULES
 from perlhf.reports import comparison, figures, findings
-from perlhf.runs import read
-from perlhf.runs.read import count, duration, mapping, number
+from perlhf.runs.evaluations import mapping, measured
+from perlhf.runs.words import count, duration, memory, number
 from perlhf.system.files import read_json, write_atomic
 from results_kept import Kept, commands, finished, machine, manifest_of
 
@@ -68,7 +68,7 @@ def _overview(kept: Kept, stages: str) -> str:
                     f"{start['name']} {number(start['quality']['value'])}" if start else _best(part["baselines"]),
                     number(full["quality"]["value"]),
                     f"{SHOWN[stage].partition('-')[0]} {number(side['quality']['value'])}",
-                    _with_interval(side["difference"]),
+                    comparison.words(side["difference"]),
                     shown["verdict"],
                     f"{number(100 * side['memory_share'])} %",
                     f"{number(side['speed_factor'])}×",
@@ -104,7 +104,7 @@ def _validated_by(kept: Kept, name: str, stage: str) -> str | None:
 
 
 def _best(baselines: Mapping[str, object]) -> str:
-    best = findings.strongest(baselines)
+    best = findings.strongest({name: measured(raw) for name, raw in baselines.items()})
     return f"{best[0]} {number(best[1])}" if best else "–"
 
 
@@ -183,7 +183,7 @@ def _judged_by(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def _over_seeds(found: Sequence[Any]) -> str:
     """One measurement with its interval; of several seeds the mean and the lowest and highest."""
     if len(found) == 1:
-        return _with_interval(found[0])
+        return comparison.words(found[0])
     values = [one["value"] for one in found]
     return f"{number(statistics.fmean(values))} ({number(min(values))} to {number(max(values))})"
 
@@ -220,7 +220,7 @@ def _runs(kept: Kept, name: str) -> str:
         for number_of, best in _best_of(seeds).items():
             label = f"best of {number_of} by what {setting} learned from"
             kl = f"at most {number(best['kl_at_most'])}"
-            row(label, [best], kl, "–", seeds[0]["n"], win_rate=_with_interval(best["win_rate"]))
+            row(label, [best], kl, "–", seeds[0]["n"], win_rate=comparison.words(best["win_rate"]))
     if any(len(seeds) > 1 for seeds in settings.values()):
         lines += [
             "",
@@ -328,10 +328,9 @@ def _labels(kept: Kept, name: str) -> str:
     heads = [*(f"{side}, {metric}" for side in sides), *(f"{side} minus {reference}" for side in others)]
     table = ["| labels | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for learned, part in rows:
-        cells = [_with_interval(part["sides"][side]["quality"]) for side in sides]
-        cells += [
-            f"{_with_interval(part['sides'][side]['difference'])}, {part['sides'][side]['verdict']}" for side in others
-        ]
+        reached = part["sides"]
+        cells = [comparison.words(reached[side]["quality"]) for side in sides]
+        cells += [f"{comparison.words(reached[side]['difference'])}, {reached[side]['verdict']}" for side in others]
         table.append(f"| {count(learned)} | " + " | ".join(cells) + " |")
         for side in sides:
             lines.setdefault(side, [[]])[0].append((learned, part["sides"][side]["quality"]["value"]))
@@ -342,10 +341,6 @@ def _labels(kept: Kept, name: str) -> str:
 
 def _draw(kept: Kept, image: str, svg: str) -> None:
     write_atomic(kept.results / image, figures.alone(svg))
-
-
-def _with_interval(found: Any) -> str:
-    return comparison.with_interval(read.measured(found))
 
 
 def _curves(kept: Kept, name: str) -> str:
@@ -377,7 +372,7 @@ def _curves(kept: Kept, name: str) -> str:
         if (file.parent / "result.json").exists():
             step = read_json(file.parent / "result.json")["best_step"]
             chosen = f"{step}: {number(_means(rows[max(step - BLOCK, 0) : step])['gold'])}" if step else "the start"
-        cells += [chosen, read.memory(bytes_of) if bytes_of else "–"]
+        cells += [chosen, memory(bytes_of) if bytes_of else "–"]
         lines.append(f"| {file.parent.name} | {len(rows)} | " + " | ".join(cells) + " |")
         for key, shown in paths.items():
             shown[file.parent.name] = [[(one["kl"], one[key]) for one in means]]

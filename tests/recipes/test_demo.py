@@ -1,7 +1,6 @@
 """The demo on the tiny base: everything runs, is reused, and the verdict follows the intervals."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from toy import read_json, read_lines
@@ -11,6 +10,8 @@ from perlhf.config.commands import DemoConfig
 from perlhf.config.stages import DataConfig
 from perlhf.data.records import Rating
 from perlhf.data.splits import load
+from perlhf.runs.evaluations import Evaluation, Measured
+from perlhf.runs.read import STAGES
 
 
 def test_the_quick_demo_runs_all_and_then_reuses_it(perlhf, tiny_base: Path, tmp_path: Path) -> None:
@@ -32,13 +33,13 @@ def test_the_quick_demo_runs_all_and_then_reuses_it(perlhf, tiny_base: Path, tmp
         assert words in done.out.replace("\n", " "), done.out
     assert done.out.count("customer") == 5 and done.out.count("before (gold") == 5
     assert (root / "report.html").stat().st_size > 50_000
-    updates = {stage: read_lines(root / stage / "metrics.jsonl") for stage in demo.STAGES}
+    updates = {stage: read_lines(root / stage / "metrics.jsonl") for stage in STAGES}
     assert [len(lines) for lines in updates.values()] == [2, 2, 2]
 
     again = perlhf(*options)
     assert again.code == 0
     assert read_json(root / "summary.json")["gold"] == summary["gold"]
-    assert {stage: read_lines(root / stage / "metrics.jsonl") for stage in demo.STAGES} == updates
+    assert {stage: read_lines(root / stage / "metrics.jsonl") for stage in STAGES} == updates
     assert "answers" not in again.err, "the evaluation is reused too"
 
     # An evaluation by hand with other settings is not taken for the demo's.
@@ -49,18 +50,15 @@ def test_the_quick_demo_runs_all_and_then_reuses_it(perlhf, tiny_base: Path, tmp
 
 @pytest.mark.parametrize(("low", "rose"), [(0.52, True), (0.49, False), (None, False)])
 def test_gold_rose_only_where_the_intervals_are_apart(low: float | None, rose: bool) -> None:
-    def measured(value: float, low: float | None, high: float) -> dict[str, Any]:
-        return {"value": value, "low": low, "high": high}
-
-    side = {"score": measured(0, -1, 1), "kl": measured(1, 0, 2)}
-    policy = {
-        "n": 200,
-        "before": side | {"gold": measured(0.45, 0.4, 0.5)},
-        "after": side | {"gold": measured(0.6, low, 0.7)},
-    }
-    reward = {"n": 9, "metrics": {"auc": {}}, "baselines": {"bag_of_words": {"auc": {}}}}
-    results = {stage: {"seconds": 1, "peak_memory_bytes": 5, "trainable_parameters": 2} for stage in demo.STAGES}
-    assert demo.summarise(results, reward, policy)["gold_rose"] is rose
+    side = {"score": Measured(0, -1, 1), "kl": Measured(1, 0, 2)}
+    policy = Evaluation(
+        n=200,
+        before=side | {"gold": Measured(0.45, 0.4, 0.5)},
+        after=side | {"gold": Measured(0.6, low, 0.7)},
+    )
+    reward = Evaluation(n=9, metrics={"auc": None}, baselines={"bag_of_words": {"auc": None}})
+    results = {stage: {"seconds": 1, "peak_memory_bytes": 5, "trainable_parameters": 2} for stage in STAGES}
+    assert demo.sum_up(results, reward, policy)["gold_rose"] is rose
 
 
 def test_the_control_learns_from_the_same_labels_in_another_order(tmp_path: Path) -> None:

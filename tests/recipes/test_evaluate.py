@@ -23,7 +23,8 @@ from perlhf.evaluation.evaluate import evaluate, score
 from perlhf.model.base import Base, load_tokenizer
 from perlhf.model.encode import Encoder
 from perlhf.model.open import read_run
-from perlhf.runs.read import measured, read_runs
+from perlhf.runs.evaluations import as_json
+from perlhf.runs.read import read_runs
 from perlhf.training.policy import train_policy
 
 GOLD = "perlhf.data.coffee_bar.gold:gold_reward"
@@ -36,11 +37,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> TinyRuns:
 
 
 def checked(run: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    """Evaluates, and checks that the file holds strict JSON of the same."""
+    """Evaluates; what the file holds, which is strict JSON of the same."""
     output = tmp_path / "deep" / "evaluation.json"
-    found = evaluate(EvaluateConfig(run=run, output=output, **{"bootstrap": 50, **changes}))
-    assert json.loads(output.read_text(encoding="utf-8"), parse_constant=pytest.fail) == found
-    return found
+    evaluation = evaluate(EvaluateConfig(run=run, output=output, **{"bootstrap": 50, **changes}))
+    written = json.loads(output.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert written == as_json(evaluation)
+    return written
 
 
 def test_a_reloaded_reward_model_scores_bit_for_bit_as_in_memory(runs: TinyRuns, tmp_path: Path):
@@ -292,9 +294,9 @@ def test_the_report_reads_what_evaluate_writes(runs: TinyRuns):
     for run in (runs.reward, runs.policy):
         evaluate(EvaluateConfig(run=run, bootstrap=20, prompts=2))
     reward, policy = read_runs([runs.reward, runs.policy])
-    assert reward.evaluation["kind"] == "reward" and policy.evaluation["kind"] == "policy"
-    assert measured(reward.evaluation["metrics"]["auc"]) is not None
-    assert measured(policy.evaluation["before"]["kl"]) is not None
+    assert reward.evaluation.kind == "reward" and policy.evaluation.kind == "policy"
+    assert reward.evaluation.metrics and reward.evaluation.metrics["auc"] is not None
+    assert policy.evaluation.before_after("kl") is not None
 
 
 def test_a_run_that_is_not_finished_or_not_there_is_refused(runs: TinyRuns, tmp_path: Path):

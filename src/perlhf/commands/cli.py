@@ -152,8 +152,9 @@ def _run(name: str, arguments: list[str]) -> int:
             show.result(f"{name}: {settings.run}", _train(settings))
         case commands.EvaluateConfig():
             from perlhf.evaluation.evaluate import evaluate
+            from perlhf.runs.evaluations import as_json
 
-            show.result(f"{name}: {settings.run}", evaluate(settings))
+            show.result(f"{name}: {settings.run}", as_json(evaluate(settings)))
         case commands.ScoreConfig():
             from perlhf.evaluation.evaluate import score
 

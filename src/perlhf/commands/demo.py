@@ -1,12 +1,12 @@
 """The whole pipeline on the embedded coffee-bar feedback: SFT, reward, policy, evaluation, report.
 
-The feedback is simulated (perlhf/data/coffee_bar.py), the network and the training are real. The gold score is
-computed by
+The feedback is simulated (perlhf/data/coffee_bar), the network and the training are real. The gold score is computed by
 rules that the reward model never sees, so that the demo can say whether the policy became better or only scores higher.
 """
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,16 @@ from perlhf.data.records import Rating
 from perlhf.data.splits import load
 from perlhf.evaluation.evaluate import evaluate
 from perlhf.model.base import pick_device, pick_dtype, pull
+from perlhf.reports.findings import direction
 from perlhf.reports.page import write as write_report
+from perlhf.runs.evaluations import EVALUATION, Evaluation, as_json, read_evaluation
+from perlhf.runs.read import STAGES
 from perlhf.system.files import write_atomic
 from perlhf.training.policy import train_policy
 from perlhf.training.reward import train_reward
 from perlhf.training.sft import train_sft
 
 SYSTEM = "You take orders in a coffee bar."
-STAGES = ("sft", "reward", "policy")
 SHOWN = 5
 """Prompts whose answers before and after are printed."""
 
@@ -67,10 +69,10 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     page = write_report(
         (sft.run, reward.run, policy.run), config.directory / "report.html", "perlhf demo: a coffee bar"
     )
-    summary = summarise(results, reward_evaluation, policy_evaluation)
+    summary = sum_up(results, reward_evaluation, policy_evaluation)
     summary |= {"dtype": str(dtype).removeprefix("torch."), "seconds_this_call": round(time.monotonic() - began, 1)}
     write_atomic(config.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
-    _show(console, summary, policy_evaluation, page, config)
+    _print_summary(console, summary, policy_evaluation, page, config)
     return summary
 
 
@@ -84,25 +86,19 @@ def stages(config: DemoConfig) -> tuple[SftConfig, RewardConfig, PolicyConfig]:
         "encoding": EncodingConfig(system=SYSTEM, max_tokens=512),
         "adapter": AdapterConfig(rank=8, targets="all"),
     }
-    sft = SftConfig(
-        run=root / "sft",
-        data=DataConfig(limit=32 if quick else 256),
-        optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
-        examples_per_update=16,
-        max_updates=2 if quick else None,
-        validate_every=25,
-        **common,
-    )
+    supervised = common | {
+        "optim": OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
+        "examples_per_update": 16,
+        "max_updates": 2 if quick else None,
+        "validate_every": 25,
+    }
+    sft = SftConfig(run=root / "sft", data=DataConfig(limit=32 if quick else 256), **supervised)
     reward = RewardConfig(
         run=root / "reward",
         sft=sft.run,
         data=DataConfig(paths=(str(_labels(config)),), limit=32 if quick else 600),
         select="loss",  # the scale of the scores counts against the KL, not their order alone
-        optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
-        examples_per_update=16,
-        max_updates=2 if quick else None,
-        validate_every=25,
-        **common,
+        **supervised,
     )
     policy = PolicyConfig(
         run=root / "policy",
@@ -124,22 +120,19 @@ def stages(config: DemoConfig) -> tuple[SftConfig, RewardConfig, PolicyConfig]:
     return sft, reward, policy
 
 
-def summarise(
-    results: dict[str, Any], reward_evaluation: dict[str, Any], policy_evaluation: dict[str, Any]
-) -> dict[str, Any]:
+def sum_up(results: dict[str, Any], reward: Evaluation, policy: Evaluation) -> dict[str, Any]:
     """The summary's numbers, and whether the gold score rose: its 95 % intervals before and after don't overlap."""
-    before, after = policy_evaluation["before"], policy_evaluation["after"]
-    gold = {"before": before["gold"], "after": after["gold"]}
-    rose = gold["after"]["low"] is not None and gold["after"]["low"] > gold["before"]["high"]
+    of_reward, of_policy = as_json(reward), as_json(policy)
+    gold = policy.before_after("gold")
     return {
-        "reward_auc": reward_evaluation["metrics"]["auc"],
-        "bag_of_words_auc": reward_evaluation["baselines"]["bag_of_words"]["auc"],
-        "reward_test_ratings": reward_evaluation["n"],
-        "gold": gold,
-        "gold_rose": bool(rose),
-        "score": {"before": before["score"], "after": after["score"]},
-        "kl": after["kl"],
-        "test_prompts": policy_evaluation["n"],
+        "reward_auc": of_reward["metrics"]["auc"],
+        "bag_of_words_auc": of_reward["baselines"]["bag_of_words"]["auc"],
+        "reward_test_ratings": reward.n,
+        "gold": {side: of_policy[side]["gold"] for side in ("before", "after")},
+        "gold_rose": gold is not None and direction(*gold) == "rose",
+        "score": {side: of_policy[side]["score"] for side in ("before", "after")},
+        "kl": of_policy["after"]["kl"],
+        "test_prompts": policy.n,
         "seconds": {stage: result["seconds"] for stage, result in results.items()},
         "peak_memory_bytes": max(results[stage]["peak_memory_bytes"] for stage in STAGES),
         "trainable_parameters": {stage: results[stage]["trainable_parameters"] for stage in STAGES},
@@ -163,15 +156,15 @@ def _labels(config: DemoConfig) -> Path | str:
     return path
 
 
-def _evaluated(config: EvaluateConfig, results: dict[str, Any], stage: str) -> dict[str, Any]:
+def _evaluated(config: EvaluateConfig, results: dict[str, Any], stage: str) -> Evaluation:
     """The evaluation of a run, made once and reused; an evaluation with other settings, made by hand, is made anew."""
-    path, settings = config.run / "evaluation.json", config.run / "evaluation-settings.json"
+    path, settings = config.run / EVALUATION, config.run / "evaluation-settings.json"
     wanted = config.model_dump(mode="json") | {"seconds_of_run": results[stage]["seconds"]}
     if path.is_file() and settings.is_file() and path.stat().st_mtime <= settings.stat().st_mtime:
-        found = json.loads(settings.read_text(encoding="utf-8"))
-        if found["settings"] == wanted:
-            results[f"{stage} evaluation"] = {"seconds": found["seconds"]}
-            return json.loads(path.read_text(encoding="utf-8"))
+        made = json.loads(settings.read_text(encoding="utf-8"))
+        if made["settings"] == wanted:
+            results[f"{stage} evaluation"] = {"seconds": made["seconds"]}
+            return read_evaluation(path)
     began = time.monotonic()
     evaluation = evaluate(config)
     seconds = round(time.monotonic() - began, 3)
@@ -180,18 +173,17 @@ def _evaluated(config: EvaluateConfig, results: dict[str, Any], stage: str) -> d
     return evaluation
 
 
-def _show(
-    console: Console, summary: dict[str, Any], evaluation: dict[str, Any], page: Path, config: DemoConfig
+def _print_summary(
+    console: Console, summary: dict[str, Any], evaluation: Evaluation, page: Path, config: DemoConfig
 ) -> None:
-    table = Table(title=f"perlhf demo, {evaluation['n']} unseen prompts, one seed, 95 % intervals over prompts")
+    table = Table(title=f"perlhf demo, {evaluation.n} unseen prompts, one seed, 95 % intervals over prompts")
     for column in ("", "before RL (SFT)", "after RL"):
         table.add_column(column)
     for name, label in (("gold", "mean gold score (rules)"), ("score", "mean reward-model score")):
-        row = summary[name]
-        table.add_row(label, _interval(row["before"]), _interval(row["after"]))
+        table.add_row(label, *map(_interval, summary[name].values()))
     table.add_row("KL to the SFT policy, nats a completion", "0", _interval(summary["kl"]))
     for name, label in (("tokens", "completion tokens"), ("end_rate", "ended by themselves")):
-        table.add_row(label, _interval(evaluation["before"][name]), _interval(evaluation["after"][name]))
+        table.add_row(label, *(_interval(asdict(side)) for side in evaluation.before_after(name) or ()))
     console.print(table)
     auc = summary["reward_auc"]
     words = summary["bag_of_words_auc"]
@@ -201,8 +193,8 @@ def _show(
     )
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items())
     console.print(f"time: {seconds}; peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    for sample in evaluation["samples"][:SHOWN]:
-        _show_sample(console, sample)
+    for sample in evaluation.samples[:SHOWN]:
+        _print_sample(console, sample)
     if config.quick:
         console.print("[yellow]--quick: a few updates each; these numbers prove nothing.[/yellow]")
     elif summary["gold_rose"]:
@@ -212,7 +204,7 @@ def _show(
     console.print(f"report: {page}", soft_wrap=True)
 
 
-def _show_sample(console: Console, sample: dict[str, Any]) -> None:
+def _print_sample(console: Console, sample: dict[str, Any]) -> None:
     prompt = sample["prompt"]
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     console.print(f"\n[bold]customer[/bold] {text}", highlight=False)

@@ -10,7 +10,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from perlhf.runs.read import Summary, count, duration, interval, memory, number, read_runs, summarise
+from perlhf.runs.read import Summary, read_runs, summarise
+from perlhf.runs.words import count, duration, interval, memory, number
 from perlhf.system.files import storage_errors, write_json
 
 _TEXTS = ("run", "stage", "tuning", "targets", "metric")
@@ -25,31 +26,26 @@ def tabulate(runs: Sequence[Path], output: Path | None = None) -> list[Summary]:
         RunError: a file of a run can't be read.
         StorageError: `output` can't be written.
     """
-    rows = table(runs)
+    rows = [summarise(run) for run in read_runs(runs)]
     if output is not None:
         with storage_errors(output.parent):
             output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, [asdict(row) for row in rows])
-    show(rows, Console())
+    print_rows(rows, Console())
     return rows
 
 
-def table(runs: Sequence[Path]) -> list[Summary]:
-    """One row for each run, in the given order. Raises `ConfigError` and `RunError` like `tabulate`."""
-    return [summarise(run) for run in read_runs(runs)]
-
-
-def show(rows: Sequence[Summary], console: Console) -> None:
+def print_rows(rows: Sequence[Summary], console: Console) -> None:
     """Prints the rows: as one table, or where that is too wide as one of quality and one of costs."""
     columns = _columns(rows)
-    whole = _table("runs", columns)
+    whole = _framed("runs", columns)
     unbounded = console.options.update(width=10_000)
     if Measurement.get(console, unbounded, whole).maximum <= console.width:
         console.print(whole)
         return
     costs = {name: columns[name] for name in columns if name in ("run", *_COSTS)}
-    console.print(_table("quality", {name: columns[name] for name in columns if name not in _COSTS}))
-    console.print(_table("costs", costs))
+    console.print(_framed("quality", {name: columns[name] for name in columns if name not in _COSTS}))
+    console.print(_framed("costs", costs))
 
 
 def _columns(rows: Sequence[Summary]) -> dict[str, list[str]]:
@@ -71,7 +67,7 @@ def _columns(rows: Sequence[Summary]) -> dict[str, list[str]]:
     return {name: cells for name, cells in columns.items() if name in ("run", "stage") or set(cells) != {"–"}}
 
 
-def _table(title: str, columns: dict[str, list[str]]) -> Table:
+def _framed(title: str, columns: dict[str, list[str]]) -> Table:
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in columns:
         text = name in _TEXTS

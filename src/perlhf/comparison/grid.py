@@ -18,15 +18,16 @@ from typing import Any
 import yaml
 
 from perlhf.comparison.processes import Processes, processes
-from perlhf.comparison.results import evaluation_of, summarise
-from perlhf.config.comparison import CompareConfig, Side, Stage
+from perlhf.comparison.results import conclude, evaluation_of
+from perlhf.config.comparison import CompareConfig, Side, StageName
 from perlhf.config.stages import DataConfig, PolicyConfig, RewardConfig
 from perlhf.data.splits import check_labels, load
 from perlhf.errors import RunError
 from perlhf.reports import comparison
 from perlhf.runs.earlier import check_runs, reward_runs
+from perlhf.runs.evaluations import EVALUATION, finite, mapping, read_evaluation
 from perlhf.runs.manifest import CHECKPOINTS, RESULT, first_difference
-from perlhf.runs.read import EVALUATION, finite, mapping, memory
+from perlhf.runs.words import memory
 from perlhf.system.files import read_json, remove_directory, storage_errors, write_atomic, write_json
 from perlhf.system.machine import free_memory_bytes
 
@@ -40,7 +41,7 @@ Not the margin, which is fixed beforehand."""
 class Cell:
     """One run of the grid."""
 
-    stage: Stage
+    stage: StageName
     side: Side
     learning_rate: float
     seed: int
@@ -74,26 +75,27 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     _check_tests(config)
     _check_memory(config)
     shown = config.model_copy(update={"jobs": _claim(config)})
-    found: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     for stage in config.stages:
         chosen: dict[Side, list[Cell]] = {}
         at_once = len(config.sides) if config.jobs > 1 else 1
         # The processes are left first: what waits for them then ends, whatever it was that ended us.
         with ThreadPoolExecutor(at_once) as sides, processes(config.jobs) as run:
-            running = {sides.submit(_side, stage, side, config, run): side for side in config.sides}
-            for one in as_completed(running):
-                if cells := one.result():
-                    chosen[running[one]] = cells
-                    found[stage] = _found(stage, chosen, shown)
-                    _write(found, config)
+            running = {sides.submit(_train_side, stage, side, config, run): side for side in config.sides}
+            for ended in as_completed(running):
+                if cells := ended.result():
+                    chosen[running[ended]] = cells
+                    parts[stage] = _part(stage, chosen, shown)
+                    _write(parts, config)
         if not chosen:
             raise RunError(f"no side of stage {stage} could be trained", where=str(config.output / FAILURES))
-    return found
+    return parts
 
 
-def _side(stage: Stage, side: Side, config: CompareConfig, run: Processes) -> list[Cell]:
+def _train_side(stage: StageName, side: Side, config: CompareConfig, run: Processes) -> list[Cell]:
     """Trains a side's cells; those of the chosen learning rate that didn't fail, evaluated."""
-    tried = [Cell(stage, side, *one) for one in product(config.rates(side), config.rate_seeds_of(side))]
+    rates_and_seeds = product(config.rates(side), config.rate_seeds_of(side))
+    tried = [Cell(stage, side, rate, seed) for rate, seed in rates_and_seeds]
     _each(_train, tried, config, run)
     rate = choose(tried, config)
     if rate is None:
@@ -108,16 +110,16 @@ def _side(stage: Stage, side: Side, config: CompareConfig, run: Processes) -> li
 def _each(
     work: Callable[[Cell, CompareConfig, Processes], None], cells: Sequence[Cell], config: CompareConfig, run: Processes
 ) -> None:
-    for one in [run.submit(work, cell, config, run) for cell in cells]:
-        one.result()
+    for job in [run.submit(work, cell, config, run) for cell in cells]:
+        job.result()
 
 
-def _found(stage: Stage, chosen: Mapping[Side, Sequence[Cell]], config: CompareConfig) -> dict[str, Any]:
+def _part(stage: StageName, chosen: Mapping[Side, Sequence[Cell]], config: CompareConfig) -> dict[str, Any]:
     """The part of compare.json about a stage, from the sides that have finished."""
     sides = [side for side in config.sides if side in chosen]
     runs = {side.name: [config.output / cell.name for cell in chosen[side]] for side in sides}
     diverged = {side.name: len(config.seeds_of(side)) - len(chosen[side]) for side in sides}
-    return {**summarise(stage, runs, config, diverged), "tried": _tried(stage, config)}
+    return {**conclude(stage, runs, config, diverged), "tried": _tried(stage, config)}
 
 
 def cells(config: CompareConfig) -> list[list[str]]:
@@ -145,7 +147,7 @@ def _check_tests(config: CompareConfig) -> None:
         check_labels(load(data, ("comparison", "rating"), "all"), data)
 
 
-def _memory_bytes(stage: Stage, side: Side, config: CompareConfig) -> int:
+def _memory_bytes(stage: StageName, side: Side, config: CompareConfig) -> int:
     """Estimated peak of a cell."""
     from perlhf.training.plan import plan  # imports torch, which reading and reporting a grid do without
 
@@ -200,7 +202,7 @@ def _value(cell: Cell, config: CompareConfig) -> float | None:
     return None if not values else -values[0] if stage.select == "loss" else values[0]
 
 
-def _tried(stage: Stage, config: CompareConfig) -> list[dict[str, Any]]:
+def _tried(stage: StageName, config: CompareConfig) -> list[dict[str, Any]]:
     """Every learning rate with the seeds that it was tried with, and later seeds that diverged."""
     rows = []
     for side in config.sides:
@@ -222,7 +224,7 @@ def _claim(config: CompareConfig) -> int:
         if path.exists():
             then = yaml.safe_load(path.read_text(encoding="utf-8"))
             values["jobs"] = max(values["jobs"], then.get("jobs", 1))
-            old, new = ({key: value for key, value in one.items() if key not in MAY_GROW} for one in (then, values))
+            old, new = ({key: value for key, value in grid.items() if key not in MAY_GROW} for grid in (then, values))
             if difference := first_difference(old, new):
                 key, before, now = difference
                 raise RunError(
@@ -243,7 +245,7 @@ def _train(cell: Cell, config: CompareConfig, processes: Processes) -> None:
     run, failed = config.output / cell.name, config.output / FAILURES / f"{cell.name}.json"
     if failed.exists() or (run / RESULT).exists():
         return
-    print(f"cell {_number(cell, config)}: {cell.name}", file=sys.stderr)
+    print(f"cell {_place(cell, config)}: {cell.name}", file=sys.stderr)
     recipe = config.output / LOGS / f"{cell.name}.yaml"
     write_atomic(recipe, yaml.safe_dump(cell.recipe(config), sort_keys=False, allow_unicode=True))
     code, message = processes.perlhf([cell.stage, str(recipe)], config.output / LOGS / f"{cell.name}.log")
@@ -256,7 +258,7 @@ def _train(cell: Cell, config: CompareConfig, processes: Processes) -> None:
         remove_directory(run / CHECKPOINTS)  # a finished cell of full tuning would keep gigabytes
 
 
-def _number(cell: Cell, config: CompareConfig) -> str:
+def _place(cell: Cell, config: CompareConfig) -> str:
     """Which of all cells this is, counted by those that have started."""
     started = {log.stem for log in (config.output / LOGS).glob("*.log")} | {cell.name}
     return f"{len(started)}/{sum(map(config.runs, config.sides)) * len(config.stages)}"
@@ -272,7 +274,7 @@ def _evaluate(cell: Cell, config: CompareConfig, processes: Processes) -> None:
         others = ["--data.paths", path, "--data.format", "auto", "--split", "all"]
         wanted.append((evaluation_of(path), [path], others))
     for file, data, asked in wanted:
-        if (run / file).exists() and read_json(run / file).get("data") == data:
+        if (run / file).exists() and read_evaluation(run / file).data == data:
             continue
         words = ["evaluate", str(run), "--bootstrap", str(config.bootstrap), "--output", str(run / file), *asked]
         code, message = processes.perlhf(words, config.output / LOGS / f"{cell.name}.log")
@@ -280,6 +282,6 @@ def _evaluate(cell: Cell, config: CompareConfig, processes: Processes) -> None:
             raise RunError(f"its evaluation stopped with exit code {code}: {message}", where=cell.name)
 
 
-def _write(found: dict[str, Any], config: CompareConfig) -> None:
-    write_json(config.output / "compare.json", found)
-    write_atomic(config.output / "compare.html", comparison.render(found, config.output.name))
+def _write(parts: dict[str, Any], config: CompareConfig) -> None:
+    write_json(config.output / "compare.json", parts)
+    write_atomic(config.output / "compare.html", comparison.render(parts, config.output.name))

@@ -98,13 +98,13 @@ def processes(jobs: int) -> Iterator[Processes]:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    found = Processes(jobs)
+    running = Processes(jobs)
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, stop) if in_main else None
     try:
-        yield found
+        yield running
     finally:
         with contextlib.suppress(KeyboardInterrupt):  # a second one; they are ending already
-            found.end()
+            running.end()
         if before is not None:
             signal.signal(signal.SIGTERM, before)

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from perlhf.config.comparison import CompareConfig, Stage
+from perlhf.config.comparison import CompareConfig, StageName
 from perlhf.errors import RunError
 from perlhf.method import metrics
 from perlhf.method.metrics import SeedNoise, Statistic
 from perlhf.reports import findings
+from perlhf.runs.evaluations import EVALUATION, Measured, finite, mapping, read_evaluation
 from perlhf.runs.manifest import first_difference
-from perlhf.runs.read import EVALUATION, RunFiles, Summary, finite, mapping, measured, number, read_runs
-from perlhf.runs.read import summarise as summary_of
-from perlhf.system.files import read_json
+from perlhf.runs.read import RunFiles, Summary, read_runs, summarise
+from perlhf.runs.words import number
 
 CURVES = {
     "AUC": "validation_auc",
@@ -44,6 +43,10 @@ class Tested:
     start: Statistic | None = None
     """A policy's: the same of its reference's answers."""
 
+    def on_all(self) -> float:
+        """The metric of all records."""
+        return self.value(np.arange(len(self.groups)))
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -55,14 +58,19 @@ class Compared:
     config: CompareConfig
     diverged: Mapping[str, int]
 
+    def measure(self, values: Sequence[Statistic], others: Sequence[Statistic] = ()) -> Measured:
+        """The mean of one metric a seed, less that of `others`, on all records, with its interval."""
+        first, config = self.tested[self.reference][0], self.config
+        return mean_with_interval(values, others, first.groups, self.noise, config.bootstrap, config.seeds[0])
+
 
 def evaluation_of(path: str) -> str:
     """File in a run's directory with what it reached on a set of `also_test`."""
     return f"evaluation-{Path(path).name}.json"
 
 
-def summarise(
-    stage: Stage,
+def conclude(
+    stage: StageName,
     runs: Mapping[str, Sequence[Path]],
     config: CompareConfig,
     diverged: Mapping[str, int] | None = None,
@@ -77,15 +85,14 @@ def summarise(
         RunError: cells that learned from other data or reward models, or were tested otherwise, than the first.
     """
     files = {side: read_runs(paths) for side, paths in runs.items()}
-    tested = {side: [tested_by(run) for run in found] for side, found in files.items()}
+    tested = {side: [tested_by(run) for run in of_side] for side, of_side in files.items()}
     _check_alike(files, tested, config)
     reference = next(iter(files))
     first = tested[reference][0]
-    everything = np.arange(len(first.groups))
-    noise = metrics.seed_noise([one.value(everything) for one in found] for found in tested.values())
+    noise = _seed_noise(tested)
     compared = Compared(tested, reference, noise, config, diverged or {})
-    sides = {side: _side(files[side], files[reference], side, compared) | _against(side, compared) for side in files}
-    baselines = _baselines(files[reference][0], first.metric)
+    sides = {side: _side_of(files[side], files[reference], side, compared) | _against(side, compared) for side in files}
+    baselines = _reached_by_baselines(files[reference][0], first.metric)
     said = sentence(first.metric, reference, sides, config.margin, one_seed=noise is None)
     return {
         "stage": stage,
@@ -96,9 +103,9 @@ def summarise(
         "reference": reference,
         "seed_noise": None if noise is None else asdict(noise),
         "sides": sides,
-        "baselines": baselines,
+        "baselines": {name: asdict(metric) for name, metric in baselines.items()},
         "verdict": said + _beside_baselines(sides, baselines),
-        "start": None if first.start is None else _start(files[reference][0], first, config),
+        "start": None if first.start is None else _start_of(files[reference][0], first.start, compared),
         "scorers": list(config.scorers) if stage == "policy" else [],
         "elsewhere": {
             Path(path).name: _elsewhere(files, path, compared)
@@ -113,27 +120,27 @@ def summarise(
 def _elsewhere(files: Mapping[str, Sequence[RunFiles]], path: str, compared: Compared) -> dict[str, Any]:
     """What the sides reach on another set than their own test groups."""
     name, evaluated, tested, seen = evaluation_of(path), {}, {}, 0
-    for side, found in files.items():
-        evaluated[side] = [replace(run, evaluation=read_json(run.path / name)) for run in found]
+    for side, runs in files.items():
+        evaluated[side] = [replace(run, evaluation=read_evaluation(run.path / name)) for run in runs]
         tested[side] = [tested_by(run) for run in evaluated[side]]
-        if any(one.groups != tested[compared.reference][0].groups for one in tested[side]):
-            raise RunError(f"{name} is of other records than the first cell's", where=str(found[0].path))
+        if any(each.groups != tested[compared.reference][0].groups for each in tested[side]):
+            raise RunError(f"{name} is of other records than the first cell's", where=str(runs[0].path))
         for run in evaluated[side]:
-            if (split := run.evaluation.get("split")) != "all":
-                raise RunError(f"evaluated with split {split!r}", where=str(run.path / name), allowed="all")
-            seen = max(seen, run.evaluation.get("groups_seen_in_training") or 0)
-    first = tested[compared.reference][0]
-    everything = np.arange(len(first.groups))
-    noise = metrics.seed_noise([one.value(everything) for one in found] for found in tested.values())
+            if run.evaluation.split != "all":
+                what = f"evaluated with split {run.evaluation.split!r}"
+                raise RunError(what, where=str(run.path / name), allowed="all")
+            seen = max(seen, run.evaluation.groups_seen_in_training)
+    first, noise = tested[compared.reference][0], _seed_noise(tested)
     there = replace(compared, tested=tested, noise=noise)
+    baselines = _reached_by_baselines(evaluated[compared.reference][0], first.metric)
     return {
         "metric": first.metric,
         "records": len(first.groups),
         "groups": len(set(first.groups)),
         "groups_seen_in_training": seen,
         "seed_noise": None if noise is None else asdict(noise),
-        "sides": {side: {"quality": _quality(side, there), **_against(side, there)} for side in files},
-        "baselines": _baselines(evaluated[compared.reference][0], first.metric),
+        "sides": {side: {"quality": _quality_of(side, there), **_against(side, there)} for side in files},
+        "baselines": {name: asdict(metric) for name, metric in baselines.items()},
     }
 
 
@@ -141,12 +148,12 @@ def _check_alike(
     files: Mapping[str, Sequence[RunFiles]], tested: Mapping[str, Sequence[Tested]], config: CompareConfig
 ) -> None:
     """Raises RunError for a cell that learned from other data or was tested otherwise than the first one."""
-    cells = [(run, one) for side, found in files.items() for run, one in zip(found, tested[side], strict=True)]
-    first, one_first = cells[0]
+    cells = [cell for side, runs in files.items() for cell in zip(runs, tested[side], strict=True)]
+    first, first_tested = cells[0]
     rewards = () if config.policy is None else config.policy.reward
     asked = {"split": "test", "adapter": None, "temperature": 1.0, "reward": list(config.scorers or rewards)}
-    for run, one in cells:
-        if one.groups != one_first.groups or one.metric != one_first.metric:
+    for run, own in cells:
+        if own.groups != first_tested.groups or own.metric != first_tested.metric:
             raise RunError("tested on other records than the first cell", where=str(run.path))
         facts, first_facts = (mapping(each.manifest.get("facts")) for each in (run, first))
         if difference := first_difference(dict(first_facts), dict(facts)):
@@ -154,21 +161,20 @@ def _check_alike(
             hint = "delete the cells of one of the two, and run the same command again"
             raise RunError(f"{key} is {now!r}, but {then!r} in {first.path.name}", where=str(run.path), hint=hint)
         for key, wanted in asked.items():
-            if key in run.evaluation and run.evaluation[key] != wanted:
-                found, where = run.evaluation[key], str(run.path / EVALUATION)
-                hint = "delete it, and run the same command again"
-                raise RunError(f"evaluated with {key} {found!r}", where=where, allowed=str(wanted), hint=hint)
+            if (given := getattr(run.evaluation, key)) not in (None, wanted):
+                hint, where = "delete it, and run the same command again", str(run.path / EVALUATION)
+                raise RunError(f"evaluated with {key} {given!r}", where=where, allowed=str(wanted), hint=hint)
 
 
 def _unlike(files: Mapping[str, Sequence[RunFiles]]) -> list[str]:
     """Machines of the cells, in words, where they differ: then memory and speed are those of unlike cells."""
-    found: dict[str, None] = {}
+    machines: dict[str, None] = {}
     for run in (run for side in files.values() for run in side):
         hardware, torch = mapping(run.manifest.get("hardware")), mapping(run.manifest.get("versions")).get("torch")
         machine = hardware.get("gpu") or f"{hardware.get('cpu')}, {run.manifest.get('threads')} threads"
         size = run.config.get("tokens_per_microbatch")
-        found.setdefault(f"{machine}, torch {torch}, tokens_per_microbatch {size or 'by default'}")
-    return list(found) if len(found) > 1 else []
+        machines.setdefault(f"{machine}, torch {torch}, tokens_per_microbatch {size or 'by default'}")
+    return list(machines) if len(machines) > 1 else []
 
 
 def sentence(
@@ -176,9 +182,9 @@ def sentence(
 ) -> str:
     """The verdicts in words, those that agree together; `one_seed`: how far seeds differ is in none of them."""
     said: dict[str, list[str]] = {}
-    for side, found in sides.items():
+    for side, reached in sides.items():
         if side != reference:
-            said.setdefault(found["verdict"], []).append(side)
+            said.setdefault(reached["verdict"], []).append(side)
     if not said:
         return f"Only {reference} has finished: nothing to compare it with yet."
     parts = [
@@ -190,29 +196,29 @@ def sentence(
     return f"By {metric} on test groups{seeds}, {'; '.join(parts)}."
 
 
-def _baselines(run: RunFiles, metric: str) -> dict[str, dict[str, float | None]]:
+def _reached_by_baselines(run: RunFiles, metric: str) -> dict[str, Measured]:
     """What needs no network and reaches on the same records, by its name in evaluation.json; nothing of a policy."""
     key = metric.lower().replace(" ", "_")
-    found = {name: measured(mapping(one).get(key)) for name, one in mapping(run.evaluation.get("baselines")).items()}
-    return {name: asdict(one) for name, one in found.items() if one is not None and name != "majority"}
+    reached = {name: baseline.get(key) for name, baseline in (run.evaluation.baselines or {}).items()}
+    return {name: value for name, value in reached.items() if isinstance(value, Measured) and name != "majority"}
 
 
-def _beside_baselines(sides: Mapping[str, Mapping[str, Any]], baselines: Mapping[str, object]) -> str:
+def _beside_baselines(sides: Mapping[str, Mapping[str, Any]], baselines: Mapping[str, Measured]) -> str:
     """A sentence about who is above the strongest baseline, if there is any."""
     best = findings.strongest(baselines)
     if best is None:
         return ""
     name, value = best
-    above = [side for side, found in sides.items() if found["quality"]["value"] > value]
-    some = f"Only {', '.join(above)} {'is' if len(above) == 1 else 'are'}" if above else "No side is"
-    who = "Every side is" if len(above) == len(sides) else some
+    above = [side for side, reached in sides.items() if reached["quality"]["value"] > value]
+    not_all = f"Only {', '.join(above)} {'is' if len(above) == 1 else 'are'}" if above else "No side is"
+    who = "Every side is" if len(above) == len(sides) else not_all
     return f" {who} above the value of the strongest baseline ({name}, {number(value)})."
 
 
 def tested_by(run: RunFiles) -> Tested:
     """What an evaluated run was tested on, and how well it did on any part of that."""
-    records = mapping(run.evaluation.get("records"))
-    rated, compared = mapping(records.get("ratings")), mapping(records.get("comparisons"))
+    records = run.evaluation.records or {}
+    rated, compared = records.get("ratings") or {}, records.get("comparisons") or {}
     if rated.get("group"):
         scores, labels = np.array(rated["score"]), np.array(rated["label"], dtype=bool)
         return Tested("AUC", rated["group"], lambda i: metrics.auc(scores[i], labels[i]))
@@ -221,7 +227,7 @@ def tested_by(run: RunFiles) -> Tested:
         return Tested(
             "pairwise accuracy", compared["group"], lambda i: metrics.pairwise_accuracy(pairs[i, 0], pairs[i, 1])
         )
-    rows = run.evaluation.get("samples") or []
+    rows = run.evaluation.samples
     key, metric = (
         ("gold_after", "gold score") if rows and rows[0].get("gold_after") is not None else ("score_after", "score")
     )
@@ -232,17 +238,16 @@ def tested_by(run: RunFiles) -> Tested:
     return Tested(metric, groups, lambda i: float(after[i].mean()), lambda i: float(before[i].mean()))
 
 
-def _side(runs: Sequence[RunFiles], reference: Sequence[RunFiles], side: str, compared: Compared) -> dict[str, Any]:
+def _side_of(runs: Sequence[RunFiles], reference: Sequence[RunFiles], side: str, compared: Compared) -> dict[str, Any]:
     """Quality and costs of one side; costs also as a share or factor of the reference's."""
     tested = compared.tested[side]
-    everything = np.arange(len(tested[0].groups))
-    values = [one.value(everything) for one in tested]
-    lines = [summary_of(run) for run in runs]
-    others = [summary_of(run) for run in reference]
+    lines, others = ([summarise(run) for run in files] for files in (runs, reference))
     memory, speed = _mean(lines, "peak_memory_bytes"), _mean(lines, "tokens_per_second")
     return {
-        "quality": _quality(side, compared),
-        "seeds": [{"seed": run.config.get("seed"), "value": value} for run, value in zip(runs, values, strict=True)],
+        "quality": _quality_of(side, compared),
+        "seeds": [
+            {"seed": run.config.get("seed"), "value": own.on_all()} for run, own in zip(runs, tested, strict=True)
+        ],
         "diverged": compared.diverged.get(side, 0),
         "kept_start": sum(run.result.get("best_step") == 0 for run in runs),
         "learning_rate": mapping(runs[0].config.get("optim")).get("learning_rate"),
@@ -253,86 +258,91 @@ def _side(runs: Sequence[RunFiles], reference: Sequence[RunFiles], side: str, co
         "memory_share": _ratio(memory, _mean(others, "peak_memory_bytes")),
         "speed_factor": _ratio(speed, _mean(others, "tokens_per_second")),
         "trainable_share": _ratio(lines[0].trainable_parameters, others[0].trainable_parameters),
-        "curves": [_curve(run, tested[0].metric) for run in runs],
-        **({} if tested[0].start is None else _answers(runs, tested, compared)),
+        "curves": [_learned(run, tested[0].metric) for run in runs],
+        **({} if tested[0].start is None else _against_start(runs, tested, compared)),
     }
 
 
-def _quality(side: str, compared: Compared) -> dict[str, float]:
-    tested, config = compared.tested[side], compared.config
-    values = [one.value for one in tested]
-    low, high = metrics.seeds_interval(values, [], tested[0].groups, compared.noise, config.bootstrap, config.seeds[0])
-    return {"value": _average(values, np.arange(len(tested[0].groups))), "low": low, "high": high}
+def _seed_noise(tested: Mapping[str, Sequence[Tested]]) -> SeedNoise | None:
+    return metrics.seed_noise([own.on_all() for own in of_side] for of_side in tested.values())
 
 
-def _start(run: RunFiles, tested: Tested, config: CompareConfig) -> dict[str, Any]:
+def _quality_of(side: str, compared: Compared) -> dict[str, float]:
+    return asdict(compared.measure([own.value for own in compared.tested[side]]))
+
+
+def _start_of(run: RunFiles, start: Statistic, compared: Compared) -> dict[str, Any]:
     """What every policy starts from and is held against: its name, and how good its answers are."""
-    assert tested.start is not None
-    low, high = metrics.seeds_interval([tested.start], [], tested.groups, None, config.bootstrap, config.seeds[0])
+    policy, score = compared.config.policy, (run.evaluation.before or {}).get("score")
     return {
-        "name": "base" if config.policy is None or config.policy.sft is None else "SFT",
-        "quality": {"value": tested.start(np.arange(len(tested.groups))), "low": low, "high": high},
-        "score": mapping(run.evaluation.get("before")).get("score"),
+        "name": "base" if policy is None or policy.sft is None else "SFT",
+        "quality": asdict(replace(compared, noise=None).measure([start])),
+        "score": score and asdict(score),
     }
 
 
-def _answers(runs: Sequence[RunFiles], tested: Sequence[Tested], compared: Compared) -> dict[str, Any]:
+def _against_start(runs: Sequence[RunFiles], tested: Sequence[Tested], compared: Compared) -> dict[str, Any]:
     """What is said of a side's policies beyond their quality, each against the start's answers to the same prompts."""
-    starts = [one.start for one in tested if one.start is not None]
+    starts = [own.start for own in tested if own.start is not None]
     # The start has no seed: what other seeds would change is that of one side, and so `starts` isn't passed as a side.
     gains: list[Statistic] = [
-        lambda i, after=one.value, before=before: after(i) - before(i)
-        for one, before in zip(tested, starts, strict=True)
+        lambda i, after=own.value, before=before: after(i) - before(i)
+        for own, before in zip(tested, starts, strict=True)
     ]
-    everything, config = np.arange(len(tested[0].groups)), compared.config
-    low, high = metrics.seeds_interval(gains, [], tested[0].groups, compared.noise, config.bootstrap, config.seeds[0])
-    after = [mapping(run.evaluation.get("after")) for run in runs]
+    after = [run.evaluation.after or {} for run in runs]
     many = compared.noise is not None
     return {
-        "change": {"value": _average(gains, everything), "low": low, "high": high},
-        "score": _over_seeds([one.get("score") for one in after], many),
-        "win_rate": _over_seeds([run.evaluation.get("win_rate") for run in runs], many),
-        "kl": _over_seeds([one.get("kl_temperature_1") for one in after], many),
+        "change": asdict(compared.measure(gains)),
+        "score": _over_seeds([side.get("score") for side in after], many),
+        "win_rate": _over_seeds([run.evaluation.win_rate for run in runs], many),
+        "kl": _over_seeds([side.get("kl_temperature_1") for side in after], many),
     }
 
 
-def _over_seeds(found: Sequence[object], many: bool) -> dict[str, float | None] | None:
+def _over_seeds(reached: Sequence[Measured | None], many: bool) -> dict[str, float | None] | None:
     """The mean of the seeds; with its interval over groups only where no side has several seeds (`many`)."""
-    known = [one for raw in found if (one := measured(raw)) is not None]
-    if len(known) < len(found):
+    known = [metric for metric in reached if metric is not None]
+    if len(known) < len(reached):
         return None
     if len(known) == 1 and not many:
-        return asdict(known[0])
-    return {"value": statistics.fmean(one.value for one in known), "low": None, "high": None}
+        return {"value": known[0].value, "low": known[0].low, "high": known[0].high}
+    return asdict(Measured(statistics.fmean(metric.value for metric in known)))
 
 
-def difference(
-    first: Sequence[Tested], second: Sequence[Tested], noise: SeedNoise | None, resamples: int, seed: int
-) -> dict[str, float]:
-    """Mean metric of the runs of `first` minus that of `second`, tested on the same records: `value`, `low`, `high`."""
-    groups, everything = first[0].groups, np.arange(len(first[0].groups))
-    one, other = ([run.value for run in side] for side in (first, second))
-    low, high = metrics.seeds_interval(one, other, groups, noise, resamples, seed)
-    return {"value": _average(one, everything) - _average(other, everything), "low": low, "high": high}
+def mean_with_interval(
+    values: Sequence[Statistic],
+    others: Sequence[Statistic],
+    groups: Sequence[str],
+    noise: SeedNoise | None,
+    resamples: int,
+    seed: int,
+) -> Measured:
+    """Mean metric of some runs on all records, minus that of `others` (none: of `values` alone), with its interval.
+
+    Args:
+        values, others: of each run, the metric of any records; all were tested on the same ones.
+        groups: group of each record.
+    """
+    everything = np.arange(len(groups))
+    means = [statistics.fmean(value(everything) for value in side) for side in (values, others) if side]
+    interval = metrics.seeds_interval(values, others, groups, noise, resamples, seed)
+    return Measured(means[0] - sum(means[1:]), *interval)
 
 
 def _against(side: str, compared: Compared) -> dict[str, Any]:
     """The difference in quality from the reference, and what it says: nothing where seeds of either diverged."""
-    config, reference = compared.config, compared.reference
+    reference = compared.reference
     if side == reference:
         return {"difference": None, "verdict": "reference"}
-    tested = compared.tested
-    found = difference(tested[side], tested[reference], compared.noise, config.bootstrap, config.seeds[0])
+    own, others = ([tested.value for tested in compared.tested[name]] for name in (side, reference))
+    difference = compared.measure(own, others)
+    assert difference.low is not None and difference.high is not None
     lost = compared.diverged.get(side, 0) + compared.diverged.get(reference, 0)
-    said = "undecided" if lost else metrics.verdict(found["low"], found["high"], config.margin)
-    return {"difference": found, "verdict": said}
+    said = "undecided" if lost else metrics.verdict(difference.low, difference.high, compared.config.margin)
+    return {"difference": asdict(difference), "verdict": said}
 
 
-def _average(side: Sequence[Statistic], indices: NDArray[np.intp]) -> float:
-    return statistics.fmean(value(indices) for value in side)
-
-
-def _curve(run: RunFiles, metric: str) -> list[tuple[float, float]]:
+def _learned(run: RunFiles, metric: str) -> list[tuple[float, float]]:
     """(seconds, what is validated) while the run learned."""
     key = CURVES[metric]
     pairs = ((finite(row.get("time_seconds")), finite(row.get(key))) for row in run.metrics)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from perlhf.config.stages import Frozen, NotNegative, PolicyConfig, Positive, RewardConfig
 
 Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
-Stage = Literal["reward", "policy"]
+StageName = Literal["reward", "policy"]
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,16 @@ class CompareConfig(Frozen):
         adapters = [Side(rank, targets) for targets in self.targets for rank in self.ranks]
         return [*([Side(0, None)] if self.full else []), *adapters]
 
-    def stage(self, name: Stage) -> RewardConfig | PolicyConfig:
+    def stage(self, name: StageName) -> RewardConfig | PolicyConfig:
         """The configuration of a stage that is compared."""
-        found = self.reward if name == "reward" else self.policy
-        assert found is not None, f"no stage {name}"
-        return found
+        stage = self.reward if name == "reward" else self.policy
+        assert stage is not None, f"no stage {name}"
+        return stage
 
     @property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[StageName]:
         """Stages that are compared."""
-        names: tuple[Stage, ...] = ("reward", "policy")
+        names: tuple[StageName, ...] = ("reward", "policy")
         return [name for name in names if getattr(self, name) is not None]
 
     def seeds_of(self, side: Side) -> tuple[int, ...]:

@@ -67,9 +67,9 @@ def length_baseline(train: Labelled, test: Labelled) -> Floats:
     if _kind(train, test) is Rating:
         ratings = _narrow(Rating, train), _narrow(Rating, test)
         return _one_feature(*ratings, lambda rating: float(np.log1p(len(text_of(rating.completion)))))
-    seen, found = (_lengths(_narrow(Comparison, side)) for side in (train, test))
-    longer_wins = np.sign(seen[:, 0] - seen[:, 1]).sum() > 0
-    return found if longer_wins else -found
+    train_lengths, test_lengths = (_lengths(_narrow(Comparison, side)) for side in (train, test))
+    longer_wins = np.sign(train_lengths[:, 0] - train_lengths[:, 1]).sum() > 0
+    return test_lengths if longer_wins else -test_lengths
 
 
 def _lengths(pairs: Sequence[Comparison]) -> Floats:
@@ -150,8 +150,8 @@ def _kind(train: Labelled, test: Labelled) -> type[Rating] | type[Comparison]:
     for kind in (Rating, Comparison):
         if kinds == {kind}:
             return kind
-    found = ", ".join(sorted(kind.__name__ for kind in kinds))
-    raise DataError(f"a baseline got records of kind {found}", allowed="only Rating, or only Comparison")
+    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    raise DataError(f"a baseline got records of kind {names}", allowed="only Rating, or only Comparison")
 
 
 def _narrow(kind: type[Kind], records: Labelled) -> list[Kind]:

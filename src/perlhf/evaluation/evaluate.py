@@ -1,14 +1,14 @@
 """Evaluation of finished runs on held-out groups, and scores for a file.
 
-    evaluate(config) -> dict     what RUN/evaluation.json holds; `reward`, `policy` and `sft` say how it is measured
-    score(config)    -> list     records with the scores of a reward run
+    evaluate(config) -> Evaluation     what RUN/evaluation.json holds; `reward`, `policy` and `sft` measure it
+    score(config)    -> list           records with the scores of a reward run
 
 A number that can't be computed (AUC of one class, an interval of one group) is null.
 """
 
 import json
 import sys
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from perlhf.config.commands import EvaluateConfig, ScoreConfig
@@ -20,12 +20,11 @@ from perlhf.evaluation.policy import evaluate_policy
 from perlhf.evaluation.reward import evaluate_reward, score_records
 from perlhf.evaluation.sft import evaluate_sft
 from perlhf.model.open import FinishedRun, read_run
+from perlhf.runs.evaluations import EVALUATION, Evaluation, read_evaluation, write_evaluation
 from perlhf.system.files import storage_errors, strict_json, write_atomic
 
-EVALUATION = "evaluation.json"
 
-
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig) -> Evaluation:
     """Evaluates a run of any stage, writes the result to `config.output` (RUN/evaluation.json) and returns it.
 
     Raises:
@@ -38,19 +37,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     _check_asked(run, config)
     match run.stage:
         case "sft":
-            found = evaluate_sft(run, config)
+            evaluation = evaluate_sft(run, config)
         case "reward":
-            found = evaluate_reward(run, config)
+            evaluation = evaluate_reward(run, config)
         case "policy":
-            found = evaluate_policy(run, config)
-    if config.split in ("validation", "test") and found["groups_seen_in_training"]:
-        seen, groups = found["groups_seen_in_training"], found["groups"]
-        print(f"note: the run was trained on {seen} of these {groups} groups; they aren't unseen", file=sys.stderr)
+            evaluation = evaluate_policy(run, config)
+    if config.split in ("validation", "test") and (seen := evaluation.groups_seen_in_training):
+        print(
+            f"note: the run was trained on {seen} of these {evaluation.groups} groups; they aren't unseen",
+            file=sys.stderr,
+        )
     if config.data is not None:  # not the run's own
-        found["data"] = list(config.data.paths)
-    text = strict_json(found, indent=2)
-    _write(config.output or config.run / EVALUATION, text + "\n")
-    return json.loads(text)
+        evaluation = replace(evaluation, data=list(config.data.paths))
+    path = config.output or config.run / EVALUATION
+    write_evaluation(path, evaluation)
+    return read_evaluation(path)
 
 
 def _check_asked(run: FinishedRun, config: EvaluateConfig) -> None:
@@ -81,18 +82,14 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens
     scores, _ = score_records(model, encoder, records, run.stage, budget, run.config.packing)
     rows: list[dict[str, Any]] = []
-    for record, line, found in zip(records, to_jsonl(records).splitlines(), scores, strict=True):
+    for record, line, reached in zip(records, to_jsonl(records).splitlines(), scores, strict=True):
         names = ("score_chosen", "score_rejected") if isinstance(record, Comparison) else ("score",)
-        rows.append(json.loads(line) | dict(zip(names, found or [None] * len(names), strict=True)))
+        rows.append(json.loads(line) | dict(zip(names, reached or [None] * len(names), strict=True)))
     text = "".join(strict_json(row) + "\n" for row in rows)
     if config.output is None:
         print(text, end="")
     else:
-        _write(config.output, text)
+        with storage_errors(config.output.parent):
+            config.output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(config.output, text)
     return rows
-
-
-def _write(path: Path, text: str) -> None:
-    with storage_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text)

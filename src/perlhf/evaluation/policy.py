@@ -1,7 +1,7 @@
 """Evaluation of a policy run: its answers beside the reference's, to the same held-out prompts with the same draws."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from perlhf.data.records import Prompt, Text
 from perlhf.data.splits import load
 from perlhf.errors import AdapterError
 from perlhf.evaluation.judge import judge
-from perlhf.evaluation.shared import ROWS, by_length, mean_of, plain, progress, sample_batch, seen_groups, with_interval
+from perlhf.evaluation.shared import ROWS, Sampling, measure, plain, progress, seen_groups
 from perlhf.method import advantages, metrics
 from perlhf.method.packing import batches, completed
 from perlhf.model import saved
@@ -27,6 +27,7 @@ from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun
 from perlhf.rollout.local import Rollout
 from perlhf.rollout.scorers import Scorers, load_scorers
+from perlhf.runs.evaluations import Evaluation, Measured, Measures, WinRate
 from perlhf.system.progress import Progress
 
 JUDGED = 8
@@ -43,8 +44,7 @@ class Setting:
     encoder: Encoder
     scorers: Scorers
     records: list[Prompt]
-    prompts: list[list[int]]
-    batches: list[list[int]]
+    sampling: Sampling
     reference: str | None
     policy_adapter: str
     """Whose answers are held beside the reference's."""
@@ -53,6 +53,12 @@ class Setting:
     def groups(self) -> list[str]:
         """Of the prompts."""
         return [record.group for record in self.records]
+
+    def mean(self, values: NDArray[np.float64]) -> Measured:
+        """The mean over the prompts of what each of them reached."""
+        mean = measure(lambda indices: float(values[indices].mean()), self.groups, self.config)
+        assert mean is not None
+        return mean
 
 
 @dataclass(frozen=True)
@@ -68,44 +74,42 @@ class Answers:
     gold: NDArray[np.float64] | None
 
 
-def evaluate_policy(run: FinishedRun, config: EvaluateConfig) -> dict[str, Any]:
-    """What evaluation.json holds of a policy run."""
+def evaluate_policy(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
+    """The evaluation of a policy run."""
     setting, trained_on = _set_up(run, config)
     sides = [setting.reference, setting.policy_adapter]
     at_one = config.temperature != 1
-    with progress((len(sides) + at_one) * len(setting.batches), "answers") as bar:
+    with progress((len(sides) + at_one) * len(setting.sampling.batches), "answers") as bar:
         before, after = (_answers(setting, adapter, bar) for adapter in sides)
         # A KL at another temperature than that of the samples would be no expectation under the policy: sample again.
         kl_at_one = _kl_at_one(setting, setting.policy_adapter, bar) if at_one else after.kl
     assert kl_at_one is not None
-    described = {"before": _describe(before, setting), "after": _describe(after, setting)}
-    zero = np.zeros(len(setting.records))
-    for side, values in (("before", zero), ("after", kl_at_one)):
-        described[side]["kl_temperature_1"] = with_interval(mean_of(values), setting.groups, config)
     changes = {"score": after.scores - before.scores, "tokens": after.tokens - before.tokens}
     if before.gold is not None and after.gold is not None:
         changes["gold"] = after.gold - before.gold
     sources = config.reward or setting.policy.reward
-    return {
-        "kind": "policy",
-        "split": config.split,
-        "n": len(setting.records),
-        "groups": len(set(setting.groups)),
-        "groups_seen_in_training": seen_groups(setting.records, trained_on),
-        **described,
-        "change": {key: with_interval(mean_of(values), setting.groups, config) for key, values in changes.items()},
-        **_win_rates(setting, before, after, ", ".join(sources)),
-        **({"best_of": _best_of(setting, before)} if config.best_of else {}),
-        "temperature": config.temperature,
-        "max_completion_tokens": setting.policy.max_completion_tokens,
-        "reward": list(sources),
-        **({"adapter": str(config.adapter)} if config.adapter else {}),
-        "bootstrap": config.bootstrap,
-        "seed": config.seed,
-        "samples": [
-            _sample_row(record.prompt, record.group, before, after, i) for i, record in enumerate(setting.records)
-        ],
-    }
+    by_score = replace(_win_rate(setting, _points(after.scores, before.scores)), by=", ".join(sources))
+    by_judge = None if config.judge is None else _judged(setting, before, after, config.judge)
+    return Evaluation(
+        kind="policy",
+        split=config.split,
+        n=len(setting.records),
+        groups=len(set(setting.groups)),
+        groups_seen_in_training=seen_groups(setting.records, trained_on),
+        before=_describe(before, np.zeros(len(setting.records)), setting),
+        after=_describe(after, kl_at_one, setting),
+        change={key: setting.mean(values) for key, values in changes.items()},
+        win_rate=by_judge or by_score,
+        win_rate_by_score=by_judge and by_score,
+        best_of=_best_of(setting, before) if config.best_of else None,
+        temperature=config.temperature,
+        max_completion_tokens=setting.policy.max_completion_tokens,
+        reward=list(sources),
+        adapter=None if config.adapter is None else str(config.adapter),
+        bootstrap=config.bootstrap,
+        seed=config.seed,
+        samples=[_sample_row(record, before, after, i) for i, record in enumerate(setting.records)],
+    )
 
 
 def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, list[Prompt]]:
@@ -113,8 +117,8 @@ def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, list[Pro
     policy = run.config
     assert isinstance(policy, PolicyConfig)
     trained_on = _prompts(load(policy.data, ("prompt",), "train"))
-    found = _prompts(load(config.data or policy.data, ("prompt",), config.split))
-    records = order.choose(found, config.prompts, config.seed)
+    held_out = _prompts(load(config.data or policy.data, ("prompt",), config.split))
+    records = order.choose(held_out, config.prompts, config.seed)
     model, encoder = run.open(config.device)
     reference = None
     if policy.sft is not None:
@@ -123,8 +127,8 @@ def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, list[Pro
     answers = run.stage if config.adapter is None else _load_answering(model, config.adapter, encoder)
     scorers = load_scorers(model, config.reward or policy.reward, policy.combine, encoder)
     prompts = [encoder.cut_prompt(record.prompt, policy.max_completion_tokens) for record in records]
-    setting = Setting(config, policy, model, encoder, scorers, records, prompts, by_length(prompts), reference, answers)
-    return setting, trained_on
+    sampling = Sampling(model, encoder, prompts, policy.max_completion_tokens, config.seed)
+    return Setting(config, policy, model, encoder, scorers, records, sampling, reference, answers), trained_on
 
 
 def _load_answering(model: Model, directory: Path, encoder: Encoder) -> str:
@@ -144,8 +148,8 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
     """Completions under `adapter` with everything that is measured of each."""
     config, policy, count = setting.config, setting.policy, len(setting.records)
     texts, scores, tokens, ended, kl = [""] * count, np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count)
-    for batch in setting.batches:
-        rollout = _rollout(setting, adapter, batch, config.temperature)
+    for batch in setting.sampling.batches:
+        rollout = setting.sampling.answer(batch, adapter, config.temperature)
         chosen: list[Text] = [setting.records[i].prompt for i in batch]
         scores[batch] = setting.scorers.scores(
             setting.model,
@@ -187,10 +191,10 @@ def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
     chosen_by, scores, tokens = (np.zeros(shape) for _ in range(3))
     golden = np.zeros(shape) if before.gold is not None else None
     at_once = max(1, ROWS // most)
-    batches = [batch[at : at + at_once] for batch in setting.batches for at in range(0, len(batch), at_once)]
+    batches = [batch[at : at + at_once] for batch in setting.sampling.batches for at in range(0, len(batch), at_once)]
     with progress(len(batches), f"best of {most}") as bar:
         for batch in batches:
-            rollout = _rollout(setting, setting.reference, batch, config.temperature, most)
+            rollout = setting.sampling.answer(batch, setting.reference, config.temperature, most)
             numbers = [i for i in batch for _ in range(most)]
             given = (
                 *(setting.model, setting.encoder, rollout.prompts, rollout.completions),
@@ -201,9 +205,9 @@ def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
             scores[batch] = setting.scorers.scores(*given).reshape(-1, most) if config.reward else chosen_by[batch]
             tokens[batch] = np.reshape([len(ids) for ids in rollout.completions], (-1, most))
             if golden is not None:
-                found = _golden(setting, numbers, [setting.encoder.decode(ids) for ids in rollout.completions])
-                assert found is not None
-                golden[batch] = found.reshape(-1, most)
+                of_batch = _golden(setting, numbers, [setting.encoder.decode(ids) for ids in rollout.completions])
+                assert of_batch is not None
+                golden[batch] = of_batch.reshape(-1, most)
             bar.advance()
     return {str(n): _best_of_first(n, setting, before, chosen_by, scores, tokens, golden) for n in config.best_of}
 
@@ -220,39 +224,20 @@ def _best_of_first(
     """Means of the best of the first n answers; arrays are [prompt, answer]."""
     rows, best = np.arange(len(scores)), chosen_by[:, :n].argmax(1)
     reached = scores[rows, best]
-    points = (reached > before.scores) + 0.5 * (reached == before.scores)
+    points = _points(reached, before.scores)
     points[best == 0] = 0.5  # the same answer, which another batch may score otherwise in the last bits
     columns = {"score": reached, "chosen_by": chosen_by[rows, best], "tokens": tokens[rows, best], "win_rate": points}
     if golden is not None:
         columns["gold"] = golden[rows, best]
-    found: dict[str, Any] = {
-        key: with_interval(mean_of(values), setting.groups, setting.config) for key, values in columns.items()
-    }
-    return found | {"kl_at_most": float(np.log(n) - (n - 1) / n)}
-
-
-def _rollout(setting: Setting, adapter: str | None, batch: list[int], temperature: float, samples: int = 1) -> Rollout:
-    return sample_batch(
-        setting.model,
-        setting.encoder,
-        setting.prompts,
-        batch,
-        adapter=adapter,
-        temperature=temperature,
-        max_completion_tokens=setting.policy.max_completion_tokens,
-        seed=setting.config.seed,
-        samples=samples,
-    )
+    measures = {key: setting.mean(values) for key, values in columns.items()}
+    return {**measures, "kl_at_most": float(np.log(n) - (n - 1) / n)}
 
 
 @torch.no_grad()
 def _kl(setting: Setting, adapter: str | None, rollout: Rollout, temperature: float) -> NDArray[np.float64]:
     """log pi - log reference of each completion, both at `temperature`, on the same batch layout."""
-    model, examples = (
-        setting.model,
-        [[completed(p, c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)],
-    )
-    kl = np.zeros(len(examples))
+    model, kl = setting.model, np.zeros(len(rollout.completions))
+    examples = [[completed(p, c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
     budget = setting.config.tokens_per_microbatch or setting.policy.microbatch_tokens
     for batch in batches(examples, budget, setting.policy.packing, model.device):
         now = model.logprobs(batch, adapter, temperature=temperature).logprobs
@@ -262,50 +247,52 @@ def _kl(setting: Setting, adapter: str | None, rollout: Rollout, temperature: fl
 
 
 def _kl_at_one(setting: Setting, adapter: str, bar: Progress) -> NDArray[np.float64]:
-    found = np.zeros(len(setting.records))
-    for batch in setting.batches:
-        found[batch] = _kl(setting, adapter, _rollout(setting, adapter, batch, 1.0), 1.0)
+    kl = np.zeros(len(setting.records))
+    for batch in setting.sampling.batches:
+        kl[batch] = _kl(setting, adapter, setting.sampling.answer(batch, adapter, 1.0), 1.0)
         bar.advance()
-    return found
+    return kl
 
 
-def _describe(answers: Answers, setting: Setting) -> dict[str, Any]:
+def _describe(answers: Answers, kl_at_one: NDArray[np.float64], setting: Setting) -> Measures:
     columns = {"score": answers.scores, "gold": answers.gold, "kl": answers.kl}
     columns |= {"tokens": answers.tokens, "end_rate": answers.ended}
-    described: dict[str, Any] = {
-        key: None if values is None else with_interval(mean_of(values), setting.groups, setting.config)
-        for key, values in columns.items()
-    }
+    described = {key: None if values is None else setting.mean(values) for key, values in columns.items()}
     for n in (1, 2):  # without interval: a resample repeats texts
-        value = metrics.distinct_ngrams(answers.texts, n)
-        described[f"distinct_{n}"] = {"value": value, "low": None, "high": None}
-    return described
+        share = metrics.distinct_ngrams(answers.texts, n)
+        described[f"distinct_{n}"] = Measured(share) if np.isfinite(share) else None
+    return described | {"kl_temperature_1": setting.mean(kl_at_one)}
 
 
-def _win_rates(setting: Setting, before: Answers, after: Answers, sources: str) -> dict[str, Any]:
-    """Win rate of the policy over the reference: by score and, where one is named, by the judge; ties count half."""
-    config, groups = setting.config, setting.groups
-    points = (after.scores > before.scores) + 0.5 * (after.scores == before.scores)
-    by_score = {**(with_interval(mean_of(points), groups, config) or {}), "by": sources}
-    if config.judge is None:
-        return {"win_rate": by_score}
-    parts, unparsable = [], 0
-    starts = range(0, len(groups), JUDGED)
+def _points(scores: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 for a win, 0.5 for a tie, 0 for a loss."""
+    return (scores > others) + 0.5 * (scores == others)
+
+
+def _win_rate(setting: Setting, points: NDArray[np.float64]) -> WinRate:
+    mean = setting.mean(points)
+    return WinRate(mean.value, mean.low, mean.high)
+
+
+def _judged(setting: Setting, before: Answers, after: Answers, address: str) -> WinRate:
+    """Win rate of the policy over the reference by a judge."""
+    parts, unparsable, name = [], 0, setting.config.judge_model
+    starts = range(0, len(setting.records), JUDGED)
     with progress(len(starts), "judge") as bar:
         for start in starts:
             chosen = slice(start, start + JUDGED)
             prompts = [record.prompt for record in setting.records[chosen]]
-            answer = judge(prompts, after.texts[chosen], before.texts[chosen], config.judge, config.judge_model)
+            answer = judge(prompts, after.texts[chosen], before.texts[chosen], address, name)
             parts.append(answer.points)
             unparsable += answer.unparsable
             bar.advance()
-    rate = with_interval(mean_of(np.concatenate(parts)), groups, config) or {}
-    by_judge = {**rate, "by": f"judge {config.judge_model}, both orders", "unparsable": unparsable}
-    return {"win_rate": by_judge, "win_rate_by_score": by_score}
+    by = f"judge {name}, both orders"
+    return replace(_win_rate(setting, np.concatenate(parts)), by=by, unparsable=unparsable)
 
 
-def _sample_row(prompt: Text, group: str, before: Answers, after: Answers, i: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"group": group, "prompt": plain(prompt), "before": before.texts[i], "after": after.texts[i]}
+def _sample_row(record: Prompt, before: Answers, after: Answers, i: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"group": record.group, "prompt": plain(record.prompt)}
+    row |= {"before": before.texts[i], "after": after.texts[i]}
     row |= {"score_before": before.scores[i].item(), "score_after": after.scores[i].item()}
     row["kl"] = None if after.kl is None else after.kl[i].item()
     for side, answers in (("before", before), ("after", after)):

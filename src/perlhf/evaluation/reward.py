@@ -1,6 +1,6 @@
 """Evaluation of a reward run: metrics on held-out groups beside baselines that were fitted on its training groups."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +14,25 @@ from perlhf.data.records import Comparison, Demonstration, Rating, Record
 from perlhf.data.splits import load
 from perlhf.errors import DataError
 from perlhf.evaluation import baselines
-from perlhf.evaluation.shared import Measured, Statistic, plain, progress, seen_groups, with_interval
+from perlhf.evaluation.shared import measure, plain, progress, seen_groups
 from perlhf.method import metrics
+from perlhf.method.metrics import Statistic
 from perlhf.method.packing import Packing, batches
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun
 from perlhf.rollout.scorers import score_batches
+from perlhf.runs.evaluations import Evaluation, Measured, Measures
 from perlhf.training import loop
 
-METRICS = ("auc", "accuracy", "balanced_accuracy", "pairwise_accuracy")
-"""What baselines are measured by, too."""
+BASELINE_METRICS = ("auc", "accuracy", "balanced_accuracy", "pairwise_accuracy")
+"""Metrics that baselines are measured by, too."""
 MAX_SAMPLES = 500
 KINDS = ("comparison", "rating")
 
 Scores = NDArray[np.float64]
+Sides = tuple[Scores | None, Scores | None]
+"""Scores of the ratings and of the comparisons, None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -53,46 +57,48 @@ class Judged:
 
     def statistics(self, rated: Scores | None, compared: Scores | None) -> dict[str, tuple[Statistic, list[str]]]:
         """Metrics of these scores by name, each with the groups that it is resampled by."""
-        found: dict[str, tuple[Statistic, list[str]]] = {}
-        if rated is not None:
-            groups = [record.group for record in self.ratings]
-            found = {name: (one, groups) for name, one in _rating_statistics(rated, self.labels).items()}
-        if compared is not None:
-            groups = [record.group for record in self.comparisons]
-            found |= {name: (one, groups) for name, one in _comparison_statistics(compared).items()}
-        return found
+        of_ratings = {} if rated is None else _rating_statistics(rated, self.labels)
+        of_comparisons = {} if compared is None else _comparison_statistics(compared)
+        groups = [[record.group for record in records] for records in (self.ratings, self.comparisons)]
+        return {
+            name: (statistic, of_kind)
+            for statistics, of_kind in zip((of_ratings, of_comparisons), groups, strict=True)
+            for name, statistic in statistics.items()
+        }
 
 
-def evaluate_reward(run: FinishedRun, config: EvaluateConfig) -> dict[str, Any]:
-    """What evaluation.json holds of a reward run."""
+def evaluate_reward(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
+    """The evaluation of a reward run."""
     trained_on = load(run.config.data, KINDS, "train")
-    found = load(config.data or run.config.data, KINDS, config.split)
+    held_out = load(config.data or run.config.data, KINDS, config.split)
     model, encoder = run.open(config.device)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens
-    scored, counts = score_records(model, encoder, found, run.stage, budget, run.config.packing)
-    pairs = [(record, scores) for record, scores in zip(found, scored, strict=True) if scores is not None]
+    scored, counts = score_records(model, encoder, held_out, run.stage, budget, run.config.packing)
+    pairs = [(record, scores) for record, scores in zip(held_out, scored, strict=True) if scores is not None]
     records = [record for record, _ in pairs]
     test, train = Judged.of(records), Judged.of(trained_on)
     rated = [scores[0] for record, scores in pairs if isinstance(record, Rating)]
     compared = [scores for record, scores in pairs if isinstance(record, Comparison)]
     own = (np.array(rated) if rated else None, np.array(compared) if compared else None)
-    baselines = _baselines(train, test)
-    return {
-        "kind": "reward",
-        "split": config.split,
-        "n": len(records),
-        "groups": len({record.group for record in records}),
-        "ratings": len(test.ratings),
-        "comparisons": len(test.comparisons),
-        "groups_seen_in_training": seen_groups(records, trained_on),
-        "counts": counts,
-        **_measure(test, own, baselines, config),
-        "calibration": _calibration(own[0], test, config),
-        "bootstrap": config.bootstrap,
-        "seed": config.seed,
-        "records": _scores_of(test, own),
-        "samples": _samples(order.choose(pairs, MAX_SAMPLES, config.seed)),
-    }
+    measures, of_baselines, difference = _measures(test, own, _fit_baselines(train, test), config)
+    return Evaluation(
+        kind="reward",
+        split=config.split,
+        n=len(records),
+        groups=len({record.group for record in records}),
+        ratings=len(test.ratings),
+        comparisons=len(test.comparisons),
+        groups_seen_in_training=seen_groups(records, trained_on),
+        counts=counts,
+        metrics=measures,
+        baselines=of_baselines,
+        minus_bag_of_words=difference,
+        calibration=_calibration(own[0], test, config),
+        bootstrap=config.bootstrap,
+        seed=config.seed,
+        records=_scores_of(test, own),
+        samples=_sample_rows(order.choose(pairs, MAX_SAMPLES, config.seed)),
+    )
 
 
 def score_records(
@@ -108,13 +114,13 @@ def score_records(
     """
     texts = [(record.prompt, _completions(record), record.source) for record in records]
     encoded, counts = loop.encode_all(encoder, texts, encoder.config.drop_long)
-    kept = [number for number, examples in enumerate(encoded) if examples is not None]
+    fitting = [number for number, examples in enumerate(encoded) if examples is not None]
     examples = [[example.tokens for example in examples] for examples in encoded if examples is not None]
     laid_out = batches(examples, max_tokens, packing, model.device)
     with progress(len(laid_out), "scores") as bar:
-        found = score_batches(model, laid_out, adapter, bar.advance)
+        lines = score_batches(model, laid_out, adapter, bar.advance)
     scores: list[list[float] | None] = [None] * len(records)
-    for number, line in zip(kept, found, strict=True):
+    for number, line in zip(fitting, lines, strict=True):
         scores[number] = line
     return scores, counts
 
@@ -148,8 +154,8 @@ def _comparison_statistics(scores: Scores) -> dict[str, Statistic]:
     }
 
 
-def _baselines(train: Judged, test: Judged) -> dict[str, tuple[Scores | None, Scores | None, str]]:
-    """By name: scores of the test ratings and comparisons (None where it has none), and why a fit failed or ""."""
+def _fit_baselines(train: Judged, test: Judged) -> dict[str, tuple[Sides, str]]:
+    """By name: scores of the test records, and why a fit failed or ""."""
     fits: dict[str, tuple[Callable[[], Scores] | None, Callable[[], Scores] | None]] = {
         "bag_of_words": (
             lambda: baselines.bag_of_words(train.ratings, test.ratings),
@@ -162,17 +168,17 @@ def _baselines(train: Judged, test: Judged) -> dict[str, tuple[Scores | None, Sc
         ),
         "majority": (lambda: _majority(train, test), None),
     }
-    found: dict[str, tuple[Scores | None, Scores | None, str]] = {}
+    fitted: dict[str, tuple[Sides, str]] = {}
     with progress(len(fits), "baselines") as bar:
         for name, (rate, compare) in fits.items():
-            rated, why = _fitted(rate if test.ratings else None)
-            compared, why_not = _fitted(compare if test.comparisons else None)
-            found[name] = (rated, compared, why or why_not)
+            rated, why = _fit(rate if test.ratings else None)
+            compared, why_not = _fit(compare if test.comparisons else None)
+            fitted[name] = (rated, compared), why or why_not
             bar.advance()
-    return found
+    return fitted
 
 
-def _fitted(fit: Callable[[], Scores] | None) -> tuple[Scores | None, str]:
+def _fit(fit: Callable[[], Scores] | None) -> tuple[Scores | None, str]:
     if fit is None:
         return None, ""
     try:
@@ -189,33 +195,28 @@ def _majority(train: Judged, test: Judged) -> Scores:
     return np.full(len(test.ratings), 1.0 if 2 * labels.sum() >= len(labels) else -1.0)
 
 
-def _measure(
-    test: Judged,
-    own: tuple[Scores | None, Scores | None],
-    baselines: dict[str, tuple[Scores | None, Scores | None, str]],
-    config: EvaluateConfig,
-) -> dict[str, Any]:
-    """Metrics of the model and of each baseline, and of the model minus bag of words on the same resamples."""
+def _measures(
+    test: Judged, own: Sides, baselines: Mapping[str, tuple[Sides, str]], config: EvaluateConfig
+) -> tuple[Measures, dict[str, dict[str, Measured | str | None]], Measures]:
+    """Metrics of the model, of each baseline, and of the model minus bag of words on the same resamples."""
     sides = {"model": test.statistics(*own)}
-    sides |= {name: test.statistics(rated, compared) for name, (rated, compared, _) in baselines.items()}
+    sides |= {name: test.statistics(*scores) for name, (scores, _) in baselines.items()}
     words, model = sides["bag_of_words"], sides["model"]
     sides["difference"] = {name: (_minus(model[name][0], words[name][0]), words[name][1]) for name in words}
-    wanted = [(side, name) for side, named in sides.items() for name in named if side == "model" or name in METRICS]
-    found: dict[str, dict[str, Measured | str | None]] = {
-        side: dict.fromkeys(METRICS) if side == "model" else {} for side in sides
-    }
+    wanted = [
+        (side, name) for side, named in sides.items() for name in named if side == "model" or name in BASELINE_METRICS
+    ]
+    measures: dict[str, dict[str, Measured | None]] = {side: {} for side in sides}
+    measures["model"] = dict.fromkeys(BASELINE_METRICS)
     with progress(len(wanted), "intervals") as bar:
         for side, name in wanted:
             statistic, groups = sides[side][name]
-            found[side][name] = with_interval(statistic, groups, config)
+            measures[side][name] = measure(statistic, groups, config)
             bar.advance()
-    for name, (_, _, why) in baselines.items():
-        found[name] |= {"unavailable": why} if why else {}
-    return {
-        "metrics": found["model"],
-        "baselines": {name: found[name] for name in baselines},
-        "minus_bag_of_words": found["difference"],
+    of_baselines = {
+        name: {**measures[name], **({"unavailable": why} if why else {})} for name, (_, why) in baselines.items()
     }
+    return measures["model"], of_baselines, measures["difference"]
 
 
 def _minus(first: Statistic, second: Statistic) -> Statistic:
@@ -247,20 +248,16 @@ def _share(labels: NDArray[np.bool_], inside: NDArray[np.bool_]) -> Statistic:
     return share
 
 
-def _scores_of(test: Judged, own: tuple[Scores | None, Scores | None]) -> dict[str, dict[str, list[Any]]]:
+def _scores_of(test: Judged, own: Sides) -> dict[str, dict[str, list[Any]]]:
     """Every record's group and scores, column by column: what `compare` resamples."""
     rated, compared = ([] if scores is None else scores.round(6).tolist() for scores in own)
     return {
-        "ratings": {
-            "group": [record.group for record in test.ratings],
-            "label": test.labels.tolist(),
-            "score": rated,
-        },
+        "ratings": {"group": [record.group for record in test.ratings], "label": test.labels.tolist(), "score": rated},
         "comparisons": {"group": [record.group for record in test.comparisons], "scores": compared},
     }
 
 
-def _samples(pairs: Sequence[tuple[Record, list[float]]]) -> list[dict[str, Any]]:
+def _sample_rows(pairs: Sequence[tuple[Record, list[float]]]) -> list[dict[str, Any]]:
     """One row a completion; `label` of a comparison's is whether it was chosen."""
     rows = []
     for record, scores in pairs:

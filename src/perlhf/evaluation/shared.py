@@ -1,30 +1,28 @@
 """What the evaluations of the three stages share: intervals, sampling in batches, progress."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from perlhf.config.commands import EvaluateConfig
 from perlhf.data.records import Record, Text
 from perlhf.errors import DataError
 from perlhf.method import metrics
-from perlhf.method.packing import Ids
+from perlhf.method.metrics import Statistic
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.rollout.local import Rollout, sample, uniforms
+from perlhf.runs.evaluations import Measured
 from perlhf.system.machine import peak_memory_bytes
 from perlhf.system.progress import Progress
 
-Statistic = Callable[[NDArray[np.intp]], float]
-"""A number from the records at these indices."""
 ROWS = 32
 """Prompts sampled at a time."""
 DRAWS_STEP = -2
 """Key of the random draws; training uses 0 and up, its validation -1."""
-Measured = dict[str, float]
-"""`value`, `low`, `high`."""
 
 
 @contextmanager
@@ -35,7 +33,7 @@ def progress(total: int, description: str) -> Iterator[Progress]:
         yield bar
 
 
-def with_interval(statistic: Statistic, groups: Sequence[str], config: EvaluateConfig) -> Measured | None:
+def measure(statistic: Statistic, groups: Sequence[str], config: EvaluateConfig) -> Measured | None:
     """A statistic of all records with its cluster-bootstrap interval; None where undefined (as AUC of one class)."""
     try:
         value = statistic(np.arange(len(groups)))
@@ -44,42 +42,36 @@ def with_interval(statistic: Statistic, groups: Sequence[str], config: EvaluateC
     if not np.isfinite(value):
         return None
     low, high = metrics.cluster_bootstrap(statistic, groups, config.bootstrap, config.seed)
-    return {"value": value, "low": low, "high": high}
+    return Measured(value, low, high)
 
 
-def mean_of(values: NDArray[np.float64]) -> Statistic:
-    """The mean, as a statistic."""
-    return lambda indices: float(values[indices].mean())
+@dataclass(frozen=True)
+class Sampling:
+    """Held-out prompts, and how they are answered."""
 
+    model: Model
+    encoder: Encoder
+    prompts: list[list[int]]
+    max_completion_tokens: int
+    seed: int
 
-def by_length(prompts: Sequence[Ids]) -> list[list[int]]:
-    """Numbers of the prompts in batches of at most `ROWS`, shortest first, so that little is padded."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    return [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
+    @cached_property
+    def batches(self) -> list[list[int]]:
+        """Numbers of the prompts in batches of at most `ROWS`, shortest first, so that little is padded."""
+        order = sorted(range(len(self.prompts)), key=lambda i: (len(self.prompts[i]), i))
+        return [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
 
-
-def sample_batch(
-    model: Model,
-    encoder: Encoder,
-    prompts: Sequence[Ids],
-    batch: Sequence[int],
-    *,
-    adapter: str | None,
-    temperature: float,
-    max_completion_tokens: int,
-    seed: int,
-    samples: int = 1,
-) -> Rollout:
-    """Completions of each prompt that `batch` numbers; draws depend on the seed and the prompt's number alone."""
-    return sample(
-        model,
-        [prompts[i] for i in batch],
-        adapter=adapter,
-        draws=uniforms(seed, DRAWS_STEP, batch, samples, max_completion_tokens),
-        end_id=encoder.end_id,
-        temperature=temperature,
-        max_completion_tokens=max_completion_tokens,
-    )
+    def answer(self, batch: Sequence[int], adapter: str | None, temperature: float, samples: int = 1) -> Rollout:
+        """Completions of each prompt that `batch` numbers; draws depend on the seed and the prompt's number alone."""
+        return sample(
+            self.model,
+            [self.prompts[i] for i in batch],
+            adapter=adapter,
+            draws=uniforms(self.seed, DRAWS_STEP, batch, samples, self.max_completion_tokens),
+            end_id=self.encoder.end_id,
+            temperature=temperature,
+            max_completion_tokens=self.max_completion_tokens,
+        )
 
 
 def seen_groups(records: Iterable[Record], trained_on: Iterable[Record]) -> int:

@@ -8,27 +8,22 @@ from typing import Any
 
 from markupsafe import Markup
 
-from perlhf.reports import figures, findings, templating
-from perlhf.runs.read import Measured, count, duration, interval, mapping, measured, memory, number
+from perlhf.reports import figures, findings
+from perlhf.reports.page import environment, style
+from perlhf.runs.evaluations import mapping, measured
+from perlhf.runs.words import count, duration, memory, number, with_interval
 
 _STAGES = {"reward": "Reward model", "policy": "Policy"}
 
 
-def render(found: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
+def render(comparison: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
     """The page about what compare.json holds; equal numbers give equal bytes."""
-    page = (
-        templating.environment()
-        .get_template("compare.html.j2")
-        .render(
-            title=title,
-            style=templating.style(),
-            stages=[_stage(name, part) for name, part in found.items()],
-        )
-    )
+    stages = [_section(name, part) for name, part in comparison.items()]
+    page = environment().get_template("compare.html.j2").render(title=title, style=style(), stages=stages)
     return page.encode(errors="replace")
 
 
-def _stage(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
+def _section(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
     sides = part["sides"]
     return {
         "title": _STAGES[name],
@@ -39,10 +34,10 @@ def _stage(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
         "seeds": [
             (
                 side,
-                f"{found['learning_rate']:g}",
-                ", ".join(f"{one['seed']}: {number(one['value'])}" for one in found["seeds"]),
+                f"{reached['learning_rate']:g}",
+                ", ".join(f"{run['seed']}: {number(run['value'])}" for run in reached["seeds"]),
             )
-            for side, found in sides.items()
+            for side, reached in sides.items()
         ],
         "charts": _charts(name, part),
         "tried": [
@@ -105,63 +100,57 @@ def rows(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     score = ["score"] if start and part["metric"] != "score" else []
     table = []
     if start:
-        known = [with_interval(measured(start["quality"])), "–", "start", "–", *(_words(start, key) for key in score)]
+        known = [words(start["quality"]), "–", "start", "–", *(words(start[key]) for key in score)]
         table.append((start["name"], [*known, *["–"] * (len(columns(part)) - len(known))]))
-    for side, found in part["sides"].items():
-        one_seed = ["one seed"] if found["difference"] and part["seed_noise"] is None else []
-        answers = [_words(found, key) for key in ("change", *score, "win_rate", "kl")] if start else []
+    for side, reached in part["sides"].items():
+        one_seed = ["one seed"] if reached["difference"] and part["seed_noise"] is None else []
+        answers = [words(reached[key]) for key in ("change", *score, "win_rate", "kl")] if start else []
         others = [there["sides"][side] for there in (part.get("elsewhere") or {}).values()]
         cells = [
-            _words(found, "quality"),
-            _words(found, "difference"),
-            ", ".join([found["verdict"], *_warnings(found), *one_seed]),
+            words(reached["quality"]),
+            words(reached["difference"]),
+            ", ".join([reached["verdict"], *_warnings(reached), *one_seed]),
             *answers,
-            *(words for there in others for words in _there(there)),
-            f"{memory(found['peak_memory_bytes'])}, {_percent(found['memory_share'])}",
-            f"{count(found['tokens_per_second'])} tokens/s, {number(found['speed_factor'])}×",
-            duration(found["seconds"]),
-            _percent(found["trainable_share"]),
+            *(cell for there in others for cell in _there(there)),
+            f"{memory(reached['peak_memory_bytes'])}, {_percent(reached['memory_share'])}",
+            f"{count(reached['tokens_per_second'])} tokens/s, {number(reached['speed_factor'])}×",
+            duration(reached["seconds"]),
+            _percent(reached["trainable_share"]),
         ]
         table.append((side, cells))
-    return table + _baselines(part)
+    return table + _baseline_rows(part)
 
 
-def _baselines(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def _baseline_rows(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """The rows of what needs no network, which are the last ones: quality alone, here and elsewhere."""
     here = mapping(part.get("baselines"))
-    there = [mapping(found.get("baselines")) for found in (part.get("elsewhere") or {}).values()]
+    elsewhere = [mapping(there.get("baselines")) for there in (part.get("elsewhere") or {}).values()]
     table = []
     for key in here:
-        others = [cell for found in there for cell in (with_interval(measured(found.get(key))), "–")]
-        cells = [with_interval(measured(here[key])), "–", "baseline", *others]
+        others = [cell for there in elsewhere for cell in (words(there.get(key)), "–")]
+        cells = [words(here[key]), "–", "baseline", *others]
         table.append((findings.BASELINES[key], [*cells, *["–"] * (len(columns(part)) - len(cells))]))
     return table
 
 
-def _there(found: Mapping[str, Any]) -> tuple[str, str]:
-    difference = "–" if found["difference"] is None else f"{_words(found, 'difference')}, {found['verdict']}"
-    return _words(found, "quality"), difference
+def _there(reached: Mapping[str, Any]) -> tuple[str, str]:
+    difference = "–" if reached["difference"] is None else f"{words(reached['difference'])}, {reached['verdict']}"
+    return words(reached["quality"]), difference
 
 
-def _words(found: Mapping[str, Any], key: str) -> str:
-    return with_interval(measured(found[key]))
-
-
-def with_interval(one: Measured | None) -> str:
+def words(raw: object) -> str:
     """The value and its interval with the decimals of the largest of the three: a difference may be next to nothing."""
-    if one is None:
+    metric = measured(raw)
+    if metric is None:
         return "–"
-    scale = max(abs(end) for end in (one.value, one.low, one.high) if end is not None)
-    inside = interval(one, scale)
-    return number(one.value, scale) + (f" ({inside})" if inside else "")
+    return with_interval(metric, max(abs(end) for end in (metric.value, metric.low, metric.high) if end is not None))
 
 
-def _warnings(found: Mapping[str, Any]) -> list[str]:
+def _warnings(reached: Mapping[str, Any]) -> list[str]:
     """What a verdict hides: seeds that were lost, and such whose best checkpoint is the one before any training."""
-    seeds = len(found["seeds"])
-    lost = [f"{found['diverged']} of {seeds + found['diverged']} seeds diverged"] if found["diverged"] else []
-    start = [f"{found['kept_start']} of {seeds} seeds kept the start untrained"] if found["kept_start"] else []
-    return lost + start
+    seeds, diverged, untrained = len(reached["seeds"]), reached["diverged"], reached["kept_start"]
+    lost = [f"{diverged} of {seeds + diverged} seeds diverged"] if diverged else []
+    return lost + ([f"{untrained} of {seeds} seeds kept the start untrained"] if untrained else [])
 
 
 def _percent(share: float | None) -> str:
@@ -178,20 +167,20 @@ def _charts(name: str, part: Mapping[str, Any]) -> list[tuple[str, Markup, str]]
         ("peak_memory_bytes", "peak memory, GiB", 2**30),
     ):
         points = [
-            figures.Dot(side, found[key] / scale, *(found["quality"][part] for part in ("value", "low", "high")))
-            for side, found in sides.items()
-            if found[key] is not None
+            figures.Dot(side, reached[key] / scale, *(reached["quality"][end] for end in ("value", "low", "high")))
+            for side, reached in sides.items()
+            if reached[key] is not None
         ]
         if points:
-            words = "; ".join(f"{one.label} {number(one.y)} at {number(one.x)}" for one in points)
+            text = "; ".join(f"{dot.label} {number(dot.y)} at {number(dot.x)}" for dot in points)
             svg = Markup(figures.dots(f"{name}-{key}", points, xlabel, metric))
-            charts.append((f"{metric} against {xlabel}", svg, words))
+            charts.append((f"{metric} against {xlabel}", svg, text))
     lines = {
-        side: [[(time / 60, value) for time, value in curve] for curve in found["curves"] if curve]
-        for side, found in sides.items()
+        side: [[(time / 60, value) for time, value in curve] for curve in reached["curves"] if curve]
+        for side, reached in sides.items()
     }
     if any(lines.values()):
         svg = Markup(figures.paths(f"{name}-curves", lines, "minutes of training", f"{validated}, validation"))
-        words = "; ".join(f"{side} ends at {number(curves[0][-1][1])}" for side, curves in lines.items() if curves)
-        charts.append((f"{validated} on validation groups while training{by}", svg, words))
+        text = "; ".join(f"{side} ends at {number(curves[0][-1][1])}" for side, curves in lines.items() if curves)
+        charts.append((f"{validated} on validation groups while training{by}", svg, text))
     return charts

@@ -4,10 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from perlhf.runs.read import Measured, RunFiles, interval, mapping, measured, number, summarise
+from perlhf.runs.evaluations import Measured, mapping
+from perlhf.runs.read import NOT_EVALUATED, RunFiles, summarise
+from perlhf.runs.words import number, with_interval
 
 BASELINES = {"bag_of_words": "bag of words", "position": "position", "length": "length", "majority": "majority label"}
-METRICS = {
+METRIC_NAMES = {
     "auc": "AUC",
     "pairwise_accuracy": "pairwise accuracy",
     "accuracy": "accuracy",
@@ -67,62 +69,61 @@ def headline(runs: Sequence[RunFiles]) -> Remark:
 
 def remarks(runs: Sequence[RunFiles]) -> list[Remark]:
     """What qualifies the headline: baselines, side effects, small numbers, missing parts, seeds."""
-    found: list[Remark] = []
+    said: list[Remark] = []
     for run in runs:
         where = f" ({run.name})" if sum(other.stage == run.stage for other in runs) > 1 else ""
         by_stage = {"reward": _reward_remarks, "policy": _policy_remarks, "sft": _sft_remarks}.get(run.stage)
         sentences = [] if by_stage is None else list(by_stage(run))
         sentences += _completeness(run)
-        found += [Remark(one.tone, one.text[:-1] + where + one.text[-1]) for one in sentences]
-    found += _data_remarks(runs)
-    found.append(_seed_remark(runs))
-    order = ("caution", "good", "note")
-    return sorted(found, key=lambda one: order.index(one.tone))
+        said += [Remark(remark.tone, remark.text[:-1] + where + remark.text[-1]) for remark in sentences]
+    said += [*_data_remarks(runs), _seed_remark(runs)]
+    return sorted(said, key=lambda remark: ("caution", "good", "note").index(remark.tone))
 
 
 def tiles(runs: Sequence[RunFiles]) -> list[Tile]:
     """Key figures: reward quality and its strongest baseline; gold, score and KL; SFT's loss if that is all."""
-    found = []
+    shown = []
     for run in runs:
         if run.stage == "policy":
-            found += _policy_tiles(run)
+            shown += _policy_tiles(run)
             continue
         name, quality = summarise(run).quality_name, summarise(run).quality
         if quality is not None and run.stage == "reward":
-            strongest = strongest_baseline(run)
-            beside = [] if strongest is None else [(strongest[0], Measured(strongest[1]))]
-            found.append(_tile(f"Reward model: {name}", [*beside, ("model", quality)], size(run)))
-    if not found:
+            best = strongest_baseline(run)
+            beside = [] if best is None else [(best[0], Measured(best[1]))]
+            shown.append(_tile(f"Reward model: {name}", [*beside, ("model", quality)], size(run)))
+    if not shown:
         lines = [summarise(run) for run in runs if run.stage == "sft"]
-        found = [_tile(f"SFT: {line.quality_name}", [("model", line.quality)], "") for line in lines if line.quality]
-    return found
+        shown = [_tile(f"SFT: {line.quality_name}", [("model", line.quality)], "") for line in lines if line.quality]
+    return shown
 
 
 def strongest_baseline(run: RunFiles) -> tuple[str, float] | None:
     """Name and value of the baseline that does best on the metric that the reward run is judged by."""
     judged = judged_by(run)
-    return strongest({key: mapping(one).get(judged) for key, one in mapping(run.evaluation.get("baselines")).items()})
+    return strongest({key: metrics.get(judged) for key, metrics in (run.evaluation.baselines or {}).items()})
 
 
-def strongest(baselines: Mapping[str, object]) -> tuple[str, float] | None:
+def strongest(baselines: Mapping[str, Measured | str | None]) -> tuple[str, float] | None:
     """Name and value of the best of some baselines, by their keys in evaluation.json; None where none has a value."""
-    values = [(name, one.value) for key, name in BASELINES.items() if (one := measured(baselines.get(key)))]
+    reached = ((name, baselines.get(key)) for key, name in BASELINES.items())
+    values = [(name, metric.value) for name, metric in reached if isinstance(metric, Measured)]
     return max(values, key=lambda pair: pair[1], default=None)
 
 
 def judged_by(run: RunFiles) -> str:
     """The metric of evaluation.json that a reward run is judged by: AUC, or pairwise accuracy where there is none."""
-    return "auc" if measured(mapping(run.evaluation.get("metrics")).get("auc")) else "pairwise_accuracy"
+    return "auc" if (run.evaluation.metrics or {}).get("auc") else "pairwise_accuracy"
 
 
 def largest(values: Iterable[Measured]) -> float:
     """The largest absolute value, by which numbers that are read together are all rounded."""
-    return max((abs(one.value) for one in values), default=0.0)
+    return max((abs(metric.value) for metric in values), default=0.0)
 
 
 def size(run: RunFiles) -> str:
     """How much was evaluated, such as `240 unseen prompts in 60 groups`."""
-    n, groups = run.evaluation.get("n"), run.evaluation.get("groups")
+    n, groups = run.evaluation.n, run.evaluation.groups
     return f"{n:,} {things(run)}" + (f" in {groups:,} groups" if groups else "") if n else ""
 
 
@@ -131,30 +132,23 @@ def things(run: RunFiles) -> str:
 
     With another split seed than the run's, groups of its training can be in the test split; then they aren't unseen.
     """
-    name, split = "prompts" if run.stage == "policy" else "examples", run.evaluation.get("split", "test")
-    seen = run.evaluation.get("groups_seen_in_training") or 0
+    name, split = "prompts" if run.stage == "policy" else "examples", run.evaluation.split
+    seen = run.evaluation.groups_seen_in_training
     if split == "test":
         return f"{name}, {seen:,} groups of them seen in training," if seen else f"unseen {name}"
     return f"{name} of the {split} split"
 
 
-def before_after(run: RunFiles, key: str) -> tuple[Measured, Measured] | None:
-    """A metric of a policy's evaluation before and after training, where both are there."""
-    sides = [measured(mapping(run.evaluation.get(side)).get(key)) for side in ("before", "after")]
-    before, after = sides
-    return None if before is None or after is None else (before, after)
-
-
 def _policy_headline(run: RunFiles) -> Remark:
     for key, name in (("gold", "gold score"), ("score", "score")):
-        pair = before_after(run, key)
+        pair = run.evaluation.before_after(key)
         if pair is None:
             continue
         before, after = pair
         scale = largest(pair)
         values = f"from {number(before.value, scale)} to {number(after.value, scale)}"
         judge = "" if key == "gold" else f" by {_judge(run)}"
-        on = f" on {run.evaluation.get('n', 0):,} {things(run)}{judge}"
+        on = f" on {run.evaluation.n:,} {things(run)}{judge}"
         match direction(before, after):
             case "rose":
                 return Remark("good", f"The {name} rose {values}{on}.")
@@ -169,8 +163,8 @@ def _policy_headline(run: RunFiles) -> Remark:
 
 def _judge(run: RunFiles) -> str:
     """Whose scores a policy's evaluation holds."""
-    sources = run.evaluation.get("reward")
-    if not isinstance(sources, list) or sources == run.config.get("reward"):
+    sources = run.evaluation.reward
+    if not sources or sources == run.config.get("reward"):
         return "the reward model's own judgement"
     return ", ".join(str(source).rstrip("/").rpartition("/")[2] for source in sources)
 
@@ -180,8 +174,7 @@ def _reward_headline(run: RunFiles) -> Remark:
     if line.quality is None or line.quality_name is None:
         return Remark("note", "The reward model has not been evaluated.")
     name, where = line.quality_name.split(", ")
-    spread = f" ({interval(line.quality)})" if interval(line.quality) else ""
-    return Remark("note", f"The reward model reaches {name} {number(line.quality.value)}{spread} on the {where} split.")
+    return Remark("note", f"The reward model reaches {name} {with_interval(line.quality)} on the {where} split.")
 
 
 def _sft_headline(run: RunFiles) -> Remark:
@@ -189,39 +182,39 @@ def _sft_headline(run: RunFiles) -> Remark:
     if line.quality is None or line.quality_name is None:
         return Remark("note", "Supervised fine-tuning has no validation loss.")
     where = line.quality_name.split(", ")[1]
-    spread = f" ({interval(line.quality)})" if interval(line.quality) else ""
-    return Remark("note", f"Supervised fine-tuning reached a {where} loss of {number(line.quality.value)}{spread}.")
+    return Remark("note", f"Supervised fine-tuning reached a {where} loss of {with_interval(line.quality)}.")
 
 
 def _reward_remarks(run: RunFiles) -> Iterable[Remark]:
-    strongest = strongest_baseline(run)
+    best = strongest_baseline(run)
     metric = judged_by(run)
-    value = measured(mapping(run.evaluation.get("metrics")).get(metric))
-    if strongest is None or value is None:
+    value = (run.evaluation.metrics or {}).get(metric)
+    if best is None or value is None:
         return
-    baseline = f"the strongest baseline ({strongest[0]}, {METRICS[metric]} {number(strongest[1])})"
-    if value.value <= strongest[1]:
+    baseline = f"the strongest baseline ({best[0]}, {METRIC_NAMES[metric]} {number(best[1])})"
+    if value.value <= best[1]:
         yield Remark("caution", f"The reward model, at {number(value.value)}, is not better than {baseline}.")
-    elif value.low is None or value.low <= strongest[1]:
+    elif value.low is None or value.low <= best[1]:
         yield Remark("caution", f"The reward model is above {baseline}, but its interval does not exclude it.")
     else:
         yield Remark("good", f"The reward model is above {baseline}, and its interval excludes it.")
 
 
 def _policy_remarks(run: RunFiles) -> Iterable[Remark]:
-    score, gold = before_after(run, "score"), before_after(run, "gold")
+    pair_of = run.evaluation.before_after
+    score, gold = pair_of("score"), pair_of("gold")
     if score and gold and direction(*score) == "rose" and direction(*gold) != "rose":
         text = "The score rose and the gold score did not: the policy learned what the reward model likes, no more."
         yield Remark("caution", text)
-    ends = before_after(run, "end_rate")
+    ends = pair_of("end_rate")
     if ends and ends[1].value < ends[0].value - 0.1:
         text = f"Fewer completions end by themselves: {number(ends[0].value)} before, {number(ends[1].value)} after."
         yield Remark("caution", text)
-    distinct = before_after(run, "distinct_2")
+    distinct = pair_of("distinct_2")
     if distinct and distinct[1].value < 0.8 * distinct[0].value:
         values = f"share of distinct bigrams {number(distinct[0].value)} before, {number(distinct[1].value)} after"
         yield Remark("caution", f"Completions became less varied: {values}.")
-    tokens = before_after(run, "tokens")
+    tokens = pair_of("tokens")
     if tokens and tokens[0].value > 0 and not 0.7 < tokens[1].value / tokens[0].value < 1.4:
         values = f"{number(tokens[0].value)} tokens before, {number(tokens[1].value)} after"
         yield Remark("note", f"The length of completions changed much: {values}.")
@@ -247,14 +240,11 @@ def _completeness(run: RunFiles) -> Iterable[Remark]:
         yield Remark(
             "caution", f"No update of the {stage} run did better on held-out groups than its start, which was kept."
         )
-    if run.stage in ("reward", "policy") and not run.evaluation:
+    if run.stage in ("reward", "policy") and run.evaluation == NOT_EVALUATED:
         yield Remark("caution", f"The {stage} run was not evaluated on unseen groups: perlhf evaluate does that.")
-    if run.evaluation.get("split", "test") != "test":
-        yield Remark(
-            "caution", f"The {stage} evaluation is of the {run.evaluation['split']} split, which training saw."
-        )
-    n = run.evaluation.get("n") or FEW
-    if n < FEW:
+    if run.evaluation.split != "test":
+        yield Remark("caution", f"The {stage} evaluation is of the {run.evaluation.split} split, which training saw.")
+    if 0 < run.evaluation.n < FEW:
         yield Remark("caution", f"The {stage} evaluation rests on {size(run)}: too few for small differences.")
 
 
@@ -284,24 +274,24 @@ def _seed_remark(runs: Sequence[RunFiles]) -> Remark:
 
 
 def _policy_tiles(run: RunFiles) -> list[Tile]:
-    found = []
+    shown = []
     for key, name in (("gold", "gold score"), ("score", "score"), ("kl", "KL to the reference")):
-        pair = before_after(run, key)
+        pair = run.evaluation.before_after(key)
         if pair is not None:
             sides = [("before", pair[0]), ("after", pair[1])]
-            found.append(_tile(f"Policy: {name}", sides[1:] if key == "kl" else sides, "" if found else size(run)))
-    return found
+            shown.append(_tile(f"Policy: {name}", sides[1:] if key == "kl" else sides, "" if shown else size(run)))
+    return shown
 
 
 def _tile(label: str, values: Sequence[tuple[str, Measured]], note: str) -> Tile:
-    ends = [end for _, one in values for end in (one.value, one.low, one.high) if end is not None]
+    ends = [end for _, metric in values for end in (metric.value, metric.low, metric.high) if end is not None]
     low, span = min(ends), max(ends) - min(ends)
 
     def percent(value: float) -> float:
         return 50.0 if span == 0 else round(4 + 92 * (value - low) / span, 1)
 
     bars = []
-    for name, one in values:
-        start, end = (one.value if edge is None else edge for edge in (one.low, one.high))
-        bars.append(Bar(name, one, percent(one.value), percent(start), percent(end)))
-    return Tile(label, bars, note, largest(one for _, one in values))
+    for name, metric in values:
+        start, end = (metric.value if edge is None else edge for edge in (metric.low, metric.high))
+        bars.append(Bar(name, metric, percent(metric.value), percent(start), percent(end)))
+    return Tile(label, bars, note, largest(metric for _, metric in values))

@@ -6,32 +6,23 @@ escaped by the template or embedded as JSON that the page's script shows with `t
 
 import base64
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from markupsafe import Markup
 
-from perlhf.reports import charts, findings, samples, templating
-from perlhf.reports.charts import Chart
-from perlhf.runs.read import (
-    Measured,
-    RunFiles,
-    Summary,
-    count,
-    duration,
-    finite,
-    interval,
-    mapping,
-    measured,
-    memory,
-    number,
-    read_runs,
-    summarise,
-)
+from perlhf.reports import figures, findings, samples
+from perlhf.reports.figures import Chart
+from perlhf.runs.evaluations import Measured, finite, mapping, measured
+from perlhf.runs.read import NOT_EVALUATED, RunFiles, Summary, read_runs, summarise
+from perlhf.runs.words import count, duration, interval, memory, number, with_interval
 from perlhf.system.files import storage_errors, strict_json, write_atomic
 
+TEMPLATES = resources.files("perlhf.reports") / "templates"
 _STAGE_TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "policy": "Policy", "unknown": "Run"}
 _TABLE_ROWS = 40
 
@@ -45,6 +36,7 @@ _POLICY_ROWS = {
     "distinct_2": "Distinct bigrams",
 }
 _SFT_ROWS = {"loss": "Loss, nats a token", "perplexity": "Perplexity"}
+_CHANGE = ["Before", "After", "Change"]
 
 
 @dataclass(frozen=True)
@@ -95,18 +87,12 @@ def render(runs: Sequence[RunFiles], title: str) -> str:
     """The page as text; equal run files give an equal page."""
     parts = zip(runs, samples.explorers(runs), strict=True)
     sections = [_section(f"run-{index}", run, lists) for index, (run, lists) in enumerate(parts, start=1)]
-    environment = templating.environment()
-    environment.filters |= {
-        "number": number,
-        "interval": interval,
-        "duration": duration,
-        "memory": memory,
-        "count": count,
-    }
-    environment.filters["scale"] = lambda cells: findings.largest(cell for cell in cells if isinstance(cell, Measured))
-    environment.tests["measured"] = lambda cell: isinstance(cell, Measured)
-    script = (templating.TEMPLATES / "report.js").read_text(encoding="utf-8")
-    return environment.get_template("report.html.j2").render(
+    templates = environment()
+    templates.filters |= {word.__name__: word for word in (number, interval, duration, memory, count)}
+    templates.filters["scale"] = lambda cells: findings.largest(cell for cell in cells if isinstance(cell, Measured))
+    templates.tests["measured"] = lambda cell: isinstance(cell, Measured)
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    return templates.get_template("report.html.j2").render(
         title=title,
         subtitle=_subtitle(runs),
         headline=findings.headline(runs),
@@ -115,15 +101,32 @@ def render(runs: Sequence[RunFiles], title: str) -> str:
         sections=sections,
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=templating.style(),
+        style=style(),
         data=_script_json(
             {
-                f"{section.id}-{one.kind}": {"kind": one.kind, "rows": one.rows}
+                f"{section.id}-{explorer.kind}": {"kind": explorer.kind, "rows": explorer.rows}
                 for section in sections
-                for one in section.explorers
+                for explorer in section.explorers
             }
         ),
     )
+
+
+def environment() -> jinja2.Environment:
+    """Templates of this package, which escape all text; an unknown name is an error."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("perlhf.reports", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def style() -> Markup:
+    """The style sheet, to stand in a page."""
+    return Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
 
 
 def _script_json(value: object) -> Markup:
@@ -150,9 +153,9 @@ def _section(section_id: str, run: RunFiles, explorers: list[samples.Explorer]) 
         facts=_facts(run),
         missing=_missing(run),
         tables=_tables(run),
-        evaluation_charts=charts.of_evaluation(section_id, run),
-        charts=charts.of_training(section_id, run),
-        more_charts=charts.of_optimisation(section_id, run),
+        evaluation_charts=figures.of_evaluation(section_id, run),
+        charts=figures.of_training(section_id, run),
+        more_charts=figures.of_optimisation(section_id, run),
         numbers=_numbers(run),
         explorers=explorers,
         manifest=_flatten(run.manifest),
@@ -160,7 +163,7 @@ def _section(section_id: str, run: RunFiles, explorers: list[samples.Explorer]) 
 
 
 def _missing(run: RunFiles) -> list[str]:
-    evaluated = run.evaluation or run.stage not in ("reward", "policy")
+    evaluated = run.evaluation != NOT_EVALUATED or run.stage not in ("reward", "policy")
     parts = (
         (run.config_text, "No config.yaml: the configuration can't be shown."),
         (run.manifest, "No manifest.json: versions and hardware can't be shown."),
@@ -199,66 +202,55 @@ def _tables(run: RunFiles) -> list[Table]:
     elif run.stage == "policy":
         table = _policy_table(run)
     else:
-        table = _sft_table(run)
+        table = _before_after_table(run, _SFT_ROWS)
     return [] if table is None else [table]
 
 
-def _sft_table(run: RunFiles) -> Table | None:
-    rows: list[tuple[str, list[Measured | str]]] = []
-    for key, label in _SFT_ROWS.items():
-        pair = findings.before_after(run, key)
-        if pair is not None:
-            rows.append((label, [*pair, number(pair[1].value - pair[0].value, findings.largest(pair))]))
-    return Table(f"On {findings.size(run)}", ["Before", "After", "Change"], rows) if rows else None
+def _before_after_table(run: RunFiles, labels: Mapping[str, str]) -> Table | None:
+    """Metrics before and after training, by their labels; None where the run was evaluated by none of them."""
+    rows = [_change(label, *pair) for key, label in labels.items() if (pair := run.evaluation.before_after(key))]
+    return Table(f"On {findings.size(run)}", _CHANGE, rows) if rows else None
+
+
+def _change(label: str, before: Measured, after: Measured) -> tuple[str, list[Measured | str]]:
+    change = after.value - before.value
+    return label, [before, after, ("+" if change > 0 else "") + number(change, findings.largest((before, after)))]
 
 
 def _reward_table(run: RunFiles) -> Table | None:
-    evaluated = mapping(run.evaluation.get("metrics"))
-    shown = evaluated or mapping(run.result.get("validation"))
-    keys = [key for key in findings.METRICS if measured(shown.get(key))]
+    evaluated = run.evaluation.metrics or {}
+    shown = evaluated or {key: measured(value) for key, value in mapping(run.result.get("validation")).items()}
+    keys = [key for key in findings.METRIC_NAMES if shown.get(key)]
     if not keys:
         return None
-    rows = [("Reward model", [measured(shown.get(key)) or "–" for key in keys])]
-    if evaluated:
-        for name, label in findings.BASELINES.items():
-            baseline = mapping(mapping(run.evaluation.get("baselines")).get(name))
-            cells = [measured(baseline.get(key)) or "–" for key in keys]
-            if any(isinstance(cell, Measured) for cell in cells):
-                rows.append((f"Baseline: {label}", cells))
-        caption = f"On {findings.size(run)}"
-    else:
-        caption = "On the validation groups that also chose the checkpoint"
-    return Table(caption, [findings.METRICS[key] for key in keys], rows)
+    rows = [("Reward model", [shown.get(key) or "–" for key in keys])]
+    caption = f"On {findings.size(run)}" if evaluated else "On the validation groups that also chose the checkpoint"
+    for name, label in findings.BASELINES.items():
+        baseline = (run.evaluation.baselines or {}).get(name, {})
+        cells = [baseline.get(key) or "–" for key in keys]
+        if evaluated and any(isinstance(cell, Measured) for cell in cells):
+            rows.append((f"Baseline: {label}", cells))
+    return Table(caption, [findings.METRIC_NAMES[key] for key in keys], rows)
 
 
 def _policy_table(run: RunFiles) -> Table | None:
-    rows: list[tuple[str, list[Measured | str]]] = []
-    for key, label in _POLICY_ROWS.items():
-        pair = findings.before_after(run, key)
-        if pair is not None:
-            change = pair[1].value - pair[0].value
-            rows.append((label, [*pair, ("+" if change > 0 else "") + number(change, findings.largest(pair))]))
-    caption = f"On {findings.size(run)}"
-    if not rows:
+    table = _before_after_table(run, _POLICY_ROWS)
+    if table is None:
         before, after = (measured(run.result.get(key)) for key in ("score_before", "score_after"))
         if before is None or after is None:
             return None
-        rows = [("Score", [before, after, number(after.value - before.value)])]
         caption = "On the validation prompts that also chose the checkpoint"
-    wins = measured(run.evaluation.get("win_rate"))
-    note = ""
-    if wins is not None:
-        by = _plain(mapping(run.evaluation["win_rate"]).get("by"))
-        spread = f" ({interval(wins)})" if interval(wins) else ""
-        note = f"Win rate against the answers before: {number(wins.value)}{spread}" + (
-            f", judged by {by}." if by else "."
-        )
-    return Table(caption, ["Before", "After", "Change"], rows, note)
+        table = Table(caption, _CHANGE, [_change("Score", before, after)])
+    wins = run.evaluation.win_rate
+    if wins is None:
+        return table
+    by = f", judged by {wins.by}." if wins.by else "."
+    return replace(table, note=f"Win rate against the answers before: {with_interval(wins)}{by}")
 
 
 def _numbers(run: RunFiles) -> Table | None:
     """The curves' values at up to 40 steps, half of them steps with a validation."""
-    keys = [key for key in charts.TRAINING_KEYS if run.series(key)]
+    keys = [key for key in figures.TRAINING_KEYS if run.series(key)]
     by_step: dict[float, dict[str, float]] = {}
     for key in keys:
         for step, value in run.series(key):

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from perlhf.runs.read import RunFiles, count, finite, read_json_lines
+from perlhf.runs.evaluations import finite
+from perlhf.runs.read import RunFiles, read_json_lines
+from perlhf.runs.words import count
 
 LIMIT = 500  # samples on one page, over all runs: about 1 MB of chat
 _LONGEST = 6000  # characters of one text
@@ -54,10 +56,10 @@ class Explorer:
 def explorers(runs: Sequence[RunFiles], limit: int = LIMIT) -> list[list[Explorer]]:
     """The lists of each run, together with at most `limit` samples (but one for each list)."""
     sources = [(index, total, make) for index, run in enumerate(runs) for total, make in _sources(run)]
-    found: list[list[Explorer]] = [[] for _ in runs]
+    of_runs: list[list[Explorer]] = [[] for _ in runs]
     for (index, _, make), share in zip(sources, shares([total for _, total, _ in sources], limit), strict=True):
-        found[index].append(make(max(share, 1)))
-    return found
+        of_runs[index].append(make(max(share, 1)))
+    return of_runs
 
 
 def shares(totals: Sequence[int], limit: int) -> list[int]:
@@ -69,13 +71,13 @@ def shares(totals: Sequence[int], limit: int) -> list[int]:
     return given
 
 
-def spread(items: Sequence[Item], number: int) -> list[Item]:
-    """At most `number` items, evenly spaced, the first and (from two on) the last among them."""
-    if len(items) <= number:
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` items, evenly spaced, the first and (from two on) the last among them."""
+    if len(items) <= most:
         return list(items)
-    if number == 1:
+    if most == 1:
         return [items[0]]
-    return [items[round(index * (len(items) - 1) / (number - 1))] for index in range(number)]
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
 def turns(text: object) -> list[list[str]]:
@@ -89,7 +91,7 @@ def turns(text: object) -> list[list[str]]:
 
 def _sources(run: RunFiles) -> list[tuple[int, Callable[[int], Explorer]]]:
     """(number of samples, what makes the list of at most so many) for each kind of sample that a run has."""
-    samples = run.evaluation.get("samples")
+    samples = run.evaluation.samples
     sources: list[tuple[int, Callable[[int], Explorer]]] = []
     if samples and run.stage in ("sft", "policy"):
         sources.append((len(samples), partial(_pairs, samples)))

@@ -1,11 +1,10 @@
-"""Reads finished or half-finished run directories, and puts their numbers into words; imports no torch.
+"""Reads finished or half-finished run directories; imports no torch.
 
 `report` and `compare` see runs only through this module. Every file but one may be missing: a run that was stopped has
 no result.json, one that was never evaluated no evaluation.json.
 """
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,21 +14,14 @@ from typing import Any
 import yaml
 
 from perlhf.errors import ConfigError, RunError, nearest
+from perlhf.runs.evaluations import EVALUATION, Evaluation, Measured, finite, mapping, measured, read_evaluation
 from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT
 from perlhf.system.files import read_json
 
 STAGES = ("sft", "reward", "policy")
-METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
+METRICS = "metrics.jsonl"
 _KEY_OF_STAGE = {"kl_coef": "policy", "class_weight": "reward", "epochs": "sft"}  # in this order: reward has epochs too
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A value and its 95 % interval; `low` and `high` are None where none was computed."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
+NOT_EVALUATED = Evaluation()
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,8 @@ class RunFiles:
     rollouts: list[Path]
     """Files rollouts/STEP.jsonl by step."""
     result: dict[str, Any]
-    evaluation: dict[str, Any]
+    evaluation: Evaluation
+    """`NOT_EVALUATED` where there is no evaluation.json."""
 
     def fact(self, name: str) -> Any:
         """`name` from result.json, else from manifest.json or its `facts`, else None."""
@@ -135,74 +128,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def measured(raw: object) -> Measured | None:
-    """A number, or a mapping with `value` and perhaps `low` and `high`; None for anything that is not finite."""
-    if isinstance(raw, dict):
-        value = finite(raw.get("value"))
-        return None if value is None else Measured(value, finite(raw.get("low")), finite(raw.get("high")))
-    value = finite(raw)
-    return None if value is None else Measured(value)
-
-
-def finite(raw: object) -> float | None:
-    """`raw` as a float if it is a finite number (a bool is none)."""
-    if isinstance(raw, bool) or not isinstance(raw, int | float) or not math.isfinite(raw):
-        return None
-    return float(raw)
-
-
-def mapping(raw: object) -> dict[str, Any]:
-    """`raw` if it is a mapping, else an empty one: a part that is missing or null has nothing to show."""
-    return raw if isinstance(raw, dict) else {}
-
-
-def number(value: float | None, scale: float | None = None) -> str:
-    """`value` to about three significant digits; `scale` fixes the decimals by another number's size."""
-    if value is None:
-        return "–"
-    size = abs(value if scale is None else scale)
-    if size >= 1000:
-        text = f"{value:,.0f}"
-    elif 0 < size < 0.001:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        text = f"{mantissa}e{int(exponent)}"
-    else:
-        text = f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
-    return text.replace("-", "−")
-
-
-def interval(metric: Measured, scale: float | None = None) -> str:
-    """`low to high` with the decimals of the value (or of `scale`); empty where there is none, or one of no width."""
-    if metric.low is None or metric.high is None or metric.low == metric.high:
-        return ""
-    scale = metric.value if scale is None else scale
-    return f"{number(metric.low, scale)} to {number(metric.high, scale)}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as `48 s`, `6 min 05 s` or `2 h 07 min`."""
-    if seconds is None:
-        return "–"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if whole < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def memory(size: float | None) -> str:
-    """Bytes as MiB or GiB."""
-    if size is None:
-        return "–"
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def count(value: float | None) -> str:
-    """A whole number with thousands separators."""
-    return "–" if value is None else f"{value:,.0f}"
-
-
 def _check_is_run(path: Path) -> None:
     if any((path / name).is_file() for name in (CONFIG, MANIFEST, METRICS, RESULT, EVALUATION)):
         return
@@ -222,7 +147,8 @@ def _read_run(path: Path, name: str) -> RunFiles:
         config = mapping(yaml.safe_load(config_text))
     except yaml.YAMLError as error:
         raise RunError(f"not valid YAML: {error}", where=str(path / CONFIG)) from error
-    manifest, result, evaluation = (_json(path / file) for file in (MANIFEST, RESULT, EVALUATION))
+    manifest, result = (read_json(path / file) if (path / file).is_file() else {} for file in (MANIFEST, RESULT))
+    evaluation = read_evaluation(path / EVALUATION) if (path / EVALUATION).is_file() else NOT_EVALUATED
     return RunFiles(
         path=path,
         name=name,
@@ -237,8 +163,8 @@ def _read_run(path: Path, name: str) -> RunFiles:
     )
 
 
-def _stage(config: dict[str, Any], manifest: dict[str, Any], result: dict[str, Any], evaluation: dict[str, Any]) -> str:
-    for named in (manifest.get("stage"), result.get("stage"), evaluation.get("kind")):
+def _stage(config: dict[str, Any], manifest: dict[str, Any], result: dict[str, Any], evaluation: Evaluation) -> str:
+    for named in (manifest.get("stage"), result.get("stage"), evaluation.kind):
         if named in STAGES:
             return named
     return next((stage for key, stage in _KEY_OF_STAGE.items() if key in config), "unknown")
@@ -246,9 +172,8 @@ def _stage(config: dict[str, Any], manifest: dict[str, Any], result: dict[str, A
 
 def _quality(run: RunFiles) -> tuple[str | None, Measured | None]:
     """The number that a run is judged by: on unseen groups if it was evaluated, else as training left it."""
-    split = str(run.evaluation.get("split", "test"))
+    split, evaluated, after = run.evaluation.split, run.evaluation.metrics or {}, run.evaluation.after or {}
     on_validation = mapping(run.result.get("validation"))
-    evaluated, after = mapping(run.evaluation.get("metrics")), mapping(run.evaluation.get("after"))
     choices = {
         "sft": [("loss", split, evaluated.get("loss")), ("loss", "validation", run.result.get("validation_loss"))],
         "reward": [
@@ -264,7 +189,7 @@ def _quality(run: RunFiles) -> tuple[str | None, Measured | None]:
         ],
     }
     for metric, where, raw in choices.get(run.stage, []):
-        value = measured(raw)
+        value = raw if isinstance(raw, Measured) else measured(raw)
         if value is not None:
             return f"{metric}, {where}", value
     return None, None
@@ -285,10 +210,6 @@ def _tokens_per_second(run: RunFiles) -> float | None:
         return statistics.median(value for _, value in logged)
     tokens, seconds = finite(run.result.get("tokens")), finite(run.result.get("seconds"))
     return tokens / seconds if tokens and seconds else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _text(path: Path) -> str:

@@ -8,10 +8,10 @@ import pytest
 from pipeline_runs import about, pipeline, write_run
 from rich.console import Console
 
-from perlhf.commands.table import show, table, tabulate
+from perlhf.commands.table import print_rows, tabulate
 from perlhf.config.stages import AdapterConfig, RewardConfig
 from perlhf.errors import ConfigError, StorageError
-from perlhf.runs.read import Summary
+from perlhf.runs.read import Summary, read_runs, summarise
 
 
 def _ranks(directory: Path) -> list[Path]:
@@ -33,7 +33,7 @@ def _ranks(directory: Path) -> list[Path]:
 
 
 def test_a_row_holds_what_a_run_is_how_good_it_is_and_what_it_cost(tmp_path: Path):
-    lora, full = table(_ranks(tmp_path))
+    lora, full = _rows(_ranks(tmp_path))
     assert (lora.name, lora.stage, lora.tuning, lora.rank) == ("rank-4", "reward", "lora", 4)
     assert lora.targets == "q_proj, v_proj"
     assert lora.quality and (lora.quality.value, lora.quality.low, lora.quality.high) == (0.81, 0.77, 0.85)
@@ -42,14 +42,18 @@ def test_a_row_holds_what_a_run_is_how_good_it_is_and_what_it_cost(tmp_path: Pat
     assert full.tokens_per_second is None and full.peak_memory_bytes is None
 
 
+def _rows(runs: list[Path]) -> list[Summary]:
+    return [summarise(run) for run in read_runs(runs)]
+
+
 def _shown(rows: list[Summary], width: int) -> list[str]:
     out = io.StringIO()
-    show(rows, Console(width=width, file=out))
+    print_rows(rows, Console(width=width, file=out))
     return out.getvalue().splitlines()
 
 
 def test_a_wide_terminal_shows_all_figures_of_a_run_in_a_line(tmp_path: Path):
-    lines = _shown(table(_ranks(tmp_path)), 160)
+    lines = _shown(_rows(_ranks(tmp_path)), 160)
     (lora,) = (line for line in lines if "rank-4" in line)
     for text in ("q_proj, v_proj", "AUC, test", "0.810", "0.770 to 0.850", "230,400", "1 min 05 s", "1.50 GiB"):
         assert text in lora
@@ -59,7 +63,7 @@ def test_a_wide_terminal_shows_all_figures_of_a_run_in_a_line(tmp_path: Path):
 
 
 def test_a_narrow_terminal_shows_quality_and_costs_one_after_the_other(tmp_path: Path):
-    lines = _shown(table(_ranks(tmp_path)), 90)
+    lines = _shown(_rows(_ranks(tmp_path)), 90)
     quality, costs = (line for line in lines if "rank-4" in line)
     assert "0.770 to 0.850" in quality and "230,400" not in quality
     assert "230,400" in costs and "0.770 to 0.850" not in costs
@@ -67,7 +71,7 @@ def test_a_narrow_terminal_shows_quality_and_costs_one_after_the_other(tmp_path:
 
 
 def test_columns_that_no_run_fills_are_left_out(tmp_path: Path):
-    lines = [line for line in _shown(table([write_run(tmp_path / "a", "sft")]), 100) if line.strip()]
+    lines = [line for line in _shown(_rows([write_run(tmp_path / "a", "sft")]), 100) if line.strip()]
     assert lines[1].split() == ["run", "stage"]
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from perlhf.comparison import grid, processes
 from perlhf.comparison.grid import Cell, cells, choose
-from perlhf.comparison.results import sentence, summarise
+from perlhf.comparison.results import conclude, sentence
 from perlhf.config.comparison import CompareConfig, Side
 from perlhf.config.stages import PolicyConfig, RewardConfig
 from perlhf.errors import PerlhfError, RunError
@@ -146,7 +146,7 @@ def test_numbers_of_a_stage_by_hand(tmp_path: Path):
             write_cell(tmp_path, Cell("reward", R4, 1e-3, 6), 0.5, [0, 0, 0, 0], 250, 2000),
         ],
     }
-    found = summarise("reward", runs, settings)
+    found = conclude("reward", runs, settings)
     full, lora = found["sides"]["full"], found["sides"]["r4-attention"]
     assert found["metric"] == "AUC" and found["reference"] == "full" and found["records"] == 4 and found["groups"] == 2
     assert full["verdict"] == "reference"
@@ -156,7 +156,7 @@ def test_numbers_of_a_stage_by_hand(tmp_path: Path):
     assert found["seed_noise"] == {"deviation": 0.125, "degrees": 2}
     half = 4.303 * 0.125 / math.sqrt(2)  # the 97.5 % quantile of Student's distribution with two degrees
     settings = config(tmp_path, bootstrap=4000)
-    full, lora = summarise("reward", runs, settings)["sides"].values()
+    full, lora = conclude("reward", runs, settings)["sides"].values()
     assert (full["quality"]["low"], full["quality"]["high"]) == pytest.approx((1 - half, 1 + half), abs=0.06)
     assert full["quality"]["value"] == 1 and lora["quality"]["high"] - lora["quality"]["low"] > 2 * half
     assert (lora["memory_share"], lora["speed_factor"], lora["trainable_share"]) == (0.375, 2.0, 0.01)
@@ -190,17 +190,17 @@ def test_policies_are_held_against_what_they_start_from(tmp_path: Path):
     runs = {"full": [write_policy(tmp_path, full, [0.5, 0.75], 1.0)], "r4-attention": []}
     for cell, gold, kl in ((first, [0.75, 0.75], 2.0), (second, [0.25, 0.25], 4.0)):
         runs["r4-attention"].append(write_policy(tmp_path, cell, gold, kl))
-    found = summarise("policy", runs, settings)
+    found = conclude("policy", runs, settings)
     assert found["metric"] == "gold score"
     assert found["start"]["name"] == "SFT" and found["start"]["quality"] == {"value": 0.375, "low": 0.25, "high": 0.5}
     one, two = found["sides"].values()
     assert one["change"]["value"] == 0.25 and two["change"]["value"] == 0.125
     assert two["change"]["high"] - two["change"]["low"] > 1, "two seeds, 0.5 apart"
     assert one["win_rate"] == {"value": 0.75, "low": None, "high": None}, "r4 has two seeds: groups alone say too much"
-    alone = summarise("policy", {"full": runs["full"]}, settings)["sides"]["full"]
+    alone = conclude("policy", {"full": runs["full"]}, settings)["sides"]["full"]
     assert alone["win_rate"] == {"value": 0.75, "low": 0.5, "high": 1} and alone["kl"]["high"] == 2
     assert "Scores and wins are by y." in comparison.over(found)
-    by_itself = summarise("policy", runs, settings.model_copy(update={"scorers": ()}))
+    by_itself = conclude("policy", runs, settings.model_copy(update={"scorers": ()}))
     assert "by what the policies learned from, which flatters them" in comparison.over(by_itself)
     assert two["kl"] == {"value": 3, "low": None, "high": None} and two["score"]["value"] == 2.5
     heads, table = comparison.columns(found), comparison.rows(found)
@@ -212,7 +212,7 @@ def test_policies_are_held_against_what_they_start_from(tmp_path: Path):
         runs["full"][0] / "evaluation.json",
         json.loads((runs["full"][0] / "evaluation.json").read_text()) | {"win_rate": None},
     )
-    assert summarise("policy", runs, settings)["sides"]["full"]["win_rate"] is None
+    assert conclude("policy", runs, settings)["sides"]["full"]["win_rate"] is None
 
 
 def test_more_cells_at_a_time_than_memory_holds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -264,7 +264,7 @@ def test_cells_of_other_data_or_tests_are_refused(tmp_path: Path, file: str, cha
     path = runs["r4-attention"][0] / file
     write(path, json.loads(path.read_text()) | changed)
     with pytest.raises(RunError, match=message):
-        summarise("reward", runs, config(tmp_path))
+        conclude("reward", runs, config(tmp_path))
 
 
 def test_other_sets_are_tested_on_as_well(tmp_path: Path):
@@ -274,7 +274,7 @@ def test_other_sets_are_tested_on_as_well(tmp_path: Path):
         records = {"comparisons": {"group": ["c", "d"], "scores": scores}}
         seen = {"groups_seen_in_training": int(side == "full")}
         write(runs[side][0] / "evaluation-other.json", {"records": records, "split": "all"} | seen)
-    found = summarise("reward", runs, config(tmp_path, also_test=("some/other",)))
+    found = conclude("reward", runs, config(tmp_path, also_test=("some/other",)))
     other = found["elsewhere"]["other"]
     assert (other["metric"], other["records"], other["groups"]) == ("pairwise accuracy", 2, 2)
     full, lora = other["sides"].values()
@@ -285,7 +285,7 @@ def test_other_sets_are_tested_on_as_well(tmp_path: Path):
     assert rows["full"][3:5] == ["0.50 (0.00 to 1.00)", "–"] and rows["r4-attention"][4].startswith("0.50 (")
     write(runs["full"][0] / "evaluation-other.json", {"records": records, "split": "test"})
     with pytest.raises(RunError, match="evaluated with split 'test'"):
-        summarise("reward", runs, config(tmp_path, also_test=("some/other",)))
+        conclude("reward", runs, config(tmp_path, also_test=("some/other",)))
     with pytest.raises(PerlhfError, match="nowhere"):
         grid.compare(config(tmp_path / "out", also_test=(str(tmp_path / "nowhere"),)))
     assert not (tmp_path / "out").exists()
@@ -295,14 +295,14 @@ def test_what_needs_no_network_is_in_the_table(tmp_path: Path):
     """Full tuning's AUC is 1, r4's 0.75: a bag of words at 0.75 is as good as r4."""
     runs = one_cell_a_side(tmp_path)
     write_cell(tmp_path, Cell("reward", R4, 1e-5, 5), 0.5, [2, 0, 1, 1.5], 1, 1)
-    assert summarise("reward", runs, config(tmp_path))["baselines"] == {}
+    assert conclude("reward", runs, config(tmp_path))["baselines"] == {}
     simple = {"bag_of_words": {"auc": about(0.75)}, "length": {"auc": about(0.5)}, "majority": {"auc": about(0.5)}}
     for side in runs:
         path = runs[side][0] / "evaluation.json"
         own = json.loads(path.read_text()) | {"baselines": simple | {"position": {"unavailable": "no turns"}}}
         write(path, own)
         write(path.with_name("evaluation-other.json"), own | {"split": "all"})
-    found = summarise("reward", runs, config(tmp_path, also_test=("some/other",)))
+    found = conclude("reward", runs, config(tmp_path, also_test=("some/other",)))
     assert found["baselines"] == {"bag_of_words": about(0.75), "length": about(0.5)}
     assert found["verdict"].endswith("Only full is above the value of the strongest baseline (bag of words, 0.750).")
     heads, table = comparison.columns(found), comparison.rows(found)
@@ -325,20 +325,20 @@ def one_cell_a_side(output: Path) -> dict[str, list[Path]]:
 def test_what_the_page_admits(tmp_path: Path):
     """One seed a side, seeds that diverged, cells of two machines, several at a time: each is said."""
     runs = one_cell_a_side(tmp_path)
-    found = summarise("reward", runs, config(tmp_path, margin=0.5))
+    found = conclude("reward", runs, config(tmp_path, margin=0.5))
     assert found["seed_noise"] is None and found["unlike"] == []
     assert found["sides"]["r4-attention"]["verdict"] == "equivalent"
     page = comparison.render({"reward": {**found, "tried": []}}, "a").decode()
     assert "over groups alone: no side has a second seed" in page and "diverged" not in page and "unlike" not in page
     path = runs["r4-attention"][0] / "manifest.json"
     write(path, json.loads(path.read_text()) | {"hardware": {"gpu": "Quick 9"}})
-    found = summarise("reward", runs, config(tmp_path, margin=0.5, jobs=3), {"r4-attention": 2})
+    found = conclude("reward", runs, config(tmp_path, margin=0.5, jobs=3), {"r4-attention": 2})
     assert found["sides"]["r4-attention"]["verdict"] == "undecided"
     page = comparison.render({"reward": {**found, "tried": []}}, "a").decode()
     assert "undecided, 2 of 3 seeds diverged" in page and "kept the head start" not in page
     path = runs["r4-attention"][0] / "result.json"
     write(path, json.loads(path.read_text()) | {"best_step": 0})
-    found = summarise("reward", runs, config(tmp_path, margin=0.5, jobs=3))
+    found = conclude("reward", runs, config(tmp_path, margin=0.5, jobs=3))
     page = comparison.render({"reward": {**found, "tried": []}}, "a").decode()
     assert "equivalent, 1 of 1 seeds kept the start untrained, one seed" in page
     assert "on test groups with one seed a side (others may turn it round), r4-attention is equivalent" in page

@@ -18,9 +18,10 @@ from pipeline_runs import ATTACK, about, pipeline, write_run
 
 from perlhf.config.stages import DataConfig, PolicyConfig
 from perlhf.errors import ConfigError, StorageError
-from perlhf.reports import charts, figures, findings, samples
+from perlhf.reports import figures, findings, samples
 from perlhf.reports import page as report_page
-from perlhf.runs.read import Measured, RunFiles, read_runs
+from perlhf.runs.evaluations import Measured
+from perlhf.runs.read import RunFiles, read_runs
 
 VOID = ("meta", "link", "input", "img", "br", "hr")
 
@@ -371,13 +372,13 @@ def test_without_gold_the_headline_says_who_judged(tmp_path: Path):
 
 def test_scores_of_another_judge_are_said_to_be_its(tmp_path: Path):
     run = _policy(tmp_path, {"score": about(0, 0.1)}, {"score": about(1, 0.1)})
-    scored = replace(run, evaluation=run.evaluation | {"reward": ["runs/other-half/"]})
+    scored = replace(run, evaluation=replace(run.evaluation, reward=["runs/other-half/"]))
     assert findings.headline([scored]).text.endswith("on 240 unseen prompts by other-half.")
     rows = [{"step": step, "score_mean": 1.0, "validation_score": 5.0, "kl": 0.1} for step in (1, 2)]
     alike = replace(run, metrics=rows)
-    assert [chart.title for chart in charts.of_training("s", alike)] == ["Score", "KL, nats"]
+    assert [chart.title for chart in figures.of_training("s", alike)] == ["Score", "KL, nats"]
     judged = replace(alike, config=run.config | {"validation_reward": ["other"]})
-    titles = [chart.title for chart in charts.of_training("s", judged)]
+    titles = [chart.title for chart in figures.of_training("s", judged)]
     assert titles == ["Score", "Score by validation_reward", "KL, nats"]
 
 
@@ -484,7 +485,7 @@ def test_short_lines_are_not_smoothed():
 
 def test_a_figure_takes_its_colours_from_the_page_and_keeps_its_ids_to_itself():
     lines = [figures.Series("training", [(1, 2), (2, 1)], "1"), figures.Series("validation", [(2, 1.5)], "2")]
-    svg = figures.curves("fig", lines, kept=2)
+    svg = figures.curves("fig", lines, best_step=2)
     assert re.findall("#[0-9a-f]{6}", svg) == []
     assert {"currentColor", "var(--rule)", "var(--series-1)", "var(--series-2)"} <= set(
         re.findall(r"[\w-]+\(--[\w-]+\)|currentColor", svg)

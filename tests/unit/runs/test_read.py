@@ -1,4 +1,4 @@
-"""Reading run directories, and putting numbers into words."""
+"""Reading run directories."""
 
 from pathlib import Path
 
@@ -7,23 +7,14 @@ from pipeline_runs import about, write_run
 
 from perlhf.config.stages import RewardConfig, SftConfig
 from perlhf.errors import ConfigError, RunError
-from perlhf.runs.read import (
-    Measured,
-    count,
-    duration,
-    interval,
-    measured,
-    memory,
-    number,
-    read_runs,
-    summarise,
-)
+from perlhf.runs.evaluations import Measured
+from perlhf.runs.read import NOT_EVALUATED, read_runs, summarise
 
 
 def test_a_run_with_only_a_manifest_is_read(tmp_path: Path):
     (run,) = read_runs([write_run(tmp_path / "a", "reward")])
     assert (run.name, run.stage) == ("a", "reward")
-    assert (run.config, run.metrics, run.rollouts, run.result, run.evaluation) == ({}, [], [], {}, {})
+    assert (run.config, run.metrics, run.rollouts, run.result, run.evaluation) == ({}, [], [], {}, NOT_EVALUATED)
     assert summarise(run).quality is None
 
 
@@ -134,33 +125,3 @@ def test_an_unfinished_run_takes_its_costs_from_the_manifest(tmp_path: Path):
         [write_run(tmp_path / "average", "reward", manifest={"wall_seconds": 0, "peak_memory_bytes": 0})]
     )
     assert (summarise(run).seconds, summarise(run).peak_memory_bytes) == (None, None), "an average was never trained"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0.000"), (0.84651, "0.847"), (-0.3271, "−0.327"), (1.0344, "1.03"), (25.31, "25.3"), (431.4, "431"),
-        (53120.4, "53,120"), (0.0002, "2.0e−4"), (1e-12, "1.0e−12"), (None, "–"),
-    ],
-)  # fmt: skip
-def test_numbers_have_about_three_digits(value: float | None, text: str):
-    assert number(value) == text
-
-
-def test_numbers_that_are_read_together_share_their_decimals():
-    assert number(-0.3271, scale=1.03) == "−0.33"
-    assert interval(Measured(0.5, 0.4, 1.25)) == "0.400 to 1.250"
-    assert interval(Measured(0.5)) == ""
-    assert interval(Measured(0.0, 0.0, 0.0)) == ""
-
-
-def test_times_and_sizes_have_units():
-    seconds = [3.14, 47.6, 365, 7630, None]
-    assert [duration(each) for each in seconds] == ["3.1 s", "48 s", "6 min 05 s", "2 h 07 min", "–"]
-    assert [memory(each) for each in (5 * 2**20, 1.5 * 2**30, None)] == ["5 MiB", "1.50 GiB", "–"]
-    assert [count(each) for each in (921600, 0, None)] == ["921,600", "0", "–"]
-
-
-def test_values_that_are_no_numbers_are_no_measurements():
-    assert [measured(raw) for raw in (None, "0.5", True, float("nan"), {"value": None}, {})] == [None] * 6
-    assert measured({"value": 1, "low": float("nan"), "high": 2}) == Measured(1, None, 2)
