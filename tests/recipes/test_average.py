@@ -206,7 +206,7 @@ def test_what_fails_half_way_leaves_nothing(reward_run, tmp_path, monkeypatch, c
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("perlhf.average.start_or_continue", full)
+    monkeypatch.setattr("perlhf.commands.average.start_or_continue", full)
     assert main(["average", str(reward_run), str(reward_run), "--output", str(tmp_path / "mean")]) == 2
     assert "can't write: No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
