@@ -168,10 +168,6 @@ class TestTemperature:
             anchor = reference_logprobs(reference, prompt, ids, 0.6)
             torch.testing.assert_close(told.ref_logprobs[row, : len(ids)], anchor, rtol=0, atol=1e-4)
 
-    def test_truncated_sampling_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="top_p"):
-            PolicyConfig(reward=("a:b",), top_p=0.9)
-
 
 class TestValuePosition:
     @pytest.mark.parametrize("packing", ["none", "tree"])

@@ -226,7 +226,6 @@ def test_recipes_that_cannot_be_used(perlhf, tiny_base, feedback, tmp_path, cont
 
 
 POLICY_OPTIONS = {
-    "truncated sampling": (("--top-p", "0.9"), ("top_p: training refuses 0.9", "use 1")),
     "steps without clip": (("--steps-per-rollout", "2"), ("steps_per_rollout > 1 needs clip",)),
     "one completion": (
         ("--baseline", "leave_one_out", "--completions-per-prompt", "1"),

@@ -250,9 +250,7 @@ class PolicyConfig(StageConfig):
     max_completion_tokens: Positive = 64
     """Longest completion, end token included."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Of sampling; all log-probabilities of training are at this temperature."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Must be 1 for training: a truncated distribution isn't the one that the gradient assumes."""
+    """Of sampling; all log-probabilities of training are at this temperature. Nothing else bends the distribution."""
     kl_coef: Annotated[float, Field(ge=0, le=1)] = 0.05
     """beta of J = (1 - beta) score - beta KL."""
     baseline: Literal["value", "leave_one_out", "group_mean", "none"] = "value"
@@ -300,10 +298,6 @@ class PolicyConfig(StageConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PolicyConfig":
-        if self.top_p < 1:
-            raise ValueError(
-                f"top_p: training refuses {self.top_p:g}, since log-probabilities would not be those sampled; use 1"
-            )
         if self.adapter.dropout:
             raise ValueError("adapter.dropout must be 0: sampled and trained log-probabilities would differ")
         if self.clip is None and self.steps_per_rollout > 1:

@@ -177,13 +177,16 @@ def advantage_of(config: PolicyConfig, mask: Tensor, rewards: Tensor, returns: T
     match config.baseline:
         case "value":
             assert values is not None
-            advantage = advantages.gae(rewards, values, mask, gae_lambda=config.gae_lambda)
+            advantage = returns - values  # the paper's
+            if config.gae_lambda < 1:
+                advantage = advantages.gae(rewards, values, mask, gae_lambda=config.gae_lambda)
         case "leave_one_out" | "group_mean":
             totals = rewards.sum(-1)
-            baseline = advantages.group_baseline(totals, config.completions_per_prompt, baseline=config.baseline)
-            advantage = torch.where(mask, returns - baseline[:, None], 0.0)
+            others = advantages.group_baseline(totals, config.completions_per_prompt, baseline=config.baseline)
+            advantage = returns - others[:, None]
         case "none":
             advantage = returns
+    advantage = torch.where(mask, advantage, 0.0)
     return advantages.normalise(advantage, mask, config.advantage_norm)
 
 

@@ -103,7 +103,10 @@ def test_overviews_and_version(capsys):
         (["reward", "runs/a"], ["error: perlhf reward: 'runs/a' is not a recipe", "ending in .yaml or .yml"]),
         (["demo", "now"], ["error: perlhf demo: unexpected 'now'"]),
         (["policy"], ["error: perlhf policy: reward is empty; give a reward run"]),
-        (["policy", "--reward", "runs/r", "--top-p", "0.9"], ["error: perlhf policy: top_p: training refuses"]),
+        (
+            ["policy", "--reward", "runs/r", "--adapter.dropout", "0.1"],
+            ["error: perlhf policy: adapter.dropout must be 0"],
+        ),
         (["policy", "--reward", "runs/r", "--steps-per-rollout", "2"], ["steps_per_rollout > 1 needs clip"]),
         (["evaluate"], ["RUN", "required"]),
         (["report"], ["--runs", "a list of paths, at least 1"]),
