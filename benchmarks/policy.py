@@ -199,8 +199,8 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
     if baseline == "value":
         new_adapter(model, VALUE, "value", config, start=reference)
     reward = model.add_adapter("reward_0", "reward", **shape)
-    assert reward.head is not None
-    torch.nn.init.normal_(reward.head, std=0.02)
+    assert reward.score_head is not None
+    torch.nn.init.normal_(reward.score_head, std=0.02)
     model.freeze("reward_0")
     # Not frozen, unlike the real one: a benchmark makes it smaller.
     return SimpleNamespace(

@@ -274,7 +274,7 @@ class TestCopy:
     def test_a_value_copy_gets_a_zero_head(self, model: Model) -> None:
         model.add_adapter("sft", "sft", rank=4)
         value = model.copy_adapter("sft", "value", "value")
-        assert value.head is not None and not value.head.any() and value.head.dtype == torch.float32
+        assert value.score_head is not None and not value.score_head.any() and value.score_head.dtype == torch.float32
         assert value.bias is not None and value.bias.requires_grad
 
 

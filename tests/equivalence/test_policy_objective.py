@@ -464,7 +464,7 @@ class TestSteps:
         stage = new_stage(
             tiny_base, constant(3.0), kl_coef=0.05, value=ValueConfig(learning_rate=1e-6, warmup_updates=1)
         )
-        head, bias = stage.model.adapters[VALUE].head, stage.model.adapters[VALUE].bias
+        head, bias = stage.model.adapters[VALUE].score_head, stage.model.adapters[VALUE].bias
         assert head is not None and bias is not None and not head.any() and bias.item() == 0
         (values,) = self.step(stage)
         assert values["kl"] == 0 and values["reward_mean"] == pytest.approx(1.9)

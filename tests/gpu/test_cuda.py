@@ -27,7 +27,7 @@ def _model(path: Path, device: str) -> Model:
     for name in ("policy", "reward_0"):
         for tensor in model.adapters[name].tensors().values():
             tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
-    assert adapter.head is not None
+    assert adapter.score_head is not None
     return model
 
 

@@ -58,10 +58,10 @@ def test_each_update_is_the_mean_of_the_updates(averaged, reward_run, other_rewa
         by_hand = (8 / 4 * one.b @ one.a + 8 / 2 * two.b @ two.a) / 2
         assert by_hand.abs().max() > 1e-3
         torch.testing.assert_close(pair.b @ pair.a, by_hand, rtol=1e-5, atol=1e-6)
-    assert mean.head is not None and first.head is not None and second.head is not None
+    assert mean.score_head is not None and first.score_head is not None and second.score_head is not None
     assert mean.bias is not None and first.bias is not None and second.bias is not None
-    assert not torch.equal(first.head, second.head)
-    torch.testing.assert_close(mean.head, (first.head + second.head) / 2)
+    assert not torch.equal(first.score_head, second.score_head)
+    torch.testing.assert_close(mean.score_head, (first.score_head + second.score_head) / 2)
     torch.testing.assert_close(mean.bias, (first.bias + second.bias) / 2)
 
 

@@ -67,9 +67,9 @@ def test_the_score_is_the_head_on_the_last_state_plus_the_label_prior(model, enc
     (prompt,), (completion,) = ids_of(encoder, ["one tea"], [GOOD[0]])
     (score,) = score_ids(model, [prompt], [completion], "reward_0", 2048)
     states, _ = model.prefill([[*prompt, *completion]], "reward_0")  # of the last token, by the sampler's way
-    assert adapter.head is not None
+    assert adapter.score_head is not None
     assert adapter.bias is not None
-    assert score == pytest.approx((states[0] @ adapter.head[0] + adapter.bias).item(), abs=1e-5)
+    assert score == pytest.approx((states[0] @ adapter.score_head[0] + adapter.bias).item(), abs=1e-5)
 
 
 def test_a_cut_completion_is_scored_as_if_it_ended(model, encoder, reward_run):

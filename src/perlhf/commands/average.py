@@ -65,13 +65,13 @@ def _mean(runs: Sequence[FinishedRun]) -> SavedAdapter:
         for name, weight in member.adapter.weights.items():
             sums[name] = nn.Parameter(sums[name] + weight)
         members.append(replace(member.adapter, weights={}))
-    heads: list[Tensor] = [adapter.head for adapter in members if adapter.head is not None]
+    heads: list[Tensor] = [adapter.score_head for adapter in members if adapter.score_head is not None]
     biases = [adapter.bias.item() for adapter in members if adapter.bias is not None]
     rank = sum(adapter.rank for adapter in members)
     mean = Adapter("mean", first.adapter.role, rank, float(rank))
     mean.pairs = {path: lora.mean([adapter.pairs[path] for adapter in members]) for path in first.adapter.pairs}
     mean.weights = {name: nn.Parameter(weight / len(runs)) for name, weight in sums.items()}
-    mean.head = nn.Parameter(torch.stack(heads).mean(0))
+    mean.score_head = nn.Parameter(torch.stack(heads).mean(0))
     mean.bias = nn.Parameter(torch.tensor([sum(biases) / len(runs)], dtype=torch.float32))
     return replace(first, adapter=mean)
 

@@ -92,7 +92,7 @@ def _export_merged(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
     _merge(merged, adapter)
     tokenizer = load_tokenizer(run.base)
     tokenizer.chat_template = chat_template(tokenizer, encoder.config)
-    _name_tokens(merged, tokenizer, encoder.end_id, classifier=adapter.head is not None)
+    _name_tokens(merged, tokenizer, encoder.end_id, classifier=adapter.score_head is not None)
     with directory_atomic(config.output) as temporary:
         with quiet(), disk_errors(config.output):
             merged.save_pretrained(temporary)
@@ -125,7 +125,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, encoding: EncodingConfig) 
 
 def _load(base: Base, model: Model, adapter: Adapter) -> PreTrainedModel:
     """A second network, plain: the base, or the base with a classification head where the adapter has one."""
-    if adapter.head is None:
+    if adapter.score_head is None:
         return load_base(base, model.dtype, model.device)
     return _classifier(base, model)
 
@@ -159,8 +159,8 @@ def _merge(network: PreTrainedModel, adapter: Adapter) -> None:
         if name not in parameters:
             raise AdapterError(f"{type(network).__name__} has no '{path}' to merge into", hint="--format peft")
         parameters[name].copy_(parameters[name].float() + pair.scale * (pair.b.float() @ pair.a.float()))
-    if adapter.head is not None:
-        parameters["score.weight"].copy_(adapter.head)
+    if adapter.score_head is not None:
+        parameters["score.weight"].copy_(adapter.score_head)
 
 
 def _name_tokens(
@@ -205,9 +205,9 @@ def _measure(model: Model, adapter: Adapter, directory: Path, texts: Sequence[Id
     `share_lost` is the mean error over the mean change that the adapter makes to the base (without it for scores, which
     the base has none of).
     """
-    what = "logit" if adapter.head is None else "score"
+    what = "logit" if adapter.score_head is None else "score"
     wanted = _outputs(model, adapter.name, texts)
-    if adapter.head is None:
+    if adapter.score_head is None:
         network = load_base(Base(directory), model.dtype, model.device)
         found = _last(network, texts)
     else:
@@ -221,7 +221,7 @@ def _measure(model: Model, adapter: Adapter, directory: Path, texts: Sequence[Id
         f"mean_{what}_error": error.mean().item(),
         f"largest_{what}": wanted.abs().max().item(),
     }
-    if adapter.head is None:
+    if adapter.score_head is None:
         change = (wanted - _outputs(model, None, texts)).abs()
         measured |= {"largest_logit_change_by_adapter": change.max().item()}
         measured["share_lost"] = (error.mean() / change.mean()).item() if change.any() else None
@@ -231,7 +231,7 @@ def _measure(model: Model, adapter: Adapter, directory: Path, texts: Sequence[Id
 def _outputs(model: Model, adapter: str | None, texts: Sequence[Ids]) -> Tensor:
     """Logits after each prompt [prompt, vocab] or scores [text], under the adapter as it is used here."""
     batch = pack([[Tokens(ids)] for ids in texts], "none", model.device)
-    if adapter is not None and model.adapters[adapter].head is not None:
+    if adapter is not None and model.adapters[adapter].score_head is not None:
         return model.scores(batch, adapter)
     return model.logits(model.last_states(batch, adapter), adapter)
 

@@ -134,7 +134,7 @@ def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, list[Pro
 def _load_answering(model: Model, directory: Path, encoder: Encoder) -> str:
     """The name of an adapter that answers instead of the run's own."""
     adapter = saved.load_adapter(model, directory, "answering", encoder)
-    if adapter.head is not None:
+    if adapter.score_head is not None:
         raise AdapterError(f"a {adapter.role} adapter writes no answers", where=str(directory), allowed="sft or policy")
     model.freeze(adapter.name)
     return adapter.name

@@ -22,7 +22,7 @@ class Adapter:
     dropout: float = 0.0
     pairs: dict[str, LowRank] = field(default_factory=dict)
     weights: dict[str, nn.Parameter] = field(default_factory=dict)
-    head: nn.Parameter | None = None
+    score_head: nn.Parameter | None = None
     bias: nn.Parameter | None = None
     beneath: str | None = None
     version: int = 0
@@ -33,8 +33,8 @@ class Adapter:
         named = {f"{path}.lora_A": pair.a for path, pair in self.pairs.items()}
         named |= {f"{path}.lora_B": pair.b for path, pair in self.pairs.items()}
         named |= {f"base.{name}": weight for name, weight in self.weights.items()}
-        if self.head is not None and self.bias is not None:
-            named |= {"score.weight": self.head, "score.bias": self.bias}
+        if self.score_head is not None and self.bias is not None:
+            named |= {"score.weight": self.score_head, "score.bias": self.bias}
         return named
 
     def trainable_by_name(self) -> dict[str, nn.Parameter]:
@@ -55,7 +55,7 @@ class Adapter:
     def add_head(self, hidden_size: int, device: torch.device) -> None:
         """A zero head where the role has one; a reward's bias is not trained by gradients."""
         if self.role in ("reward", "value"):
-            self.head = nn.Parameter(torch.zeros(1, hidden_size, device=device))
+            self.score_head = nn.Parameter(torch.zeros(1, hidden_size, device=device))
             self.bias = nn.Parameter(torch.zeros(1, device=device), requires_grad=self.role == "value")
 
 

@@ -270,8 +270,8 @@ class Model:
 
     def _head(self, states: Tensor, adapter: str) -> Tensor:
         head = self.adapters[adapter]
-        assert head.head is not None and head.bias is not None, f"adapter '{adapter}' has no score head"
-        return (states.float() @ head.head.t()).squeeze(-1) + head.bias
+        assert head.score_head is not None and head.bias is not None, f"adapter '{adapter}' has no score head"
+        return (states.float() @ head.score_head.t()).squeeze(-1) + head.bias
 
     def _output_weight(self, adapter: str | Held | None) -> Tensor:
         weights = adapter.weights if isinstance(adapter, Held) else _uppermost_weights(self._chain(adapter))

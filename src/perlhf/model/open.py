@@ -90,7 +90,7 @@ def load_sft(model: Model, run: Path, encoder: Encoder) -> str:
         ConfigError: a run of another stage; AdapterError: as `saved.load_adapter`.
     """
     adapter = saved.load_adapter(model, run / "adapter", "sft", encoder)
-    if adapter.head is not None:
+    if adapter.score_head is not None:
         raise ConfigError(f"{run} holds a {adapter.role} adapter", where="sft", allowed="an SFT run")
     model.freeze(adapter.name)
     return adapter.name

@@ -110,7 +110,7 @@ def with_those_beneath(model: Model, name: str) -> Adapter:
     if len(chain) == 1:
         return top
     rank = sum(adapter.rank for adapter in chain)
-    whole = Adapter(name, top.role, rank, float(rank), top.dropout, head=top.head, bias=top.bias)
+    whole = Adapter(name, top.role, rank, float(rank), top.dropout, score_head=top.score_head, bias=top.bias)
     for path, example in {path: pair for adapter in chain for path, pair in adapter.pairs.items()}.items():
         whole.pairs[path] = lora.stacked([adapter.pairs.get(path) or _zeros(adapter, example) for adapter in chain])
     return whole
@@ -125,7 +125,9 @@ def write_adapter(directory: Path, saved: SavedAdapter) -> None:
     """
     adapter, full = saved.adapter, bool(saved.adapter.weights)
     assert full != bool(adapter.pairs) and adapter.beneath is None, "either weights or pairs, and nothing beneath"
-    assert (adapter.head is not None) == (adapter.role in ("reward", "value")), f"head of a {adapter.role} adapter"
+    assert (adapter.score_head is not None) == (adapter.role in ("reward", "value")), (
+        f"head of a {adapter.role} adapter"
+    )
     if directory.exists() and (strange := _strangers(directory)):
         hint = "name a new directory, or delete this one"
         raise AdapterError(f"not overwritten: it holds {strange[0]}", where=str(directory), hint=hint)
@@ -237,7 +239,7 @@ def _zeros(adapter: Adapter, example: LowRank) -> LowRank:
 
 
 def _peft_config(saved: SavedAdapter) -> dict[str, Any]:
-    adapter, classifier = saved.adapter, saved.adapter.head is not None
+    adapter, classifier = saved.adapter, saved.adapter.score_head is not None
     for path in adapter.pairs:
         assert any(path == end or path.endswith(f".{end}") for end in saved.targets), f"{path} is no target"
     alpha = int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha
@@ -322,7 +324,7 @@ def _read_tensors(file: Path, expected: str | None) -> dict[str, Tensor]:
 
 def _with_head(adapter: Adapter, head: Tensor | None, bias: float) -> Adapter:
     if head is not None:
-        adapter.head = nn.Parameter(head.to(torch.float32, copy=True))
+        adapter.score_head = nn.Parameter(head.to(torch.float32, copy=True))
         adapter.bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32), adapter.role == "value")
     return adapter
 

@@ -102,7 +102,7 @@ def load_scorers(
         elif (Path(source) / "adapter").is_dir():
             name = f"{prefix}_{len(adapters)}"
             adapter = saved.load_adapter(model, Path(source) / "adapter", name, encoder)
-            if adapter.head is None:
+            if adapter.score_head is None:
                 raise ConfigError(f"{source} holds a {adapter.role} adapter", where=key, allowed="a reward run")
             model.freeze(name)
             adapters.append(name)

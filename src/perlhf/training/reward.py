@@ -201,7 +201,7 @@ def _start_head(
     run: Run, model: Model, adapter: Adapter, train: Sequence[Item], weight: dict[bool, float], config: RewardConfig
 ) -> None:
     """Fits the head (and its constant bias) on the states before the first update: `linear_probe`."""
-    assert adapter.head is not None and adapter.bias is not None
+    assert adapter.score_head is not None and adapter.bias is not None
     numbers = order.whole_groups([item.group for item in train], config.probe_examples, config.seed)
     items = [train[i] for i in numbers]
     microbatches = laid_out(items, config, model)
@@ -218,7 +218,7 @@ def _start_head(
         for item in items
     ]
     probe = linear_probe.fit(states, labels, [item.group for item in items], weights)
-    adapter.head.copy_(torch.from_numpy(probe.weight)[None])
+    adapter.score_head.copy_(torch.from_numpy(probe.weight)[None])
     adapter.bias.fill_(probe.bias)
 
 

@@ -54,7 +54,7 @@ def adapter(model: LlamaForCausalLM, head: torch.Tensor | None = None) -> SavedA
             a, b = torch.randn(RANK, module.in_features), torch.randn(module.out_features, RANK) * 0.1
             made.pairs[path] = LowRank(nn.Parameter(a), nn.Parameter(b), ALPHA / RANK)
     if head is not None:
-        made.head, made.bias = nn.Parameter(head), nn.Parameter(torch.tensor([-0.75]), requires_grad=False)
+        made.score_head, made.bias = nn.Parameter(head), nn.Parameter(torch.tensor([-0.75]), requires_grad=False)
     return SavedAdapter(made, BASE, {"template": "tokenizer", "max_tokens": 1024}, {"step": 20}, TARGETS)
 
 
@@ -63,7 +63,7 @@ def full(role: Role = "reward") -> SavedAdapter:
     weight = nn.Parameter(torch.randn(3, 2))
     made = Adapter("adapter", role, weights={"lm_head.weight": weight, "model.embed.weight": weight})
     if role in ("reward", "value"):
-        made.head, made.bias = nn.Parameter(torch.randn(1, 2)), nn.Parameter(torch.tensor([0.1]))
+        made.score_head, made.bias = nn.Parameter(torch.randn(1, 2)), nn.Parameter(torch.tensor([0.1]))
     return SavedAdapter(made, BASE, {"system": "Größe ☕"}, {"step": 20})
 
 
@@ -182,8 +182,15 @@ def test_reads_a_classifier_of_real_peft(tmp_path: Path, model: LlamaForCausalLM
     trained.save_pretrained(str(tmp_path / "peft"))
     files = read_adapter(tmp_path / "peft")
     theirs = files.adapter
-    assert theirs.role == "reward" and theirs.head is not None and theirs.bias is not None and theirs.bias.item() == 0
-    assert torch.equal(theirs.head, trained.get_parameter("base_model.model.score.modules_to_save.default.weight"))
+    assert (
+        theirs.role == "reward"
+        and theirs.score_head is not None
+        and theirs.bias is not None
+        and theirs.bias.item() == 0
+    )
+    assert torch.equal(
+        theirs.score_head, trained.get_parameter("base_model.model.score.modules_to_save.default.weight")
+    )
     assert files.targets == sorted(theirs.pairs)  # layer 0 only: plain names would match layer 1 as well
     assert {path.split(".")[2] for path in theirs.pairs} == {"0"} and len(theirs.pairs) == 7
     assert files.base == {"name": str(tmp_path / "base"), "sha256": ""}

@@ -97,7 +97,7 @@ class TestNewAdapter:
     def test_without_a_start(self, model: Model) -> None:
         config = SftConfig(adapter=AdapterConfig(rank=3, dropout=0.2))
         adapter = new_adapter(model, "sft", "sft", config)
-        assert adapter.beneath is None and adapter.head is None and adapter.dropout == 0.2
+        assert adapter.beneath is None and adapter.score_head is None and adapter.dropout == 0.2
         assert not any(pair.b.any() for pair in adapter.pairs.values())
 
     def test_depends_on_seed_and_name_alone(self, model: Model, tiny_base: Path) -> None:
@@ -117,7 +117,7 @@ class TestNewAdapter:
         assert merged.weights and not merged.pairs and merged.beneath is None
         copy = new_adapter(with_sft, "reward_0", "reward", config, start="full_sft")
         assert all(torch.equal(copy.weights[name], w) for name, w in merged.weights.items())
-        assert copy.head is not None and not copy.head.any()
+        assert copy.score_head is not None and not copy.score_head.any()
 
     def test_lora_on_a_fully_tuned_start_is_refused(self, model: Model) -> None:
         """An adapter directory could not hold both; saved alone, the LoRA part would load onto the wrong network."""
