@@ -63,73 +63,73 @@ def value(row: Mapping[str, Any], key: str, where: str, known: Sequence[str] = (
 
 def text(row: Mapping[str, Any], key: str, where: str) -> str:
     """A column that must hold text."""
-    found = value(row, key, where)
-    if not isinstance(found, str):
-        wrong_type(found, f"column {key!r}", "text", where)
-    return found
+    content = value(row, key, where)
+    if not isinstance(content, str):
+        wrong_type(content, f"column {key!r}", "text", where)
+    return content
 
 
-def mapping(found: Any, what: str, where: str) -> dict[str, Any]:
-    """`found` as an object with text keys, else a DataError that calls it `what`."""
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        wrong_type(found, what, "an object", where)
-    return found
+def mapping(content: Any, what: str, where: str) -> dict[str, Any]:
+    """`content` as an object with text keys, else a DataError that calls it `what`."""
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        wrong_type(content, what, "an object", where)
+    return content
 
 
 def items(row: Mapping[str, Any], key: str, where: str) -> list[Any]:
     """A column that must hold a list."""
-    found = value(row, key, where)
-    if not isinstance(found, list):
-        wrong_type(found, f"column {key!r}", "a list", where)
-    return found
+    elements = value(row, key, where)
+    if not isinstance(elements, list):
+        wrong_type(elements, f"column {key!r}", "a list", where)
+    return elements
 
 
 def first_value(row: Mapping[str, Any], key: str, where: str) -> Any:
     """The first value of a feature that must have one."""
-    found = items(row, key, where)
-    if not found:
+    elements = items(row, key, where)
+    if not elements:
         raise DataError(f"feature {key!r} is empty", where=where)
-    return found[0]
+    return elements[0]
 
 
-def utf8(found: Any, where: str) -> str:
+def utf8(encoded: Any, where: str) -> str:
     """The text that a feature holds as bytes."""
-    if not isinstance(found, bytes):
-        wrong_type(found, "a feature", "bytes", where)
+    if not isinstance(encoded, bytes):
+        wrong_type(encoded, "a feature", "bytes", where)
     try:
-        return found.decode()
+        return encoded.decode()
     except UnicodeDecodeError as error:
         raise DataError("a text feature is not valid UTF-8", where=where) from error
 
 
 def choice(row: Mapping[str, Any], key: str, allowed: Sequence[Any], where: str) -> Any:
     """A column that must hold one of `allowed` (booleans don't pass as 0 and 1)."""
-    found = value(row, key, where)
-    if isinstance(found, bool) or not any(
-        found == option for option in allowed if type(found) in (type(option), float)
+    content = value(row, key, where)
+    if isinstance(content, bool) or not any(
+        content == option for option in allowed if type(content) in (type(option), float)
     ):
-        raise DataError(f"column {key!r} is {_show(found)}", where=where, allowed=", ".join(map(str, allowed)))
-    return found
+        raise DataError(f"column {key!r} is {_show(content)}", where=where, allowed=", ".join(map(str, allowed)))
+    return content
 
 
 def number(row: Mapping[str, Any], key: str, default: float, where: str, least: float = -math.inf) -> float:
     """An optional column that must hold a finite number of at least `least`."""
-    found = row.get(key, default)
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        wrong_type(found, f"column {key!r}", "a number", where)
-    if not -1e300 < found < 1e300 or found < least:
+    amount = row.get(key, default)
+    if isinstance(amount, bool) or not isinstance(amount, int | float):
+        wrong_type(amount, f"column {key!r}", "a number", where)
+    if not -1e300 < amount < 1e300 or amount < least:
         raise DataError(
-            f"column {key!r} is {_show(found)}",
+            f"column {key!r} is {_show(amount)}",
             where=where,
             allowed="a finite number" + (f" of {least:g} or more" if least > -math.inf else ""),
         )
-    return float(found)
+    return float(amount)
 
 
-def wrong_type(found: Any, what: str, expected: str, where: str) -> NoReturn:
+def wrong_type(content: Any, what: str, expected: str, where: str) -> NoReturn:
     """Raises the DataError for a value of the wrong type."""
     raise DataError(
-        f"{what} is {_show(found)}, which is no {expected.removeprefix('a ').removeprefix('an ')}",
+        f"{what} is {_show(content)}, which is no {expected.removeprefix('a ').removeprefix('an ')}",
         where=where,
         allowed=expected,
     )
@@ -140,9 +140,9 @@ def message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def json_text(found: Any) -> str:
+def json_text(body: Any) -> str:
     """How API calls and responses are written as text."""
-    return json.dumps(found, ensure_ascii=False)
+    return json.dumps(body, ensure_ascii=False)
 
 
 def parse_json(encoded: str, what: str, where: str) -> Any:
@@ -165,13 +165,13 @@ def checked(record: Record, where: str) -> Record:
             texts |= {"chosen": record.chosen, "rejected": record.rejected}
         case Rating() | Demonstration():
             texts |= {"completion": record.completion}
-    for name, found in texts.items():
-        if is_blank(found):
+    for name, content in texts.items():
+        if is_blank(content):
             raise DataError(f"{name} is empty", where=where, allowed="text with at least one visible character")
     strings = [
         part
-        for found in texts.values()
-        for part in ([found] if isinstance(found, str) else [m["content"] for m in found])
+        for content in texts.values()
+        for part in ([content] if isinstance(content, str) else [m["content"] for m in content])
     ]
     for part in [*strings, record.group]:
         try:
@@ -186,7 +186,7 @@ def checked(record: Record, where: str) -> Record:
     return record
 
 
-def _show(found: Any) -> str:
+def _show(content: Any) -> str:
     """A short form of a value for messages."""
-    shown = repr(found)
+    shown = repr(content)
     return shown if len(shown) <= 60 else shown[:57] + "..."

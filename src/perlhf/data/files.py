@@ -1,6 +1,6 @@
 """From a path to rows: JSON array, JSON lines, gzip, Parquet, TSV, TFRecord, `datasets` directories and hub names.
 
-A row is a dictionary with the place where it was found. What a row means is the readers' business (readers.py).
+A row is a dictionary with the place where it was found. What a row means is the readers' business (readers/).
 """
 
 import gzip
@@ -45,23 +45,23 @@ def find(path: str, root: Path | None = None) -> list[DataFile]:
     Raises:
         DataError: nothing has that name, or the directory holds no data file.
     """
-    found = _local(path, root)
-    if found is None:
+    place = _local(path, root)
+    if place is None:
         if _published(path):
             raise _missing(path, root)  # not a name on the hub, though it looks like one
         if _HUB_NAME.fullmatch(path) and not _stem(path).endswith(SUFFIXES):
             return [DataFile(path, None)]
         raise _missing(path, root)
-    if not found.is_dir() or _is_saved_dataset(found):
-        return [DataFile(path, found)]
-    inside = sorted(part for part in found.rglob("*") if _is_data(part, found))
+    if not place.is_dir() or _is_saved_dataset(place):
+        return [DataFile(path, place)]
+    inside = sorted(part for part in place.rglob("*") if _is_data(part, place))
     if not inside:
         raise DataError(
             "the directory holds no data file",
             where=path,
             allowed=f"files ending in {', '.join(SUFFIXES)} (.gz may follow)",
         )
-    return [DataFile(f"{path.rstrip('/')}/{part.relative_to(found).as_posix()}", part) for part in inside]
+    return [DataFile(f"{path.rstrip('/')}/{part.relative_to(place).as_posix()}", part) for part in inside]
 
 
 def rows(file: DataFile) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -145,12 +145,12 @@ def _decode(content: bytes, name: str) -> str:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"key {twice!r} appears twice in one object")
-    return found
+    return members
 
 
 def _no_constant(name: str) -> float:
@@ -215,8 +215,8 @@ def _array_rows(document: str, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _skip_space(document: str, position: int) -> int:
-    found = _SPACE.match(document, position)
-    return found.end() if found else position
+    space = _SPACE.match(document, position)
+    return space.end() if space else position
 
 
 def _bad_array(document: str, position: int, name: str, what: str) -> DataError:
@@ -253,13 +253,13 @@ def _parquet_rows(content: bytes, name: str) -> Iterator[tuple[str, dict[str, An
         table = pyarrow.parquet.read_table(io.BytesIO(content))
         if len(set(table.column_names)) < len(table.column_names):
             raise ValueError("a column name appears twice")
-        found = table.to_pylist()
+        table_rows = table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         first_line = str(error).split("\n")[0]
         raise DataError(
             f"the Parquet file can't be read: {first_line}", where=name, hint="write or copy it again"
         ) from error
-    yield from ((f"{name}[{index}]", row) for index, row in enumerate(found))
+    yield from ((f"{name}[{index}]", row) for index, row in enumerate(table_rows))
 
 
 def _dataset_rows(file: DataFile) -> Iterator[tuple[str, Any]]:

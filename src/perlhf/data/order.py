@@ -49,8 +49,9 @@ def plan_updates(
 
 
 def cycle(total: int, count: int, step: int, seed: int) -> list[int]:
-    """The `count` numbers below `total` that update `step` (from 1) uses: consecutive ones of endlessly many
-    permutations.
+    """The `count` numbers below `total` that update `step` (from 1) uses.
+
+    Permutations of all the numbers follow one another without end; each update takes the next `count`.
     """
     out: list[int] = []
     for position in range((step - 1) * count, step * count):

@@ -96,7 +96,7 @@ def safe_extract(archive: Path, directory: Path) -> list[Path]:
         with tarfile.open(archive) as opened:
             inside = [member for member in opened.getmembers() if not member.isdir()]
             places = [_place(directory, member.name, archive, member.isreg()) for member in inside]
-            # The filter refuses what leaves the directory as well, but writes an absolute name below it.
+            # The filter alone would refuse what leaves the directory, but write an absolute name below it.
             opened.extractall(directory, inside, filter="data")
             return places
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
@@ -193,14 +193,14 @@ def _copy(name: str, source: Path, stage: Path) -> list[dict[str, Any]]:
 def _manifest_entries(directory: Path) -> list[dict[str, Any]]:
     path = directory / MANIFEST
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
             f"can't read MANIFEST.json: {error.strerror}", where=str(path), allowed="a directory with a MANIFEST.json"
         ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"MANIFEST.json is not valid JSON: {error}", where=str(path)) from error
-    entries = found.get("files") if isinstance(found, dict) else found
+    entries = manifest.get("files") if isinstance(manifest, dict) else manifest
     if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and isinstance(entry.get("file"), str) and isinstance(entry.get("sha256"), str)
         for entry in entries

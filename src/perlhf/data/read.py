@@ -116,8 +116,8 @@ def detect(row: dict[str, Any]) -> str:
 
 def reader_of(name: str, file: DataFile) -> Reader:
     """The reader called `name`; SQuALITY's are given the stories, which lie in another file of that set."""
-    found = next(format.reader for format in FORMATS if format.name == name)
-    return partial(found, stories=_stories(file)) if name in NEED_STORIES else found
+    reader = next(format.reader for format in FORMATS if format.name == name)
+    return partial(reader, stories=_stories(file)) if name in NEED_STORIES else reader
 
 
 def check_format(name: str) -> None:
@@ -163,15 +163,15 @@ def _stories(file: DataFile) -> dict[str, dict[str, Any]]:
     places = [
         near / name for near in (folder, folder.parent / "v1-3" / "txt") for name in ("test.jsonl", "test.jsonl.gz")
     ]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None or file.path is None:
+    stories_file = next((place for place in places if place.is_file()), None)
+    if stories_file is None or file.path is None:
         raise DataError(
             "the stories that these judgements are about are missing",
             where=file.name,
             allowed="test.jsonl[.gz] beside it or in ../v1-3/txt",
         )
     stories = {}
-    for where, row in files.rows(DataFile(str(found), found)):
+    for where, row in files.rows(DataFile(str(stories_file), stories_file)):
         metadata = row.get("metadata")
         if not isinstance(metadata, dict) or not isinstance(metadata.get("passage_id"), str):
             raise DataError("a story has no metadata.passage_id", where=where)

@@ -44,21 +44,21 @@ def load(config: DataConfig, kinds: Sequence[str], split: Split | Literal["all"]
     if config.label_noise and not {"comparison", "rating"} & set(wanted):
         allowed = "a stage that learns from comparisons or ratings"
         raise DataError(f"{' and '.join(wanted)} records have no labels", where="data.label_noise", allowed=allowed)
-    found = _converted(config, wanted)
-    if not found:
+    records = _converted(config, wanted)
+    if not records:
         raise DataError(
             f"no record can serve as {' or '.join(wanted)}",
             where=", ".join(config.paths),
             hint="`perlhf data inspect` shows which kinds a file holds",
         )
-    chosen = found if split == "all" else [record for record in found if split_of(record.group, config) == split]
+    chosen = records if split == "all" else [record for record in records if split_of(record.group, config) == split]
     if not chosen:
-        raise _empty_split(split, config, len({record.group for record in found}))
-    kept = limited(chosen, config.limit)
+        raise _empty_split(split, config, len({record.group for record in records}))
+    remaining = limited(chosen, config.limit)
     if split != "train":
-        return kept
-    kept = limited(kept, config.limit_train)
-    return with_label_noise(kept, config) if config.label_noise else kept
+        return remaining
+    remaining = limited(remaining, config.limit_train)
+    return with_label_noise(remaining, config) if config.label_noise else remaining
 
 
 def split_of(group: str, config: DataConfig) -> Split:
@@ -102,8 +102,8 @@ def limited(records: list[Record], limit: int | None) -> list[Record]:
     if limit is None or len(records) <= limit:
         return records
     hashes = [record_hash(record) for record in records]
-    kept = sorted(range(len(records)), key=hashes.__getitem__)[:limit]
-    return [records[index] for index in sorted(kept)]
+    lowest = sorted(range(len(records)), key=hashes.__getitem__)[:limit]
+    return [records[index] for index in sorted(lowest)]
 
 
 def with_label_noise(records: Iterable[Record], config: DataConfig) -> list[Record]:
@@ -152,16 +152,16 @@ def _other_label(record: Record) -> Record:
 
 
 def _converted(config: DataConfig, kinds: Sequence[Kind]) -> list[Record]:
-    found: list[Record] = []
+    records: list[Record] = []
     for path in config.paths:
         if read.is_builtin(path):
             from perlhf.data.coffee_bar import feedback
 
             available = read.builtin_kinds(path)
-            found.extend(record for kind in kinds if kind in available for record in feedback.records(kind))
+            records.extend(record for kind in kinds if kind in available for record in feedback.records(kind))
         else:
-            found.extend(_as_kinds(read.read(path, config.format), kinds))
-    return list(_unique_prompts(found))
+            records.extend(_as_kinds(read.read(path, config.format), kinds))
+    return list(_unique_prompts(records))
 
 
 def _as_kinds(records: Iterable[Record], kinds: Sequence[Kind]) -> Iterator[Record]:
@@ -216,10 +216,10 @@ def _empty_split(split: str, config: DataConfig, groups: int) -> DataError:
 def _path_hash(path: str, config: DataConfig) -> str:
     if read.is_builtin(path):
         return _records_hash(read.read(path))
-    found = files.find(path)
-    if any(file.path is None for file in found):
+    data_files = files.find(path)
+    if any(file.path is None for file in data_files):
         return _records_hash(read.read(path, config.format))
-    hashes = [(file.name, _file_hash(file.path)) for file in found if file.path]
+    hashes = [(file.name, _file_hash(file.path)) for file in data_files if file.path]
     return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == path else _sha256_of(json.dumps(hashes).encode())
 
 
@@ -244,5 +244,5 @@ def _sha256_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _canonical(found: Any) -> str:
-    return json.dumps(found, sort_keys=True, ensure_ascii=True, default=dict)
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, ensure_ascii=True, default=dict)

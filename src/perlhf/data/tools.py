@@ -45,7 +45,8 @@ class Validation:
 def formats() -> list[dict[str, str]]:
     """Name, kind of record and rule of every format, for the table of `perlhf data formats`."""
     return [
-        {"name": one.name, "gives": one.gives, "rule": " ".join((one.reader.__doc__ or "").split())} for one in FORMATS
+        {"name": layout.name, "gives": layout.gives, "rule": " ".join((layout.reader.__doc__ or "").split())}
+        for layout in FORMATS
     ]
 
 
@@ -68,13 +69,13 @@ def validate(paths: Sequence[str], format: str = "auto", root: Path | None = Non
             continue
         for file in files.find(path, root):
             count += 1
-            for found in _records_or_problems(file, format):
-                if isinstance(found, DataError):
-                    problems.append(found)
-                elif isinstance(found, Skipped):
-                    skipped[found.reason] += 1
+            for outcome in _records_or_problems(file, format):
+                if isinstance(outcome, DataError):
+                    problems.append(outcome)
+                elif isinstance(outcome, Skipped):
+                    skipped[outcome.reason] += 1
                 else:
-                    records.append(found)
+                    records.append(outcome)
     kinds = Counter(kind_of(record) for record in records)
     return Validation(count, dict(kinds), dict(skipped), tuple(problems[:MAX_PROBLEMS]), tuple(_warnings(records)))
 
@@ -97,7 +98,7 @@ def inspect(
     labels = Counter(record.label for record in records if isinstance(record, Rating))
     skipped = sum((Counter(reading.skipped) for reading in readings), Counter[str]())
     return {
-        "formats": {name: found for reading in readings for name, found in reading.formats.items()},
+        "formats": {name: detected for reading in readings for name, detected in reading.formats.items()},
         "records": dict(Counter(kind_of(record) for record in records)),
         "skipped": dict(skipped),
         "groups": len({record.group for record in records}),
@@ -128,9 +129,9 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
     records = [record for path in config.paths for record in read.read(path, config.format)]
     sides = {side: [record for record in records if split_of(record.group, config) == side] for side in SPLITS}
     shares = {"train": 1.0, "validation": config.validation, "test": config.test}
-    wanted = {side: found for side, found in sides.items() if shares[side] > 0}
-    for side, found in wanted.items():
-        if not found:
+    wanted = {side: members for side, members in sides.items() if shares[side] > 0}
+    for side, members in wanted.items():
+        if not members:
             groups = len({record.group for record in records})
             raise DataError(
                 f"the {side} side is empty: none of {groups} groups falls into it",
@@ -140,11 +141,11 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
             )
     with storage_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-    for side, found in wanted.items():
-        write_atomic(output / f"{side}.jsonl", to_jsonl(found))
+    for side, members in wanted.items():
+        write_atomic(output / f"{side}.jsonl", to_jsonl(members))
     return {
-        side: {"records": len(found), "groups": len({record.group for record in found})}
-        for side, found in wanted.items()
+        side: {"records": len(members), "groups": len({record.group for record in members})}
+        for side, members in wanted.items()
     }
 
 
@@ -209,13 +210,13 @@ def _trl_row(record: Record, chat: bool) -> dict[str, Any]:
         case Demonstration():
             row |= {"completion": _written(record.completion, "assistant", chat), "weight": record.weight}
     row |= {"group": record.group, "source": record.source or None}
-    return {name: found for name, found in row.items() if found is not None}
+    return {name: cell for name, cell in row.items() if cell is not None}
 
 
-def _written(found: Text, role: str, chat: bool) -> str | list[dict[str, str]]:
-    if isinstance(found, str):
-        return [{"role": role, "content": found}] if chat else found
-    return [dict(message) for message in found]
+def _written(text: Text, role: str, chat: bool) -> str | list[dict[str, str]]:
+    if isinstance(text, str):
+        return [{"role": role, "content": text}] if chat else text
+    return [dict(message) for message in text]
 
 
 def _records_or_problems(file: DataFile, format: str) -> Iterable[Record | Skipped | DataError]:
@@ -277,7 +278,7 @@ def _contradictions(records: Iterable[Record]) -> int:
         elif isinstance(record, Comparison) and record.chosen != record.rejected:
             sides = sorted((prompt_text(record.chosen), prompt_text(record.rejected)))
             verdicts[prompt_text(record.prompt), *sides].add(sides[0] == prompt_text(record.chosen))
-    return sum(len(found) == 2 for found in verdicts.values())
+    return sum(len(answers) == 2 for answers in verdicts.values())
 
 
 def _completions(record: Record) -> list[Text]:
@@ -292,22 +293,22 @@ def _completions(record: Record) -> list[Text]:
 
 def _example(record: Record) -> dict[str, Any]:
     row = _trl_row(record, chat=False)
-    return {"kind": kind_of(record)} | {name: _shortened(found) for name, found in row.items()}
+    return {"kind": kind_of(record)} | {name: _shortened(cell) for name, cell in row.items()}
 
 
-def _shortened(found: Any) -> Any:
+def _shortened(cell: Any) -> Any:
     """Text of at most EXAMPLE_CHARACTERS, the end kept; chat messages as `role: content` lines."""
-    if isinstance(found, list):
-        found = "\n".join(f"{message['role']}: {message['content']}" for message in found)
-    return f"...{found[-EXAMPLE_CHARACTERS:]}" if isinstance(found, str) and len(found) > EXAMPLE_CHARACTERS else found
+    if isinstance(cell, list):
+        cell = "\n".join(f"{message['role']}: {message['content']}" for message in cell)
+    return f"...{cell[-EXAMPLE_CHARACTERS:]}" if isinstance(cell, str) and len(cell) > EXAMPLE_CHARACTERS else cell
 
 
-def _length(found: Text) -> int:
-    return len(found) if isinstance(found, str) else sum(len(message["content"]) for message in found)
+def _length(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
 
 
 def _quantiles(lengths: list[int]) -> dict[str, int]:
-    """Median, 90th percentile (both as an element of the list, lower of two) and maximum."""
+    """Median, 90th percentile (both elements of the list: the lower one where the place is between two) and maximum."""
     ordered = sorted(lengths)
     if not ordered:
         return {"median": 0, "p90": 0, "max": 0}
@@ -323,6 +324,6 @@ def _split_sizes(records: Sequence[Record], config: DataConfig) -> dict[str, dic
     for record in records:
         sides[split_of(record.group, config)].append(record)
     return {
-        side: {"records": len(found), "groups": len({record.group for record in found})}
-        for side, found in sides.items()
+        side: {"records": len(members), "groups": len({record.group for record in members})}
+        for side, members in sides.items()
     }

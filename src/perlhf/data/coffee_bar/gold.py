@@ -129,11 +129,11 @@ def _named(text: str) -> Order:
     for sentence in _SENTENCE.findall(text):
         current = "" if sentence.endswith("?") else current
         for chunk in _CHUNK_END.split(sentence):
-            found, start = list(_ITEM.finditer(chunk)), 0
-            if not found and current:
+            matches, start = list(_ITEM.finditer(chunk)), 0
+            if not matches and current:
                 items[current] |= frozenset(_DETAIL.findall(chunk))
-            for index, match in enumerate(found):
-                before, end = chunk[start : match.start()], match.end() if index + 1 < len(found) else len(chunk)
+            for index, match in enumerate(matches):
+                before, end = chunk[start : match.start()], match.end() if index + 1 < len(matches) else len(chunk)
                 if _REMOVED.search(before):
                     removed.add(match[1])
                     items.pop(match[1], None)
@@ -190,14 +190,14 @@ def _details_right(ordered: Order, named: Order) -> float:
 
 
 def _is_echo(prompt: Text, said: str) -> bool:
-    """True for a customer's phrase ("can I get ...") or no word that the customer did not use."""
+    """True when the answer has a customer's phrase ("can I get ...") or only words that the customer used."""
     heard = {word for text in user_turns(prompt) for word in _WORD.findall(_plain(text))}
     return _CUSTOMER.search(said) is not None or not set(_WORD.findall(said)) - heard
 
 
 def _concise(said: str) -> float:
     words = _WORD.findall(said)
-    sentences = [tuple(found) for found in map(_WORD.findall, _SENTENCE.findall(said)) if found]
+    sentences = [tuple(sentence) for sentence in map(_WORD.findall, _SENTENCE.findall(said)) if sentence]
     runs = list(zip(*(words[offset:] for offset in range(6)), strict=False))
     if len(set(sentences)) < len(sentences) or len(set(runs)) < len(runs) or 2 * len(set(words)) < len(words):
         return 0.0

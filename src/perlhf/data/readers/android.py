@@ -113,14 +113,14 @@ class _Step:
         return [_canonical(self.action | element.centre) for element in missed]
 
     def draw(self, action: str) -> bytes:
-        """What a wrong action is drawn by: lowest first."""
+        """Sort key of a wrong action: the one with the lowest key is drawn."""
         return hashlib.sha256(f"{self.goal}:{self.index}:{action}".encode(errors="surrogatepass")).digest()
 
 
 def _steps(row: dict[str, Any], where: str) -> Iterator[_Step | Skipped]:
     goal = utf8(first_value(row, "goal", where), where).strip()
     encoded, instructions = (
-        [utf8(found, where) for found in items(row, key, where)] for key in ("actions", "step_instructions")
+        [utf8(feature, where) for feature in items(row, key, where)] for key in ("actions", "step_instructions")
     )
     trees = items({"accessibility_trees": []} | row, "accessibility_trees", where)
     if len(encoded) != len(instructions):
@@ -129,7 +129,7 @@ def _steps(row: dict[str, Any], where: str) -> Iterator[_Step | Skipped]:
             where=where,
             allowed="one instruction per action",
         )
-    actions = [_action(found, where) for found in encoded]
+    actions = [_action(written, where) for written in encoded]
     texts = ["" if action is None else _canonical(action) for action in actions]
     for index, action in enumerate(actions):
         if action is None or not goal:
@@ -142,14 +142,14 @@ def _steps(row: dict[str, Any], where: str) -> Iterator[_Step | Skipped]:
 
 def _action(encoded: str, where: str) -> dict[str, Any] | None:
     try:
-        found = parse_json(encoded, "an action", where)
+        action = parse_json(encoded, "an action", where)
     except DataError:
         return None
-    if not isinstance(found, dict) or any(isinstance(part, dict | list) for part in found.values()):
+    if not isinstance(action, dict) or any(isinstance(part, dict | list) for part in action.values()):
         return None
-    kind = found.get("action_type")
-    located = all(type(found.get(axis)) in (int, float) for axis in "xy")
-    return found if isinstance(kind, str) and (located or kind not in _POINTING) else None
+    kind = action.get("action_type")
+    located = all(type(action.get(axis)) in (int, float) for axis in "xy")
+    return action if isinstance(kind, str) and (located or kind not in _POINTING) else None
 
 
 def _canonical(action: dict[str, Any]) -> str:
@@ -174,7 +174,7 @@ def _elements(forest: Any, where: str) -> list[_Element]:
 
 
 def _inside(message: Any, number: int) -> list[Any]:
-    return [found for key, found in message_fields(message) if key == number]
+    return [field for key, field in message_fields(message) if key == number]
 
 
 def _element(node: dict[int, Any]) -> _Element | None:
@@ -189,14 +189,14 @@ def _element(node: dict[int, Any]) -> _Element | None:
     return _Element(" ".join(filter(None, words)), (left, top, right, bottom), clickable)
 
 
-def _string(found: Any) -> str:
+def _string(field: Any) -> str:
     """Text of a node on one line."""
-    if not isinstance(found, bytes):
+    if not isinstance(field, bytes):
         raise ValueError("a text is a number")
-    return " ".join(found.decode().split())
+    return " ".join(field.decode().split())
 
 
-def _int32(found: Any) -> int:
-    if not isinstance(found, int):
+def _int32(field: Any) -> int:
+    if not isinstance(field, int):
         raise ValueError("a side of a box is no whole number")
-    return (found + 2**31) % 2**32 - 2**31
+    return (field + 2**31) % 2**32 - 2**31

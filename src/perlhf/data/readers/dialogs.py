@@ -207,11 +207,11 @@ def _api_turns(annotations: list[Any], where: str) -> tuple[list[Message], bool]
     for annotation in annotations:
         annotation = mapping(annotation, "an annotation", where)
         kind = choice(annotation, "name", ("api_call", "request", "api_response", "response"), where)
-        found, context = text(annotation, "value", where), text(annotation, "context", where)
+        content, context = text(annotation, "value", where), text(annotation, "context", where)
         if kind in ("api_call", "api_response"):
-            names[context] = found
+            names[context] = content
         else:
-            bodies[context] = _mended_json(found)
+            bodies[context] = _mended_json(content)
     for context, name in names.items():
         body = bodies.get(context, {})
         if body is None:
@@ -226,7 +226,7 @@ def _api_turns(annotations: list[Any], where: str) -> tuple[list[Message], bool]
 def _renamed(name: str, body: Any) -> Any:
     if name == "show_menu" or not isinstance(body, dict):
         return body
-    return {("items" if key == "menu_items" else key): found for key, found in body.items()}
+    return {("items" if key == "menu_items" else key): part for key, part in body.items()}
 
 
 def _mended_json(encoded: str) -> Any:
@@ -250,24 +250,24 @@ def _marked_turns(marked: str, where: str) -> list[Message]:
         )
     turns: list[tuple[str, str, dict[str, list[str]]]] = []
     field = ""
-    for mark, found in zip(parts[1::2], parts[2::2], strict=True):
-        found = found.replace("\\n", "\n").strip()
+    for mark, content in zip(parts[1::2], parts[2::2], strict=True):
+        content = content.replace("\\n", "\n").strip()
         if mark in ("U", "A", "PN", "PR"):
-            turns.append((mark, found, {}))
+            turns.append((mark, content, {}))
         elif mark in ("PAN", "PRAN", "PAV", "PRAV"):
             if not turns or turns[-1][0] not in ("PN", "PR"):
                 raise DataError(f"<{mark}> outside a call", where=where, allowed="after <PN> or <PR>")
-            field = found if mark.endswith("AN") else field
-            turns[-1][2].setdefault(field, []).extend([found] if mark.endswith("AV") else [])
+            field = content if mark.endswith("AN") else field
+            turns[-1][2].setdefault(field, []).extend([content] if mark.endswith("AV") else [])
     roles = {"U": "user", "A": "assistant", "PN": "assistant", "PR": "tool"}
     return [
-        message(roles[mark], found if mark in ("U", "A") else _call_text(found, fields))
-        for mark, found, fields in turns
+        message(roles[mark], content if mark in ("U", "A") else _call_text(content, fields))
+        for mark, content, fields in turns
     ]
 
 
 def _call_text(name: str, fields: dict[str, list[str]]) -> str:
-    return json_text({name: {field: found[0] if len(found) == 1 else found for field, found in fields.items()}})
+    return json_text({name: {field: values[0] if len(values) == 1 else values for field, values in fields.items()}})
 
 
 def _hh_dialog(dialog: str, column: str, where: str) -> tuple[tuple[Message, ...], str]:
@@ -288,18 +288,18 @@ def _hh_turns(dialog: str, column: str, where: str) -> tuple[Message, ...]:
             allowed="a dialog of '\\n\\nHuman: ...\\n\\nAssistant: ...'",
         )
     roles = {"Human": "user", "Assistant": "assistant"}
-    return tuple(message(roles[role], found.strip()) for role, found in zip(parts[::2], parts[1::2], strict=True))
+    return tuple(message(roles[role], content.strip()) for role, content in zip(parts[::2], parts[1::2], strict=True))
 
 
 def _hhh_parts(row: dict[str, Any], column: str, where: str) -> tuple[str, str]:
-    found = _HHH_PARTS.search(text(row, column, where))
-    if found is None:
+    parts = _HHH_PARTS.search(text(row, column, where))
+    if parts is None:
         raise DataError(
             f"{column} lacks the judge prompt's headings",
             where=where,
             allowed="'###The instruction to evaluate:' and so on",
         )
-    return found["instruction"].strip(), found["response"].strip()
+    return parts["instruction"].strip(), parts["response"].strip()
 
 
 def _ranked_pairs(

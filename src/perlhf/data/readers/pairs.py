@@ -99,7 +99,7 @@ def tldr(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
     """
     for where, row in rows:
         info = mapping(value(row, "info", where), "column 'info'", where)
-        summaries = [mapping(found, "a summary", where) for found in items(row, "summaries", where)]
+        summaries = [mapping(summary, "a summary", where) for summary in items(row, "summaries", where)]
         if len(summaries) != 2:
             raise DataError(f"column 'summaries' holds {len(summaries)}", where=where, allowed="two summaries")
         better = int(choice(row, "choice", (0, 1), where))
@@ -124,8 +124,8 @@ def feedbackqa(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
             (sum(grades) / len(grades), _passage(row, where), where)
         )
     for question, passages in offered.items():
-        for one, other in combinations(passages, 2):
-            (high, chosen, where), (low, rejected, _) = (one, other) if one[0] >= other[0] else (other, one)
+        for first, second in combinations(passages, 2):
+            (high, chosen, where), (low, rejected, _) = (first, second) if first[0] >= second[0] else (second, first)
             if math.isclose(high, low):
                 yield Skipped("equal mean grades", where)
             else:
@@ -241,7 +241,7 @@ class _Screen:
         return "\n".join(["Elements on the screen:", *self.lines, *ask])
 
     def draw(self, index: int) -> bytes:
-        """What an element is drawn by: lowest first."""
+        """Sort key of a wrong element: those with the lowest keys are drawn."""
         return hashlib.sha256(f"{self.image}:{self.instruction}:{index}".encode()).digest()
 
 
@@ -268,10 +268,10 @@ def _boolean_as_text(row: dict[str, Any], key: str, where: str) -> str:
 
 
 def _grades(row: dict[str, Any], where: str) -> list[int]:
-    found = items(row, "rating", where)
-    if not found:
+    grades = items(row, "rating", where)
+    if not grades:
         raise DataError("column 'rating' is an empty list", where=where, allowed="one grade per rater")
-    return [GRADES.index(choice({"rating": grade}, "rating", GRADES, where)) for grade in found]
+    return [GRADES.index(choice({"rating": grade}, "rating", GRADES, where)) for grade in grades]
 
 
 def _passage(row: dict[str, Any], where: str) -> str:
@@ -296,16 +296,16 @@ def _judged_summaries(
             prompt = prompt_of(stories[passage], number, where)
             summaries = mapping(summaries, f"question {number!r}", where)
             ranks = {name: _ranks(summaries, name, where) for name in _SYSTEMS}
-            for one, other in combinations(_SYSTEMS, 2):
-                raters = [rater for rater in ranks[one] if rater in ranks[other]]
+            for system, other in combinations(_SYSTEMS, 2):
+                raters = [rater for rater in ranks[system] if rater in ranks[other]]
                 votes = sum(
-                    (ranks[one][rater] < ranks[other][rater]) - (ranks[one][rater] > ranks[other][rater])
+                    (ranks[system][rater] < ranks[other][rater]) - (ranks[system][rater] > ranks[other][rater])
                     for rater in raters
                 )
                 if votes == 0:
                     yield Skipped("tie", where)
                     continue
-                winner, loser = (one, other) if votes > 0 else (other, one)
+                winner, loser = (system, other) if votes > 0 else (other, system)
                 chosen, rejected = (text(summaries[name], "response", where).strip() for name in (winner, loser))
                 share = sum(ranks[winner][rater] < ranks[loser][rater] for rater in raters) / len(raters)
                 margin = abs(votes) / len(raters)
@@ -326,14 +326,14 @@ def _question(story: Story, number: str, where: str) -> str:
 
 def _ranks(summaries: dict[str, Any], name: str, where: str) -> dict[str, int]:
     reviews = items(mapping(value(summaries, name, where), f"summary {name!r}", where), "reviews", where)
-    found: dict[str, int] = {}
+    ranks: dict[str, int] = {}
     for review in reviews:
         review = mapping(review, "a review", where)
         rank = value(review, "overall-rank", where)
         if isinstance(rank, bool) or not isinstance(rank, int):
             wrong_type(rank, "overall-rank", "a whole number", where)
-        found[text(review, "worker_id", where)] = rank
-    return found
+        ranks[text(review, "worker_id", where)] = rank
+    return ranks
 
 
 def _boxes(row: dict[str, Any], prefix: str, where: str) -> list[tuple[float, ...]]:
@@ -351,7 +351,7 @@ def _node_texts(row: dict[str, Any], where: str) -> list[str]:
     columns = [
         items(row, f"image/view_hierarchy/{name}", where) for name in ("class/name", "text", "description", "id/name")
     ]
-    decoded = [[utf8(found, where).strip() for found in column] for column in columns]
+    decoded = [[utf8(encoded, where).strip() for encoded in column] for column in columns]
     return [
         " ".join(part for part in (kind, f'"{shown}"' if shown else "", about, name) if part)
         for kind, shown, about, name in zip(*decoded, strict=False)
@@ -366,11 +366,11 @@ def _describe(box: tuple[float, ...], nodes: list[tuple[tuple[float, ...], str]]
     return f"{words} ({edges})" if overlap >= _SAME_ELEMENT else f"({edges})"
 
 
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+def _overlap(first: tuple[float, ...], second: tuple[float, ...]) -> float:
     """Intersection over union of two (left, top, right, bottom) boxes."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
     if width <= 0 or height <= 0:
         return 0.0
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
     return width * height / (sum(areas) - width * height)

@@ -3,7 +3,7 @@
 A record is: length (uint64), its CRC (uint32), that many bytes, their CRC (uint32); all little-endian. The bytes are a
 protobuf message of three levels: Example.features (1) -> Features.feature (map: key 1, value 2) -> one of bytes_list 1,
 float_list 2, int64_list 3, each with its values in field 1. Source: the TFRecord and `example.proto` descriptions of
-TensorFlow; the CRC is CRC-32C (RFC 3720), masked.
+TensorFlow; the CRC is CRC-32C (RFC 3720), masked (its bits rotated and a constant added).
 """
 
 import struct
@@ -52,14 +52,14 @@ def _example(encoded: bytes) -> dict[str, Any]:
 
 def _feature(encoded: bytes) -> list[Any]:
     for kind, values in message_fields(encoded):
-        found = list(message_fields(values))
+        fields = list(message_fields(values))
         if kind == 1:
-            return [value for _, value in found]
+            return [value for _, value in fields]
         if kind == 2:
-            return [number for _, packed in found for (number,) in struct.iter_unpack("<f", _bytes(packed))]
+            return [number for _, packed in fields for (number,) in struct.iter_unpack("<f", _bytes(packed))]
         if kind == 3:
             return [
-                number for _, packed in found for number in ([packed] if isinstance(packed, int) else _varints(packed))
+                number for _, packed in fields for number in ([packed] if isinstance(packed, int) else _varints(packed))
             ]
     return []
 

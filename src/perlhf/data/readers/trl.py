@@ -47,7 +47,7 @@ def trl(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
     one looks like a misspelt name.
     """
     for where, row in rows:
-        row = {key: found for key, found in row.items() if found is not None}
+        row = {key: content for key, content in row.items() if content is not None}
         kinds = set(row)
         if kinds & {"chosen", "rejected"}:
             yield checked(_comparison(row, where), where)
@@ -115,15 +115,15 @@ def _last_turn(row: dict[str, Any], where: str) -> Demonstration:
 
 
 def _prompt(row: dict[str, Any], where: str) -> Text:
-    found = value(row, "prompt", where, COLUMNS)
-    return found if isinstance(found, str) else _messages(found, "prompt", where)
+    prompt = value(row, "prompt", where, COLUMNS)
+    return prompt if isinstance(prompt, str) else _messages(prompt, "prompt", where)
 
 
-def _answer(found: Any, prompt: Text, column: str, where: str) -> str:
+def _answer(content: Any, prompt: Text, column: str, where: str) -> str:
     """The text of a completion given as text, as one assistant message, or as the whole conversation."""
-    if isinstance(found, str):
-        return found
-    messages = _messages(found, column, where)
+    if isinstance(content, str):
+        return content
+    messages = _messages(content, column, where)
     before = (message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
     if len(messages) > len(before) and messages[: len(before)] == before:
         messages = messages[len(before) :]
@@ -131,9 +131,9 @@ def _answer(found: Any, prompt: Text, column: str, where: str) -> str:
 
 
 def _split_conversations(chosen: list[Any], rejected: list[Any], where: str) -> tuple[tuple[Message, ...], str, str]:
-    one, other = _messages(chosen, "chosen", where), _messages(rejected, "rejected", where)
+    chosen_turns, rejected_turns = _messages(chosen, "chosen", where), _messages(rejected, "rejected", where)
     shared = 0
-    while shared < min(len(one), len(other)) - 1 and one[shared] == other[shared]:
+    while shared < min(len(chosen_turns), len(rejected_turns)) - 1 and chosen_turns[shared] == rejected_turns[shared]:
         shared += 1
     if not shared:
         raise DataError(
@@ -142,9 +142,9 @@ def _split_conversations(chosen: list[Any], rejected: list[Any], where: str) -> 
             allowed="a `prompt` column, or conversations that begin alike",
         )
     return (
-        one[:shared],
-        _one_assistant_message(one[shared:], "chosen", where),
-        _one_assistant_message(other[shared:], "rejected", where),
+        chosen_turns[:shared],
+        _one_assistant_message(chosen_turns[shared:], "chosen", where),
+        _one_assistant_message(rejected_turns[shared:], "rejected", where),
     )
 
 
@@ -157,11 +157,11 @@ def _one_assistant_message(messages: tuple[Message, ...], column: str, where: st
     return messages[0]["content"]
 
 
-def _messages(found: Any, column: str, where: str) -> tuple[Message, ...]:
-    if not isinstance(found, list):
-        wrong_type(found, f"column {column!r}", "text or a list of messages", where)
+def _messages(conversation: Any, column: str, where: str) -> tuple[Message, ...]:
+    if not isinstance(conversation, list):
+        wrong_type(conversation, f"column {column!r}", "text or a list of messages", where)
     messages = []
-    for part in found:
+    for part in conversation:
         part = mapping(part, f"a message of {column!r}", where)
         role = text(part, "role", where)
         if role not in ROLES:
