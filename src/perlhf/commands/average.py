@@ -78,8 +78,8 @@ def _mean(runs: Sequence[FinishedRun]) -> SavedAdapter:
 
 def _check_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        found = "holds something" if output.is_dir() else "is a file"
-        raise ConfigError(f"{output} {found}", where="output", allowed="a new or empty directory")
+        state = "holds something" if output.is_dir() else "is a file"
+        raise ConfigError(f"{output} {state}", where="output", allowed="a new or empty directory")
 
 
 def _check_alike(first: FinishedRun, expected: SavedAdapter, run: FinishedRun, member: SavedAdapter) -> None:

@@ -236,9 +236,9 @@ def _run_data(name: str, arguments: list[str]) -> int:
         case commands.DataFormatsConfig():
             show.formats(tools.formats(), pull.sources())
         case commands.DataValidateConfig():
-            found = tools.validate(settings.paths, settings.format)
-            show.validation(found.files, found.records, found.skipped, found.problems, found.warnings)
-            return 0 if found.ok else 2
+            checked = tools.validate(settings.paths, settings.format)
+            show.validation(checked.files, checked.records, checked.skipped, checked.problems, checked.warnings)
+            return 0 if checked.ok else 2
         case commands.DataInspectConfig():
             show.nested("data", tools.inspect(settings.paths, settings.format))
         case commands.DataSplitConfig():

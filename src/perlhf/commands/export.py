@@ -195,7 +195,7 @@ def _texts(run: FinishedRun, encoder: Encoder) -> list[Ids]:
         text = record.chosen if isinstance(record, Comparison) else record.completion
         pairs.append((record.prompt, [text], record.source))
     examples, _ = loop.encode_all(encoder, pairs, drop_long=True)
-    return [found[0].tokens.ids for found in examples if found is not None]
+    return [encoded[0].tokens.ids for encoded in examples if encoded is not None]
 
 
 @torch.no_grad()
@@ -209,12 +209,12 @@ def _measure(model: Model, adapter: Adapter, directory: Path, texts: Sequence[Id
     wanted = _outputs(model, adapter.name, texts)
     if adapter.score_head is None:
         network = load_base(Base(directory), model.dtype, model.device)
-        found = _last(network, texts)
+        outputs = _last(network, texts)
     else:
         assert adapter.bias is not None
         network = _classifier(Base(directory), model)
-        found = torch.cat([_one(network, ids) for ids in texts]) + adapter.bias
-    error = (found - wanted).abs()
+        outputs = torch.cat([_one(network, ids) for ids in texts]) + adapter.bias
+    error = (outputs - wanted).abs()
     measured: dict[str, Any] = {
         "texts_measured": len(texts),
         f"largest_{what}_error": error.max().item(),

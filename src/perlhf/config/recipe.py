@@ -92,11 +92,11 @@ def explain(
         return ConfigError(
             str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"], where=place or where or None
         )
-    found = problem["input"]
+    value = problem["input"]
     subject = f"`{_dotted(key)}`" if key else "the recipe"
     names = _literals(info.annotation) if info else []
-    hint = nearest(found, names) if isinstance(found, str) else None
-    return ConfigError(f"{subject} can't be {_shown(found)}", where=place or None, allowed=_allowed(info), hint=hint)
+    hint = nearest(value, names) if isinstance(value, str) else None
+    return ConfigError(f"{subject} can't be {_shown(value)}", where=place or None, allowed=_allowed(info), hint=hint)
 
 
 def describe(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
@@ -123,10 +123,10 @@ def describe(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
 
 def _bounds(metadata: tuple[Any, ...]) -> str:
     words = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
-    found = [
+    bounds = [
         f"{word} {getattr(item, name):g}" for item in metadata for name, word in words.items() if hasattr(item, name)
     ]
-    return " " + " and ".join(found) if found else ""
+    return " " + " and ".join(bounds) if bounds else ""
 
 
 def _allowed(info: FieldInfo | None) -> str | None:

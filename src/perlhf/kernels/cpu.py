@@ -140,8 +140,8 @@ _kernels: dict[tuple[str, torch.dtype], Any] = {}
 
 @functools.cache
 def _has_linear() -> bool:
-    found = _load()[0]
-    return found is not None and bool(found.has_linear())
+    library = _load()[0]
+    return library is not None and bool(library.has_linear())
 
 
 @functools.cache

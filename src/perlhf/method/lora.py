@@ -144,9 +144,9 @@ def match(linear: Sequence[str], targets: str | tuple[str, ...], layers: str = "
     """
     last = sorted({path.split(".")[-1] for path in linear})
     if targets == "all":
-        found = list(linear)
+        matched = list(linear)
     elif targets == "attention":
-        found = [p for p in linear if any("attn" in part or "attention" in part for part in p.split(".")[:-1])]
+        matched = [p for p in linear if any("attn" in part or "attention" in part for part in p.split(".")[:-1])]
     else:
         wanted = (targets,) if isinstance(targets, str) else targets
         for target in wanted:
@@ -157,20 +157,20 @@ def match(linear: Sequence[str], targets: str | tuple[str, ...], layers: str = "
                     allowed=f"attention, all, or names among {', '.join(last)}",
                     hint=nearest(target, last),
                 )
-        found = [path for path in linear if any(_ends(path, target) for target in wanted)]
-    if not found:
+        matched = [path for path in linear if any(_ends(path, target) for target in wanted)]
+    if not matched:
         raise AdapterError(
             f"adapter targets '{targets}' match no linear layer of the base",
             where="adapter.targets",
             allowed=f"names among {', '.join(last) or '(the base has no nn.Linear)'}",
         )
     if layers == "all":
-        return found
+        return matched
     first = 1 + max(map(_layer, linear)) - int(layers.removeprefix("last:"))
-    kept = [path for path in found if _layer(path) >= max(first, 0)]
-    if not kept:
+    uppermost = [path for path in matched if _layer(path) >= max(first, 0)]
+    if not uppermost:
         raise AdapterError(f"adapter targets '{targets}' match nothing in layers {layers}", where="adapter.layers")
-    return kept
+    return uppermost
 
 
 def _ends(path: str, name: str) -> bool:

@@ -253,13 +253,13 @@ def length_mask(lengths: Sequence[int], device: torch.device | str = "cpu") -> B
 
 def _first(spans: tuple[Span, ...], count: int) -> tuple[Span, ...]:
     """The spans of the first `count` tokens."""
-    kept: list[Span] = []
+    beginning: list[Span] = []
     for start, length in spans:
         if count <= 0:
             break
-        kept.append((start, min(length, count)))
+        beginning.append((start, min(length, count)))
         count -= length
-    return tuple(kept)
+    return tuple(beginning)
 
 
 def spread(flat: Tensor, mask: Tensor) -> Tensor:

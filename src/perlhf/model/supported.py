@@ -105,10 +105,10 @@ def verify_forward(model: "Model") -> None:
             raise _differs(network, f"{obeyed} obeyed, {reason}")
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def _distance(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of `expected`."""
-    found, expected = found.float(), expected.float()
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+    actual, expected = actual.float(), expected.float()
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
 def _differs(model: PreTrainedModel, what: str) -> ModelError:

@@ -139,9 +139,9 @@ class Run:
         assert self._metrics is None, "rewind comes before the first log"
         path = self.path / METRICS
         old = path.read_bytes() if path.exists() else b""
-        kept = b"".join(line for number, line in _complete_lines(old) if _line_step(path, number, line) <= step)
-        if kept != old:
-            write_atomic(path, kept)
+        remaining = b"".join(line for number, line in _complete_lines(old) if _line_step(path, number, line) <= step)
+        if remaining != old:
+            write_atomic(path, remaining)
         for rollout in (self.path / "rollouts").glob("*.jsonl"):
             if rollout.stem.isdigit() and int(rollout.stem) > step:
                 with storage_errors(rollout):

@@ -40,8 +40,8 @@ def find(environment: Mapping[str, str]) -> Path | None:
     for pattern in LIBRARIES:
         for folder in folders:
             # The loader would split a path at spaces and colons.
-            if (found := sorted(folder.glob(pattern))) and not set(str(found[0])) & set(" :"):
-                return found[0]
+            if (libraries := sorted(folder.glob(pattern))) and not set(str(libraries[0])) & set(" :"):
+                return libraries[0]
     return None
 
 

@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 def environment() -> dict[str, Any]:
     """Versions, commit (None outside a git checkout), hardware and CPU threads (None before torch is loaded)."""
     versions = {"perlhf": __version__, "python": platform.python_version()}
-    versions |= {package: found for package in PACKAGES if (found := version(package))}
+    versions |= {package: release for package in PACKAGES if (release := version(package))}
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch else None
     native: Any = sys.modules.get("perlhf.kernels.cpu")
@@ -64,11 +64,11 @@ def peak_memory_bytes() -> int:
     """The largest resident memory of this process so far."""
     try:
         # ru_maxrss starts from the parent's peak; VmHWM is this process's own.
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except FileNotFoundError:
-        found = None
-    if found:
-        return int(found[1]) * 1024
+        peak = None
+    if peak:
+        return int(peak[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -139,8 +139,8 @@ def _torch_version() -> str | None:
     if torch := sys.modules.get("torch"):
         return str(torch.__version__)
     file = Path(str(metadata.distribution("torch").locate_file("torch/version.py")))
-    found = re.search(r"^__version__ = ['\"](.+)['\"]", file.read_text("utf-8"), re.M) if file.is_file() else None
-    return found[1] if found else None
+    assignment = re.search(r"^__version__ = ['\"](.+)['\"]", file.read_text("utf-8"), re.M) if file.is_file() else None
+    return assignment[1] if assignment else None
 
 
 def _commit() -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _hardware() -> dict[str, Any]:
 
 def _cpu_name() -> str:
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except FileNotFoundError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        model = None
+    return model[1].strip() if model else platform.processor() or platform.machine()

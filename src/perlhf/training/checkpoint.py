@@ -94,9 +94,9 @@ def load(run_dir: Path, step: int | None = None) -> Checkpoint | None:
             return None
         step = steps[-1]
     if step not in steps:
-        found = ", ".join(map(str, steps)) or "none"
+        existing = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(
-            f"no checkpoint of step {step}", where=str(run_dir / CHECKPOINTS), allowed=f"steps: {found}"
+            f"no checkpoint of step {step}", where=str(run_dir / CHECKPOINTS), allowed=f"steps: {existing}"
         )
     directory = _directory(run_dir, step)
     try:
@@ -113,8 +113,8 @@ def _directory(run_dir: Path, step: int) -> Path:
 
 def _steps(run_dir: Path) -> list[int]:
     """Steps of the complete checkpoints, ascending. A directory without its last file doesn't exist."""
-    found = (run_dir / CHECKPOINTS).glob(f"*/{STATE_FILE}")
-    return sorted(int(file.parent.name) for file in found if re.fullmatch(r"\d{8,}", file.parent.name))
+    state_files = (run_dir / CHECKPOINTS).glob(f"*/{STATE_FILE}")
+    return sorted(int(file.parent.name) for file in state_files if re.fullmatch(r"\d{8,}", file.parent.name))
 
 
 def _intact(directory: Path) -> dict[str, Any]:

@@ -78,9 +78,9 @@ def fit(
         )
     held_out = {strength: _held_out_loss(features, right, names, share, strength) for strength in STRENGTHS}
     best = min(STRENGTHS, key=lambda strength: held_out[strength])
-    found = _regression(features, right, share, best)
-    weight = found[:-1] / deviation
-    return Probe(weight, float(INTERCEPT_SCALE * found[-1] - weight @ mean), best, held_out[best])
+    coefficients = _regression(features, right, share, best)
+    weight = coefficients[:-1] / deviation
+    return Probe(weight, float(INTERCEPT_SCALE * coefficients[-1] - weight @ mean), best, held_out[best])
 
 
 def _held_out_loss(
@@ -96,8 +96,8 @@ def _held_out_loss(
     everything = np.arange(len(targets))
     total = norm = 0.0
     for fitted, tested in usable or [(everything, everything)]:
-        found = _regression(features[fitted], targets[fitted], weights[fitted], strength)
-        loss = np.logaddexp(0, np.where(targets[tested], -1, 1) * (features[tested] @ found))
+        coefficients = _regression(features[fitted], targets[fitted], weights[fitted], strength)
+        loss = np.logaddexp(0, np.where(targets[tested], -1, 1) * (features[tested] @ coefficients))
         total, norm = total + float(weights[tested] @ loss), norm + float(weights[tested].sum())
     return total / norm
 

@@ -64,7 +64,7 @@ def clip(parameters: Iterable[Parameter], max_norm: float) -> float:
     if not gradients:
         return 0.0
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    norm = torch.linalg.vector_norm(torch.stack([one.to(norms[0].device) for one in norms])).item()
+    norm = torch.linalg.vector_norm(torch.stack([part.to(norms[0].device) for part in norms])).item()
     if not math.isfinite(norm):
         raise DivergenceError(
             f"the gradient norm is {norm}",

@@ -112,13 +112,13 @@ def count_records(config: Stage, kinds: tuple[str, ...]) -> dict[str, int]:
         DataError: no records of these kinds, or a split that should have some is empty.
     """
     unlimited = config.data.model_copy(update={"limit": None})
-    found = Counter(splits.split_of(record.group, config.data) for record in splits.load(unlimited, kinds, "all"))
+    available = Counter(splits.split_of(record.group, config.data) for record in splits.load(unlimited, kinds, "all"))
     for split in SPLITS:
-        if not found[split] and (split != "test" or config.data.test > 0):
+        if not available[split] and (split != "test" or config.data.test > 0):
             splits.load(config.data, kinds, split)  # raises, saying what is empty and what to change
     limits = {split: [config.data.limit] for split in SPLITS}
     limits["train"].append(config.data.limit_train)
-    return {split: min([found[split], *(limit for limit in limits[split] if limit)]) for split in SPLITS}
+    return {split: min([available[split], *(limit for limit in limits[split] if limit)]) for split in SPLITS}
 
 
 def count_updates(config: Stage, kinds: tuple[str, ...]) -> int:
