@@ -5,7 +5,7 @@ several threads don't disturb each other.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -43,11 +43,8 @@ class Call:
 
 
 _current: ContextVar[Call] = ContextVar("call", default=Call())  # noqa: B039 -- frozen
-
-
-def current_call() -> Call:
-    """What the pass carries that this is read in; outside of one the bare base's."""
-    return _current.get()
+current_call: Callable[[], Call] = _current.get
+"""What the pass carries that this is called in; outside of one the bare base's."""
 
 
 @contextmanager
