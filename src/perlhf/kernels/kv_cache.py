@@ -18,7 +18,7 @@ ALIGNED = 16
 GROW = 64
 """Tokens by which the rows' own buffers grow."""
 FIXED = ("cuda",)
-"""Devices where a step changes no tensor's shape, so that it can be recorded and replayed (`rollout.local.Decoding`)."""
+"""Devices where a step changes no tensor's shape and so can be recorded and replayed (`rollout.local.Decoding`)."""
 
 
 class KeyValueCache:
