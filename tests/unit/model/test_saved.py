@@ -88,7 +88,7 @@ def same(found: SavedAdapter, expected: SavedAdapter) -> None:
     assert {path: (p.scale, p.dropout) for path, p in ours.pairs.items()} == {
         path: (p.scale, p.dropout) for path, p in theirs.pairs.items()
     }
-    plain: dict[str, Any] = {"pairs": {}, "weights": {}, "head": None, "bias": None}
+    plain: dict[str, Any] = {"pairs": {}, "weights": {}, "score_head": None, "bias": None}
     assert replace(ours, **plain) == replace(theirs, **plain)
     nothing = Adapter("", "sft")
     assert replace(found, adapter=nothing) == replace(expected, adapter=nothing)
