@@ -95,10 +95,11 @@ def safe_extract(archive: Path, directory: Path) -> list[Path]:
                 return [Path(opened.extract(member, directory)) for member in members]
         with tarfile.open(archive) as opened:
             inside = [member for member in opened.getmembers() if not member.isdir()]
-            places = [_place(directory, member.name, archive, member.isreg()) for member in inside]
+            for member in inside:
+                _place(directory, member.name, archive, member.isreg())
             # The filter alone would refuse what leaves the directory, but write an absolute name below it.
             opened.extractall(directory, inside, filter="data")
-            return places
+            return [directory / member.name for member in inside]
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
         raise DataError(f"the archive is damaged: {error}", where=archive.name, hint="download it again") from error
 
