@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perlhf.config.stages import StageConfig
+from perlhf.config.stages import RewardConfig, SftConfig, StageConfig
 from perlhf.data import order
 from perlhf.data.records import Record, Text
 from perlhf.data.splits import content_hash
@@ -100,6 +100,22 @@ def encode_all(
 def whole_groups(records: Sequence[Record], count: int | None, seed: int) -> list[Record]:
     """About `count` of the records, of whole groups; all for None."""
     return [records[number] for number in order.whole_groups([record.group for record in records], count, seed)]
+
+
+def updates_of(config: SftConfig | RewardConfig, groups: Sequence[str]) -> list[list[int]]:
+    """Numbers of the examples of each update (`order.plan_updates`), as the configuration says.
+
+    Args:
+        groups: of the training examples.
+    """
+    size, epochs = config.examples_per_update, config.epochs
+    return order.plan_updates(groups, size, epochs, config.seed, config.order, config.max_updates)
+
+
+def stop_if_asked(run: Run, step: int, total: int) -> None:
+    """Raises Interrupted where a signal asked for it and updates are left; the checkpoint is saved by then."""
+    if run.stop_requested and step < total:
+        raise Interrupted(f"stopped at update {step} of {total}", hint="run the same command to continue")
 
 
 def optimiser_step(optimizer: torch.optim.AdamW, adapter: Adapter, learning_rate: float, max_grad_norm: float) -> float:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.data import splits
-from perlhf.data.order import plan_updates
 from perlhf.data.splits import SPLITS
 from perlhf.kernels import cpu
 from perlhf.model.base import without_weights
@@ -18,6 +17,7 @@ from perlhf.model.supported import target_paths
 from perlhf.runs.earlier import check_runs, earlier_runs
 from perlhf.system import allocator
 from perlhf.system.machine import cpu_computes_in_bf16
+from perlhf.training.loop import updates_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,8 +126,7 @@ def count_updates(config: Stage, kinds: tuple[str, ...]) -> int:
     if isinstance(config, PolicyConfig):
         return config.updates * config.steps_per_rollout
     groups = [record.group for record in splits.load(config.data, kinds, "train")]
-    size, epochs = config.examples_per_update, config.epochs
-    return len(plan_updates(groups, size, epochs, config.seed, config.order, config.max_updates))
+    return len(updates_of(config, groups))
 
 
 def trainable_parameters(config: Stage, network: "PreTrainedModel") -> dict[str, int]:

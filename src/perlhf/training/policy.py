@@ -24,7 +24,7 @@ from perlhf.rollout.scorers import load_scorers
 from perlhf.runs.run import Run, open_run
 from perlhf.system.machine import peak_memory_bytes
 from perlhf.training import loop, optim
-from perlhf.training.loop import Interrupted, Keeper
+from perlhf.training.loop import Keeper
 from perlhf.training.policy_step import (
     POLICY,
     VALUE,
@@ -95,10 +95,7 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
                 if keeper.step == step or state.stopped or step % config.save_every == 0 or run.stop_requested:
                     loop.save(run, step, model, optimizers, keeper, asdict(state))
                 bar.advance()
-                if run.stop_requested and step < config.updates:
-                    raise Interrupted(
-                        f"stopped at update {step} of {config.updates}", hint="run the same command to continue"
-                    )
+                loop.stop_if_asked(run, step, config.updates)
         loop.restore_best(run.path, keeper, model.adapters[POLICY])
         saved.save_adapter(model, POLICY, run.path / "adapter", setup.encoder)
         if VALUE in model.adapters:

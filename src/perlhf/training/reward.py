@@ -30,7 +30,7 @@ from perlhf.model.open import load_sft, new_adapter, open_model
 from perlhf.rollout.scorers import score_batches
 from perlhf.runs.run import Run, open_run
 from perlhf.training import linear_probe, loop, optim
-from perlhf.training.loop import Interrupted, Keeper
+from perlhf.training.loop import Keeper
 
 NAME = "reward_0"
 
@@ -66,14 +66,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         validation = held_out, laid_out(held_out, config, model)
         weights, balance = class_weights(train, config.class_weight)
         adapter = _start(model, encoder, config, train)
-        plan = order.plan_updates(
-            [item.group for item in train],
-            config.examples_per_update,
-            config.epochs,
-            config.seed,
-            config.order,
-            config.max_updates,
-        )
+        plan = loop.updates_of(config, [item.group for item in train])
         optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
         step, keeper, state = loop.restore(run, model, optimizers)
         tokens = state.get("tokens", 0)
@@ -101,10 +94,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
                 if keeper.step == step or step % config.save_every == 0 or run.stop_requested:
                     loop.save(run, step, model, optimizers, keeper, {"tokens": tokens})
                 bar.advance()
-                if run.stop_requested and step < len(plan):
-                    raise Interrupted(
-                        f"stopped at update {step} of {len(plan)}", hint="run the same command to continue"
-                    )
+                loop.stop_if_asked(run, step, len(plan))
         loop.restore_best(run.path, keeper, adapter)
         saved.save_adapter(model, NAME, run.path / "adapter", encoder)
         result = {

@@ -21,7 +21,6 @@ from perlhf.model.model import Model
 from perlhf.model.open import new_adapter, open_model
 from perlhf.runs.run import open_run
 from perlhf.training import loop, optim
-from perlhf.training.loop import Interrupted
 
 NAME = "sft"
 
@@ -52,14 +51,7 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
         held_out, _ = encode_items(encoder, loop.whole_groups(held_out, config.validation_examples, config.seed))
         validation = laid_out(held_out, config, model)
         adapter = new_adapter(model, NAME, "sft", config)
-        plan = order.plan_updates(
-            [item.group for item in train],
-            config.examples_per_update,
-            config.epochs,
-            config.seed,
-            config.order,
-            config.max_updates,
-        )
+        plan = loop.updates_of(config, [item.group for item in train])
         optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
         step, keeper, state = loop.restore(run, model, optimizers)
         tokens = state.get("tokens", 0)
@@ -77,10 +69,7 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
                 if improved or step % config.save_every == 0 or run.stop_requested:
                     loop.save(run, step, model, optimizers, keeper, {"tokens": tokens})
                 bar.advance()
-                if run.stop_requested and step < len(plan):
-                    raise Interrupted(
-                        f"stopped at update {step} of {len(plan)}", hint="run the same command to continue"
-                    )
+                loop.stop_if_asked(run, step, len(plan))
         loop.restore_best(run.path, keeper, adapter)
         saved.save_adapter(model, NAME, run.path / "adapter", encoder)
         result = {
