@@ -409,7 +409,7 @@ class TestRefused:
     def directory(self, model: Model, encoder: Encoder, tmp_path: Path) -> Path:
         model.add_adapter("reward_0", "reward", rank=2)
         randomise(model, "reward_0")
-        saved.save_adapter(model, "reward_0", tmp_path / "adapter", encoder, extra={"note": 1})
+        saved.save_adapter(model, "reward_0", tmp_path / "adapter", encoder)
         return tmp_path / "adapter"
 
     def test_round_trip_with_head_and_bias(
@@ -478,4 +478,4 @@ class TestRefused:
 
     def test_written_files_name_the_base(self, directory: Path, model: Model) -> None:
         details = json.loads((directory / "perlhf.json").read_text())
-        assert details["base"] == model.fingerprint and details["extra"] == {"note": 1}
+        assert details["base"] == model.fingerprint

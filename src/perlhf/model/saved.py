@@ -56,20 +56,16 @@ class SavedAdapter:
         adapter: on the CPU, float32, with nothing beneath it.
         base: fingerprint {"name", "sha256"} of the base it was trained on; "" where unknown (made by other tools).
         encoding: how records became tokens (the `encoding` section of its recipe); {} where unknown.
-        extra: anything else worth keeping, as JSON.
         targets: module names (or path endings) that have a pair, as PEFT is told them; empty for full tuning.
     """
 
     adapter: Adapter
     base: dict[str, str]
     encoding: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
 
 
-def save_adapter(
-    model: Model, name: str, directory: Path, encoder: Encoder, extra: dict[str, Any] | None = None
-) -> None:
+def save_adapter(model: Model, name: str, directory: Path, encoder: Encoder) -> None:
     """Writes adapter `name`, with whatever stays active beneath it stacked in, so that it loads on its own.
 
     Raises:
@@ -77,7 +73,7 @@ def save_adapter(
     """
     adapter = with_those_beneath(model, name)
     targets = sorted(adapter.pairs)
-    write_adapter(directory, SavedAdapter(adapter, model.fingerprint, encoder.identity(), extra or {}, targets))
+    write_adapter(directory, SavedAdapter(adapter, model.fingerprint, encoder.identity(), targets))
 
 
 def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | None = None) -> Adapter:
@@ -148,7 +144,6 @@ def write_adapter(directory: Path, saved: SavedAdapter) -> None:
             "bias": 0.0 if adapter.bias is None else adapter.bias.item(),
             "base": saved.base,
             "encoding": saved.encoding,
-            "extra": saved.extra,
             "sha256": sha256(file),
         }
         (temporary / DETAILS).write_bytes(sealed(details))
@@ -168,7 +163,7 @@ def read_adapter(directory: Path, name: str = "adapter") -> SavedAdapter:
         tensors = _read_tensors(directory / FULL_WEIGHTS, details["sha256"])
         adapter = _with_head(Adapter(name, details["role"]), tensors.pop(_HEAD, None), details["bias"])
         adapter.weights = {key.removeprefix("base."): nn.Parameter(tensor) for key, tensor in tensors.items()}
-        return SavedAdapter(adapter, details["base"], details["encoding"], details["extra"])
+        return SavedAdapter(adapter, details["base"], details["encoding"])
     config = _read_json(directory / CONFIG)
     _check_plain(config, str(directory / CONFIG))
     tensors = _read_tensors(directory / TENSORS, None if details is None else details["sha256"])
@@ -183,7 +178,7 @@ def read_adapter(directory: Path, name: str = "adapter") -> SavedAdapter:
     adapter = _with_head(Adapter(name, details["role"], rank, alpha, dropout), head, details["bias"])
     adapter.pairs = _pairs(tensors, adapter, directory / TENSORS)
     targets = _targets(config, adapter)
-    return SavedAdapter(adapter, details["base"], details["encoding"], details["extra"], targets)
+    return SavedAdapter(adapter, details["base"], details["encoding"], targets)
 
 
 def check_base(saved: SavedAdapter, fingerprint: dict[str, str]) -> None:
@@ -361,7 +356,7 @@ def _targets(config: dict[str, Any], adapter: Adapter) -> list[str]:
 def _details_of_peft(config: dict[str, Any], head: Tensor | None) -> dict[str, Any]:
     """What perlhf.json would say of an adapter of other tools, as far as it is known."""
     base = {"name": config.get("base_model_name_or_path") or "", "sha256": ""}
-    return {"role": "sft" if head is None else "reward", "bias": 0.0, "base": base, "encoding": {}, "extra": {}}
+    return {"role": "sft" if head is None else "reward", "bias": 0.0, "base": base, "encoding": {}}
 
 
 def _check_encoding(trained: dict[str, Any], encoder: Encoder | None, directory: Path) -> None:

@@ -55,7 +55,7 @@ def adapter(model: LlamaForCausalLM, head: torch.Tensor | None = None) -> SavedA
             made.pairs[path] = LowRank(nn.Parameter(a), nn.Parameter(b), ALPHA / RANK)
     if head is not None:
         made.score_head, made.bias = nn.Parameter(head), nn.Parameter(torch.tensor([-0.75]), requires_grad=False)
-    return SavedAdapter(made, BASE, {"template": "tokenizer", "max_tokens": 1024}, {"step": 20}, TARGETS)
+    return SavedAdapter(made, BASE, {"template": "tokenizer", "max_tokens": 1024}, TARGETS)
 
 
 def full(role: Role = "reward") -> SavedAdapter:
@@ -64,7 +64,7 @@ def full(role: Role = "reward") -> SavedAdapter:
     made = Adapter("adapter", role, weights={"lm_head.weight": weight, "model.embed.weight": weight})
     if role in ("reward", "value"):
         made.score_head, made.bias = nn.Parameter(torch.randn(1, 2)), nn.Parameter(torch.tensor([0.1]))
-    return SavedAdapter(made, BASE, {"system": "Größe ☕"}, {"step": 20})
+    return SavedAdapter(made, BASE, {"system": "Größe ☕"})
 
 
 def with_alpha(saved: SavedAdapter, alpha: float) -> SavedAdapter:
@@ -352,7 +352,7 @@ def test_base_of_a_foreign_adapter_goes_by_name(model: LlamaForCausalLM) -> None
 def test_overwrites_an_adapter_but_nothing_else(tmp_path: Path, model: LlamaForCausalLM) -> None:
     files = adapter(model)
     write_adapter(tmp_path / "a", files)
-    changed = with_alpha(replace(files, extra={"step": 40}), 2.5)
+    changed = with_alpha(replace(files, encoding={"max_tokens": 512}), 2.5)
     write_adapter(tmp_path / "a", changed)
     same(read_adapter(tmp_path / "a"), changed)
     (tmp_path / "a" / "thesis.txt").write_text("mine")
