@@ -183,21 +183,6 @@ def paired_bootstrap(
     return cluster_bootstrap(lambda indices: first(indices) - second(indices), groups, resamples, seed, level)
 
 
-def mean_interval(
-    values: ArrayLike, groups: Sequence[str], resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> dict[str, float]:
-    """Mean of `values` [n] with its cluster-bootstrap interval: `value`, `low`, `high` (nan as in `cluster_bootstrap`).
-
-    Raises:
-        DataError: no values, or another number of groups.
-    """
-    numbers = np.asarray(values, dtype=float)
-    if len(numbers) != len(groups) or not len(numbers):
-        raise DataError(f"{len(numbers)} values for {len(groups)} groups", allowed="one group per value, at least one")
-    low, high = cluster_bootstrap(lambda indices: float(numbers[indices].mean()), groups, resamples, seed, level)
-    return {"value": float(numbers.mean()), "low": low, "high": high}
-
-
 # Two ways of training compared
 
 

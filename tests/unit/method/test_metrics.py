@@ -16,7 +16,6 @@ from perlhf.method.metrics import (
     distinct_ngrams,
     expected_calibration_error,
     log_loss,
-    mean_interval,
     paired_bootstrap,
     pairwise_accuracy,
 )
@@ -211,13 +210,3 @@ def test_paired_bootstrap_cancels_what_both_share():
     # First minus second, not the other way round: 1 against -1 in one of two groups, equal in the other.
     first, second = np.array([1.0, 0.0]), np.array([-1.0, 0.0])
     assert paired_bootstrap(lambda i: first[i].mean(), lambda i: second[i].mean(), ["a", "b"]) == (0, 2)
-
-
-def test_mean_interval():
-    assert mean_interval([0, 0, 0, 4], ["a", "a", "a", "b"]) == {"value": 1.0, "low": 0.0, "high": 4.0}
-    one = mean_interval([1, 2], ["a", "a"])
-    assert one["value"] == 1.5 and math.isnan(one["low"]) and math.isnan(one["high"])
-    with pytest.raises(DataError, match="2 values for 1 groups"):
-        mean_interval([1, 2], ["a"])
-    with pytest.raises(DataError, match="0 values"):
-        mean_interval([], [])
