@@ -138,7 +138,7 @@ def lay_out(sequences: Sequence[Ids], packing: Packing) -> Layout:
 
 def pack(examples: Sequence[Sequence[Tokens]], packing: Packing, device: torch.device | str = "cpu") -> Batch:
     """One batch of examples, each of one or more sequences."""
-    return _packed(examples, range(len(examples)), packing, device)
+    return _packed(examples, range(len(examples)), _starts(examples), packing, device)
 
 
 def batches(
@@ -146,16 +146,25 @@ def batches(
 ) -> list[Batch]:
     """All examples in micro-batches of at most `max_tokens` each; an example's sequences stay together."""
     groups = microbatches([[tokens.ids for tokens in example] for example in examples], max_tokens, packing)
-    return [_packed(examples, numbers, packing, device) for numbers in groups]
+    starts = _starts(examples)
+    return [_packed(examples, numbers, starts, packing, device) for numbers in groups]
+
+
+def _starts(examples: Sequence[Sequence[Tokens]]) -> list[int]:
+    """Number of each example's first sequence among all sequences."""
+    return list(itertools.accumulate(map(len, examples), initial=0))[:-1]
 
 
 def _packed(
-    examples: Sequence[Sequence[Tokens]], numbers: Sequence[int], packing: Packing, device: torch.device | str
+    examples: Sequence[Sequence[Tokens]],
+    numbers: Sequence[int],
+    starts: Sequence[int],
+    packing: Packing,
+    device: torch.device | str,
 ) -> Batch:
     """The batch of the examples that `numbers` names."""
-    starts = list(itertools.accumulate(map(len, examples), initial=0))
-    first = itertools.accumulate((len(examples[i]) for i in numbers), initial=0)
-    rows = [tokens for i in numbers for tokens in examples[i]]
+    own = [examples[i] for i in numbers]
+    rows = [tokens for example in own for tokens in example]
     layout = lay_out([tokens.ids for tokens in rows], packing)
     spans = [(row, start, length) for row, tokens in enumerate(rows) for start, length in tokens.completions]
     predicting = [at for row, start, length in spans for at in layout.indices(row, start - 1, length)]
@@ -170,7 +179,7 @@ def _packed(
         completion_mask=length_mask([sum(length for _, length in tokens.completions) for tokens in rows], device),
         sequences=tuple(starts[i] + at for i in numbers for at in range(len(examples[i]))),
         examples=tuple(numbers),
-        first=tuple(first)[:-1],
+        first=tuple(_starts(own)),
         spans=layout.spans,
         tokens=layout.tokens,
     )
