@@ -5,6 +5,7 @@ import json
 import os
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -149,3 +150,12 @@ def test_ci_counts_tests(more, collected, data, code, complaint, tmp_path):
     assert done.returncode == code
     assert complaint in done.stderr
     assert done.stdout.startswith(f"{collected} collected, 1 passed, 1 failed")
+
+
+def test_ci_knows_a_processor_with_amx(tmp_path):
+    has_amx = runpy.run_path(str(REPOSITORY / "scripts" / "check_test_counts.py"))["has_amx"]
+    cpuinfo = tmp_path / "cpuinfo"
+    assert has_amx(cpuinfo), "nothing is excused where that can't be told"
+    for flags, wanted in (("avx512f amx_bf16 amx_tile", True), ("avx512f avx512_bf16", False)):
+        cpuinfo.write_text(f"processor : 0\nflags\t\t: fpu {flags} sse\n")
+        assert has_amx(cpuinfo) is wanted
