@@ -16,7 +16,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from perlhf.config.commands import ExportConfig
 from perlhf.config.stages import EncodingConfig
 from perlhf.data import order
-from perlhf.data.records import Comparison, Rating
 from perlhf.data.splits import load
 from perlhf.errors import AdapterError, ConfigError
 from perlhf.method.packing import Ids, Tokens, pack, pad
@@ -188,13 +187,8 @@ def _texts(run: FinishedRun, encoder: Encoder) -> list[Ids]:
     kinds = ("comparison", "rating") if reward else ("prompt",)
     records = order.choose(load(data, kinds, "test" if data.test else "all"), PROMPTS, 0)
     if not reward:
-        return [encoder.cut_prompt(record.prompt, 1) for record in records]
-    pairs = []
-    for record in records:
-        assert isinstance(record, Comparison | Rating)
-        text = record.chosen if isinstance(record, Comparison) else record.completion
-        pairs.append((record.prompt, [text], record.source))
-    examples, _ = loop.encode_all(encoder, pairs, drop_long=True)
+        return [encoder.cut_prompt(record.prompt, 1, record.tools) for record in records]
+    examples, _ = loop.encode_all(encoder, records, drop_long=True)
     return [encoded[0].tokens.ids for encoded in examples if encoded is not None]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from perlhf.data.records import Comparison, Demonstration, Message, Rating, Record, Text
+from perlhf.data.records import Comparison, Demonstration, Message, Rating, Record, Text, content_of
 from perlhf.errors import DataError, nearest
 
 Row = tuple[str, dict[str, Any]]
@@ -37,13 +37,13 @@ def prompt_group(prompt: Text) -> str:
     """Group of a prompt: the key of its first user turn (of all its text where there is none)."""
     if isinstance(prompt, str):
         return group_key(prompt)
-    first_user = next((message["content"] for message in prompt if message["role"] == "user"), None)
-    return group_key(first_user or " ".join(message["content"] for message in prompt))
+    first_user = next((content_of(message) for message in prompt if message["role"] == "user"), None)
+    return group_key(first_user or " ".join(map(content_of, prompt)))
 
 
 def is_blank(text: Text) -> bool:
     """True when there is nothing but white space."""
-    return not (text.strip() if isinstance(text, str) else any(message["content"].strip() for message in text))
+    return not (text.strip() if isinstance(text, str) else any(content_of(message).strip() for message in text))
 
 
 def value(row: Mapping[str, Any], key: str, where: str, known: Sequence[str] = ()) -> Any:
@@ -171,7 +171,7 @@ def checked(record: Record, where: str) -> Record:
     strings = [
         part
         for content in texts.values()
-        for part in ([content] if isinstance(content, str) else [m["content"] for m in content])
+        for part in ([content] if isinstance(content, str) else map(content_of, content))
     ]
     for part in [*strings, record.group]:
         try:

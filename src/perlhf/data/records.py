@@ -1,13 +1,19 @@
 """The four kinds of record that perlhf learns from (docs/data.md)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-Message = Mapping[str, str]
-"""One chat turn: `{"role": ..., "content": ...}`."""
+Message = Mapping[str, Any]
+"""One chat turn: `role`, `content` (text; None where a turn has none, as one that only calls tools), and whatever else
+the file gave for the chat template, such as `tool_calls`, `reasoning_content` or `name`."""
 
 Text = str | Sequence[Message]
-"""A prompt or completion: plain text, or chat messages."""
+"""A prompt or completion: plain text, or chat messages. A completion may be several messages, of which the assistant's
+are learned and scored; it ends with one of them."""
+
+Tools = Sequence[Mapping[str, Any]]
+"""What an assistant may call, as JSON schemas: the chat template renders them before the conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +28,7 @@ class Comparison:
     margin: float = 0.0
     annotator: str | None = None
     source: str = ""
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,7 @@ class Rating:
     weight: float = 1.0
     annotator: str | None = None
     source: str = ""
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,7 @@ class Demonstration:
     group: str
     weight: float = 1.0
     source: str = ""
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +64,32 @@ class Prompt:
     prompt: Text
     group: str
     source: str = ""
+    tools: Tools | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The other columns of its row, for reward functions that ask for them by name."""
 
 
 Record = Comparison | Rating | Demonstration | Prompt
+
+
+def completions_of(record: Record) -> list[Text]:
+    """What was judged or is imitated: chosen and rejected, the one completion, or none."""
+    match record:
+        case Comparison():
+            return [record.chosen, record.rejected]
+        case Rating() | Demonstration():
+            return [record.completion]
+        case Prompt():
+            return []
+
+
+def content_of(message: Message) -> str:
+    """The text of a turn; "" where it has none."""
+    return message.get("content") or ""
 
 
 def text_of(text: Text) -> str:
     """Plain text as it is; chat messages as `role: content` lines."""
     if isinstance(text, str):
         return text
-    return "\n".join(f"{message['role']}: {message['content']}" for message in text)
+    return "\n".join(f"{message['role']}: {content_of(message)}" for message in text)

@@ -92,8 +92,12 @@ def check_labels(records: Iterable[Record], config: DataConfig) -> None:
 
 
 def record_hash(record: Record) -> str:
-    """SHA-256 of a record's kind and content; `source` is left out."""
+    """SHA-256 of a record's kind and content; `source` is left out, and so are tools and columns where there are none.
+
+    Which records a limit keeps and whose labels are turned goes by it, so it stays what it is.
+    """
     content = {part.name: getattr(record, part.name) for part in fields(record) if part.name != "source"}
+    content = {name: part for name, part in content.items() if name not in ("tools", "columns") or part}
     return hashlib.sha256(_canonical([kind_of(record), content]).encode()).hexdigest()
 
 

@@ -13,7 +13,16 @@ from perlhf.data import files, read
 from perlhf.data.fields import Skipped, checked
 from perlhf.data.files import DataFile
 from perlhf.data.read import FORMATS
-from perlhf.data.records import Comparison, Demonstration, Rating, Record, Text
+from perlhf.data.records import (
+    Comparison,
+    Demonstration,
+    Rating,
+    Record,
+    Text,
+    completions_of,
+    content_of,
+    text_of,
+)
 from perlhf.data.splits import SPLITS, kind_of, prompt_text, record_hash, split_of
 from perlhf.errors import DataError
 from perlhf.system.files import storage_errors, write_atomic
@@ -106,7 +115,7 @@ def inspect(
         "labels": {"up": labels[True], "down": labels[False]},
         "lengths": {
             "prompt": _quantiles([_length(record.prompt) for record in records]),
-            "completion": _quantiles([len(part) for record in records for part in _completions(record)]),
+            "completion": _quantiles([len(part) for record in records for part in completions_of(record)]),
         },
         "duplicates": _duplicates(records),
         "contradictions": _contradictions(records),
@@ -281,16 +290,6 @@ def _contradictions(records: Iterable[Record]) -> int:
     return sum(len(answers) == 2 for answers in verdicts.values())
 
 
-def _completions(record: Record) -> list[Text]:
-    match record:
-        case Comparison():
-            return [record.chosen, record.rejected]
-        case Rating() | Demonstration():
-            return [record.completion]
-        case _:
-            return []
-
-
 def _example(record: Record) -> dict[str, Any]:
     row = _trl_row(record, chat=False)
     return {"kind": kind_of(record)} | {name: _shortened(cell) for name, cell in row.items()}
@@ -299,12 +298,12 @@ def _example(record: Record) -> dict[str, Any]:
 def _shortened(cell: Any) -> Any:
     """Text of at most EXAMPLE_CHARACTERS, the end kept; chat messages as `role: content` lines."""
     if isinstance(cell, list):
-        cell = "\n".join(f"{message['role']}: {message['content']}" for message in cell)
+        cell = text_of(cell)
     return f"...{cell[-EXAMPLE_CHARACTERS:]}" if isinstance(cell, str) and len(cell) > EXAMPLE_CHARACTERS else cell
 
 
 def _length(text: Text) -> int:
-    return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+    return len(text) if isinstance(text, str) else sum(len(content_of(message)) for message in text)
 
 
 def _quantiles(lengths: list[int]) -> dict[str, int]:

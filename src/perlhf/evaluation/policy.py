@@ -126,7 +126,7 @@ def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, list[Pro
         model.freeze(reference)
     answers = run.stage if config.adapter is None else _load_answering(model, config.adapter, encoder)
     scorers = load_scorers(model, config.reward or policy.reward, policy.combine, encoder)
-    prompts = [encoder.cut_prompt(record.prompt, policy.max_completion_tokens) for record in records]
+    prompts = [encoder.cut_prompt(record.prompt, policy.max_completion_tokens, record.tools) for record in records]
     sampling = Sampling(model, encoder, prompts, policy.max_completion_tokens, config.seed)
     return Setting(config, policy, model, encoder, scorers, records, sampling, reference, answers), trained_on
 

@@ -10,7 +10,7 @@ from scipy.special import expit
 
 from perlhf.config.commands import EvaluateConfig
 from perlhf.data import order
-from perlhf.data.records import Comparison, Demonstration, Rating, Record
+from perlhf.data.records import Comparison, Rating, Record, completions_of
 from perlhf.data.splits import load
 from perlhf.errors import DataError
 from perlhf.evaluation import baselines
@@ -112,8 +112,7 @@ def score_records(
     Raises:
         TooLong: a completion that can't fit, unless the run's encoding.drop_long says to drop it.
     """
-    texts = [(record.prompt, _completions(record), record.source) for record in records]
-    encoded, counts = loop.encode_all(encoder, texts, encoder.config.drop_long)
+    encoded, counts = loop.encode_all(encoder, records, encoder.config.drop_long)
     fitting = [number for number, examples in enumerate(encoded) if examples is not None]
     examples = [[example.tokens for example in examples] for examples in encoded if examples is not None]
     laid_out = batches(examples, max_tokens, packing, model.device)
@@ -123,16 +122,6 @@ def score_records(
     for number, line in zip(fitting, lines, strict=True):
         scores[number] = line
     return scores, counts
-
-
-def _completions(record: Record) -> list[Any]:
-    match record:
-        case Comparison():
-            return [record.chosen, record.rejected]
-        case Rating() | Demonstration():
-            return [record.completion]
-        case _:
-            raise AssertionError("a prompt has no completion to score")
 
 
 def _rating_statistics(scores: Scores, labels: NDArray[np.bool_]) -> dict[str, Statistic]:
@@ -262,7 +251,7 @@ def _sample_rows(pairs: Sequence[tuple[Record, list[float]]]) -> list[dict[str, 
     rows = []
     for record, scores in pairs:
         verdicts = [record.label] if isinstance(record, Rating) else [True, False]
-        for text, label, score in zip(_completions(record), verdicts, scores, strict=True):
+        for text, label, score in zip(completions_of(record), verdicts, scores, strict=True):
             kind = "rating" if isinstance(record, Rating) else "comparison"
             row = {"prompt": plain(record.prompt), "completion": plain(text), "label": label, "score": score}
             rows.append({**row, "kind": kind, "source": record.source})

@@ -33,8 +33,7 @@ def evaluate_sft(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
     held_out = load(config.data or run.config.data, ("demonstration",), config.split)
     demonstrations = [record for record in held_out if isinstance(record, Demonstration)]
     model, encoder = run.open(config.device)
-    triples = [(record.prompt, [record.completion], record.source) for record in demonstrations]
-    encoded, counts = loop.encode_all(encoder, triples, encoder.config.drop_long)
+    encoded, counts = loop.encode_all(encoder, demonstrations, encoder.config.drop_long)
     fitting = [(record, line[0]) for record, line in zip(demonstrations, encoded, strict=True) if line is not None]
     records, examples = [record for record, _ in fitting], [example for _, example in fitting]
     groups = [record.group for record in records]
@@ -89,7 +88,7 @@ def _answered(
     """Answers of the base and of the adapter to the same prompts with the same draws, beside what a person wrote."""
     # At least half of the encoding's tokens stay for the prompt.
     length = min(COMPLETION_TOKENS, max(encoder.config.max_tokens // 2, 1))
-    prompts = [encoder.cut_prompt(record.prompt, length) for record in records]
+    prompts = [encoder.cut_prompt(record.prompt, length, record.tools) for record in records]
     sampling = Sampling(model, encoder, prompts, length, config.seed)
     texts: dict[str | None, dict[int, str]] = {None: {}, adapter: {}}
     with progress(2 * len(sampling.batches), "answers") as bar:

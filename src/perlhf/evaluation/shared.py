@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +80,6 @@ def seen_groups(records: Iterable[Record], trained_on: Iterable[Record]) -> int:
     return len({record.group for record in records} & {record.group for record in trained_on})
 
 
-def plain(text: Text) -> str | list[dict[str, str]]:
+def plain(text: Text) -> str | list[dict[str, Any]]:
     """A text as JSON holds it."""
     return text if isinstance(text, str) else [dict(message) for message in text]

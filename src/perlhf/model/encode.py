@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from perlhf.config.stages import EncodingConfig
-from perlhf.data.records import Message, Text
+from perlhf.data.records import Message, Text, Tools, content_of
 from perlhf.errors import ConfigError, DataError
 from perlhf.method.packing import Tokens, completed
 
@@ -58,7 +58,7 @@ class Encoder:
         self.end_id = self._end_token()
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
 
-    def prompt(self, text: Text) -> list[int]:
+    def prompt(self, text: Text, tools: Tools | None = None) -> list[int]:
         """Ids of a prompt, up to where the completion starts."""
         if isinstance(text, str) and self._template is None and self.config.system is None:
             return list(self._text_ids(text))
@@ -73,11 +73,13 @@ class Encoder:
         if not isinstance(text, str):
             if len(text) != 1:
                 raise DataError(f"a completion of {len(text)} messages", allowed="a string or one assistant message")
-            text = text[0]["content"]
+            text = content_of(text[0])
         space = " " if self._template is None else ""
         return [*self._text_ids(space + text), self.end_id]
 
-    def examples(self, prompt: Text, completions: Sequence[Text], where: str = "") -> list[Example]:
+    def examples(
+        self, prompt: Text, completions: Sequence[Text], where: str = "", tools: Tools | None = None
+    ) -> list[Example]:
         """Each completion with the prompt, whose start is cut alike for all so that the longest fits in `max_tokens`.
 
         A cut takes whole eighths of `max_tokens` where that leaves half of the room, so that the next turns of a
@@ -86,7 +88,7 @@ class Encoder:
         Raises:
             TooLong: a completion leaves no room for a token of prompt.
         """
-        ids, answers = self.prompt(prompt), [self.completion(completion) for completion in completions]
+        ids, answers = self.prompt(prompt, tools), [self.completion(completion) for completion in completions]
         room = self.max_tokens - max(map(len, answers))
         if room < 1:
             limit = "encoding.max_tokens" if self.max_tokens == self.config.max_tokens else "the base's context"
@@ -107,9 +109,9 @@ class Encoder:
         """One prompt and completion (`examples`)."""
         return self.examples(prompt, [completion], where)[0]
 
-    def cut_prompt(self, text: Text, max_completion_tokens: int) -> list[int]:
+    def cut_prompt(self, text: Text, max_completion_tokens: int, tools: Tools | None = None) -> list[int]:
         """Ids of a prompt whose start is cut so that `max_completion_tokens` still fit."""
-        ids = self.prompt(text)
+        ids = self.prompt(text, tools)
         room = self.max_tokens - max_completion_tokens
         if room < 1:
             raise ConfigError(

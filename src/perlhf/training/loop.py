@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perlhf.config.stages import RewardConfig, SftConfig, StageConfig
 from perlhf.data import order
-from perlhf.data.records import Record, Text
+from perlhf.data.records import Record, completions_of
 from perlhf.data.splits import content_hash
 from perlhf.errors import DataError, DivergenceError, PerlhfError
 from perlhf.model import saved
@@ -73,18 +73,18 @@ def facts(config: StageConfig, base: Base) -> dict[str, Any]:
 
 
 def encode_all(
-    encoder: Encoder, records: Sequence[tuple[Text, Sequence[Text], str]], drop_long: bool
+    encoder: Encoder, records: Sequence[Record], drop_long: bool
 ) -> tuple[list[list[Example] | None], dict[str, int]]:
-    """Examples of each (prompt, completions, where); None for a dropped one. Counts of cut and dropped records.
+    """Examples of each record, one a completion; None for a dropped one. Counts of cut and dropped records.
 
     Raises:
         TooLong: a completion that can't fit, unless `drop_long`.
     """
     encoded: list[list[Example] | None] = []
     counts = {"cut_prompts": 0, "dropped_long": 0}
-    for prompt, completions, where in records:
+    for record in records:
         try:
-            examples = encoder.examples(prompt, completions, where)
+            examples = encoder.examples(record.prompt, completions_of(record), record.source, record.tools)
         except TooLong:
             if not drop_long:
                 raise

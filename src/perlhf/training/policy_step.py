@@ -271,7 +271,7 @@ def sample_completions(
     config = setup.config
     return sample(
         setup.model,
-        [setup.encoder.cut_prompt(record.prompt, config.max_completion_tokens) for record in prompts],
+        [setup.encoder.cut_prompt(record.prompt, config.max_completion_tokens, record.tools) for record in prompts],
         adapter=adapter,
         draws=uniforms(config.seed, step, numbers, samples, config.max_completion_tokens),
         end_id=setup.encoder.end_id,

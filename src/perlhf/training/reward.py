@@ -15,7 +15,7 @@ import torch
 
 from perlhf.config.stages import RewardConfig
 from perlhf.data import order
-from perlhf.data.records import Comparison, Rating, Record, Text
+from perlhf.data.records import Comparison, Rating, Record
 from perlhf.data.splits import check_labels, load
 from perlhf.errors import DataError
 from perlhf.method import metrics
@@ -116,9 +116,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
 def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Item], dict[str, int]]:
     """Comparisons and ratings as token sequences, with counts of cut and dropped ones."""
     judged = [record for record in records if isinstance(record, Comparison | Rating)]
-    encoded, counts = loop.encode_all(
-        encoder, [(record.prompt, _completions(record), record.source) for record in judged], encoder.config.drop_long
-    )
+    encoded, counts = loop.encode_all(encoder, judged, encoder.config.drop_long)
     items = []
     for record, examples in zip(judged, encoded, strict=True):
         if examples is not None:
@@ -295,10 +293,6 @@ def _quality(measured: dict[str, float], config: RewardConfig) -> float:
             hint="raise data.validation or name another metric",
         )
     return -measured["loss"] if wanted == "loss" else measured[wanted]
-
-
-def _completions(record: Comparison | Rating) -> list[Text]:
-    return [record.chosen, record.rejected] if isinstance(record, Comparison) else [record.completion]
 
 
 def _floats(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

@@ -104,8 +104,7 @@ def laid_out(items: Sequence[Item], config: SftConfig, model: Model) -> list[Bat
 def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Item], dict[str, int]]:
     """Demonstrations as tokens, with counts of cut and dropped ones."""
     demonstrations = [record for record in records if isinstance(record, Demonstration)]
-    pairs = [(record.prompt, [record.completion], record.source) for record in demonstrations]
-    encoded, counts = loop.encode_all(encoder, pairs, encoder.config.drop_long)
+    encoded, counts = loop.encode_all(encoder, demonstrations, encoder.config.drop_long)
     return [
         Item(examples[0].tokens, record.weight, record.group)
         for examples, record in zip(encoded, demonstrations, strict=True)

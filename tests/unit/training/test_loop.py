@@ -8,7 +8,7 @@ import torch
 from tiny_models import answers, apart, digest, open_encoder, open_model, randomise
 
 from perlhf.config.stages import AdapterConfig, EncodingConfig, OptimConfig, RewardConfig, SftConfig
-from perlhf.data.records import Comparison, Rating, Text
+from perlhf.data.records import Comparison, Demonstration, Rating
 from perlhf.errors import AdapterError, ConfigError, DataError, DivergenceError
 from perlhf.model.encode import TooLong
 from perlhf.model.model import Model
@@ -29,15 +29,14 @@ def model(tiny_base: Path) -> Model:
 
 
 class TestEncodeAll:
-    PAIRS: tuple[tuple[Text, list[Text], str], ...] = (
-        ("hi", ["yes"], "a:1"),
-        ("hi", ["longer"], "a:2"),
-        ("hi", ["x" * 40], "a:3"),
+    RECORDS = tuple(
+        Demonstration("hi", text, "group", source=f"a:{line}")
+        for line, text in enumerate(("yes", "longer", "x" * 40), 1)
     )
 
     def test_counts_what_is_cut_and_dropped(self, tiny_base: Path) -> None:
         encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=PROMPT + 4))
-        examples, counts = loop.encode_all(encoder, self.PAIRS, drop_long=True)
+        examples, counts = loop.encode_all(encoder, self.RECORDS, drop_long=True)
         assert counts == {"cut_prompts": 1, "dropped_long": 1}
         assert examples[0] is not None and examples[0][0].cut == 0
         assert examples[1] is not None and examples[1][0].cut > 0
@@ -45,7 +44,7 @@ class TestEncodeAll:
 
     def test_both_sides_of_a_comparison_keep_the_same_prompt(self, tiny_base: Path) -> None:
         encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=PROMPT + 4))
-        examples, counts = loop.encode_all(encoder, [("hi", ["no", "longer"], "a:1")], drop_long=False)
+        examples, counts = loop.encode_all(encoder, [Comparison("hi", "no", "longer", "group")], drop_long=False)
         assert counts == {"cut_prompts": 1, "dropped_long": 0}
         assert examples[0] is not None
         short, long = examples[0]
@@ -55,12 +54,12 @@ class TestEncodeAll:
     def test_too_long_is_an_error_unless_asked_otherwise(self, tiny_base: Path) -> None:
         encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=PROMPT + 4))
         with pytest.raises(TooLong, match="a:3"):
-            loop.encode_all(encoder, self.PAIRS, drop_long=False)
+            loop.encode_all(encoder, self.RECORDS, drop_long=False)
 
     def test_nothing_left(self, tiny_base: Path) -> None:
         encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=3))
         with pytest.raises(DataError, match="every example is longer"):
-            loop.encode_all(encoder, self.PAIRS, drop_long=True)
+            loop.encode_all(encoder, self.RECORDS, drop_long=True)
 
 
 class TestNewAdapter:
