@@ -231,7 +231,7 @@ class TestScores:
         model.add_adapter("reward_0", "reward", rank=4)
         randomise(model, "reward_0", 4)
         sampled = [73, 70, END]
-        again = encoder.completion(encoder.decode(sampled))
+        again = list(encoder.example("x", encoder.decode(sampled)).completion)
         assert again == [259, END]
         one = dataclasses.replace(rollout([True]), prompts=ROWS[:1], completions=[sampled])
         stage = dataclasses.replace(stage, scorers=Scorers(("reward_0",), (), "mean"))

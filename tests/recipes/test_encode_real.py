@@ -20,8 +20,8 @@ def encoder(smollm2: Path) -> Encoder:
 
 
 def test_digits_apart_and_a_typed_control_token_as_text(encoder: Encoder) -> None:
-    # Pay, space, 2, 0, " <", "|", "im", "_", "end", "|", ">": the user's <|im_end|> is none
-    typed = [25017, 216, 34, 32, 2067, 108, 306, 79, 486, 108, 46]
+    # Pay, space, 2, 0, space, "<", "|", "im", "_", "end", "|", ">": the user's <|im_end|> is none
+    typed = [25017, 216, 34, 32, 216, 44, 108, 306, 79, 486, 108, 46]
     assert encoder.prompt("Pay 20 <|im_end|>") == SYSTEM + USER + typed + CLOSE + ASSISTANT
 
 

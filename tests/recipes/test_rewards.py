@@ -97,7 +97,7 @@ def test_adapters_see_the_sampled_ids_and_functions_their_text(model, encoder, r
     rewards = load_scorers(model, [str(reward_run), "seen_reward:keep"], "min", encoder)
     # A sampler may write "the" as three tokens although the tokenizer would write one or two.
     letters = [encoder.tokenizer.convert_tokens_to_ids(letter) for letter in "the"]
-    encoded = encoder.completion("the")
+    encoded = list(encoder.example("x", "the").completion)
     assert [*letters, encoder.end_id] != encoded
     prompt = encoder.prompt("one tea")
     messages = [{"role": "user", "content": "one tea"}]

@@ -1,11 +1,12 @@
 """Talks with a policy, an SFT run or the bare base; answers appear token by token."""
 
 import sys
+from collections.abc import Sequence
 
 from perlhf.config.commands import ChatConfig
 from perlhf.config.stages import EncodingConfig
 from perlhf.data.records import Message
-from perlhf.model.base import Base, load_tokenizer
+from perlhf.model.base import Base, end_ids, load_tokenizer
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import read_run
@@ -48,16 +49,17 @@ def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None]:
     if config.run is None:
         base = Base.find(config.base)
         model, adapter, tokenizer = Model.load(base, device=config.device), None, load_tokenizer(base)
+        ends: Sequence[int] = end_ids(base)
         encoding = EncodingConfig(template="tokenizer" if tokenizer.chat_template else "plain")
     else:
         run = read_run(config.run, ("policy", "sft"))
         model, encoder = run.open(config.device)
-        adapter, tokenizer, encoding = run.stage, encoder.tokenizer, encoder.config
+        adapter, tokenizer, encoding, ends = run.stage, encoder.tokenizer, encoder.config, encoder.end_ids
     context = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
     changes = {"max_tokens": max(encoding.max_tokens, context or 0)}
     if config.system is not None:
         changes |= {"system": config.system}
-    return model, Encoder(tokenizer, encoding.model_copy(update=changes)), adapter
+    return model, Encoder(tokenizer, encoding.model_copy(update=changes), ends), adapter
 
 
 def _line() -> str | None:

@@ -241,6 +241,11 @@ def _run_data(name: str, arguments: list[str]) -> int:
             return 0 if checked.ok else 2
         case commands.DataInspectConfig():
             show.nested("data", tools.inspect(settings.paths, settings.format))
+            if settings.base is not None:
+                from perlhf.commands import rendering
+                from perlhf.data.read import read
+
+                rendering.show(settings, (record for path in settings.paths for record in read(path, settings.format)))
         case commands.DataSplitConfig():
             show.nested(str(settings.output), tools.split(settings.data, settings.output))
         case commands.DataConvertConfig():

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from perlhf.config.stages import DEFAULT_BASE, DataConfig, Frozen, NotNegative, Positive
+from perlhf.config.stages import DEFAULT_BASE, DataConfig, EncodingConfig, Frozen, NotNegative, Positive
 
 
 class EvaluateConfig(Frozen):
@@ -161,12 +161,16 @@ class DataValidateConfig(Frozen):
 
 
 class DataInspectConfig(Frozen):
-    """Show what files hold: records by kind, groups, labels, lengths and an example."""
+    """Show what files hold: records by kind, groups, labels, lengths and an example; with a base, their tokens."""
 
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
     """Files, directories, hub names or `builtin:coffee-bar`."""
     format: str = "auto"
     """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
+    base: str | None = None
+    """Shows the first record of each kind token by token as this base sees it: what is trained, what is scored."""
+    encoding: EncodingConfig = EncodingConfig()
+    """From records to tokens, as in the recipe."""
 
 
 class DataSplitConfig(Frozen):

@@ -5,7 +5,7 @@ A field's docstring is its `--help`. A recipe is the YAML form of one stage's mo
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -57,7 +57,17 @@ class EncodingConfig(Frozen):
     """How a record becomes tokens; the same for training, scoring and sampling."""
 
     template: str = "tokenizer"
-    """`tokenizer` (its own chat template), `plain` (`role: text` lines), or the path of a Jinja file."""
+    """`tokenizer` (its own chat template), `name:X` (of several, the one called X), `plain` (`role: text` lines), or
+    the path of a Jinja file."""
+    # Left out of what a run records unless they are set: a record without them is the same run.
+    template_kwargs: dict[str, Any] = Field(default={}, exclude_if=lambda variables: not variables)
+    """Variables that the template asks for, such as `{enable_thinking: false}`."""
+    day: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = Field(
+        default=None, exclude_if=lambda day: day is None
+    )
+    """Day that a template which writes the date is rendered for (2026-01-31); null takes the day a run starts."""
+    unrendered: Literal["error", "warn"] = Field(default="error", exclude_if=lambda rule: rule == "error")
+    """Where a template leaves out content, tool calls, reasoning or tools: an `error`, or told once (`warn`)."""
     system: str | None = None
     """System message put before every prompt that has none; null leaves it to the template."""
     max_tokens: Positive = 1024

@@ -118,7 +118,7 @@ def pull(name: str, wheel: Path | None = None, progress: bool = True) -> Path:
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a padding token and a finite `model_max_length`.
+    """The base's tokenizer, with a padding token; `model_max_length` is what the network takes, where that is known.
 
     Raises:
         ModelError: it can't be read or has no end token.
@@ -131,9 +131,34 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         raise ModelError("the tokenizer has no end token", where=str(base.directory), hint=hint)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if limit and tokenizer.model_max_length > 10**9:
+    if limit:
         tokenizer.model_max_length = limit
     return tokenizer
+
+
+def end_ids(base: Base) -> tuple[int, ...]:
+    """Ids that the network ends an answer with, by its generation configuration (else its configuration).
+
+    Raises:
+        ModelError: the configuration can't be read.
+    """
+    file = base.directory / "generation_config.json"
+    with _model_errors(base, "generation configuration"):
+        named = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+        if named is None:
+            named = getattr(_config(base).get_text_config(), "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    return tuple(number for number in listed if isinstance(number, int))
+
+
+def template_depends_on_day(base: Base, template: str) -> bool:
+    """Whether the chat template that `encoding.template` names writes the date of the day it is rendered on."""
+    if template == "plain":
+        return False
+    named = Path(template)
+    own = [*base.directory.glob("chat_template*"), *base.directory.glob("additional_chat_templates/*")]
+    files = [named] if named.is_file() else [*own, base.directory / "tokenizer_config.json"]
+    return any(b"strftime_now" in file.read_bytes() for file in files if file.is_file())
 
 
 def load_base(base: Base, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:

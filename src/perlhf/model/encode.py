@@ -1,30 +1,25 @@
 """The one function that turns a record into tokens, for training, scoring and sampling alike.
 
-The chat template is rendered around placeholders, so that its own markers and the texts of people are tokenised apart:
-text can't produce control tokens, and a prefix of a conversation is a prefix of its tokens. Whatever a template
-puts after
-a completion's end token is dropped.
+A prompt's ids are those of transformers' `apply_chat_template` (chat_template.py), and a completion's are what the
+template adds to them once it is answered, up to the end token that closes the last of its turns.
 """
 
 import hashlib
-import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from perlhf.config.stages import EncodingConfig
 from perlhf.data.records import Message, Text, Tools, content_of
 from perlhf.errors import ConfigError, DataError
-from perlhf.method.packing import Tokens, completed
+from perlhf.method.packing import Span, Tokens
+from perlhf.model.chat_template import TEXT_ROLE, ChatTemplate
 
 CUT_PARTS = 8
 """A long prompt loses whole parts of `max_tokens`."""
-_SLOT = "PERLHFSLOT{:06d}X"
-_SLOTS = re.compile(r"PERLHFSLOT(\d{6})X")
 
 
 @dataclass(frozen=True)
@@ -35,11 +30,16 @@ class Example:
     completion: tuple[int, ...]
     cut: int = 0
     """Tokens cut from the start of the prompt."""
+    turns: tuple[Span, ...] = ()
+    """Where the assistant's turns lie in a completion of several messages; none where it is one turn as a whole."""
 
     @property
     def tokens(self) -> Tokens:
-        """Prompt and completion in one sequence."""
-        return completed(self.prompt, self.completion)
+        """Prompt and completion in one sequence; of several turns the assistant's are completions."""
+        assert self.prompt, "a completion needs a token to be predicted from"
+        before = len(self.prompt)
+        turns = self.turns or ((0, len(self.completion)),)
+        return Tokens((*self.prompt, *self.completion), tuple((before + start, length) for start, length in turns))
 
 
 class TooLong(DataError):
@@ -47,35 +47,42 @@ class TooLong(DataError):
 
 
 class Encoder:
-    """Tokens of prompts and completions under one `EncodingConfig`."""
+    """Tokens of prompts and completions under one `EncodingConfig`.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: EncodingConfig):
+    Args:
+        network_ends: ids that the network itself ends an answer with (`model.base.end_ids`); each of them ends a
+            completion that is sampled, beside the one that completions are trained to end with.
+
+    Raises:
+        ConfigError: a template that isn't there.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: EncodingConfig, network_ends: Sequence[int] = ()):
         self.tokenizer, self.config = tokenizer, config
+        self._told: set[str] = set()
         self.max_tokens = min(config.max_tokens, tokenizer.model_max_length)
-        self._template = _template(tokenizer, config.template)
-        self._text_ids = lru_cache(maxsize=100_000)(self._tokenise_text)
-        self._markup_ids = lru_cache(maxsize=10_000)(self._tokenise_markup)
-        self.end_id = self._end_token()
+        own_limit = tokenizer.init_kwargs.get("model_max_length") or self.max_tokens
+        if own_limit < self.max_tokens:
+            self._tell(
+                f"the tokenizer names a limit of {own_limit} tokens (model_max_length), the network takes more: "
+                f"encoding.max_tokens = {config.max_tokens} holds"
+            )
+        self.chat = ChatTemplate(tokenizer, config, self._tell)
+        self.end_id = self.chat.end_id
+        ends = [self.end_id, tokenizer.eos_token_id, *network_ends]
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys(int(end) for end in ends if isinstance(end, int)))
+        """All ids that end a completion, the trained one first."""
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
 
     def prompt(self, text: Text, tools: Tools | None = None) -> list[int]:
-        """Ids of a prompt, up to where the completion starts."""
-        if isinstance(text, str) and self._template is None and self.config.system is None:
-            return list(self._text_ids(text))
-        messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
-        if self.config.system is not None and not (messages and messages[0]["role"] == "system"):
-            messages = [{"role": "system", "content": self.config.system}, *messages]
-        rendered = self._render(tuple(m["role"] for m in messages), generation=True)
-        return self._fill(rendered, messages)
+        """Ids of a prompt, up to where the completion starts; one that ends with an assistant's turn is gone on with.
 
-    def completion(self, text: Text) -> list[int]:
-        """Ids of a completion, end token included."""
-        if not isinstance(text, str):
-            if len(text) != 1:
-                raise DataError(f"a completion of {len(text)} messages", allowed="a string or one assistant message")
-            text = content_of(text[0])
-        space = " " if self._template is None else ""
-        return [*self._text_ids(space + text), self.end_id]
+        Raises:
+            DataError: the template refuses it, or leaves out what it says.
+        """
+        messages = self._messages(text)
+        self.chat.check(messages, tools)
+        return self.chat.ids(messages, _ending(messages), tools)
 
     def examples(
         self, prompt: Text, completions: Sequence[Text], where: str = "", tools: Tools | None = None
@@ -87,13 +94,20 @@ class Encoder:
 
         Raises:
             TooLong: a completion leaves no room for a token of prompt.
+            DataError: the template refuses the conversation, or leaves out what it says.
         """
-        ids, answers = self.prompt(prompt, tools), [self.completion(completion) for completion in completions]
-        room = self.max_tokens - max(map(len, answers))
+        try:
+            messages = self._messages(prompt)
+            ids = self.chat.ids(messages, _ending(messages), tools)
+            answers = [self._answer(messages, ids, completion, tools) for completion in completions]
+        except DataError as error:
+            raise DataError(error.what, where=where or error.where, allowed=error.allowed, hint=error.hint) from error
+        longest = max(len(answer) for answer, _ in answers)
+        room = self.max_tokens - longest
         if room < 1:
             limit = "encoding.max_tokens" if self.max_tokens == self.config.max_tokens else "the base's context"
             raise TooLong(
-                f"completion of {max(map(len, answers))} tokens does not fit",
+                f"completion of {longest} tokens does not fit",
                 where=where or None,
                 allowed=f"{limit} = {self.max_tokens}, of which one must stay for the prompt",
                 hint="raise encoding.max_tokens, or set encoding.drop_long: true to drop and count such records",
@@ -103,11 +117,11 @@ class Encoder:
         rounded = -(-cut // step) * step
         if len(ids) - rounded >= max(1, room // 2):
             cut = rounded
-        return [Example(tuple(ids[cut:]), tuple(answer), cut) for answer in answers]
+        return [Example(tuple(ids[cut:]), tuple(answer), cut, turns) for answer, turns in answers]
 
-    def example(self, prompt: Text, completion: Text, where: str = "") -> Example:
+    def example(self, prompt: Text, completion: Text, where: str = "", tools: Tools | None = None) -> Example:
         """One prompt and completion (`examples`)."""
-        return self.examples(prompt, [completion], where)[0]
+        return self.examples(prompt, [completion], where, tools)[0]
 
     def cut_prompt(self, text: Text, max_completion_tokens: int, tools: Tools | None = None) -> list[int]:
         """Ids of a prompt whose start is cut so that `max_completion_tokens` still fit."""
@@ -122,94 +136,114 @@ class Encoder:
         return ids[max(0, len(ids) - room) :]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a completion, end token left out."""
-        tokens = [i for i in ids if i != self.end_id]
+        """Text of a completion, end tokens left out."""
+        tokens = [i for i in ids if i not in self.end_ids]
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)).strip()
 
-    def identity(self) -> dict[str, str | int | bool | None]:
+    def identity(self) -> dict[str, Any]:
         """What must agree between training and scoring; saved with every adapter."""
-        template = self._template or "plain"
+        template = "plain" if self.chat.is_plain else self.chat.text
         return {
             **self.config.model_dump(),
             "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
             "end_token": str(self.tokenizer.convert_ids_to_tokens(self.end_id)),
         }
 
-    def _render(self, roles: tuple[str, ...], generation: bool) -> str:
-        messages = [{"role": role, "content": _SLOT.format(i)} for i, role in enumerate(roles)]
-        if self._template is None:
-            body = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
-            return body + ("assistant:" if generation else "")
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation
-                )
-            )
-        except TemplateError as error:
+    def _messages(self, text: Text) -> list[Message]:
+        if isinstance(text, str):
+            as_it_is = self.chat.is_plain and self.config.system is None
+            messages: list[Message] = [{"role": TEXT_ROLE if as_it_is else "user", "content": text}]
+        else:
+            messages = list(text)
+        if self.config.system is not None and not (messages and messages[0]["role"] in ("system", "developer")):
+            messages = [{"role": "system", "content": self.config.system}, *messages]
+        if not messages:
+            raise DataError("a prompt without messages", allowed="at least one message")
+        return messages
+
+    def _answer(
+        self, messages: Sequence[Message], prompt: Sequence[int], completion: Text, tools: Tools | None
+    ) -> tuple[list[int], tuple[Span, ...]]:
+        """Ids of a completion after its prompt, and where the assistant's turns lie in them (`Example.turns`)."""
+        before, answer = _joined(messages, completion)
+        self.chat.check([*before, *answer], tools)
+        whole = self.chat.ids([*before, *answer], "closed", tools)
+        turns: list[Span] = []
+        for number, message in enumerate(answer):
+            if message["role"] != "assistant":
+                continue
+            earlier = [*before, *answer[:number]]
+            begin = prompt if number == 0 else self.chat.ids(earlier, "answer", tools)
+            if whole[: len(begin)] != begin:
+                return self._tokenised_apart(messages, before, answer, tools), ()
+            is_last = number == len(answer) - 1
+            end_id = self.end_id if is_last else self.chat.earlier_end_id
+            if end_id in whole[len(begin) :]:
+                stop = whole.index(end_id, len(begin)) + 1
+            elif is_last:
+                whole = [*whole, self.end_id]
+                stop = len(whole)
+            else:  # the template ends no turn with a token
+                stop = len(self.chat.ids([*earlier, message], "closed", tools))
+            turns.append((len(begin) - len(prompt), stop - len(begin)))
+        last_start, last_length = turns[-1]
+        ids = whole[len(prompt) : len(prompt) + last_start + last_length]
+        return ids, tuple(turns) if len(answer) > 1 else ()
+
+    def _tokenised_apart(
+        self, messages: Sequence[Message], before: Sequence[Message], answer: Sequence[Message], tools: Tools | None
+    ) -> list[int]:
+        """Ids of a completion where the template, or the tokenizer, makes something else of its prompt afterwards."""
+        if len(answer) > 1:
             raise DataError(
-                f"the chat template refuses the roles {', '.join(roles)}: {error}",
-                where="encoding.template",
-                allowed="a template that takes these roles",
-                hint="set encoding.template: plain, or name a Jinja file",
-            ) from error
-
-    def _fill(self, rendered: str, messages: Sequence[Message]) -> list[int]:
-        ids: list[int] = []
-        parts = _SLOTS.split(rendered)
-        for number, part in enumerate(parts):
-            if number % 2:
-                ids.extend(self._text_ids(messages[int(part)]["content"]))
-            elif part:
-                ids.extend(self._markup_ids(part))
-        return ids
-
-    def _tokenise_text(self, text: str) -> tuple[int, ...]:
-        if not text:
-            return ()
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return tuple(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
-
-    def _tokenise_markup(self, text: str) -> tuple[int, ...]:
-        encoded = self.tokenizer(text, add_special_tokens=False)
-        return tuple(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
-
-    def _end_token(self) -> int:
-        """The control token that the template puts after an assistant's content, else the tokenizer's end token."""
-        eos = self.tokenizer.eos_token_id
-        if self._template is not None:
-            rendered = self._render(("user", "assistant"), generation=False)
-            after = _SLOTS.split(rendered)[-1]
-            special = set(self.tokenizer.all_special_ids)
-            endings = [i for i in self._markup_ids(after) if i in special] if after else []
-            if endings:
-                return endings[0]
-        if eos is None:
-            raise ConfigError(
-                "the tokenizer has no end token", where="base", hint="set eos_token in its tokenizer_config.json"
+                "the chat template writes earlier turns differently once there are later ones",
+                allowed="a completion of one turn",
+                hint="learn from each turn as a record of its own",
             )
-        return int(eos)  # pyright: ignore[reportArgumentType]
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
-    """Jinja text, or None for `plain`."""
-    if name == "plain":
-        return None
-    if name == "tokenizer":
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                "the base's tokenizer has no chat template",
-                where="encoding.template",
-                allowed="plain, or the path of a Jinja file",
-                hint="encoding.template: plain",
+        self._tell("the chat template writes prompts differently once they are answered: completions stand after them")
+        closed = self.chat.rendered([*before, *answer], "closed", tools)
+        opened = self.chat.rendered(messages, _ending(messages), tools)
+        if closed.startswith(opened) and not self.chat.control_token_in(answer):
+            ids = self.chat.tokenised_after(closed[len(opened) :], rendered=True)
+            return ids[: ids.index(self.end_id) + 1] if self.end_id in ids else [*ids, self.end_id]
+        if len(answer[0].keys() - {"role", "content"}) > 0:
+            keys = ", ".join(sorted(answer[0].keys() - {"role", "content"}))
+            raise DataError(
+                f"the chat template doesn't say where a completion with {keys} begins", allowed="text alone"
             )
-        return str(tokenizer.chat_template)
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(
-            f"can't read the template '{name}': {why}",
-            where="encoding.template",
-            allowed="tokenizer, plain, or the path of a Jinja file",
-        ) from error
+        text = content_of(answer[0])
+        if before != messages:
+            text = text[len(content_of(messages[-1])) :]
+        return [*self.chat.tokenised_after(text, rendered=False), self.end_id]
+
+    def _tell(self, sentence: str) -> None:
+        """Says it once, on standard error."""
+        if sentence not in self._told:
+            self._told.add(sentence)
+            print(f"note: {sentence}", file=sys.stderr)
+
+
+def _ending(messages: Sequence[Message]) -> Any:
+    """How a prompt ends: an assistant's turn is gone on with, after all others an answer is to come."""
+    return "unfinished" if messages[-1]["role"] == "assistant" else "answer"
+
+
+def _joined(messages: Sequence[Message], completion: Text) -> tuple[Sequence[Message], list[Message]]:
+    """The messages before the completion, and its own; an assistant's turn that it goes on with is the first of them.
+
+    Raises:
+        DataError: it doesn't begin and end with an assistant's message.
+    """
+    answer: list[Message] = (
+        [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+    )
+    if not answer or not answer[0]["role"] == answer[-1]["role"] == "assistant":
+        roles = ", ".join(message["role"] for message in answer) or "nothing"
+        raise DataError(
+            f"a completion of {roles}", allowed="text, or messages of which the first and the last are the assistant's"
+        )
+    if messages[-1]["role"] != "assistant":
+        return messages, answer
+    begun = messages[-1]
+    first = {**begun, **answer[0], "content": content_of(begun) + content_of(answer[0])}
+    return messages[:-1], [first, *answer[1:]]

@@ -1,10 +1,11 @@
 """A finished run put back to use: its configuration, its base, and its adapter under the name of its stage."""
 
-from collections.abc import Sequence
+import datetime
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -14,12 +15,14 @@ from perlhf.data import order
 from perlhf.errors import ConfigError, RunError
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
-from perlhf.model.base import Base, load_tokenizer
+from perlhf.model.base import Base, end_ids, load_tokenizer, template_depends_on_day
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
+from perlhf.runs.earlier import earlier_runs
 from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_manifest
 
 StageName = Literal["sft", "reward", "policy"]
+Stage = TypeVar("Stage", bound=StageConfig)
 _CONFIGS = {"sft": SftConfig, "reward": RewardConfig, "policy": PolicyConfig}
 
 
@@ -98,7 +101,33 @@ def load_sft(model: Model, run: Path, encoder: Encoder) -> str:
 
 def open_model(config: StageConfig, base: Base) -> tuple[Model, Encoder]:
     """The model and the encoder that a stage's configuration names, on its base."""
-    return Model.load(base, config.dtype, config.device), Encoder(load_tokenizer(base), config.encoding)
+    encoder = Encoder(load_tokenizer(base), config.encoding, end_ids(base))
+    return Model.load(base, config.dtype, config.device), encoder
+
+
+def with_day(config: Stage, base: Base) -> Stage:
+    """The configuration with the day that its chat template is rendered for, where that writes the date.
+
+    It is the day of the run that is continued, else that of a run which it builds on, else today; a run records it.
+
+    Raises:
+        ConfigError: the config.yaml of such a run is damaged.
+    """
+    if config.encoding.day is not None or not template_depends_on_day(base, config.encoding.template):
+        return config
+    built_on = [run for named in earlier_runs(config).values() for run in named]
+    known = [load_recipe(run / CONFIG, _CONFIGS[stage]).encoding.day for run, stage in _stages([config.run, *built_on])]
+    day = next((day for day in known if day is not None), datetime.date.today().isoformat())
+    return config.model_copy(update={"encoding": config.encoding.model_copy(update={"day": day})})
+
+
+def _stages(runs: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """The runs that have begun, and their stages."""
+    for run in runs:
+        if (run / MANIFEST).is_file() and (run / CONFIG).is_file():
+            stage = read_manifest(run).get("stage")
+            if stage in _CONFIGS:
+                yield run, stage
 
 
 def new_adapter(

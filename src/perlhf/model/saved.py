@@ -33,7 +33,7 @@ from perlhf.system.files import directory_atomic, sealed, sha256, storage_error,
 
 CONFIG, TENSORS, DETAILS = "adapter_config.json", "adapter_model.safetensors", "perlhf.json"
 FULL_WEIGHTS = "full_weights.safetensors"
-ENCODING = ("system", "template_sha256", "end_token")
+ENCODING = ("system", "template_sha256", "template_kwargs", "end_token")
 """What of the encoding must agree wherever an adapter is used."""
 _PREFIX, _HEAD = "base_model.model.", "score.weight"
 _FORMAT = 2
@@ -364,10 +364,10 @@ def _check_encoding(trained: dict[str, Any], encoder: Encoder | None, directory:
         return
     now = encoder.identity()
     for key in ENCODING:
-        if key in trained and trained[key] != now[key]:
-            option = "encoding.template" if key != "system" else "encoding.system"
+        if trained.get(key) != now.get(key):
+            option = f"encoding.{key}" if key in ("system", "template_kwargs") else "encoding.template"
             raise AdapterError(
-                f"the adapter in {directory} was trained with {key} = {trained[key]!r}, this run uses {now[key]!r}",
+                f"the adapter in {directory} was trained with {key} = {trained.get(key)}, this run uses {now.get(key)}",
                 where=option,
                 hint="use the same encoding in every stage",
             )

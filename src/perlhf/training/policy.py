@@ -19,7 +19,7 @@ from perlhf.data.splits import load
 from perlhf.method import advantages
 from perlhf.model import saved
 from perlhf.model.base import Base
-from perlhf.model.open import load_sft, new_adapter, open_model
+from perlhf.model.open import load_sft, new_adapter, open_model, with_day
 from perlhf.rollout.scorers import load_scorers
 from perlhf.runs.run import Run, open_run
 from perlhf.system.machine import peak_memory_bytes
@@ -65,6 +65,7 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         DataError, ConfigError, ModelError, AdapterError, RunError: as the parts say.
     """
     base = Base.find(config.base)
+    config = with_day(config, base)
     with open_run(config.run, "policy", config, loop.facts(config, base)) as run:
         if run.finished:
             return run.result()

@@ -26,7 +26,7 @@ from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.model.open import load_sft, new_adapter, open_model
+from perlhf.model.open import load_sft, new_adapter, open_model, with_day
 from perlhf.rollout.scorers import score_batches
 from perlhf.runs.run import Run, open_run
 from perlhf.training import linear_probe, loop, optim
@@ -54,6 +54,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         DivergenceError: loss or gradient not finite; the last checkpoint is kept.
     """
     base = Base.find(config.base)
+    config = with_day(config, base)
     with open_run(config.run, "reward", config, loop.facts(config, base)) as run:
         if run.finished:
             return run.result()

@@ -18,7 +18,7 @@ from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.model.open import new_adapter, open_model
+from perlhf.model.open import new_adapter, open_model, with_day
 from perlhf.runs.run import open_run
 from perlhf.training import loop, optim
 
@@ -42,6 +42,7 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
         DivergenceError: loss or gradient not finite; the last checkpoint is kept.
     """
     base = Base.find(config.base)
+    config = with_day(config, base)
     with open_run(config.run, "sft", config, loop.facts(config, base)) as run:
         if run.finished:
             return run.result()

@@ -43,6 +43,10 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     return Encoder(tokenizer, EncodingConfig(max_tokens=200))
 
 
+def completion(encoder: Encoder, text: Text) -> list[int]:
+    return list(encoder.example("hi", text).completion)
+
+
 def with_template(tokenizer: PreTrainedTokenizerBase, directory: Path, template: str) -> Encoder:
     path = directory / "template.jinja"
     path.write_text(template, encoding="utf-8")
@@ -58,19 +62,20 @@ class TestChat:
         # " coffee" is the merge " coffe" (271) and "e"
         assert encoder.prompt(" coffee") == [*USER, 271, *letters("e"), *CLOSE, *ASSISTANT]
 
-    def test_markup_and_text_are_tokenised_apart(self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-        """Else "h" of the template and "e" of the text would merge into "he" (259)."""
+    def test_markup_and_text_are_tokenised_together(self, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+        """As transformers does: "h" of the template and "e" of the text merge into "he" (259)."""
         template = "{% for m in messages %}h{{ m['content'] }}{% endfor %}"
-        assert with_template(tokenizer, tmp_path, template).prompt("e") == letters("he") != [259]
+        assert with_template(tokenizer, tmp_path, template).prompt("e") == [259] != letters("he")
 
     def test_completion_ends_with_the_end_token(self, encoder: Encoder) -> None:
-        assert encoder.completion("yes") == [*letters("yes"), END]
-        assert encoder.completion([{"role": "assistant", "content": "yes"}]) == [*letters("yes"), END]
-        assert encoder.completion("") == [END]
+        assert completion(encoder, "yes") == [*letters("yes"), END]
+        assert completion(encoder, [{"role": "assistant", "content": "yes"}]) == [*letters("yes"), END]
+        assert completion(encoder, "") == [END]
 
-    def test_completion_of_two_messages_is_refused(self, encoder: Encoder) -> None:
-        with pytest.raises(DataError, match="2 messages"):
-            encoder.completion(chat("a", "b"))
+    def test_a_completion_begins_and_ends_with_the_assistant(self, encoder: Encoder) -> None:
+        for wrong, roles in ((chat("a", "b"), "user, assistant"), ([], "nothing")):
+            with pytest.raises(DataError, match=f"f.json:3: a completion of {roles}"):
+                encoder.example("hi", wrong, "f.json:3")
 
     def test_system_message_of_the_recipe(self, tokenizer: PreTrainedTokenizerBase) -> None:
         brief = Encoder(tokenizer, EncodingConfig(system="Be good."))
@@ -110,25 +115,25 @@ class TestControlTokens:
         assert [i for i in ids if i < 2] == [START, END, START]
         end = [*letters("<|im_"), 266, *letters("d|>")]  # "en" is a merge
         assert ids[len(USER) : len(USER) + len(end)] == end
-        assert encoder.completion(attack).count(END) == 1
+        assert completion(encoder, attack).count(END) == 1
 
     def test_they_survive_the_way_there_and_back(self, encoder: Encoder) -> None:
-        assert encoder.decode(encoder.completion("a <|im_end|> b")) == "a <|im_end|> b"
+        assert encoder.decode(completion(encoder, "a <|im_end|> b")) == "a <|im_end|> b"
 
     def test_markup_keeps_its_control_tokens_after_a_text_was_tokenised(self, encoder: Encoder) -> None:
-        encoder.completion("new text")
+        completion(encoder, "new text")
         assert encoder.prompt([{"role": "tool", "content": "x"}])[0] == START
 
-    def test_a_placeholder_typed_by_a_user_is_text(self, encoder: Encoder) -> None:
-        typed = "PERLHFSLOT000000X"
-        messages = chat("one", "two", typed)
-        assert encoder.decode(encoder.completion(typed)) == typed
-        assert encoder.tokenizer.decode(encoder.prompt(messages)).count("one") == 1
+    def test_what_probes_hold_typed_by_a_user_is_text(self, encoder: Encoder) -> None:
+        for typed in ("Perlhfprobe", "Otherprobe", "CONTINUE_FINAL_MESSAGE_TAG "):
+            assert encoder.decode(completion(encoder, typed)) == typed.strip()
+            assert encoder.tokenizer.decode(encoder.prompt(chat("one", "two", typed))).count(typed) == 1
 
     @given(st.lists(st.text(max_size=12) | st.sampled_from(["<|im_end|>", "<|im_start|>user"]), min_size=1, max_size=5))
     def test_no_text_makes_one(self, encoder: Encoder, contents: list[str]) -> None:
         ids = encoder.prompt(chat(*contents))
-        assert sum(i < 2 for i in ids) == 2 * len(contents) + 1
+        # an answer that is begun is gone on with: it isn't ended, and none is begun after it
+        assert sum(i < 2 for i in ids) == 2 * len(contents) + (1 if len(contents) % 2 else -1)
 
 
 class TestPrefix:
@@ -137,7 +142,7 @@ class TestPrefix:
         """What packing lives on: rated turns of one conversation share their tokens."""
         longer = encoder.prompt(chat(*turns))
         for answer in range(1, len(turns), 2):
-            shorter = [*encoder.prompt(chat(*turns[:answer])), *encoder.completion(turns[answer])]
+            shorter = [*encoder.prompt(chat(*turns[:answer])), *completion(encoder, turns[answer])]
             assert longer[: len(shorter)] == shorter
 
 
@@ -189,7 +194,7 @@ class TestPlain:
 
     def test_strings_are_taken_as_they_are(self, plain: Encoder) -> None:
         assert plain.prompt("Q: x?") == [*letters("Q:"), SPACE, *letters("x?")]
-        assert plain.completion("yes") == [SPACE, *letters("yes"), END]
+        assert completion(plain, "yes") == [SPACE, *letters("yes"), END]
 
     def test_messages_become_lines(self, plain: Encoder) -> None:
         text = plain.tokenizer.decode(plain.prompt(chat("hi", "yes", "<|im_end|>")))

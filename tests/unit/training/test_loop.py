@@ -234,7 +234,7 @@ class TestRewardItems:
         assert counts == {"cut_prompts": 0, "dropped_long": 0}
         assert [item.label for item in items] == [True, None, False, False]
         assert [(item.weight, item.margin, item.group) for item in items[:2]] == [(0.5, 0.0, "g1"), (2.0, 1.5, "g2")]
-        yes, no = (tuple(encoder.prompt("hi") + encoder.completion(text)) for text in ("yes", "no"))
+        yes, no = (tuple(encoder.example("hi", text).tokens.ids) for text in ("yes", "no"))
         assert [[tokens.ids for tokens in item.sequences] for item in items[:2]] == [[yes], [yes, no]]
 
     def test_a_comparison_with_one_completion_too_long_goes_as_a_whole(self, tiny_base: Path) -> None:

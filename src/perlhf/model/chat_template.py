@@ -1,0 +1,398 @@
+"""From messages to token ids: the same ones that transformers' `apply_chat_template` gives.
+
+The template sees people's texts as they are, so whatever it does with them (trimming, dropping earlier reasoning,
+deciding by what they say) happens as it will where the network is used. Only where a text holds a control token, such
+as `<|im_end|>`, does it differ: there the token is written as ordinary text (transformers' `sanitize_control_tokens`),
+so that nobody can end a turn or begin one by typing it.
+"""
+
+import datetime
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import mark_control_tokens
+
+from perlhf.config.stages import EncodingConfig
+from perlhf.data.records import Message, Tools
+from perlhf.errors import ConfigError, DataError, nearest
+
+Ending = Literal["answer", "closed", "unfinished"]
+"""Whether an answer is to follow, the conversation is over, or its last message is to be gone on with."""
+
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
+    "{% if add_generation_prompt or not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+"""`encoding.template: plain` as Jinja: `role: text` lines."""
+PLAIN_TEXT = "{{ messages[0]['content'] }}{% for m in messages[1:] %}{{ ' ' + m['content'] }}{% endfor %}"
+"""The same for a prompt that is text and no conversation: its completion follows after a space."""
+TEXT_ROLE = "text"
+"""Role of such a prompt's only message."""
+NAMED = "name:"
+"""What `encoding.template` begins with where it picks one of several templates of a tokenizer."""
+
+_RESERVED = frozenset(
+    "messages conversation tools documents chat_template add_generation_prompt continue_final_message tokenize "
+    "sanitize_control_tokens padding truncation max_length return_tensors return_dict return_assistant_tokens_mask "
+    "tokenizer_kwargs strftime_now".split()
+)
+_MEANINGFUL = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message, besides its content, that say something to the network."""
+_ALIASES = {"reasoning": "reasoning_content", "thinking": "reasoning_content"}
+"""Names under which transformers gives a template the same thing."""
+_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+"""What a template or transformers raises for a conversation that it can't render."""
+_PROBE, _OTHER_PROBE = "Perlhfprobe", "Otherprobe"
+_DIRECTIVES = "aAwdbBmyYHIMSpfjUWcxXeFDGuVTR"
+"""Of strftime."""
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, a file's, or `plain`.
+
+    Args:
+        tell: is given each thing worth knowing, as a sentence; the same one may come again.
+
+    Raises:
+        ConfigError: there is no such template, or it doesn't use a variable of `encoding.template_kwargs`.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: EncodingConfig, tell: Callable[[str], None] = lambda _: None
+    ):
+        self.tokenizer, self.config, self._tell = tokenizer, config, tell
+        self.is_plain = config.template == "plain"
+        self._templates = templates_of(tokenizer, config.template)
+        self.text = "\0".join(text for _, text in sorted(self._templates.items()))
+        self._check_kwargs()
+        self._day = _strftime_on(config.day) if config.day and "strftime_now" in self.text else ""
+        added = tokenizer.added_tokens_decoder
+        self._visible = {token.content: number for number, token in added.items() if token.content.strip()}
+        self._any_added = _alternatives(self._visible)
+        # A tokenizer cuts text at these before anything else, and takes no space around them.
+        simple = [t for t in added.values() if not (t.normalized or t.lstrip or t.rstrip or t.single_word)]
+        self._cuts = {token.content: self._visible[token.content] for token in simple if token.content.strip()}
+        self._can_cut = bool(tokenizer.is_fast and self._cuts) and not any(t.normalized for t in added.values())
+        self._all_added = _alternatives(token.content for token in added.values())
+        self._piece_ids = lru_cache(maxsize=100_000)(self._tokenise)
+        self._checked: set[Any] = set()
+        self._takes_parts = False
+        self._takes_parts = self._wants_parts()
+        self._control = re.compile("(?!)")
+        self._markers = self._turn_markers()
+        special = [token.content for token in added.values() if token.special and token.content.strip()]
+        self._control = _alternatives({*special, *self._markers})
+        tokenizer.chat_control_tokens = sorted(self._markers)
+        self.end_id = self._end_of_turn()
+        """What ends the last turn of a conversation."""
+        earlier = self._added_after_answer({"role": "user", "content": _OTHER_PROBE})
+        self.earlier_end_id = self.end_id if earlier is None else self._visible[earlier]
+        """What ends an assistant's turn that others follow; seldom another one."""
+
+    def ids(self, messages: Sequence[Message], ending: Ending, tools: Tools | None = None) -> list[int]:
+        """Token ids of a conversation.
+
+        Raises:
+            DataError: the template refuses it.
+        """
+        if typed := self.control_token_in([messages, tools]):
+            if typed in self._markers:
+                self._tell(
+                    f"a text holds {typed!r}, which the chat template writes itself: it is read as text and makes no "
+                    "turn (conversations are lists of messages)"
+                )
+            return self._render(messages, ending, tools, tokenize=True)
+        return self.tokenised(self.rendered(messages, ending, tools))
+
+    def rendered(self, messages: Sequence[Message], ending: Ending, tools: Tools | None = None) -> str:
+        """A conversation as the template writes it.
+
+        Raises:
+            DataError: the template refuses it.
+        """
+        return self._render(messages, ending, tools, tokenize=False)
+
+    def tokenised(self, rendered: str) -> list[int]:
+        """Ids of rendered text, whose control tokens are the template's.
+
+        What lies between two added tokens has the same ids whatever is around it, so turns that conversations share
+        are tokenised once.
+        """
+        if not self._can_cut:
+            return list(self._piece_ids(None, rendered))
+        ids, before, start = list[int](), None, 0
+        for match in self._all_added.finditer(rendered):
+            if match[0] in self._cuts:
+                ids += [*self._piece_ids(before, rendered[start : match.start()]), self._cuts[match[0]]]
+                before, start = match[0], match.end()
+        return [*ids, *self._piece_ids(before, rendered[start:])]
+
+    def tokenised_after(self, text: str, rendered: bool) -> list[int]:
+        """Ids of text that follows something, so that no space is put before it.
+
+        Args:
+            rendered: its control tokens are the template's; those in people's text are read as text.
+        """
+
+        def ids_of(text: str) -> list[int]:
+            if rendered or not self._control.search(text):
+                return self.tokenised(text)
+            marked = mark_control_tokens(text, self._control)
+            ids: Any = self.tokenizer(marked, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+            return list(ids)
+
+        # What SentencePiece puts before the beginning goes with the line break.
+        line_break, ids = self.tokenised("\n"), ids_of(f"\n{text}")
+        return ids[len(line_break) :] if ids[: len(line_break)] == line_break else ids_of(text)
+
+    def control_token_in(self, content: Any) -> str | None:
+        """The first control token that a person typed in messages, tools or text."""
+        return next((match[0] for text in _strings(content) if (match := self._control.search(text))), None)
+
+    def check(self, messages: Sequence[Message], tools: Tools | None = None) -> None:
+        """Makes sure that nothing which says something to the network is left out.
+
+        The rule: each message's content, `tool_calls` and `reasoning_content`, and the tools, have to be rendered,
+        unless `encoding.unrendered` is `warn`. A template that strips the reasoning of earlier turns has a place for
+        it, and is taken at its word. Other keys, such as ids, may be left out, and are told of.
+
+        Raises:
+            DataError: naming the message and the key.
+        """
+        for number, message in enumerate(messages, start=1):
+            _check_types(message, number)
+        rendered: str | None = None
+        for number, message in enumerate(messages):
+            kind = self._kind(messages, number), bool(tools)
+            if kind in self._checked:
+                continue
+            place = f"of message {number + 1}, of role {message['role']}"
+            for key in message.keys() - {"role", "content"}:
+                if message[key] and not self._mentions(key) and not self._mentions(_ALIASES.get(key, key)):
+                    self._left_out(f"{key!r} {place}" if key in _MEANINGFUL else repr(key), key in _MEANINGFUL)
+            if message.get("content"):
+                rendered = rendered or self.rendered(messages, _ending_of(messages), tools)
+                if not self._reads_content(messages, number, tools, rendered):
+                    self._left_out(f"the content {place}", True)
+            self._checked.add(kind)
+        if tools and not self._mentions("tools"):
+            self._left_out("the tools", True)
+
+    # inside
+
+    def _render(self, messages: Sequence[Message], ending: Ending, tools: Tools | None, *, tokenize: bool) -> Any:
+        given = [_in_parts(message) if self._takes_parts else dict(message) for message in messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                given,
+                tools=[dict(tool) for tool in tools] if tools else None,
+                chat_template=self._day + self._template_for(tools, given),
+                add_generation_prompt=ending == "answer",
+                continue_final_message=ending == "unfinished",
+                tokenize=tokenize,
+                sanitize_control_tokens=tokenize,
+                return_dict=False,
+                **self.config.template_kwargs,
+            )
+        except _REFUSALS as error:
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise DataError(
+                f"the chat template refuses the roles {roles}: {error}",
+                where="encoding.template",
+                allowed="a template that takes these messages",
+                hint="set encoding.template: plain, or name a Jinja file",
+            ) from error
+
+    def _template_for(self, tools: Tools | None, messages: Sequence[Mapping[str, Any]]) -> str:
+        if self.is_plain:
+            return PLAIN_TEXT if messages[0].get("role") == TEXT_ROLE else PLAIN
+        return self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
+
+    def _tokenise(self, before: str | None, piece: str) -> tuple[int, ...]:
+        """Ids of text, as they are after an added token."""
+        if not piece:
+            return ()
+        ids: Any = self.tokenizer((before or "") + piece, add_special_tokens=False)["input_ids"]
+        return tuple(ids[1:] if before else ids)
+
+    def _wants_parts(self) -> bool:
+        """Whether the template renders `[{"type": "text", "text": ...}]` alone and loses plain text."""
+
+        def renders(parts: bool) -> bool:
+            self._takes_parts = parts
+            try:
+                return _PROBE in self.rendered([{"role": "user", "content": _PROBE}], "answer")
+            except DataError:
+                return False
+
+        return not self.is_plain and not renders(parts=False) and renders(parts=True)
+
+    def _turn_markers(self) -> set[str]:
+        """The added tokens that the template puts around turns."""
+        for roles in (("user", "assistant", "user"), ("user", "assistant"), ("user",)):
+            try:
+                rendered = self.rendered([{"role": role, "content": _PROBE} for role in roles], "closed")
+            except DataError:
+                continue
+            return set() if self.is_plain else set(self._any_added.findall(rendered))
+        return set()
+
+    def _end_of_turn(self) -> int:
+        """The added token that the template puts after an assistant's last content, else the tokenizer's end token."""
+        eos: Any = self.tokenizer.eos_token_id
+        end = self._added_after_answer()
+        if end is None:
+            if eos is None:
+                hint = "set eos_token in its tokenizer_config.json"
+                raise ConfigError("the tokenizer has no end token", where="base", hint=hint)
+            return int(eos)
+        if eos is not None and self._visible[end] != eos:
+            self._tell(
+                f"the chat template ends a turn with {end!r}, and the tokenizer's end token is "
+                f"{self.tokenizer.eos_token!r}: completions learn to end with {end!r}, and both end one"
+            )
+        return self._visible[end]
+
+    def _added_after_answer(self, *later: Message) -> str | None:
+        """The first added token after an assistant's content, where `later` messages follow it."""
+        messages = [{"role": "user", "content": _OTHER_PROBE}, {"role": "assistant", "content": _PROBE}, *later]
+        try:
+            after = self.rendered(messages, "closed").rpartition(_PROBE)[2]
+        except DataError:
+            return None  # it takes no such conversation, and says so where one comes
+        first = self._any_added.search(after)
+        return None if first is None or self.is_plain else first[0]
+
+    def _check_kwargs(self) -> None:
+        words = set(re.findall(r"[A-Za-z_]\w*", self.text))
+        for key in self.config.template_kwargs:
+            if key in _RESERVED or self.is_plain or key not in words:
+                near = nearest(key, words - _RESERVED)
+                raise ConfigError(
+                    f"the chat template has no variable {key!r}",
+                    where="encoding.template_kwargs",
+                    allowed="variables that the template itself asks for",
+                    hint=f"did you mean {near!r}?" if near else None,
+                )
+
+    def _mentions(self, word: str) -> bool:
+        return (self.is_plain and word == "content") or re.search(rf"\b{re.escape(word)}\b", self.text) is not None
+
+    def _kind(self, messages: Sequence[Message], number: int) -> tuple[object, ...]:
+        """What a template may go by when it decides whether to render a message."""
+        message, before = messages[number], messages[number - 1]["role"] if number else None
+        keys = frozenset(key for key in message if message[key])
+        return message["role"], keys, before, number == len(messages) - 1
+
+    def _reads_content(self, messages: Sequence[Message], number: int, tools: Tools | None, rendered: str) -> bool:
+        """Whether another content of that message makes another conversation."""
+        changed = [*messages[:number], {**messages[number], "content": _OTHER_PROBE}, *messages[number + 1 :]]
+        try:
+            return rendered != self.rendered(changed, _ending_of(messages), tools)
+        except DataError:
+            return True  # it was read
+
+    def _left_out(self, what: str, meaningful: bool) -> None:
+        problem = f"the chat template leaves out {what}"
+        if not meaningful or self.config.unrendered == "warn":
+            self._tell(problem)
+            return
+        raise DataError(
+            problem,
+            allowed="what the template has a place for",
+            hint="name a template that renders it (encoding.template), or set encoding.unrendered: warn to go on "
+            "without it",
+        )
+
+
+def templates_of(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, str]:
+    """The Jinja texts that `encoding.template` names: `default`, and `tool_use` where records with tools have another.
+
+    Raises:
+        ConfigError: there are none, or the file can't be read.
+    """
+    own: Any = tokenizer.chat_template
+    named: dict[str, str] = own if isinstance(own, dict) else {"default": own} if own else {}
+    if name == "plain":
+        return {"plain": PLAIN, TEXT_ROLE: PLAIN_TEXT}
+    if name == "tokenizer":
+        if not named:
+            raise ConfigError(
+                "the base's tokenizer has no chat template",
+                where="encoding.template",
+                allowed="plain, or the path of a Jinja file",
+                hint="encoding.template: plain",
+            )
+        if "default" not in named:
+            raise _no_template("the base's tokenizer has several chat templates and none is called default", named)
+        return {key: text for key, text in named.items() if key in ("default", "tool_use")}
+    if name.startswith(NAMED):
+        wanted = name.removeprefix(NAMED)
+        if wanted not in named:
+            raise _no_template(f"the base's tokenizer has no chat template called {wanted!r}", named)
+        return {"default": named[wanted]}
+    try:
+        return {"default": Path(name).read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(
+            f"can't read the template '{name}': {why}",
+            where="encoding.template",
+            allowed=f"tokenizer, plain, {NAMED}NAME of one of the tokenizer's, or the path of a Jinja file",
+        ) from error
+
+
+def _no_template(what: str, named: Mapping[str, str]) -> ConfigError:
+    names = ", ".join(f"{NAMED}{name}" for name in named) or "none: it has no chat template"
+    return ConfigError(what, where="encoding.template", allowed=names)
+
+
+def _alternatives(literals: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the texts, the longest first; nothing where there is none."""
+    return re.compile("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or "(?!)")
+
+
+def _strings(content: Any) -> Iterator[str]:
+    """All texts in messages or tools, but the messages' roles."""
+    match content:
+        case str():
+            yield content
+        case Mapping():
+            for key, value in content.items():
+                if key != "role":
+                    yield from _strings(value)
+        case list() | tuple():
+            for value in content:
+                yield from _strings(value)
+        case _:
+            return
+
+
+def _in_parts(message: Message) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(message)
+
+
+def _ending_of(messages: Sequence[Message]) -> Ending:
+    return "closed" if messages[-1]["role"] == "assistant" else "answer"
+
+
+def _check_types(message: Message, number: int) -> None:
+    for key in ("name", "content"):
+        value = message.get(key)
+        if value is not None and not isinstance(value, str) and not (key == "content" and isinstance(value, list)):
+            raise DataError(f"{key!r} of message {number} is {value!r:.60}, which is no text", allowed="text")
+
+
+def _strftime_on(day: str) -> str:
+    """A macro that stands before a template and gives it that day instead of today's."""
+    when = datetime.datetime.fromisoformat(day)
+    directives = [*(f"%{letter}" for letter in _DIRECTIVES), "%-d", "%-m"]
+    replaced = "".join(f"|replace({name!r}, {when.strftime(name)!r})" for name in directives)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro %}}\n"

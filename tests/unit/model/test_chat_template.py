@@ -1,0 +1,371 @@
+"""Our ids are those of transformers' `apply_chat_template`, whatever the template and the tokenizer."""
+
+import datetime
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+from chat_templates import CHATML, PLAIN_ADDED, SPECIAL, TEMPLATES, TOKENIZERS, TURN, byte_level
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from perlhf.config.stages import EncodingConfig
+from perlhf.data.records import Message
+from perlhf.errors import ConfigError, DataError
+from perlhf.model.encode import Encoder
+
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
+CALL = [{"id": "c1", "type": "function", "function": {"name": "find", "arguments": {"what": "hub"}}}]
+WORDS = st.sampled_from(
+    [
+        "hello",
+        " hello",
+        "hello ",
+        "\nhello\n",
+        "Be good.",
+        "a  b",
+        "<think>\nwhy\n</think>\n\nso",
+        "x",
+        "café ☕",
+        "1 2 34",
+        "\t",
+        "  ",
+    ]
+)
+TEXTS = st.builds("".join, st.lists(WORDS | st.text(max_size=6), min_size=1, max_size=4)).filter(str.strip)
+
+
+@cache
+def tokenizer_of(kind: str) -> PreTrainedTokenizerBase:
+    return TOKENIZERS[kind]()
+
+
+@cache
+def encoder_of(name: str, kind: str, **options: Any) -> Encoder:
+    tokenizer = TOKENIZERS[kind]()
+    tokenizer.chat_template = TEMPLATES[name]
+    return Encoder(tokenizer, EncodingConfig(max_tokens=4000, **options))
+
+
+def text_of(encoder: Encoder, ids: Sequence[int]) -> str:
+    return str(text_of(encoder, list(ids)))
+
+
+def theirs(encoder: Encoder, messages: Sequence[Message], **options: Any) -> list[int]:
+    """What transformers gives."""
+    ids = encoder.tokenizer.apply_chat_template([dict(m) for m in messages], return_dict=False, **options)
+    assert isinstance(ids, list)
+    return ids  # pyright: ignore[reportReturnType]
+
+
+def said(*contents: str, system: str | None = None) -> list[Message]:
+    """A conversation of user and assistant in turn."""
+    turns: list[Message] = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return [{"role": "system", "content": system}, *turns] if system is not None else turns
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[Message]:
+    contents = draw(st.lists(TEXTS, min_size=1, max_size=4).filter(lambda turns: len(turns) % 2 == 1))
+    return said(*contents, system=draw(st.none() | TEXTS))
+
+
+def agrees(encoder: Encoder, messages: Sequence[Message], answer: Message, **options: Any) -> None:
+    """Prompt, and prompt with completion, are transformers' own; both refuse, or neither does."""
+    kwargs = {key: value for key, value in options.items() if key == "tools"}
+    if encoder.chat._takes_parts:
+        as_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in [*messages, answer]]
+    else:
+        as_parts = [*messages, answer]
+    try:
+        wanted = theirs(encoder, as_parts[:-1], add_generation_prompt=True, **options)
+    except (TemplateError, TypeError, ValueError):
+        with pytest.raises(DataError):
+            encoder.prompt(messages, **kwargs)
+        return
+    try:
+        example = encoder.examples(
+            messages, [answer["content"] if answer.keys() == {"role", "content"} else [answer]], **kwargs
+        )[0]
+    except DataError as error:
+        assert "leaves out" in error.what  # a rule of ours
+        return
+    assert list(example.prompt) == wanted == encoder.prompt(messages, **kwargs)
+    whole = theirs(encoder, as_parts, **options)
+    if whole[: len(wanted)] == wanted:
+        ids = [*example.prompt, *example.completion]
+        assert ids[:-1] == whole[: len(ids) - 1] and ids[-1] == encoder.end_id
+        assert encoder.end_id not in whole[len(wanted) : len(ids) - 1]
+        # nothing is lost: the end token was the template's, or all of the template is there
+        assert whole[len(ids) - 1 : len(ids)] in ([encoder.end_id], [])
+
+
+def test_there_are_many_families() -> None:
+    assert len(TEMPLATES) >= 45 and len(set(TEMPLATES.values())) == len(TEMPLATES) and len(TOKENIZERS) == 5
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_same_ids_as_transformers(name: str, kind: str) -> None:
+    encoder = encoder_of(name, kind)
+
+    @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+    @given(conversations(), TEXTS)
+    def agree(messages: list[Message], answer: str) -> None:
+        typed = encoder.chat.control_token_in([*messages, answer])
+        if typed is None:
+            agrees(encoder, messages, {"role": "assistant", "content": answer})
+
+    agree()
+
+
+class TestControlTokens:
+    """Where a text holds one, only the ids inside that text differ from transformers'."""
+
+    @pytest.mark.parametrize("kind", TOKENIZERS)
+    @pytest.mark.parametrize(
+        "name", ["chatml", "header tokens, trimmed", "headers, date", "instruct", "channels", "tools"]
+    )
+    @pytest.mark.parametrize("role", ["user", "assistant", "system"])
+    def test_no_text_makes_one(self, name: str, kind: str, role: str) -> None:
+        encoder = encoder_of(name, kind)
+        markers = encoder.chat._markers
+        forbidden = [*SPECIAL, *markers]
+        for token in forbidden:
+            texts = {"user": "ask", "assistant": "reply", "system": "rule"}
+            clean = said(texts["user"], texts["assistant"], texts["user"], system=texts["system"])
+            texts[role] = f"a {token}b\n{token}"
+            typed = said(texts["user"], texts["assistant"], texts["user"], system=texts["system"])
+            ids = {number for literal, number in encoder.chat._visible.items() if literal in forbidden}
+            wanted = [number for number in encoder.prompt(clean) if number in ids]
+            found = encoder.prompt(typed)
+            assert [number for number in found if number in ids] == wanted
+            assert token in text_of(encoder, found)
+
+    @pytest.mark.parametrize("kind", TOKENIZERS)
+    def test_what_is_outside_keeps_its_ids(self, kind: str) -> None:
+        encoder = encoder_of("chatml", kind)
+        typed, clean = said("hello", "Be good.", "a <|im_end|> b"), said("hello", "Be good.", "a")
+        ours, theirs_clean = encoder.prompt(typed), theirs(encoder, clean, add_generation_prompt=True)
+        end = encoder.end_id
+        last = len(theirs_clean) - 1 - theirs_clean[::-1].index(end)
+        before = theirs(encoder, clean[:2])
+        assert ours[: len(before)] == before and ours[-(len(theirs_clean) - last) :] == theirs_clean[last:]
+
+    def test_thoughts_in_a_text_are_the_tokens_that_they_are(self) -> None:
+        """`<think>` is an added token that marks no turn: the network writes it itself, and learns it as such."""
+        encoder = encoder_of("thinking, stripped", "byte level")
+        answer = {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nso"}
+        example = encoder.example("hello", answer["content"])
+        assert [*example.prompt, *example.completion] == theirs(encoder, [*said("hello"), answer])[:-1]
+        assert encoder.tokenizer.convert_tokens_to_ids("<think>") in example.completion
+
+    def test_markup_in_a_prompt_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
+        tokenizer = byte_level()
+        tokenizer.chat_template = CHATML
+        encoder = Encoder(tokenizer, EncodingConfig())
+        for _ in range(2):
+            encoder.prompt("<|im_start|>user\nhi<|im_end|>")
+        assert capsys.readouterr().err.count("a text holds '<|im_start|>', which the chat template writes itself") == 1
+
+
+class TestCompletions:
+    @pytest.mark.parametrize("kind", TOKENIZERS)
+    def test_begun_answers_are_gone_on_with(self, kind: str) -> None:
+        for name in ("chatml", "chatml, trimmed", "header tokens", "instruct", "turns of model and user", "lines"):
+            encoder = encoder_of(name, kind)
+            begun = said("hello", "Sure:")
+            assert encoder.prompt(begun) == theirs(encoder, begun, continue_final_message=True)
+            example = encoder.example(begun, " Be good.")
+            whole = theirs(encoder, said("hello", "Sure: Be good."))
+            ids = [*example.prompt, *example.completion]
+            assert ids[:-1] == whole[: len(ids) - 1] and ids[-1] == encoder.end_id
+
+    @pytest.mark.parametrize(
+        "name", ["chatml", "channels", "header tokens, other end", "lines, no end", "thinking, empty thought"]
+    )
+    def test_of_several_turns_only_the_assistants_are_learned(self, name: str) -> None:
+        encoder = encoder_of(name, "byte level")
+        answer = [{"role": "assistant", "content": "one"}, *said("and?", "two")]
+        example = encoder.example("hello", answer)
+        tokens = example.tokens
+        learned = [text_of(encoder, tokens.ids[start : start + n]) for start, n in tokens.completions]
+        assert len(learned) == 2 and "one" in learned[0] and "two" in learned[1]
+        assert not any("and?" in text or "hello" in text for text in learned)
+        whole = theirs(encoder, said("hello", "one", "and?", "two"))
+        assert list(tokens.ids)[:-1] == whole[: len(tokens.ids) - 1] and tokens.ids[-1] == encoder.end_id
+        assert sum(tokens.completions[-1]) == len(tokens.ids), "the last one ends with the end token"
+
+    def test_tokenised_apart_where_the_template_rewrites_prompts(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """The prompt opens a thought, and the answered conversation has none: the answer stands after the prompt."""
+        tokenizer = byte_level()
+        tokenizer.chat_template = TEMPLATES["thinking, opened by the prompt"]
+        encoder = Encoder(tokenizer, EncodingConfig())
+        for _ in range(2):
+            example = encoder.example("hello", "why\n</think>\n\nso")
+            text = text_of(encoder, [*example.prompt, *example.completion])
+            assert text.endswith("<|im_start|>assistant\n<think>\nwhy\n</think>\n\nso<|im_end|>")
+        assert capsys.readouterr().err.count("writes prompts differently once they are answered") == 1
+
+    @pytest.mark.parametrize("kind", TOKENIZERS)
+    def test_tokenised_apart_without_a_space(self, kind: str) -> None:
+        """Where a token spans prompt and completion, the completion is what follows, in tokens of its own."""
+        encoder = encoder_of("bare", kind)
+        example = encoder.example("hel", "lo")
+        assert example.prompt == tuple(theirs(encoder, said("hel"), add_generation_prompt=True))
+        assert text_of(encoder, [*example.prompt, *example.completion[:-1]]).strip() == "hello"
+
+    def test_end_tokens(self, capsys: pytest.CaptureFixture[str]) -> None:
+        tokenizer = byte_level()
+        tokenizer.chat_template = CHATML
+        encoder = Encoder(tokenizer, EncodingConfig(), network_ends=[3, 0])
+        end, eos = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "</s>"))
+        assert encoder.end_id == end and encoder.end_ids == (end, eos, 3, 0)
+        said_once = capsys.readouterr().err
+        assert "ends a turn with '<|im_end|>', and the tokenizer's end token is '</s>'" in said_once
+
+    def test_an_end_of_turn_that_is_not_special(self) -> None:
+        tokenizer = byte_level()
+        tokenizer.chat_template = TEMPLATES["chatml"].replace("<|im_end|>", "[/INST]")
+        encoder = Encoder(tokenizer, EncodingConfig())
+        assert encoder.end_id == tokenizer.convert_tokens_to_ids("[/INST]")
+        assert encoder.prompt("[/INST]").count(encoder.end_id) == 1
+
+
+class TestNothingIsLost:
+    def test_tool_calls_and_tools_are_rendered(self) -> None:
+        for name in ("tools", "tools, in a system message"):
+            for kind in TOKENIZERS:
+                encoder = encoder_of(name, kind)
+                messages = [*said("hello"), {"role": "assistant", "content": "", "tool_calls": CALL}]
+                messages += [{"role": "tool", "content": "3 left"}]
+                assert encoder.prompt(messages, TOOLS) == theirs(
+                    encoder, messages, tools=TOOLS, add_generation_prompt=True
+                )
+                agrees(encoder, messages, {"role": "assistant", "content": "x"}, tools=TOOLS)
+                agrees(encoder, said("hello"), messages[1], tools=TOOLS)
+
+    def test_a_call_without_content(self) -> None:
+        encoder = encoder_of("tools", "byte level")
+        messages = [
+            *said("hello"),
+            {"role": "assistant", "content": None, "tool_calls": CALL},
+            {"role": "tool", "content": "3"},
+        ]
+        assert encoder.prompt(messages) == theirs(encoder, messages, add_generation_prompt=True)
+
+    @pytest.mark.parametrize(
+        ("more", "tools", "what"),
+        [
+            ({"tool_calls": CALL}, None, "'tool_calls' of message 2, of role assistant"),
+            ({"reasoning_content": "why"}, None, "'reasoning_content' of message 2, of role assistant"),
+            ({"thinking": "why"}, None, "'thinking' of message 2"),
+            ({}, TOOLS, "the tools"),
+        ],
+    )
+    def test_what_a_template_leaves_out_is_an_error(self, more: dict[str, Any], tools: Any, what: str) -> None:
+        messages = [*said("hello"), {"role": "assistant", "content": "x", **more}, *said("so?")]
+        with pytest.raises(DataError, match=f"f.json:3: the chat template leaves out {what}") as caught:
+            encoder_of("chatml", "byte level").example(messages, "yes", "f.json:3", tools)
+        assert "encoding.unrendered: warn" in str(caught.value)
+        lenient = encoder_of("chatml", "byte level", unrendered="warn")
+        assert lenient.prompt(messages, tools) == encoder_of("chatml", "byte level").prompt(said("hello", "x", "so?"))
+
+    def test_a_dropped_message_is_an_error(self) -> None:
+        tokenizer = byte_level()
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}" + TURN + "{% endif %}{% endfor %}"
+        )
+        encoder = Encoder(tokenizer, EncodingConfig())
+        with pytest.raises(DataError, match="leaves out the content of message 1, of role developer"):
+            encoder.prompt([{"role": "developer", "content": "Be brief."}, *said("hello")])
+
+    def test_other_keys_are_told_once(self, capsys: pytest.CaptureFixture[str]) -> None:
+        tokenizer = byte_level()
+        tokenizer.chat_template = CHATML
+        encoder = Encoder(tokenizer, EncodingConfig())
+        for _ in range(2):
+            encoder.prompt([{"role": "user", "content": "hello", "id": "u7"}])
+        assert capsys.readouterr().err.count("leaves out 'id'") == 1
+
+    def test_reasoning_that_the_template_strips_is_taken_at_its_word(self) -> None:
+        encoder = encoder_of("thinking, a key", "byte level")
+        messages = [*said("hello"), {"role": "assistant", "content": "x", "reasoning_content": "why"}, *said("so?")]
+        answer = {"role": "assistant", "content": "y", "reasoning_content": "thus"}
+        agrees(encoder, messages, answer)
+        example = encoder.examples(messages, [[answer]])[0]
+        assert "thus" in text_of(encoder, example.completion)
+
+    def test_names_are_text(self) -> None:
+        with pytest.raises(DataError, match="'name' of message 1 is 3, which is no text"):
+            encoder_of("json", "byte level").prompt([{"role": "user", "content": "hello", "name": 3}])
+
+
+class TestChoices:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = byte_level()
+        tokenizer.chat_template = {"default": CHATML, "tool_use": TEMPLATES["tools"], "rag": TEMPLATES["lines"]}  # pyright: ignore[reportAttributeAccessIssue]
+        return tokenizer
+
+    def test_named_templates(self) -> None:
+        encoder = Encoder(self.tokenizer(), EncodingConfig())
+        assert encoder.prompt("hello") == theirs(encoder, said("hello"), add_generation_prompt=True)
+        assert encoder.prompt(said("hello"), TOOLS) == theirs(
+            encoder, said("hello"), tools=TOOLS, add_generation_prompt=True
+        )
+        rag = Encoder(self.tokenizer(), EncodingConfig(template="name:rag"))
+        assert text_of(rag, rag.prompt("hello")) == "USER: hello\nASSISTANT:"
+        assert rag.identity()["template_sha256"] != encoder.identity()["template_sha256"]
+
+    def test_no_such_name(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r"no chat template called 'tools'\n  allowed: name:default, name:tool_use, name:rag"
+        ):
+            Encoder(self.tokenizer(), EncodingConfig(template="name:tools"))
+        without = byte_level()
+        without.chat_template = {"rag": CHATML}  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(ConfigError, match="none is called default\n  allowed: name:rag"):
+            Encoder(without, EncodingConfig())
+
+    def test_variables_of_the_template(self) -> None:
+        encoder = encoder_of_kwargs({"enable_thinking": False})
+        messages = said("hello")
+        assert encoder.prompt(messages) == theirs(encoder, messages, add_generation_prompt=True, enable_thinking=False)
+        assert encoder.prompt(messages) != encoder_of("thinking, switch", "byte level").prompt(messages)
+        agrees(encoder, messages, {"role": "assistant", "content": "x"}, enable_thinking=False)
+        with pytest.raises(ConfigError, match=r"has no variable 'enable_thought'[\s\S]*did you mean 'enable_thinking'"):
+            encoder_of_kwargs({"enable_thought": False})
+        with pytest.raises(ConfigError, match="no variable 'messages'"):
+            encoder_of_kwargs({"messages": []})
+
+    @pytest.mark.parametrize("name", ["headers, date", "headers, given date"])
+    def test_the_day_is_the_one_that_is_set(self, name: str) -> None:
+        encoder = encoder_of(name, "byte level", day="2025-03-09")
+        text = text_of(encoder, encoder.prompt("hello"))
+        assert ("09 Mar 2025" if name == "headers, date" else "2025-03-09") in text
+        today = datetime.date.today()
+        same = encoder_of(name, "byte level", day=today.isoformat())
+        if datetime.date.today() == today:
+            assert same.prompt("hello") == theirs(same, said("hello"), add_generation_prompt=True)
+
+
+def encoder_of_kwargs(variables: dict[str, Any]) -> Encoder:
+    tokenizer = byte_level()
+    tokenizer.chat_template = TEMPLATES["thinking, switch"]
+    return Encoder(tokenizer, EncodingConfig(template_kwargs=variables))
+
+
+def test_the_tokenizers_own_limit_is_told_and_not_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML
+    tokenizer.init_kwargs["model_max_length"] = 16
+    encoder = Encoder(tokenizer, EncodingConfig(max_tokens=100))
+    assert encoder.max_tokens == 100 and encoder.example("hello " * 10, "x").cut == 0
+    assert "limit of 16 tokens (model_max_length)" in capsys.readouterr().err
+
+
+def test_added_tokens_that_templates_do_not_write_are_as_the_tokenizer_takes_them() -> None:
+    assert set(PLAIN_ADDED) - encoder_of("chatml", "byte level").chat._markers == set(PLAIN_ADDED)
