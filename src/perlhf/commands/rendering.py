@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from perlhf.config.commands import DataInspectConfig
+from perlhf.data.read import read
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record
 from perlhf.data.splits import kind_of
 from perlhf.model.base import Base, end_ids, load_tokenizer
@@ -15,7 +16,7 @@ PROMPT, TRAINED, READ, SCORED = "dim", "bold green", "cyan", "bold black on mage
 BOUNDARY = "|"
 
 
-def show(config: DataInspectConfig, records: Iterable[Record], console: Console | None = None) -> None:
+def show(config: DataInspectConfig, console: Console | None = None) -> None:
     """Prints the tokens of the first record of each kind, one `|` between two; spaces and line breaks are visible.
 
     Raises:
@@ -27,18 +28,10 @@ def show(config: DataInspectConfig, records: Iterable[Record], console: Console 
     console = console or Console(soft_wrap=True)
     ends = ", ".join(_shown(encoder, [number])[0] for number in encoder.end_ids)
     console.print(f"\ntokens of {config.base}, at most {encoder.max_tokens} a record; an answer ends with {ends}")
-    legend = Text.assemble(
-        ("prompt", PROMPT),
-        "  ",
-        ("trained", TRAINED),
-        "  ",
-        ("read before the score", READ),
-        "  ",
-        ("scored here", SCORED),
-    )
-    console.print(legend)
+    colours = {"prompt": PROMPT, "trained": TRAINED, "read before the score": READ, "scored here": SCORED}
+    console.print(Text("  ").join(Text(what, style) for what, style in colours.items()))
     seen: set[str] = set()
-    for record in records:
+    for record in (record for path in config.paths for record in read(path, config.format, rules=config)):
         if kind_of(record) not in seen:
             seen.add(kind_of(record))
             console.print(f"\n{kind_of(record)} ({record.source or 'embedded'}), group {record.group!r:.60}")
@@ -97,7 +90,7 @@ def _joined(tokens: Iterable[tuple[str, str]]) -> Text:
 
 
 def _shown(encoder: Encoder, ids: Sequence[int]) -> list[str]:
-    """Each token as text; a space is ·, a line break ⏎, and bytes that are no character are shown as the token itself."""
+    """Each token as text; a space is ·, a line break ⏎; where it is no whole character, the token's own name."""
     texts = [str(encoder.tokenizer.decode([number], clean_up_tokenization_spaces=False)) for number in ids]
     names = [str(encoder.tokenizer.convert_ids_to_tokens(number)) for number in ids]
     shown = [name if not text or "\ufffd" in text else text for text, name in zip(texts, names, strict=True)]
