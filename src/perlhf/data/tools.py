@@ -11,7 +11,7 @@ from typing import Any
 from perlhf.config.stages import DataConfig
 from perlhf.data import files, read
 from perlhf.data.fields import Skipped, checked
-from perlhf.data.files import DataFile
+from perlhf.data.files import FOR_TRAINING, Choice, DataFile
 from perlhf.data.read import FORMATS
 from perlhf.data.records import (
     Comparison,
@@ -23,7 +23,7 @@ from perlhf.data.records import (
     content_of,
     text_of,
 )
-from perlhf.data.splits import SPLITS, kind_of, prompt_text, record_hash, split_of
+from perlhf.data.splits import SPLITS, choice_of, kind_of, prompt_text, record_hash, split_of
 from perlhf.errors import DataError
 from perlhf.system.files import storage_errors, write_atomic
 
@@ -59,7 +59,9 @@ def formats() -> list[dict[str, str]]:
     ]
 
 
-def validate(paths: Sequence[str], format: str = "auto", root: Path | None = None) -> Validation:
+def validate(
+    paths: Sequence[str], format: str = "auto", root: Path | None = None, choice: Choice = FOR_TRAINING
+) -> Validation:
     """Reads every row of every path and collects what is wrong (at most MAX_PROBLEMS), instead of stopping at the
     first.
 
@@ -73,10 +75,10 @@ def validate(paths: Sequence[str], format: str = "auto", root: Path | None = Non
     count = 0
     for path in paths:
         if read.is_builtin(path):
-            records.extend(read.read(path))
+            records.extend(read.read(path, choice=choice))
             count += 1
             continue
-        for file in files.find(path, root):
+        for file in files.find(path, root, choice):
             count += 1
             for outcome in _records_or_problems(file, format):
                 if isinstance(outcome, DataError):
@@ -90,7 +92,11 @@ def validate(paths: Sequence[str], format: str = "auto", root: Path | None = Non
 
 
 def inspect(
-    paths: Sequence[str], format: str = "auto", root: Path | None = None, config: DataConfig | None = None
+    paths: Sequence[str],
+    format: str = "auto",
+    root: Path | None = None,
+    config: DataConfig | None = None,
+    choice: Choice = FOR_TRAINING,
 ) -> dict[str, Any]:
     """Summary of some files, ready for a table or JSON.
 
@@ -102,7 +108,7 @@ def inspect(
     Raises:
         DataError: as `read`.
     """
-    readings = [read.read_all(path, format, root) for path in paths]
+    readings = [read.read_all(path, format, root, choice) for path in paths]
     records = [record for reading in readings for record in reading.records]
     labels = Counter(record.label for record in records if isinstance(record, Rating))
     skipped = sum((Counter(reading.skipped) for reading in readings), Counter[str]())
@@ -135,7 +141,7 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
         DataError: a file or row is wrong, or a side is empty; nothing is written then.
         StorageError: the files can't be written.
     """
-    records = [record for path in config.paths for record in read.read(path, config.format)]
+    records = [record for path in config.paths for record in read.read(path, config.format, choice=choice_of(config))]
     sides = {side: [record for record in records if split_of(record.group, config) == side] for side in SPLITS}
     shares = {"train": 1.0, "validation": config.validation, "test": config.test}
     wanted = {side: members for side, members in sides.items() if shares[side] > 0}
@@ -158,7 +164,13 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
     }
 
 
-def convert(path: str, output: Path, format: str = "auto", root: Path | None = None) -> int:
+def convert(
+    path: str,
+    output: Path,
+    format: str = "auto",
+    root: Path | None = None,
+    choice: Choice = FOR_TRAINING,
+) -> int:
     """Writes the records of `path` with TRL's column names to a `.jsonl` or `.parquet` file.
 
     Chat prompts are written as lists of messages and their completions as one assistant message; in Parquet, where a
@@ -177,7 +189,7 @@ def convert(path: str, output: Path, format: str = "auto", root: Path | None = N
             where=str(output),
             allowed=" or ".join(_OUTPUTS),
         )
-    records = read.read(path, format, root)
+    records = read.read(path, format, root, choice)
     with storage_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, to_jsonl(records) if output.suffix == ".jsonl" else to_parquet(records))
