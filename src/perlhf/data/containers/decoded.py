@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from perlhf.errors import DataError
 
-LONGEST = 512 << 20
+LONGEST = 256 << 20
 """Characters of the longest line or JSON value that is held in memory."""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -72,7 +72,7 @@ def check_length(length: int, where: str) -> None:
     """Raises DataError when a line or value is too long to be held."""
     if length > LONGEST:
         raise DataError(
-            f"one line or JSON value is longer than {LONGEST >> 20} million characters",
+            f"one line or JSON value is longer than {LONGEST >> 20} Mi characters",
             where=where,
             allowed="records that fit into memory",
             hint="write one record a line",

@@ -17,7 +17,7 @@ from perlhf.data.containers.decoded import LONGEST, lines
 from perlhf.data.containers.json_rows import decode
 from perlhf.errors import DataError
 
-_DELIMITERS = ",;\t|"
+_DELIMITERS = "\t,;|"
 _TASKMASTER = re.compile(r'"?\s*[<\[](U|A|PN|PR|S|C)[>\]]')
 _STRUCTURED = ("messages", "conversations", "conversation", "tools")
 _LIST_OF_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value|name|tool_calls)['"]\s*:""")
@@ -29,7 +29,12 @@ def rows(texts: Iterable[str], name: str, tabs: bool) -> Iterator[tuple[str, Any
     Raises:
         DataError: the header is wrong or the quoting never ends.
     """
-    numbered = lines(texts, name)
+    texts = iter(texts)
+    head = next(texts, "")
+    whole = chain([head], texts)
+    if "\r" in head and "\n" not in head:  # as old Macs end lines, and Excel's "CSV (Macintosh)"
+        whole = (text.replace("\r", "\n") for text in whole)
+    numbered = lines(whole, name)
     begun = next(((number, line) for number, line in numbered if line.strip()), None)
     if begun is None:
         return
@@ -98,7 +103,7 @@ def _row(columns: list[str], cells: list[str], where: str, delimiter: str) -> An
     if len(cells) != len(columns):
         hint = f"put a text with a {_called(delimiter)} or a newline in quotes"
         return DataError(
-            f"found {len(cells)} cells",
+            f"found {len(cells)} cell{'s' * (len(cells) != 1)}",
             where=where,
             allowed=f"{len(columns)}, as in the header: {', '.join(columns)}",
             hint=hint,

@@ -47,23 +47,26 @@ def rows(texts: Iterable[str], name: str, split: str | None = None) -> Iterator[
             return _array_rows(document)
         case "{" if document.is_one_object() or document.first_value_goes_on():
             return _object_rows(document, split)
+        case '"' if (text := document.whole_text()) is not None:
+            return rows([text], name, split)
         case _:
             return _line_rows(document)
 
 
 class _Document:
-    """Text that is read as it is needed: `at` is the place in `text`, whose first line has the number `line`."""
+    """Text that is read as it is needed: `at` is the place in `text`."""
 
     def __init__(self, texts: Iterable[str], name: str):
-        self.name, self.text, self.at, self.line = name, "", 0, 1
+        self.name, self.text, self.at = name, "", 0
+        self._line, self._counted = 1, 0
         self._texts = iter(texts)
 
     def more(self) -> bool:
         """Reads on, at least as much again as there is; what was used up is forgotten. False at the end."""
-        self.line += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :], 0
+        here = self.line()
+        self.text, self.at, self._counted = self.text[self.at :], 0, 0
         parts, length, wanted = [self.text], 0, len(self.text)
-        check_length(wanted, f"{self.name}:{self.line}")
+        check_length(wanted, f"{self.name}:{here}")
         for text in self._texts:
             parts.append(text)
             length += len(text)
@@ -82,13 +85,18 @@ class _Document:
     def peek(self) -> str:
         return self.text[self.at : self.at + 1]
 
+    def line(self) -> int:
+        """The number of the line that `at` is on."""
+        self._line += self.text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line
+
     def place(self) -> str:
-        return f"{self.name}:{self.line + self.text.count(chr(10), 0, self.at)}"
+        return f"{self.name}:{self.line()}"
 
     def rest(self) -> Iterator[tuple[int, str]]:
         """The lines from here on."""
-        first = self.line + self.text.count("\n", 0, self.at)
-        return lines(chain([self.text[self.at :]], self._texts), self.name, first)
+        return lines(chain([self.text[self.at :]], self._texts), self.name, self.line())
 
     def first_lines(self, count: int) -> list[str]:
         """At most `count` next lines that aren't blank, without using them up."""
@@ -104,6 +112,12 @@ class _Document:
         """True when there is one line, and it is an object."""
         found = self.first_lines(2)
         return len(found) == 1 and isinstance(_complete(found[0]), dict)
+
+    def whole_text(self) -> str | None:
+        """The text of the one line that there is, where it holds an array or object as JSON."""
+        found = self.first_lines(2)
+        text = _complete(found[0]) if len(found) == 1 else None
+        return text if isinstance(text, str) and text.lstrip()[:1] in ("[", "{") else None
 
     def first_value_goes_on(self) -> bool:
         """True when an object is printed over several lines, and the next line isn't a record by itself."""
@@ -132,7 +146,8 @@ class _Document:
                 self.at = min(error.pos, len(self.text))
                 raise _bad_json(error, self.text, self.place()) from error
             except ValueError as error:
-                problem, decoder = DataError(str(error), where=where), _LENIENT
+                what = _with_key(str(error), self.text[self.at :])
+                problem, decoder = DataError(what, where=where), _LENIENT
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -176,14 +191,14 @@ def _unfinished(line: str) -> bool:
         _LENIENT.decode(line.lstrip(_LINE_SPACE))
     except json.JSONDecodeError as error:
         # Inside a string a newline would be written \n, so an open string doesn't go on in the next line.
-        return error.pos >= len(line.lstrip(_LINE_SPACE)) - 1 and not error.msg.startswith("Unterminated")
+        return error.pos >= len(line.lstrip(_LINE_SPACE)) - 1 and not error.msg.startswith(("Unterminated", "Extra"))
     except (ValueError, RecursionError):
         return False
     return False
 
 
 def _bad_json(error: json.JSONDecodeError, text: str, where: str, column: bool = False) -> DataError:
-    what, hint = f"bad JSON: {error.msg}" + (f" at column {error.colno}" if column else ""), None
+    what, hint = f"bad JSON: {error.msg.removesuffix(' at')}" + (f" at column {error.colno}" if column else ""), None
     before, after = text[max(0, error.pos - 200) : error.pos + 1], text[error.pos : error.pos + 200].lstrip()
     trailing = re.search(r",\s*([\]}]?)$", before)
     if trailing and (trailing.group(1) or after[:1] in ("]", "}")):
@@ -253,12 +268,12 @@ def _with_key(what: str, line: str) -> str:
     """The message about a constant, with the key that has it."""
     constant = what.split(" ")[0]
     key = re.search(rf'"((?:[^"\\]|\\.)*)"\s*:\s*{re.escape(constant)}', line) if "Infinity" in constant else None
-    return f"key {key.group(1)!r} is {what}" if key else what
+    return f"key {key.group(1)!r}: {what}" if key else what
 
 
 def _refuse_shape(line: str, problem: DataError, name: str) -> None:
     """Raises one error for a file whose first line shows that no line will be JSON; otherwise nothing."""
-    if line[:1] in ("{", "(") and _python_value(line) is not None:
+    if line[:1] == "{" and "control character" not in problem.what and isinstance(_python_value(line), dict):
         raise DataError(
             "each line is an object as Python prints it (repr), not JSON",
             where=problem.where,
@@ -358,8 +373,8 @@ def _array_rows(document: _Document) -> Iterator[tuple[str, Any]]:
 
 def _refuse_lists_by_line(document: _Document) -> None:
     """A list on each line is no array of records, though the first line looks like one."""
-    first, *second = document.first_lines(2)
-    if second and second[0].lstrip(_LINE_SPACE)[:1] == "[" and isinstance(_complete(first), list):
+    first, *later = document.text[document.at :].split("\n", 2)  # an array on one line is not read on for this
+    if later and later[0].lstrip(_LINE_SPACE)[:1] == "[" and isinstance(_complete(first), list):
         raise DataError(
             "each line is a list",
             where=document.place(),

@@ -16,7 +16,7 @@ from typing import IO, Any
 from perlhf.errors import DataError
 
 BLOCK = 1 << 20
-MOST_UNPACKED, MOST_RATIO = 256 << 20, 100
+MOST_UNPACKED, MOST_RATIO = 512 << 20, 200
 """A packed file that grows beyond so many bytes, and beyond so many times its own size, is refused."""
 PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 _GZIP, _ZSTD, _BZIP2, _XZ, _ZIP = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00", b"PK\x03\x04"
