@@ -87,8 +87,8 @@ excepted; one line or JSON value may have LONGEST Mi characters.
 | `datasets` directories, hub names | each row of the splits that are read | `name/split[index]` |
 | TFRecord | each `tf.train.Example` | `file[index]` |
 
-- **One object** is the authors' splits where its lists of objects are called so (`train`, `test`). Otherwise its rows are
-  the only list of objects in it, or the one called `data`, `rows`, `records` or the like. pandas' `to_json` is read in
+- **One object** is the authors' splits where its lists of objects are called so (`train`, `test`). Otherwise its rows
+  are the only list of objects in it, or the one called `data`, `rows`, `records` or the like. pandas' `to_json` is read in
   any `orient`, and so are lists by column. What holds texts or messages of its own is one record.
 - **Packed.** Any of them by gzip, zstd, bzip2 or xz, or alone in a zip archive. What unpacks to more than UNPACKED MiB
   and RATIO times its size is refused: 10 MB that hold 4 GB are a mistake or an attack. Who trusts the file unpacks it.
@@ -107,7 +107,8 @@ Packed files, Parquet, Arrow and TFRecord are known by their content; CSV and TS
 
 Many sets come in splits that their authors made: directories of `datasets`, sets of the hub, JSON with `train` and
 `test`, files and folders named so (`train.jsonl`, `test-00000-of-00001.parquet`, `dev/a.csv`). A name says its side by
-its first word that is one: `train`, `training`; `validation`, `valid`, `val`, `dev`, `eval`, `heldout`; `test`, `testing`.
+its first word that is one: `train`, `training`; `validation`, `valid`, `val`, `dev`, `eval`, `heldout`; `test`,
+`testing`.
 
 **Rule.** Where some names say training and others say that they are held out, only those for training are read, and one
 line on standard error says which are not. So nothing that the authors keep for testing is trained on; our own

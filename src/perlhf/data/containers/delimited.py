@@ -18,7 +18,7 @@ from perlhf.data.containers.json_rows import decode
 from perlhf.errors import DataError
 
 _DELIMITERS = "\t,;|"
-_TASKMASTER = re.compile(r'"?\s*[<\[](U|A|PN|PR|S|C)[>\]]')
+_TASKMASTER = re.compile(r"[<\[](U|A|PN|PAN|PAV|PR|PRAN|PRAV|S|C)[>\]]")
 _STRUCTURED = ("messages", "conversations", "conversation", "tools")
 _LIST_OF_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value|name|tool_calls)['"]\s*:""")
 
@@ -39,7 +39,7 @@ def rows(texts: Iterable[str], name: str, tabs: bool) -> Iterator[tuple[str, Any
     if begun is None:
         return
     number, header = begun
-    if tabs and _TASKMASTER.match(header):
+    if tabs and _TASKMASTER.search(header.rpartition("\t")[0]):
         yield from _taskmaster_rows(chain([begun], numbered), name)
         return
     separator = re.fullmatch(r"sep=(.)\r?", header)  # the first line of Excel's files in some countries
