@@ -88,8 +88,8 @@ excepted; one line or JSON value may have LONGEST Mi characters.
 | TFRecord | each `tf.train.Example` | `file[index]` |
 
 - **One object** is the authors' splits where its lists of objects are called so (`train`, `test`). Otherwise its rows
-  are the only list of objects in it, or the one called `data`, `rows`, `records` or the like. pandas' `to_json` is read in
-  any `orient`, and so are lists by column. What holds texts or messages of its own is one record.
+  are the only list of objects in it, or the one called `data`, `rows`, `records` or the like. pandas' `to_json` is read
+  in any `orient`, and so are lists by column. What holds texts or messages of its own is one record.
 - **Packed.** Any of them by gzip, zstd, bzip2 or xz, or alone in a zip archive. What unpacks to more than UNPACKED MiB
   and RATIO times its size is refused: 10 MB that hold 4 GB are a mistake or an attack. Who trusts the file unpacks it.
 - **Encoding.** UTF-8, and UTF-16 or UTF-32 as a byte-order mark says. Anything else is an error whose hint names the

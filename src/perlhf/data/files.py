@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -150,21 +151,12 @@ def rows_or_errors(file: DataFile) -> Iterator[tuple[str, dict[str, Any] | DataE
         raise DataError("the file is empty", where=file.name, allowed="at least one record")
 
 
-def read_bytes(path: Path, name: str) -> bytes:
-    """Content of a file, unpacked when it begins like a packed one.
-
-    Raises:
-        DataError: the file can't be read, or its packing is truncated, damaged or suspicious.
-    """
-    return b"".join(blocks(path, name))
-
-
 def _first_time(file: DataFile) -> Iterator[tuple[str, Any]]:
     """The rows of a file without those that the files of earlier splits have."""
     if not file.after:
         yield from _all_rows(file)
         return
-    earlier = {authors.key_of(row) for other in file.after for _, row in _all_rows(other)}
+    earlier = _keys(file.after)
     repeated = 0
     for where, row in _all_rows(file):
         if authors.key_of(row) in earlier:
@@ -173,6 +165,12 @@ def _first_time(file: DataFile) -> Iterator[tuple[str, Any]]:
             yield where, row
     if repeated:
         authors.tell(f"{file.name}: {repeated:,} rows are those of an earlier split and are read once")
+
+
+@lru_cache(maxsize=1)
+def _keys(earlier: tuple[DataFile, ...]) -> frozenset[bytes]:
+    """Keys of the rows of these files, which all files of a later split ask for."""
+    return frozenset(authors.key_of(row) for other in earlier for _, row in _all_rows(other))
 
 
 def _all_rows(file: DataFile) -> Iterator[tuple[str, Any]]:
@@ -214,7 +212,7 @@ def _begins_otherwise(path: Path, head: bytes) -> bool:
 
 
 def _is_asked(file: DataFile, split: str) -> bool:
-    name = authors.split_of_file(PurePosixPath(file.name)) or ""
+    name = authors.split_of_file(PurePosixPath(PurePosixPath(file.name).name)) or ""
     return split == "all" or any(authors.matches(name, wanted) for wanted in split.split("+"))
 
 

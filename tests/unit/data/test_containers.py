@@ -116,6 +116,9 @@ def test_the_same_rows_however_they_are_written(tmp_path: Path, name: str, conte
         {"id": "x", "turns": [{"speaker": "me", "text": "a"}]},
         {"document": "text", "questions": [{"id": 1}]},
         {"info": {"post": "a"}, "summaries": [{"text": "a"}], "choice": 0},
+        {"prompt": {"role": "user", "content": "a"}, "completion": {"role": "assistant", "content": "b"}},
+        {"prompt": {"text": "a"}, "chosen": {"text": "b"}, "rejected": {"text": "c"}},
+        {"input": {"messages": CHAT}, "preferred_output": CHAT[1:], "non_preferred_output": CHAT[1:]},
         {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
     ],
 )
@@ -148,6 +151,7 @@ def test_nan_is_null_in_any_container(tmp_path: Path) -> None:
         ("a.jsonl", "<!DOCTYPE html>\n<html>", "looks like a web page", ":1", "download the file itself"),
         ("a.jsonl", "version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS", ":1", "git lfs pull"),
         ("a.txt", "prompt;completion\na;b", "the file begins with 'prompt;completion'", ":1", "ends in .csv"),
+        ("a.json", '[{"prompt": ' + "1" * 5000 + "}]", "Exceeds the limit", "[0]", None),
         ("a.json", b"%PDF-1.7", "this is a PDF", "", "JSON lines"),
         ("a.xlsx", zipped(("[Content_Types].xml", "x"), ("y.xml", "y")), "an Excel workbook", "", "as CSV"),
         ("a.zip", zipped(("a.csv", "x"), ("b.csv", "y")), "holds 2 files: a.csv, b.csv", "", "zipfile -e"),
@@ -452,6 +456,8 @@ def test_authors_splits_of_files(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert len(read(tmp_path / "set/data/test.jsonl", Choice(split="test"))) == 1
     assert "there is no split 'train'" in failure(tmp_path / "set/data/test.jsonl", Choice(split="train")).what
     assert "no split is called 'x'" in failure(tmp_path / "set", Choice(split="x")).what
+    for content in (LINES, LINES * 2, f"[{LINES.splitlines()[0]}]", json.dumps(ONE, indent=1) * 2):
+        assert "there is no split 'test'" in failure(put(tmp_path / "mine.jsonl", content), Choice(split="test")).what
 
 
 def test_all_files_are_read_where_none_or_each_is_held_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

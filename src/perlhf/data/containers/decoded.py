@@ -1,6 +1,7 @@
 """From bytes to text and lines: UTF-8, or UTF-16 and UTF-32 as a byte-order mark (or the zeros of ASCII) says."""
 
 import codecs
+import shlex
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
@@ -107,8 +108,9 @@ def _undecodable(error: UnicodeDecodeError, encoding: str, line: int, beyond_asc
     if beyond_ascii or not before.isascii():
         hint = "what comes before it is UTF-8, so mend that line alone: it was damaged, or pasted from another file"
     else:
-        hint = f"save the file as UTF-8: `iconv -f {_guess(content[start:])} -t UTF-8 {name} > utf8-{_base(name)}`"
-        if _guess(content[start:]) != "CP1252":
+        guess = _guess(content[start:])
+        hint = f"save the file as UTF-8: `iconv -f {guess} -t UTF-8 {shlex.quote(name)} > {_mended(name)}`"
+        if guess != "CP1252":
             hint += " (or the encoding that it was saved in, such as CP1251, SHIFT_JIS or EUC-KR)"
     return DataError(what, where=where, hint=hint)
 
@@ -124,5 +126,5 @@ def _guess(content: bytes) -> str:
     return "LATIN1" if unused else "CP1252"
 
 
-def _base(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1]
+def _mended(name: str) -> str:
+    return shlex.quote(f"utf8-{name.rsplit('/', 1)[-1]}")

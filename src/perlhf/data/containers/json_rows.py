@@ -7,17 +7,20 @@ object are errors. A text that holds an object as JSON is read as that object.
 import ast
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-from perlhf.data.containers import shapes
+from perlhf.data.containers import authors, shapes
 from perlhf.data.containers.decoded import check_length, lines
 from perlhf.errors import DataError
 
 _ALLOWED = "a JSON array, or one JSON object per line"
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 _LINE_SPACE = " \t\r\ufeff"
+_LONGEST_REPR = 1 << 20
+"""Characters of a line that is still tried as Python."""
 _NEAR_END = 16
 """An error so near the end of what was read may be a literal that goes on in the next block."""
 _NOT_JSON = (
@@ -42,13 +45,15 @@ def rows(texts: Iterable[str], name: str, split: str | None = None) -> Iterator[
     match document.peek():
         case "":
             return iter(())
-        case "[":
-            _refuse_lists_by_line(document)
-            return _array_rows(document)
         case "{" if document.is_one_object() or document.first_value_goes_on():
             return _object_rows(document, split)
         case '"' if (text := document.whole_text()) is not None:
             return rows([text], name, split)
+        case _ if split not in (None, "all"):
+            raise authors.no_splits(name, split)
+        case "[":
+            _refuse_lists_by_line(document)
+            return _array_rows(document)
         case _:
             return _line_rows(document)
 
@@ -146,6 +151,8 @@ class _Document:
                 self.at = min(error.pos, len(self.text))
                 raise _bad_json(error, self.text, self.place()) from error
             except ValueError as error:
+                if decoder is _LENIENT:  # a number of thousands of digits: nothing says where it ends
+                    raise DataError(str(error), where=where) from error
                 what = _with_key(str(error), self.text[self.at :])
                 problem, decoder = DataError(what, where=where), _LENIENT
 
@@ -279,7 +286,7 @@ def _refuse_shape(line: str, problem: DataError, name: str) -> None:
             where=problem.where,
             allowed=_ALLOWED,
             hint=f"`python -c 'import ast, json, sys; [print(json.dumps(ast.literal_eval(l))) for l in sys.stdin "
-            f"if l.strip()]' < {name} > json-{name.rsplit('/', 1)[-1]}`",
+            f"if l.strip()]' < {shlex.quote(name)} > {_mended(name)}`",
         )
     if line.startswith("{'"):
         raise DataError(
@@ -289,12 +296,11 @@ def _refuse_shape(line: str, problem: DataError, name: str) -> None:
             hint="write each record with json.dumps, or a data frame with to_json(orient='records', lines=True)",
         )
     if problem.hint and "comma at the end" in problem.hint:
-        mended = f"json-{name.rsplit('/', 1)[-1]}"
         raise DataError(
             "each line ends in a comma",
             where=problem.where,
             allowed=_ALLOWED,
-            hint=f"`sed 's/,[[:space:]]*$//' {name} > {mended}` deletes them",
+            hint=f"`sed 's/,[[:space:]]*$//' {shlex.quote(name)} > {_mended(name)}` deletes them",
         )
     if line[:1] in ("{", "[", '"'):
         return
@@ -311,13 +317,17 @@ def _refuse_shape(line: str, problem: DataError, name: str) -> None:
     )
 
 
+def _mended(name: str) -> str:
+    return shlex.quote(f"json-{name.rsplit('/', 1)[-1]}")
+
+
 def _header_like(line: str, delimiter: str) -> bool:
     return delimiter in line and all(re.fullmatch(r'"?[\w .-]{1,40}"?', cell) for cell in line.split(delimiter))
 
 
 def _python_value(line: str) -> Any:
     try:
-        return ast.literal_eval(line)
+        return ast.literal_eval(line) if len(line) < _LONGEST_REPR else None
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         return None
 
@@ -330,6 +340,8 @@ def _object_rows(document: _Document, split: str | None) -> Iterator[tuple[str, 
     if not document.peek():
         yield from shapes.rows(first, place, document.name, split)
         return
+    if split not in (None, "all"):
+        raise authors.no_splits(document.name, split)
     yield place, _row(first)
     while mark := document.peek():
         place = document.place()

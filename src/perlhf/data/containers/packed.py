@@ -70,9 +70,11 @@ def blocks(path: Path, name: str) -> Iterator[bytes]:
 
 def member_name(path: Path, name: str) -> str:
     """The name whose suffix tells what is inside: that of a zip archive's only file, else the file's own."""
+    if not path.is_file():
+        return name  # a pipe can be opened once
     try:
         with path.open("rb") as raw:
-            if path.is_file() and raw.read(4) == _ZIP:
+            if raw.read(4) == _ZIP:
                 return _only_member(zipfile.ZipFile(raw), name).filename
     except (OSError, zipfile.BadZipFile, NotImplementedError):
         pass  # told when the file is read

@@ -19,6 +19,8 @@ _COLUMNS = frozenset(
     "response text label query".split()
 )
 
+_PARTS = frozenset("role from speaker content value name type id".split())
+
 
 def rows(value: Any, place: str, name: str, split: str | None = None) -> Iterator[tuple[str, Any]]:
     """Rows of a file that is `value`, found at `place`.
@@ -92,9 +94,9 @@ def _table(value: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         keys = parts[0].keys()
         if any(part.keys() != keys for part in parts) and not _numbered(value):
             return None
-        if _numbered(value) or (_COLUMNS & keys and not _numbered(keys)):
+        if _numbered(value) or (_COLUMNS & keys and not _COLUMNS & value.keys()):
             return list(parts)
-        if _numbered(keys) or _COLUMNS & value.keys():
+        if _numbered(keys) or (_COLUMNS & value.keys() and not (_COLUMNS | _PARTS) & keys):
             return [{column: part[key] for column, part in value.items()} for key in keys]
         return None
     if len(parts) > 1 and all(isinstance(part, list) for part in parts) and any(map(_are_texts, parts)):
