@@ -297,6 +297,7 @@ def test_a_line_that_memory_cannot_hold_is_refused(tmp_path: Path, monkeypatch: 
             "prompt,completion\ra,b\rc,d\r",
             [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}],
         ),
+        ("a.csv", "completion,margin,weight\n1.5,0.5,x\n", [{"completion": "1.5", "margin": 0.5, "weight": "x"}]),
         ("a.csv", f"prompt\n{'x' * 200_000}\n", [{"prompt": "x" * 200_000}]),
         (
             "a.csv",
@@ -415,7 +416,7 @@ def test_names_of_splits(name: str, side: str | None) -> None:
 
 def split_set(tmp_path: Path, **sizes: int) -> Path:
     """A `datasets` directory whose splits begin alike, as those of UltraFeedback do."""
-    made = {
+    made: Any = {
         name: datasets.Dataset.from_list([{"prompt": f"{name[:2]}{i}"} for i in range(n)]) for name, n in sizes.items()
     }
     datasets.DatasetDict(made).save_to_disk(tmp_path / "dict")

@@ -1,9 +1,9 @@
 """CSV and TSV: a header, then cells of text, quoted as spreadsheets and pandas quote them.
 
-Rule: of tab, semicolon, comma and bar the delimiter is the one that parts the header into most columns (always the tab
-in a .tsv file). An empty cell counts as absent. A cell that holds a list of messages or tools, as JSON or as Python
-prints it, is read as that list. A .tsv file whose first line is a Taskmaster dialog (`source`, `target`, dialog id) has
-no header.
+Rule: of tab, comma, semicolon and bar the delimiter is the one that parts the header into most columns (always the tab
+in a .tsv file). An empty cell counts as absent; `weight` and `margin` are numbers. A cell that holds a list of messages
+or tools, as JSON or as Python prints it, is read as that list. A .tsv file whose first line is a Taskmaster dialog
+(`source`, `target`, dialog id) has no header.
 """
 
 import ast
@@ -20,6 +20,7 @@ from perlhf.errors import DataError
 _DELIMITERS = "\t,;|"
 _TASKMASTER = re.compile(r"[<\[](U|A|PN|PAN|PAV|PR|PRAN|PRAV|S|C)[>\]]")
 _STRUCTURED = ("messages", "conversations", "conversation", "tools")
+_NUMBERS = ("weight", "margin")
 _LIST_OF_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value|name|tool_calls)['"]\s*:""")
 
 
@@ -130,11 +131,16 @@ def _row(columns: list[str], cells: list[str], where: str, delimiter: str) -> An
 
 
 def _cell(column: str, cell: str) -> Any:
-    """The cell's text, or the list that it holds.
+    """The cell's text, or the list or number that it holds.
 
     Raises:
         ValueError: it begins like a list of messages or tools, and is none.
     """
+    if column in _NUMBERS:
+        try:
+            return float(cell)
+        except ValueError:
+            return cell  # the reader says what is wrong with it
     if cell[0] not in "[{ " or not (
         _LIST_OF_TURNS.match(cell) or (column in _STRUCTURED and cell.lstrip()[:1] in ("[", "{"))
     ):
