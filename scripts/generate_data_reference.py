@@ -97,8 +97,8 @@ excepted; one line or JSON value may have LONGEST Mi characters.
 - **Absent.** A null, an empty cell and NaN (as pandas writes an empty cell) count as absent. So do null keys of
   messages in Parquet and Arrow, where all messages of a column have the same keys. Infinity is an error.
 - **Cells.** A cell of a CSV or TSV file is text, quoted as spreadsheets and pandas do; `weight` and `margin` are
-  numbers. One that begins like a list of messages or tools, as JSON or as Python prints it, is read as that list, and is
-  an error where it can't be.
+  numbers. One that begins like a list of messages or tools, as JSON or as Python prints it, is read as that list, and
+  is an error where it can't be.
 - **Odd JSON** that isn't read is one error that names its shape and what mends it: objects as Python prints them, a
   comma after each line or before a bracket, a list on each line, several lists that may be the rows, a web page, a PDF.
 
