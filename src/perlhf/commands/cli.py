@@ -108,7 +108,13 @@ def evaluated_data(arguments: list[str]) -> dict[str, Any] | None:
         return None
     settings, _ = parse(COMMANDS["evaluate"], arguments)
     stored = settings.run / "config.yaml"
-    return {"data": read_recipe(stored).values.get("data", {})} if stored.is_file() else None
+    if not stored.is_file():
+        return None
+    data = dict(read_recipe(stored).values.get("data", {}))
+    if any(argument.startswith("--data.paths") for argument in arguments):
+        # What was chosen of the run's own set says nothing about another one.
+        data = {key: value for key, value in data.items() if key not in ("config", "split", "revision")}
+    return {"data": data}
 
 
 def _dispatch(arguments: list[str]) -> int:

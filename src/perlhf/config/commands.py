@@ -167,6 +167,12 @@ class DataInspectConfig(LayoutConfig):
     """Shows the first record of each kind token by token as this base sees it: what is trained, what is scored."""
     encoding: EncodingConfig = EncodingConfig()
     """From records to tokens, as in the recipe."""
+    config: str | None = None
+    """Of a hub set (or a directory of one): the configuration to read, where it has several."""
+    split: str | None = None
+    """Of a set with its authors' splits: those to read (`test`, `train_sft+train_prefs`, `all`); null: training's."""
+    revision: str | None = None
+    """Of a hub set: branch, tag or commit."""
 
 
 class DataSplitConfig(Frozen):

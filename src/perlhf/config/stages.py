@@ -38,7 +38,7 @@ class RatingsConfig(Frozen):
 
 
 class LayoutConfig(Frozen):
-    """How the rows of a file become records."""
+    """What is read of a set, and how its rows become records."""
 
     format: str = "auto"
     """Reader to use (`perlhf data formats` lists them); `auto` goes by the columns of each file's first row."""
@@ -51,6 +51,12 @@ class LayoutConfig(Frozen):
     """What grades become: `ratings` (by that rule), `comparisons` of one prompt's answers, or nothing (`ignore`)."""
     ties: Literal["skip", "error"] = Field(default="skip", exclude_if=lambda rule: rule == "skip")
     """Ties and comparisons of equal texts teach no preference: `skip` leaves them out and counts, `error` refuses."""
+    config: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    """Of a hub set (or a directory of one): the configuration to read, where it has several."""
+    split: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    """Of a set with its authors' splits: those to read (`test`, `train_sft+train_prefs`, `all`); null: training's."""
+    revision: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    """Of a hub set: branch, tag or commit."""
 
 
 class DataConfig(LayoutConfig):
@@ -86,8 +92,7 @@ class EncodingConfig(Frozen):
     """How a record becomes tokens; the same for training, scoring and sampling."""
 
     template: str = "tokenizer"
-    """`tokenizer` (its own chat template), `name:X` (of several, the one called X), `plain` (`role: text` lines), or
-    the path of a Jinja file."""
+    """`tokenizer` (its chat template), `name:X` (of several), `plain` (`role: text` lines), or a Jinja file's path."""
     # Left out of what a run records unless they are set: a record without them is the same run.
     template_kwargs: dict[str, Any] = Field(default_factory=dict[str, Any], exclude_if=lambda variables: not variables)
     """Variables that the template asks for, such as `{enable_thinking: false}`."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from perlhf.config.stages import LayoutConfig
 from perlhf.data import files
 from perlhf.data.fields import Row, Skipped, checked
-from perlhf.data.files import BUILTIN, DataFile
+from perlhf.data.files import BUILTIN, Choice, DataFile
 from perlhf.data.readers import android, dialogs, exports, layouts, pairs
 from perlhf.data.readers.messages import transcript
 from perlhf.data.readers.trl import slip_of, trl
@@ -120,7 +120,7 @@ def read(path: str, format: str = "auto", root: Path | None = None, rules: Layou
         path: `builtin:coffee-bar` gives all kinds, `builtin:coffee-bar/rating` one of them.
         format: a name of `FORMATS`; `auto` goes by the columns of each file's first row.
         root: where relative paths are also looked up; None means $PERLHF_DATA.
-        rules: names of columns, and what becomes of grades and ties.
+        rules: what is read of a set with several parts, names of columns, and what becomes of grades and ties.
 
     Raises:
         DataError: nothing has that name, or a file, row or format is wrong; the message says where.
@@ -134,14 +134,17 @@ def read_all(path: str, format: str = "auto", root: Path | None = None, rules: L
     rules = rules or LayoutConfig()
     reading = Reading()
     if is_builtin(path):
+        files.refuse_choice(path, choice_of(rules))
         from perlhf.data.coffee_bar import feedback
 
         reading.records.extend(record for kind in builtin_kinds(path) for record in feedback.records(kind))
         reading.formats[path] = "builtin"
         return reading
-    for file in files.find(path, root):
+    for file in files.find(path, root, choice_of(rules)):
         rows = renamed(files.rows(file), rules, file.name)
-        first = next(rows)
+        first = next(rows, None)
+        if first is None:  # all its rows are those of another split
+            continue
         name = detect(first[1]) if format == "auto" else format
         reading.formats[file.name] = name
         published = name in PUBLISHED
@@ -265,6 +268,11 @@ def reader_of(name: str, file: DataFile, rules: LayoutConfig | None = None) -> R
     if not format.published:
         return partial(format.reader, rules=rules or LayoutConfig())
     return partial(format.reader, stories=_stories(file)) if name in NEED_STORIES else format.reader
+
+
+def choice_of(rules: LayoutConfig) -> Choice:
+    """What is read of a set with configurations, authors' splits or revisions."""
+    return Choice(rules.config, rules.split, rules.revision)
 
 
 def check_format(name: str) -> None:

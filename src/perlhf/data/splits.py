@@ -161,6 +161,7 @@ def _converted(config: DataConfig, kinds: Sequence[Kind]) -> list[Record]:
     records: list[Record] = []
     for path in config.paths:
         if read.is_builtin(path):
+            files.refuse_choice(path, read.choice_of(config))
             from perlhf.data.coffee_bar import feedback
 
             available = read.builtin_kinds(path)
@@ -222,7 +223,7 @@ def _empty_split(split: str, config: DataConfig, groups: int) -> DataError:
 def _path_hash(path: str, config: DataConfig) -> str:
     if read.is_builtin(path):
         return _records_hash(read.read(path))
-    data_files = files.find(path)
+    data_files = files.find(path, choice=read.choice_of(config))
     if any(file.path is None for file in data_files):
         return _records_hash(read.read(path, config.format, rules=config))
     hashes = [(file.name, _file_hash(file.path)) for file in data_files if file.path]

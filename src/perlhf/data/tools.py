@@ -78,10 +78,10 @@ def validate(
     count = 0
     for path in paths:
         if read.is_builtin(path):
-            records.extend(read.read(path))
+            records.extend(read.read(path, rules=rules))
             count += 1
             continue
-        for file in files.find(path, root):
+        for file in files.find(path, root, read.choice_of(rules or LayoutConfig())):
             count += 1
             for outcome in _records_or_problems(file, format, rules or LayoutConfig()):
                 if isinstance(outcome, DataError):
