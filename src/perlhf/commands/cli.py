@@ -236,20 +236,21 @@ def _run_data(name: str, arguments: list[str]) -> int:
         case commands.DataFormatsConfig():
             show.formats(tools.formats(), pull.sources())
         case commands.DataValidateConfig():
-            checked = tools.validate(settings.paths, settings.format)
+            checked = tools.validate(settings.paths, settings.format, rules=settings)
             show.validation(checked.files, checked.records, checked.skipped, checked.problems, checked.warnings)
             return 0 if checked.ok else 2
         case commands.DataInspectConfig():
-            show.nested("data", tools.inspect(settings.paths, settings.format))
+            show.nested("data", tools.inspect(settings.paths, settings.format, rules=settings))
             if settings.base is not None:
                 from perlhf.commands import rendering
                 from perlhf.data.read import read
 
-                rendering.show(settings, (record for path in settings.paths for record in read(path, settings.format)))
+                records = (r for path in settings.paths for r in read(path, settings.format, rules=settings))
+                rendering.show(settings, records)
         case commands.DataSplitConfig():
             show.nested(str(settings.output), tools.split(settings.data, settings.output))
         case commands.DataConvertConfig():
-            count = tools.convert(settings.path, settings.output, settings.format)
+            count = tools.convert(settings.path, settings.output, settings.format, rules=settings)
             print(f"{settings.output}: {count:,} records")
         case commands.DataPullConfig():
             print(pull.pull(settings.name, settings.output, settings.source))

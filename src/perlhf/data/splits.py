@@ -6,7 +6,7 @@ Splits are made by group, so that no conversation is on two sides.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -92,12 +92,14 @@ def check_labels(records: Iterable[Record], config: DataConfig) -> None:
 
 
 def record_hash(record: Record) -> str:
-    """SHA-256 of a record's kind and content; `source` is left out, and so are tools and columns where there are none.
+    """SHA-256 of a record's kind and content; `source` and `columns` are left out, so are tools where there are none.
 
     Which records a limit keeps and whose labels are turned goes by it, so it stays what it is.
     """
-    content = {part.name: getattr(record, part.name) for part in fields(record) if part.name != "source"}
-    content = {name: part for name, part in content.items() if name not in ("tools", "columns") or part}
+    content = {
+        part.name: getattr(record, part.name) for part in fields(record) if part.name not in ("source", "columns")
+    }
+    content = {name: part for name, part in content.items() if name != "tools" or part}
     return hashlib.sha256(_canonical([kind_of(record), content]).encode()).hexdigest()
 
 
@@ -164,7 +166,7 @@ def _converted(config: DataConfig, kinds: Sequence[Kind]) -> list[Record]:
             available = read.builtin_kinds(path)
             records.extend(record for kind in kinds if kind in available for record in feedback.records(kind))
         else:
-            records.extend(_as_kinds(read.read(path, config.format), kinds))
+            records.extend(_as_kinds(read.read(path, config.format, rules=config), kinds))
     return list(_unique_prompts(records))
 
 
@@ -222,7 +224,7 @@ def _path_hash(path: str, config: DataConfig) -> str:
         return _records_hash(read.read(path))
     data_files = files.find(path)
     if any(file.path is None for file in data_files):
-        return _records_hash(read.read(path, config.format))
+        return _records_hash(read.read(path, config.format, rules=config))
     hashes = [(file.name, _file_hash(file.path)) for file in data_files if file.path]
     return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == path else _sha256_of(json.dumps(hashes).encode())
 
@@ -249,4 +251,9 @@ def _sha256_of(content: bytes) -> str:
 
 
 def _canonical(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, ensure_ascii=True, default=dict)
+    return json.dumps(content, sort_keys=True, ensure_ascii=True, default=_as_json)
+
+
+def _as_json(content: Any) -> Any:
+    """What JSON has no word for: any mapping as an object, a date or bytes that a Parquet file holds as text."""
+    return dict(content) if isinstance(content, Mapping) else repr(content)

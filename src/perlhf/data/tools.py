@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perlhf.config.stages import DataConfig
+from perlhf.config.stages import DataConfig, LayoutConfig
 from perlhf.data import files, read
 from perlhf.data.fields import Skipped, checked
 from perlhf.data.files import DataFile
-from perlhf.data.read import FORMATS
+from perlhf.data.read import FORMATS, SAME_TEXT
+from perlhf.data.readers.layouts import TIE
+from perlhf.data.readers.trl import NoRule
 from perlhf.data.records import (
     Comparison,
     Demonstration,
+    Prompt,
     Rating,
     Record,
     Text,
@@ -59,7 +62,9 @@ def formats() -> list[dict[str, str]]:
     ]
 
 
-def validate(paths: Sequence[str], format: str = "auto", root: Path | None = None) -> Validation:
+def validate(
+    paths: Sequence[str], format: str = "auto", root: Path | None = None, rules: LayoutConfig | None = None
+) -> Validation:
     """Reads every row of every path and collects what is wrong (at most MAX_PROBLEMS), instead of stopping at the
     first.
 
@@ -78,7 +83,7 @@ def validate(paths: Sequence[str], format: str = "auto", root: Path | None = Non
             continue
         for file in files.find(path, root):
             count += 1
-            for outcome in _records_or_problems(file, format):
+            for outcome in _records_or_problems(file, format, rules or LayoutConfig()):
                 if isinstance(outcome, DataError):
                     problems.append(outcome)
                 elif isinstance(outcome, Skipped):
@@ -86,11 +91,17 @@ def validate(paths: Sequence[str], format: str = "auto", root: Path | None = Non
                 else:
                     records.append(outcome)
     kinds = Counter(kind_of(record) for record in records)
-    return Validation(count, dict(kinds), dict(skipped), tuple(problems[:MAX_PROBLEMS]), tuple(_warnings(records)))
+    return Validation(
+        count, dict(kinds), dict(skipped), tuple(problems[:MAX_PROBLEMS]), tuple(_warnings(records, skipped))
+    )
 
 
 def inspect(
-    paths: Sequence[str], format: str = "auto", root: Path | None = None, config: DataConfig | None = None
+    paths: Sequence[str],
+    format: str = "auto",
+    root: Path | None = None,
+    config: DataConfig | None = None,
+    rules: LayoutConfig | None = None,
 ) -> dict[str, Any]:
     """Summary of some files, ready for a table or JSON.
 
@@ -102,7 +113,7 @@ def inspect(
     Raises:
         DataError: as `read`.
     """
-    readings = [read.read_all(path, format, root) for path in paths]
+    readings = [read.read_all(path, format, root, rules) for path in paths]
     records = [record for reading in readings for record in reading.records]
     labels = Counter(record.label for record in records if isinstance(record, Rating))
     skipped = sum((Counter(reading.skipped) for reading in readings), Counter[str]())
@@ -135,7 +146,7 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
         DataError: a file or row is wrong, or a side is empty; nothing is written then.
         StorageError: the files can't be written.
     """
-    records = [record for path in config.paths for record in read.read(path, config.format)]
+    records = [record for path in config.paths for record in read.read(path, config.format, rules=config)]
     sides = {side: [record for record in records if split_of(record.group, config) == side] for side in SPLITS}
     shares = {"train": 1.0, "validation": config.validation, "test": config.test}
     wanted = {side: members for side, members in sides.items() if shares[side] > 0}
@@ -158,7 +169,9 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
     }
 
 
-def convert(path: str, output: Path, format: str = "auto", root: Path | None = None) -> int:
+def convert(
+    path: str, output: Path, format: str = "auto", root: Path | None = None, rules: LayoutConfig | None = None
+) -> int:
     """Writes the records of `path` with TRL's column names to a `.jsonl` or `.parquet` file.
 
     Chat prompts are written as lists of messages and their completions as one assistant message; in Parquet, where a
@@ -177,7 +190,7 @@ def convert(path: str, output: Path, format: str = "auto", root: Path | None = N
             where=str(output),
             allowed=" or ".join(_OUTPUTS),
         )
-    records = read.read(path, format, root)
+    records = read.read(path, format, root, rules)
     with storage_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, to_jsonl(records) if output.suffix == ".jsonl" else to_parquet(records))
@@ -187,18 +200,30 @@ def convert(path: str, output: Path, format: str = "auto", root: Path | None = N
 def to_jsonl(records: Iterable[Record]) -> bytes:
     """JSON lines with TRL's column names."""
     rows = (_trl_row(record, chat=not isinstance(record.prompt, str)) for record in records)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
 
 
 def to_parquet(records: Sequence[Record]) -> bytes:
-    """Parquet with TRL's column names."""
+    """Parquet with TRL's column names; tools and the arguments of calls, which have no one type, as JSON text.
+
+    Raises:
+        DataError: a column holds values of several types.
+    """
     import pyarrow
     import pyarrow.parquet
 
     chat = any(not isinstance(record.prompt, str) for record in records)
-    rows = [_trl_row(record, chat) for record in records]
+    rows = [{name: _typed(name, cell) for name, cell in _trl_row(record, chat).items()} for record in records]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = pyarrow.Table.from_pydict({name: [row.get(name) for row in rows] for name in columns})
+    try:
+        table = pyarrow.Table.from_pydict({name: [row.get(name) for row in rows] for name in columns})
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"a column holds values of several types: {str(error).splitlines()[0]}",
+            where="output",
+            allowed="one type in a column of Parquet",
+            hint="write .jsonl",
+        ) from error
     stream = io.BytesIO()
     pyarrow.parquet.write_table(table, stream)
     return stream.getvalue()
@@ -218,8 +243,25 @@ def _trl_row(record: Record, chat: bool) -> dict[str, Any]:
             row |= {"weight": record.weight, "annotator": record.annotator}
         case Demonstration():
             row |= {"completion": _written(record.completion, "assistant", chat), "weight": record.weight}
+        case Prompt():
+            row |= record.columns
+    row |= {"tools": list(record.tools) if record.tools else None}
     row |= {"group": record.group, "source": record.source or None}
     return {name: cell for name, cell in row.items() if cell is not None}
+
+
+def _typed(name: str, cell: Any) -> Any:
+    """A cell as a column of one type can hold it."""
+    if name == "tools":
+        return json.dumps(cell)
+    if not isinstance(cell, list) or not any(isinstance(part, dict) and "tool_calls" in part for part in cell):
+        return cell
+    return [
+        part | {"tool_calls": json.dumps(part["tool_calls"])}
+        if isinstance(part, dict) and "tool_calls" in part
+        else part
+        for part in cell
+    ]
 
 
 def _written(text: Text, role: str, chat: bool) -> str | list[dict[str, str]]:
@@ -228,7 +270,7 @@ def _written(text: Text, role: str, chat: bool) -> str | list[dict[str, str]]:
     return [dict(message) for message in text]
 
 
-def _records_or_problems(file: DataFile, format: str) -> Iterable[Record | Skipped | DataError]:
+def _records_or_problems(file: DataFile, format: str, rules: LayoutConfig) -> Iterable[Record | Skipped | DataError]:
     """Every record of a file, with an error in place of each row that can't be read."""
     good: list[tuple[str, dict[str, Any]]] = []
     try:
@@ -239,33 +281,49 @@ def _records_or_problems(file: DataFile, format: str) -> Iterable[Record | Skipp
                 good.append((where, row))
         if not good:
             return
-        reader = read.reader_of(read.detect(good[0][1]) if format == "auto" else format, file)
+        good = list(read.renamed(good, rules, file.name))
+        reader = read.reader_of(read.detect(good[0][1]) if format == "auto" else format, file, rules)
     except DataError as error:
         yield error
         return
     usable: list[tuple[str, dict[str, Any]]] = []
     for where, row in good:
         try:
-            for record in reader([(where, row)]):
+            for found in reader([(where, row)]):
+                record = read.settled(found, rules)
                 if not isinstance(record, Skipped):
                     checked(record, where)
             usable.append((where, row))
+        except NoRule:
+            yield from _no_rule(reader, good[len(usable) :])  # said once, with the grades of all rows
+            return
         except DataError as error:
             yield error
-    for record in reader(usable):
+    for found in reader(usable):
         try:
+            record = read.settled(found, rules)
             yield record if isinstance(record, Skipped) else checked(record, record.source)
         except DataError as error:
             yield error
 
 
-def _warnings(records: Sequence[Record]) -> Iterable[str]:
+def _no_rule(reader: read.Reader, rows: list[tuple[str, dict[str, Any]]]) -> Iterable[DataError]:
+    try:
+        for _ in reader(rows):
+            pass
+    except DataError as error:
+        yield error
+
+
+def _warnings(records: Sequence[Record], skipped: Counter[str]) -> Iterable[str]:
     if duplicates := _duplicates(records):
         yield f"{duplicates} records repeat another one exactly"
     if contradictions := _contradictions(records):
         yield f"{contradictions} judgements are contradicted by another record (both labels, or both orders)"
-    if same := sum(isinstance(record, Comparison) and record.chosen == record.rejected for record in records):
-        yield f"{same} comparisons have the same text on both sides"
+    if ties := skipped[SAME_TEXT] + skipped[TIE]:
+        yield f"{ties} comparisons are ties or have the same text on both sides; they are left out (`data.ties`)"
+    if against := sum(isinstance(record, Comparison) and record.margin < 0 for record in records):
+        yield f"{against} comparisons have a negative margin: their scores (or `margin`) prefer the rejected side"
     labels = {record.label for record in records if isinstance(record, Rating)}
     if len(labels) == 1:
         yield f"all ratings have the label {str(labels.pop()).lower()}: a reward model can't learn from them alone"

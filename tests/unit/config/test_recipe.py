@@ -172,7 +172,7 @@ def test_describe_reads_as_english():
     assert describe(int) == "a whole number"
     assert describe(float | None) == "a number or null"
     assert describe(tuple[str, ...]) == "a list of texts"
-    assert describe(DataConfig).startswith("keys paths, format")
+    assert describe(DataConfig).startswith("keys format, columns")
 
 
 def test_every_shipped_recipe_loads():

@@ -76,7 +76,7 @@ def test_formats_are_told_apart_by_their_first_row(name: str) -> None:
 
 
 def test_every_format_states_its_rule() -> None:
-    assert len({one.name for one in FORMATS}) == len(FORMATS) == 20
+    assert len({one.name for one in FORMATS}) == len(FORMATS) == 30
     assert all("Group:" in (one.reader.__doc__ or "") or one.name in ("trl", "feedbackqa-ratings") for one in FORMATS)
 
 

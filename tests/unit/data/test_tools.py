@@ -28,7 +28,7 @@ def test_validate_collects_every_problem(tmp_path: Path) -> None:
     lines = [
         '{"prompt": "a", "completion": "x", "label": true}',
         '{"prompt": "a", "completion": ',
-        '{"prompt": "a", "completion": "x", "label": "no"}',
+        '{"prompt": "a", "completion": "x", "label": "maybe"}',
         '{"prompt": "a", "completion": "x", "label": false}',
         '{"prompt": "", "completion": "x"}',
         '{"prompt": "a", "completion": "x", "label": false}',
@@ -45,8 +45,9 @@ def test_validate_collects_every_problem(tmp_path: Path) -> None:
 def test_validate_good_files(tmp_path: Path) -> None:
     rows = [{"prompt": str(n), "chosen": "a", "rejected": "a" if n == 0 else "b"} for n in range(12)]
     found = validate([put(tmp_path / "a.jsonl", rows), "builtin:coffee-bar/rating"])
-    assert found.ok and found.files == 2 and found.records == {"comparison": 12, "rating": 1200}
-    assert "1 comparisons have the same text on both sides" in found.warnings
+    assert found.ok and found.files == 2 and found.records == {"comparison": 11, "rating": 1200}
+    assert found.skipped == {"the same text on both sides": 1}
+    assert any(warning.startswith("1 comparisons are ties or have the same text") for warning in found.warnings)
     one_sided = validate([put(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b", "label": True}])])
     assert any("all ratings have the label true" in warning for warning in one_sided.warnings)
 
