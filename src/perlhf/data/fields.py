@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from perlhf.data.records import Comparison, Demonstration, Message, Rating, Record, Text, content_of
+from perlhf.data.records import Comparison, Demonstration, Message, Prompt, Rating, Record, Text, content_of
 from perlhf.errors import DataError, nearest
 
 Row = tuple[str, dict[str, Any]]
@@ -189,31 +189,42 @@ def checked(record: Record, where: str) -> Record:
     Raises:
         DataError: the prompt or a completion is empty, or some text can't be written as UTF-8 (a lone surrogate).
     """
-    texts: dict[str, Text] = {"prompt": record.prompt}
     match record:
         case Comparison():
-            texts |= {"chosen": record.chosen, "rejected": record.rejected}
+            answers = (("chosen", record.chosen), ("rejected", record.rejected))
         case Rating() | Demonstration():
-            texts |= {"completion": record.completion}
-    for name, content in texts.items():
-        if is_blank(content if isinstance(content, str) or name == "prompt" else content[-1:]):
-            raise DataError(f"{name} is empty", where=where, allowed="text with at least one visible character")
-    strings = [
-        part
-        for content in texts.values()
-        for part in ([content] if isinstance(content, str) else map(content_of, content))
-    ]
-    for part in [*strings, record.group]:
-        try:
-            part.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"text holds {part[error.start]!r}, half of a surrogate pair",
-                where=where,
-                allowed="text that can be written as UTF-8",
-                hint="write the character itself, or both halves of the \\u escape",
-            ) from error
+            answers = (("completion", record.completion),)
+        case Prompt():
+            answers = ()
+    if is_blank(record.prompt):
+        raise _empty("prompt", where)
+    for name, content in answers:
+        if is_blank(content if isinstance(content, str) else content[-1:]):
+            raise _empty(name, where)
+    refuse_surrogates(record.group, where)
+    for content in (record.prompt, *(answer for _, answer in answers)):
+        for part in (content,) if isinstance(content, str) else map(content_of, content):
+            refuse_surrogates(part, where)
     return record
+
+
+def _empty(name: str, where: str) -> DataError:
+    return DataError(f"{name} is empty", where=where, allowed="text with at least one visible character")
+
+
+def refuse_surrogates(part: str, where: str) -> None:
+    """Raises DataError for text that can't be written as UTF-8."""
+    if part.isascii():
+        return
+    try:
+        part.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"text holds {part[error.start]!r}, half of a surrogate pair",
+            where=where,
+            allowed="text that can be written as UTF-8",
+            hint="write the character itself, or both halves of the \\u escape",
+        ) from error
 
 
 def _show(content: Any) -> str:

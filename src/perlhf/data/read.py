@@ -103,6 +103,8 @@ FORMATS = (
     _layout("ultrafeedback", "comparisons", _ULTRAFEEDBACK, layouts.ultrafeedback),
     _layout("alpaca", "any kind", _ALPACA, layouts.alpaca),
 )
+PUBLISHED = frozenset(format.name for format in FORMATS if format.published)
+"""Readers that leave it to their caller to check what they found (`fields.checked`)."""
 NEED_STORIES = ("squality", "squality-questions")
 _TRL = ("prompt chosen rejected", "prompt completion", "chosen_response rejected_response")
 """Sets of columns that are read as `trl` whatever stands beside them."""
@@ -142,12 +144,13 @@ def read_all(path: str, format: str = "auto", root: Path | None = None, rules: L
         first = next(rows)
         name = detect(first[1]) if format == "auto" else format
         reading.formats[file.name] = name
+        published = name in PUBLISHED
         for found in reader_of(name, file, rules)(chain([first], rows)):
             record = settled(found, rules)
             if isinstance(record, Skipped):
                 reading.skipped[record.reason] = reading.skipped.get(record.reason, 0) + 1
             else:
-                reading.records.append(checked(record, record.source or file.name))
+                reading.records.append(checked(record, record.source or file.name) if published else record)
     return reading
 
 

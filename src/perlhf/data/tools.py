@@ -3,7 +3,7 @@
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,14 +200,22 @@ def convert(
 def to_jsonl(records: Iterable[Record]) -> bytes:
     """JSON lines with TRL's column names."""
     rows = (_trl_row(record, chat=not isinstance(record.prompt, str)) for record in records)
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+    return b"".join(_json_line(row) for row in rows)
+
+
+def _json_line(row: Mapping[str, Any]) -> bytes:
+    """One row; what Parquet has and JSON hasn't (dates) as text, half a surrogate pair in a reward's column escaped."""
+    try:
+        return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(row, default=str) + "\n").encode()
 
 
 def to_parquet(records: Sequence[Record]) -> bytes:
     """Parquet with TRL's column names; tools and the arguments of calls, which have no one type, as JSON text.
 
     Raises:
-        DataError: a column holds values of several types.
+        DataError: a column holds values of several types, or objects without a key.
     """
     import pyarrow
     import pyarrow.parquet
@@ -217,15 +225,15 @@ def to_parquet(records: Sequence[Record]) -> bytes:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     try:
         table = pyarrow.Table.from_pydict({name: [row.get(name) for row in rows] for name in columns})
+        stream = io.BytesIO()
+        pyarrow.parquet.write_table(table, stream)
     except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise DataError(
-            f"a column holds values of several types: {str(error).splitlines()[0]}",
+            f"a column can't be written as Parquet: {str(error).splitlines()[0]}",
             where="output",
-            allowed="one type in a column of Parquet",
+            allowed="one type in a column, no empty objects",
             hint="write .jsonl",
         ) from error
-    stream = io.BytesIO()
-    pyarrow.parquet.write_table(table, stream)
     return stream.getvalue()
 
 

@@ -468,8 +468,10 @@ def _side(verdict: Any, name: str, row: dict[str, Any], pair: tuple[str, str], w
 
 def side_of(verdict: Any, row: Mapping[str, Any], pair: tuple[str, str]) -> Any:
     """0 or 1 for the first or second answer, None for a tie, "" for what is no verdict."""
-    if isinstance(verdict, int | float) and not isinstance(verdict, bool) and verdict == int(verdict):
-        verdict = str(int(verdict))
+    if isinstance(verdict, float) and verdict.is_integer():
+        verdict = int(verdict)
+    if isinstance(verdict, int) and not isinstance(verdict, bool):
+        verdict = str(verdict) if abs(verdict) < 10 else ""
     if not isinstance(verdict, str):
         return ""
     word = verdict.strip().lower()

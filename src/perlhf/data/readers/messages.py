@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perlhf.data.fields import mapping, message, text, wrong_type
+from perlhf.data.fields import mapping, message, refuse_surrogates, text, wrong_type
 from perlhf.data.records import Message, Text
 from perlhf.errors import DataError, nearest
 
@@ -148,7 +148,7 @@ def without_nulls(content: Any, where: str, depth: int = 0) -> Any:
     if isinstance(content, list):
         return [without_nulls(part, where, depth + 1) for part in content]
     if isinstance(content, str):
-        _refuse_surrogates(content, where)
+        refuse_surrogates(content, where)
     return content
 
 
@@ -224,10 +224,10 @@ def _part(part: Any, column: str, where: str) -> str:
     if isinstance(part, str):
         return part
     part = mapping(part, f"a part of a message of {column!r}", where)
-    kind = part.get("type", "text")
+    kind = str(part.get("type", "text"))
     if kind in _TEXT_PARTS:
         return text(part, _TEXT_PARTS[kind], where)
-    shown = next((name for name in _MEDIA_PARTS if name in str(kind)), None)
+    shown = next((name for name in _MEDIA_PARTS if name in kind), None)
     raise DataError(
         f"{column} has a message with a part of type {kind!r:.40}" + (f": perlhf reads no {shown}s" if shown else ""),
         where=where,
@@ -285,14 +285,3 @@ def _json_object(content: Any) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError):
         return content
-
-
-def _refuse_surrogates(content: str, where: str) -> None:
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"text holds {content[error.start]!r}, half of a surrogate pair",
-            where=where,
-            allowed="text that can be written as UTF-8",
-        ) from error

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from perlhf.config.stages import LayoutConfig
-from perlhf.data.fields import Row, Skipped, checked, label_of, message, number, prompt_group, text, value
+from perlhf.data.fields import Row, Skipped, checked, is_blank, label_of, message, number, prompt_group, text, value
 from perlhf.data.readers.messages import (
     as_messages,
     completion,
@@ -174,7 +174,7 @@ def _our_names(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _comparison(row: dict[str, Any], where: str) -> Comparison:
-    chosen, rejected = (listed(value(row, side, where, COLUMNS)) for side in ("chosen", "rejected"))
+    chosen, rejected = (_listed_answer(row, side, where) for side in ("chosen", "rejected"))
     _refuse_misspelt(row, ("prompt", "weight", "margin"), where)
     if "prompt" not in row and "messages" in row and not (isinstance(chosen, list) and isinstance(rejected, list)):
         row = row | {"prompt": row["messages"]}
@@ -206,9 +206,9 @@ def _completion(row: dict[str, Any], where: str) -> Record | Skipped | tuple[flo
     if "prompt" not in row and "messages" in row:
         row = row | {"prompt": row["messages"]}
     prompt = _prompt(row, where)
-    answer = value(row, "completion", where, COLUMNS)
+    answer = _listed_answer(row, "completion", where)
     _refuse_misspelt(row, ("label", "weight"), where)
-    return _judged(row, prompt, _answer(listed(answer), row["prompt"], prompt, where), where)
+    return _judged(row, prompt, _answer(answer, row["prompt"], prompt, where), where)
 
 
 def _last_turn(row: dict[str, Any], where: str) -> Record | Skipped | tuple[float, Rating]:
@@ -278,6 +278,12 @@ def _after_prompt(asked: Any, prompt: Text, chosen: Any, rejected: Any, where: s
             left = {name: side[shared:] for name, side in left.items()}
     answers = [_checked_answer(left[name], name, where) if name in left else str(side) for name, side in sides.items()]
     return prompt, answers[0], answers[1]
+
+
+def _listed_answer(row: dict[str, Any], name: str, where: str) -> Any:
+    """An answer; JSON of messages is read as them unless the prompt is plain text, which may have asked for JSON."""
+    answer, asked = value(row, name, where, COLUMNS), row.get("prompt")
+    return answer if isinstance(asked, str) and isinstance(listed(asked), str) else listed(answer)
 
 
 def _answer(content: Any, asked: Any, prompt: Text, where: str) -> Text:
@@ -403,7 +409,7 @@ def _is_answered(row: dict[str, Any], where: str) -> bool:
 
 def _with_system(prompt: Text, row: dict[str, Any], where: str) -> Text:
     """The prompt with the row's `system` as its first message."""
-    if not _given(row, "system"):
+    if not _given(row, "system") or is_blank(prompt):
         return prompt
     instruction, turns = text(row, "system", where), as_messages(prompt)
     if turns and turns[0]["role"] in ("system", "developer"):
@@ -435,10 +441,14 @@ def _given(row: dict[str, Any], name: str) -> bool:
 
 def _number(row: dict[str, Any], name: str, default: float, where: str, least: float = -math.inf) -> float:
     """An optional number, which CSV files have as text."""
-    if not _given(row, name):
+    if name not in row:
         return default
     written = row[name]
-    return number({name: float(written) if _is_number(written) else written}, name, default, where, least)
+    if isinstance(written, str):
+        if not written.strip():
+            return default
+        row = {name: float(written) if _is_number(written) else written}
+    return number(row, name, default, where, least)
 
 
 def _is_number(written: Any) -> bool:
@@ -469,6 +479,8 @@ def _source(row: dict[str, Any], where: str) -> str:
 
 def _refuse_unreadable(row: dict[str, Any], where: str) -> None:
     """Columns that would change what the network sees and that perlhf has no place for."""
+    if not _watched(tuple(row)):
+        return
     for name in _MEDIA:
         if row.get(name):
             raise DataError(
@@ -489,6 +501,12 @@ def _refuse_unreadable(row: dict[str, Any], where: str) -> None:
             where=where,
             allowed="one completion with one label",
         )
+
+
+@lru_cache(maxsize=1024)
+def _watched(names: tuple[str, ...]) -> bool:
+    """Whether one of these columns may have to be refused."""
+    return not {*_MEDIA, "chat_template_kwargs", "completions"}.isdisjoint(names)
 
 
 def _refuse_misspelt(row: dict[str, Any], names: tuple[str, ...], where: str) -> None:
