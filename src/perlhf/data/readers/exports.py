@@ -18,12 +18,12 @@ from perlhf.errors import DataError
 
 _QUESTION = ("prompt", "instruction", "question", "query", "input", "conversations", "messages", "chat")
 _ANSWER = ("completion", "response", "output", "answer", "generation", "reply", "text")
+_OURS = (*COLUMNS, "rating", "winner")
+"""Columns beside the tool's own that `data.columns` may have named."""
 _NOTES = (
     ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time"),
     ("status", "_server_id", "metadata", "vectors", "inserted_at", "external_id"),
 )
-
-_Field = Mapping[str, Any]
 
 
 def argilla(rows: Iterable[Row], rules: LayoutConfig | None = None) -> Iterator[Record | Skipped]:
@@ -65,7 +65,7 @@ def _made(rows: Iterable[Row], make: Callable[[dict[str, Any], str], list[Made]]
 
 
 def _argilla_rows(row: dict[str, Any], where: str) -> list[Made]:
-    fields = {name: content for name, content in row.items() if name in COLUMNS and content is not None}
+    fields = {name: content for name, content in row.items() if name in _OURS and content is not None}
     if isinstance(row.get("fields"), dict):
         fields = mapping(row["fields"], "column 'fields'", where) | fields
         answered = _nested_responses(row.get("responses"), where)
@@ -78,7 +78,7 @@ def _argilla_rows(row: dict[str, Any], where: str) -> list[Made]:
     return [_judged(fields, said, who, where) for who, said in answered.items()]
 
 
-def _is_field(name: str, row: _Field) -> bool:
+def _is_field(name: str, row: Mapping[str, Any]) -> bool:
     """True for a column that is no answer to a question and no note of the tool."""
     question = name.split(".")[0].removesuffix("-suggestion-metadata").removesuffix("-suggestion")
     asked = "." in name or f"{question}-suggestion" in row or f"{question}.responses" in row
@@ -132,7 +132,7 @@ def _at(parts: Any, number: int) -> Any:
 def _label_studio_rows(row: dict[str, Any], where: str) -> list[Made]:
     if "annotations" not in row:
         fields = {name: _unwrapped(content) for name, content in row.items() if content is not None}
-        known = {*COLUMNS, *_QUESTION, *_ANSWER, *(pair_of(fields) or ())}
+        known = {*_OURS, *_QUESTION, *_ANSWER, *(pair_of(fields) or ())}
         said = {name: part for name, part in fields.items() if name not in known and name not in _NOTES[0]}
         fields = {name: part for name, part in fields.items() if name not in said and name not in _NOTES[0]}
         return [_judged(fields, said, _who(row.get("annotator")), where)]
@@ -141,7 +141,7 @@ def _label_studio_rows(row: dict[str, Any], where: str) -> list[Made]:
         for name, part in mapping(value(row, "data", where), "column 'data'", where).items()
         if part is not None
     }
-    fields |= {name: part for name, part in row.items() if name in COLUMNS and part is not None}
+    fields |= {name: part for name, part in row.items() if name in _OURS and part is not None}
     made: list[Made] = []
     for annotation in items(row, "annotations", where):
         annotation = mapping(annotation, "an annotation", where)
@@ -169,13 +169,16 @@ def _unwrapped(content: Any) -> Any:
             return content
     if isinstance(content, dict):
         name = next((name for name in ("selected", "rating", "choices", "number", "text") if name in content), None)
-        return _unwrapped(content[name]) if name and name not in ("text",) else content.get("text", content)
+        if name == "text":
+            written = content["text"]
+            return written[0] if isinstance(written, list) and len(written) == 1 else written
+        return _unwrapped(content[name]) if name else content
     if isinstance(content, list) and len(content) == 1 and not (isinstance(content[0], dict) and "role" in content[0]):
         return _unwrapped(content[0])
     return content
 
 
-def _named_sides(names: str, fields: _Field) -> dict[str, Any]:
+def _named_sides(names: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The two texts that a pairwise choice names, as a pair's columns."""
     sides = [name.strip() for name in names.split(",")]
     if len(sides) == 2 and all(name in fields for name in sides):
@@ -206,7 +209,7 @@ def _judged(fields: dict[str, Any], said: dict[str, Any], who: str | None, where
     return row | _meaning(row, said, where)
 
 
-def _meaning(row: _Field, said: dict[str, Any], where: str) -> dict[str, Any]:
+def _meaning(row: Mapping[str, Any], said: dict[str, Any], where: str) -> dict[str, Any]:
     """The one answer that says what the record is: a winner, a label, a grade or a written text."""
     pair = pair_of(row)
     meanings: dict[str, dict[str, Any]] = {}
