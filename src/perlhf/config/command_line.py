@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar, get_origin
 
@@ -144,17 +145,24 @@ def _mirror(
     With `unset`, the whole model may be left out, so that nothing in it must be given: null stands for what it needs.
     """
     fields: list[Any] = [
-        _field(name, info, defaults, _below(name, positionals), given) for name, info in model.model_fields.items()
+        _field(
+            name, _left_out(info) if unset and info.is_required() else info, defaults, _below(name, positionals), given
+        )
+        for name, info in model.model_fields.items()
     ]
-    if unset:
-        fields = [
-            item if len(item) > 2 else (item[0], item[1] | None, dataclasses.field(default=None)) for item in fields
-        ]
     for flag in flags:
         annotation = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=DRY_RUN_HELP)]
         fields.append((flag, annotation, dataclasses.field(default=False)))
     required_first = sorted(fields, key=lambda item: len(item) > 2)
     return dataclasses.make_dataclass(model.__name__, required_first, frozen=True, namespace={"__doc__": model.__doc__})
+
+
+def _left_out(info: FieldInfo) -> FieldInfo:
+    """A field that its model needs, of a model that may be left out: null stands for it."""
+    optional = copy(info)
+    annotation: Any = info.annotation
+    optional.annotation, optional.default = annotation | None, None
+    return optional
 
 
 def _below(name: str, positionals: tuple[str, ...]) -> tuple[str, ...]:
