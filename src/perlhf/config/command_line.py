@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar, get_origin
+from typing import Annotated, Any, Generic, TypeVar, cast, get_origin
 
 import tyro
 from pydantic import BaseModel, TypeAdapter
@@ -159,9 +159,8 @@ def _mirror(
 
 def _left_out(info: FieldInfo) -> FieldInfo:
     """A field that its model needs, of a model that may be left out: null stands for it."""
-    optional = copy(info)
-    annotation: Any = info.annotation
-    optional.annotation, optional.default = annotation | None, None
+    optional, needed = copy(info), cast(Any, info.annotation)
+    optional.annotation, optional.default = cast(Any, needed | None), None
     return optional
 
 
