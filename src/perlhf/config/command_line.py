@@ -8,8 +8,9 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar, get_origin
+from typing import Annotated, Any, Generic, TypeVar, cast, get_origin
 
 import tyro
 from pydantic import BaseModel, TypeAdapter
@@ -144,7 +145,10 @@ def _mirror(
     With `unset`, the whole model may be left out, so that nothing in it must be given: null stands for what it needs.
     """
     fields: list[Any] = [
-        _field(name, info, defaults, _below(name, positionals), given) for name, info in model.model_fields.items()
+        _field(
+            name, _left_out(info) if unset and info.is_required() else info, defaults, _below(name, positionals), given
+        )
+        for name, info in model.model_fields.items()
     ]
     if unset:
         fields = [
@@ -155,6 +159,13 @@ def _mirror(
         fields.append((flag, annotation, dataclasses.field(default=False)))
     required_first = sorted(fields, key=lambda item: len(item) > 2)
     return dataclasses.make_dataclass(model.__name__, required_first, frozen=True, namespace={"__doc__": model.__doc__})
+
+
+def _left_out(info: FieldInfo) -> FieldInfo:
+    """A field that its model needs, of a model that may be left out: null stands for it."""
+    optional, needed = copy(info), cast(Any, info.annotation)
+    optional.annotation, optional.default = cast(Any, needed | None), None
+    return optional
 
 
 def _below(name: str, positionals: tuple[str, ...]) -> tuple[str, ...]:

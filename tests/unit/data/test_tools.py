@@ -7,6 +7,7 @@ from data_rows import graded
 
 from perlhf.config.stages import DataConfig
 from perlhf.data.read import read
+from perlhf.data.records import Prompt
 from perlhf.data.tools import convert, formats, inspect, split, validate
 from perlhf.errors import DataError, StorageError
 
@@ -179,3 +180,31 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
 def test_formats_have_names_and_rules() -> None:
     listed = {one["name"]: one for one in formats()}
     assert listed["pandalm"]["gives"] == "comparisons" and "majority of three annotators" in listed["pandalm"]["rule"]
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.parquet"])
+def test_calls_tools_and_turns_survive(tmp_path: Path, name: str) -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    turns = [called, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "Three."}]
+    other = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": "one"}}]}
+    rows = [
+        {"prompt": CHAT, "chosen": turns, "rejected": [other], "tools": [{"name": "f", "parameters": {"x": 1}}]},
+        {"prompt": CHAT, "chosen": "a", "rejected": "b"},
+    ]
+    path = put(tmp_path / "a.jsonl", rows)
+    convert(path, tmp_path / name)
+    assert content(read(str(tmp_path / name))) == content(read(path))
+
+
+def test_columns_of_prompts_survive(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", [{"prompt": "a", "answer": 3}])
+    convert(path, tmp_path / "b.jsonl")
+    (found,) = read(str(tmp_path / "b.jsonl"))
+    assert isinstance(found, Prompt) and found.columns == {"answer": 3}
+    put(tmp_path / "c.jsonl", [{"prompt": "a", "answer": 3}, {"prompt": "b", "answer": "three"}])
+    with pytest.raises(DataError, match="can't be written as Parquet") as caught:
+        convert(str(tmp_path / "c.jsonl"), tmp_path / "c.parquet")
+    assert caught.value.hint == "write .jsonl"
