@@ -82,6 +82,9 @@ class ChatTemplate:
         self._all_added = _alternatives(token.content for token in added.values())
         self._piece_ids = lru_cache(maxsize=100_000)(self._tokenise)
         self._checked: set[Any] = set()
+        self._quotes_arguments = bool(re.search(r"arguments\s*\|\s*tojson", self.text)) and not re.search(
+            r"arguments\s+is\s+(string|not\s+mapping|mapping)", self.text
+        )
         self._takes_parts = False
         self._takes_parts = self._wants_parts()
         self._control = re.compile("(?!)")
@@ -173,6 +176,11 @@ class ChatTemplate:
             if kind in self._checked:
                 continue
             place = f"of message {number + 1}, of role {message['role']}"
+            if self._quotes_arguments and any(isinstance(text, str) for text in _arguments(message)):
+                self._tell(
+                    "the chat template writes the arguments of tool_calls as JSON, and those that are JSON text "
+                    "already are quoted once more: give them as objects"
+                )
             for key in message.keys() - {"role", "content"}:
                 if message[key] and not self._mentions(key) and not self._mentions(_ALIASES.get(key, key)):
                     self._left_out(f"{key!r} {place}" if key in _MEANINGFUL else repr(key), key in _MEANINGFUL)
@@ -381,6 +389,11 @@ def _in_parts(message: Message) -> dict[str, Any]:
 
 def _ending_of(messages: Sequence[Message]) -> Ending:
     return "closed" if messages[-1]["role"] == "assistant" else "answer"
+
+
+def _arguments(message: Message) -> list[Any]:
+    calls = message.get("tool_calls") or ()
+    return [call["function"].get("arguments") for call in calls if isinstance(call.get("function"), Mapping)]
 
 
 def _check_types(message: Message, number: int) -> None:

@@ -98,6 +98,7 @@ class Encoder:
         """
         try:
             messages = self._messages(prompt)
+            self.chat.check(messages, tools)
             ids = self.chat.ids(messages, _ending(messages), tools)
             answers = [self._answer(messages, ids, completion, tools) for completion in completions]
         except DataError as error:

@@ -169,7 +169,7 @@ def test_openai_fine_tuning(tmp_path: Path) -> None:
     old = {"messages": [ASKED, called, said("function", "3", name="f"), GOOD], "functions": [{"name": "f"}]}
     shown = one(tmp_path, old, "trl")
     assert shown.prompt[1:] == (
-        said("assistant", None, tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]),
+        said("assistant", None, tool_calls=[{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]),
         said("tool", "3", name="f"),
     )
     assert shown.tools == ({"type": "function", "function": {"name": "f"}},)

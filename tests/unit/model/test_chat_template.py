@@ -51,7 +51,7 @@ def encoder_of(name: str, kind: str, **options: Any) -> Encoder:
 
 
 def text_of(encoder: Encoder, ids: Sequence[int]) -> str:
-    return str(text_of(encoder, list(ids)))
+    return str(encoder.tokenizer.decode(list(ids)))
 
 
 def theirs(encoder: Encoder, messages: Sequence[Message], **options: Any) -> list[int]:
@@ -298,6 +298,16 @@ class TestNothingIsLost:
         agrees(encoder, messages, answer)
         example = encoder.examples(messages, [[answer]])[0]
         assert "thus" in text_of(encoder, example.completion)
+
+    def test_arguments_that_are_quoted_twice_are_told(self, capsys: pytest.CaptureFixture[str]) -> None:
+        call = [{"type": "function", "function": {"name": "find", "arguments": '{"what": "hub"}'}}]
+        for calls, told in ((CALL, 0), (call, 1)):
+            tokenizer = byte_level()
+            tokenizer.chat_template = TEMPLATES["tools"]
+            encoder = Encoder(tokenizer, EncodingConfig())
+            messages = [*said("hello"), {"role": "assistant", "content": "", "tool_calls": calls}, *said("so?")]
+            assert encoder.prompt(messages) == theirs(encoder, messages, add_generation_prompt=True)
+            assert capsys.readouterr().err.count("are quoted once more") == told
 
     def test_names_are_text(self) -> None:
         with pytest.raises(DataError, match="'name' of message 1 is 3, which is no text"):

@@ -237,7 +237,7 @@ def _part(part: Any, column: str, where: str) -> str:
 
 
 def _calls(content: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls in the wrapper that templates expect, arguments as objects (JSON text would be quoted twice)."""
+    """Tool calls in the wrapper that templates expect; their arguments are what the file has, objects or JSON text."""
     content = _json_object(content)
     if isinstance(content, Mapping):
         content = [content]
@@ -250,20 +250,8 @@ def _calls(content: Any, where: str) -> list[dict[str, Any]]:
             call = {"type": "function", "function": call}
         function = dict(mapping(_json_object(call["function"]), "a tool call's function", where))
         text(function, "name", where)
-        if "arguments" in function:
-            function["arguments"] = _arguments(function["arguments"])
         calls.append(call | {"function": function})
     return calls
-
-
-def _arguments(arguments: Any) -> Any:
-    """Arguments given as JSON text as the object they are; text that is no JSON stays what the model wrote."""
-    if isinstance(arguments, str):
-        if not arguments.strip():
-            return {}
-        decoded = _json_object(arguments)
-        return decoded if isinstance(decoded, dict) else arguments
-    return arguments
 
 
 def _calls_in(content: str | None, where: str) -> list[dict[str, Any]] | None:
