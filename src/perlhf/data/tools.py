@@ -362,7 +362,7 @@ def _example(record: Record) -> dict[str, Any]:
 
 
 def _shortened(cell: Any) -> Any:
-    """Text of at most EXAMPLE_CHARACTERS, the end kept; chat messages as `role: content` lines, other keys beside it."""
+    """Text of at most EXAMPLE_CHARACTERS, its end kept; chat messages as `role: content` lines, then other keys."""
     if isinstance(cell, list):
         cell = "\n".join(_shown_message(part) for part in cell)
     return f"...{cell[-EXAMPLE_CHARACTERS:]}" if isinstance(cell, str) and len(cell) > EXAMPLE_CHARACTERS else cell

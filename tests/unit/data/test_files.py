@@ -80,7 +80,8 @@ def test_datasets_directories_are_read_without_datasets(tmp_path: Path) -> None:
         "one.save_to_disk(sys.argv[1] + '/one');"
         "del sys.modules['datasets']; sys.modules['datasets'] = None;"
         "from perlhf.data.read import read; from perlhf.config.stages import LayoutConfig;"
-        "found = [r for name in ('one', 'both') for r in read(sys.argv[1] + '/' + name, rules=LayoutConfig(split='all'))];"
+        "rules = LayoutConfig(split='all');"
+        "found = [r for name in ('one', 'both') for r in read(sys.argv[1] + '/' + name, rules=rules)];"
         "print([(r.prompt, r.completion, r.source.split('/')[-1]) for r in found])"
     )
     done = in_process(script, str(tmp_path))
