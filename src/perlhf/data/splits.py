@@ -176,13 +176,15 @@ def _as_kinds(records: Iterable[Record], kinds: Sequence[Kind]) -> Iterator[Reco
         if kind_of(record) in kinds:
             yield record
         elif "demonstration" in kinds and isinstance(record, Comparison):
-            yield Demonstration(record.prompt, record.chosen, record.group, weight=record.weight, source=record.source)
+            yield Demonstration(
+                record.prompt, record.chosen, record.group, record.weight, source=record.source, tools=record.tools
+            )
         elif "demonstration" in kinds and isinstance(record, Rating) and record.label:
             yield Demonstration(
-                record.prompt, record.completion, record.group, weight=record.weight, source=record.source
+                record.prompt, record.completion, record.group, record.weight, source=record.source, tools=record.tools
             )
         elif "prompt" in kinds:
-            yield Prompt(record.prompt, record.group, source=record.source)
+            yield Prompt(record.prompt, record.group, source=record.source, tools=record.tools)
 
 
 def _unique_prompts(records: Iterable[Record]) -> Iterator[Record]:

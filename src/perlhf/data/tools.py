@@ -362,10 +362,17 @@ def _example(record: Record) -> dict[str, Any]:
 
 
 def _shortened(cell: Any) -> Any:
-    """Text of at most EXAMPLE_CHARACTERS, the end kept; chat messages as `role: content` lines."""
+    """Text of at most EXAMPLE_CHARACTERS, its end kept; chat messages as `role: content` lines, then other keys."""
     if isinstance(cell, list):
-        cell = text_of(cell)
+        cell = "\n".join(_shown_message(part) for part in cell)
     return f"...{cell[-EXAMPLE_CHARACTERS:]}" if isinstance(cell, str) and len(cell) > EXAMPLE_CHARACTERS else cell
+
+
+def _shown_message(message: Any) -> str:
+    if not isinstance(message, dict) or "role" not in message:
+        return str(message)
+    others = {name: part for name, part in message.items() if name not in ("role", "content")}
+    return text_of([message]) + (f" {json.dumps(others, ensure_ascii=False, default=str)}" if others else "")
 
 
 def _length(text: Text) -> int:

@@ -14,6 +14,7 @@ from data_rows import ANDROID_FEATURES, ANDROID_SCREEN, ROWS, STORY, TSV, UIBERT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from perlhf.config.stages import LayoutConfig, RatingsConfig
 from perlhf.data.read import FORMATS, read_all
 from perlhf.data.tools import validate
 from perlhf.errors import DataError
@@ -29,11 +30,11 @@ JSON = EDGES | st.recursive(
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def never_crashes(directory: Path, suffix: str, content: bytes, format: str) -> None:
+def never_crashes(directory: Path, suffix: str, content: bytes, format: str, rules: LayoutConfig | None = None) -> None:
     (directory / f"a{suffix}").write_bytes(content)
-    problems = validate([f"a{suffix}"], format, root=directory).problems
+    problems = validate([f"a{suffix}"], format, root=directory, rules=rules).problems
     try:
-        read_all(f"a{suffix}", format, root=directory)
+        read_all(f"a{suffix}", format, root=directory, rules=rules)
     except DataError as error:
         assert error.where and error.what
         assert problems
@@ -99,6 +100,31 @@ def test_valid_rows_with_one_wrong_value(tmp_path: Path, name: str, data: st.Dat
     (tmp_path / "test.jsonl").write_text(json.dumps(STORY))
     content = "\n".join(json.dumps(one) for one in (changed(row, path, new), *ROWS[name]))
     never_crashes(tmp_path, ".jsonl", content.encode(), name)
+
+
+RULES = st.sampled_from(
+    [
+        LayoutConfig(),
+        LayoutConfig(ratings=RatingsConfig(up=4, down=2)),
+        LayoutConfig(grades="comparisons", ties="error"),
+        LayoutConfig(grades="ignore"),
+        LayoutConfig(columns={"prompt": "messages.0.content"}),
+    ]
+)
+CELLS = JSON | st.sampled_from(
+    ["tie", "left", "good", "4.5", '[{"role": "user"}]', "\n\nHuman: a", "### Human: b", [{"value": "a", "rank": 1}]]
+)
+LAYOUTS = [one.name for one in FORMATS if not one.published]
+
+
+@settings(FUZZ, max_examples=600)
+@given(data=st.data(), rules=RULES)
+def test_rows_of_mixed_layouts(tmp_path: Path, data: st.DataObject, rules: LayoutConfig) -> None:
+    """Columns of two layouts in one row, and a wrong value in it."""
+    rows = [row for name in LAYOUTS for row in ROWS[name]]
+    row = data.draw(st.sampled_from(rows)) | data.draw(st.sampled_from(rows))
+    row = changed(row, data.draw(st.sampled_from(paths_of(row))), data.draw(CELLS))
+    never_crashes(tmp_path, ".jsonl", json.dumps(row).encode(), data.draw(st.sampled_from(["auto", *LAYOUTS])), rules)
 
 
 @FUZZ

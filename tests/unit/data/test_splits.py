@@ -10,7 +10,7 @@ import pytest
 from perlhf.config.stages import DataConfig, RewardConfig
 from perlhf.data.read import read
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record
-from perlhf.data.splits import check_labels, content_hash, load, split_of
+from perlhf.data.splits import check_labels, content_hash, load, record_hash, split_of
 from perlhf.errors import DataError, RunError
 from perlhf.runs.run import open_run
 
@@ -242,3 +242,20 @@ def test_content_hash_follows_content(tmp_path: Path) -> None:
     after = content_hash(config)
     assert after[path] == file_hash and after[str(tmp_path)] != before[str(tmp_path)]
     assert len(after["builtin:coffee-bar"]) == 64
+
+
+def test_tools_go_along_when_records_serve_as_another_kind(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "c", "tools": [tool]},
+        {"prompt": "d", "completion": "e", "label": True, "tools": [tool]},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(paths=(str(tmp_path / "a.jsonl"),))
+    for kind in ("demonstration", "prompt"):
+        assert [record.tools for record in load(config, (kind,), "all")] == [(tool,), (tool,)]
+
+
+def test_a_limit_goes_by_what_was_asked_not_by_other_columns() -> None:
+    """Which prompts a limit keeps was settled before their other columns were kept."""
+    assert record_hash(Prompt("a", "g", columns={"answer": 3})) == record_hash(Prompt("a", "g"))

@@ -199,6 +199,14 @@ def test_calls_tools_and_turns_survive(tmp_path: Path, name: str) -> None:
     assert content(read(str(tmp_path / name))) == content(read(path))
 
 
+def test_the_example_shows_calls(tmp_path: Path) -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    path = put(tmp_path / "a.jsonl", [{"prompt": CHAT, "completion": [called], "tools": [{"name": "f"}]}])
+    shown = inspect([path])["example"]
+    assert shown["completion"] == 'assistant:  {"tool_calls": ' + json.dumps([CALL]) + "}"
+    assert "'name': 'f'" in shown["tools"]
+
+
 def test_columns_of_prompts_survive(tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl", [{"prompt": "a", "answer": 3}])
     convert(path, tmp_path / "b.jsonl")
