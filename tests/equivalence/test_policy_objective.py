@@ -29,7 +29,8 @@ from perlhf.method.packing import length_mask
 from perlhf.model.model import Model
 from perlhf.model.open import new_adapter
 from perlhf.rollout.local import Rollout, sample
-from perlhf.rollout.scorers import Scorer, Scorers
+from perlhf.rollout.functions import Asked, Scorer
+from perlhf.rollout.scorers import Scorers
 from perlhf.training import optim, policy_step
 from perlhf.training import policy as policy_stage
 from perlhf.training.policy_step import Centre, Known, Scored, Setup
@@ -42,13 +43,13 @@ COMPLETIONS = [[*ids, END] for ids in random_ids([2, 4, 1], seed=2)] + random_id
 ENDED = [True, True, True, False]
 
 
-def number(prompts: list[Text], completions: list[str]) -> list[float]:
+def number(asked: Asked) -> list[float]:
     """The prompt's own number is every completion's score."""
-    return [float(str(prompt)) for prompt in prompts]
+    return [float(str(prompt)) for prompt in asked.prompts]
 
 
 def constant(value: float) -> Scorer:
-    return lambda prompts, completions: [value] * len(completions)
+    return lambda asked: [value] * len(asked.completions)
 
 
 def new_stage(
@@ -93,7 +94,7 @@ UNCENTRED = Centre(mean=0.0, std=1.0, penalty=0.0)
 
 
 def score(stage: Setup, centre: Centre = UNCENTRED) -> Scored:
-    return policy_step.score(stage, rollout(), stage.prompts[:2], centre)
+    return policy_step.score(stage, rollout(), stage.prompts[:2], centre, 1)
 
 
 def known(stage: Setup) -> Known:
@@ -206,9 +207,9 @@ class TestScores:
     def test_centring_scores_the_reference_not_the_policy(self, tiny_base: Path) -> None:
         seen: list[str] = []
 
-        def remember(prompts: list[Text], completions: list[str]) -> list[float]:
-            seen.extend(completions)
-            return [0.0] * len(completions)
+        def remember(asked: Asked) -> list[float]:
+            seen.extend(asked.completions)
+            return [0.0] * len(asked.completions)
 
         stage = new_stage(tiny_base, remember)
         policy_stage.centre_of(stage)
@@ -235,7 +236,7 @@ class TestScores:
         assert again == [259, END]
         one = dataclasses.replace(rollout([True]), prompts=ROWS[:1], completions=[sampled])
         stage = dataclasses.replace(stage, scorers=Scorers(("reward_0",), (), "mean"))
-        found = policy_step.score(stage, one, stage.prompts[:1], UNCENTRED).scores
+        found = policy_step.score(stage, one, stage.prompts[:1], UNCENTRED, 0).scores
         with torch.no_grad():
             as_sampled, re_encoded = model.scores(
                 apart([[*ROWS[0], *sampled], [*ROWS[0], *again]]), "reward_0"
@@ -246,13 +247,13 @@ class TestScores:
     def test_functions_see_the_text_without_its_end_token(self, tiny_base: Path) -> None:
         seen: list[tuple[Text, str]] = []
 
-        def remember(prompts: list[Text], completions: list[str]) -> list[float]:
-            seen.extend(zip(prompts, completions, strict=True))
-            return [0.0] * len(completions)
+        def remember(asked: Asked) -> list[float]:
+            seen.extend(zip(asked.prompts, asked.completions, strict=True))
+            return [0.0] * len(asked.completions)
 
         stage = new_stage(tiny_base, remember)
         ends = dataclasses.replace(rollout([True, True]), prompts=ROWS[:2], completions=[[73, 74, END], [73, 70, END]])
-        policy_step.score(stage, ends, stage.prompts[:2], UNCENTRED)
+        policy_step.score(stage, ends, stage.prompts[:2], UNCENTRED, 0)
         assert seen == [("1", "hi"), ("2", "he")]
 
 
@@ -408,7 +409,7 @@ class TestAdvantages:
         prepare(stage)
         laid_out, returns, values = policy_step.each_completion(rollout(), stage), returns_of(self.REWARDS), None
         if VALUE in stage.model.adapters:
-            values, _ = policy_step.value_pass(stage, laid_out, returns)
+            values, _ = policy_step.value_pass(stage, laid_out, returns, self.MASK)
         return policy_step.advantage_of(stage.config, self.MASK, self.REWARDS, returns, values)
 
     def test_none(self, tiny_base: Path) -> None:

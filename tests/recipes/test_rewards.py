@@ -1,6 +1,7 @@
 """Where scores come from: reward adapters see ids, functions and services see texts, and several become one."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from toy import BAD, GOOD, command, ratings, read_lines, write_rows
 
 from perlhf.commands.cli import main
 from perlhf.config.stages import EncodingConfig
+from perlhf.data.records import Prompt, Text
 from perlhf.errors import ConfigError
 from perlhf.method.packing import batches, completed
 from perlhf.model import saved
@@ -42,13 +44,17 @@ def ids_of(encoder: Encoder, prompts: list[str], completions: list[str]) -> tupl
     return [list(e.prompt) for e in examples], [list(e.completion) for e in examples]
 
 
+def records(prompts: Sequence[Text]) -> list[Prompt]:
+    return [Prompt(prompt, "group") for prompt in prompts]
+
+
 def test_a_reward_run_scores_polite_above_rude(model, encoder, reward_run):
     rewards = load_scorers(model, [str(reward_run)], "mean", encoder)
     assert rewards.adapters == ("reward_0",)
     assert not any(t.requires_grad for t in model.adapters["reward_0"].tensors().values())
     prompts = [f"a tea please {number}" for number in (70, 71, 72)] * 2
     texts = [*GOOD, *BAD]
-    scores = rewards.scores(model, encoder, *ids_of(encoder, prompts, texts), prompts, 2048)
+    scores = rewards.scores(model, encoder, *ids_of(encoder, prompts, texts), records(prompts), 2048)
     assert scores.shape == (6,)
     assert scores[:3].min() > scores[3:].max()
 
@@ -75,15 +81,15 @@ def test_the_score_is_the_head_on_the_last_state_plus_the_label_prior(model, enc
 def test_a_cut_completion_is_scored_as_if_it_ended(model, encoder, reward_run):
     rewards = load_scorers(model, [str(reward_run)], "mean", encoder)
     prompts, completions = ids_of(encoder, ["one tea", "one tea"], [GOOD[0], BAD[0]])
-    whole = rewards.scores(model, encoder, prompts, completions, ["one tea"] * 2, 2048)
-    cut = rewards.scores(model, encoder, prompts, [ids[:-1] for ids in completions], ["one tea"] * 2, 2048)
+    whole = rewards.scores(model, encoder, prompts, completions, records(["one tea"] * 2), 2048)
+    cut = rewards.scores(model, encoder, prompts, [ids[:-1] for ids in completions], records(["one tea"] * 2), 2048)
     np.testing.assert_array_equal(cut, whole)
     # At its last token, where nothing was learned, the score would be another.
     at_last = score_ids(model, prompts, [ids[:-1] for ids in completions], "reward_0", 2048)
     assert np.abs(at_last - whole).max() > 1e-2
     # A prompt and completion that fill the context exactly: the prompt makes room for the end token.
     full = Encoder(encoder.tokenizer, encoder.config.model_copy(update={"max_tokens": len(prompts[0]) + 3}))
-    (found,) = rewards.scores(model, full, prompts[:1], [completions[0][:3]], ["one tea"], 2048)
+    (found,) = rewards.scores(model, full, prompts[:1], [completions[0][:3]], records(["one tea"]), 2048)
     (expected,) = score_ids(model, [prompts[0][1:]], [[*completions[0][:3], encoder.end_id]], "reward_0", 2048)
     assert found == expected
 
@@ -102,7 +108,7 @@ def test_adapters_see_the_sampled_ids_and_functions_their_text(model, encoder, r
     prompt = encoder.prompt("one tea")
     messages = [{"role": "user", "content": "one tea"}]
     scores = rewards.scores(
-        model, encoder, [prompt, prompt], [[*letters, encoder.end_id], encoded], [messages, "one tea"], 2048
+        model, encoder, [prompt, prompt], [[*letters, encoder.end_id], encoded], records([messages, "one tea"]), 2048
     )
     import seen_reward  # pyright: ignore[reportMissingImports] -- written above
 
@@ -125,7 +131,7 @@ def test_a_fully_tuned_reward_run_is_a_reward(stage, model, encoder):
     assert done.code == 0
     rewards = load_scorers(model, [str(full)], "mean", encoder)
     prompts = ["a tea please 70"] * 6
-    scores = rewards.scores(model, encoder, *ids_of(encoder, prompts, [*GOOD, *BAD]), prompts, 2048)
+    scores = rewards.scores(model, encoder, *ids_of(encoder, prompts, [*GOOD, *BAD]), records(prompts), 2048)
     assert scores[:3].min() > scores[3:].max()
     run, done = stage("policy", "--updates", "1", "--reward", str(full))
     assert done.code == 0
