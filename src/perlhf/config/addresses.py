@@ -129,5 +129,6 @@ def _check_query(query: str, address: str, key_variable: str) -> None:
             f"the address holds {called}, which may be a secret: it would be saved with the run",
             where=shown(address),
             allowed="secrets from the environment alone",
-            hint=f"set {key_variable}, which is sent as a bearer token, or write ?{example} and set MY_KEY",
+            hint=f"set {key_variable}, which is sent as a bearer token, or write ?{example} (in a shell in single "
+            "quotes) and set MY_KEY",
         )

@@ -373,9 +373,7 @@ class PolicyConfig(StageConfig):
         if weights is None:
             return
         if len(weights) != len(self.reward):
-            raise ValueError(
-                f"reward_weights has {len(weights)} numbers for {len(self.reward)} of reward; give each one"
-            )
+            raise ValueError(f"reward_weights has {len(weights)} numbers, reward has {len(self.reward)}; give as many")
         if self.combine != "mean":
             raise ValueError(f"reward_weights and combine: {self.combine} exclude each other; leave one of them out")
         if not any(weights):

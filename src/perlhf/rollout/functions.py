@@ -23,6 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, SupportsFloat
 
+import numpy as np
+
 from perlhf.data.records import Text
 from perlhf.errors import ConfigError, PerlhfError, RewardFunctionError, nearest
 from perlhf.method.packing import Ids
@@ -356,7 +358,8 @@ def _finite(value: object, index: int, where: str) -> float:
         except (TypeError, ValueError, OverflowError, RuntimeError):  # an array or tensor of several values
             number = math.nan
     if not math.isfinite(number):
-        hint = "return None for a completion that the function leaves out" if value is not None else None
+        left_out = isinstance(value, float | np.floating)  # people write nan for it
+        hint = "return None for a completion that is to be left out" if left_out else None
         raise RewardFunctionError(
             f"score {index} is {value!r:.100}", where=where, allowed="a finite number, or None", hint=hint
         )

@@ -7,6 +7,7 @@ with the best reward on held-out prompts are kept. Not included: dropout, severa
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -119,7 +120,9 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         saved.save_adapter(model, POLICY, run.path / "adapter", setup.encoder)
         if VALUE in model.adapters:
             saved.save_adapter(model, VALUE, run.path / "value", setup.encoder)
-        run.finish(_result(setup, step, keeper, state))
+        result = _result(setup, step, keeper, state)
+        run.finish(result)
+        oddities.note_result(result)
         return run.result()
 
 
@@ -291,9 +294,16 @@ class _Oddities:
         if seen_enough and self._low == self._high:
             what = f"all scores of {self._updates} updates are {self._low:g}"
             self._tell("reward", f"{what}: a reward that never varies teaches nothing but the KL and the end token")
-        if kl < NEGATIVE_KL:
-            what = f"the KL of update {step} is {kl:.3g}, an estimate from {len(done.kl)} completions"
-            self._tell("kl", f"{what}, which chance can bring below 0; a policy can't be nearer than its reference")
+        error = done.kl.std(correction=0).item() / len(done.kl) ** 0.5
+        if kl < min(NEGATIVE_KL, -2 * error):
+            what = f"the KL of update {step} is {kl:.3g}, below 0 by more than chance ({error:.2g}) explains"
+            self._tell("kl", f"{what}: the completions don't come from the policy that is trained")
+
+    def note_result(self, result: Mapping[str, Any]) -> None:
+        """Looks at what is kept."""
+        if result["kl"] < NEGATIVE_KL:
+            what = f"the KL of what is kept is {result['kl']:.3g}, estimated from {result['validation_prompts']}"
+            self._tell("kl", f"{what} completions: chance brought it below 0, so take it as about 0")
 
     def _tell(self, key: str, text: str) -> None:
         if key not in self._told:
