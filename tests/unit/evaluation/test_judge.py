@@ -154,6 +154,18 @@ def test_an_answer_that_is_no_chat_completion(serve, body):
         judge(["p"], ["a"], ["b"], address, "m")
 
 
+def test_an_address_holds_no_secret_but_may_name_one(serve, monkeypatch):
+    seen = []
+    address = serve(lambda asked: (seen.append(asked.path), longer(asked))[1])
+    with pytest.raises(ConfigError, match="a value for 'api_key', which may be a secret") as raised:
+        judge(["p"], ["a"], ["b"], f"{address}/v1?api_key=hunter2", "m")
+    assert "hunter2" not in str(raised.value) and "set PERLHF_JUDGE_KEY" in str(raised.value)
+    monkeypatch.setenv("MY_CODE", "hunter2")
+    for written in ("/v1", "/v1/chat/completions"):
+        judge(["p"], ["a"], ["b"], f"{address}{written}?api-version=2&code=${{MY_CODE}}", "m", at_once=1)
+    assert set(seen) == {"/v1/chat/completions?api-version=2&code=hunter2"}
+
+
 def test_key_comes_from_the_environment_alone(serve, monkeypatch, caplog, capsys):
     seen = []
     address = serve(lambda asked: (seen.append(asked.headers.get("Authorization")), longer(asked))[1])
