@@ -363,7 +363,7 @@ def test_a_reward_that_never_varied_and_a_negative_kl_are_remarked(tmp_path: Pat
     run = _policy(tmp_path, {"kl": 0.0}, {"kl": -0.02})
     constant = replace(run, metrics=[{"step": step, "score_std": 1e-17} for step in (1, 2)])
     assert any("a reward that never varies teaches nothing" in text for text in _texts(constant, "caution"))
-    assert any("The KL is -0.0200: an estimate" in text for text in _texts(constant, "note"))
+    assert any("The KL is −0.020: an estimate" in text for text in _texts(constant, "note"))
     varied = replace(
         _policy(tmp_path / "b", {"kl": 0.0}, {"kl": 0.02}),
         metrics=[{"step": 1, "score_std": 0.0}, {"step": 2, "score_std": 0.1}],

@@ -9,6 +9,7 @@ import pytest
 
 from perlhf.data.records import Text
 from perlhf.errors import ConfigError, PerlhfError, RewardFunctionError
+from perlhf.method.packing import Ids
 from perlhf.rollout.functions import Asked, TrainerState, load_function
 from perlhf.rollout.scorers import function_scores
 
@@ -40,8 +41,9 @@ def load(name: str, columns: Mapping[str, list[Any]] | None = None):
     function = load_function(name, columns=set(columns or {}))
 
     def call(prompts: list[Text], completions: list[str], **more: Any) -> list[float]:
-        rows = [{name: values[at] for name, values in (columns or {}).items()} for at in range(len(prompts))]
-        ids = [[number, 1] for number in range(len(prompts))]
+        given = columns or {}
+        rows: list[Mapping[str, Any]] = [{name: given[name][at] for name in given} for at in range(len(prompts))]
+        ids: list[Ids] = [[number, 1] for number in range(len(prompts))]
         (found,) = function_scores([function], Asked(prompts, completions, ids, rows, TrainerState(4, 9)))
         return found
 
