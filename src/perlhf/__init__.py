@@ -48,8 +48,10 @@ if TYPE_CHECKING:
         ConfigError,
         DataError,
         DivergenceError,
+        Interrupted,
         ModelError,
         PerlhfError,
+        RewardFunctionError,
         RunError,
         ServiceError,
         StaleSamplerError,
@@ -79,8 +81,8 @@ _MODULES = {
     "data.read": "read",
     "data.records": "Comparison Demonstration Prompt Rating",
     "data.splits": "load",
-    "errors": "AdapterError CheckpointError ConfigError DataError DivergenceError ModelError PerlhfError RunError "
-    "ServiceError StaleSamplerError StorageError",
+    "errors": "AdapterError CheckpointError ConfigError DataError DivergenceError Interrupted ModelError PerlhfError "
+    "RewardFunctionError RunError ServiceError StaleSamplerError StorageError",
     "evaluation.evaluate": "evaluate score",
     "model.base": "pull",
     "reports.page": "report:write",
@@ -95,10 +97,10 @@ _PUBLIC = {name.partition(":")[0]: (home, name) for home, names in _MODULES.item
 __all__ = [
     "AdapterConfig", "AdapterError", "AverageConfig", "ChatConfig", "CheckpointError", "CompareConfig", "Comparison",
     "ConfigError", "DataConfig", "DataError", "DemoConfig", "Demonstration", "DivergenceError", "EncodingConfig",
-    "EvaluateConfig", "ExportConfig", "ModelError", "OptimConfig", "PerlhfError", "PolicyConfig", "Prompt", "Rating",
-    "RewardConfig", "RunError", "ScoreConfig", "ServiceError", "SftConfig", "StaleSamplerError", "StorageError",
-    "ValueConfig", "average", "chat", "compare", "demo", "evaluate", "export", "load", "load_recipe", "policy",
-    "pull", "read", "report", "reward", "score", "sft", "table",
+    "EvaluateConfig", "ExportConfig", "Interrupted", "ModelError", "OptimConfig", "PerlhfError", "PolicyConfig",
+    "Prompt", "Rating", "RewardConfig", "RewardFunctionError", "RunError", "ScoreConfig", "ServiceError", "SftConfig",
+    "StaleSamplerError", "StorageError", "ValueConfig", "average", "chat", "compare", "demo", "evaluate", "export",
+    "load", "load_recipe", "policy", "pull", "read", "report", "reward", "score", "sft", "table",
 ]
 # fmt: on
 

@@ -70,6 +70,16 @@ class ServiceError(PerlhfError, RuntimeError):
     """A service that was asked over HTTP (judge, reward) doesn't answer, or answers nonsense."""
 
 
+class RewardFunctionError(PerlhfError, RuntimeError):
+    """A reward function of the user's failed, or returned what are no scores; it names the lines of their own files."""
+
+
+class Interrupted(PerlhfError):
+    """Ctrl-C or SIGTERM; the same command continues from the last checkpoint."""
+
+    exit_code = 130
+
+
 class DivergenceError(PerlhfError, ArithmeticError):
     """Training produced a value that is not finite or exploded; the last good checkpoint is kept."""
 

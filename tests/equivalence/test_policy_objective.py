@@ -24,12 +24,13 @@ from torch import Tensor
 
 from perlhf.config.stages import AdapterConfig, OptimConfig, PolicyConfig, ValueConfig
 from perlhf.data.records import Prompt, Text
-from perlhf.errors import DivergenceError, StaleSamplerError
+from perlhf.errors import DivergenceError, RewardFunctionError, StaleSamplerError
 from perlhf.method.packing import length_mask
 from perlhf.model.model import Model
 from perlhf.model.open import new_adapter
+from perlhf.rollout.functions import Asked, Scorer
 from perlhf.rollout.local import Rollout, sample
-from perlhf.rollout.scorers import Scorer, Scorers
+from perlhf.rollout.scorers import Scorers
 from perlhf.training import optim, policy_step
 from perlhf.training import policy as policy_stage
 from perlhf.training.policy_step import Centre, Known, Scored, Setup
@@ -42,13 +43,13 @@ COMPLETIONS = [[*ids, END] for ids in random_ids([2, 4, 1], seed=2)] + random_id
 ENDED = [True, True, True, False]
 
 
-def number(prompts: list[Text], completions: list[str]) -> list[float]:
+def number(asked: Asked) -> list[float]:
     """The prompt's own number is every completion's score."""
-    return [float(str(prompt)) for prompt in prompts]
+    return [float(str(prompt)) for prompt in asked.prompts]
 
 
 def constant(value: float) -> Scorer:
-    return lambda prompts, completions: [value] * len(completions)
+    return lambda asked: [value] * len(asked.completions)
 
 
 def new_stage(
@@ -93,7 +94,7 @@ UNCENTRED = Centre(mean=0.0, std=1.0, penalty=0.0)
 
 
 def score(stage: Setup, centre: Centre = UNCENTRED) -> Scored:
-    return policy_step.score(stage, rollout(), stage.prompts[:2], centre)
+    return policy_step.score(stage, rollout(), stage.prompts[:2], centre, 1)
 
 
 def known(stage: Setup) -> Known:
@@ -206,9 +207,9 @@ class TestScores:
     def test_centring_scores_the_reference_not_the_policy(self, tiny_base: Path) -> None:
         seen: list[str] = []
 
-        def remember(prompts: list[Text], completions: list[str]) -> list[float]:
-            seen.extend(completions)
-            return [0.0] * len(completions)
+        def remember(asked: Asked) -> list[float]:
+            seen.extend(asked.completions)
+            return [0.0] * len(asked.completions)
 
         stage = new_stage(tiny_base, remember)
         policy_stage.centre_of(stage)
@@ -235,7 +236,7 @@ class TestScores:
         assert again == [259, END]
         one = dataclasses.replace(rollout([True]), prompts=ROWS[:1], completions=[sampled])
         stage = dataclasses.replace(stage, scorers=Scorers(("reward_0",), (), "mean"))
-        found = policy_step.score(stage, one, stage.prompts[:1], UNCENTRED).scores
+        found = policy_step.score(stage, one, stage.prompts[:1], UNCENTRED, 0).scores
         with torch.no_grad():
             as_sampled, re_encoded = model.scores(
                 apart([[*ROWS[0], *sampled], [*ROWS[0], *again]]), "reward_0"
@@ -246,13 +247,13 @@ class TestScores:
     def test_functions_see_the_text_without_its_end_token(self, tiny_base: Path) -> None:
         seen: list[tuple[Text, str]] = []
 
-        def remember(prompts: list[Text], completions: list[str]) -> list[float]:
-            seen.extend(zip(prompts, completions, strict=True))
-            return [0.0] * len(completions)
+        def remember(asked: Asked) -> list[float]:
+            seen.extend(zip(asked.prompts, asked.completions, strict=True))
+            return [0.0] * len(asked.completions)
 
         stage = new_stage(tiny_base, remember)
         ends = dataclasses.replace(rollout([True, True]), prompts=ROWS[:2], completions=[[73, 74, END], [73, 70, END]])
-        policy_step.score(stage, ends, stage.prompts[:2], UNCENTRED)
+        policy_step.score(stage, ends, stage.prompts[:2], UNCENTRED, 0)
         assert seen == [("1", "hi"), ("2", "he")]
 
 
@@ -408,7 +409,7 @@ class TestAdvantages:
         prepare(stage)
         laid_out, returns, values = policy_step.each_completion(rollout(), stage), returns_of(self.REWARDS), None
         if VALUE in stage.model.adapters:
-            values, _ = policy_step.value_pass(stage, laid_out, returns)
+            values, _ = policy_step.value_pass(stage, laid_out, returns, self.MASK)
         return policy_step.advantage_of(stage.config, self.MASK, self.REWARDS, returns, values)
 
     def test_none(self, tiny_base: Path) -> None:
@@ -447,6 +448,61 @@ class TestAdvantages:
         assert abs(found[0, :3].mean()) > 0.1  # a row by itself is not centred
         centred = self.advantages(tiny_base, advantage_norm="center", **options)
         np.testing.assert_allclose(centred[self.MASK].numpy(), tokens - tokens.mean(), rtol=1e-5, atol=1e-6)
+
+
+class TestUnscored:
+    """A completion that no source scored is learned from as if it hadn't been sampled."""
+
+    CENTRE = Centre(mean=1.0, std=1.0, penalty=0.5)
+
+    def gradients(self, directory: Path, kept: Sequence[int], given: Sequence[float], **options: Any) -> list[Tensor]:
+        """After `two_passes` over some of the rollout's completions, scored so; nan stands for no score."""
+        stage = new_stage(directory, lambda asked: list(given), tokens_per_microbatch=10_000, **options)
+        prepare(stage)
+        whole = rollout()
+        part = dataclasses.replace(
+            whole,
+            prompts=[ROWS[i] for i in kept],
+            completions=[COMPLETIONS[i] for i in kept],
+            sampler_logprobs=[whole.sampler_logprobs[i] for i in kept],
+            ended=[ENDED[i] for i in kept],
+            prompt_states=torch.zeros(len({i // 2 for i in kept}), 64),
+        )
+        scored = policy_step.score(stage, part, stage.prompts[: len(part.prompt_states)], self.CENTRE, 1)
+        trained = optimizers(stage)
+        if laid_out := policy_step.whole_prompts(part, stage.config, stage.model.device):
+            policy_step.one_pass(stage, trained, scored, laid_out, 2)
+        else:
+            policy_step.two_passes(stage, trained, scored, policy_step.each_completion(part, stage), 2)
+        return [gradient for optimizer in trained.values() for gradient in gradients(optimizer)]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"baseline": "value"},
+            {"baseline": "none"},
+            {"baseline": "value", "advantage_norm": "whiten"},
+            {"baseline": "value", "clip": 0.2},
+        ],
+    )
+    def test_it_leaves_no_gradient_behind(self, tiny_base: Path, options: dict[str, Any]) -> None:
+        nan = float("nan")
+        found = self.gradients(tiny_base, [0, 1, 2, 3], [3.0, nan, 1.0, nan], **options)
+        expected = self.gradients(tiny_base, [0, 2], [3.0, 1.0], completions_per_prompt=1, **options)
+        assert max(g.abs().max() for g in expected) > 1e-3
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("baseline", ["leave_one_out", "group_mean"])
+    def test_it_is_nobodys_baseline(self, tiny_base: Path, baseline: str) -> None:
+        """A prompt's only scored completion has nothing to be compared with; a mere 0 for the other would teach it."""
+        nan = float("nan")
+        found = self.gradients(tiny_base, [0, 1], [3.0, nan], baseline=baseline, kl_coef=0.0)
+        assert max(g.abs().max() for g in found) == 0
+
+    def test_none_scored_is_an_error(self, tiny_base: Path) -> None:
+        with pytest.raises(RewardFunctionError, match="none of 2 completions got a score"):
+            self.gradients(tiny_base, [0, 1], [float("nan")] * 2)
 
 
 class TestSteps:

@@ -4,9 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from services import serve
 from toy import Done, command, write_feedback
 
 from perlhf.commands.cli import main
+
+__all__ = ["serve"]
 
 Perlhf = Callable[..., Done]
 Stage = Callable[..., tuple[Path, Done]]

@@ -13,7 +13,7 @@ from perlhf.config.recipe import load_recipe
 from perlhf.config.stages import PolicyConfig
 from perlhf.data.read import read
 from perlhf.errors import DataError
-from perlhf.rollout.scorers import load_function
+from perlhf.rollout.functions import Asked, load_function
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -91,12 +91,12 @@ def test_ui_reward(monkeypatch, tmp_path):
     messages = [{"role": "system", "content": "You find elements."}, {"role": "user", "content": str(shown.prompt)}]
     score = load_function("ui_reward:score")
     prompts, completions = [shown.prompt, messages, shown.prompt, shown.prompt], ["1", " 1\n", "0", "1."]
-    assert score(prompts, completions) == [1.0, 1.0, 0.0, 0.0]
+    assert score(Asked(prompts, completions)) == [1.0, 1.0, 0.0, 0.0]
     with pytest.raises(DataError, match="no UIBert screen has the prompt 'Hello'"):
-        score(["Hello"], ["1"])
+        score(Asked(["Hello"], ["1"]))
 
 
 def test_ui_reward_is_found_from_the_root_of_the_repository(monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
     (name,) = load_recipe("recipes/uibert/policy.yaml", PolicyConfig).reward
-    assert load_function(name)([], []) == []
+    assert load_function(name)(Asked([], [])) == []

@@ -1,15 +1,24 @@
 """Where scores come from: reward adapters see ids, functions and services see texts, and several become one."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from toy import BAD, GOOD, command, ratings, read_lines, write_rows
+from toy import BAD, GOOD, command, ratings, read_json, read_lines, write_rows
 
+import perlhf as package
 from perlhf.commands.cli import main
 from perlhf.config.stages import EncodingConfig
+from perlhf.data.records import Prompt, Text
 from perlhf.errors import ConfigError
 from perlhf.method.packing import batches, completed
 from perlhf.model import saved
@@ -42,13 +51,17 @@ def ids_of(encoder: Encoder, prompts: list[str], completions: list[str]) -> tupl
     return [list(e.prompt) for e in examples], [list(e.completion) for e in examples]
 
 
+def records(prompts: Sequence[Text]) -> list[Prompt]:
+    return [Prompt(prompt, "group") for prompt in prompts]
+
+
 def test_a_reward_run_scores_polite_above_rude(model, encoder, reward_run):
     rewards = load_scorers(model, [str(reward_run)], "mean", encoder)
     assert rewards.adapters == ("reward_0",)
     assert not any(t.requires_grad for t in model.adapters["reward_0"].tensors().values())
     prompts = [f"a tea please {number}" for number in (70, 71, 72)] * 2
     texts = [*GOOD, *BAD]
-    scores = rewards.scores(model, encoder, *ids_of(encoder, prompts, texts), prompts, 2048)
+    scores = rewards.scores(model, encoder, *ids_of(encoder, prompts, texts), records(prompts), 2048)
     assert scores.shape == (6,)
     assert scores[:3].min() > scores[3:].max()
 
@@ -75,15 +88,15 @@ def test_the_score_is_the_head_on_the_last_state_plus_the_label_prior(model, enc
 def test_a_cut_completion_is_scored_as_if_it_ended(model, encoder, reward_run):
     rewards = load_scorers(model, [str(reward_run)], "mean", encoder)
     prompts, completions = ids_of(encoder, ["one tea", "one tea"], [GOOD[0], BAD[0]])
-    whole = rewards.scores(model, encoder, prompts, completions, ["one tea"] * 2, 2048)
-    cut = rewards.scores(model, encoder, prompts, [ids[:-1] for ids in completions], ["one tea"] * 2, 2048)
+    whole = rewards.scores(model, encoder, prompts, completions, records(["one tea"] * 2), 2048)
+    cut = rewards.scores(model, encoder, prompts, [ids[:-1] for ids in completions], records(["one tea"] * 2), 2048)
     np.testing.assert_array_equal(cut, whole)
     # At its last token, where nothing was learned, the score would be another.
     at_last = score_ids(model, prompts, [ids[:-1] for ids in completions], "reward_0", 2048)
     assert np.abs(at_last - whole).max() > 1e-2
     # A prompt and completion that fill the context exactly: the prompt makes room for the end token.
     full = Encoder(encoder.tokenizer, encoder.config.model_copy(update={"max_tokens": len(prompts[0]) + 3}))
-    (found,) = rewards.scores(model, full, prompts[:1], [completions[0][:3]], ["one tea"], 2048)
+    (found,) = rewards.scores(model, full, prompts[:1], [completions[0][:3]], records(["one tea"]), 2048)
     (expected,) = score_ids(model, [prompts[0][1:]], [[*completions[0][:3], encoder.end_id]], "reward_0", 2048)
     assert found == expected
 
@@ -102,7 +115,7 @@ def test_adapters_see_the_sampled_ids_and_functions_their_text(model, encoder, r
     prompt = encoder.prompt("one tea")
     messages = [{"role": "user", "content": "one tea"}]
     scores = rewards.scores(
-        model, encoder, [prompt, prompt], [[*letters, encoder.end_id], encoded], [messages, "one tea"], 2048
+        model, encoder, [prompt, prompt], [[*letters, encoder.end_id], encoded], records([messages, "one tea"]), 2048
     )
     import seen_reward  # pyright: ignore[reportMissingImports] -- written above
 
@@ -125,7 +138,7 @@ def test_a_fully_tuned_reward_run_is_a_reward(stage, model, encoder):
     assert done.code == 0
     rewards = load_scorers(model, [str(full)], "mean", encoder)
     prompts = ["a tea please 70"] * 6
-    scores = rewards.scores(model, encoder, *ids_of(encoder, prompts, [*GOOD, *BAD]), prompts, 2048)
+    scores = rewards.scores(model, encoder, *ids_of(encoder, prompts, [*GOOD, *BAD]), records(prompts), 2048)
     assert scores[:3].min() > scores[3:].max()
     run, done = stage("policy", "--updates", "1", "--reward", str(full))
     assert done.code == 0
@@ -153,3 +166,199 @@ def test_the_same_reward_run_twice_is_its_own_mean(tiny_base, feedback, reward_r
         scores[name] = [row["score"] for row in read_lines(tmp_path / name / "rollouts" / "00000001.jsonl")]
     assert torch.tensor(scores["twice"]).std() > 0
     np.testing.assert_allclose(scores["twice"], scores["once"], atol=1e-9)
+
+
+class TestWholeRuns:
+    """Functions and services of users, through the commands."""
+
+    MODULE = """
+import math, os
+
+def right(prompts, completions, answer, **kwargs):
+    for prompt, given in zip(prompts, answer):
+        assert prompt.split()[1] == given.split()[1], (prompt, given)
+    return [len(text) / 10 for text in completions]
+
+def wants_more(completions, solution):
+    return [0.0 for _ in completions]
+
+def sometimes(completions, trainer_state, **kwargs):
+    return [None if number % 3 == 0 else float(len(text)) for number, text in enumerate(completions)]
+
+def breaks(completions, trainer_state):
+    if trainer_state.global_step == 1 and not os.path.exists("mended"):
+        raise ValueError("at update 2")
+    return [float(len(text)) for text in completions]
+
+def of_ten(completions):
+    return [10.0] * len(completions)
+
+def length(completions):
+    return [float(len(text)) for text in completions]
+
+def wide(prompts, completions):
+    return [math.inf] * len(completions)
+"""
+
+    @pytest.fixture(autouse=True)
+    def written(self, tmp_path, monkeypatch):
+        """A module of rewards in the current directory, and prompts with an answer each."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+        sys.modules.pop("written_rewards", None)
+        (tmp_path / "written_rewards.py").write_text(self.MODULE)
+        write_rows(tmp_path / "answers.jsonl", [{"prompt": f"say {n}", "answer": f"it's {n}"} for n in range(32)])
+
+    @pytest.fixture
+    def policy(self, perlhf, tiny_base, tmp_path):
+        def run(name: str, *options: str):
+            return perlhf(*command("policy", tiny_base, tmp_path / "answers.jsonl", tmp_path / name, *options))
+
+        return run
+
+    def test_columns_reach_training_validation_and_evaluation(self, policy, perlhf, tmp_path):
+        sources = ("--reward", "written_rewards:right", "--validation-reward", "written_rewards:right")
+        done = policy("run", *sources)
+        assert done.code == 0, done.err
+        done = perlhf("evaluate", str(tmp_path / "run"), "--prompts", "3", "--best-of", "2")
+        assert done.code == 0, done.err
+
+    def test_a_column_that_the_data_has_not_is_missed_before_training(self, policy, tmp_path):
+        done = policy("run", "--reward", "written_rewards:wants_more")
+        assert done.code == 2 and "Traceback" not in done.err
+        said = "reward: written_rewards:wants_more asks for 'solution', which no prompt of the data has"
+        assert said in done.err and "columns answer" in done.err
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("tuning", ["lora", "full"])
+    def test_a_function_that_breaks_is_mended_and_the_run_goes_on(self, policy, tmp_path, tuning):
+        options = ("--reward", "written_rewards:breaks", "--updates", "4", "--baseline", "leave_one_out")
+        options += ("--tuning", tuning, "--checkpoint-every", "4")
+        done = policy("run", *options)
+        assert done.code == 2 and "Traceback" not in done.err
+        error = done.err[done.err.index("error: ") :].splitlines()
+        assert error[0] == "error: written_rewards:breaks: ValueError: at update 2"
+        assert error[1:3] == ["  written_rewards.py:17, in breaks", '    raise ValueError("at update 2")']
+        assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 1
+        (tmp_path / "mended").touch()
+        kept = (tmp_path / "run" / "metrics.jsonl").read_text()
+        assert policy("run", *options).code == 0
+        assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(kept), "update 1 isn't done again"
+        assert policy("whole", *options).code == 0
+        last = [read_lines(tmp_path / run / "rollouts" / "00000004.jsonl") for run in ("run", "whole")]
+        assert last[0] == last[1]
+
+    def test_none_leaves_completions_out_of_an_update(self, policy, perlhf, tmp_path):
+        done = policy("run", "--reward", "written_rewards:sometimes")
+        assert done.code == 0, done.err
+        rows = read_lines(tmp_path / "run" / "rollouts" / "00000001.jsonl")
+        assert [row["score"] is None for row in rows] == [number % 3 == 0 for number in range(8)]
+        first = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
+        scores = [row["score"] for row in rows if row["score"] is not None]
+        assert first["unscored"] == 3 and first["score_mean"] == pytest.approx(np.mean(scores))
+        done = perlhf("evaluate", str(tmp_path / "run"), "--prompts", "3", "--best-of", "2")
+        assert done.code == 0, done.err
+        assert perlhf("report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")).code == 0
+
+    def test_weights(self, policy, perlhf, tmp_path):
+        sources = ("--reward", "written_rewards:length", "written_rewards:of_ten")
+        done = policy("run", *sources, "--reward-weights", "1.0", "-0.5", "--updates", "1")
+        assert done.code == 0, done.err
+        for row in read_lines(tmp_path / "run" / "rollouts" / "00000001.jsonl"):
+            assert row["score"] == len(row["completion"]) - 5
+        assert perlhf("evaluate", str(tmp_path / "run"), "--prompts", "3").code == 0
+        for row in read_json(tmp_path / "run" / "evaluation.json")["samples"]:
+            assert row["score_after"] == len(row["after"]) - 5
+
+    def test_weights_go_with_their_sources_whatever_the_order(self, policy, reward_run, tmp_path):
+        sources = ("--reward", "written_rewards:of_ten", str(reward_run), "--reward-weights", "1.0", "0.0")
+        assert policy("run", *sources, "--updates", "1").code == 0
+        assert {row["score"] for row in read_lines(tmp_path / "run" / "rollouts" / "00000001.jsonl")} == {10.0}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--reward-weights", "1.0", "2.0"), "reward_weights has 2 numbers, reward has 1"),
+            (("--reward-weights", "0.0"), "reward_weights are all 0"),
+            (("--reward-weights", "1.0", "--combine", "min"), "reward_weights and combine: min exclude each other"),
+        ],
+    )
+    def test_weights_that_make_no_sense(self, policy, options, message):
+        done = policy("run", "--reward", "written_rewards:length", *options)
+        assert done.code == 2 and message in done.err
+
+    def test_a_reward_that_never_varies_is_told_once(self, policy):
+        done = policy("run", "--reward", "written_rewards:of_ten", "--updates", "4")
+        assert done.err.count("note: all scores of 3 updates are 10") == 1
+        assert "never varies" not in policy("other", "--reward", "written_rewards:length", "--updates", "4").err
+
+    def test_a_run_holds_no_secret(self, policy, perlhf, serve, tmp_path, monkeypatch):
+        secret, key, seen = "aB3/cD5+eF7gH9", "sk-key-of-the-service", []
+
+        def answer(asked):
+            seen.append((asked.path, asked.headers.get("Authorization")))
+            return {"scores": [len(text) for text in asked.body["completions"]]}
+
+        address = serve(answer)
+        done = policy("run", "--reward", f"{address}/score?token={secret}")
+        assert done.code == 2 and secret not in done.out + done.err and not (tmp_path / "run").exists()
+        monkeypatch.setenv("MY_TOKEN", secret)
+        monkeypatch.setenv("PERLHF_REWARD_KEY", key)
+        written = f"{address}/score?token=${{MY_TOKEN}}&model=rm-1"
+        done = [policy("run", "--reward", written), perlhf("evaluate", str(tmp_path / "run"), "--prompts", "3")]
+        done.append(perlhf("report", str(tmp_path / "run"), "--output", str(tmp_path / "run" / "report.html")))
+        assert [each.code for each in done] == [0, 0, 0], done
+        assert set(seen) == {("/score?token=aB3/cD5%2BeF7gH9&model=rm-1", f"Bearer {key}")}
+        files = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+        for text in [*files, *(part.encode() for each in done for part in (each.out, each.err))]:
+            for hidden in (secret, "aB3/cD5%2BeF7gH9", key):
+                assert hidden.encode() not in text
+        assert written in (tmp_path / "run" / "config.yaml").read_text()
+
+    def test_a_slow_service_ends_the_run_which_goes_on_with_more_time(self, policy, serve, tmp_path):
+        slow = threading.Event()
+        slow.set()
+
+        def answer(asked):
+            if len(asked.body["completions"]) == 8 and slow.is_set():
+                time.sleep(1)
+            return {"scores": [len(text) for text in asked.body["completions"]]}
+
+        options = ("--reward", serve(answer), "--reward-timeout-seconds")
+        done = policy("run", *options, "0.5")
+        assert done.code == 2 and "no whole answer within 0.5 seconds" in done.err
+        slow.clear()
+        assert policy("run", *options, "5").code == 0, "the limit may differ when a run continues"
+
+    def test_a_stop_while_a_service_is_waited_for(self, tiny_base, tmp_path):
+        """In a process of its own, which SIGTERM asks to stop: it ends, and has saved what it had learned."""
+        asked = tmp_path / "asked"
+        (tmp_path / "written_rewards.py").write_text(
+            "import asyncio, pathlib\n"
+            "async def hangs(completions, trainer_state):\n"
+            "    if trainer_state.global_step == 1:\n"
+            f"        pathlib.Path({str(asked)!r}).touch()\n"
+            "        await asyncio.sleep(60)\n"
+            "    return [float(len(text)) for text in completions]\n"
+        )
+        options = ("--reward", "written_rewards:hangs")
+        words = command("policy", tiny_base, tmp_path / "answers.jsonl", tmp_path / "run", *options)
+        code = (
+            "import sys; from perlhf.system import waiting; waiting.GRACE_SECONDS = 0.2; "
+            "from perlhf.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+        )
+        running = [sys.executable, "-c", code, *words]
+        ours = {"PYTHONPATH": str(Path(package.__file__).parents[1])}
+        process = subprocess.Popen(running, cwd=tmp_path, env=os.environ | ours, stderr=subprocess.PIPE, text=True)
+        try:
+            for _ in range(600):
+                if asked.exists() or process.poll() is not None:
+                    break
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            _, shown = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == 130, shown
+        assert "stopped while a reward was waited for" in shown and "Traceback" not in shown
+        assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 1

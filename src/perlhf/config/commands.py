@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from perlhf.config.addresses import JUDGE_KEY, check_address, check_addresses
 from perlhf.config.stages import DEFAULT_BASE, DataConfig, EncodingConfig, Frozen, LayoutConfig, NotNegative, Positive
 
 
@@ -33,6 +34,10 @@ class EvaluateConfig(Frozen):
     """For policies: OpenAI-compatible address of a judge, asked in both orders."""
     judge_model: str = "default"
     """Model name given to the judge."""
+    judge_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Limit of one request to the judge, up to the last byte of its answer."""
+    reward_timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+    """For policies: limit of one request to a service that scores (null: that of the run)."""
     bootstrap: Positive = 1000
     """Cluster-bootstrap resamples over groups."""
     seed: int = 0
@@ -41,6 +46,19 @@ class EvaluateConfig(Frozen):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     tokens_per_microbatch: Positive | None = None
     """Computed tokens in one forward pass; null takes what the run took."""
+
+    @field_validator("reward")
+    @classmethod
+    def _without_secrets(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+        check_addresses(sources)
+        return sources
+
+    @field_validator("judge")
+    @classmethod
+    def _judge_without_secrets(cls, address: str | None) -> str | None:
+        if address is not None:
+            check_address(address, JUDGE_KEY)
+        return address
 
 
 class PullConfig(Frozen):

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from perlhf.config.addresses import check_addresses
 from perlhf.config.stages import Frozen, NotNegative, PolicyConfig, Positive, RewardConfig
 
 Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
@@ -65,6 +66,12 @@ class CompareConfig(Frozen):
     """Cells that run at a time, where memory has room; they share the cores, and the speed that is measured."""
     prompts: Positive = 200
     """Prompts that a policy is evaluated on."""
+
+    @field_validator("scorers")
+    @classmethod
+    def _without_secrets(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+        check_addresses(sources)
+        return sources
 
     @property
     def sides(self) -> list[Side]:

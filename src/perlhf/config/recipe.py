@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from perlhf.config.addresses import shown
 from perlhf.errors import ConfigError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -189,6 +190,7 @@ def _option(key: Key) -> str:
 
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
+    text = re.sub(r"https?://[^\s\"']+", lambda address: shown(address[0]), text)  # its query may hold a secret
     return text if len(text) <= 60 else text[:57] + "..."
 
 

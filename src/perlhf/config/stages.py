@@ -7,7 +7,9 @@ A field's docstring is its `--help`. A recipe is the YAML form of one stage's mo
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from perlhf.config.addresses import check_addresses
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -285,6 +287,11 @@ class PolicyConfig(StageConfig):
     """Reward run directories, `module:function`, or an http(s) address."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
     """How scores of several reward models become one."""
+    # What is left out of what a run records unless it is set: a record without it is the same run.
+    reward_weights: tuple[float, ...] | None = Field(default=None, exclude_if=lambda weights: weights is None)
+    """One for each of `reward`: the score is their weighted sum, as TRL's; null combines them as `combine` says."""
+    reward_timeout_seconds: Annotated[float, Field(gt=0)] = Field(default=60.0, exclude_if=lambda limit: limit == 60)
+    """Limit of one request to a service among `reward`, up to the last byte of its answer."""
     updates: Positive = 60
     """Rollouts to learn from."""
     prompts_per_update: Positive = 8
@@ -340,6 +347,12 @@ class PolicyConfig(StageConfig):
         """The value adapter's learning rate in force."""
         return self.value.learning_rate or (1e-4 if self.tuning == "lora" else 1e-5)
 
+    @field_validator("reward", "validation_reward")
+    @classmethod
+    def _without_secrets(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+        check_addresses(sources)
+        return sources
+
     @model_validator(mode="after")
     def _consistent(self) -> "PolicyConfig":
         if self.adapter.dropout:
@@ -352,4 +365,16 @@ class PolicyConfig(StageConfig):
             raise ValueError(f"baseline: {self.baseline} needs completions_per_prompt of 2 or more")
         if not self.reward:
             raise ValueError("reward is empty; give a reward run directory, module:function or http address")
+        self._check_weights()
         return self
+
+    def _check_weights(self) -> None:
+        weights = self.reward_weights
+        if weights is None:
+            return
+        if len(weights) != len(self.reward):
+            raise ValueError(f"reward_weights has {len(weights)} numbers, reward has {len(self.reward)}; give as many")
+        if self.combine != "mean":
+            raise ValueError(f"reward_weights and combine: {self.combine} exclude each other; leave one of them out")
+        if not any(weights):
+            raise ValueError("reward_weights are all 0: nothing would be learned; give one above or below 0")

@@ -5,20 +5,18 @@ The judge is any service with OpenAI's chat completions interface; its key, if i
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from perlhf.config.addresses import JUDGE_KEY, check_address, filled, shown
 from perlhf.data.records import Text, text_of
 from perlhf.errors import DataError, ServiceError
-from perlhf.system.http import check_address, post_json
+from perlhf.system.http import Service, post_all
 
 Outcome = Literal["win", "tie", "loss"]
-
-KEY_VARIABLE = "PERLHF_JUDGE_KEY"
 
 MAX_ANSWER_TOKENS = 1024
 """The answer is one character; the room is for services that think first and return the answer alone."""
@@ -65,7 +63,7 @@ def judge(
     timeout_seconds: float = 60.0,
     attempts: int = 4,
     backoff_seconds: float = 1.0,
-    threads: int = 4,
+    at_once: int = 4,
 ) -> Judgement:
     """Asks which completion is better, in both orders, and says how the first ones fared.
 
@@ -76,11 +74,10 @@ def judge(
         prompts, firsts, seconds: [n] each; `firsts[i]` and `seconds[i]` answer `prompts[i]`.
         address: base address of the service (`http://localhost:8000/v1`) or its full `.../chat/completions`.
         model: name that the service knows the judge by.
-        timeout_seconds, attempts, backoff_seconds: as in `perlhf.http.post_json`.
-        threads: requests under way at a time.
+        timeout_seconds, attempts, backoff_seconds, at_once: as in `perlhf.system.http.post_all`.
 
     Raises:
-        ConfigError: no http(s) address, or an unusable key.
+        ConfigError: no http(s) address, one that holds a secret, or an unusable key.
         DataError: unequal lengths, or nothing to judge.
         ServiceError: the service failed after all attempts; no further request is started.
     """
@@ -89,22 +86,23 @@ def judge(
             f"{len(prompts)} prompts, {len(firsts)} first and {len(seconds)} second completions",
             allowed="as many of each, above 0",
         )
-    check_address(address)
-    full = address if address.rstrip("/").endswith("/chat/completions") else f"{address.rstrip('/')}/chat/completions"
-    key = os.environ.get(KEY_VARIABLE)
+    check_address(address, JUDGE_KEY)
+    before, question, query = address.partition("?")
+    path = before.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    url, hidden = filled(path + question + query)
+    service = Service(url, shown(path), os.environ.get(JUDGE_KEY), JUDGE_KEY, hidden, "judge_timeout_seconds")
 
-    def ask(prompt: Text, shown_first: str, shown_second: str) -> Literal[1, 2] | None:
+    def asked(prompt: Text, shown_first: str, shown_second: str) -> dict[str, object]:
         content = TEMPLATE.format(prompt=text_of(prompt), first=shown_first, second=shown_second)
         messages = [{"role": "user", "content": content}]
-        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
-        answer = post_json(
-            full, body, key=key, timeout_seconds=timeout_seconds, attempts=attempts, backoff_seconds=backoff_seconds
-        )
-        return parse_answer(_content(answer, full))
+        return {"model": model, "messages": messages, "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
 
-    with ThreadPoolExecutor(threads) as pool:
-        # `list` stops at the first failure and cancels the requests that haven't started.
-        answers = list(pool.map(ask, [*prompts, *prompts], [*firsts, *seconds], [*seconds, *firsts]))
+    bodies = list(map(asked, [*prompts, *prompts], [*firsts, *seconds], [*seconds, *firsts]))
+    replies = post_all(
+        service, bodies, timeout_seconds=timeout_seconds, attempts=attempts, backoff_seconds=backoff_seconds,
+        at_once=at_once,
+    )  # fmt: skip
+    answers: list[Literal[1, 2] | None] = [parse_answer(_content(reply, service.shown)) for reply in replies]
     orders = zip(answers[: len(prompts)], answers[len(prompts) :], strict=True)
     return Judgement(tuple(_outcome(forward, backward) for forward, backward in orders), answers.count(None))
 

@@ -14,9 +14,9 @@ from perlhf.config.stages import PolicyConfig
 from perlhf.data import order
 from perlhf.data.coffee_bar.gold import gold
 from perlhf.data.files import BUILTIN
-from perlhf.data.records import Prompt, Text
+from perlhf.data.records import Prompt
 from perlhf.data.splits import load
-from perlhf.errors import AdapterError
+from perlhf.errors import AdapterError, RewardFunctionError
 from perlhf.evaluation.judge import judge
 from perlhf.evaluation.shared import ROWS, Sampling, measure, plain, progress, seen_groups
 from perlhf.method import advantages, metrics
@@ -25,6 +25,7 @@ from perlhf.model import saved
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun
+from perlhf.rollout.functions import TrainerState
 from perlhf.rollout.local import Rollout
 from perlhf.rollout.scorers import Scorers, load_scorers
 from perlhf.runs.evaluations import Evaluation, Measured, Measures, WinRate
@@ -55,9 +56,13 @@ class Setting:
         return [record.group for record in self.records]
 
     def mean(self, values: NDArray[np.float64]) -> Measured:
-        """The mean over the prompts of what each of them reached."""
-        mean = measure(lambda indices: float(values[indices].mean()), self.groups, self.config)
-        assert mean is not None
+        """The mean over the prompts of what each of them reached; nan marks a prompt that has no such value."""
+        known = ~np.isnan(values)
+        groups = [group for group, has in zip(self.groups, known, strict=True) if has]
+        values = values[known]
+        mean = measure(lambda indices: float(values[indices].mean()), groups, self.config) if groups else None
+        if mean is None:
+            raise RewardFunctionError("no answer got a score: all that scores returned None", where="reward")
         return mean
 
 
@@ -125,10 +130,20 @@ def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, list[Pro
         reference = saved.load_adapter(model, policy.sft / "adapter", "sft", encoder).name
         model.freeze(reference)
     answers = run.stage if config.adapter is None else _load_answering(model, config.adapter, encoder)
-    scorers = load_scorers(model, config.reward or policy.reward, policy.combine, encoder)
+    scorers = _scorers(config, policy, model, encoder, records)
     prompts = [encoder.cut_prompt(record.prompt, policy.max_completion_tokens, record.tools) for record in records]
     sampling = Sampling(model, encoder, prompts, policy.max_completion_tokens, config.seed)
     return Setting(config, policy, model, encoder, scorers, records, sampling, reference, answers), trained_on
+
+
+def _scorers(
+    config: EvaluateConfig, policy: PolicyConfig, model: Model, encoder: Encoder, records: Sequence[Prompt]
+) -> Scorers:
+    """What scores both sides: the sources asked for, or those of the run with their weights."""
+    sources, weights = (config.reward, None) if config.reward else (policy.reward, policy.reward_weights)
+    seconds = config.reward_timeout_seconds or policy.reward_timeout_seconds
+    given = model, sources, policy.combine, encoder
+    return load_scorers(*given, prompts=records, weights=weights, timeout_seconds=seconds)
 
 
 def _load_answering(model: Model, directory: Path, encoder: Encoder) -> str:
@@ -150,14 +165,14 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
     texts, scores, tokens, ended, kl = [""] * count, np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count)
     for batch in setting.sampling.batches:
         rollout = setting.sampling.answer(batch, adapter, config.temperature)
-        chosen: list[Text] = [setting.records[i].prompt for i in batch]
         scores[batch] = setting.scorers.scores(
             setting.model,
             setting.encoder,
             rollout.prompts,
             rollout.completions,
-            chosen,
+            [setting.records[i] for i in batch],
             config.tokens_per_microbatch or policy.microbatch_tokens,
+            state=TrainerState(policy.updates, policy.updates),
         )
         tokens[batch], ended[batch] = [len(ids) for ids in rollout.completions], rollout.ended
         if adapter != setting.reference and config.temperature:
@@ -186,7 +201,13 @@ def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
     config, policy, most = setting.config, setting.policy, max(setting.config.best_of)
     chooser = setting.scorers
     if config.reward:
-        chooser = load_scorers(setting.model, policy.reward, policy.combine, setting.encoder, "chooser")
+        seconds = config.reward_timeout_seconds or policy.reward_timeout_seconds
+        chooser = load_scorers(
+            *(setting.model, policy.reward, policy.combine, setting.encoder, "chooser"),
+            prompts=setting.records,
+            weights=policy.reward_weights,
+            timeout_seconds=seconds,
+        )
     shape = len(setting.records), most
     chosen_by, scores, tokens = (np.zeros(shape) for _ in range(3))
     golden = np.zeros(shape) if before.gold is not None else None
@@ -198,7 +219,7 @@ def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
             numbers = [i for i in batch for _ in range(most)]
             given = (
                 *(setting.model, setting.encoder, rollout.prompts, rollout.completions),
-                [setting.records[i].prompt for i in numbers],
+                [setting.records[i] for i in numbers],
                 config.tokens_per_microbatch or policy.microbatch_tokens,
             )
             chosen_by[batch] = chooser.scores(*given).reshape(-1, most)
@@ -222,7 +243,8 @@ def _best_of_first(
     golden: NDArray[np.float64] | None,
 ) -> dict[str, Any]:
     """Means of the best of the first n answers; arrays are [prompt, answer]."""
-    rows, best = np.arange(len(scores)), chosen_by[:, :n].argmax(1)
+    # An answer that what chooses left out is never the best; where it left all out, the first stands for them.
+    rows, best = np.arange(len(scores)), np.nan_to_num(chosen_by[:, :n], nan=-np.inf).argmax(1)
     reached = scores[rows, best]
     points = _points(reached, before.scores)
     points[best == 0] = 0.5  # the same answer, which another batch may score otherwise in the last bits
@@ -265,8 +287,9 @@ def _describe(answers: Answers, kl_at_one: NDArray[np.float64], setting: Setting
 
 
 def _points(scores: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 for a win, 0.5 for a tie, 0 for a loss."""
-    return (scores > others) + 0.5 * (scores == others)
+    """1 for a win, 0.5 for a tie, 0 for a loss; nan where one of the two has no score."""
+    points = (scores > others) + 0.5 * (scores == others)
+    return np.where(np.isnan(scores) | np.isnan(others), np.nan, points)
 
 
 def _win_rate(setting: Setting, points: NDArray[np.float64]) -> WinRate:
@@ -282,7 +305,8 @@ def _judged(setting: Setting, before: Answers, after: Answers, address: str) -> 
         for start in starts:
             chosen = slice(start, start + JUDGED)
             prompts = [record.prompt for record in setting.records[chosen]]
-            answer = judge(prompts, after.texts[chosen], before.texts[chosen], address, name)
+            seconds = setting.config.judge_timeout_seconds
+            answer = judge(prompts, after.texts[chosen], before.texts[chosen], address, name, timeout_seconds=seconds)
             parts.append(answer.points)
             unparsable += answer.unparsable
             bar.advance()
@@ -293,7 +317,8 @@ def _judged(setting: Setting, before: Answers, after: Answers, address: str) -> 
 def _sample_row(record: Prompt, before: Answers, after: Answers, i: int) -> dict[str, Any]:
     row: dict[str, Any] = {"group": record.group, "prompt": plain(record.prompt)}
     row |= {"before": before.texts[i], "after": after.texts[i]}
-    row |= {"score_before": before.scores[i].item(), "score_after": after.scores[i].item()}
+    for side, answers in (("before", before), ("after", after)):
+        row[f"score_{side}"] = None if np.isnan(answers.scores[i]) else answers.scores[i].item()
     row["kl"] = None if after.kl is None else after.kl[i].item()
     for side, answers in (("before", before), ("after", after)):
         row[f"gold_{side}"] = None if answers.gold is None else answers.gold[i].item()

@@ -59,16 +59,29 @@ def gae(
 
 
 def group_baseline(
-    totals: Float[Tensor, " batch"], group_size: int, *, baseline: Literal["leave_one_out", "group_mean"]
+    totals: Float[Tensor, " batch"],
+    group_size: int,
+    *,
+    baseline: Literal["leave_one_out", "group_mean"],
+    scored: Bool[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, " batch"]:
     """Mean total reward of a prompt's other completions (`leave_one_out`) or of all of them (`group_mean`).
 
-    Leave-one-out is RLOO's (arXiv 2402.14740). Rows are ordered by prompt, `group_size` completions each.
+    Leave-one-out is RLOO's (arXiv 2402.14740). Rows are ordered by prompt, `group_size` completions each. Where some
+    weren't `scored`, means are over those that were; a completion that has no other one is its own baseline.
     """
     grouped = totals.view(-1, group_size)
+    assert group_size > 1 or baseline == "group_mean", "leave_one_out needs two completions of a prompt"
+    if scored is not None and not scored.all():
+        counted = scored.view(-1, group_size)
+        grouped = torch.where(counted, grouped, 0.0)
+        number = counted.sum(-1, keepdim=True)
+        if baseline == "group_mean":
+            return (grouped.sum(-1, keepdim=True) / number.clamp_min(1)).expand_as(grouped).reshape(-1)
+        others = (grouped.sum(-1, keepdim=True) - grouped) / (number - counted.int()).clamp_min(1)
+        return torch.where(number > 1, others, grouped).reshape(-1)
     if baseline == "group_mean":
         return grouped.mean(-1, keepdim=True).expand_as(grouped).reshape(-1)
-    assert group_size > 1, "leave_one_out needs two completions of a prompt"
     return ((grouped.sum(-1, keepdim=True) - grouped) / (group_size - 1)).reshape(-1)
 
 

@@ -214,6 +214,12 @@ def _policy_remarks(run: RunFiles) -> Iterable[Remark]:
     if distinct and distinct[1].value < 0.8 * distinct[0].value:
         values = f"share of distinct bigrams {number(distinct[0].value)} before, {number(distinct[1].value)} after"
         yield Remark("caution", f"Completions became less varied: {values}.")
+    spread = [value for _, value in run.series("score_std")]
+    if len(spread) > 1 and max(spread) < 1e-9:  # but for rounding
+        yield Remark("caution", "The scores of no update differed: a reward that never varies teaches nothing.")
+    kl = pair_of("kl")
+    if kl and kl[1].value < 0:
+        yield Remark("note", f"The KL is {number(kl[1].value)}: an estimate that chance brought below 0, so about 0.")
     tokens = pair_of("tokens")
     if tokens and tokens[0].value > 0 and not 0.7 < tokens[1].value / tokens[0].value < 1.4:
         values = f"{number(tokens[0].value)} tokens before, {number(tokens[1].value)} after"

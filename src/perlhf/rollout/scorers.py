@@ -1,29 +1,30 @@
 """What scores completions: reward adapters on the same base, Python functions, HTTP addresses; how scores combine."""
 
-import importlib
-import math
+import asyncio
+import inspect
 import os
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, SupportsFloat
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from perlhf.data.records import Text
-from perlhf.errors import ConfigError, DataError, PerlhfError, ServiceError, nearest
+from perlhf.config.addresses import REWARD_KEY, filled, is_address, shown
+from perlhf.data.records import Prompt
+from perlhf.errors import ConfigError, DataError, DivergenceError, ServiceError
 from perlhf.method.packing import Batch, Ids, Packing, batches, completed
 from perlhf.model import saved
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.system.http import check_address, post_json
+from perlhf.rollout.functions import Asked, Scorer, TrainerState, checked, load_function
+from perlhf.system.http import Service, all_answers
+from perlhf.system.waiting import finish
 
 Combine = Literal["mean", "min", "mean_minus_std"]
-Scorer = Callable[[list[Text], list[str]], list[float]]
-"""Prompts and their completions in, one finite score each out."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Scorers:
     adapters: tuple[str, ...]
     functions: tuple[Scorer, ...]
     how: Combine
+    weights: tuple[float, ...] | None = None
+    """Of the sources, in the order of the configuration; None combines them as `how` says."""
+    order: tuple[int, ...] = ()
+    """Where each of the adapters and then each function stands among the sources, for `weights`."""
 
     def scores(
         self,
@@ -40,15 +45,16 @@ class Scorers:
         encoder: Encoder,
         prompts: Sequence[Ids],
         completions: Sequence[Ids],
-        texts: Sequence[Text],
+        records: Sequence[Prompt],
         max_tokens: int,
         packing: Packing = "tree",
+        state: TrainerState = TrainerState(),  # noqa: B008 -- it is frozen
     ) -> NDArray[np.float64]:
-        """One combined score per completion, float64 [batch].
+        """One combined score per completion, float64 [batch]; nan where no source gave one.
 
         Reward adapters see the sampled ids as they are, but a completion that was cut gets the end token: they never
         learned from a state before it, and score such states at random (docs/experiments.md). Functions and services
-        get the prompts' texts and decoded completions.
+        get the prompts' texts and decoded completions, functions the columns of the prompts' rows as well.
         """
         members: list[list[float]] = []
         if self.adapters:
@@ -58,10 +64,39 @@ class Scorers:
             examples = [[completed(p, c)] for p, c in zip(given, whole, strict=True)]
             laid_out = batches(examples, max_tokens, packing, model.device)
             members += [[score for (score,) in score_batches(model, laid_out, name)] for name in self.adapters]
+            if not np.isfinite(members).all():  # it would be taken for one that wasn't given
+                raise DivergenceError("a reward model's score isn't finite", hint="train the reward model again")
         if self.functions:
             decoded = [encoder.decode(ids) for ids in completions]
-            members += [function(list(texts), decoded) for function in self.functions]
-        return combine(np.array(members, dtype=float), self.how)
+            texts, columns = [record.prompt for record in records], [record.columns for record in records]
+            members += function_scores(self.functions, Asked(texts, decoded, list(completions), columns, state))
+        table = np.array(members, dtype=float)
+        if self.weights is None:
+            return combine(table, self.how)
+        return weighted(table[np.argsort(self.order)], self.weights)
+
+
+def function_scores(functions: Sequence[Scorer], asked: Asked) -> list[list[float]]:
+    """Each function's scores, in order; those of async functions and of services are waited for together."""
+    found: dict[int, list[float]] = {}
+    together = [at for at, function in enumerate(functions) if inspect.iscoroutinefunction(function)]
+    for at, function in enumerate(functions):
+        if at not in together:
+            found[at] = cast("list[float]", function(asked))
+    if together:
+        running = [cast("Coroutine[Any, Any, list[float]]", functions[at](asked)) for at in together]
+        found |= dict(zip(together, finish(_all(running)), strict=True))
+    return [found[at] for at in range(len(functions))]
+
+
+async def _all(running: Sequence[Coroutine[Any, Any, list[float]]]) -> list[list[float]]:
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in running]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @torch.no_grad()
@@ -85,29 +120,38 @@ def load_scorers(
     encoder: Encoder,
     prefix: str = "reward",
     key: str = "reward",
+    *,
+    prompts: Sequence[Prompt] = (),
+    weights: Sequence[float] | None = None,
+    timeout_seconds: float = 60.0,
 ) -> Scorers:
     """Loads every source: an http(s) address, `module:function`, or a reward run directory, as adapter PREFIX_0, ..
 
     Args:
         key: of the configuration, which errors name.
+        prompts: all that may be scored; a function may ask for the columns that they have.
+        weights: of the sources, for their weighted sum.
+        timeout_seconds: limit of one request to a service.
 
     Raises:
-        ConfigError: a source that is none of these; AdapterError: a reward run of another base or encoding.
+        ConfigError: a source that is none of these, a function that asks for what the prompts haven't;
+            AdapterError: a reward run of another base or encoding.
     """
-    adapters: list[str] = []
-    functions: list[Scorer] = []
-    for source in sources:
-        if source.startswith(("http://", "https://")):
-            functions.append(http_reward(source))
+    adapters: dict[int, str] = {}
+    functions: dict[int, Scorer] = {}
+    columns = {name for prompt in prompts for name in prompt.columns}
+    for at, source in enumerate(sources):
+        if is_address(source):
+            functions[at] = http_reward(source, timeout_seconds)
         elif (Path(source) / "adapter").is_dir():
             name = f"{prefix}_{len(adapters)}"
             adapter = saved.load_adapter(model, Path(source) / "adapter", name, encoder)
             if adapter.score_head is None:
                 raise ConfigError(f"{source} holds a {adapter.role} adapter", where=key, allowed="a reward run")
             model.freeze(name)
-            adapters.append(name)
+            adapters[at] = name
         elif ":" in source and not Path(source).exists():
-            functions.append(load_function(source, key))
+            functions[at] = load_function(source, key, columns)
         else:
             raise ConfigError(
                 f"'{source}' is no finished reward run",
@@ -115,73 +159,50 @@ def load_scorers(
                 allowed="a reward run directory, module:function, or an http(s) address",
                 hint="train it with perlhf reward",
             )
-    return Scorers(tuple(adapters), tuple(functions), how)
-
-
-def load_function(name: str, key: str = "reward") -> Scorer:
-    """The function that `module:function` names, its scores checked at every call.
-
-    `key` of the configuration is named by errors. The current directory is importable, as it is for `python -m`. What
-    the function itself raises passes through.
-
-    Raises:
-        ConfigError: malformed name, no such module or one that doesn't import, no such function (with the nearest).
-        PerlhfError: at a call, another number of scores than completions, or one that is no finite number.
-    """
-    module_name, colon, attribute = name.partition(":")
-    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"{name!r} names no function", where=key, allowed="module:function")
-    module = _imported(module_name, key)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        close = nearest(attribute, callables)
-        problem = "has no function" if function is None else "holds no function under"
-        hint = f"did you mean {module_name}:{close}?" if close else None
-        raise ConfigError(f"module {module_name} {problem} {attribute!r}", where=key, hint=hint)
-
-    def score(prompts: list[Text], completions: list[str]) -> list[float]:
-        return _checked(function(prompts, completions), len(completions), name)
-
-    return score
+    chosen = None if weights is None else tuple(weights)
+    return Scorers(tuple(adapters.values()), tuple(functions.values()), how, chosen, (*adapters, *functions))
 
 
 def http_reward(address: str, timeout_seconds: float = 60.0, attempts: int = 4, backoff_seconds: float = 1.0) -> Scorer:
     """Scores from a service: each call posts `{"prompts": [...], "completions": [...]}` and reads `{"scores": [...]}`.
 
-    A prompt is a string or a list of `{"role", "content"}`. Retries are those of `perlhf.system.http.post_json`.
+    A prompt is a string or a list of `{"role", "content"}`; a score of null leaves its completion out. The service's
+    key, if it needs one, is PERLHF_REWARD_KEY. Limits and retries are those of `perlhf.system.http.post_all`.
 
     Raises:
-        ConfigError: no http(s) address.
+        ConfigError: no http(s) address, one that holds a secret, an environment variable that isn't set.
         ServiceError: at a call, the service failed or its answer has no scores.
-        PerlhfError: at a call, another number of scores than completions, or one that is no finite number.
+        RewardFunctionError: at a call, another number of scores than completions, or one that is no finite number.
     """
-    check_address(address)
-    shown = address.split("?")[0]
+    url, hidden = filled(address)
+    service = Service(url, shown(address), os.environ.get(REWARD_KEY), REWARD_KEY, hidden, "reward_timeout_seconds")
 
-    def score(prompts: list[Text], completions: list[str]) -> list[float]:
-        plain = [prompt if isinstance(prompt, str) else [dict(message) for message in prompt] for prompt in prompts]
-        answer = post_json(
-            address,
-            {"prompts": plain, "completions": completions},
+    async def score(asked: Asked) -> list[float]:
+        prompts = [p if isinstance(p, str) else [dict(message) for message in p] for p in asked.prompts]
+        (answer,) = await all_answers(
+            service,
+            [{"prompts": prompts, "completions": asked.completions}],
             timeout_seconds=timeout_seconds,
             attempts=attempts,
             backoff_seconds=backoff_seconds,
         )
         if not isinstance(answer, Mapping) or "scores" not in answer:
-            raise ServiceError("the answer has no scores", where=shown, allowed='{"scores": [...]}')
-        return _checked(answer["scores"], len(completions), shown)
+            raise ServiceError("the answer has no scores", where=service.shown, allowed='{"scores": [...]}')
+        return checked(answer["scores"], len(asked.completions), service.shown)
 
     return score
 
 
 def combine(scores: ArrayLike, how: Combine) -> NDArray[np.float64]:
-    """One score per completion from those of several reward models.
+    """One score per completion from those of several reward models; nan stands for a score that wasn't given.
 
     Args:
         scores: float [members, completions].
         how: `mean`, `min`, or `mean_minus_std`: the mean less the population standard deviation over members
-            (0 for one member).
+            (0 for one member). Each is over those that gave a score.
+
+    Returns:
+        [completions], nan where no member gave a score.
 
     Raises:
         ConfigError: an unknown `how`.
@@ -190,55 +211,26 @@ def combine(scores: ArrayLike, how: Combine) -> NDArray[np.float64]:
     table = np.asarray(scores, dtype=float)
     if table.ndim != 2 or not len(table):
         raise DataError(f"scores of shape {table.shape}", allowed="[members, completions], at least one member")
-    match how:
-        case "mean":
-            return table.mean(axis=0)
-        case "min":
-            return table.min(axis=0)
-        case "mean_minus_std":
-            return table.mean(axis=0) - table.std(axis=0)
-        case _:
-            raise ConfigError(f"unknown value {how!r}", where="combine", allowed="mean, min, mean_minus_std")
+    whole = not np.isnan(table).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of a column without any score
+        match how:
+            case "mean":
+                return table.mean(axis=0) if whole else np.nanmean(table, axis=0)
+            case "min":
+                return table.min(axis=0) if whole else np.nanmin(table, axis=0)
+            case "mean_minus_std":
+                return table.mean(axis=0) - table.std(axis=0) if whole else np.nanmean(table, 0) - np.nanstd(table, 0)
+            case _:
+                raise ConfigError(f"unknown value {how!r}", where="combine", allowed="mean, min, mean_minus_std")
 
 
-def _imported(module_name: str, key: str):
-    """The module, looked up in the current directory too."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    importlib.invalidate_caches()
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise ConfigError(
-                f"no module named {error.name!r}",
-                where=key,
-                hint=f"start perlhf in the directory that holds {error.name.split('.')[0]}.py, or install it",
-            ) from None
-        raise ConfigError(f"module {module_name} doesn't import: {error}", where=key) from error
-    except ImportError as error:
-        raise ConfigError(f"module {module_name} doesn't import: {error}", where=key) from error
-    except SyntaxError as error:
-        raise ConfigError(f"syntax error: {error.msg}", where=f"{error.filename}:{error.lineno}") from error
+def weighted(scores: ArrayLike, weights: Sequence[float]) -> NDArray[np.float64]:
+    """The members' weighted sum, as TRL's `reward_weights` gives it; a score that wasn't given (nan) adds nothing.
 
-
-def _checked(scores: object, count: int, where: str) -> list[float]:
-    """`scores` as floats; raises `PerlhfError` naming index and value unless there are `count` finite ones."""
-    if not isinstance(scores, Iterable) or isinstance(scores, str | bytes | Mapping):
-        raise PerlhfError(f"returned {type(scores).__name__}", where=where, allowed="a list of scores")
-    values = list(scores)
-    if len(values) != count:
-        raise PerlhfError(f"returned {len(values)} scores for {count} completions", where=where, allowed="one each")
-    return [_finite(value, index, where) for index, value in enumerate(values)]
-
-
-def _finite(value: object, index: int, where: str) -> float:
-    number = math.nan
-    if isinstance(value, SupportsFloat):
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):  # an array or tensor of several values
-            number = math.nan
-    if not math.isfinite(number):
-        raise PerlhfError(f"score {index} is {value!r}", where=where, allowed="a finite number")
-    return number
+    Returns:
+        [completions], nan where no member gave a score.
+    """
+    table = np.asarray(scores, dtype=float)
+    total = np.nansum(table * np.asarray(weights, dtype=float)[:, None], axis=0)
+    return np.where(np.isnan(table).all(axis=0), np.nan, total)

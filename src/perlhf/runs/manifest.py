@@ -33,7 +33,7 @@ FORMAT = 2
 """Number of what a run directory looks like; raised when older ones can't be continued or used any more."""
 CHECKPOINTS = "checkpoints"
 """Directory of a run's checkpoints; a finished run needs none."""
-FREE_KEYS = ("checkpoint_every", "log", "run")
+FREE_KEYS = ("checkpoint_every", "log", "reward_timeout_seconds", "run")
 """Keys that may differ when a run continues: they change no result (`run` is the directory itself)."""
 
 
@@ -188,7 +188,7 @@ def _check_same(file: Path, recorded: dict[str, Any], given: dict[str, Any], wha
         raise RunError(
             f"{key} is {now!r}, but {then!r} in the run that is here: another {what}",
             where=str(file),
-            allowed=f"only {' and '.join(FREE_KEYS[:2])} may change when a run continues",
+            allowed=f"only {', '.join(FREE_KEYS[:-1])} may change when a run continues",
             hint=f"use another run directory, or delete {file.parent} to start again",
         )
 

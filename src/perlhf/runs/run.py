@@ -33,6 +33,7 @@ from perlhf.runs.manifest import (
 from perlhf.system.files import read_json, remove_leftovers, storage_errors, strict_json, write_atomic, write_json
 from perlhf.system.machine import cuda_peak_bytes, gpu_name, peak_memory_bytes, reset_peak_memory
 from perlhf.system.progress import Progress
+from perlhf.system.waiting import STOP_ASKED
 
 METRICS = "metrics.jsonl"
 
@@ -284,9 +285,11 @@ def _signals(run: Run) -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, run._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked = STOP_ASKED.set(lambda: run.stop_requested)  # a service isn't waited for much longer then
     try:
         yield
     finally:
+        STOP_ASKED.reset(asked)
         for number, handler in before.items():
             # None stands for a handler that wasn't set from Python and can't be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -16,7 +16,7 @@ from perlhf.config.stages import RewardConfig, SftConfig, StageConfig
 from perlhf.data import order
 from perlhf.data.records import Record, completions_of
 from perlhf.data.splits import content_hash
-from perlhf.errors import DataError, DivergenceError, PerlhfError
+from perlhf.errors import DataError, DivergenceError, Interrupted
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base
@@ -31,12 +31,6 @@ LOSS_LIMIT = 1000.0
 of records may be above 1."""
 KL_LIMIT = 1000.0
 """Nats a completion above which a policy has."""
-
-
-class Interrupted(PerlhfError):
-    """Ctrl-C: a checkpoint was saved; the same command continues."""
-
-    exit_code = 130
 
 
 @dataclass

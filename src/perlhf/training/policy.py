@@ -5,6 +5,9 @@ the value head starts at the first rollout's mean return, a completion without e
 with the best reward on held-out prompts are kept. Not included: dropout, several epochs without `clip`.
 """
 
+import math
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perlhf.config.addresses import check_addresses
 from perlhf.config.stages import PolicyConfig
 from perlhf.data import order
 from perlhf.data.records import Prompt
 from perlhf.data.splits import load
+from perlhf.errors import Interrupted, RewardFunctionError, ServiceError
 from perlhf.method import advantages
 from perlhf.model import saved
 from perlhf.model.base import Base
@@ -40,6 +45,11 @@ from perlhf.training.policy_step import (
     score,
 )
 
+CONSTANT_UPDATES = 3
+"""Updates after which a reward that never varied is told."""
+NEGATIVE_KL = -1e-3
+"""Nats a completion below which it is told: more than rounding."""
+
 
 @dataclass
 class PolicyState:
@@ -62,8 +72,11 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
     Raises:
         StaleSamplerError: the sampler didn't use the current adapter.
         DivergenceError: a loss or gradient isn't finite; the last checkpoint is kept.
+        RewardFunctionError, ServiceError: a reward failed; what was learned is kept, and the same command goes on.
+        Interrupted: a signal asked for it; likewise.
         DataError, ConfigError, ModelError, AdapterError, RunError: as the parts say.
     """
+    check_addresses((*config.reward, *config.validation_reward))  # before they are written: a copy isn't validated
     base = Base.find(config.base)
     config = with_day(config, base)
     with open_run(config.run, "policy", config, loop.facts(config, base)) as run:
@@ -79,20 +92,26 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
             state = _before(setup, validation, run)
             keeper.offer(0, state.before["reward"], state.before)  # the policy starts as its reference
             loop.save(run, 0, model, optimizers, keeper, asdict(state))
+        oddities = _Oddities(config)
         with run.progress(config.updates, step, "policy") as bar:
             while step < config.updates and state.stopped is None:
                 step += 1
-                done = policy_step(setup, optimizers, state.centre, step)
+                try:
+                    done = policy_step(setup, optimizers, state.centre, step)
+                except (Interrupted, RewardFunctionError, ServiceError):  # the reward's; nothing was learned since
+                    loop.save(run, step - 1, model, optimizers, keeper, asdict(state))
+                    raise
                 run.write_rollout(step, _rows(setup, done, step))
                 values = _values(done)
                 state.tokens += int(values["tokens"])
                 if config.max_kl is not None and values["kl"] > config.max_kl:
                     state.stopped = f"KL {values['kl']:.3g} exceeded max_kl {config.max_kl:g} at update {step}"
                 if step % config.validate_every == 0 or step == config.updates or state.stopped:
-                    held_out = validate(validation, state.validation_centre, POLICY)
+                    held_out = validate(validation, state.validation_centre, POLICY, step)
                     values |= {f"validation_{key}": value for key, value in held_out.items()}
                     _offer(keeper, state, step, held_out, config)
                 run.log(step, values)
+                oddities.note(done, step)
                 if keeper.step == step or state.stopped or step % config.save_every == 0 or run.stop_requested:
                     loop.save(run, step, model, optimizers, keeper, asdict(state))
                 bar.advance()
@@ -101,7 +120,9 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         saved.save_adapter(model, POLICY, run.path / "adapter", setup.encoder)
         if VALUE in model.adapters:
             saved.save_adapter(model, VALUE, run.path / "value", setup.encoder)
-        run.finish(_result(setup, step, keeper, state))
+        result = _result(setup, step, keeper, state)
+        run.finish(result)
+        oddities.note_result(result)
         return run.result()
 
 
@@ -112,10 +133,18 @@ def _open(config: PolicyConfig, base: Base) -> Setup:
     new_adapter(model, POLICY, "policy", config, start=reference)
     if config.baseline == "value":
         new_adapter(model, VALUE, "value", config, start=reference)
-    scorers = load_scorers(model, config.reward, config.combine, encoder)
     prompts = [record for record in load(config.data, ("prompt",), "train") if isinstance(record, Prompt)]
     held_out = [record for record in load(config.data, ("prompt",), "validation") if isinstance(record, Prompt)]
     chosen = order.choose(held_out, config.validation_prompts, config.seed)
+    scorers = load_scorers(
+        model,
+        config.reward,
+        config.combine,
+        encoder,
+        prompts=[*prompts, *chosen],
+        weights=config.reward_weights,
+        timeout_seconds=config.reward_timeout_seconds,
+    )
     return Setup(config, model, encoder, scorers, prompts, chosen, reference)
 
 
@@ -131,8 +160,11 @@ def _validation(setup: Setup) -> Setup:
     config = setup.config
     if not config.validation_reward:
         return setup
-    sources, name = config.validation_reward, "validation_reward"
-    return replace(setup, scorers=load_scorers(setup.model, sources, config.combine, setup.encoder, name, name))
+    sources, name, limit = config.validation_reward, "validation_reward", config.reward_timeout_seconds
+    given = setup.model, sources, config.combine, setup.encoder, name, name
+    return replace(
+        setup, scorers=load_scorers(*given, prompts=[*setup.prompts, *setup.held_out], timeout_seconds=limit)
+    )
 
 
 def _before(setup: Setup, validation: Setup, run: Run) -> PolicyState:
@@ -141,7 +173,7 @@ def _before(setup: Setup, validation: Setup, run: Run) -> PolicyState:
         centre = centre_of(setup)
         validation_centre = centre if validation is setup else centre_of(validation)
         bar.advance()
-        before = validate(validation, validation_centre, setup.reference)
+        before = validate(validation, validation_centre, setup.reference, 0)
         bar.advance()
     return PolicyState(centre, validation_centre, before)
 
@@ -170,23 +202,27 @@ def centre_of(setup: Setup) -> Centre:
     numbers = order.cycle(len(setup.prompts), min(config.centre_prompts, len(setup.prompts)), 1, config.seed)
     prompts = [setup.prompts[i] for i in numbers]
     rollout = sample_completions(setup, prompts, setup.reference, 1, 0, numbers)
-    raw = raw_scores(setup, rollout, prompts)
+    raw = raw_scores(setup, rollout, prompts, 0)
+    raw = raw[~np.isnan(raw)]
     std = float(raw.std())
     penalty = std if config.missing_end_penalty is None else config.missing_end_penalty
     return Centre(float(raw.mean()), std, penalty)
 
 
-def validate(setup: Setup, centre: Centre, adapter: str | None) -> dict[str, float]:
-    """One completion of each held-out prompt with draws that never change: score, KL, reward, length, end rate."""
+def validate(setup: Setup, centre: Centre, adapter: str | None, done: int) -> dict[str, float]:
+    """One completion of each held-out prompt with draws that never change: score, KL, reward, length, end rate.
+
+    Scores are means over the completions that have one. `done` is the number of updates so far.
+    """
     config = setup.config
     rollout = sample_completions(setup, setup.held_out, adapter, 1, -1, range(len(setup.held_out)))
-    scored = score(setup, rollout, setup.held_out, centre)
+    scored = score(setup, rollout, setup.held_out, centre, done)
     known = logprobs_of_all(setup, each_completion(rollout, setup), adapter)
     kl = advantages.completion_kl(known.old_logprobs, known.ref_logprobs, known.mask).mean().item()
     return {
-        "score": float(scored.scores.mean()),
+        "score": float(scored.scores[scored.given].mean()),
         "kl": kl,
-        "reward": float((1 - config.kl_coef) * scored.paid.mean() - config.kl_coef * kl),
+        "reward": float((1 - config.kl_coef) * scored.paid[scored.given].mean() - config.kl_coef * kl),
         "completion_tokens": known.mask.sum(-1).float().mean().item(),
         "end_rate": float(np.mean(rollout.ended)),
     }
@@ -198,10 +234,12 @@ def _values(done: Step) -> dict[str, float]:
     gap = (_padded(rollout.sampler_logprobs, known.mask) - known.old_logprobs)[known.mask].abs()
     lengths = known.mask.sum(-1).float()
     seconds = sum(value for key, value in done.values.items() if key.startswith("seconds_"))
+    unscored = int((~scored.given).sum())
     return {
-        "score_mean": float(scored.scores.mean()),
-        "score_std": float(scored.scores.std()),
-        "reward_mean": done.rewards.sum(-1).mean().item(),
+        **({"unscored": float(unscored)} if unscored else {}),
+        "score_mean": float(scored.scores[scored.given].mean()),
+        "score_std": float(scored.scores[scored.given].std()),
+        "reward_mean": done.rewards.sum(-1)[torch.from_numpy(scored.given)].mean().item(),
         "kl": done.kl.mean().item(),
         "entropy": known.entropy[known.mask].mean().item(),
         "completion_tokens": lengths.mean().item(),
@@ -219,6 +257,7 @@ def _rows(setup: Setup, done: Step, step: int) -> list[dict[str, Any]]:
     """What rollouts/STEP.jsonl keeps for people and the report."""
     samples, rollout = setup.config.completions_per_prompt, done.scored.rollout
     rows = []
+    given = done.scored.given
     for i, ids in enumerate(rollout.completions):
         prompt = done.prompts[i // samples].prompt
         rows.append(
@@ -228,14 +267,48 @@ def _rows(setup: Setup, done: Step, step: int) -> list[dict[str, Any]]:
                 "sample_index": i % samples,
                 "prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt],
                 "completion": setup.encoder.decode(ids),
-                "score": float(done.scored.scores[i]),
-                "reward": done.rewards[i].sum().item(),
+                "score": float(done.scored.scores[i]) if given[i] else None,
+                "reward": done.rewards[i].sum().item() if given[i] else None,
                 "kl": done.kl[i].item(),
                 "tokens": len(ids),
                 "ended": rollout.ended[i],
             }
         )
     return rows
+
+
+class _Oddities:
+    """What is told once on standard error while a policy is trained: a reward that never varies, a negative KL."""
+
+    def __init__(self, config: PolicyConfig):
+        self._config = config
+        self._low, self._high, self._updates = math.inf, -math.inf, 0
+        self._told: set[str] = set()
+
+    def note(self, done: Step, step: int) -> None:
+        """Looks at an update of this session."""
+        scores, kl = done.scored.scores[done.scored.given], done.kl.mean().item()
+        self._low, self._high = min(self._low, float(scores.min())), max(self._high, float(scores.max()))
+        self._updates += 1
+        seen_enough = self._updates == CONSTANT_UPDATES or (step == self._config.updates and self._updates > 1)
+        if seen_enough and self._low == self._high:
+            what = f"all scores of {self._updates} updates are {self._low:g}"
+            self._tell("reward", f"{what}: a reward that never varies teaches nothing but the KL and the end token")
+        error = done.kl.std(correction=0).item() / len(done.kl) ** 0.5
+        if kl < min(NEGATIVE_KL, -2 * error):
+            what = f"the KL of update {step} is {kl:.3g}, below 0 by more than chance ({error:.2g}) explains"
+            self._tell("kl", f"{what}: the completions don't come from the policy that is trained")
+
+    def note_result(self, result: Mapping[str, Any]) -> None:
+        """Looks at what is kept."""
+        if result["kl"] < NEGATIVE_KL:
+            what = f"the KL of what is kept is {result['kl']:.3g}, estimated from {result['validation_prompts']}"
+            self._tell("kl", f"{what} completions: chance brought it below 0, so take it as about 0")
+
+    def _tell(self, key: str, text: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            print(f"note: {text}", file=sys.stderr)
 
 
 def _result(setup: Setup, step: int, keeper: Keeper, state: PolicyState) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from torch import Tensor
 from perlhf.config.stages import PolicyConfig
 from perlhf.data import order
 from perlhf.data.records import Prompt
+from perlhf.errors import RewardFunctionError
 from perlhf.method import advantages
 from perlhf.method.losses import policy_loss, value_loss
 from perlhf.method.packing import Batch, batches, completed, join_rows, microbatches, rows_of
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
+from perlhf.rollout.functions import TrainerState
 from perlhf.rollout.local import Rollout, probe, sample, uniforms
 from perlhf.rollout.scorers import Scorers
 from perlhf.training import loop, optim
@@ -59,9 +61,14 @@ class Scored:
 
     rollout: Rollout
     scores: NDArray[np.float64]
-    """Raw [batch], before centring and penalty."""
+    """Raw [batch], before centring and penalty; nan where no source gave one."""
     paid: NDArray[np.float64]
-    """Centred, missing ends penalised: [batch]."""
+    """Centred, missing ends penalised: [batch]; 0 where there is no score."""
+
+    @property
+    def given(self) -> NDArray[np.bool_]:
+        """Which completions have a score: [batch]. From the others nothing is learned."""
+        return ~np.isnan(self.scores)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, step: int)
     Raises:
         StaleSamplerError: the sampler didn't use the current adapter.
         DivergenceError: a loss, gradient or KL isn't finite or has exploded.
+        RewardFunctionError, ServiceError: a reward failed, or gave no completion a score; nothing was learned.
+        Interrupted: a stop was asked while a reward was waited for; nothing was learned.
     """
     config, began = setup.config, time.perf_counter()
     numbers = order.cycle(len(setup.prompts), config.prompts_per_update, step, config.seed)
@@ -102,7 +111,7 @@ def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, step: int)
     rollout = sample_completions(setup, prompts, POLICY, config.completions_per_prompt, step, numbers)
     probe(setup.model, rollout, POLICY)
     sampled = time.perf_counter()
-    scored = score(setup, rollout, prompts, centre)
+    scored = score(setup, rollout, prompts, centre, step - 1)
     scored_at = time.perf_counter()
     if laid_out := whole_prompts(rollout, config, setup.model.device):
         known, rewards, values = one_pass(setup, optimizers, scored, laid_out, step)
@@ -122,9 +131,11 @@ def two_passes(
     config, values = setup.config, dict[str, float]()
     known = logprobs_of_all(setup, laid_out, POLICY)
     check_kl(known, step)
-    paid, mask, price = torch.from_numpy(scored.paid).float().to(setup.model.device), known.mask, config.kl_coef
-    rewards = advantages.token_rewards(paid, known.old_logprobs, known.ref_logprobs, mask, kl_coef=price)
+    paid, price = torch.from_numpy(scored.paid).float().to(setup.model.device), config.kl_coef
+    rewards = advantages.token_rewards(paid, known.old_logprobs, known.ref_logprobs, known.mask, kl_coef=price)
     returns = advantages.returns_to_go(rewards)
+    given = torch.from_numpy(scored.given).to(setup.model.device)
+    mask = known.mask & given[:, None]
     if VALUE in optimizers and step == 1:
         start_value(setup.model, returns[mask].mean().item())
     warming_up = VALUE in optimizers and step <= config.value.warmup_updates
@@ -134,11 +145,11 @@ def two_passes(
         # optimisers' steps.
         predicted, losses = None, {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}
         if VALUE in optimizers:
-            predicted, losses["value_loss"] = value_pass(setup, laid_out, returns)
+            predicted, losses["value_loss"] = value_pass(setup, laid_out, returns, mask)
         if number == 0:
             advantage = advantage_of(config, mask, rewards, returns, predicted)
         if not warming_up:
-            losses["policy_loss"], losses["clipped"] = policy_pass(setup, laid_out, known, advantage)
+            losses["policy_loss"], losses["clipped"] = policy_pass(setup, laid_out, known, advantage, mask)
         values |= step_on(setup, optimizers, losses, advantage, mask, step, warming_up)
     return known, rewards, values
 
@@ -151,29 +162,38 @@ def one_pass(
     Args:
         laid_out: as `whole_prompts` gives them.
     """
-    config, model, divisor = setup.config, setup.model, len(scored.paid)
+    config, model, divisor = setup.config, setup.model, int(scored.given.sum())
     all_paid, price = torch.from_numpy(scored.paid).float().to(model.device), config.kl_coef
+    all_given = torch.from_numpy(scored.given).to(model.device)
     losses, parts = {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}, []
     for batch in laid_out:
         with torch.no_grad():
             reference = model.logprobs(batch, setup.reference, temperature=config.temperature)
         now = model.logprobs(batch, POLICY, temperature=config.temperature)
-        mask, paid = batch.completion_mask, all_paid[list(batch.sequences)]
-        rewards = advantages.token_rewards(paid, now.logprobs, reference.logprobs, mask, kl_coef=price)
+        paid, given = all_paid[list(batch.sequences)], all_given[list(batch.sequences)]
+        rewards = advantages.token_rewards(paid, now.logprobs, reference.logprobs, batch.completion_mask, kl_coef=price)
+        mask = batch.completion_mask & given[:, None]
         advantage = advantage_of(config, mask, rewards, advantages.returns_to_go(rewards), None)
         loss, counted = policy_loss(now.logprobs, now.logprobs, advantage, mask, clip=config.clip, divisor=divisor)
         loss.backward()
         losses["policy_loss"] += loss.item()
         losses["clipped"] += counted["clipped"]
-        parts.append((now.logprobs.detach(), reference.logprobs, now.entropy, mask, rewards, advantage))
+        parts.append(
+            (now.logprobs.detach(), reference.logprobs, now.entropy, batch.completion_mask, rewards, advantage)
+        )
     *columns, rewards, advantage = (join_rows(laid_out, tensors) for tensors in zip(*parts, strict=True))
     known = Known(*columns)
     check_kl(known, step)
-    return known, rewards, step_on(setup, optimizers, losses, advantage, known.mask, step, warming_up=False)
+    mask = known.mask & all_given[:, None]
+    return known, rewards, step_on(setup, optimizers, losses, advantage, mask, step, warming_up=False)
 
 
 def advantage_of(config: PolicyConfig, mask: Tensor, rewards: Tensor, returns: Tensor, values: Tensor | None) -> Tensor:
-    """How much better each token did than the baseline: [batch, time], normalised over all tokens given."""
+    """How much better each token did than the baseline: [batch, time], normalised over all tokens of the mask.
+
+    Args:
+        mask: tokens of completions that have a score; the others get 0, and are nobody's baseline.
+    """
     match config.baseline:
         case "value":
             assert values is not None
@@ -182,7 +202,8 @@ def advantage_of(config: PolicyConfig, mask: Tensor, rewards: Tensor, returns: T
                 advantage = advantages.gae(rewards, values, mask, gae_lambda=config.gae_lambda)
         case "leave_one_out" | "group_mean":
             totals = rewards.sum(-1)
-            others = advantages.group_baseline(totals, config.completions_per_prompt, baseline=config.baseline)
+            size, kind = config.completions_per_prompt, config.baseline
+            others = advantages.group_baseline(totals, size, baseline=kind, scored=mask.any(-1))
             advantage = returns - others[:, None]
         case "none":
             advantage = returns
@@ -190,27 +211,27 @@ def advantage_of(config: PolicyConfig, mask: Tensor, rewards: Tensor, returns: T
     return advantages.normalise(advantage, mask, config.advantage_norm)
 
 
-def value_pass(setup: Setup, laid_out: Sequence[Batch], returns: Tensor) -> tuple[Tensor, float]:
-    """Gradients of the value loss; the values [batch, time] and the loss."""
-    total, parts = 0.0, []
+def value_pass(setup: Setup, laid_out: Sequence[Batch], returns: Tensor, mask: Tensor) -> tuple[Tensor, float]:
+    """Gradients of the value loss over the tokens of the mask; the values [batch, time] and the loss."""
+    total, parts, divisor = 0.0, [], completions_in(mask)
     for batch in laid_out:
         predicted = setup.model.values(batch, VALUE)
-        loss, _ = value_loss(predicted, rows_of(returns, batch), batch.completion_mask, divisor=len(returns))
+        loss, _ = value_loss(predicted, rows_of(returns, batch), rows_of(mask, batch), divisor=divisor)
         loss.backward()
         total += loss.item()
         parts.append(predicted.detach())
     return join_rows(laid_out, parts), total
 
 
-def policy_pass(setup: Setup, laid_out: Sequence[Batch], known: Known, advantage: Tensor) -> tuple[float, float]:
-    """Gradients of the policy loss; the loss and the number of clipped tokens."""
-    config, total, clipped = setup.config, 0.0, 0.0
+def policy_pass(
+    setup: Setup, laid_out: Sequence[Batch], known: Known, advantage: Tensor, mask: Tensor
+) -> tuple[float, float]:
+    """Gradients of the policy loss over the tokens of the mask; the loss and the number of clipped tokens."""
+    config, total, clipped, divisor = setup.config, 0.0, 0.0, completions_in(mask)
     for batch in laid_out:
         now = setup.model.logprobs(batch, POLICY, temperature=config.temperature)
         old, own = rows_of(known.old_logprobs, batch), rows_of(advantage, batch)
-        loss, counted = policy_loss(
-            now.logprobs, old, own, batch.completion_mask, clip=config.clip, divisor=len(advantage)
-        )
+        loss, counted = policy_loss(now.logprobs, old, own, rows_of(mask, batch), clip=config.clip, divisor=divisor)
         loss.backward()
         total, clipped = total + loss.item(), clipped + counted["clipped"]
     return total, clipped
@@ -280,20 +301,40 @@ def sample_completions(
     )
 
 
-def raw_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
-    """Scores [batch] as the scorers give them; each prompt has equally many completions."""
+def raw_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], done: int) -> NDArray[np.float64]:
+    """Scores [batch] as the scorers give them, nan where none gave one; each prompt has equally many completions.
+
+    Args:
+        done: updates before this rollout, for functions that ask.
+
+    Raises:
+        RewardFunctionError: no completion has a score.
+        ServiceError, Interrupted: as the scorers say.
+    """
     config, samples = setup.config, len(rollout.completions) // len(prompts)
-    texts = [record.prompt for record in prompts for _ in range(samples)]
-    given = rollout.prompts, rollout.completions, texts, config.microbatch_tokens, config.packing
-    return setup.scorers.scores(setup.model, setup.encoder, *given)
+    records, state = [record for record in prompts for _ in range(samples)], TrainerState(done, config.updates)
+    given = rollout.prompts, rollout.completions, records, config.microbatch_tokens, config.packing, state
+    raw = setup.scorers.scores(setup.model, setup.encoder, *given)
+    if np.isnan(raw).all():
+        raise RewardFunctionError(
+            f"none of {len(raw)} completions got a score: all that is named in reward returned None for them",
+            allowed="a score of at least one of them",
+            hint="add a reward that scores these prompts, or more prompts to an update",
+        )
+    return raw
 
 
 @torch.no_grad()
-def score(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre) -> Scored:
+def score(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre, done: int) -> Scored:
     """What each completion is paid: its score less the reference's mean, and less the penalty where no end came."""
-    raw = raw_scores(setup, rollout, prompts)
+    raw = raw_scores(setup, rollout, prompts, done)
     paid = raw - centre.mean - np.where(rollout.ended, 0.0, centre.penalty)
-    return Scored(rollout, raw, paid)
+    return Scored(rollout, raw, np.where(np.isnan(raw), 0.0, paid))
+
+
+def completions_in(mask: Tensor) -> int:
+    """How many completions have tokens in a mask [batch, time]."""
+    return int(mask.any(-1).sum())
 
 
 # ---- micro-batches and the tensors of a whole update -----------------------------------------------------------------

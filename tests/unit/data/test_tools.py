@@ -137,7 +137,7 @@ def test_convert_and_read_back(tmp_path: Path, suffix: str) -> None:
         {"prompt": CHAT, "chosen": "a", "rejected": "b", "weight": 0.5, "margin": 1.5, "annotator": "ann"},
         {"prompt": CHAT, "completion": "a\nb", "label": False, "group": "mine"},
         {"prompt": CHAT, "completion": "a"},
-        {"prompt": CHAT},
+        {"prompt": CHAT, "answer": ["7", None], "level": 2},
     ]
     path, output = put(tmp_path / "a.jsonl", rows), tmp_path / "out" / f"b{suffix}"
     assert convert(path, output) == 4

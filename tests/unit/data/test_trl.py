@@ -35,6 +35,14 @@ def test_each_kind_by_its_columns(tmp_path: Path) -> None:
     ]
 
 
+def test_a_prompt_keeps_the_other_columns_of_its_row(tmp_path: Path) -> None:
+    row = {"prompt": "Hi!", "answer": "7", "cases": [{"in": 1}], "level": 0, "none": None, "group": "g", "source": "s"}
+    (found,) = records(tmp_path, row)
+    assert found == Prompt(
+        "Hi!", "g", source="s", columns={"answer": "7", "cases": [{"in": 1}], "level": 0, "none": None}
+    )
+
+
 def test_chat_completions_become_text(tmp_path: Path) -> None:
     found = records(
         tmp_path,

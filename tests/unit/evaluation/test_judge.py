@@ -52,7 +52,7 @@ def test_order_is_kept_when_answers_arrive_out_of_order(serve):
         return longer(asked)
 
     address = serve(answer)
-    found = judge(["p", "q"], ["first", "x"], ["f", "xx"], address, "m", threads=2)
+    found = judge(["p", "q"], ["first", "x"], ["f", "xx"], address, "m", at_once=2)
     assert found.outcomes == ("win", "loss")
 
 
@@ -125,7 +125,7 @@ def test_survives_two_broken_answers(serve):
         return (longer(asked), status)
 
     address = serve(answer)
-    assert judge(["p"], ["aa"], ["b"], address, "m", backoff_seconds=0, threads=1).outcomes == ("win",)
+    assert judge(["p"], ["aa"], ["b"], address, "m", backoff_seconds=0, at_once=1).outcomes == ("win",)
     assert broken == []
 
 
@@ -133,7 +133,7 @@ def test_failure_stops_the_remaining_requests(serve):
     asked = []
     address = serve(lambda request: (asked.append(request), ({}, 500))[1])
     with pytest.raises(ServiceError, match="answered 500"):
-        judge(["p"] * 100, ["a"] * 100, ["b"] * 100, address, "m", attempts=1, threads=1)
+        judge(["p"] * 100, ["a"] * 100, ["b"] * 100, address, "m", attempts=1, at_once=1)
     assert len(asked) < 150  # of 200
 
 
@@ -141,7 +141,7 @@ def test_a_judge_that_never_answers(serve):
     release = threading.Event()
     address = serve(lambda asked: release.wait(10))
     try:
-        with pytest.raises(ServiceError, match="timed out"):
+        with pytest.raises(ServiceError, match="no whole answer within"):
             judge(["p"], ["a"], ["b"], address, "m", timeout_seconds=0.1, attempts=1)
     finally:
         release.set()
@@ -152,6 +152,18 @@ def test_an_answer_that_is_no_chat_completion(serve, body):
     address = serve(lambda asked: body)
     with pytest.raises(ServiceError, match="no chat completion"):
         judge(["p"], ["a"], ["b"], address, "m")
+
+
+def test_an_address_holds_no_secret_but_may_name_one(serve, monkeypatch):
+    seen = []
+    address = serve(lambda asked: (seen.append(asked.path), longer(asked))[1])
+    with pytest.raises(ConfigError, match="a value for 'api_key', which may be a secret") as raised:
+        judge(["p"], ["a"], ["b"], f"{address}/v1?api_key=hunter2", "m")
+    assert "hunter2" not in str(raised.value) and "set PERLHF_JUDGE_KEY" in str(raised.value)
+    monkeypatch.setenv("MY_CODE", "hunter2")
+    for written in ("/v1", "/v1/chat/completions"):
+        judge(["p"], ["a"], ["b"], f"{address}{written}?api-version=2&code=${{MY_CODE}}", "m", at_once=1)
+    assert set(seen) == {"/v1/chat/completions?api-version=2&code=hunter2"}
 
 
 def test_key_comes_from_the_environment_alone(serve, monkeypatch, caplog, capsys):

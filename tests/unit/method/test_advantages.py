@@ -99,6 +99,19 @@ class TestGroupBaseline:
         with pytest.raises(AssertionError, match="two completions"):
             group_baseline(self.TOTALS, 1, baseline="leave_one_out")
 
+    def test_completions_without_a_score_are_nobodys_baseline(self) -> None:
+        """Of 1, 5, 3 the last has no score; of the other group only the first has one, and is its own baseline."""
+        totals, scored = torch.tensor([1.0, 5, 3, 4, 7, 7]), torch.tensor([True, True, False, True, False, False])
+        others = group_baseline(totals, 3, baseline="leave_one_out", scored=scored)
+        assert others[scored].tolist() == [5.0, 1.0, 4.0]
+        mean = group_baseline(totals, 3, baseline="group_mean", scored=scored)
+        assert mean[scored].tolist() == [3.0, 3.0, 4.0]
+        whole = torch.ones(6, dtype=torch.bool)
+        assert torch.equal(
+            group_baseline(totals, 3, baseline="leave_one_out", scored=whole),
+            group_baseline(totals, 3, baseline="leave_one_out"),
+        )
+
 
 class TestNormalise:
     ADVANTAGES = table([1, 2, 3], [6, 50, 50], [50, 50, 50])

@@ -359,6 +359,20 @@ def test_the_headline_says_whether_gold_rose(tmp_path: Path, after: Any, tone: s
     assert sentence in headline.text
 
 
+def test_a_reward_that_never_varied_and_a_negative_kl_are_remarked(tmp_path: Path):
+    run = _policy(tmp_path, {"kl": 0.0}, {"kl": -0.02})
+    constant = replace(run, metrics=[{"step": step, "score_std": 1e-17} for step in (1, 2)])
+    assert any("a reward that never varies teaches nothing" in text for text in _texts(constant, "caution"))
+    assert any("The KL is −0.020: an estimate" in text for text in _texts(constant, "note"))
+    varied = replace(
+        _policy(tmp_path / "b", {"kl": 0.0}, {"kl": 0.02}),
+        metrics=[{"step": 1, "score_std": 0.0}, {"step": 2, "score_std": 0.1}],
+    )
+    assert not any(
+        "never varies" in text or "The KL" in text for tone in ("caution", "note") for text in _texts(varied, tone)
+    )
+
+
 def test_intervals_that_touch_are_no_rise():
     assert findings.direction(Measured(1, 0, 2), Measured(3, 2, 4)) == "unclear"
     assert findings.direction(Measured(1, 0, 2), Measured(3, 2.1, 4)) == "rose"

@@ -1,131 +1,20 @@
-"""User rewards: Python functions, HTTP services, and combining the scores of several."""
+"""HTTP services that score, and combining the scores of several."""
 
-import sys
+import asyncio
+import time
 
 import numpy as np
 import pytest
 
+from perlhf.config.addresses import REWARD_KEY
 from perlhf.errors import ConfigError, DataError, PerlhfError, ServiceError
-from perlhf.rollout.scorers import combine, http_reward, load_function
-
-REWARD = """
-import numpy as np
-import torch
-
-CONSTANT = 3
-
-def length(prompts, completions):
-    return [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions)]
-
-def as_array(prompts, completions):
-    return np.array([len(completion) / 2 for completion in completions], dtype=np.float32)
-
-def as_tensor(prompts, completions):
-    return torch.tensor([len(completion) / 2 for completion in completions])
-
-def returns(prompts, completions):
-    return eval(completions[0])
-
-def fails(prompts, completions):
-    raise KeyError("mine")
-"""
+from perlhf.rollout.functions import Asked, Scorer
+from perlhf.rollout.scorers import combine, function_scores, http_reward, weighted
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A current directory that holds a module `my_rewards`; what is imported from it is forgotten afterwards."""
-    (tmp_path / "my_rewards.py").write_text(REWARD)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(sys.modules[name].__file__):
-            del sys.modules[name]
-
-
-def test_function_of_the_current_directory(here):
-    score = load_function("my_rewards:length")
-    assert score(["ab", "c"], ["x", "yyyy"]) == [3.0, 5.0]
-    assert all(type(value) is float for value in score(["ab"], ["x"]))
-
-
-@pytest.mark.parametrize("function", ["as_array", "as_tensor"])
-def test_arrays_and_tensors_are_scores(here, function):
-    assert load_function(f"my_rewards:{function}")(["p", "q"], ["x", "yyy"]) == [0.5, 1.5]
-
-
-def test_function_in_a_package(here):
-    (here / "mine").mkdir()
-    (here / "mine" / "rewards.py").write_text("def one(prompts, completions):\n    return [1] * len(prompts)\n")
-    assert load_function("mine.rewards:one")(["p"], ["c"]) == [1.0]
-
-
-def test_nearest_function_is_named(here):
-    with pytest.raises(ConfigError) as raised:
-        load_function("my_rewards:lenght")
-    assert str(raised.value) == (
-        "reward: module my_rewards has no function 'lenght'\n  try: did you mean my_rewards:length?"
-    )
-
-
-def test_a_constant_is_no_function(here):
-    with pytest.raises(ConfigError, match="holds no function under 'CONSTANT'"):
-        load_function("my_rewards:CONSTANT")
-
-
-@pytest.mark.parametrize("name", ["my_rewards", "my_rewards:", ":length", "my rewards:length", "a:b:c", "../x:y", ""])
-def test_malformed_names(name):
-    with pytest.raises(ConfigError, match=r"names no function\n  allowed: module:function"):
-        load_function(name)
-
-
-def test_missing_module(here):
-    with pytest.raises(ConfigError, match=r"no module named 'no_such_rewards'\n  try: .*no_such_rewards.py"):
-        load_function("no_such_rewards:length")
-    with pytest.raises(ConfigError, match=r"no module named 'no_such_rewards'\n"):
-        load_function("no_such_rewards.inner:length")
-
-
-def test_a_module_that_does_not_import(here):
-    (here / "needy.py").write_text("import no_such_dependency\n")
-    with pytest.raises(ConfigError, match="module needy doesn't import: No module named 'no_such_dependency'"):
-        load_function("needy:length")
-    (here / "wrong_name.py").write_text("from json import no_such_name\n")
-    with pytest.raises(ConfigError, match="module wrong_name doesn't import: cannot import name 'no_such_name'"):
-        load_function("wrong_name:length")
-
-
-def test_syntax_error_names_file_and_line(here):
-    (here / "broken.py").write_text("x = 1\ndef f(:\n")
-    with pytest.raises(ConfigError, match=r"broken\.py:2: syntax error"):
-        load_function("broken:f")
-
-
-def test_the_functions_own_error_passes_through(here):
-    with pytest.raises(KeyError, match="mine"):
-        load_function("my_rewards:fails")(["p"], ["c"])
-
-
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
-        ("[1.0, 2.0]", "my_rewards:returns: returned 2 scores for 3 completions"),
-        ("[0.5, float('nan'), 1]", "score 1 is nan"),
-        ("[0.5, 1, -float('inf')]", "score 2 is -inf"),
-        ("[0.5, None, 1]", "score 1 is None"),
-        ("['0.5', 1, 1]", "score 0 is '0.5'"),
-        ("np.zeros((3, 2))", r"score 0 is array\(\[0., 0.\]\)"),
-        ("torch.zeros(3, 2)", r"score 0 is tensor\(\[0., 0.\]\)"),
-        ("None", "returned NoneType"),
-        ("0.5", "returned float"),
-        ("'abc'", "returned str"),
-        ("{0: 1, 1: 1, 2: 1}", "returned dict"),
-    ],
-)
-def test_wrong_scores_are_named(here, returned, message):
-    with pytest.raises(PerlhfError, match=message):
-        load_function("my_rewards:returns")(["p"] * 3, [returned, "", ""])
+def scored(scorer: Scorer, asked: Asked) -> list[float]:
+    (found,) = function_scores([scorer], asked)
+    return found
 
 
 def test_http_reward_sends_texts_and_messages(serve):
@@ -136,21 +25,21 @@ def test_http_reward_sends_texts_and_messages(serve):
         return {"scores": [len(completion) for completion in asked.body["completions"]]}
 
     prompts = ["plain", ({"role": "user", "content": "hi"},)]
-    assert http_reward(serve(answer))(prompts, ["a", "bb"]) == [1.0, 2.0]
+    assert scored(http_reward(serve(answer)), Asked(prompts, ["a", "bb"])) == [1.0, 2.0]
     assert seen == [{"prompts": ["plain", [{"role": "user", "content": "hi"}]], "completions": ["a", "bb"]}]
 
 
 def test_http_reward_tries_again(serve):
     statuses = [503, 429, 200]
     address = serve(lambda asked: ({"scores": [0.25]}, statuses.pop(0)))
-    assert http_reward(address, backoff_seconds=0)(["p"], ["c"]) == [0.25]
+    assert scored(http_reward(address, backoff_seconds=0), Asked(["p"], ["c"])) == [0.25]
 
 
 @pytest.mark.parametrize(
     ("body", "error", "message"),
     [
         ({"scores": [1]}, PerlhfError, "returned 1 scores for 2 completions"),
-        ({"scores": [1, None]}, PerlhfError, "score 1 is None"),
+        ({"scores": [1, "2"]}, PerlhfError, "score 1 is '2'"),
         (b'{"scores": [1, NaN]}', PerlhfError, "score 1 is nan"),
         ({"scores": "ab"}, PerlhfError, "returned str"),
         ({"score": [1, 2]}, ServiceError, r"the answer has no scores\n  allowed: {\"scores\""),
@@ -160,13 +49,75 @@ def test_http_reward_tries_again(serve):
 def test_http_reward_names_what_is_wrong(serve, body, error, message):
     address = serve(lambda asked: body)
     with pytest.raises(error, match=message) as raised:
-        http_reward(f"{address}?token=hidden")(["p", "q"], ["a", "b"])
+        scored(http_reward(f"{address}?model=m"), Asked(["p", "q"], ["a", "b"]))
     assert str(raised.value).startswith(f"{address}: ")
 
 
 def test_http_reward_refuses_other_addresses_before_any_call():
     with pytest.raises(ConfigError, match="no http address"):
         http_reward("file:///tmp/x")
+
+
+def test_a_null_leaves_a_completion_out(serve):
+    found = scored(http_reward(serve(lambda asked: {"scores": [1, None]})), Asked(["p", "q"], ["a", "b"]))
+    assert found[0] == 1 and np.isnan(found[1])
+
+
+def test_the_key_and_the_secrets_of_an_address_come_from_the_environment(serve, monkeypatch):
+    seen = []
+
+    def answer(asked):
+        seen.append((asked.path, asked.headers.get("Authorization")))
+        return f"who is {asked.path}?".encode(), 404
+
+    monkeypatch.setenv(REWARD_KEY, "sk-1234")
+    monkeypatch.setenv("HOOK", "T0/hunter2")
+    address = serve(answer)
+    with pytest.raises(ServiceError) as raised:
+        scored(http_reward(f"{address}/${{HOOK}}?model=m"), Asked(["p"], ["c"]))
+    assert seen == [("/T0/hunter2?model=m", "Bearer sk-1234")]
+    assert str(raised.value).startswith(f"{address}/${{HOOK}}: answered 404 who is /[hidden]?model=m?")
+    monkeypatch.delenv("HOOK")
+    with pytest.raises(ConfigError, match="HOOK isn't set"):
+        http_reward(f"{address}/${{HOOK}}")
+
+
+def test_its_time_is_limited(serve):
+    address = serve(lambda asked: time.sleep(1))
+    with pytest.raises(ServiceError, match=r"within 0\.2 seconds.*\n.*raise reward_timeout_seconds"):
+        scored(http_reward(address, 0.2), Asked(["p"], ["c"]))
+
+
+def test_async_functions_and_services_are_waited_for_together():
+    """Each waits until the other has begun."""
+    begun = [asyncio.Event(), asyncio.Event()]
+
+    def waits_for(mine: int, other: int) -> Scorer:
+        async def score(asked: Asked) -> list[float]:
+            begun[mine].set()
+            await asyncio.wait_for(begun[other].wait(), 5)
+            return [float(mine)] * len(asked.completions)
+
+        return score
+
+    both = [waits_for(0, 1), lambda asked: [7.0], waits_for(1, 0)]
+    assert function_scores(both, Asked(["p"], ["c"])) == [[0.0], [7.0], [1.0]]
+
+
+NAN = float("nan")
+
+
+def test_combine_leaves_out_what_was_not_given():
+    scores = [[1.0, NAN, NAN], [3.0, 5.0, NAN]]
+    np.testing.assert_array_equal(combine(scores, "mean"), [2, 5, NAN])
+    np.testing.assert_array_equal(combine(scores, "min"), [1, 5, NAN])
+    np.testing.assert_array_equal(combine(scores, "mean_minus_std"), [1, 5, NAN])  # deviations 1 and 0
+
+
+def test_weights_sum_as_trl_sums():
+    scores = [[1.0, NAN, 2.0, NAN], [3.0, 5.0, -1.0, NAN]]
+    # 1 - 0.5 * 3, -0.5 * 5, 2 + 0.5, nothing at all
+    np.testing.assert_array_equal(weighted(scores, [1.0, -0.5]), [-0.5, -2.5, 2.5, NAN])
 
 
 def test_combine():

@@ -1,13 +1,75 @@
-"""JSON over HTTP against a real service on this machine."""
+"""JSON over HTTP against real services on this machine, well-behaved and not."""
 
+import json
+import signal
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from perlhf.errors import ConfigError, ServiceError
-from perlhf.system.http import check_address, post_json
+from perlhf.errors import ConfigError, Interrupted, ServiceError
+from perlhf.system import http, waiting
+from perlhf.system.http import Service, post_all, proxy_of
+from perlhf.system.waiting import STOP_ASKED
+
+Connection = socket.socket
+
+
+def post_json(address: str, body: object, *, key: str | None = None, **limits: Any) -> object:
+    """To a service that is called by its address without the query."""
+    return http.post_json(Service(address, address.split("?")[0], key), body, **limits)
+
+
+@pytest.fixture
+def raw() -> Iterator[Callable[[Callable[[Connection], None]], str]]:
+    """`raw(answer)` starts a server that lets `answer` write whatever it likes once a request came; its address."""
+    listening: list[socket.socket] = []
+
+    def start(answer: Callable[[Connection], None]) -> str:
+        server = socket.create_server(("127.0.0.1", 0))
+        listening.append(server)
+
+        def one(connection: Connection) -> None:
+            with connection:
+                connection.settimeout(10)
+                try:
+                    _read_request(connection)
+                    answer(connection)
+                except OSError:  # the client has gone, which is what most of these tests are about
+                    pass
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                threading.Thread(target=one, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+    yield start
+    for server in listening:
+        server.close()
+
+
+def _read_request(connection: Connection) -> bytes:
+    """The head of a request; its body, too, where it says how long it is."""
+    got = b""
+    while b"\r\n\r\n" not in got:
+        part = connection.recv(65536)
+        if not part:
+            raise OSError("gone")
+        got += part
+    head, _, body = got.partition(b"\r\n\r\n")
+    length = next((int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if b"content-length" in line), 0)
+    while len(body) < length:
+        body += connection.recv(65536)
+    return head
 
 
 def test_sends_json_and_returns_the_answer(serve):
@@ -76,8 +138,14 @@ def test_key_is_sent_and_never_shown(serve):
     with pytest.raises(ServiceError) as raised:
         post_json(address, {}, key="sk-1234")
     assert seen == ["Bearer sk-1234"]
-    assert "sk-1234" not in str(raised.value) and "wrong key [key]" in str(raised.value)
+    assert "sk-1234" not in str(raised.value) and "wrong key [hidden]" in str(raised.value)
     assert raised.value.hint == "is the key right?"
+
+
+def test_a_service_that_wants_a_key_names_where_it_goes(serve):
+    address = serve(lambda asked: (b"who are you?", 401))
+    with pytest.raises(ServiceError, match="put the service's key into MY_KEY"):
+        http.post_json(Service(address, address, None, "MY_KEY"), {})
 
 
 def test_a_key_that_breaks_the_header_is_refused_unseen():
@@ -86,39 +154,146 @@ def test_a_key_that_breaks_the_header_is_refused_unseen():
     assert "sk-1234" not in str(raised.value)
 
 
-def test_time_out_is_tried_again(serve):
-    release = threading.Event()
+@pytest.mark.parametrize("pause", [0.05, 10.0])
+def test_a_request_has_one_deadline_however_its_answer_drips(raw, pause):
+    """One byte at a time, before and after the headers end; or none at all."""
     asked = []
 
-    def answer(_):
+    def drip(connection: Connection) -> None:
         asked.append(1)
-        if len(asked) == 1:
-            release.wait(10)
-        return {"asked": len(asked)}
+        for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b" " * 1000:
+            connection.sendall(bytes([byte]))
+            time.sleep(pause)
+
+    began = time.monotonic()
+    with pytest.raises(ServiceError) as raised:
+        post_json(raw(drip), {}, timeout_seconds=0.4, backoff_seconds=0)
+    assert 0.4 <= time.monotonic() - began < 2
+    assert "no whole answer within 0.4 seconds; not asked again" in str(raised.value)
+    assert raised.value.hint == "raise timeout_seconds, or see why the service is slow"
+    assert len(asked) == 1, "a time-out was paid for, and is not tried again"
+
+
+def test_the_deadline_holds_while_the_body_drips(raw):
+    def drip(connection: Connection) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            connection.sendall(b"1\r\n \r\n")
+            time.sleep(0.02)
+
+    with pytest.raises(ServiceError, match=r"within 0\.3 seconds"):
+        post_json(raw(drip), {}, timeout_seconds=0.3)
+
+
+def test_an_endless_answer_is_left_early(raw, monkeypatch):
+    monkeypatch.setattr(http, "MAX_ANSWER_BYTES", 2**20)
+    sent = []
+
+    def flood(connection: Connection) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(3000):
+            connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
+            sent.append(65536)
+
+    with pytest.raises(ServiceError, match="answered more than 1 MiB; the rest wasn't read"):
+        post_json(raw(flood), {})
+    assert sum(sent) < 50 * 2**20
+
+
+def test_a_long_error_is_left_early(raw):
+    def flood(connection: Connection) -> None:
+        connection.sendall(b"HTTP/1.1 400 Bad\r\nContent-Length: 99999999\r\n\r\nwrong " + b"x" * 2**20)
+        time.sleep(5)
+
+    with pytest.raises(ServiceError, match="answered 400 wrong x"):
+        post_json(raw(flood), {})
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 65 + b"]" * 65, b'{"a": [' * 33 + b"]}" * 33]
+)
+def test_deep_json_is_refused(serve, body):
+    with pytest.raises(ServiceError, match="nested more than 64 deep"):
+        post_json(serve(lambda asked: body), {})
+
+
+def test_brackets_in_text_are_not_depth(serve):
+    answer = {"text": "[" * 1000 + '"\\' + "{" * 1000, "list": json.loads("[" * 60 + "]" * 60)}
+    assert post_json(serve(lambda asked: answer), {}) == answer
+
+
+def test_several_are_asked_at_once_and_come_in_order(serve):
+    under_way, most, lock = [0], [0], threading.Lock()
+    both = threading.Barrier(2, timeout=5)
+
+    def answer(asked):
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        both.wait()
+        with lock:
+            under_way[0] -= 1
+        return {"number": asked.body}
 
     address = serve(answer)
-    try:
-        assert post_json(address, {}, timeout_seconds=0.2, attempts=2, backoff_seconds=0) == {"asked": 2}
-    finally:
-        release.set()
+    found = post_all(Service(address, address), list(range(6)), at_once=2)
+    assert found == [{"number": number} for number in range(6)] and most == [2]
 
 
-def test_time_out_of_every_attempt_is_an_error(serve):
+def test_the_first_failure_cancels_the_rest(serve):
     release = threading.Event()
-    address = serve(lambda asked: release.wait(10))
+    address = serve(lambda asked: ({}, 400) if asked.body == 0 else release.wait(5))
+    began = time.monotonic()
     try:
-        with pytest.raises(ServiceError, match=r"no answer: timed out \(attempt 2 of 2\)"):
-            post_json(address, {}, timeout_seconds=0.1, attempts=2, backoff_seconds=0)
+        with pytest.raises(ServiceError, match="answered 400"):
+            post_all(Service(address, address), [0, 1, 2, 3], at_once=2)
     finally:
         release.set()
+    assert time.monotonic() - began < 3
 
 
-def test_nobody_listening(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+class TestStopping:
+    """Signals while a service is waited for."""
+
+    def wait_for_nothing(self, raw, **limits: Any) -> float:
+        address = raw(lambda connection: time.sleep(10))
+        began = time.monotonic()
+        with pytest.raises((KeyboardInterrupt, Interrupted)):
+            post_json(address, {}, **limits)
+        return time.monotonic() - began
+
+    def test_ctrl_c_is_heard_at_once(self, raw):
+        threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()  # its handler runs in the main thread
+        assert self.wait_for_nothing(raw) < 2
+
+    def test_a_stop_gives_the_answer_a_little_time(self, raw, monkeypatch):
+        monkeypatch.setattr(waiting, "GRACE_SECONDS", 0.3)
+        token = STOP_ASKED.set(lambda: True)
+        try:
+            assert 0.3 <= self.wait_for_nothing(raw) < 2
+        finally:
+            STOP_ASKED.reset(token)
+
+    def test_a_stop_ends_the_pause_between_attempts(self, serve):
+        asked = []
+        address = serve(lambda request: (asked.append(1), ({}, 503))[1])
+        token = STOP_ASKED.set(lambda: bool(asked))
+        began = time.monotonic()
+        try:
+            with pytest.raises(Interrupted, match="run the same command to continue"):
+                post_json(address, {}, backoff_seconds=30)
+        finally:
+            STOP_ASKED.reset(token)
+        assert time.monotonic() - began < 2 and len(asked) == 1
+
+
+def test_nobody_listening():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(ServiceError, match=r"refused.* \(attempt 2 of 2\)\n.*is the service running"):
+        with pytest.raises(
+            ServiceError, match=r"no answer: Connection refused \(attempt 2 of 2\)\n.*is the service running"
+        ):
             post_json(address, {}, attempts=2, backoff_seconds=0)
 
 
@@ -134,25 +309,71 @@ def test_an_answer_that_is_no_json(serve):
         post_json(address, {})
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "localhost:8000",
-        "file:///etc/hosts",
-        "ftp://host/x",
-        "http://",
-        "http://host:port/",
-        "http://ho st/",
-        "http://h/\n",
-        "",
-    ],
-)
-def test_addresses_that_are_none(address):
-    with pytest.raises(ConfigError, match=r"is no http address\n  allowed: http"):
-        check_address(address)
+class TestProxies:
+    @pytest.fixture(autouse=True)
+    def none_of_this_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+
+    @pytest.mark.parametrize(
+        "host", ["127.0.0.1", "127.8.8.8", "localhost", "LOCALHOST.", "[::1]", "[::ffff:127.0.0.1]"]
+    )
+    def test_none_for_this_machine(self, monkeypatch, host):
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.setenv(name, "http://proxy.example:3128")
+        assert proxy_of(f"http://{host}:8000/x") is None and proxy_of(f"https://{host}:8000/x") is None
+        assert proxy_of("http://host.example/x") == "http://proxy.example:3128"
+
+    def test_the_environment_decides(self, monkeypatch):
+        assert proxy_of("http://a.example/") is None
+        monkeypatch.setenv("all_proxy", "proxy.example:1")
+        monkeypatch.setenv("https_proxy", "http://secure.example:2")
+        monkeypatch.setenv("no_proxy", "b.example,10.0.0.0/8,c.example:9")
+        assert proxy_of("http://a.example/") == "http://proxy.example:1"
+        assert proxy_of("https://a.example/") == "http://secure.example:2"
+        for direct in ("http://b.example/", "https://sub.b.example/", "http://10.1.2.3:80/", "http://c.example:9/"):
+            assert proxy_of(direct) is None
+        assert proxy_of("http://11.1.2.3/") and proxy_of("http://c.example/")
+
+    def test_a_service_here_is_reached_although_a_proxy_is_set(self, serve, monkeypatch):
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert post_json(serve(lambda asked: {"here": True}), {}) == {"here": True}
+
+    def test_a_refusing_proxy_is_named_without_its_password(self, serve, monkeypatch):
+        proxy = serve(lambda asked: (b"access denied by policy", 403))
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setenv("http_proxy", proxy.replace("http://", "http://me:hunter2@"))
+        with pytest.raises(ServiceError) as raised:
+            post_json("http://192.0.2.1/score", {})
+        assert f"answered 403 access denied by policy, through the proxy {proxy}" in str(raised.value)
+        assert "no_proxy" in str(raised.value) and "hunter2" not in str(raised.value)
+
+    def test_a_proxy_that_refuses_a_tunnel(self, raw, monkeypatch):
+        proxy = raw(lambda connection: connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"))
+        monkeypatch.setenv("https_proxy", proxy.replace("http://", "http://me:hunter2@"))
+        with pytest.raises(ServiceError) as raised:
+            post_json("https://192.0.2.1/score", {})
+        assert f"the proxy {proxy} refused: 403 Forbidden" in str(raised.value) and "hunter2" not in str(raised.value)
+
+    def test_a_proxy_that_is_not_there(self, monkeypatch):
+        monkeypatch.setenv("http_proxy", "http://me:hunter2@127.0.0.1:9")
+        with pytest.raises(ServiceError) as raised:
+            post_json("http://192.0.2.1/score", {}, attempts=2, backoff_seconds=0)
+        assert "Connection refused, through the proxy http://127.0.0.1:9" in str(raised.value)
+        assert "hunter2" not in str(raised.value)
+
+    def test_a_proxy_of_another_kind(self, monkeypatch):
+        monkeypatch.setenv("http_proxy", "ftp://me:hunter2@proxy.example")
+        with pytest.raises(ConfigError, match=r"the proxy ftp://proxy\.example isn't one that can be used"):
+            post_json("http://192.0.2.1/score", {})
 
 
-def test_a_password_in_an_address_is_refused_unseen():
-    with pytest.raises(ConfigError, match="user name or password") as raised:
-        check_address("https://me:hunter2@host/v1")
-    assert "hunter2" not in str(raised.value)
+def test_what_was_hidden_is_blotted_out(serve):
+    address = serve(lambda asked: (f"no such hook: {asked.path} sk-1".encode(), 404))
+    service = Service(f"{address}/T0/B1", f"{address}/${{HOOK}}", "sk-1", None, ("T0/B1",))
+    with pytest.raises(ServiceError) as raised:
+        http.post_json(service, {})
+    assert str(raised.value) == f"{address}/${{HOOK}}: answered 404 no such hook: /[hidden] [hidden]"
+    assert "T0" not in repr(service) and "sk-1" not in repr(service)

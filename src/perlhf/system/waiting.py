@@ -1,0 +1,75 @@
+"""Waiting for coroutines (requests to services, a user's async functions) so that Ctrl-C and SIGTERM always work."""
+
+import asyncio
+import functools
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import wait
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from perlhf.errors import Interrupted
+
+Result = TypeVar("Result")
+
+GRACE_SECONDS = 5.0
+"""How long an answer is still waited for once a stop was asked."""
+_POLL_SECONDS = 0.1
+
+
+def _never() -> bool:
+    return False
+
+
+STOP_ASKED: ContextVar[Callable[[], bool]] = ContextVar("STOP_ASKED", default=_never)
+"""Whether a signal asked the open run to stop; `runs.run.open_run` sets it."""
+
+
+def finish(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """The coroutine's result, and what it raises.
+
+    It runs in a thread of its own, so that a signal's handler runs at once whatever it waits for, and in one event
+    loop for all calls of this process: what it opened there (a client kept in a global) works at the next call, and it
+    can be called where a loop runs already, as in a notebook.
+
+    Raises:
+        Interrupted: a stop was asked and no result came within `GRACE_SECONDS` after it; the coroutine is cancelled.
+    """
+    stop_asked, asked_at = STOP_ASKED.get(), None
+    future = asyncio.run_coroutine_threadsafe(_with_exits(coroutine), _loop(os.getpid()))
+    try:
+        while not wait((future,), _POLL_SECONDS).done:
+            if asked_at is None and stop_asked():
+                asked_at = time.monotonic()
+            if asked_at is not None and time.monotonic() - asked_at > GRACE_SECONDS:
+                raise stopped()
+        result, ended_by = future.result()
+    finally:
+        future.cancel()
+    if ended_by is not None:
+        raise ended_by
+    assert result is not None
+    return result[0]
+
+
+def stopped() -> Interrupted:
+    """What is raised where a stop was asked while something was waited for."""
+    return Interrupted("stopped while a reward was waited for", hint="run the same command to continue")
+
+
+async def _with_exits(coroutine: Coroutine[Any, Any, Result]) -> tuple[tuple[Result] | None, BaseException | None]:
+    """Hands on what would end the loop's own thread instead of the caller."""
+    try:
+        return (await coroutine,), None
+    except (SystemExit, KeyboardInterrupt) as error:
+        return None, error
+
+
+@functools.cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of this process; a fork gets one of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="perlhf-waiting", daemon=True).start()
+    return loop

@@ -1,0 +1,52 @@
+"""Coroutines are waited for from anywhere, in one loop, and nothing that they do ends it."""
+
+import asyncio
+import os
+import sys
+
+import pytest
+
+from perlhf.system.waiting import finish
+
+
+async def give(value: int) -> int:
+    await asyncio.sleep(0)
+    return value
+
+
+async def loop_here() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()
+
+
+def test_results_come_from_one_loop():
+    assert finish(give(3)) == 3
+    assert finish(loop_here()) is finish(loop_here())
+
+
+def test_it_works_where_a_loop_runs_already():
+    async def notebook() -> int:
+        return finish(give(4))
+
+    assert asyncio.run(notebook()) == 4
+
+
+def test_what_is_raised_comes_out_and_the_loop_lives_on():
+    async def fail(error: BaseException) -> None:
+        raise error
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        finish(fail(ZeroDivisionError("mine")))
+    with pytest.raises(TimeoutError, match="mine"):
+        finish(fail(TimeoutError("mine")))
+    with pytest.raises(SystemExit):
+        finish(fail(SystemExit(1)))
+    assert finish(give(5)) == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.version_info >= (3, 12), reason="a fork of threads warns")
+def test_a_fork_has_a_loop_of_its_own():
+    assert finish(give(1)) == 1
+    child = os.fork()
+    if child == 0:
+        os._exit(finish(give(7)))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
