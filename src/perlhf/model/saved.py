@@ -367,7 +367,7 @@ def _check_encoding(trained: dict[str, Any], encoder: Encoder | None, directory:
         if trained.get(key) != now.get(key):
             option = f"encoding.{key}" if key in ("system", "template_kwargs") else "encoding.template"
             raise AdapterError(
-                f"the adapter in {directory} was trained with {key} = {trained.get(key)}, this run uses {now.get(key)}",
+                f"the adapter in {directory} was trained with {key} = {trained.get(key)!r}, this run uses {now.get(key)!r}",
                 where=option,
                 hint="use the same encoding in every stage",
             )
