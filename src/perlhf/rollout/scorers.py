@@ -16,9 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 from perlhf.data.records import Text
 from perlhf.errors import ConfigError, DataError, PerlhfError, ServiceError, nearest
 from perlhf.method.packing import Batch, Ids, Packing, batches, completed
-from perlhf.model import saved
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
+from perlhf.model.open import load_earlier
+from perlhf.rollout.local import Ends
+from perlhf.runs.earlier import adapter_of
 from perlhf.system.http import check_address, post_json
 
 Combine = Literal["mean", "min", "mean_minus_std"]
@@ -43,23 +45,26 @@ class Scorers:
         texts: Sequence[Text],
         max_tokens: int,
         packing: Packing = "tree",
+        ends: Ends | None = None,
     ) -> NDArray[np.float64]:
         """One combined score per completion, float64 [batch].
 
         Reward adapters see the sampled ids as they are, but a completion that was cut gets the end token: they never
         learned from a state before it, and score such states at random (docs/experiments.md). Functions and services
-        get the prompts' texts and decoded completions.
+        get the prompts' texts and decoded completions. A stop string and what follows it is seen by none of them; an
+        end token other than the one that was trained is replaced by it.
         """
+        ends = ends or Ends.of(encoder)
         members: list[list[float]] = []
         if self.adapters:
-            whole = [ids if ids and ids[-1] == encoder.end_id else [*ids, encoder.end_id] for ids in completions]
+            whole = [[*_without_end(ends.before(ids), ends), encoder.end_id] for ids in completions]
             # The end token may be one too many for the context: then the prompt loses its first one.
             given = [p if len(p) + len(c) <= encoder.max_tokens else p[1:] for p, c in zip(prompts, whole, strict=True)]
             examples = [[completed(p, c)] for p, c in zip(given, whole, strict=True)]
             laid_out = batches(examples, max_tokens, packing, model.device)
             members += [[score for (score,) in score_batches(model, laid_out, name)] for name in self.adapters]
         if self.functions:
-            decoded = [encoder.decode(ids) for ids in completions]
+            decoded = [ends.text(ids) for ids in completions]
             members += [function(list(texts), decoded) for function in self.functions]
         return combine(np.array(members, dtype=float), self.how)
 
@@ -99,12 +104,11 @@ def load_scorers(
     for source in sources:
         if source.startswith(("http://", "https://")):
             functions.append(http_reward(source))
-        elif (Path(source) / "adapter").is_dir():
+        elif adapter_of(Path(source)) is not None:
             name = f"{prefix}_{len(adapters)}"
-            adapter = saved.load_adapter(model, Path(source) / "adapter", name, encoder)
+            adapter = load_earlier(model, Path(source), name, encoder, key)
             if adapter.score_head is None:
                 raise ConfigError(f"{source} holds a {adapter.role} adapter", where=key, allowed="a reward run")
-            model.freeze(name)
             adapters.append(name)
         elif ":" in source and not Path(source).exists():
             functions.append(load_function(source, key))
@@ -199,6 +203,10 @@ def combine(scores: ArrayLike, how: Combine) -> NDArray[np.float64]:
             return table.mean(axis=0) - table.std(axis=0)
         case _:
             raise ConfigError(f"unknown value {how!r}", where="combine", allowed="mean, min, mean_minus_std")
+
+
+def _without_end(ids: Ids, ends: Ends) -> Ids:
+    return ids[:-1] if len(ids) and ids[-1] in ends.ids else ids
 
 
 def _imported(module_name: str, key: str):

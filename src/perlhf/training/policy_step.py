@@ -23,7 +23,7 @@ from perlhf.method.losses import policy_loss, value_loss
 from perlhf.method.packing import Batch, batches, completed, join_rows, microbatches, rows_of
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.rollout.local import Rollout, probe, sample, uniforms
+from perlhf.rollout.local import Ends, Rollout, probe, sample, uniforms
 from perlhf.rollout.scorers import Scorers
 from perlhf.training import loop, optim
 
@@ -274,7 +274,7 @@ def sample_completions(
         [setup.encoder.cut_prompt(record.prompt, config.max_completion_tokens, record.tools) for record in prompts],
         adapter=adapter,
         draws=uniforms(config.seed, step, numbers, samples, config.max_completion_tokens),
-        end_id=setup.encoder.end_id,
+        ends=Ends.of(setup.encoder, config.stop),
         temperature=config.temperature,
         max_completion_tokens=config.max_completion_tokens,
     )
@@ -285,7 +285,7 @@ def raw_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt]) -> NDA
     config, samples = setup.config, len(rollout.completions) // len(prompts)
     texts = [record.prompt for record in prompts for _ in range(samples)]
     given = rollout.prompts, rollout.completions, texts, config.microbatch_tokens, config.packing
-    return setup.scorers.scores(setup.model, setup.encoder, *given)
+    return setup.scorers.scores(setup.model, setup.encoder, *given, ends=rollout.ends)
 
 
 @torch.no_grad()
