@@ -237,6 +237,43 @@ def test_a_scored_conversation_ends_with_the_end_token_and_nothing_else_changes(
             assert now == was.removesuffix(" ;\n") + "<|im_end|>"
 
 
+THINKING = CHAT.replace(
+    "{% for", "{% if enable_thinking is not defined or enable_thinking %}THINK {% endif %}{% for", 1
+)
+DATED = CHAT.replace("{% for", "{{ strftime_now('%d %B %Y') }} {% for", 1)
+TOOLS = [{"type": "function", "function": {"name": "brew", "description": "Brews.", "parameters": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("template", "encoding"),
+    [
+        ({"default": CHAT, "tool_use": "{{ tools[0].function.name }} " + CHAT}, {}),
+        ({"default": CHAT, "rag": "RAG " + CHAT}, {"template": "name:rag"}),
+        (THINKING, {"template_kwargs": {"enable_thinking": False}}),
+        (DATED, {"day": "2026-01-31"}),
+        (THINKING, {"template_kwargs": {"enable_thinking": False}, "system": "Sell tea."}),
+    ],
+)
+@pytest.mark.parametrize("reward", [False, True])
+def test_the_exported_template_gives_the_tokens_of_training(
+    tiny_base: Path, template: Any, encoding: dict[str, Any], reward: bool
+):
+    """Named templates, those for tools, variables and the day: as they were in training, without being told again."""
+    trained_with, exported = (AutoTokenizer.from_pretrained(tiny_base) for _ in range(2))
+    trained_with.chat_template = exported.chat_template = template
+    encoder = Encoder(trained_with, EncodingConfig.model_validate(encoding))
+    _prepare(exported, encoder, reward=reward, records=[])
+    for tools in (None, TOOLS) if isinstance(template, dict) and "tool_use" in template else (None,):
+        for messages in SAID[:2]:
+            *asked, said = messages
+            example = encoder.example(asked, said["content"], tools=tools)
+            options: dict[str, Any] = {"tools": tools, "return_dict": True}
+            prompt = exported.apply_chat_template(asked, add_generation_prompt=True, **options)["input_ids"]
+            assert tuple(prompt) == example.prompt
+            if reward:
+                assert tuple(exported.apply_chat_template(messages, **options)["input_ids"]) == example.tokens.ids
+
+
 def test_a_template_without_room_for_the_end_token_is_given_it(tiny_base: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     encoder = Encoder(tokenizer, EncodingConfig(template="plain"))
