@@ -18,7 +18,7 @@ from perlhf.config.stages import DEFAULT_BASE
 from perlhf.method.packing import Tokens, pack
 from perlhf.model.base import Base
 from perlhf.model.model import Model
-from perlhf.rollout.local import sample, uniforms
+from perlhf.rollout.local import Ends, sample, uniforms
 
 PAIRS, PREFIX, OWN = 8, 150, 60
 PROMPTS, SAMPLES, LENGTH = 8, 8, 64
@@ -71,7 +71,15 @@ def sampling(base: str, repeats: int) -> dict[str, float]:
     draws = uniforms(0, 1, list(range(PROMPTS)), SAMPLES, LENGTH)
 
     def ours() -> None:
-        sample(model, prompts, adapter="policy", draws=draws, end_id=-1, temperature=1.0, max_completion_tokens=LENGTH)
+        sample(
+            model,
+            prompts,
+            adapter="policy",
+            draws=draws,
+            ends=Ends([-1]),
+            temperature=1.0,
+            max_completion_tokens=LENGTH,
+        )
 
     found = {"sampler": tokens / timed(ours, repeats)}
     network: Any = AutoModelForCausalLM.from_pretrained(Base.find(base).directory, dtype=torch.bfloat16)

@@ -106,14 +106,14 @@ def learn(model: Any, samples: int, packing: Packing) -> int:
 
 def draw(model: Any, samples: int) -> int:
     """Sampled tokens."""
-    from perlhf.rollout.local import sample, uniforms
+    from perlhf.rollout.local import Ends, sample, uniforms
 
     return sample(
         model,
         [tokens(PROMPT, seed) for seed in range(PROMPTS)],
         adapter="rank16",
         draws=uniforms(0, 1, range(PROMPTS), samples, SAMPLED),
-        end_id=-1,
+        ends=Ends([-1]),
         temperature=1.0,
         max_completion_tokens=SAMPLED,
     ).tokens

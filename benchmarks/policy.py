@@ -68,7 +68,7 @@ def trl() -> Work:
 
 def sampling() -> Work:
     """Our sampler with an active adapter."""
-    from perlhf.rollout.local import sample, uniforms
+    from perlhf.rollout.local import Ends, sample, uniforms
 
     stage = _stage("lora", "leave_one_out")
     ids = [stage.encoder.prompt(prompt.prompt) for prompt in stage.prompts[:PROMPTS]]
@@ -79,7 +79,7 @@ def sampling() -> Work:
             ids,
             adapter="policy",
             draws=uniforms(0, 1, range(PROMPTS), COMPLETIONS, length),
-            end_id=stage.encoder.end_id,
+            ends=Ends.of(stage.encoder),
             temperature=1.0,
             max_completion_tokens=length,
         )
@@ -190,6 +190,7 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
     else:
         model = Model(network, {"name": "random", "sha256": "0"})
     encoder.end_id = encoder.tokenizer.convert_tokens_to_ids(NEVER_SAMPLED)
+    encoder.end_ids = (encoder.end_id,)
     shape = {"rank": RANK, "targets": "attention"}
     reference = None
     if baseline == "value":

@@ -30,7 +30,7 @@ from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Held, Model
-from perlhf.rollout.local import Rollout, sample, stream, uniforms
+from perlhf.rollout.local import Ends, Rollout, sample, stream, uniforms
 
 PROMPTS = random_ids([5, 9, 1], seed=1)
 COMPLETIONS = random_ids([4, 1, 7], seed=2)
@@ -341,7 +341,7 @@ class TestThreads:
                 PROMPTS,
                 adapter=adapter,
                 draws=draws,
-                end_id=END,
+                ends=Ends([END]),
                 temperature=1.0,
                 max_completion_tokens=48,
             )
@@ -361,7 +361,7 @@ class TestThreads:
             return list(torch.autograd.grad(torch.stack(passes).square().sum(), shared.adapters[trained].trainable()))
 
         def tokens() -> list[int]:
-            return list(stream(shared, PROMPTS[0], sampled, uniforms(0, 1, [0], 1, 96)[0], -1, 1.0))
+            return list(stream(shared, PROMPTS[0], sampled, uniforms(0, 1, [0], 1, 96)[0], Ends([-1]), 1.0))
 
         expected_gradients, expected_tokens = gradients(), tokens()
         for _ in range(3):

@@ -15,7 +15,7 @@ from perlhf.errors import DivergenceError, StaleSamplerError
 from perlhf.kernels import cpu, kv_cache
 from perlhf.method.packing import Ids
 from perlhf.model.model import Model
-from perlhf.rollout.local import Rollout, draw, probe, sample, uniforms
+from perlhf.rollout.local import Ends, Rollout, draw, probe, sample, uniforms
 
 PROMPTS = random_ids([7, 2, 11], seed=3)
 LENGTH = 8
@@ -44,7 +44,7 @@ def roll(
         prompts,
         adapter=adapter,
         draws=uniforms(5, 1, numbers, samples, LENGTH),
-        end_id=end_id,
+        ends=Ends([end_id]),
         temperature=temperature,
         max_completion_tokens=LENGTH,
     )
@@ -200,7 +200,7 @@ class TestRandomness:
             [PROMPTS[1]],
             adapter="policy",
             draws=uniforms(11, 1, [0], count, 1),
-            end_id=END,
+            ends=Ends([END]),
             temperature=actual,
             max_completion_tokens=1,
         )

@@ -11,7 +11,7 @@ from perlhf.kernels.modules import AdaptedLinear
 from perlhf.method.packing import Batch, completed, pack
 from perlhf.model.base import Base
 from perlhf.model.model import Model
-from perlhf.rollout.local import Decoding, Rollout, probe, sample, uniforms
+from perlhf.rollout.local import Decoding, Ends, Rollout, probe, sample, uniforms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -59,7 +59,7 @@ def test_greedy_samples_equal_the_cpus(tiny_base: Path) -> None:
             PROMPTS,
             adapter="policy",
             draws=uniforms(0, 1, [0, 1], 2, 8),
-            end_id=2,
+            ends=Ends([2]),
             temperature=0.0,
             max_completion_tokens=8,
         )
@@ -74,7 +74,7 @@ def _roll(model: Model, end_id: int, length: int = 24) -> Rollout:
         PROMPTS,
         adapter="policy",
         draws=uniforms(0, 1, [0, 1], 6, length),
-        end_id=end_id,
+        ends=Ends([end_id]),
         temperature=1.0,
         max_completion_tokens=length,
     )

@@ -245,7 +245,7 @@ POLICY_OPTIONS = {
         ("--reward", "toy_reward:leters"),
         ("module toy_reward has no function 'leters'", "did you mean toy_reward:letters?"),
     ),
-    "no such SFT run": (("--sft", "runs/nowhere"), ("no adapter at runs/nowhere", "try: name a finished run")),
+    "no such SFT run": (("--sft", "runs/nowhere"), ("runs/nowhere is no finished run", "try: name a finished run")),
     "device": (("--device", "tpu"), ("tpu", "allowed: auto, cpu")),
 }
 

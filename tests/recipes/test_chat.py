@@ -10,7 +10,7 @@ from perlhf.commands.chat import chat
 from perlhf.config.commands import ChatConfig
 from perlhf.errors import ConfigError, RunError
 from perlhf.model.open import read_run
-from perlhf.rollout.local import sample, stream, uniforms
+from perlhf.rollout.local import Ends, sample, stream, uniforms
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,13 @@ def test_a_stream_is_what_the_sampler_samples(runs: TinyRuns, temperature: float
             [prompt],
             adapter="policy",
             draws=draws,
-            end_id=encoder.end_id,
+            ends=Ends.of(encoder),
             temperature=temperature,
             max_completion_tokens=40,
         )
         ended += rollout.ended
         wanted = rollout.completions[0][:-1] if rollout.ended[0] else rollout.completions[0]
-        assert list(stream(model, prompt, "policy", draws[0], encoder.end_id, temperature)) == wanted
+        assert list(stream(model, prompt, "policy", draws[0], Ends.of(encoder), temperature)) == wanted
     assert temperature == 0 or len(set(ended)) == 2
 
 
@@ -73,6 +73,20 @@ def test_the_system_message_can_be_another_one_than_in_training(runs: TinyRuns, 
     config = ChatConfig(run=runs.sft, message="a tea", max_completion_tokens=8, temperature=0, device="cpu")
     assert chat(config) != chat(config.model_copy(update={"system": "You are a pirate, and you sell nothing."}))
     assert len(chat(ChatConfig(base=str(tiny_base), message="a tea", max_completion_tokens=4, device="cpu"))) == 2
+
+
+def test_an_answer_is_shown_without_its_stop_string(runs: TinyRuns, capsys: pytest.CaptureFixture[str]):
+    config = ChatConfig(run=runs.policy, message="a tea", max_completion_tokens=40, device="cpu")
+    seed, whole = next(
+        (seed, text)
+        for seed in range(20)
+        if len(text := chat(config.model_copy(update={"seed": seed}))[1]["content"]) > 12 and text.isprintable()
+    )
+    stop = whole[5:7]
+    capsys.readouterr()
+    answer = chat(config.model_copy(update={"seed": seed, "stop": (stop,)}))[1]["content"]
+    assert answer == whole[: whole.index(stop)].strip()
+    assert capsys.readouterr().out.strip() == answer
 
 
 def test_what_cannot_talk_is_refused(runs: TinyRuns):

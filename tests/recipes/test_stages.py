@@ -519,3 +519,31 @@ def test_first_updates_are_as_recorded(stage, feedback, name, request):
     for key, curve in recorded["curves"].items():
         # A KL is a small difference of rounded numbers: with and without compiled kernels it differs by 1e-6.
         assert curves[key] == pytest.approx(curve, rel=1e-4, abs=5e-6), f"{key}; recorded with {recorded['versions']}"
+
+
+def test_a_stop_string_ends_completions_and_rewards_see_the_text_before_it(stage, perlhf, tmp_path, monkeypatch):
+    """Learned is what was sampled, the string included; it is no missing end."""
+    (tmp_path / "stopping.py").write_text(STOPPING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = ("--stop", *VOWELS, "--reward", "stopping:watch", "--max-completion-tokens", "40")
+    run, done = stage("policy", *options, "--missing-end-penalty", "1000")
+    assert done.code == 0, done.err
+    rows = [row for path in sorted((run / "rollouts").iterdir()) for row in read_lines(path)]
+    stopped = [row for row in rows if row["ended"]]
+    assert len(stopped) > len(rows) / 2, "one letter in ten is a vowel"
+    assert all(not any(vowel in row["completion"] for vowel in VOWELS) for row in rows)
+    assert all(row["reward"] > -500 for row in stopped)
+    assert all(row["tokens"] >= 1 for row in rows)
+    done = perlhf("evaluate", str(run), "--prompts", "4", "--device", "cpu")
+    assert done.code == 0, done.err
+    samples = read_json(run / "evaluation.json")["samples"]
+    assert all(not any(vowel in row[side] for vowel in VOWELS) for row in samples for side in ("before", "after"))
+
+
+VOWELS = ("a", "e", "i", "o", "u")
+STOPPING = '''
+def watch(prompts, completions):
+    """Fails where a completion has what should have been cut."""
+    assert not any(vowel in text for text in completions for vowel in "aeiou"), completions
+    return [float(len(text)) for text in completions]
+'''

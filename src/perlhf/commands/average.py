@@ -27,7 +27,8 @@ from perlhf.system.files import directory_atomic, write_json
 def average(config: AverageConfig) -> dict[str, Any]:
     """Writes a finished reward run to `config.output`, whole or not at all, and returns its result.
 
-    Its config.yaml is the first run's, with the data of all and the adapter's new shape.
+    Its config.yaml is the first run's, with the data of all and the adapter's new shape. Of directories of peft's
+    alone, nobody knows what they were trained on: their average is such a directory.
 
     Raises:
         RunError: no finished reward run.
@@ -38,9 +39,13 @@ def average(config: AverageConfig) -> dict[str, Any]:
     runs = [read_run(path, ("reward",)) for path in config.runs]
     _check_output(config.output)
     mean = _mean(runs)
-    hashes = {str(run.path): files_hash(run.path / "adapter") for run in runs}
+    hashes = {str(run.path): files_hash(run.adapter) for run in runs}
     result: dict[str, Any] = {"stage": "reward", "tuning": runs[0].config.tuning, "averaged": hashes}
-    settings = _settings(runs, config.output)
+    known = [run for run in runs if not run.foreign]
+    if not known:
+        write_adapter(config.output, mean)
+        return result | ({"rank": mean.adapter.rank} if mean.adapter.pairs else {})
+    settings = _settings(known, config.output)
     if mean.adapter.pairs:
         settings["adapter"] |= {"rank": mean.adapter.rank, "alpha": mean.adapter.alpha}
         result["rank"] = mean.adapter.rank
@@ -57,10 +62,10 @@ def _mean(runs: Sequence[FinishedRun]) -> SavedAdapter:
 
     Of fully tuned weights, those of one run at a time are in memory beside their sum.
     """
-    first = read_adapter(runs[0].path / "adapter")
+    first = read_adapter(runs[0].adapter)
     sums, members = first.adapter.weights, [first.adapter]
     for run in runs[1:]:
-        member = read_adapter(run.path / "adapter")
+        member = read_adapter(run.adapter)
         _check_alike(runs[0], first, run, member)
         for name, weight in member.adapter.weights.items():
             sums[name] = nn.Parameter(sums[name] + weight)
@@ -85,15 +90,34 @@ def _check_output(output: Path) -> None:
 def _check_alike(first: FinishedRun, expected: SavedAdapter, run: FinishedRun, member: SavedAdapter) -> None:
     """Refuses a run that has no mean with the first one."""
     what = None
-    if member.base["sha256"] != expected.base["sha256"]:
+    if not _same_base(member.base, expected.base):
         what = f"trained on base {member.base['name']}, but {first.path} on {expected.base['name']}"
-    elif difference := first_difference(_traits(first, expected), _traits(run, member)):
+    elif difference := _difference(first, expected, run, member):
         key, then, now = difference
         what = f"{key} is {now!r}, but {then!r} in {first.path}"
     if what:
         allowed = "reward runs of one base, tuning, encoding, set of adapted layers and split of the data"
         hint = "train them from one recipe with different seeds"
         raise AdapterError(what, where=str(run.path), allowed=allowed, hint=hint)
+
+
+def _same_base(one: dict[str, str], other: dict[str, str]) -> bool:
+    """By the weights, or, where a tool has recorded no more, by name."""
+    if one["sha256"] and other["sha256"]:
+        return one["sha256"] == other["sha256"]
+    return one["name"] == other["name"]
+
+
+def _difference(
+    first: FinishedRun, expected: SavedAdapter, run: FinishedRun, member: SavedAdapter
+) -> tuple[str, Any, Any] | None:
+    """The first trait that differs (`first_difference`); what an adapter of another tool doesn't say agrees."""
+    one, other = _traits(first, expected), _traits(run, member)
+    if first.foreign or run.foreign:
+        del one["data"], other["data"]
+    if not (expected.encoding and member.encoding):
+        del one["encoding"], other["encoding"]
+    return first_difference(one, other)
 
 
 def _traits(run: FinishedRun, member: SavedAdapter) -> dict[str, Any]:

@@ -4,13 +4,13 @@ import sys
 from collections.abc import Sequence
 
 from perlhf.config.commands import ChatConfig
-from perlhf.config.stages import EncodingConfig
+from perlhf.config.stages import DEFAULT_BASE, EncodingConfig, PolicyConfig
 from perlhf.data.records import Message
-from perlhf.model.base import Base, end_ids, load_tokenizer
+from perlhf.model.base import Base, end_ids, load_tokenizer, vocabulary
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.model.open import read_run
-from perlhf.rollout.local import stream, uniforms
+from perlhf.model.open import Given, read_run
+from perlhf.rollout.local import Ends, stream, uniforms
 
 EXIT, NEW = "/exit", "/new"
 
@@ -28,10 +28,11 @@ def chat(config: ChatConfig) -> list[Message]:
         ConfigError: `max_completion_tokens` leaves no room in the network's context.
         ModelError, AdapterError: as the parts say.
     """
-    model, encoder, adapter = _open(config)
+    model, encoder, adapter, stop = _open(config)
+    ends = Ends.of(encoder, stop)
     messages: list[Message] = []
     if config.message is not None:
-        return _answered(model, encoder, adapter, [{"role": "user", "content": config.message}], config)
+        return _answered(model, ends, adapter, [{"role": "user", "content": config.message}], config)
     if sys.stdin.isatty():
         import readline  # noqa: F401 -- gives `input` editing and history
 
@@ -40,26 +41,30 @@ def chat(config: ChatConfig) -> list[Message]:
         if line == NEW:
             messages = []
         elif line:
-            messages = _answered(model, encoder, adapter, [*messages, {"role": "user", "content": line}], config)
+            messages = _answered(model, ends, adapter, [*messages, {"role": "user", "content": line}], config)
     return messages
 
 
-def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None]:
-    """The network, an encoder with the whole context to talk in, and the adapter's name."""
+def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None, tuple[str, ...]]:
+    """The network, an encoder with the whole context to talk in, the adapter's name, and strings that end an answer."""
+    stop = config.stop
     if config.run is None:
-        base = Base.find(config.base)
-        model, adapter, tokenizer = Model.load(base, device=config.device), None, load_tokenizer(base)
+        base, adapter = Base.find(config.base or DEFAULT_BASE), None
+        tokenizer = load_tokenizer(base)
+        model = Model.load(base, device=config.device, vocabulary=vocabulary(tokenizer))
         ends: Sequence[int] = end_ids(base)
         encoding = EncodingConfig(template="tokenizer" if tokenizer.chat_template else "plain")
     else:
-        run = read_run(config.run, ("policy", "sft"))
+        run = read_run(config.run, ("policy", "sft"), Given(config.base))
+        if isinstance(run.config, PolicyConfig):
+            stop = stop or run.config.stop
         model, encoder = run.open(config.device)
         adapter, tokenizer, encoding, ends = run.stage, encoder.tokenizer, encoder.config, encoder.end_ids
     context = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
     changes = {"max_tokens": max(encoding.max_tokens, context or 0)}
     if config.system is not None:
         changes |= {"system": config.system}
-    return model, Encoder(tokenizer, encoding.model_copy(update=changes), ends), adapter
+    return model, Encoder(tokenizer, encoding.model_copy(update=changes), ends), adapter, stop
 
 
 def _line() -> str | None:
@@ -72,20 +77,23 @@ def _line() -> str | None:
 
 
 def _answered(
-    model: Model, encoder: Encoder, adapter: str | None, messages: list[Message], config: ChatConfig
+    model: Model, ends: Ends, adapter: str | None, messages: list[Message], config: ChatConfig
 ) -> list[Message]:
     """The messages and the answer to them, which is printed as it grows."""
+    encoder = ends.encoder
+    assert encoder is not None
     prompt = encoder.cut_prompt(messages, config.max_completion_tokens)
     draws = uniforms(config.seed, len(messages), [0], 1, config.max_completion_tokens)[0]
     ids: list[int] = []
     shown = ""
     try:
-        for token in stream(model, prompt, adapter, draws, encoder.end_id, config.temperature):
+        for token in stream(model, prompt, adapter, draws, ends, config.temperature):
             ids.append(token)
-            shown = _show(encoder.decode(ids).rstrip("\ufffd"), shown)  # half a character waits for its other half
+            text = encoder.decode(ids).rstrip("\ufffd")  # half a character waits for its other half,
+            shown = _show(ends.held_back(text), shown)  # and what may begin a stop string for the rest of it
     except KeyboardInterrupt:
         print(" [stopped]", end="")
-    answer = encoder.decode(ids)
+    answer = ends.text(ids)
     _show(answer, shown)
     print(flush=True)
     return [*messages, {"role": "assistant", "content": answer}]
@@ -93,6 +101,6 @@ def _answered(
 
 def _show(text: str, shown: str) -> str:
     """Prints what `text` adds to `shown`; control characters, which could take the terminal over, are left out."""
-    added = text[len(shown) :]
+    added = text[len(shown) :] if text.startswith(shown) else ""
     print("".join(sign for sign in added if sign.isprintable() or sign in "\n\t"), end="", flush=True)
     return shown + added

@@ -17,6 +17,8 @@ from perlhf.config import commands, comparison, stages
 from perlhf.config.command_line import Command, parse
 from perlhf.config.recipe import read_recipe
 from perlhf.errors import ConfigError, PerlhfError, nearest
+from perlhf.runs import places
+from perlhf.runs.manifest import MANIFEST
 from perlhf.system import allocator
 
 COMMANDS: Mapping[str, Command[Any]] = {
@@ -114,6 +116,8 @@ def evaluated_data(arguments: list[str]) -> dict[str, Any] | None:
     if any(argument.startswith("--data.paths") for argument in arguments):
         # What was chosen of the run's own set says nothing about another one.
         data = {key: value for key, value in data.items() if key not in ("config", "split", "revision")}
+    elif "paths" in data:
+        data["paths"] = places.recorded_paths(data["paths"], settings.run / MANIFEST)
     return {"data": data}
 
 

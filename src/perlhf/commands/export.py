@@ -1,7 +1,9 @@
 """A run for other tools: its adapter in PEFT's layout, or base and adapter merged into one transformers checkpoint.
 
-Merged weights are rounded to the base's dtype, which loses part of a young adapter's effect; what was lost is measured
-on the files written and recorded in perlhf_export.json.
+Tokenizer, chat template, end tokens and generation settings come with either, so that it loads elsewhere as it is. A
+reward model's template ends with the end token, whose state it scores. Merged weights are rounded, which loses part of
+a young adapter's effect: what was lost is measured on the files written, read as any user of transformers reads them
+(`elsewhere.py`), and recorded in perlhf_export.json and README.md.
 """
 
 import json
@@ -13,29 +15,35 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from perlhf.commands import elsewhere
 from perlhf.config.commands import ExportConfig
-from perlhf.config.stages import EncodingConfig
+from perlhf.config.stages import DataConfig, EncodingConfig
 from perlhf.data import order
+from perlhf.data.records import Record
 from perlhf.data.splits import load
 from perlhf.errors import AdapterError, ConfigError
+from perlhf.evaluation.reward import score_records
 from perlhf.method.packing import Ids, Tokens, pack, pad
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
-from perlhf.model.base import Base, load_base, load_tokenizer
+from perlhf.model.base import Base, end_ids, load_base, vocabulary
+from perlhf.model.chat_template import on_day, templates_of
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.model.open import FinishedRun, read_run
-from perlhf.model.packaged import disk_errors, quiet
+from perlhf.model.open import FinishedRun, Given, read_run
+from perlhf.model.packaged import SMOLLM2, disk_errors, quiet
 from perlhf.system.files import directory_atomic, strict_json
-from perlhf.training import loop
+from perlhf.system.machine import cache_dir
 
 DETAILS = "perlhf_export.json"
 PROMPTS = 8
-"""Prompts (or scored texts) on which the error of merging is measured."""
-_PLAIN = (
-    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
+"""Prompts on which the error of merging is measured."""
+JUDGED = 64
+"""Comparisons and ratings on which a reward model's is."""
+_APART = "{{ '' }}"
+"""Between our tags and a template: keeps Jinja from trimming the template's own white space there."""
+LOST = 0.05
+"""Share of the scores' deviation above which an error is warned of."""
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
@@ -47,11 +55,13 @@ def export(config: ExportConfig) -> dict[str, Any]:
         AdapterError, ModelError, DataError: as the parts say.
         StorageError: it can't be written.
     """
-    run = read_run(config.run)
+    run = read_run(config.run, given=Given(config.base, config.data))
     _check_output(config)
     details = _export_peft(run, config) if config.format == "peft" else _export_merged(run, config)
     for key, value in details.items():
         print(f"{key}: {value}")
+    for note in _notes(run, config, details):
+        print(f"note: {note}")
     return details
 
 
@@ -60,80 +70,210 @@ def _check_output(config: ExportConfig) -> None:
     if config.run.resolve() in (output.resolve(), *output.resolve().parents):
         hint = "name a directory outside the run"
         raise ConfigError("the output lies inside the run directory", where="output", hint=hint)
-    if not output.exists() or (config.format == "merged" and (output / DETAILS).is_file()):
+    if not output.exists() or (output / DETAILS).is_file():
         return
     if not output.is_dir():
         raise ConfigError(f"{output} is a file", where="output", allowed="a new directory")
-    # What a peft directory may hold besides is checked where it is written.
-    if config.format == "merged" and any(output.iterdir()):
+    if config.format == "peft":
+        saved.check_replaceable(output)
+    elif any(output.iterdir()):
         raise ConfigError(f"{output} holds something else", where="output", allowed="a new or empty directory")
 
 
 def _export_peft(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
-    source = run.path / "adapter"
     if run.config.tuning == "full":
         hint = "--format merged writes the trained weights as a checkpoint"
         raise ConfigError("a run with tuning: full has no adapter", where="format", allowed="merged", hint=hint)
-    whole = saved.read_adapter(source)
-    saved.write_adapter(config.output, whole)
+    if config.dtype != "run":
+        raise ConfigError("an adapter is written as it was trained, in float32", where="dtype", allowed="merged only")
+    whole = saved.read_adapter(run.adapter)
     adapter = whole.adapter
+    tokenizer, encoder = run.tokenizer(), Encoder(run.tokenizer(), run.config.encoding, end_ids(run.base))
     details: dict[str, Any] = {"format": "peft", "stage": run.stage, "base": whole.base["name"]}
-    details |= {"rank": adapter.rank, "alpha": adapter.alpha}
-    return details | ({"score_bias": adapter.bias.item()} if adapter.bias is not None else {})
+    details |= {"base_model_name_or_path": base_name(run, config), "rank": adapter.rank, "alpha": adapter.alpha}
+    if adapter.bias is not None:  # transformers' head has none: add it to the logit, or compare scores only
+        details["score_bias"] = adapter.bias.item()
+    _prepare(tokenizer, encoder, reward=adapter.score_head is not None, records=[])
+    with directory_atomic(config.output) as temporary:
+        saved.write_adapter(temporary, whole, details["base_model_name_or_path"])
+        with quiet(), disk_errors(config.output):
+            tokenizer.save_pretrained(temporary)
+        settings = run.base.directory / "generation_config.json"
+        generation = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+        generation |= {"eos_token_id": _ends(encoder)}
+        (temporary / "generation_config.json").write_text(strict_json(generation, indent=2) + "\n", encoding="utf-8")
+        _write_details(temporary, details, run)
+    return details
 
 
 def _export_merged(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
     model, encoder = run.open(config.device)
     adapter = model.adapters[run.stage]
-    # Measured on prompts of held-out groups, or on those there are.
-    texts = _texts(run, encoder)
-    merged = _load(run.base, model, adapter)
+    dtype = model.dtype if config.dtype == "run" else getattr(torch, config.dtype)
+    records = _records(run, config)
+    tokenizer = run.tokenizer()
+    reward = adapter.score_head is not None
+    merged = _classifier(run.base.directory, model, dtype) if reward else load_base(run.base, dtype, model.device)
     _merge(merged, adapter)
-    tokenizer = load_tokenizer(run.base)
-    tokenizer.chat_template = chat_template(tokenizer, encoder.config)
-    _name_tokens(merged, tokenizer, encoder.end_id, classifier=adapter.score_head is not None)
+    _prepare(tokenizer, encoder, reward=reward, records=records)
+    details: dict[str, Any] = {"format": "merged", "stage": run.stage, "base": model.fingerprint["name"]}
+    details |= {"dtype": str(dtype).removeprefix("torch."), "tuning": run.config.tuning}
+    if adapter.bias is not None:
+        details["score_bias"] = adapter.bias.item()
+        _fit_classifier(merged, tokenizer, adapter.bias.item())
+    elif merged.generation_config is not None:
+        merged.generation_config.eos_token_id = _ends(encoder)
     with directory_atomic(config.output) as temporary:
         with quiet(), disk_errors(config.output):
             merged.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         del merged
-        details: dict[str, Any] = {"format": "merged", "stage": run.stage, "base": model.fingerprint["name"]}
-        details |= {"dtype": str(model.dtype).removeprefix("torch."), "tuning": run.config.tuning}
-        if adapter.bias is not None:  # transformers' head has none: add it to the logit, or compare scores only
-            details["score_bias"] = adapter.bias.item()
-        details |= _measure(model, adapter, temporary, texts)
-        (temporary / DETAILS).write_text(strict_json(details, indent=2) + "\n", encoding="utf-8")
+        measure = _measure_scores if reward else _measure_logits
+        details |= measure(run, model, encoder, temporary, records)
+        _write_details(temporary, details, run)
     return details
 
 
+def base_name(run: FinishedRun, config: ExportConfig) -> str:
+    """What other tools load as the base of an adapter: as it was asked for, else a hub id, else where it is."""
+    if config.base_name is not None:
+        return config.base_name
+    if run.base.directory == SMOLLM2.directory:
+        return SMOLLM2.origin
+    name = run.base.fingerprint["name"]
+    local = run.base.directory.parent == cache_dir() / "bases" or Path(name).expanduser().is_dir()
+    return str(run.base.directory.resolve()) if local else name
+
+
 def chat_template(tokenizer: PreTrainedTokenizerBase, encoding: EncodingConfig) -> str:
-    """`encoding.template` as Jinja that stands alone, led by `encoding.system` where there is no system message."""
-    match encoding.template:
-        case "tokenizer":
-            body = str(tokenizer.chat_template)
-        case "plain":
-            body = _PLAIN
-        case file:
-            body = Path(file).read_text(encoding="utf-8")
+    """`encoding.template` as Jinja that stands alone: with its variables, its day and its system message.
+
+    Where a tokenizer has another template for conversations with tools, both are in it.
+    """
+    templates = templates_of(tokenizer, encoding.template)
+    body = templates["plain" if encoding.template == "plain" else "default"]
+    if "tool_use" in templates:
+        body = f"{{% if tools %}}{_APART}{templates['tool_use']}{_APART}{{% else %}}{_APART}{body}{_APART}{{% endif %}}"
+    if encoding.day and "strftime_now" in body:
+        body = on_day(encoding.day) + body
+    for name, value in encoding.template_kwargs.items():
+        literal = "none" if value is None else json.dumps(value, ensure_ascii=False)
+        body = f"{{% if {name} is not defined %}}{{% set {name} = {literal} %}}{{% endif %}}{_APART}{body}"
     if encoding.system is None:
         return body
     system = json.dumps(encoding.system, ensure_ascii=False)
     lead = f"[{{'role': 'system', 'content': {system}}}]"
-    return f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {lead} + messages %}}{{% endif %}}{body}"
+    unled = "not messages or messages[0]['role'] not in ('system', 'developer')"
+    return f"{{% if {unled} %}}{{% set messages = {lead} + messages %}}{{% endif %}}{_APART}{body}"
 
 
-def _load(base: Base, model: Model, adapter: Adapter) -> PreTrainedModel:
-    """A second network, plain: the base, or the base with a classification head where the adapter has one."""
-    if adapter.score_head is None:
-        return load_base(base, model.dtype, model.device)
-    return _classifier(base, model)
+def ending_with(template: str, end: str, dropped: str | None) -> str:
+    """A chat template whose conversations end with the end token where an assistant's turn is the last one.
+
+    Everything else is rendered as before: what stands between turns, and what makes room for an answer.
+
+    Args:
+        template: Jinja.
+        end: the end token; what follows the last one goes.
+        dropped: for a template without end token: what it puts after the last turn, in place of which the token goes.
+    """
+    body = template.removesuffix("\n")  # Jinja drops it from a template's end, but not from within
+    name, quoted = "perlhf_conversation", json.dumps(end, ensure_ascii=False)
+    kept = f"{name}.rpartition({quoted})[0] + {quoted}"
+    if dropped is not None:
+        # Only as a suffix: a template may put nothing there for some turns.
+        suffix = json.dumps(dropped, ensure_ascii=False)
+        kept = f"({name}.removesuffix({suffix}) if {suffix} else {name}) + {quoted}"
+    whole = "not add_generation_prompt and messages and messages[-1]['role'] == 'assistant'"
+    return (
+        f"{{% set {name} %}}{_APART}{body}{_APART}{{% endset %}}"
+        f"{{% if {whole} %}}{{{{ {kept} }}}}{{% else %}}{{{{ {name} }}}}{{% endif %}}"
+    )
 
 
-def _classifier(base: Base, model: Model) -> PreTrainedModel:
+def _prepare(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, *, reward: bool, records: Sequence[Record]) -> None:
+    """Puts into the tokenizer what its users must not have to know: the template; for scores, where they are read."""
+    tokenizer.chat_template = chat_template(tokenizer, encoder.config)
+    if not reward:
+        return
+    end = str(tokenizer.convert_ids_to_tokens(encoder.end_id))
+    turns = [{"role": "user", "content": "PERLHFASKED"}, {"role": "assistant", "content": "PERLHFSAID"}]
+    after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("PERLHFSAID")[2]
+    tokenizer.chat_template = ending_with(tokenizer.chat_template, end, None if end in after else after)
+    texts = [text for record in records for text in elsewhere.rendered(encoder, record, tokenizer)]
+    _choose_padding(tokenizer, encoder, texts)
+
+
+def _choose_padding(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, texts: Sequence[str]) -> None:
+    """Gives a classifier a padding token that no prompt has.
+
+    A classifier of transformers scores the last token that isn't padding: were padding the end token, as it often is,
+    the token before the end would be scored.
+    """
+    said = str(tokenizer.chat_template) + "".join(texts)
+    named: list[Any] = [tokenizer.eos_token_id, tokenizer.bos_token_id]
+    taken = {*encoder.end_ids, *named}
+
+    def free(number: int | None) -> bool:
+        return number is not None and number not in taken and str(tokenizer.convert_ids_to_tokens(number)) not in said
+
+    pad_id: Any = tokenizer.pad_token_id
+    if free(pad_id):
+        return
+    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if free(number)}
+    likely = sorted(added, key=lambda number: ("pad" not in added[number].lower(), number))
+    tokenizer.add_special_tokens({"pad_token": added[likely[0]] if likely else "<|padding|>"})
+
+
+def _fit_classifier(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bias: float) -> None:
+    """Names the padding token and the bias in its configuration; a token that is new gets a row of its own."""
+    embedding: Any = network.get_input_embeddings()
+    rows = vocabulary(tokenizer)
+    if rows > embedding.weight.shape[0]:
+        with quiet():
+            network.resize_token_embeddings(rows, mean_resizing=False)
+        embedding = network.get_input_embeddings()
+        embedding.weight.data[-1].zero_()
+    network.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    network.config.score_bias = bias
+
+
+def _ends(encoder: Encoder) -> int | list[int]:
+    """The end tokens as generation_config.json has them."""
+    others = sorted({*encoder.end_ids} - {encoder.end_id})
+    return [encoder.end_id, *others] if others else encoder.end_id
+
+
+def _write_details(directory: Path, details: dict[str, Any], run: FinishedRun) -> None:
+    (directory / DETAILS).write_text(strict_json(details, indent=2) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(elsewhere.readme(details, run), encoding="utf-8")
+
+
+def _notes(run: FinishedRun, config: ExportConfig, details: dict[str, Any]) -> list[str]:
+    """What the user of an export should know before anyone else gets it."""
+    notes = []
+    if config.format == "peft" and Path(details["base_model_name_or_path"]).is_absolute():
+        notes.append(
+            f"base_model_name_or_path is {details['base_model_name_or_path']}, which is there on this machine alone; "
+            "--base-name ID names the base as others find it"
+        )
+    if (share := details.get("error_over_deviation")) is not None and share > LOST:
+        hint = "" if details["dtype"] == "float32" else "; --dtype float32 writes weights that aren't rounded"
+        notes.append(f"the mean error of a score is {share:.1%} of the scores' deviation{hint}")
+    if other := details.get("texts_with_other_tokens"):
+        notes.append(
+            f"{other} of {details['texts_measured']} texts become other tokens elsewhere than in training, such as "
+            "texts that hold control tokens"
+        )
+    return notes
+
+
+def _classifier(directory: Path, model: Model, dtype: torch.dtype) -> PreTrainedModel:
+    """A second network, plain, with a classification head."""
     with quiet():
         try:
             network = AutoModelForSequenceClassification.from_pretrained(
-                base.directory, num_labels=1, dtype=model.dtype, local_files_only=True, trust_remote_code=False
+                directory, num_labels=1, dtype=dtype, local_files_only=True, trust_remote_code=False
             )
         except ValueError as error:
             name = type(model.base).__name__
@@ -162,71 +302,86 @@ def _merge(network: PreTrainedModel, adapter: Adapter) -> None:
         parameters["score.weight"].copy_(adapter.score_head)
 
 
-def _name_tokens(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_id: int, *, classifier: bool
-) -> None:
-    """Puts the end token into the generation configuration, and gives a classifier a padding token of its own.
+def _records(run: FinishedRun, config: ExportConfig) -> list[Record]:
+    """What the export is measured on: a few of the run's own records, held out for validation (or of all).
 
-    A classifier of transformers scores the last token that isn't padding: were padding the end token, as it often is,
-    the token before the end would be scored.
+    Of an adapter of another tool, nobody knows its records: those of the embedded set stand in.
     """
-    if not classifier:
-        if network.generation_config is not None:
-            network.generation_config.eos_token_id = end_id
-        return
-    others = [token for token in tokenizer.all_special_ids if token != end_id]
-    if tokenizer.pad_token_id in (None, end_id) and others:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(others[0])
-    pad_id = None if tokenizer.pad_token_id == end_id else tokenizer.pad_token_id
-    network.config.get_text_config().pad_token_id = pad_id
+    data = config.data or run.config.data
+    if config.data is None and run.foreign:
+        data = DataConfig()
+    split = "validation" if data.validation else "all"
+    if run.stage == "reward":
+        return order.choose(load(data, ("comparison", "rating"), split), JUDGED, 0)
+    return order.choose(load(data, ("prompt",), split), PROMPTS, 0)
 
 
-def _texts(run: FinishedRun, encoder: Encoder) -> list[Ids]:
-    """Ids of a few prompts, for a reward run with a completion, of the groups held out for tests (or of all)."""
-    data, reward = run.config.data, run.stage == "reward"
-    kinds = ("comparison", "rating") if reward else ("prompt",)
-    records = order.choose(load(data, kinds, "test" if data.test else "all"), PROMPTS, 0)
-    if not reward:
-        return [encoder.cut_prompt(record.prompt, 1, record.tools) for record in records]
-    examples, _ = loop.encode_all(encoder, records, drop_long=True)
-    return [encoded[0].tokens.ids for encoded in examples if encoded is not None]
+def _measure_scores(
+    run: FinishedRun, model: Model, encoder: Encoder, directory: Path, records: Sequence[Record]
+) -> dict[str, Any]:
+    """Scores as plain transformers reads them from the files, against those of `perlhf score`."""
+    adapter = model.adapters[run.stage]
+    assert adapter.bias is not None
+    budget, packing = run.config.microbatch_tokens, run.config.packing
+    scored, _ = score_records(model, encoder, records, run.stage, budget, packing)
+    tokenizer = elsewhere.tokenizer_of(directory)
+    wanted: list[float] = []
+    texts: list[str] = []
+    tokens: list[Ids] = []
+    for record, scores in zip(records, scored, strict=True):
+        examples = elsewhere.examples(encoder, record)
+        if scores is None or any(example.cut for example in examples):  # others see the whole prompt
+            continue
+        wanted += scores
+        texts += elsewhere.rendered(encoder, record, tokenizer)
+        tokens += [example.tokens.ids for example in examples]
+    if not texts:
+        return {"texts_measured": 0}
+    found, ids = elsewhere.scores(directory, tokenizer, texts, model.device)
+    error = (torch.tensor(found) + adapter.bias.item() - torch.tensor(wanted)).abs()
+    deviation = torch.tensor(wanted).std(correction=0).item()
+    return {
+        "texts_measured": len(texts),
+        "largest_score_error": error.max().item(),
+        "mean_score_error": error.mean().item(),
+        "deviation_of_scores": deviation,
+        "error_over_deviation": error.mean().item() / deviation if deviation else None,
+        "largest_score": max(map(abs, wanted)),
+        "texts_with_other_tokens": sum(list(one) != list(other) for one, other in zip(ids, tokens, strict=True)),
+    }
 
 
 @torch.no_grad()
-def _measure(model: Model, adapter: Adapter, directory: Path, texts: Sequence[Ids]) -> dict[str, Any]:
-    """Merged files against the adapter's own forward: logits of the token after each prompt, or scores.
+def _measure_logits(
+    run: FinishedRun, model: Model, encoder: Encoder, directory: Path, records: Sequence[Record]
+) -> dict[str, Any]:
+    """Merged files against the adapter's own forward: logits of the token after each prompt.
 
-    `share_lost` is the mean error over the mean change that the adapter makes to the base (without it for scores, which
-    the base has none of).
+    `share_lost` is the mean error over the mean change that the adapter makes to the base.
     """
-    what = "logit" if adapter.score_head is None else "score"
-    wanted = _outputs(model, adapter.name, texts)
-    if adapter.score_head is None:
-        network = load_base(Base(directory), model.dtype, model.device)
-        outputs = _last(network, texts)
-    else:
-        assert adapter.bias is not None
-        network = _classifier(Base(directory), model)
-        outputs = torch.cat([_one(network, ids) for ids in texts]) + adapter.bias
-    error = (outputs - wanted).abs()
-    measured: dict[str, Any] = {
+    texts = [encoder.cut_prompt(record.prompt, 1, record.tools) for record in records]
+    wanted, base = (_outputs(model, adapter, texts) for adapter in (run.stage, None))
+    network = load_base(Base(directory), model.dtype, model.device)
+    error = (_last(network, texts)[:, : model.vocabulary] - wanted).abs()
+    change = (wanted - base).abs()
+    tokenizer = elsewhere.tokenizer_of(directory)
+    others = [elsewhere.prompt_ids(tokenizer, encoder, record) for record in records]
+    return {
         "texts_measured": len(texts),
-        f"largest_{what}_error": error.max().item(),
-        f"mean_{what}_error": error.mean().item(),
-        f"largest_{what}": wanted.abs().max().item(),
+        "largest_logit_error": error.max().item(),
+        "mean_logit_error": error.mean().item(),
+        "largest_logit": wanted.abs().max().item(),
+        "largest_logit_change_by_adapter": change.max().item(),
+        "share_lost": (error.mean() / change.mean()).item() if change.any() else None,
+        "texts_with_other_tokens": sum(
+            list(ids[len(ids) - len(own) :]) != list(own) for ids, own in zip(others, texts, strict=True)
+        ),
     }
-    if adapter.score_head is None:
-        change = (wanted - _outputs(model, None, texts)).abs()
-        measured |= {"largest_logit_change_by_adapter": change.max().item()}
-        measured["share_lost"] = (error.mean() / change.mean()).item() if change.any() else None
-    return measured
 
 
 def _outputs(model: Model, adapter: str | None, texts: Sequence[Ids]) -> Tensor:
-    """Logits after each prompt [prompt, vocab] or scores [text], under the adapter as it is used here."""
+    """Logits after each prompt [prompt, vocab], under the adapter as it is used here."""
     batch = pack([[Tokens(ids)] for ids in texts], "none", model.device)
-    if adapter is not None and model.adapters[adapter].score_head is not None:
-        return model.scores(batch, adapter)
     return model.logits(model.last_states(batch, adapter), adapter)
 
 
@@ -235,7 +390,3 @@ def _last(network: PreTrainedModel, texts: Sequence[Ids]) -> Tensor:
     logits = network(input_ids=pad(texts, 0, network.device), use_cache=False).logits
     last = torch.tensor([len(ids) - 1 for ids in texts], device=network.device)
     return logits[torch.arange(len(texts), device=network.device), last].float()
-
-
-def _one(network: PreTrainedModel, ids: Ids) -> Tensor:
-    return network(input_ids=torch.tensor([list(ids)], device=network.device)).logits[:, 0].float()

@@ -13,9 +13,15 @@ class EvaluateConfig(Frozen):
     """Evaluate a reward or policy run on held-out groups."""
 
     run: Path
-    """Run directory to evaluate."""
+    """Run directory to evaluate, or a directory of peft's (with `--data.paths`)."""
     data: DataConfig | None = None
     """Records; null takes those of the run."""
+    base: str | None = None
+    """The network: where it is now, if not where the run's configuration says; what peft's directories adapt."""
+    encoding: EncodingConfig | None = None
+    """For directories of peft's: how records become tokens; null takes the chat template that comes with them."""
+    dtype: Literal["run", "bfloat16", "float32"] = "run"
+    """Of the base; `run` is that of the run, or what the hardware is faster in."""
     adapter: Path | None = None
     """For policies: an adapter in PEFT's layout, from whatever made it, that answers instead of the run's."""
     split: Literal["test", "validation", "train", "all"] = "test"
@@ -28,6 +34,8 @@ class EvaluateConfig(Frozen):
     """For policies: number of prompts."""
     temperature: NotNegative = 1.0
     """For policies: sampling temperature; 0 is greedy."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that end an answer; none takes those of the run."""
     best_of: tuple[Positive, ...] = ()
     """For policies: also the best of so many answers of the reference, chosen by what the policy learned from."""
     judge: str | None = None
@@ -74,9 +82,15 @@ class ScoreConfig(Frozen):
     """Score a file of prompts and completions with a reward run."""
 
     run: Path
-    """Reward run directory."""
+    """Reward run directory, or a directory of peft's."""
     data: DataConfig
     """Records to score."""
+    base: str | None = None
+    """The network: where it is now, if not where the run's configuration says; what peft's directories adapt."""
+    encoding: EncodingConfig | None = None
+    """For directories of peft's: how records become tokens; null takes the chat template that comes with them."""
+    dtype: Literal["run", "bfloat16", "float32"] = "run"
+    """Of the base; `run` is that of the run, or what the hardware is faster in."""
     output: Path | None = None
     """JSON lines to write; null prints."""
     device: str = "auto"
@@ -89,15 +103,17 @@ class ChatConfig(Frozen):
     """Talk with a policy or SFT run."""
 
     run: Path | None = None
-    """Run directory; null talks with the base."""
-    base: str = DEFAULT_BASE
-    """Base to use when no run is given."""
+    """Run directory, or a directory of peft's; null talks with the base."""
+    base: str | None = None
+    """The network; null is the run's, or the packaged one when no run is given."""
     system: str | None = None
     """System message."""
     temperature: NotNegative = 0.7
     """0 is greedy."""
     max_completion_tokens: Positive = 256
     """Longest answer."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that end an answer, which is shown without them; none takes those of the run."""
     message: str | None = None
     """Answer this one message and exit."""
     device: str = "auto"
@@ -110,11 +126,19 @@ class ExportConfig(Frozen):
     """Write a run's adapter for other tools."""
 
     run: Path
-    """Run directory."""
+    """Run directory, or a directory of peft's."""
     output: Path
     """Directory to write."""
     format: Literal["peft", "merged"] = "peft"
-    """`peft` directory, or `merged` safetensors with the measured logit error."""
+    """`peft` directory, or `merged` safetensors; with tokenizer, chat template and what was measured of it."""
+    base_name: str | None = None
+    """What others load as the base: a hub id, or a path on their machine; null is the base's hub id, or where it is."""
+    dtype: Literal["run", "bfloat16", "float32"] = "run"
+    """Of merged weights; `run` is that of the run."""
+    data: DataConfig | None = None
+    """Records on which the export is measured; null takes the run's own, held out for validation."""
+    base: str | None = None
+    """The network: where it is now, if not where the run's configuration says; what peft's directories adapt."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
@@ -123,7 +147,7 @@ class AverageConfig(Frozen):
     """Average the weights of reward runs into one (WARM)."""
 
     runs: Annotated[tuple[Path, ...], Field(min_length=2)]
-    """Reward runs of one base, encoding and set of adapted layers."""
+    """Reward runs (or directories of peft's) of one base, encoding and set of adapted layers."""
     output: Path
     """New or empty directory, to be used as a reward run."""
 

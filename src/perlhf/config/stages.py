@@ -188,6 +188,9 @@ class StageConfig(Frozen):
     """Updates between checkpoints; null takes 20 (1 for a LoRA policy)."""
     log: LogConfig = LogConfig()
     """Optional metric writers."""
+    # Left out of what a run records unless it is set: a record without it is the same run.
+    start: Path | None = Field(default=None, exclude_if=lambda run: run is None)
+    """Run of the same stage (or a directory of peft's) whose adapter is trained on: a second stage after the first."""
 
     @property
     def save_every(self) -> int:
@@ -230,7 +233,7 @@ class RewardConfig(StageConfig):
     run: Path = Path("runs/reward")
     """Run directory; running the same command again continues it."""
     sft: Path | None = None
-    """SFT run whose adapter the reward adapter starts from; null starts from the base."""
+    """SFT run, or a directory of peft's, whose adapter the reward adapter starts from; null starts from the base."""
     epochs: Positive = 1
     """Passes over the training records."""
     examples_per_update: Positive = 16
@@ -260,6 +263,14 @@ class RewardConfig(StageConfig):
     margin: NotNegative = 0.0
     """Scale of the records' `margin` inside the comparison loss; 0 ignores it."""
 
+    @model_validator(mode="after")
+    def _one_start(self) -> "RewardConfig":
+        if self.start is not None and self.sft is not None:
+            raise ValueError("start and sft both say what the adapter starts from; give one of them")
+        if self.start is not None and self.head_start == "probe":
+            raise ValueError("head_start: probe would replace the score head that start brings; leave one of them out")
+        return self
+
     @property
     def learning_rate(self) -> float:
         """The peak learning rate in force; a head that fits already wants a lower one (docs/results)."""
@@ -282,9 +293,9 @@ class PolicyConfig(StageConfig):
     run: Path = Path("runs/policy")
     """Run directory; running the same command again continues it."""
     sft: Path | None = None
-    """SFT run that the policy starts from and is anchored to; null anchors to the base (`base` may be your own)."""
+    """SFT run, or a directory of peft's, that the policy starts from and is anchored to; null anchors to the base."""
     reward: tuple[str, ...] = ()
-    """Reward run directories, `module:function`, or an http(s) address."""
+    """Reward run directories (or peft's), `module:function`, or an http(s) address."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
     """How scores of several reward models become one."""
     # What is left out of what a run records unless it is set: a record without it is the same run.
@@ -326,9 +337,11 @@ class PolicyConfig(StageConfig):
     """Updates between evaluations on held-out prompts; the best by held-out reward is kept, be it the start."""
     validation_prompts: Positive = 16
     """Held-out prompts of such an evaluation."""
-    # These two are left out of what a run records unless they are set: a record without them is the same run.
+    # These are left out of what a run records unless they are set: a record without them is the same run.
     validation_reward: tuple[str, ...] = Field(default=(), exclude_if=lambda sources: not sources)
     """What scores the held-out prompts instead of `reward`, best reward runs of other groups (none: `reward`)."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), exclude_if=lambda strings: not strings)
+    """Strings that end a completion, such as "\\nUser:"; rewards see the text before the first of them."""
     patience: Positive | None = Field(default=None, exclude_if=lambda evaluations: evaluations is None)
     """Stop after so many evaluations in a row without a better held-out reward; null runs all updates."""
 

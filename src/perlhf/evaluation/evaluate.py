@@ -19,7 +19,8 @@ from perlhf.errors import ConfigError
 from perlhf.evaluation.policy import evaluate_policy
 from perlhf.evaluation.reward import evaluate_reward, score_records
 from perlhf.evaluation.sft import evaluate_sft
-from perlhf.model.open import FinishedRun, read_run
+from perlhf.model.open import FinishedRun, Given, read_run
+from perlhf.runs.earlier import is_adapter
 from perlhf.runs.evaluations import EVALUATION, Evaluation, read_evaluation, write_evaluation
 from perlhf.system.files import storage_errors, strict_json, write_atomic
 
@@ -33,7 +34,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         ConfigError: as the parts say; what only a policy can be asked, of another run; an adapter without `output`.
         StorageError: the result can't be written.
     """
-    run = read_run(config.run)
+    reward = config.reward if is_adapter(config.run) else ()
+    run = read_run(config.run, given=Given(config.base, config.data, config.encoding, config.dtype, reward))
     _check_asked(run, config)
     match run.stage:
         case "sft":
@@ -56,6 +58,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _check_asked(run: FinishedRun, config: EvaluateConfig) -> None:
     """Raises ConfigError for what would be ignored, or would stand in the run's own evaluation as if it were its."""
+    if run.foreign and config.data is None:
+        what = f"{run.path} is an adapter, which doesn't say what to evaluate it on"
+        raise ConfigError(what, where="data", hint="--data.paths FILE")
+    if config.encoding is not None and not run.foreign:
+        what, hint = "a run is evaluated with the encoding that it was trained with", "leave encoding out"
+        raise ConfigError(what, where="encoding", allowed="encoding of directories of peft's", hint=hint)
     asked = [name for name in ("adapter", "reward", "best_of", "judge") if getattr(config, name)]
     if asked and run.stage != "policy":
         raise ConfigError(f"{config.run} holds a run of stage {run.stage}", where=asked[0], allowed="a policy run")
@@ -76,7 +84,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         DataError, ModelError, AdapterError: as the parts say.
         StorageError: the rows can't be written; nothing half-written is left.
     """
-    run = read_run(config.run, ("reward",))
+    run = read_run(config.run, ("reward",), Given(config.base, config.data, config.encoding, config.dtype))
     records = load(config.data, ("comparison", "rating", "demonstration"), "all")
     model, encoder = run.open(config.device)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens

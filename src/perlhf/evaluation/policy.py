@@ -21,10 +21,9 @@ from perlhf.evaluation.judge import judge
 from perlhf.evaluation.shared import ROWS, Sampling, measure, plain, progress, seen_groups
 from perlhf.method import advantages, metrics
 from perlhf.method.packing import batches, completed
-from perlhf.model import saved
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.model.open import FinishedRun
+from perlhf.model.open import FinishedRun, load_earlier, load_sft
 from perlhf.rollout.functions import TrainerState
 from perlhf.rollout.local import Rollout
 from perlhf.rollout.scorers import Scorers, load_scorers
@@ -121,18 +120,18 @@ def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, list[Pro
     """The setting, and the prompts that the policy was trained on."""
     policy = run.config
     assert isinstance(policy, PolicyConfig)
-    trained_on = _prompts(load(policy.data, ("prompt",), "train"))
+    trained_on = _prompts(run.trained_on(("prompt",)))
     held_out = _prompts(load(config.data or policy.data, ("prompt",), config.split))
     records = order.choose(held_out, config.prompts, config.seed)
     model, encoder = run.open(config.device)
     reference = None
     if policy.sft is not None:
-        reference = saved.load_adapter(model, policy.sft / "adapter", "sft", encoder).name
-        model.freeze(reference)
+        reference = load_sft(model, policy.sft, encoder)
     answers = run.stage if config.adapter is None else _load_answering(model, config.adapter, encoder)
     scorers = _scorers(config, policy, model, encoder, records)
     prompts = [encoder.cut_prompt(record.prompt, policy.max_completion_tokens, record.tools) for record in records]
-    sampling = Sampling(model, encoder, prompts, policy.max_completion_tokens, config.seed)
+    stop = config.stop or policy.stop
+    sampling = Sampling(model, encoder, prompts, policy.max_completion_tokens, config.seed, stop)
     return Setting(config, policy, model, encoder, scorers, records, sampling, reference, answers), trained_on
 
 
@@ -148,10 +147,9 @@ def _scorers(
 
 def _load_answering(model: Model, directory: Path, encoder: Encoder) -> str:
     """The name of an adapter that answers instead of the run's own."""
-    adapter = saved.load_adapter(model, directory, "answering", encoder)
+    adapter = load_earlier(model, directory, "answering", encoder, "adapter")
     if adapter.score_head is not None:
         raise AdapterError(f"a {adapter.role} adapter writes no answers", where=str(directory), allowed="sft or policy")
-    model.freeze(adapter.name)
     return adapter.name
 
 
@@ -173,12 +171,13 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
             [setting.records[i] for i in batch],
             config.tokens_per_microbatch or policy.microbatch_tokens,
             state=TrainerState(policy.updates, policy.updates),
+            ends=rollout.ends,
         )
         tokens[batch], ended[batch] = [len(ids) for ids in rollout.completions], rollout.ended
         if adapter != setting.reference and config.temperature:
             kl[batch] = _kl(setting, adapter, rollout, config.temperature)
         for i, ids in zip(batch, rollout.completions, strict=True):
-            texts[i] = setting.encoder.decode(ids)
+            texts[i] = setting.sampling.text(ids)
         bar.advance()
     golden = _golden(setting, range(count), texts)
     return Answers(texts, scores, tokens, ended, kl if config.temperature else None, golden)
@@ -222,11 +221,13 @@ def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
                 [setting.records[i] for i in numbers],
                 config.tokens_per_microbatch or policy.microbatch_tokens,
             )
-            chosen_by[batch] = chooser.scores(*given).reshape(-1, most)
-            scores[batch] = setting.scorers.scores(*given).reshape(-1, most) if config.reward else chosen_by[batch]
+            chosen_by[batch] = chooser.scores(*given, ends=rollout.ends).reshape(-1, most)
+            scores[batch] = chosen_by[batch]
+            if config.reward:
+                scores[batch] = setting.scorers.scores(*given, ends=rollout.ends).reshape(-1, most)
             tokens[batch] = np.reshape([len(ids) for ids in rollout.completions], (-1, most))
             if golden is not None:
-                of_batch = _golden(setting, numbers, [setting.encoder.decode(ids) for ids in rollout.completions])
+                of_batch = _golden(setting, numbers, [setting.sampling.text(ids) for ids in rollout.completions])
                 assert of_batch is not None
                 golden[batch] = of_batch.reshape(-1, most)
             bar.advance()

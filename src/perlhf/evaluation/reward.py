@@ -69,7 +69,7 @@ class Judged:
 
 def evaluate_reward(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
     """The evaluation of a reward run."""
-    trained_on = load(run.config.data, KINDS, "train")
+    trained_on = run.trained_on(KINDS)
     held_out = load(config.data or run.config.data, KINDS, config.split)
     model, encoder = run.open(config.device)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens

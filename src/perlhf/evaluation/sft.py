@@ -29,7 +29,7 @@ COMPLETION_TOKENS = 128
 
 def evaluate_sft(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
     """The evaluation of an SFT run."""
-    trained_on = load(run.config.data, ("demonstration",), "train")
+    trained_on = run.trained_on(("demonstration",))
     held_out = load(config.data or run.config.data, ("demonstration",), config.split)
     demonstrations = [record for record in held_out if isinstance(record, Demonstration)]
     model, encoder = run.open(config.device)
@@ -89,13 +89,13 @@ def _answered(
     # At least half of the encoding's tokens stay for the prompt.
     length = min(COMPLETION_TOKENS, max(encoder.config.max_tokens // 2, 1))
     prompts = [encoder.cut_prompt(record.prompt, length, record.tools) for record in records]
-    sampling = Sampling(model, encoder, prompts, length, config.seed)
+    sampling = Sampling(model, encoder, prompts, length, config.seed, config.stop)
     texts: dict[str | None, dict[int, str]] = {None: {}, adapter: {}}
     with progress(2 * len(sampling.batches), "answers") as bar:
         for name, answers in texts.items():
             for batch in sampling.batches:
                 rollout = sampling.answer(batch, name, config.temperature)
-                answers |= zip(batch, map(encoder.decode, rollout.completions), strict=True)
+                answers |= zip(batch, map(sampling.text, rollout.completions), strict=True)
                 bar.advance()
     return [
         {

@@ -13,9 +13,10 @@ from perlhf.data.records import Record, Text
 from perlhf.errors import DataError
 from perlhf.method import metrics
 from perlhf.method.metrics import Statistic
+from perlhf.method.packing import Ids
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.rollout.local import Rollout, sample, uniforms
+from perlhf.rollout.local import Ends, Rollout, sample, uniforms
 from perlhf.runs.evaluations import Measured
 from perlhf.system.machine import peak_memory_bytes
 from perlhf.system.progress import Progress
@@ -55,12 +56,23 @@ class Sampling:
     prompts: list[list[int]]
     max_completion_tokens: int
     seed: int
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer."""
 
     @cached_property
     def batches(self) -> list[list[int]]:
         """Numbers of the prompts in batches of at most `ROWS`, shortest first, so that little is padded."""
         order = sorted(range(len(self.prompts)), key=lambda i: (len(self.prompts[i]), i))
         return [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
+
+    @property
+    def ends(self) -> Ends:
+        """What ends an answer."""
+        return Ends.of(self.encoder, self.stop)
+
+    def text(self, completion: Ids) -> str:
+        """An answer as it is shown: without end token and stop string."""
+        return self.ends.text(completion)
 
     def answer(self, batch: Sequence[int], adapter: str | None, temperature: float, samples: int = 1) -> Rollout:
         """Completions of each prompt that `batch` numbers; draws depend on the seed and the prompt's number alone."""
@@ -69,7 +81,7 @@ class Sampling:
             [self.prompts[i] for i in batch],
             adapter=adapter,
             draws=uniforms(self.seed, DRAWS_STEP, batch, samples, self.max_completion_tokens),
-            end_id=self.encoder.end_id,
+            ends=self.ends,
             temperature=temperature,
             max_completion_tokens=self.max_completion_tokens,
         )

@@ -121,11 +121,13 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with a padding token; `model_max_length` is what the network takes, where that is known.
 
     Raises:
-        ModelError: it can't be read or has no end token.
+        ModelError: it can't be read, has no end token, or has tokens that the network has no embedding for.
     """
     with quiet(), _model_errors(base, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base.directory, local_files_only=True, trust_remote_code=False)
-        limit = getattr(_config(base), "max_position_embeddings", None)
+        config = _config(base)
+        limit = getattr(config, "max_position_embeddings", None)
+    _check_vocabulary(base, tokenizer, config)
     if tokenizer.eos_token_id is None:
         hint = "set eos_token in tokenizer_config.json"
         raise ModelError("the tokenizer has no end token", where=str(base.directory), hint=hint)
@@ -161,6 +163,26 @@ def template_depends_on_day(base: Base, template: str) -> bool:
     return any(b"strftime_now" in file.read_bytes() for file in files if file.is_file())
 
 
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows of the embedding that have a token: one more than the highest id. Networks often have some more, padded."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _check_vocabulary(base: Base, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if rows is None or vocabulary(tokenizer) <= rows:
+        return
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    named = ", ".join(f"{token!r} ({number})" for number, token in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
+    raise ModelError(
+        f"the network has no embedding for {len(beyond)} of the tokenizer's tokens: {named}",
+        where=str(base.directory),
+        allowed=f"ids below {rows}, the rows of its embedding (vocab_size in config.json)",
+        hint="model.resize_token_embeddings(len(tokenizer)) in transformers, and save both in a new directory; or "
+        "remove these tokens from tokenizer.json",
+    )
+
+
 def load_base(base: Base, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
     """The frozen network: evaluation mode, no gradients, sdpa attention. `Model` verifies its forward pass.
 
@@ -192,14 +214,17 @@ def without_weights(name: str) -> PreTrainedModel:
     """The network of a base on torch's meta device: modules and shapes. The packaged base need not be pulled for it.
 
     Raises:
-        ModelError: the base isn't here, its configuration can't be read, or its architecture isn't supported.
+        ModelError: the base isn't here, its configuration or tokenizer can't be read, or it isn't supported.
     """
     packaged = name == SMOLLM2.name
     base = Base(SMOLLM2.directory) if packaged else Base.find(name)
     with quiet(), _model_errors(base, "model"), torch.device("meta"):
         config = LlamaConfig(**SMOLLM2_CONFIG) if packaged else _config(base)
         check_supported(config)
-        return AutoModelForCausalLM.from_config(config)
+        network = AutoModelForCausalLM.from_config(config)
+    if not packaged:
+        load_tokenizer(base)  # what it can't be trained with is said before anything is
+    return network
 
 
 def pick_device(device: str | torch.device) -> torch.device:

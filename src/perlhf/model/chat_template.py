@@ -71,7 +71,7 @@ class ChatTemplate:
         self._templates = templates_of(tokenizer, config.template)
         self.text = "\0".join(text for _, text in sorted(self._templates.items()))
         self._check_kwargs()
-        self._day = _strftime_on(config.day) if config.day and "strftime_now" in self.text else ""
+        self._day = on_day(config.day) if config.day and "strftime_now" in self.text else ""
         added = tokenizer.added_tokens_decoder
         self._visible = {token.content: number for number, token in added.items() if token.content.strip()}
         self._any_added = _alternatives(self._visible)
@@ -403,7 +403,7 @@ def _check_types(message: Message, number: int) -> None:
             raise DataError(f"{key!r} of message {number} is {value!r:.60}, which is no text", allowed="text")
 
 
-def _strftime_on(day: str) -> str:
+def on_day(day: str) -> str:
     """A macro that stands before a template and gives it that day instead of today's."""
     when = datetime.datetime.fromisoformat(day)
     directives = [*(f"%{letter}" for letter in _DIRECTIVES), "%-d", "%-m"]

@@ -51,15 +51,17 @@ class Model:
     Args:
         base: a causal language model of transformers; frozen here.
         fingerprint: name and SHA-256 of the base, recorded with every adapter.
+        vocabulary: tokens that the tokenizer has; null takes all rows of the embedding. The rows beyond, which padding
+            has left, have probability 0 in sampling and in log-probabilities alike.
 
     Raises:
         ModelError: its forward pass isn't what training assumes.
     """
 
-    def __init__(self, base: PreTrainedModel, fingerprint: dict[str, str]):
+    def __init__(self, base: PreTrainedModel, fingerprint: dict[str, str], vocabulary: int | None = None):
         self.base = base.eval().requires_grad_(False)
         modules.fuse(self.base)
-        self.fingerprint = fingerprint
+        self.fingerprint, self.vocabulary = fingerprint, vocabulary
         head = base.get_output_embeddings()
         self._head_path = tuple(name for name, module in base.named_modules() if module is head)
         self.decoder: nn.Module = getattr(base, base.base_model_prefix)
@@ -72,7 +74,7 @@ class Model:
         verify_forward(self)
 
     @classmethod
-    def load(cls, base: Base, dtype: str = "auto", device: str = "auto") -> "Model":
+    def load(cls, base: Base, dtype: str = "auto", device: str = "auto", vocabulary: int | None = None) -> "Model":
         """The base's weights on `device`, without adapters.
 
         Raises:
@@ -80,7 +82,7 @@ class Model:
         """
         target = pick_device(device)
         chosen, _ = pick_dtype(dtype, target.type)
-        return cls(load_base(base, chosen, target), base.fingerprint)
+        return cls(load_base(base, chosen, target), base.fingerprint, vocabulary)
 
     # adapters
 
@@ -218,7 +220,7 @@ class Model:
 
     @torch.no_grad()
     def logits(self, states: Tensor, adapter: str | Held | None) -> Tensor:
-        """Vocabulary logits of states [..., hidden], float32, to sample from."""
+        """Logits of the vocabulary's tokens from states [..., hidden], float32, to sample from."""
         weight = self._output_weight(adapter)
         with cpu.sampling():
             logits = cpu.linear(states, weight) if cpu.few_rows(states, weight) else states @ weight.t()
@@ -274,6 +276,10 @@ class Model:
         return (states.float() @ head.score_head.t()).squeeze(-1) + head.bias
 
     def _output_weight(self, adapter: str | Held | None) -> Tensor:
+        """Rows of the output head, of the tokens that there are."""
+        return self._head_weight(adapter)[: self.vocabulary]
+
+    def _head_weight(self, adapter: str | Held | None) -> Tensor:
         weights = adapter.weights if isinstance(adapter, Held) else _uppermost_weights(self._chain(adapter))
         if not weights:
             return self.base.get_output_embeddings().weight  # pyright: ignore[reportReturnType,reportOptionalMemberAccess]

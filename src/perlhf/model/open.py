@@ -1,6 +1,12 @@
-"""A finished run put back to use: its configuration, its base, and its adapter under the name of its stage."""
+"""A finished run put back to use: its configuration, its base, and its adapter under the name of its stage.
+
+A directory with an adapter in PEFT's layout is read as a run, too: what a run's configuration would say is given by
+whoever reads it, or found beside the adapter.
+"""
 
 import datetime
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,31 +14,64 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from perlhf.config.recipe import load_recipe
-from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftConfig, StageConfig
+from perlhf.config.stages import (
+    AdapterConfig,
+    DataConfig,
+    EncodingConfig,
+    PolicyConfig,
+    RewardConfig,
+    SftConfig,
+    StageConfig,
+)
 from perlhf.data import order
-from perlhf.errors import ConfigError, RunError
+from perlhf.data.records import Record
+from perlhf.data.splits import load
+from perlhf.errors import ConfigError, ModelError, RunError
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
-from perlhf.model.base import Base, end_ids, load_tokenizer, template_depends_on_day
+from perlhf.model.base import Base, end_ids, load_tokenizer, template_depends_on_day, vocabulary
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.runs.earlier import earlier_runs
+from perlhf.runs import places
+from perlhf.runs.earlier import adapter_of, earlier_runs, is_adapter
 from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_manifest
 
 StageName = Literal["sft", "reward", "policy"]
 Stage = TypeVar("Stage", bound=StageConfig)
 _CONFIGS = {"sft": SftConfig, "reward": RewardConfig, "policy": PolicyConfig}
+_TEMPLATE, _TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command says of a run that it reads: where its base is now, and what peft's directories don't say."""
+
+    base: str | None = None
+    data: DataConfig | None = None
+    encoding: EncodingConfig | None = None
+    dtype: str = "run"
+    """Of the base: another one than the run's."""
+    reward: tuple[str, ...] = ()
+    """What scores the answers of peft's adapter: it is then read as a policy."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that has ended."""
+    """A run that has ended, or an adapter of another tool."""
 
     path: Path
     stage: StageName
     config: SftConfig | RewardConfig | PolicyConfig
+    foreign: bool = False
+    """No run but an adapter's directory: nobody knows what it was trained on."""
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter's directory."""
+        return adapter_of(self.path) or self.path / "adapter"
 
     @cached_property
     def base(self) -> Base:
@@ -41,7 +80,7 @@ class FinishedRun:
         Raises:
             ModelError: it isn't here any more.
         """
-        return Base.find(self.config.base)
+        return _find_base(self.config.base, self.path, saved.CONFIG if self.foreign else CONFIG)
 
     def open(self, device: str) -> tuple[Model, Encoder]:
         """The base with the run's adapter, frozen and named after the stage, and the encoder it was trained with.
@@ -54,55 +93,122 @@ class FinishedRun:
         # Another number of threads adds up in another order: scores would differ in the last bits.
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        model, encoder = open_model(self.config.model_copy(update={"device": device}), self.base)
-        saved.load_adapter(model, self.path / "adapter", self.stage, encoder)
+        config = self.config.model_copy(update={"device": device})
+        model, encoder = open_model(config, self.base, self.adapter if self.foreign else None)
+        saved.load_adapter(model, self.adapter, self.stage, encoder)
         model.freeze(self.stage)
         return model, encoder
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, with the chat template and end token that came with an adapter of another tool."""
+        return _tokenizer(self.base, self.adapter if self.foreign else None)
 
-def read_run(path: Path, stages: Sequence[StageName] = get_args(StageName)) -> FinishedRun:
-    """Reads a run directory; loads no network.
+    def trained_on(self, kinds: tuple[str, ...]) -> list[Record]:
+        """The records that it was trained on; none where nobody knows.
+
+        Raises:
+            DataError: as `splits.load`.
+        """
+        return [] if self.foreign else load(self.config.data, kinds, "train")
+
+
+def read_run(path: Path, stages: Sequence[StageName] = get_args(StageName), given: Given | None = None) -> FinishedRun:
+    """Reads a run directory, or one with an adapter in PEFT's layout; loads no network.
 
     Args:
+        path: the directory.
         stages: what is of use to the caller.
+        given: what the command says of it.
 
     Raises:
         RunError: no run directory, a run that isn't finished, or one of another stage or an earlier version.
         ConfigError: its config.yaml is damaged.
+        AdapterError, ModelError: an adapter's directory that can't be used, or whose base isn't named.
     """
-    where = str(path)
+    where, given = str(path), given or Given()
+    if is_adapter(path):
+        return _as_run(path, stages, given)
     if not (path / MANIFEST).is_file():
         what = "not a run directory" if path.exists() else "there is no such directory"
         hint = "perlhf sft, reward or policy makes one"
-        raise RunError(what, where=where, allowed=f"a directory with {CONFIG}, {MANIFEST} and {RESULT}", hint=hint)
-    stage = read_manifest(path).get("stage")
+        allowed = f"a directory with {CONFIG}, {MANIFEST} and {RESULT}, or with {saved.CONFIG} as peft saves it"
+        raise RunError(what, where=where, allowed=allowed, hint=hint)
+    manifest = read_manifest(path)
+    stage = manifest.get("stage")
     if stage not in _CONFIGS:
         raise RunError(f"unknown stage {stage!r}", where=str(path / MANIFEST), allowed=", ".join(_CONFIGS))
     if not (path / RESULT).is_file():
         hint = f"run perlhf {stage} with the same recipe and options again: it continues where it stopped"
         raise RunError("the run isn't finished", where=where, hint=hint)
-    if stage not in stages:
-        raise RunError(f"holds a run of stage {stage}", where=where, allowed=f"a run of stage {' or '.join(stages)}")
-    return FinishedRun(path, stage, load_recipe(path / CONFIG, _CONFIGS[stage]))
+    _check_stage(path, stage, stages)
+    config = places.resolved(load_recipe(path / CONFIG, _CONFIGS[stage]), manifest, path)
+    return FinishedRun(path, stage, config.model_copy(update=_changes(given)))
 
 
 def load_sft(model: Model, run: Path, encoder: Encoder) -> str:
-    """The frozen adapter of an SFT run; its name.
+    """The frozen adapter of an SFT run, or of a directory of peft's; its name.
 
     Raises:
         ConfigError: a run of another stage; AdapterError: as `saved.load_adapter`.
     """
-    adapter = saved.load_adapter(model, run / "adapter", "sft", encoder)
+    adapter = load_earlier(model, run, "sft", encoder)
     if adapter.score_head is not None:
         raise ConfigError(f"{run} holds a {adapter.role} adapter", where="sft", allowed="an SFT run")
-    model.freeze(adapter.name)
     return adapter.name
 
 
-def open_model(config: StageConfig, base: Base) -> tuple[Model, Encoder]:
-    """The model and the encoder that a stage's configuration names, on its base."""
-    encoder = Encoder(load_tokenizer(base), config.encoding, end_ids(base))
-    return Model.load(base, config.dtype, config.device), encoder
+def load_earlier(model: Model, run: Path, name: str, encoder: Encoder, key: str | None = None) -> Adapter:
+    """The adapter of an earlier run, or of a directory of peft's, frozen under `name`.
+
+    Args:
+        model: gets the adapter.
+        run: the directory.
+        name: of the adapter in the model.
+        encoder: whose template, system message and end token must be those that the adapter was trained with.
+        key: of the configuration that names the run, if that isn't `name`.
+
+    Raises:
+        RunError: there is no adapter; AdapterError: as `saved.load_adapter`.
+    """
+    directory = adapter_of(run)
+    if directory is None:
+        raise RunError(f"{run} is no finished run", where=key or name, hint="name a finished run directory")
+    adapter = saved.load_adapter(model, directory, name, encoder)
+    if not (directory / saved.DETAILS).is_file() and encoder.config.template == "tokenizer":
+        beside, used = _template_beside(directory), encoder.tokenizer.chat_template
+        if isinstance(beside, str) and isinstance(used, str) and beside.strip() != used.strip():
+            what = f"note: {directory} came with another chat template than the base's, which is used here"
+            print(f"{what}; encoding.template: {directory / _TEMPLATE} takes it", file=sys.stderr)
+    model.freeze(name)
+    return adapter
+
+
+def load_start(model: Model, config: StageConfig, encoder: Encoder, role: Literal["sft", "reward", "policy"]) -> str:
+    """The frozen adapter of the run that `start` names; its name.
+
+    Raises:
+        ConfigError: it has no score head, or has one, where `role` wants the other.
+    """
+    assert config.start is not None
+    adapter = load_earlier(model, config.start, "start", encoder)
+    if (adapter.score_head is not None) != (role == "reward"):
+        allowed = "a reward run" if role == "reward" else "an SFT or policy run"
+        hint = "sft: RUN lets a reward model start from an SFT run" if role == "reward" else None
+        raise ConfigError(f"{config.start} holds a {adapter.role} adapter", where="start", allowed=allowed, hint=hint)
+    return adapter.name
+
+
+def open_model(config: StageConfig, base: Base, beside: Path | None = None) -> tuple[Model, Encoder]:
+    """The model and the encoder that a stage's configuration names, on its base.
+
+    Args:
+        config: of the stage.
+        base: the network.
+        beside: an adapter's directory whose own chat template and end token are used, if it has some.
+    """
+    tokenizer = _tokenizer(base, beside)
+    model = Model.load(base, config.dtype, config.device, vocabulary(tokenizer))
+    return model, Encoder(tokenizer, config.encoding, end_ids(base))
 
 
 def with_day(config: Stage, base: Base) -> Stage:
@@ -135,6 +241,8 @@ def new_adapter(
 ) -> Adapter:
     """The adapter that a stage trains: a copy of `start` when the shapes agree, else new (over `beneath`).
 
+    A score head goes on from that of `start`, where both have one.
+
     Raises:
         AdapterError: a target that matches nothing.
         ConfigError: LoRA on a fully tuned start, which an adapter's files couldn't hold.
@@ -149,29 +257,127 @@ def new_adapter(
     shape: AdapterConfig = config.adapter
     dropout = shape.dropout if role in ("sft", "reward") else 0.0
     if start is not None and same_shape(model.adapters[start], shape, config.tuning, model):
-        copy = model.copy_adapter(start, name, role)
-        copy.dropout = dropout
-        for pair in copy.pairs.values():
+        adapter = model.copy_adapter(start, name, role)
+        adapter.dropout = dropout
+        for pair in adapter.pairs.values():
             pair.dropout = dropout
-        return copy
-    return model.add_adapter(
-        name,
-        role,
-        tuning=config.tuning,
-        rank=shape.rank,
-        alpha=shape.alpha,
-        targets=shape.targets,
-        layers=shape.layers,
-        dropout=dropout,
-        seed=order.keyed_seed(config.seed, "adapter", name) % 2**31,
-        beneath=beneath if beneath is not None else start,
-    )
+    else:
+        adapter = model.add_adapter(
+            name,
+            role,
+            tuning=config.tuning,
+            rank=shape.rank,
+            alpha=shape.alpha,
+            targets=shape.targets,
+            layers=shape.layers,
+            dropout=dropout,
+            seed=order.keyed_seed(config.seed, "adapter", name) % 2**31,
+            beneath=beneath if beneath is not None else start,
+        )
+    if start is not None and (earlier := model.adapters[start]).score_head is not None and earlier.bias is not None:
+        if adapter.score_head is not None and adapter.bias is not None:
+            adapter.score_head.data.copy_(earlier.score_head.data)
+            adapter.bias.data.copy_(earlier.bias.data)
+    return adapter
 
 
 def same_shape(adapter: Adapter, shape: AdapterConfig, tuning: str, model: Model) -> bool:
     """Whether a new adapter of this shape could be a copy of `adapter`."""
     if tuning == "full" or adapter.weights:
         return tuning == "full" and bool(adapter.weights)
-    if (adapter.rank, adapter.alpha) != (shape.rank, shape.alpha):
+    shapes = {(len(pair.a), pair.scale) for pair in adapter.pairs.values()}
+    if (adapter.rank, adapter.alpha) != (shape.rank, shape.alpha) or shapes != {(shape.rank, shape.alpha / shape.rank)}:
         return False
     return set(adapter.pairs) == set(model.targets(shape.targets, shape.layers))
+
+
+def _changes(given: Given) -> dict[str, Any]:
+    """What a command changes in the configuration of any run."""
+    changes = {"base": given.base} if given.base else {}
+    return changes | ({} if given.dtype == "run" else {"dtype": given.dtype})
+
+
+def _find_base(name: str, path: Path, file: str) -> Base:
+    """A base that a file of the directory `path` names."""
+    try:
+        return Base.find(name)
+    except ModelError as error:
+        hint = f"{error.hint}; or name where it is: --base BASE" if error.hint else "name where it is: --base BASE"
+        what = f"{error.what} (the base that {file} names)"
+        raise ModelError(what, where=str(path), allowed=error.allowed, hint=hint) from error
+
+
+def _check_stage(path: Path, stage: StageName, stages: Sequence[StageName]) -> None:
+    if stage not in stages:
+        allowed = f"a run of stage {' or '.join(stages)}"
+        raise RunError(f"holds a run of stage {stage}", where=str(path), allowed=allowed)
+
+
+def _as_run(path: Path, stages: Sequence[StageName], given: Given) -> FinishedRun:
+    """An adapter's directory as the run that might have written it."""
+    read = saved.read_adapter(path)
+    stage: StageName = "policy" if given.reward else "sft"
+    if read.adapter.score_head is not None:
+        stage = "reward"
+    _check_stage(path, stage, stages)
+    base = given.base or read.base["name"]
+    if not base:
+        what = f"{saved.CONFIG} names no base (base_model_name_or_path)"
+        raise ModelError(what, where=str(path), hint="name what it adapts: --base BASE")
+    known = {key: value for key, value in read.encoding.items() if key in EncodingConfig.model_fields}
+    common: dict[str, Any] = {"run": path, "data": given.data or DataConfig(), **_changes(given), "base": base}
+    common["tuning"] = "full" if read.adapter.weights else "lora"
+    if given.encoding or known:
+        common["encoding"] = given.encoding or EncodingConfig.model_validate(known)
+    elif _template_beside(path) is None:
+        tokenizer = load_tokenizer(_find_base(base, path, saved.CONFIG))
+        template = "tokenizer" if tokenizer.chat_template else "plain"
+        common["encoding"] = EncodingConfig(template=template)
+    match stage:
+        case "sft":
+            config = SftConfig(**common)
+        case "reward":
+            config = RewardConfig(**common)
+        case "policy":
+            config = PolicyConfig(**common, reward=given.reward)
+    return FinishedRun(path, stage, config, foreign=True)
+
+
+def _tokenizer(base: Base, beside: Path | None) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(base)
+    if beside is not None:
+        _take_template(tokenizer, beside)
+    return tokenizer
+
+
+def _take_template(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Chat template and end token that came with an adapter of another tool; ours are in the adapter's encoding."""
+    if (directory / saved.DETAILS).is_file():
+        return
+    template = _template_beside(directory)
+    if template is not None:
+        tokenizer.chat_template = template
+    end = _settings_beside(directory).get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    if isinstance(end, str) and end in tokenizer.get_vocab():
+        tokenizer.eos_token = end
+
+
+def _template_beside(directory: Path) -> Any:
+    """The chat template in an adapter's directory, as transformers would read it (text, or by name); None for none."""
+    file = directory / _TEMPLATE
+    if file.is_file():
+        return file.read_text("utf-8")
+    template = _settings_beside(directory).get("chat_template")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}
+    return template
+
+
+def _settings_beside(directory: Path) -> dict[str, Any]:
+    """What tokenizer_config.json in an adapter's directory says; {} without one that can be read."""
+    try:
+        value = json.loads((directory / _TOKENIZER).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

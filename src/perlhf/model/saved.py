@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,24 +24,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from perlhf.errors import AdapterError
+from perlhf.errors import AdapterError, ModelError
 from perlhf.method import lora
 from perlhf.method.lora import LowRank
 from perlhf.model.adapter import Adapter
+from perlhf.model.base import Base
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
+from perlhf.runs.earlier import ADAPTER_CONFIG as CONFIG
+from perlhf.runs.earlier import ADAPTER_DETAILS as DETAILS
 from perlhf.system.files import directory_atomic, sealed, sha256, storage_error, unsealed
 
-CONFIG, TENSORS, DETAILS = "adapter_config.json", "adapter_model.safetensors", "perlhf.json"
-FULL_WEIGHTS = "full_weights.safetensors"
+TENSORS, FULL_WEIGHTS, _PICKLED = "adapter_model.safetensors", "full_weights.safetensors", "adapter_model.bin"
 ENCODING = ("system", "template_sha256", "template_kwargs", "end_token")
 """What of the encoding must agree wherever an adapter is used."""
 _PREFIX, _HEAD = "base_model.model.", "score.weight"
 _FORMAT = 2
-_OURS = {CONFIG, TENSORS, DETAILS, FULL_WEIGHTS, "README.md"}
+_OURS = {CONFIG, TENSORS, DETAILS, FULL_WEIGHTS}
 _KNOWN = frozenset(  # keys of PEFT's configuration; these are read,
-    "base_model_name_or_path bias init_lora_weights layers_to_transform lora_alpha lora_dropout modules_to_save "
-    "peft_type r target_modules task_type use_rslora "
+    "alpha_pattern base_model_name_or_path bias init_lora_weights layers_to_transform lora_alpha lora_dropout "
+    "modules_to_save peft_type r rank_pattern target_modules task_type use_rslora "
     # and these have no effect on what an adapter computes, given its tensors
     "auto_mapping ensure_weight_tying eva_config exclude_modules inference_mode layers_pattern megatron_core "
     "peft_version qalora_group_size revision runtime_config".split()
@@ -97,7 +100,7 @@ def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | No
 def with_those_beneath(model: Model, name: str) -> Adapter:
     """The adapter as one that needs none beneath it: where there are some, the pairs of each layer are stacked.
 
-    A layer that one of them lacks gets zeros from it, so that all pairs have the same rank.
+    A layer that one of them lacks gets zeros from it, so that pairs have the same rank where those of each have.
     """
     chain = [model.adapters[name]]
     while (beneath := chain[0].beneath) is not None:
@@ -106,14 +109,18 @@ def with_those_beneath(model: Model, name: str) -> Adapter:
     if len(chain) == 1:
         return top
     rank = sum(adapter.rank for adapter in chain)
+    # Every pair has scale 1: alpha is the rank, be it the adapter's or, of a layer with another rank, the pair's own.
     whole = Adapter(name, top.role, rank, float(rank), top.dropout, score_head=top.score_head, bias=top.bias)
     for path, example in {path: pair for adapter in chain for path, pair in adapter.pairs.items()}.items():
         whole.pairs[path] = lora.stacked([adapter.pairs.get(path) or _zeros(adapter, example) for adapter in chain])
     return whole
 
 
-def write_adapter(directory: Path, saved: SavedAdapter) -> None:
+def write_adapter(directory: Path, saved: SavedAdapter, base_name: str | None = None) -> None:
     """Writes an adapter directory, whole or not at all; replaces an adapter that is there.
+
+    Args:
+        base_name: what other tools are told to load as the base, where that isn't the name that the base has here.
 
     Raises:
         AdapterError: the directory holds something else.
@@ -124,9 +131,7 @@ def write_adapter(directory: Path, saved: SavedAdapter) -> None:
     assert (adapter.score_head is not None) == (adapter.role in ("reward", "value")), (
         f"head of a {adapter.role} adapter"
     )
-    if directory.exists() and (strange := _strangers(directory)):
-        hint = "name a new directory, or delete this one"
-        raise AdapterError(f"not overwritten: it holds {strange[0]}", where=str(directory), hint=hint)
+    check_replaceable(directory)
     tensors = {name: tensor for name, tensor in adapter.tensors().items() if name != "score.bias"}
     if not full:
         tensors = {f"{_PREFIX}{name.removesuffix('.weight')}.weight": tensor for name, tensor in tensors.items()}
@@ -134,19 +139,27 @@ def write_adapter(directory: Path, saved: SavedAdapter) -> None:
         file = temporary / (FULL_WEIGHTS if full else TENSORS)
         write_tensors(file, tensors, directory)
         if not full:
-            (temporary / CONFIG).write_text(json.dumps(_peft_config(saved), indent=2) + "\n", "utf-8")
+            (temporary / CONFIG).write_text(json.dumps(_peft_config(saved, base_name), indent=2) + "\n", "utf-8")
         details = {
             "format": _FORMAT,
             "tuning": "full" if full else "lora",
             "role": adapter.role,
             "rank": adapter.rank,
             "alpha": adapter.alpha,
+            **_patterns(adapter),
             "bias": 0.0 if adapter.bias is None else adapter.bias.item(),
             "base": saved.base,
             "encoding": saved.encoding,
             "sha256": sha256(file),
         }
         (temporary / DETAILS).write_bytes(sealed(details))
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raises AdapterError for a directory that holds more than an adapter."""
+    if directory.exists() and (strange := _strangers(directory)):
+        hint = "name a new directory, or delete this one"
+        raise AdapterError(f"not overwritten: it holds {strange[0]}", where=str(directory), hint=hint)
 
 
 def read_adapter(directory: Path, name: str = "adapter") -> SavedAdapter:
@@ -167,16 +180,19 @@ def read_adapter(directory: Path, name: str = "adapter") -> SavedAdapter:
     config = _read_json(directory / CONFIG)
     _check_plain(config, str(directory / CONFIG))
     tensors = _read_tensors(directory / TENSORS, None if details is None else details["sha256"])
-    rank, alpha, dropout = _numbers(directory / CONFIG, config)
-    if details is not None and (rank, alpha) != (details["rank"], details["alpha"]):
+    shape = _Shape.of(directory / CONFIG, config)
+    if details is not None and not shape.agrees(details):
         raise _damaged(directory / CONFIG, f"rank or alpha were changed after saving: {DETAILS} has others")
     head = tensors.pop(_PREFIX + _HEAD, None)
     if head is not None and (head.dim() != 2 or head.shape[0] != 1):
         what = f"the score head is {list(head.shape)}"
         raise AdapterError(what, where=str(directory / TENSORS), allowed="[1, hidden]")
     details = details or _details_of_peft(config, head)
-    adapter = _with_head(Adapter(name, details["role"], rank, alpha, dropout), head, details["bias"])
-    adapter.pairs = _pairs(tensors, adapter, directory / TENSORS)
+    # The same scale without rsLoRA's root.
+    alpha = shape.alpha * math.sqrt(shape.rank) if shape.rslora else shape.alpha
+    adapter = Adapter(name, details["role"], shape.rank, alpha, shape.dropout)
+    adapter = _with_head(adapter, head, details["bias"])
+    adapter.pairs = _pairs(tensors, shape, directory / TENSORS)
     targets = _targets(config, adapter)
     return SavedAdapter(adapter, details["base"], details["encoding"], targets)
 
@@ -184,26 +200,34 @@ def read_adapter(directory: Path, name: str = "adapter") -> SavedAdapter:
 def check_base(saved: SavedAdapter, fingerprint: dict[str, str]) -> None:
     """Refuses an adapter that was trained on another base.
 
-    The SHA-256 of the weights decides; the name does for adapters of other tools, which record nothing else.
+    The SHA-256 of the weights decides. Adapters of other tools record a name only: it is right where it leads to the
+    same weights, wrong where it leads to others, and where it leads nowhere on this machine a note on standard error
+    says that nothing is known.
 
     Raises:
         AdapterError: with both names.
     """
     name, digest = saved.base.get("name", ""), saved.base.get("sha256", "")
-    same = digest == fingerprint["sha256"] if digest else name in ("", fingerprint["name"])
-    if same:
+    if not digest and name not in ("", fingerprint["name"]):
+        try:
+            digest = Base.find(name).fingerprint["sha256"]
+        except ModelError:
+            what = f"note: the adapter names {name} as its base, which isn't here; taken to be {fingerprint['name']}"
+            print(what, file=sys.stderr)
+    if digest in ("", fingerprint["sha256"]):
         return
-    theirs = f"{name} (SHA-256 {digest[:12] or 'unknown'})"
+    theirs = f"{name} (SHA-256 {digest[:12]})"
     ours = f"{fingerprint['name']} (SHA-256 {fingerprint['sha256'][:12]})"
     hint = f"--base {name}, or train on {fingerprint['name']} again"
-    if not digest:
+    if not saved.base.get("sha256"):
         hint += f"; if the two are the same, correct base_model_name_or_path in {CONFIG}"
     raise AdapterError(f"the adapter is for base {theirs}, not for {ours}", where="base", allowed=name, hint=hint)
 
 
 def files_hash(directory: Path) -> str:
-    """SHA-256 over the names and bytes of an adapter directory's files."""
-    lines = [f"{file.name}:{sha256(file)}\n" for file in sorted(directory.iterdir()) if file.is_file()]
+    """SHA-256 over the names and bytes of an adapter directory's files, those apart that are nothing to the adapter."""
+    files = [directory / name for name in sorted(_OURS) if (directory / name).is_file()]
+    lines = [f"{file.name}:{sha256(file)}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -233,7 +257,22 @@ def _zeros(adapter: Adapter, example: LowRank) -> LowRank:
     return LowRank(nn.Parameter(a), nn.Parameter(b), 1.0)
 
 
-def _peft_config(saved: SavedAdapter) -> dict[str, Any]:
+def _patterns(adapter: Adapter) -> dict[str, dict[str, float]]:
+    """PEFT's `rank_pattern` and `alpha_pattern`: the layers whose pair has another rank or alpha than the adapter."""
+    ranks = {path: len(pair.a) for path, pair in adapter.pairs.items()}
+    alphas = {path: pair.scale * ranks[path] for path, pair in adapter.pairs.items()}
+    other_ranks = {_literally(path): rank for path, rank in ranks.items() if rank != adapter.rank}
+    other_alphas = {_literally(path): alpha for path, alpha in alphas.items() if not math.isclose(alpha, adapter.alpha)}
+    named = {"rank_pattern": other_ranks, "alpha_pattern": other_alphas}
+    return {key: pattern for key, pattern in named.items() if pattern}
+
+
+def _literally(path: str) -> str:
+    """A path as a pattern that matches nothing else (PEFT lets anything precede a pattern)."""
+    return "^" + re.escape(path)
+
+
+def _peft_config(saved: SavedAdapter, base_name: str | None) -> dict[str, Any]:
     adapter, classifier = saved.adapter, saved.adapter.score_head is not None
     for path in adapter.pairs:
         assert any(path == end or path.endswith(f".{end}") for end in saved.targets), f"{path} is no target"
@@ -241,9 +280,10 @@ def _peft_config(saved: SavedAdapter) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if classifier else "CAUSAL_LM",
-        "base_model_name_or_path": saved.base.get("name") or None,
+        "base_model_name_or_path": base_name or saved.base.get("name") or None,
         "r": adapter.rank,
         "lora_alpha": alpha,
+        **_patterns(adapter),
         "lora_dropout": adapter.dropout,
         "target_modules": sorted(saved.targets),
         "modules_to_save": ["score"] if classifier else None,
@@ -291,23 +331,60 @@ def _check_plain(config: dict[str, Any], where: str) -> None:
             raise AdapterError(f"{key}: {config[key]} isn't supported", where=where, allowed=allowed)
 
 
-def _numbers(file: Path, config: dict[str, Any]) -> tuple[int, float, float]:
-    """Rank, alpha and dropout; of rsLoRA, whose scale is alpha / sqrt(rank), the alpha that means the same here."""
-    try:
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        dropout = float(config.get("lora_dropout") or 0)
-        if rank < 1:
-            raise ValueError(f"r is {rank}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(file, f"no rank, alpha or dropout: {error}") from error
-    return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha, dropout
+@dataclass(frozen=True)
+class _Shape:
+    """Rank, alpha and dropout as PEFT's configuration has them, of the adapter and of layers that a pattern names."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    rslora: bool
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+
+    @classmethod
+    def of(cls, file: Path, config: dict[str, Any]) -> "_Shape":
+        """Raises AdapterError, which names the file, where a number is missing or none."""
+        try:
+            rank, alpha = int(config["r"]), float(config["lora_alpha"])
+            dropout = float(config.get("lora_dropout") or 0)
+            ranks = {str(key): int(value) for key, value in (config.get("rank_pattern") or {}).items()}
+            alphas = {str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+            for pattern in (*ranks, *alphas):
+                re.compile(pattern)
+            if (least := min((rank, *ranks.values()))) < 1:
+                raise ValueError(f"r is {least}")
+        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+            raise _damaged(file, f"no rank, alpha or dropout: {error}") from error
+        return cls(rank, alpha, dropout, bool(config.get("use_rslora")), ranks, alphas)
+
+    def agrees(self, details: dict[str, Any]) -> bool:
+        """Whether these are the numbers that perlhf.json has."""
+        theirs = (details["rank"], details["alpha"], details.get("rank_pattern", {}), details.get("alpha_pattern", {}))
+        return (self.rank, self.alpha, self.ranks, self.alphas) == theirs
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the layer's pair."""
+        return self.ranks.get(_matching(self.ranks, path), self.rank)
+
+    def scale(self, path: str) -> float:
+        """alpha / rank of the layer's pair, alpha / sqrt(rank) of rsLoRA."""
+        rank, alpha = self.rank_of(path), self.alphas.get(_matching(self.alphas, path), self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def _matching(patterns: Mapping[str, Any], path: str) -> str:
+    """The first pattern that names the layer, in PEFT's own way (`peft.utils.other.get_pattern_key`); else ""."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), "")
 
 
 def _read_tensors(file: Path, expected: str | None) -> dict[str, Tensor]:
     """The tensors in order of their names, in the file's own memory; `expected` is its SHA-256, where it is known."""
     if not file.is_file():
-        hint = "save it again as safetensors; pickled adapters (.bin) are never read"
-        raise AdapterError(f"no {file.name} in it", where=str(file.parent), hint=hint)
+        pickled = f", but {_PICKLED}" if (file.parent / _PICKLED).is_file() else ""
+        hint = "save it again as safetensors (peft: save_pretrained(..., safe_serialization=True)); "
+        hint += "pickled adapters (.bin) are never read"
+        raise AdapterError(f"no {file.name} in it{pickled}", where=str(file.parent), hint=hint)
     if expected is not None and sha256(file) != expected:
         raise _damaged(file, f"its SHA-256 is not the one in {DETAILS}")
     try:
@@ -324,22 +401,26 @@ def _with_head(adapter: Adapter, head: Tensor | None, bias: float) -> Adapter:
     return adapter
 
 
-def _pairs(tensors: dict[str, Tensor], adapter: Adapter, where: Path) -> dict[str, LowRank]:
+def _pairs(tensors: dict[str, Tensor], shape: _Shape, where: Path) -> dict[str, LowRank]:
     """Pairs by module path; every tensor must belong to one of the right shape."""
-    a_end, b_end, rank = ".lora_A.weight", ".lora_B.weight", adapter.rank
+    a_end, b_end = ".lora_A.weight", ".lora_B.weight"
     paths = [name[len(_PREFIX) : -len(a_end)] for name in tensors if name.startswith(_PREFIX) and name.endswith(a_end)]
     pairs = {}
     for path in paths:
         a, b = tensors.pop(f"{_PREFIX}{path}{a_end}"), tensors.pop(f"{_PREFIX}{path}{b_end}", None)
+        rank = shape.rank_of(path)
         if b is None:
             raise AdapterError(f"{path} has lora_A without lora_B", where=str(where))
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
             what = f"{path}: A {list(a.shape)} and B {list(b.shape)} are no pair of rank {rank}"
             raise AdapterError(what, where=str(where), allowed="A [rank, in] and B [out, rank] of linear layers")
         a, b = (nn.Parameter(tensor.to(torch.float32, copy=True)) for tensor in (a, b))
-        pairs[path] = LowRank(a, b, adapter.alpha / rank, adapter.dropout)
+        pairs[path] = LowRank(a, b, shape.scale(path), shape.dropout)
     if tensors:
         what = f"unknown tensor {sorted(tensors)[0]}"
+        module = re.match(rf"{re.escape(_PREFIX)}(.*)\.(base_layer\.|lora_)", sorted(tensors)[0])
+        if module:  # peft saves the whole weight of an embedding or output head that it adapts
+            what = f"target_modules: {module[1]} isn't a linear layer below the output head"
         raise AdapterError(what, where=str(where), allowed=f"lora_A, lora_B, {_HEAD}")
     if not pairs:
         raise AdapterError("no lora_A and lora_B in it", where=str(where))
@@ -364,10 +445,11 @@ def _check_encoding(trained: dict[str, Any], encoder: Encoder | None, directory:
         return
     now = encoder.identity()
     for key in ENCODING:
-        if trained.get(key) != now.get(key):
+        then, here = trained.get(key), now.get(key)
+        if then != here:
             option = f"encoding.{key}" if key in ("system", "template_kwargs") else "encoding.template"
             raise AdapterError(
-                f"the adapter in {directory} was trained with {key} = {trained.get(key)!r}, this run uses {now.get(key)!r}",
+                f"the adapter in {directory} was trained with {key} = {then!r}, this run uses {here!r}",
                 where=option,
                 hint="use the same encoding in every stage",
             )
@@ -392,4 +474,4 @@ def _damaged(path: Path, why: str) -> AdapterError:
 def _strangers(directory: Path) -> list[str]:
     if not directory.is_dir():
         return [directory.name]
-    return sorted(entry.name for entry in directory.iterdir() if entry.name not in _OURS)
+    return sorted(entry.name for entry in directory.iterdir() if entry.name not in {*_OURS, "README.md"})

@@ -2,7 +2,8 @@
 
 Each prompt is computed once for its K completions, finished rows are dropped, the end token is kept. Randomness is
 keyed by (seed, step, prompt, sample), so that a rollout doesn't depend on how rows are batched beyond rounding.
-`sample` and `stream` read one loop, `_tokens`.
+`sample` and `stream` read one loop, `_tokens`. A completion ends with an end token, or with the token that completes a
+stop string, which is kept as well: what was sampled is what is learned.
 """
 
 import hashlib
@@ -18,10 +19,77 @@ from torch.nn import functional as F
 from perlhf.errors import DivergenceError, StaleSamplerError
 from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.method.packing import Ids
+from perlhf.model.encode import Encoder
 from perlhf.model.model import Held, Model
 
 VOCAB_BLOCK = 256
 """Tokens whose probabilities are added up together before one of them is drawn."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends a completion: the network's end tokens, and strings in its text.
+
+    Args:
+        ids: end tokens.
+        encoder: tells texts of tokens; needed for strings.
+        stop: strings.
+    """
+
+    ids: Sequence[int]
+    encoder: Encoder | None = None
+    stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, encoder: Encoder, stop: Sequence[str] = ()) -> "Ends":
+        """All of the network's end tokens, and these strings."""
+        return cls(encoder.end_ids, encoder, tuple(stop))
+
+    def end(self, ids: Ids) -> bool:
+        """Whether the last of these tokens ends the completion that they are."""
+        return ids[-1] in self.ids or bool(self.stop and self._stops_at(self._text(ids[-self._window :])) is not None)
+
+    def before(self, ids: Ids) -> list[int]:
+        """The tokens before the first stop string, all of them where there is none: what reward adapters score.
+
+        A token that holds the last characters before the string as well as its first ones stays whole.
+        """
+        at = self._stops_at(self._text(ids)) if self.stop else None
+        if at is None:
+            return list(ids)
+        count = 0
+        while len(self._text(ids[:count])) < at:
+            count += 1
+        return list(ids[:count])
+
+    def text(self, ids: Ids) -> str:
+        """The text of a completion, without end token and stop string: what is shown, and what functions score."""
+        assert self.encoder is not None, "texts are told by an encoder"
+        whole = self._text(ids) if self.stop else ""
+        at = self._stops_at(whole)
+        return self.encoder.decode(ids) if at is None else whole[:at].strip()
+
+    def held_back(self, text: str) -> str:
+        """The part of a growing text that no stop string can take back any more."""
+        text = text if (at := self._stops_at(text)) is None else text[:at]
+        longest = max(
+            (size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0
+        )
+        return text[: len(text) - longest]
+
+    @property
+    def _window(self) -> int:
+        """Last tokens that are sure to hold a string which the last one completes: each has a byte at the least."""
+        return max(len(stop.encode()) for stop in self.stop) + 8
+
+    def _stops_at(self, text: str) -> int | None:
+        return min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=None)
+
+    def _text(self, ids: Ids) -> str:
+        assert self.encoder is not None, "texts are told by an encoder"
+        tokens = [token for token in ids if token not in self.ids]
+        decode = self.encoder.tokenizer.decode
+        return str(decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True)
@@ -38,6 +106,8 @@ class Rollout:
     """[prompt, hidden] states that the first tokens were sampled from: what the probe compares."""
     adapter_version: tuple[tuple[str, int], ...]
     """Of the adapters that were active: `Model.version`."""
+    ends: Ends | None = None
+    """What ended them, other than the encoder's end tokens alone."""
 
     @property
     def tokens(self) -> int:
@@ -67,7 +137,7 @@ def sample(
     *,
     adapter: str | None,
     draws: Tensor,
-    end_id: int,
+    ends: Ends,
     temperature: float,
     max_completion_tokens: int,
 ) -> Rollout:
@@ -75,6 +145,7 @@ def sample(
 
     Args:
         draws: uniform numbers [prompt * sample, max_completion_tokens] (`uniforms`).
+        ends: what ends a completion.
         temperature: 0 takes the most likely token; its log-probabilities are then at temperature 1.
     """
     assert draws.shape[1] >= max_completion_tokens, "a draw for each token"
@@ -84,21 +155,24 @@ def sample(
     completions: list[list[int]] = [[] for _ in draws]
     logprobs: list[list[float]] = [[] for _ in draws]
     draws = draws[:, :max_completion_tokens]
-    for row, token, logprob in _tokens(model, held, prompt_states, cache, draws, end_id, temperature):
+    ended = [False] * len(draws)
+    for row, token, logprob, last in _tokens(model, held, prompt_states, cache, draws, ends, temperature):
         completions[row].append(token)
         logprobs[row].append(logprob)
+        ended[row] = last
     return Rollout(
         [list(ids) for ids in prompts for _ in range(samples)],
         completions,
         logprobs,
-        [ids[-1] == end_id for ids in completions],
+        ended,
         prompt_states,
         model.version(adapter),
+        ends,
     )
 
 
 def stream(
-    model: Model, prompt: Ids, adapter: str | None, draws: Tensor, end_id: int, temperature: float
+    model: Model, prompt: Ids, adapter: str | None, draws: Tensor, ends: Ends, temperature: float
 ) -> Iterator[int]:
     """Tokens of one completion as they are sampled, the end token left out: what `sample` gives for one prompt.
 
@@ -106,19 +180,22 @@ def stream(
 
     Args:
         draws: uniform numbers [max_completion_tokens].
+        ends: what ends it; a stop string is yielded, since its tokens may hold more.
         temperature: 0 takes the most likely token.
     """
     held = model.hold(adapter)
     states, cache = model.prefill([prompt], held)
-    for _, token, _ in _tokens(model, held, states, cache, draws[None], end_id, temperature):
-        if token != end_id:
+    for _, token, _, _ in _tokens(model, held, states, cache, draws[None], ends, temperature):
+        if token not in ends.ids:
             yield token
 
 
 def _tokens(
-    model: Model, held: Held, states: Tensor, cache: KeyValueCache, draws: Tensor, end_id: int, temperature: float
-) -> Iterator[tuple[int, int, float]]:
-    """Row, token and log-probability of every sampled token, all rows' first ones before the second; end tokens too.
+    model: Model, held: Held, states: Tensor, cache: KeyValueCache, draws: Tensor, ends: Ends, temperature: float
+) -> Iterator[tuple[int, int, float, bool]]:
+    """Row, token, log-probability and whether it ends its completion, of every sampled token; end tokens too.
+
+    All rows' first ones come before the second.
 
     Args:
         states: [prompt, hidden] of each prompt's last token; the cache is of these prompts.
@@ -130,14 +207,15 @@ def _tokens(
     decoding = Decoding(model, cache, held)
     states, draws = states.repeat_interleave(samples, 0), draws.to(model.device)
     rows = torch.arange(count, device=model.device)
-    going = [True] * count
+    going, sampled = [True] * count, [[0][:0] for _ in range(count)]
     for time in range(longest):
         tokens, logprobs = draw(model.logits(states, held), draws[rows, time], temperature)
         numbers = rows.tolist()
         for row, token, logprob in zip(numbers, tokens.tolist(), logprobs.tolist(), strict=True):
             if going[row]:
-                going[row] = token != end_id
-                yield row, token, logprob
+                sampled[row].append(token)
+                going[row] = not ends.end(sampled[row])
+                yield row, token, logprob, not going[row]
         left = [at for at, row in enumerate(numbers) if going[row]]
         if not left or time + 1 == longest:
             return

@@ -17,10 +17,12 @@ from perlhf.config.addresses import REWARD_KEY, filled, is_address, shown
 from perlhf.data.records import Prompt
 from perlhf.errors import ConfigError, DataError, DivergenceError, ServiceError
 from perlhf.method.packing import Batch, Ids, Packing, batches, completed
-from perlhf.model import saved
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
+from perlhf.model.open import load_earlier
 from perlhf.rollout.functions import Asked, Scorer, TrainerState, checked, load_function
+from perlhf.rollout.local import Ends
+from perlhf.runs.earlier import adapter_of
 from perlhf.system.http import Service, all_answers
 from perlhf.system.waiting import finish
 
@@ -49,16 +51,19 @@ class Scorers:
         max_tokens: int,
         packing: Packing = "tree",
         state: TrainerState = TrainerState(),  # noqa: B008 -- it is frozen
+        ends: Ends | None = None,
     ) -> NDArray[np.float64]:
         """One combined score per completion, float64 [batch]; nan where no source gave one.
 
         Reward adapters see the sampled ids as they are, but a completion that was cut gets the end token: they never
         learned from a state before it, and score such states at random (docs/experiments.md). Functions and services
-        get the prompts' texts and decoded completions, functions the columns of the prompts' rows as well.
+        get the prompts' texts and decoded completions, functions the columns of the prompts' rows as well. None of them
+        sees a stop string or what follows it; an end token other than the one that was trained is replaced by it.
         """
+        ends = ends or Ends.of(encoder)
         members: list[list[float]] = []
         if self.adapters:
-            whole = [ids if ids and ids[-1] == encoder.end_id else [*ids, encoder.end_id] for ids in completions]
+            whole = [[*_without_end(ends.before(ids), ends), encoder.end_id] for ids in completions]
             # The end token may be one too many for the context: then the prompt loses its first one.
             given = [p if len(p) + len(c) <= encoder.max_tokens else p[1:] for p, c in zip(prompts, whole, strict=True)]
             examples = [[completed(p, c)] for p, c in zip(given, whole, strict=True)]
@@ -67,7 +72,7 @@ class Scorers:
             if not np.isfinite(members).all():  # it would be taken for one that wasn't given
                 raise DivergenceError("a reward model's score isn't finite", hint="train the reward model again")
         if self.functions:
-            decoded = [encoder.decode(ids) for ids in completions]
+            decoded = [ends.text(ids) for ids in completions]
             texts, columns = [record.prompt for record in records], [record.columns for record in records]
             members += function_scores(self.functions, Asked(texts, decoded, list(completions), columns, state))
         table = np.array(members, dtype=float)
@@ -143,12 +148,11 @@ def load_scorers(
     for at, source in enumerate(sources):
         if is_address(source):
             functions[at] = http_reward(source, timeout_seconds)
-        elif (Path(source) / "adapter").is_dir():
+        elif adapter_of(Path(source)) is not None:
             name = f"{prefix}_{len(adapters)}"
-            adapter = saved.load_adapter(model, Path(source) / "adapter", name, encoder)
+            adapter = load_earlier(model, Path(source), name, encoder, key)
             if adapter.score_head is None:
                 raise ConfigError(f"{source} holds a {adapter.role} adapter", where=key, allowed="a reward run")
-            model.freeze(name)
             adapters[at] = name
         elif ":" in source and not Path(source).exists():
             functions[at] = load_function(source, key, columns)
@@ -234,3 +238,7 @@ def weighted(scores: ArrayLike, weights: Sequence[float]) -> NDArray[np.float64]
     table = np.asarray(scores, dtype=float)
     total = np.nansum(table * np.asarray(weights, dtype=float)[:, None], axis=0)
     return np.where(np.isnan(table).all(axis=0), np.nan, total)
+
+
+def _without_end(ids: Ids, ends: Ends) -> Ids:
+    return ids[:-1] if len(ids) and ids[-1] in ends.ids else ids

@@ -17,6 +17,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from perlhf.errors import RunError
+from perlhf.runs import places
+from perlhf.runs.evaluations import EVALUATION
 from perlhf.system.files import (
     TEMPORARY,
     damaged,
@@ -31,6 +33,8 @@ from perlhf.system.machine import environment
 LOCK, CONFIG, MANIFEST, RESULT = ".lock", "config.yaml", "manifest.json", "result.json"
 FORMAT = 2
 """Number of what a run directory looks like; raised when older ones can't be continued or used any more."""
+TOTALS = ("updates", "max_updates", "epochs")
+"""Keys that may grow: a run that has them goes on to what one that had them from the start would have become."""
 CHECKPOINTS = "checkpoints"
 """Directory of a run's checkpoints; a finished run needs none."""
 FREE_KEYS = ("checkpoint_every", "log", "reward_timeout_seconds", "run")
@@ -90,6 +94,7 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
             "format": FORMAT,
             "id": uuid.uuid4().hex[:12],
             "stage": stage,
+            places.STARTED_IN: places.started_in(path),
             "seed": settings.get("seed"),
             "facts": facts,
         }
@@ -109,8 +114,14 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
             where=str(path),
             hint="use another run directory",
         )
-    _check_same(path / CONFIG, _bound(_read_yaml(path / CONFIG)), _bound(settings), "configuration")
+    before, now = _bound(_read_yaml(path / CONFIG)), _bound(settings)
+    grown = {key: now.get(key) for key in TOTALS if _grew(before.get(key), now.get(key))}
+    _check_same(path / CONFIG, before | grown, now | grown, "configuration")
     _check_same(path / MANIFEST, {"facts": manifest["facts"]}, {"facts": facts}, "data or base")
+    if grown:
+        _check_extends(path / CONFIG, before, grown)
+        session |= {"extended": {key: {"before": before.get(key), "now": value} for key, value in grown.items()}}
+        _reopen(path)
     if (path / RESULT).exists():
         return manifest
     recorded = {key: manifest.get(key) for key in here}
@@ -182,13 +193,44 @@ def _bound(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in FREE_KEYS}
 
 
+def _grew(before: int | None, now: int | None) -> bool:
+    """Whether a total allows for more updates; null is no limit."""
+    return before is not None and (now is None or now > before)
+
+
+def _check_extends(file: Path, before: dict[str, Any], grown: dict[str, Any]) -> None:
+    """Refuses more updates where those that were made would have been others."""
+    schedule = (before.get("optim") or {}).get("schedule", "constant")
+    if schedule == "constant":
+        return
+    key, now = next(iter(grown.items()))
+    raise RunError(
+        f"{key} is {now!r}, but {before[key]!r} in the run that is here, whose learning rate (schedule: {schedule}) "
+        "falls to 0 at the last update: with more updates those that were made would have been larger",
+        where=str(file),
+        allowed="more updates with optim.schedule: constant",
+        hint=f"use another run directory, and start: {file.parent} to train its adapter on",
+    )
+
+
+def _reopen(path: Path) -> None:
+    """A finished run becomes one that goes on; its evaluation, which is that of the shorter run, is put aside."""
+    if not (path / RESULT).exists():
+        return
+    updates = read_json(path / RESULT).get("updates")
+    with storage_errors(path):
+        if (path / EVALUATION).exists():
+            os.replace(path / EVALUATION, path / f"evaluation-of-{updates}-updates.json")
+        (path / RESULT).unlink()
+
+
 def _check_same(file: Path, recorded: dict[str, Any], given: dict[str, Any], what: str) -> None:
     if difference := first_difference(recorded, given):
         key, then, now = difference
         raise RunError(
             f"{key} is {now!r}, but {then!r} in the run that is here: another {what}",
             where=str(file),
-            allowed=f"only {', '.join(FREE_KEYS[:-1])} may change when a run continues",
+            allowed=f"{', '.join(FREE_KEYS[:-1])} may change when a run continues, {', '.join(TOTALS)} may grow",
             hint=f"use another run directory, or delete {file.parent} to start again",
         )
 

@@ -149,6 +149,34 @@ class Run:
                     rollout.unlink()
         self._rewound_to = step
 
+    def amend(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds values to the line of `step`, which is the last one: what was measured after its checkpoint was saved.
+
+        Raises:
+            StorageError: metrics.jsonl can't be written; it stays as it was.
+        """
+        lines = _lines(self.path / METRICS)
+        last = json.loads(lines[-1])
+        assert last["step"] == step, f"step {last['step']} was logged last, not {step}"
+        self._rewrite([*lines[:-1], (strict_json(last | values) + "\n").encode()])
+        self._feed(step, values)
+
+    def withdraw(self, step: int, prefix: str) -> None:
+        """Drops values whose names start with `prefix` from the line of `step`, the last one: undoes `amend`."""
+        lines = _lines(self.path / METRICS)
+        last = json.loads(lines[-1]) if lines else {}
+        if last.get("step") == step and any(key.startswith(prefix) for key in last):
+            remaining = {key: value for key, value in last.items() if not key.startswith(prefix)}
+            self._rewrite([*lines[:-1], (strict_json(remaining) + "\n").encode()])
+
+    def _rewrite(self, lines: list[bytes]) -> None:
+        """Replaces metrics.jsonl; a descriptor that was open is of the file that there was."""
+        if self._metrics is not None:
+            os.close(self._metrics)
+            self._metrics = None
+        path = self.path / METRICS
+        write_atomic(path, b"".join(lines))
+
     def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Appends one line to metrics.jsonl, and feeds the progress bar and the optional writers.
 
@@ -164,6 +192,10 @@ class Run:
             self._metrics = self._open_metrics()
         with storage_errors(self.path / METRICS):
             _append_whole(self._metrics, line.encode())
+        self._feed(step, values)
+
+    def _feed(self, step: int, values: Mapping[str, float | int | str]) -> None:
+        """Shows values beside the progress bar, and to the optional writers."""
         if self._progress:
             self._progress.show(values)
         numbers = {
@@ -226,7 +258,7 @@ class Run:
         with storage_errors(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         log = self._settings.get("log") or {}
-        if log.get("tensorboard"):
+        if log.get("tensorboard") and self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
             # Events of an earlier session from this step on are hidden by TensorBoard.
@@ -299,6 +331,11 @@ def _complete_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
     """Numbered lines with their newline; a last one without it was cut off by a kill and is left out."""
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         yield number, line + b"\n"
+
+
+def _lines(path: Path) -> list[bytes]:
+    """All complete lines, with their newlines."""
+    return [line for _, line in _complete_lines(path.read_bytes() if path.exists() else b"")]
 
 
 def _line_step(path: Path, number: int, line: bytes) -> int:

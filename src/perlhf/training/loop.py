@@ -16,13 +16,13 @@ from perlhf.config.stages import RewardConfig, SftConfig, StageConfig
 from perlhf.data import order
 from perlhf.data.records import Record, completions_of
 from perlhf.data.splits import content_hash
-from perlhf.errors import DataError, DivergenceError, Interrupted
+from perlhf.errors import DataError, DivergenceError, Interrupted, RunError
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base
 from perlhf.model.encode import Encoder, Example, TooLong
 from perlhf.model.model import Model
-from perlhf.runs.earlier import earlier_runs
+from perlhf.runs.earlier import adapter_of, earlier_runs
 from perlhf.runs.run import Run
 from perlhf.training import checkpoint, optim
 
@@ -61,8 +61,8 @@ def facts(config: StageConfig, base: Base) -> dict[str, Any]:
     template = Path(config.encoding.template)
     if template.is_file():
         recorded["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
-    runs = [run for named in earlier_runs(config).values() for run in named if (run / "adapter").is_dir()]
-    adapters = {str(run): saved.files_hash(run / "adapter") for run in runs}
+    runs = [run for named in earlier_runs(config).values() for run in named]
+    adapters = {str(run): saved.files_hash(directory) for run in runs if (directory := adapter_of(run)) is not None}
     return recorded | ({"adapters": adapters} if adapters else {})
 
 
@@ -164,9 +164,26 @@ def restore(run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW]) ->
     return saved.step, Keeper(**best | {"value": -math.inf if best["value"] is None else best["value"]}), saved.state
 
 
-def restore_best(run_path: Path, keeper: Keeper, adapter: Adapter) -> None:
-    """Puts the weights of the best validation back (nothing to do when there was none)."""
-    if keeper.step is not None:
+def check_goes_on(run: Run, step: int, keeper: Keeper, validate_every: int) -> None:
+    """Makes the last line of metrics that of a run which goes on after `step`; call it where updates are left.
+
+    The end of a run is validated even where `validate_every` doesn't ask for it. No checkpoint has that validation, so
+    a run that is extended goes on as one that was to be so long from the start.
+
+    Raises:
+        RunError: the checkpoint is one of an earlier version, which did have it.
+    """
+    if step % validate_every == 0:
+        return
+    if keeper.step == step:
+        hint = f"start again in another directory, with start: {run.path}"
+        raise RunError(f"was finished at update {step} by an earlier version", where=str(run.path), hint=hint)
+    run.withdraw(step, "validation_")
+
+
+def restore_best(run_path: Path, step: int, keeper: Keeper, adapter: Adapter) -> None:
+    """Puts the weights of the best validation back, unless there was none or it was that of `step`, the last one."""
+    if keeper.step not in (None, step):
         saved = checkpoint.load(run_path, keeper.step)
         assert saved is not None
         load_adapter_tensors(adapter, saved.tensors[adapter.name])

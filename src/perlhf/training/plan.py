@@ -12,9 +12,10 @@ from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftC
 from perlhf.data import splits
 from perlhf.data.splits import SPLITS
 from perlhf.kernels import cpu
+from perlhf.model import saved
 from perlhf.model.base import without_weights
 from perlhf.model.supported import target_paths
-from perlhf.runs.earlier import check_runs, earlier_runs
+from perlhf.runs.earlier import check_runs, earlier_runs, is_adapter
 from perlhf.system import allocator
 from perlhf.system.machine import cpu_computes_in_bf16
 from perlhf.training.loop import updates_of
@@ -67,12 +68,15 @@ def plan(config: Stage) -> Plan:
         RunError: an SFT or reward run that isn't there.
         DataError: no records of the kind, or an empty split.
         ModelError: the base isn't here, or isn't supported.
-        AdapterError: a target that matches no layer.
+        AdapterError: a target that matches no layer; an adapter of another tool that can't be taken.
     """
     network = without_weights(config.base)
     stage, kinds = _stage(config)
     for key, runs in earlier_runs(config).items():
         check_runs(key, runs)
+        for run in runs:
+            if is_adapter(run):  # of another tool, as like as not: is it one that can be taken?
+                saved.read_adapter(run)
     records = count_records(config, kinds)
     size, trainable = network.num_parameters(), trainable_parameters(config, network)
     dtype = dtype_in_force(config.dtype, config.device)

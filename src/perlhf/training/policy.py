@@ -24,7 +24,8 @@ from perlhf.errors import Interrupted, RewardFunctionError, ServiceError
 from perlhf.method import advantages
 from perlhf.model import saved
 from perlhf.model.base import Base
-from perlhf.model.open import load_sft, new_adapter, open_model, with_day
+from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
+from perlhf.rollout.local import Ends
 from perlhf.rollout.scorers import load_scorers
 from perlhf.runs.run import Run, open_run
 from perlhf.system.machine import peak_memory_bytes
@@ -90,9 +91,11 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
             state = _state(saved_state)
         else:
             state = _before(setup, validation, run)
-            keeper.offer(0, state.before["reward"], state.before)  # the policy starts as its reference
+            keeper.offer(0, *_at_the_start(setup, validation, state))
             loop.save(run, 0, model, optimizers, keeper, asdict(state))
         oddities = _Oddities(config)
+        if step < config.updates and state.stopped is None:
+            loop.check_goes_on(run, step, keeper, config.validate_every)
         with run.progress(config.updates, step, "policy") as bar:
             while step < config.updates and state.stopped is None:
                 step += 1
@@ -106,17 +109,19 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
                 state.tokens += int(values["tokens"])
                 if config.max_kl is not None and values["kl"] > config.max_kl:
                     state.stopped = f"KL {values['kl']:.3g} exceeded max_kl {config.max_kl:g} at update {step}"
-                if step % config.validate_every == 0 or step == config.updates or state.stopped:
-                    held_out = validate(validation, state.validation_centre, POLICY, step)
-                    values |= {f"validation_{key}": value for key, value in held_out.items()}
-                    _offer(keeper, state, step, held_out, config)
+                if step % config.validate_every == 0 or state.stopped:
+                    values |= _validate(validation, keeper, state, step, config)
                 run.log(step, values)
                 oddities.note(done, step)
-                if keeper.step == step or state.stopped or step % config.save_every == 0 or run.stop_requested:
+                due = step % config.save_every == 0 or step == config.updates
+                if due or keeper.step == step or state.stopped or run.stop_requested:
                     loop.save(run, step, model, optimizers, keeper, asdict(state))
                 bar.advance()
                 loop.stop_if_asked(run, step, config.updates)
-        loop.restore_best(run.path, keeper, model.adapters[POLICY])
+        if step % config.validate_every and state.stopped is None:
+            # The end, of which checkpoints know nothing (`loop.check_goes_on`).
+            run.amend(step, _validate(validation, keeper, state, step, config))
+        loop.restore_best(run.path, step, keeper, model.adapters[POLICY])
         saved.save_adapter(model, POLICY, run.path / "adapter", setup.encoder)
         if VALUE in model.adapters:
             saved.save_adapter(model, VALUE, run.path / "value", setup.encoder)
@@ -130,7 +135,8 @@ def _open(config: PolicyConfig, base: Base) -> Setup:
     """The base with the reference, policy, value and reward adapters, and the prompts."""
     model, encoder = open_model(config, base)
     reference = None if config.sft is None else load_sft(model, config.sft, encoder)
-    new_adapter(model, POLICY, "policy", config, start=reference)
+    start = reference if config.start is None else load_start(model, config, encoder, "policy")
+    new_adapter(model, POLICY, "policy", config, start=start)
     if config.baseline == "value":
         new_adapter(model, VALUE, "value", config, start=reference)
     prompts = [record for record in load(config.data, ("prompt",), "train") if isinstance(record, Prompt)]
@@ -184,16 +190,30 @@ def _state(saved_state: dict[str, Any]) -> PolicyState:
     return PolicyState(first, second, *(saved_state[key] for key in ("before", "tokens", "stopped")))
 
 
-def _offer(keeper: Keeper, state: PolicyState, step: int, held_out: dict[str, float], config: PolicyConfig) -> None:
-    """Offers the step's weights to the keeper, and stops the run where `patience` is used up.
+def _at_the_start(setup: Setup, validation: Setup, state: PolicyState) -> tuple[float, dict[str, float]]:
+    """How the policy does before it learns: as its reference, unless it goes on from another run."""
+    held_out = state.before
+    if setup.config.start is not None:
+        held_out = validate(validation, state.validation_centre, POLICY, 0)
+    return held_out["reward"], held_out
+
+
+def _validate(
+    validation: Setup, keeper: Keeper, state: PolicyState, step: int, config: PolicyConfig
+) -> dict[str, float]:
+    """How the policy does on held-out prompts, as metrics.jsonl has it.
+
+    Offers the step's weights to the keeper, and stops the run where `patience` is used up.
 
     Where the KL exceeded `max_kl`, weights that stayed below it go first.
     """
+    held_out = validate(validation, state.validation_centre, POLICY, step)
     if state.stopped is None or not keeper.step:
         keeper.offer(step, held_out["reward"], held_out)
     if state.stopped is None and config.patience is not None and keeper.worse >= config.patience:
         times = f"{config.patience} times in a row, at update {step}"
         state.stopped = f"held-out reward was no better {times}"
+    return {f"validation_{key}": value for key, value in held_out.items()}
 
 
 def centre_of(setup: Setup) -> Centre:
@@ -256,6 +276,7 @@ def _values(done: Step) -> dict[str, float]:
 def _rows(setup: Setup, done: Step, step: int) -> list[dict[str, Any]]:
     """What rollouts/STEP.jsonl keeps for people and the report."""
     samples, rollout = setup.config.completions_per_prompt, done.scored.rollout
+    ends = rollout.ends or Ends.of(setup.encoder)
     rows = []
     given = done.scored.given
     for i, ids in enumerate(rollout.completions):
@@ -266,7 +287,7 @@ def _rows(setup: Setup, done: Step, step: int) -> list[dict[str, Any]]:
                 "prompt_index": i // samples,
                 "sample_index": i % samples,
                 "prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt],
-                "completion": setup.encoder.decode(ids),
+                "completion": ends.text(ids),
                 "score": float(done.scored.scores[i]) if given[i] else None,
                 "reward": done.rewards[i].sum().item() if given[i] else None,
                 "kl": done.kl[i].item(),

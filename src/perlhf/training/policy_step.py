@@ -25,7 +25,7 @@ from perlhf.method.packing import Batch, batches, completed, join_rows, microbat
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.rollout.functions import TrainerState
-from perlhf.rollout.local import Rollout, probe, sample, uniforms
+from perlhf.rollout.local import Ends, Rollout, probe, sample, uniforms
 from perlhf.rollout.scorers import Scorers
 from perlhf.training import loop, optim
 
@@ -295,7 +295,7 @@ def sample_completions(
         [setup.encoder.cut_prompt(record.prompt, config.max_completion_tokens, record.tools) for record in prompts],
         adapter=adapter,
         draws=uniforms(config.seed, step, numbers, samples, config.max_completion_tokens),
-        end_id=setup.encoder.end_id,
+        ends=Ends.of(setup.encoder, config.stop),
         temperature=config.temperature,
         max_completion_tokens=config.max_completion_tokens,
     )
@@ -314,7 +314,7 @@ def raw_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], done: 
     config, samples = setup.config, len(rollout.completions) // len(prompts)
     records, state = [record for record in prompts for _ in range(samples)], TrainerState(done, config.updates)
     given = rollout.prompts, rollout.completions, records, config.microbatch_tokens, config.packing, state
-    raw = setup.scorers.scores(setup.model, setup.encoder, *given)
+    raw = setup.scorers.scores(setup.model, setup.encoder, *given, ends=rollout.ends)
     if np.isnan(raw).all():
         raise RewardFunctionError(
             f"none of {len(raw)} completions got a score: all that is named in reward returned None for them",

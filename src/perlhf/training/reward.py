@@ -26,7 +26,7 @@ from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.model.open import load_sft, new_adapter, open_model, with_day
+from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
 from perlhf.rollout.scorers import score_batches
 from perlhf.runs.run import Run, open_run
 from perlhf.training import linear_probe, loop, optim
@@ -71,6 +71,8 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
         step, keeper, state = loop.restore(run, model, optimizers)
         tokens = state.get("tokens", 0)
+        if step < len(plan):
+            loop.check_goes_on(run, step, keeper, config.validate_every)
         if config.head_start == "probe" and keeper.step is None and step == 0:
             _start_head(run, model, adapter, train, weights, config)
             run.log(0, _validate(keeper, 0, model, validation, config))
@@ -89,14 +91,16 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
                     config,
                 )
                 tokens += int(values["tokens"])
-                if step % config.validate_every == 0 or step == len(plan):
+                if step % config.validate_every == 0:
                     values |= _validate(keeper, step, model, validation, config)
                 run.log(step, values)
-                if keeper.step == step or step % config.save_every == 0 or run.stop_requested:
+                if keeper.step == step or step % config.save_every == 0 or step == len(plan) or run.stop_requested:
                     loop.save(run, step, model, optimizers, keeper, {"tokens": tokens})
                 bar.advance()
                 loop.stop_if_asked(run, step, len(plan))
-        loop.restore_best(run.path, keeper, adapter)
+        if step % config.validate_every:  # the end, of which checkpoints know nothing (`loop.check_goes_on`)
+            run.amend(step, _validate(keeper, step, model, validation, config))
+        loop.restore_best(run.path, step, keeper, adapter)
         saved.save_adapter(model, NAME, run.path / "adapter", encoder)
         result = {
             "updates": len(plan),
@@ -172,7 +176,12 @@ def evaluate_items(model: Model, items: Sequence[Item], laid_out: Sequence[Batch
 
 
 def _start(model: Model, encoder: Encoder, config: RewardConfig, train: Sequence[Item]) -> Adapter:
-    """The reward adapter, from the SFT adapter or the base; its bias is the log-odds of the (weighted) ratings."""
+    """The reward adapter, from an earlier reward run with its head, or from the SFT adapter or the base.
+
+    Where it is new, its bias is the log-odds of the (weighted) ratings.
+    """
+    if config.start is not None:
+        return new_adapter(model, NAME, "reward", config, start=load_start(model, config, encoder, "reward"))
     start = None
     if config.sft is not None:
         start = load_sft(model, config.sft, encoder)

@@ -18,7 +18,7 @@ from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.model.open import new_adapter, open_model, with_day
+from perlhf.model.open import load_start, new_adapter, open_model, with_day
 from perlhf.runs.run import open_run
 from perlhf.training import loop, optim
 
@@ -51,11 +51,14 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
         held_out = load(config.data, ("demonstration",), "validation")
         held_out, _ = encode_items(encoder, loop.whole_groups(held_out, config.validation_examples, config.seed))
         validation = laid_out(held_out, config, model)
-        adapter = new_adapter(model, NAME, "sft", config)
+        start = None if config.start is None else load_start(model, config, encoder, "sft")
+        adapter = new_adapter(model, NAME, "sft", config, start=start)
         plan = loop.updates_of(config, [item.group for item in train])
         optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
         step, keeper, state = loop.restore(run, model, optimizers)
         tokens = state.get("tokens", 0)
+        if step < len(plan):
+            loop.check_goes_on(run, step, keeper, config.validate_every)
         with run.progress(len(plan), step, "sft") as bar:
             while step < len(plan):
                 step += 1
@@ -63,15 +66,19 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
                 values = _update(model, adapter, optimizers[NAME], items, step, len(plan), config)
                 tokens += int(values["tokens"])
                 improved = False
-                if step % config.validate_every == 0 or step == len(plan):
+                if step % config.validate_every == 0:
                     loss = values["validation_loss"] = validation_loss(model, validation)
                     improved = keeper.offer(step, -loss, {"loss": loss})
                 run.log(step, values)
-                if improved or step % config.save_every == 0 or run.stop_requested:
+                if improved or step % config.save_every == 0 or step == len(plan) or run.stop_requested:
                     loop.save(run, step, model, optimizers, keeper, {"tokens": tokens})
                 bar.advance()
                 loop.stop_if_asked(run, step, len(plan))
-        loop.restore_best(run.path, keeper, adapter)
+        if step % config.validate_every:  # the end, of which checkpoints know nothing (`loop.check_goes_on`)
+            loss = validation_loss(model, validation)
+            keeper.offer(step, -loss, {"loss": loss})
+            run.amend(step, {"validation_loss": loss})
+        loop.restore_best(run.path, step, keeper, adapter)
         saved.save_adapter(model, NAME, run.path / "adapter", encoder)
         result = {
             "updates": len(plan),

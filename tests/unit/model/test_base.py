@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,6 +208,32 @@ def test_tokenizer_gets_padding_and_a_limit(copy: Path) -> None:
     file.write_text(json.dumps(settings))
     with pytest.raises(ModelError, match="no end token"):
         base.load_tokenizer(Base(copy))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_tokens_beyond_the_embedding_are_refused_before_anything_is_trained(copy: Path, special: bool) -> None:
+    tokenizer = base.load_tokenizer(Base(copy))
+    tokenizer.add_tokens(["<|tool|>", "bottom bracket"], special_tokens=special)
+    tokenizer.save_pretrained(copy)
+    for load in (lambda: base.load_tokenizer(Base(copy)), lambda: base.without_weights(str(copy))):
+        with pytest.raises(ModelError, match=r"no embedding for 2 of the tokenizer's tokens") as caught:
+            load()
+        assert "'<|tool|>' (272), 'bottom bracket' (273)" in caught.value.what
+        assert "ids below 272" in str(caught.value.allowed) and "resize_token_embeddings" in str(caught.value.hint)
+    # The way that the message names works.
+    network = base.load_base(Base(copy), torch.float32, "cpu")
+    network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    network.save_pretrained(copy)
+    assert base.vocabulary(base.load_tokenizer(Base(copy))) == 274
+
+
+def test_a_padded_vocabulary_is_taken(copy: Path) -> None:
+    network = base.load_base(Base(copy), torch.float32, "cpu")
+    network.resize_token_embeddings(320, mean_resizing=False)
+    network.save_pretrained(copy)
+    assert base.vocabulary(base.load_tokenizer(Base(copy))) == 272
+    embedding: Any = base.without_weights(str(copy)).get_input_embeddings()
+    assert embedding.weight.shape[0] == 320
 
 
 def test_dtype_as_asked_or_by_hardware() -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from perlhf.errors import AdapterError, PerlhfError, StorageError
 from perlhf.method.lora import LowRank
 from perlhf.model.adapter import Adapter, Role
+from perlhf.model.base import Base
 from perlhf.model.saved import SavedAdapter, check_base, read_adapter, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -174,6 +175,50 @@ def test_reads_what_real_peft_saves(tmp_path: Path, model: LlamaForCausalLM, use
         torch.testing.assert_close(trained(IDS).logits, bare(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+PATTERNS: dict[str, dict[str, Any]] = {
+    "ranks": {"rank_pattern": {"q_proj": 2, r"layers\.1\..*\.v_proj": 8}},
+    "alphas": {"alpha_pattern": {"o_proj": 3, "q_proj": 20}},
+    "both, rslora": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5, "k_proj": 9}, "use_rslora": True},
+    "regex": {"target_modules": r".*\.1\.self_attn\.(q|v)_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "layers": {"layers_to_transform": [1]},
+    "excluded": {"exclude_modules": ["k_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_pairs_of_different_ranks_are_those_of_real_peft(tmp_path: Path, model: LlamaForCausalLM, name: str) -> None:
+    """Read, written and read by peft again: three times the same logits."""
+    options: dict[str, Any] = {"r": RANK, "lora_alpha": 6, "target_modules": TARGETS} | PATTERNS[name]
+    bare = LlamaForCausalLM(tiny_config()).eval()
+    bare.load_state_dict(model.state_dict())
+    again = LlamaForCausalLM(tiny_config()).eval()
+    again.load_state_dict(model.state_dict())
+    trained = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options)).eval()
+    trained.save_pretrained(str(tmp_path / "peft"))
+    files = read_adapter(tmp_path / "peft")
+    write_adapter(tmp_path / "ours", replace(files, base=BASE))
+    same(read_adapter(tmp_path / "ours"), replace(files, base=BASE))
+    with torch.no_grad():
+        expected, before = trained(IDS).logits, bare(IDS).logits
+        for path, pair in files.adapter.pairs.items():
+            bare.get_parameter(f"{path}.weight").data += pair.scale * (pair.b @ pair.a)
+        torch.testing.assert_close(bare(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        opened = PeftModel.from_pretrained(again, str(tmp_path / "ours"))
+        torch.testing.assert_close(opened(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_an_embedding_or_head_that_real_peft_adapts_is_named(
+    tmp_path: Path, model: LlamaForCausalLM, module: str
+) -> None:
+    trained = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules=["q_proj", module]))
+    trained.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    with pytest.raises(AdapterError, match=rf"target_modules: .*{module} isn't a linear layer below the output head"):
+        read_adapter(tmp_path)
+
+
 def test_reads_a_classifier_of_real_peft(tmp_path: Path, model: LlamaForCausalLM) -> None:
     model.save_pretrained(tmp_path / "base")
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
@@ -224,8 +269,6 @@ def test_a_flipped_byte_is_found(tmp_path: Path, model: LlamaForCausalLM, tuning
     [
         ("use_dora", True),
         ("bias", "all"),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 8}),
         ("fan_in_fan_out", True),
         ("init_lora_weights", "pissa"),
         ("modules_to_save", ["lm_head"]),
@@ -251,6 +294,8 @@ def test_refuses_what_is_not_plain_lora(tmp_path: Path, model: LlamaForCausalLM,
         ("perlhf.json", "encoding", {}),
         ("perlhf.json", "seal", None),
         ("adapter_config.json", "lora_alpha", 64),
+        ("adapter_config.json", "alpha_pattern", {"q_proj": 64}),
+        ("adapter_config.json", "rank_pattern", {"q_proj": 8}),
     ],
 )
 def test_details_that_were_changed_are_found(
@@ -340,13 +385,20 @@ def test_another_base_is_refused_with_both_names(model: LlamaForCausalLM) -> Non
         check_base(files, {"name": BASE["name"], "sha256": "cd" * 32})  # same name, other weights
 
 
-def test_base_of_a_foreign_adapter_goes_by_name(model: LlamaForCausalLM) -> None:
+def test_base_of_a_foreign_adapter_goes_by_name(
+    model: LlamaForCausalLM, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     foreign = replace(adapter(model), base={"name": "tiny/base", "sha256": ""})
     check_base(foreign, BASE)
     check_base(replace(foreign, base={"name": "", "sha256": ""}), BASE)
+    assert capsys.readouterr().err == ""
+    check_base(foreign, {"name": "other/base", "sha256": "cd" * 32})  # nobody here knows what tiny/base is
+    assert "names tiny/base as its base, which isn't here; taken to be other/base" in capsys.readouterr().err
+    here = replace(foreign, base={"name": str(tiny_base), "sha256": ""})
+    check_base(here, {"name": "a/renamed-copy", "sha256": Base.find(str(tiny_base)).fingerprint["sha256"]})
     with pytest.raises(AdapterError, match="base_model_name_or_path") as error:
-        check_base(foreign, {"name": "other/base", "sha256": "cd" * 32})
-    assert "tiny/base" in str(error.value) and "other/base" in str(error.value)
+        check_base(here, {"name": "other/base", "sha256": "cd" * 32})
+    assert str(tiny_base) in str(error.value) and "other/base" in str(error.value)
 
 
 def test_overwrites_an_adapter_but_nothing_else(tmp_path: Path, model: LlamaForCausalLM) -> None:

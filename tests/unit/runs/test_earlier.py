@@ -13,7 +13,9 @@ def test_functions_and_addresses_are_no_runs(tmp_path: Path):
     odd = tmp_path / "run:2"
     odd.mkdir()
     config = PolicyConfig(sft=Path("s"), reward=("a", "module:function", str(odd)), validation_reward=("http://x", "b"))
-    assert earlier_runs(config) == {"sft": [Path("s")], "reward": [Path("a"), odd], "validation_reward": [Path("b")]}
+    rewards = {"reward": [Path("a"), odd], "validation_reward": [Path("b")]}
+    assert earlier_runs(config) == {"sft": [Path("s")], "start": [], **rewards}
+    assert earlier_runs(SftConfig(start=Path("first")))["start"] == [Path("first")]
     assert earlier_runs(RewardConfig(sft=Path("s")))["sft"] == [Path("s")]
     assert not any(earlier_runs(SftConfig()).values())
 

@@ -135,6 +135,56 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         run.rewind(3)
 
 
+def test_what_was_measured_at_the_end_joins_the_last_line_and_is_taken_back(tmp_path):
+    path = tmp_path / "run"
+    with opened(path) as run:
+        run.log(1, {"loss": 2.0})
+        run.log(2, {"loss": 1.0})
+        run.amend(2, {"validation_loss": 0.5})
+        run.amend(2, {"validation_loss": 0.25})  # after a kill, once more
+        first, second = lines(path)
+        assert (second["loss"], second["validation_loss"], "validation_loss" in first) == (1.0, 0.25, False)
+    with opened(path) as run:
+        run.rewind(2)
+        run.withdraw(1, "validation_")  # not the last line
+        assert lines(path) == [first, second]
+        run.withdraw(2, "validation_")
+        del second["validation_loss"]
+        assert lines(path) == [first, second]
+        run.log(3, {"loss": 0.5})
+        assert [line["step"] for line in lines(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({"epochs": 1}, {"epochs": 3}, None),
+        ({"max_updates": 3}, {"max_updates": 4}, None),
+        ({"max_updates": 3}, {"max_updates": None}, None),
+        ({"max_updates": None}, {"max_updates": 4}, "max_updates is 4, but None"),
+        ({"max_updates": 3, "epochs": 2}, {"max_updates": 2, "epochs": 3}, "max_updates is 2, but 3"),
+        ({"epochs": 1, "optim": {"schedule": "linear"}}, {"epochs": 2}, r"schedule: linear\) falls to 0"),
+    ],
+)
+def test_totals_may_grow(tmp_path, before, now, message):
+    path = tmp_path / "run"
+    with opened(path, SftConfig.model_validate({"run": path, **before})) as run:
+        run.log(1, {"loss": 1.0})
+        run.finish({"updates": 1})
+    kept = (path / "config.yaml").read_bytes()
+    config = SftConfig.model_validate({"run": path, **before, **now})
+    if message:
+        with pytest.raises(RunError, match=message), opened(path, config):
+            pass
+        assert (path / "result.json").exists() and (path / "config.yaml").read_bytes() == kept
+        return
+    with opened(path, config) as run:
+        assert not run.finished
+    (key,) = now
+    session = json.loads((path / "manifest.json").read_text())["sessions"][1]
+    assert session["extended"] == {key: {"before": before[key], "now": now[key]}}
+
+
 def test_a_continued_run_must_be_rewound_before_it_logs(tmp_path):
     with opened(tmp_path / "run") as run:
         run.log(1, {})
@@ -379,7 +429,7 @@ def test_a_run_given_up_between_opening_and_locking_is_refused(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 2}, "epochs is 2, but 1 in the run that is here"),
+        ({"epochs": 1}, "epochs is 1, but 2 in the run that is here"),
         ({"adapter": {"rank": 4}}, r"adapter\.rank is 4, but 16 in"),
         ({"adapter": {"rank": 16, "targets": ("q_proj",)}}, r"adapter\.targets is \['q_proj'\], but 'attention' in"),
         ({"data": {"limit": 5}}, r"data\.limit is 5, but None in"),
@@ -388,7 +438,7 @@ def test_a_run_given_up_between_opening_and_locking_is_refused(tmp_path, monkeyp
 )
 def test_another_configuration_is_refused_with_the_key_and_both_values(tmp_path, changes, message):
     path = tmp_path / "run"
-    config = {"run": path, "epochs": 1, "adapter": {"rank": 16}, "tokens_per_microbatch": 512}
+    config = {"run": path, "epochs": 2, "adapter": {"rank": 16}, "tokens_per_microbatch": 512}
     with opened(path, SftConfig.model_validate(config)):
         pass
     before = {file.name: file.read_bytes() for file in path.iterdir()}

@@ -199,7 +199,7 @@ class TestSaved:
             assert digest(other, "sft") == saved_digest
             learn(other, again["sft"], 2)
             assert digest(other, "sft") == digest(model, "sft")
-            loop.restore_best(run.path, best, other.adapters["sft"])
+            loop.restore_best(run.path, 9, best, other.adapters["sft"])
             assert digest(other, "sft") == best_digest
 
     def test_a_checkpoint_before_any_validation(self, model: Model, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ class TestSaved:
     def test_no_best_yet(self, model: Model, tmp_path: Path) -> None:
         adapter = model.add_adapter("sft", "sft", rank=2)
         before = digest(model, "sft")
-        loop.restore_best(tmp_path, Keeper(), adapter)
+        loop.restore_best(tmp_path, 9, Keeper(), adapter)
         assert digest(model, "sft") == before
 
 
