@@ -13,6 +13,7 @@ from perlhf.data.readers import android, dialogs, pairs
 from perlhf.data.readers.trl import trl
 from perlhf.data.records import Record
 from perlhf.errors import DataError, nearest
+from perlhf.system.progress import counted
 
 Reader = Callable[[Iterable[Row]], Iterator[Record | Skipped]]
 Kind = Literal["rating", "comparison", "demonstration", "prompt"]
@@ -65,6 +66,11 @@ FORMATS = (
     _format("android-control-pairs", "comparisons", "", android.android_control_pairs),
 )
 NEED_STORIES = ("squality", "squality-questions")
+WHOLE_FILE = ("feedbackqa",)
+"""Formats whose records come of several rows; in all others a row says by itself what it is."""
+LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
+"""Suffixes of files with a row on each line (or nearly)."""
+_SAMPLE_BYTES = 2**18
 
 
 def read(path: str, format: str = "auto", root: Path | None = None) -> list[Record]:
@@ -83,16 +89,27 @@ def read(path: str, format: str = "auto", root: Path | None = None) -> list[Reco
 
 def read_all(path: str, format: str = "auto", root: Path | None = None) -> Reading:
     """Like `read`, with the number of skipped rows and the formats that were found."""
-    check_format(format)
     reading = Reading()
+    reading.records.extend(stream(path, format, root, reading))
+    return reading
+
+
+def stream(path: str, format: str = "auto", root: Path | None = None, into: Reading | None = None) -> Iterator[Record]:
+    """The records of `read`, one at a time.
+
+    Args:
+        into: takes the number of skipped rows and the formats that were found; None is for those who don't ask.
+    """
+    check_format(format)
+    reading = into or Reading()
     if is_builtin(path):
         from perlhf.data.coffee_bar import feedback
 
-        reading.records.extend(record for kind in builtin_kinds(path) for record in feedback.records(kind))
         reading.formats[path] = "builtin"
-        return reading
+        yield from (record for kind in builtin_kinds(path) for record in feedback.records(kind))
+        return
     for file in files.find(path, root):
-        rows = files.rows(file)
+        rows = counted(files.rows(file), f"reading {file.name}", about_rows(file))
         first = next(rows)
         name = detect(first[1]) if format == "auto" else format
         reading.formats[file.name] = name
@@ -100,8 +117,17 @@ def read_all(path: str, format: str = "auto", root: Path | None = None) -> Readi
             if isinstance(record, Skipped):
                 reading.skipped[record.reason] = reading.skipped.get(record.reason, 0) + 1
             else:
-                reading.records.append(checked(record, record.source or file.name))
-    return reading
+                yield checked(record, record.source or file.name)
+
+
+def about_rows(file: DataFile) -> int | None:
+    """About how many rows a file has, by the length of its first lines; None where they don't tell."""
+    if file.path is None or not file.path.is_file() or not file.name.lower().endswith(LINES):
+        return None
+    with file.path.open("rb") as opened:
+        begin = opened.read(_SAMPLE_BYTES)
+    lines, size = begin.count(b"\n"), file.path.stat().st_size
+    return round(size * lines / len(begin)) if lines else None
 
 
 def detect(row: dict[str, Any]) -> str:

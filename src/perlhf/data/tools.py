@@ -1,16 +1,20 @@
 """What `perlhf data validate | inspect | split | convert | formats` do."""
 
-import io
+import itertools
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 from perlhf.config.stages import DataConfig
 from perlhf.data import files, read
-from perlhf.data.fields import Skipped, checked
+from perlhf.data.fields import Row, Skipped, checked
 from perlhf.data.files import DataFile
 from perlhf.data.read import FORMATS
 from perlhf.data.records import (
@@ -23,12 +27,25 @@ from perlhf.data.records import (
     content_of,
     text_of,
 )
-from perlhf.data.splits import SPLITS, kind_of, prompt_text, record_hash, split_of
+from perlhf.data.splits import SPLITS, kind_of, sides_of
+from perlhf.data.store import (
+    Facts,
+    Records,
+    Tally,
+    contradictions,
+    count_groups,
+    duplicates,
+    hold,
+    warnings,
+)
 from perlhf.errors import DataError
 from perlhf.system.files import storage_errors, write_atomic
+from perlhf.system.progress import counted
 
 MAX_PROBLEMS = 100
 EXAMPLE_CHARACTERS = 400
+ROWS_AT_ONCE = 50_000
+"""Rows of a Parquet file that are in memory at one time."""
 _OUTPUTS = (".jsonl", ".parquet")
 
 
@@ -67,26 +84,22 @@ def validate(paths: Sequence[str], format: str = "auto", root: Path | None = Non
         DataError: unknown format, or nothing has one of the names.
     """
     read.check_format(format)
-    records: list[Record] = []
-    skipped: Counter[str] = Counter()
-    problems: list[DataError] = []
+    tally, skipped, problems, kinds = Tally(), Counter[str](), list[DataError](), Counter[str]()
     count = 0
     for path in paths:
-        if read.is_builtin(path):
-            records.extend(read.read(path))
+        data_files = [None] if read.is_builtin(path) else files.find(path, root)
+        for file in data_files:
             count += 1
-            continue
-        for file in files.find(path, root):
-            count += 1
-            for outcome in _records_or_problems(file, format):
+            for outcome in read.read(path) if file is None else _records_or_problems(file, format):
                 if isinstance(outcome, DataError):
                     problems.append(outcome)
                 elif isinstance(outcome, Skipped):
                     skipped[outcome.reason] += 1
                 else:
-                    records.append(outcome)
-    kinds = Counter(kind_of(record) for record in records)
-    return Validation(count, dict(kinds), dict(skipped), tuple(problems[:MAX_PROBLEMS]), tuple(_warnings(records)))
+                    kinds[kind_of(outcome)] += 1
+                    tally.add(outcome)
+    found = tuple(warnings(tally.facts()))
+    return Validation(count, dict(kinds), dict(skipped), tuple(problems[:MAX_PROBLEMS]), found)
 
 
 def inspect(
@@ -102,24 +115,28 @@ def inspect(
     Raises:
         DataError: as `read`.
     """
-    readings = [read.read_all(path, format, root) for path in paths]
-    records = [record for reading in readings for record in reading.records]
-    labels = Counter(record.label for record in records if isinstance(record, Rating))
-    skipped = sum((Counter(reading.skipped) for reading in readings), Counter[str]())
+    config = config or DataConfig()
+    reading, tally, kinds = read.Reading(), Tally(config.split_seed), Counter[str]()
+    lengths = {"prompt": array("q"), "completion": array("q")}
+    example: dict[str, Any] = {}
+    for record in (record for path in paths for record in read.stream(path, format, root, reading)):
+        tally.add(record)
+        kinds[kind_of(record)] += 1
+        lengths["prompt"].append(_length(record.prompt))
+        lengths["completion"].extend(map(_length, completions_of(record)))
+        example = example or _example(record)
+    facts = tally.facts()
     return {
-        "formats": {name: detected for reading in readings for name, detected in reading.formats.items()},
-        "records": dict(Counter(kind_of(record) for record in records)),
-        "skipped": dict(skipped),
-        "groups": len({record.group for record in records}),
-        "splits": _split_sizes(records, config or DataConfig()),
-        "labels": {"up": labels[True], "down": labels[False]},
-        "lengths": {
-            "prompt": _quantiles([_length(record.prompt) for record in records]),
-            "completion": _quantiles([len(part) for record in records for part in completions_of(record)]),
-        },
-        "duplicates": _duplicates(records),
-        "contradictions": _contradictions(records),
-        "example": _example(records[0]) if records else {},
+        "formats": reading.formats,
+        "records": dict(kinds),
+        "skipped": reading.skipped,
+        "groups": count_groups(facts),
+        "splits": _split_sizes(facts, config),
+        "labels": {"up": int((facts.label == 1).sum()), "down": int((facts.label == 0).sum())},
+        "lengths": {name: _quantiles(found) for name, found in lengths.items()},
+        "duplicates": duplicates(facts),
+        "contradictions": contradictions(facts),
+        "example": example,
     }
 
 
@@ -135,13 +152,14 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
         DataError: a file or row is wrong, or a side is empty; nothing is written then.
         StorageError: the files can't be written.
     """
-    records = [record for path in config.paths for record in read.read(path, config.format)]
-    sides = {side: [record for record in records if split_of(record.group, config) == side] for side in SPLITS}
+    every = (record for path in config.paths for record in read.stream(path, config.format))
+    records = hold(every, config.split_seed)
+    sides = sides_of(records.facts, config)
     shares = {"train": 1.0, "validation": config.validation, "test": config.test}
-    wanted = {side: members for side, members in sides.items() if shares[side] > 0}
+    wanted = {side: records.take(sides == number) for number, side in enumerate(SPLITS) if shares[side] > 0}
     for side, members in wanted.items():
         if not members:
-            groups = len({record.group for record in records})
+            groups = count_groups(records.facts)
             raise DataError(
                 f"the {side} side is empty: none of {groups} groups falls into it",
                 where=", ".join(config.paths),
@@ -151,11 +169,8 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
     with storage_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     for side, members in wanted.items():
-        write_atomic(output / f"{side}.jsonl", to_jsonl(members))
-    return {
-        side: {"records": len(members), "groups": len({record.group for record in members})}
-        for side, members in wanted.items()
-    }
+        write_atomic(output / f"{side}.jsonl", jsonl_lines(counted(members, f"writing {side}.jsonl", len(members))))
+    return {side: {"records": len(members), "groups": count_groups(members.facts)} for side, members in wanted.items()}
 
 
 def convert(path: str, output: Path, format: str = "auto", root: Path | None = None) -> int:
@@ -177,31 +192,44 @@ def convert(path: str, output: Path, format: str = "auto", root: Path | None = N
             where=str(output),
             allowed=" or ".join(_OUTPUTS),
         )
-    records = read.read(path, format, root)
+    records = hold(read.stream(path, format, root))
     with storage_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(output, to_jsonl(records) if output.suffix == ".jsonl" else to_parquet(records))
+    if output.suffix == ".jsonl":
+        write_atomic(output, jsonl_lines(counted(records, f"writing {output.name}", len(records))))
+    else:
+        with storage_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as written:
+            _write_parquet(records, written)
+            written.seek(0)
+            write_atomic(output, iter(lambda: written.read(2**20), b""))
     return len(records)
 
 
-def to_jsonl(records: Iterable[Record]) -> bytes:
-    """JSON lines with TRL's column names."""
-    rows = (_trl_row(record, chat=not isinstance(record.prompt, str)) for record in records)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+def jsonl_lines(records: Iterable[Record]) -> Iterator[bytes]:
+    """JSON lines with TRL's column names, one a record."""
+    for record in records:
+        row = _trl_row(record, chat=not isinstance(record.prompt, str))
+        yield (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
-def to_parquet(records: Sequence[Record]) -> bytes:
-    """Parquet with TRL's column names."""
+def _write_parquet(records: Records, file: IO[bytes]) -> None:
+    """Parquet with TRL's column names, in row groups of ROWS_AT_ONCE."""
     import pyarrow
     import pyarrow.parquet
 
     chat = any(not isinstance(record.prompt, str) for record in records)
-    rows = [_trl_row(record, chat) for record in records]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = pyarrow.Table.from_pydict({name: [row.get(name) for row in rows] for name in columns})
-    stream = io.BytesIO()
-    pyarrow.parquet.write_table(table, stream)
-    return stream.getvalue()
+    columns = dict.fromkeys(name for record in records for name in _trl_row(record, chat))
+
+    def tables() -> Iterator[Any]:
+        for start in range(0, len(records), ROWS_AT_ONCE):
+            rows = [_trl_row(record, chat) for record in records[start : start + ROWS_AT_ONCE]]
+            yield pyarrow.Table.from_pydict({name: [row.get(name) for row in rows] for name in columns})
+
+    # A column that is empty in some rows has its type from the others.
+    schema = pyarrow.unify_schemas([table.schema for table in tables()])
+    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        for table in tables():
+            writer.write_table(table.cast(schema))
 
 
 def _trl_row(record: Record, chat: bool) -> dict[str, Any]:
@@ -228,66 +256,97 @@ def _written(text: Text, role: str, chat: bool) -> str | list[dict[str, str]]:
     return [dict(message) for message in text]
 
 
-def _records_or_problems(file: DataFile, format: str) -> Iterable[Record | Skipped | DataError]:
+Outcome = Record | Skipped | DataError
+
+
+def _records_or_problems(file: DataFile, format: str) -> Iterator[Outcome]:
     """Every record of a file, with an error in place of each row that can't be read."""
-    good: list[tuple[str, dict[str, Any]]] = []
     try:
-        for where, row in files.rows_or_errors(file):
+        rows = _rows(file)
+        for where, row in rows:
             if isinstance(row, DataError):
                 yield row
+                continue
+            name = read.detect(row) if format == "auto" else format
+            reader, source = read.reader_of(name, file), itertools.chain([(where, row)], rows)
+            if name in read.WHOLE_FILE:
+                yield from _of_whole_file(reader, source, file)
             else:
-                good.append((where, row))
-        if not good:
+                yield from _of_each_row(reader, source)
             return
-        reader = read.reader_of(read.detect(good[0][1]) if format == "auto" else format, file)
     except DataError as error:
         yield error
-        return
-    usable: list[tuple[str, dict[str, Any]]] = []
-    for where, row in good:
+
+
+def _rows(file: DataFile) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    return counted(files.rows_or_errors(file), f"reading {file.name}", read.about_rows(file))
+
+
+def _of_each_row(reader: read.Reader, rows: Iterator[tuple[str, dict[str, Any] | DataError]]) -> Iterator[Outcome]:
+    """What a reader makes of rows that stand each for itself; it goes on after one that it refuses.
+
+    A row counts with all its records or not at all, so what it gave waits until the reader asks for the next one.
+    """
+    waiting: list[Outcome] = []
+    began, refused = 0, False  # where the outcomes of the newest row begin, and whether it was refused
+
+    def readable() -> Iterator[Row]:
+        nonlocal began, refused
+        for where, row in rows:
+            if isinstance(row, DataError):
+                waiting.append(row)
+            else:
+                began, refused = len(waiting), False
+                yield where, row
+                began = len(waiting)  # all that it gave has come
+
+    def refuse(error: DataError) -> None:
+        nonlocal refused
+        refused = True
+        waiting[began:] = [error]
+
+    source, going_on = readable(), True
+    while going_on:
         try:
-            for record in reader([(where, row)]):
-                if not isinstance(record, Skipped):
-                    checked(record, where)
-            usable.append((where, row))
+            for outcome in reader(source):
+                if began:
+                    yield from waiting[:began]
+                    del waiting[:began]
+                    began = 0
+                if refused:
+                    continue
+                waiting.append(outcome)
+                if (problem := _problem(outcome)) is not None:
+                    refuse(problem)
+            going_on = False
         except DataError as error:
-            yield error
-    for record in reader(usable):
-        try:
-            yield record if isinstance(record, Skipped) else checked(record, record.source)
-        except DataError as error:
-            yield error
+            refuse(error)
+    yield from waiting
 
 
-def _warnings(records: Sequence[Record]) -> Iterable[str]:
-    if duplicates := _duplicates(records):
-        yield f"{duplicates} records repeat another one exactly"
-    if contradictions := _contradictions(records):
-        yield f"{contradictions} judgements are contradicted by another record (both labels, or both orders)"
-    if same := sum(isinstance(record, Comparison) and record.chosen == record.rejected for record in records):
-        yield f"{same} comparisons have the same text on both sides"
-    labels = {record.label for record in records if isinstance(record, Rating)}
-    if len(labels) == 1:
-        yield f"all ratings have the label {str(labels.pop()).lower()}: a reward model can't learn from them alone"
-    groups = len({record.group for record in records})
-    if 0 < groups < 10:
-        yield f"there are only {groups} groups: a split by group may leave a side empty"
+def _of_whole_file(
+    reader: read.Reader, rows: Iterator[tuple[str, dict[str, Any] | DataError]], file: DataFile
+) -> Iterator[Outcome]:
+    """What a reader makes of all the rows that it doesn't refuse alone; the file is read twice for that."""
+    refused: set[str] = set()
+    for where, row in rows:
+        alone = [row] if isinstance(row, DataError) else _of_each_row(reader, iter([(where, row)]))
+        for problem in (outcome for outcome in alone if isinstance(outcome, DataError)):
+            refused.add(where)
+            yield problem
+    usable = ((where, row) for where, row in _rows(file) if where not in refused and not isinstance(row, DataError))
+    for outcome in reader(usable):
+        yield _problem(outcome) or outcome
 
 
-def _duplicates(records: Iterable[Record]) -> int:
-    return sum(count - 1 for count in Counter(record_hash(record) for record in records).values())
-
-
-def _contradictions(records: Iterable[Record]) -> int:
-    """Number of (prompt, completion) with both labels plus number of pairs judged in both orders."""
-    verdicts: dict[tuple[str, ...], set[bool]] = defaultdict(set)
-    for record in records:
-        if isinstance(record, Rating):
-            verdicts[prompt_text(record.prompt), prompt_text(record.completion)].add(record.label)
-        elif isinstance(record, Comparison) and record.chosen != record.rejected:
-            sides = sorted((prompt_text(record.chosen), prompt_text(record.rejected)))
-            verdicts[prompt_text(record.prompt), *sides].add(sides[0] == prompt_text(record.chosen))
-    return sum(len(answers) == 2 for answers in verdicts.values())
+def _problem(outcome: Record | Skipped) -> DataError | None:
+    """Why a record can't be trained on."""
+    try:
+        if not isinstance(outcome, Skipped):
+            checked(outcome, outcome.source or "")
+    except DataError as error:
+        return error
+    return None
 
 
 def _example(record: Record) -> dict[str, Any]:
@@ -306,23 +365,16 @@ def _length(text: Text) -> int:
     return len(text) if isinstance(text, str) else sum(len(content_of(message)) for message in text)
 
 
-def _quantiles(lengths: list[int]) -> dict[str, int]:
+def _quantiles(lengths: "array[int]") -> dict[str, int]:
     """Median, 90th percentile (both elements of the list: the lower one where the place is between two) and maximum."""
-    ordered = sorted(lengths)
-    if not ordered:
+    ordered = np.sort(np.frombuffer(lengths, dtype=np.int64))
+    if not len(ordered):
         return {"median": 0, "p90": 0, "max": 0}
-    return {
-        "median": ordered[(len(ordered) - 1) // 2],
-        "p90": ordered[(len(ordered) - 1) * 9 // 10],
-        "max": ordered[-1],
-    }
+    places = {"median": (len(ordered) - 1) // 2, "p90": (len(ordered) - 1) * 9 // 10, "max": -1}
+    return {name: int(ordered[place]) for name, place in places.items()}
 
 
-def _split_sizes(records: Sequence[Record], config: DataConfig) -> dict[str, dict[str, int]]:
-    sides: dict[str, list[Record]] = {side: [] for side in SPLITS}
-    for record in records:
-        sides[split_of(record.group, config)].append(record)
-    return {
-        side: {"records": len(members), "groups": len({record.group for record in members})}
-        for side, members in sides.items()
-    }
+def _split_sizes(facts: Facts, config: DataConfig) -> dict[str, dict[str, int]]:
+    sides = sides_of(facts, config)
+    members = {side: facts.take(np.flatnonzero(sides == number)) for number, side in enumerate(SPLITS)}
+    return {side: {"records": len(own), "groups": count_groups(own)} for side, own in members.items()}

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from perlhf.config.commands import EvaluateConfig
+from perlhf.config.stages import DataConfig
 from perlhf.data.records import Record, Text
+from perlhf.data.splits import read_splits
+from perlhf.data.store import Records
 from perlhf.errors import DataError
 from perlhf.method import metrics
 from perlhf.method.metrics import Statistic
@@ -75,9 +78,21 @@ class Sampling:
         )
 
 
+def both_sides(trained: DataConfig, config: EvaluateConfig, kinds: Sequence[str]) -> tuple[Records, Records]:
+    """The records that a run was trained on, and those that it is evaluated on; its own data are read once.
+
+    Raises:
+        DataError: as `splits.load`.
+    """
+    found = read_splits(trained, kinds)
+    asked = found if config.data in (None, trained) else read_splits(config.data, kinds)
+    return found.of("train"), asked.of(config.split)
+
+
 def seen_groups(records: Iterable[Record], trained_on: Iterable[Record]) -> int:
     """Number of groups of `records` that the run was trained on."""
-    return len({record.group for record in records} & {record.group for record in trained_on})
+    asked = {record.group for record in records}
+    return len(asked & {record.group for record in trained_on if record.group in asked})
 
 
 def plain(text: Text) -> str | list[dict[str, Any]]:

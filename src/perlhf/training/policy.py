@@ -5,8 +5,10 @@ the value head starts at the first rollout's mean return, a completion without e
 with the best reward on held-out prompts are kept. Not included: dropout, several epochs without `clip`.
 """
 
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +17,6 @@ from torch import Tensor
 from perlhf.config.stages import PolicyConfig
 from perlhf.data import order
 from perlhf.data.records import Prompt
-from perlhf.data.splits import load
 from perlhf.method import advantages
 from perlhf.model import saved
 from perlhf.model.base import Base
@@ -113,10 +114,14 @@ def _open(config: PolicyConfig, base: Base) -> Setup:
     if config.baseline == "value":
         new_adapter(model, VALUE, "value", config, start=reference)
     scorers = load_scorers(model, config.reward, config.combine, encoder)
-    prompts = [record for record in load(config.data, ("prompt",), "train") if isinstance(record, Prompt)]
-    held_out = [record for record in load(config.data, ("prompt",), "validation") if isinstance(record, Prompt)]
-    chosen = order.choose(held_out, config.validation_prompts, config.seed)
-    return Setup(config, model, encoder, scorers, prompts, chosen, reference)
+    sides = loop.read_sides(config, ("prompt",))
+    chosen = order.choose(sides.validation, config.validation_prompts, config.seed)
+    loop.tell(sides)
+    if (count := len(sides.train)) < config.prompts_per_update:
+        several = f"an update's {config.prompts_per_update} (prompts_per_update) hold some more than once"
+        print(f"warning: there are only {count} training prompts: {several}", file=sys.stderr)
+    prompts, held_out = cast(Sequence[Prompt], sides.train), cast(list[Prompt], chosen)
+    return Setup(config, model, encoder, scorers, prompts, held_out, reference)
 
 
 def _optimizers(setup: Setup) -> Optimizers:
