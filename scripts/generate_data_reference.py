@@ -1,10 +1,13 @@
 """Writes docs/data.md from the record types and the readers' own rules. Run by `make docs`; a test compares."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 from perlhf.config.stages import DataConfig
 from perlhf.data import pull, tools
+from perlhf.data.containers.decoded import LONGEST
+from perlhf.data.containers.packed import MOST_RATIO, MOST_UNPACKED, PACKED_SUFFIXES
 from perlhf.data.files import SUFFIXES
 from perlhf.data.read import FORMATS
 from perlhf.data.readers.trl import COLUMNS
@@ -63,14 +66,65 @@ one. Baselines learn from the turned labels too; validation and test keep theirs
 - `perlhf policy` takes prompts. Every record gives its prompt; each different prompt counts once.
 
 The embedded set has records of every kind, so nothing of it is converted.
+"""
 
-## Files
+FILES = """## Files
 
-`data.paths` takes any number of files, directories (searched for files ending in {suffixes}, `.gz` may follow,
-or for shards named like `name-00000-of-00020`), directories that `datasets` saved, names on the hub (`owner/name`)
-and `builtin:coffee-bar`. JSON may be an array or one object a line; gzip, Parquet and TFRecord are known by their
-content. Relative paths are looked up in the working
-directory, then under `$PERLHF_DATA`.
+`data.paths` takes any number of files, directories (searched for files ending in SUFFIXES, PACKED may follow, or for
+shards named like `name-00000-of-00020`), patterns (`data/*.jsonl`, `**` for any folders), directories that `datasets`
+saved, names on the hub (`owner/name`) and `builtin:coffee-bar`. Relative paths are looked up in the working directory,
+then under `$PERLHF_DATA`. Files are read as a stream, so that their size doesn't matter, packed Parquet and TFRecord
+excepted; one line or JSON value may have LONGEST Mi characters.
+
+| written as | what is read | place of a row |
+|---|---|---|
+| JSON lines | an object a line; a line may also be a text that holds an object as JSON | `file:line` |
+| JSON | one array; objects one after another, over any number of lines | `file[index]`, `file:line` |
+| JSON, one object | the rows that it wraps, pandas' layouts, or one record | `file[index]` |
+| CSV | a header, then cells; the header tells the delimiter (comma, semicolon, tab, bar) | `file:line` |
+| TSV | the same with tabs; Taskmaster's splits of three columns have no header | `file:line` |
+| Parquet, Arrow, Feather | each row; Arrow's files and streams | `file[index]` |
+| `datasets` directories, hub names | each row of the splits that are read | `name/split[index]` |
+| TFRecord | each `tf.train.Example` | `file[index]` |
+
+- **One object** is the authors' splits where its lists of objects are called so (`train`, `test`). Otherwise its rows
+  are the only list of objects in it, or the one called `data`, `rows`, `records` or the like. pandas' `to_json` is read
+  in any `orient`, and so are lists by column. What holds texts or messages of its own is one record.
+- **Packed.** Any of them by gzip, zstd, bzip2 or xz, or alone in a zip archive. What unpacks to more than UNPACKED MiB
+  and RATIO times its size is refused: 10 MB that hold 4 GB are a mistake or an attack. Who trusts the file unpacks it.
+- **Encoding.** UTF-8, and UTF-16 or UTF-32 as a byte-order mark says. Anything else is an error whose hint names the
+  `iconv` call.
+- **Absent.** A null, an empty cell and NaN (as pandas writes an empty cell) count as absent. So do null keys of
+  messages in Parquet and Arrow, where all messages of a column have the same keys. Infinity is an error.
+- **Cells.** A cell of a CSV or TSV file is text, quoted as spreadsheets and pandas do; `weight` and `margin` are
+  numbers. One that begins like a list of messages or tools, as JSON or as Python prints it, is read as that list, and
+  is an error where it can't be.
+- **Odd JSON** that isn't read is one error that names its shape and what mends it: objects as Python prints them, a
+  comma after each line or before a bracket, a list on each line, several lists that may be the rows, a web page, a PDF.
+
+Packed files, Parquet, Arrow and TFRecord are known by their content; CSV and TSV by their suffix.
+
+### Splits of a set's authors
+
+Many sets come in splits that their authors made: directories of `datasets`, sets of the hub, JSON with `train` and
+`test`, files and folders named so (`train.jsonl`, `test-00000-of-00001.parquet`, `dev/a.csv`). A name says its side by
+its first word that is one: `train`, `training`; `validation`, `valid`, `val`, `dev`, `eval`, `heldout`; `test`,
+`testing`.
+
+**Rule.** Where some names say training and others say that they are held out, only those for training are read, and one
+line on standard error says which are not. So nothing that the authors keep for testing is trained on; our own
+[groups](#groups-and-splits) divide what is read. Where none says training, or none is held out, all are read, but a
+`datasets` directory, hub set or JSON file of held-out splits alone is an error until one is named. Rows that several
+splits share (`train_sft` and `train_prefs`) are read once. A file that `data.paths` names itself is read in any case.
+
+`data.split` names others: a split, a side (`test` is also `test_sft`), several joined by `+`, or `all`. To measure on
+the authors' test split: `perlhf evaluate runs/mine --data.split test --split all`.
+
+`data.config` names a configuration of a hub set, or of a directory of one (by its README, else by its folders), and
+`data.revision` a branch, tag or commit of a hub set. `perlhf data validate | inspect | convert` have `--config`,
+`--split` and `--revision` for the same, `perlhf data split` has `--data.split` and so on.
+
+### Formats of rows
 
 `data.format: auto` goes by the columns of a file's first row. When a file should be read by another rule, name the
 format.
@@ -114,10 +168,11 @@ read it before you train on it.
 
 def reference() -> str:
     """The whole page."""
-    defaults, suffixes = DataConfig(), ", ".join(f"`{suffix}`" for suffix in SUFFIXES)
+    defaults = DataConfig()
     records = "\n".join(_record(kind) for kind in (Comparison, Rating, Demonstration, Prompt))
     parts = [INTRODUCTION, records, _columns()]
-    parts.append(GROUPS.format(test=defaults.test, validation=defaults.validation, suffixes=suffixes))
+    parts.append(GROUPS.format(test=defaults.test, validation=defaults.validation))
+    parts.append(_files())
     parts.append(FORMATS_HEAD + "\n".join(_format(row) for row in tools.formats()))
     parts.append(EMBEDDED + SETS_HEAD + "".join(_set(name) for name in pull.sources()))
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
@@ -128,6 +183,16 @@ KNOWN = {
     "hh": "Recognised by: `chosen` and `rejected` that begin with a human turn, and no `prompt`.",
 }
 """How formats are told apart that no set of columns shows; any other is taken only when named."""
+
+
+def _files() -> str:
+    numbers = {"UNPACKED": MOST_UNPACKED >> 20, "RATIO": MOST_RATIO, "LONGEST": LONGEST >> 20}
+    named = {"SUFFIXES": SUFFIXES, "PACKED": PACKED_SUFFIXES}
+    lists = {word: ", ".join(f"`{suffix}`" for suffix in suffixes) for word, suffixes in named.items()}
+    text = FILES
+    for word, shown in {**numbers, **lists}.items():
+        text = re.sub(rf"\b{word}\b", str(shown), text)
+    return text
 
 
 def _record(kind: type) -> str:

@@ -108,7 +108,13 @@ def evaluated_data(arguments: list[str]) -> dict[str, Any] | None:
         return None
     settings, _ = parse(COMMANDS["evaluate"], arguments)
     stored = settings.run / "config.yaml"
-    return {"data": read_recipe(stored).values.get("data", {})} if stored.is_file() else None
+    if not stored.is_file():
+        return None
+    data = dict(read_recipe(stored).values.get("data", {}))
+    if any(argument.startswith("--data.paths") for argument in arguments):
+        # What was chosen of the run's own set says nothing about another one.
+        data = {key: value for key, value in data.items() if key not in ("config", "split", "revision")}
+    return {"data": data}
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -236,23 +242,32 @@ def _run_data(name: str, arguments: list[str]) -> int:
         case commands.DataFormatsConfig():
             show.formats(tools.formats(), pull.sources())
         case commands.DataValidateConfig():
-            checked = tools.validate(settings.paths, settings.format)
+            checked = tools.validate(settings.paths, settings.format, choice=_choice(settings))
             show.validation(checked.files, checked.records, checked.skipped, checked.problems, checked.warnings)
             return 0 if checked.ok else 2
         case commands.DataInspectConfig():
-            show.nested("data", tools.inspect(settings.paths, settings.format))
+            choice = _choice(settings)
+            show.nested("data", tools.inspect(settings.paths, settings.format, choice=choice))
             if settings.base is not None:
                 from perlhf.commands import rendering
                 from perlhf.data.read import read
 
-                rendering.show(settings, (record for path in settings.paths for record in read(path, settings.format)))
+                found = (record for path in settings.paths for record in read(path, settings.format, choice=choice))
+                rendering.show(settings, found)
         case commands.DataSplitConfig():
             show.nested(str(settings.output), tools.split(settings.data, settings.output))
         case commands.DataConvertConfig():
-            count = tools.convert(settings.path, settings.output, settings.format)
+            count = tools.convert(settings.path, settings.output, settings.format, choice=_choice(settings))
             print(f"{settings.output}: {count:,} records")
         case commands.DataPullConfig():
             print(pull.pull(settings.name, settings.output, settings.source))
         case _:
             raise AssertionError(f"no branch for {name}")
     return 0
+
+
+def _choice(settings: Any) -> Any:
+    """What `perlhf data validate | inspect | convert` read of a set with configurations, splits or revisions."""
+    from perlhf.data.files import Choice
+
+    return Choice(settings.config, settings.split, settings.revision)

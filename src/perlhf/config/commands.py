@@ -158,6 +158,12 @@ class DataValidateConfig(Frozen):
     """Files, directories, hub names or `builtin:coffee-bar`."""
     format: str = "auto"
     """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
+    config: str | None = None
+    """Of a hub set (or a directory of one): the configuration to read, where it has several."""
+    split: str | None = None
+    """Of a set with its authors' splits: those to read (`test`, `train_sft+train_prefs`, `all`); null: training's."""
+    revision: str | None = None
+    """Of a hub set: branch, tag or commit."""
 
 
 class DataInspectConfig(Frozen):
@@ -171,6 +177,12 @@ class DataInspectConfig(Frozen):
     """Shows the first record of each kind token by token as this base sees it: what is trained, what is scored."""
     encoding: EncodingConfig = EncodingConfig()
     """From records to tokens, as in the recipe."""
+    config: str | None = None
+    """Of a hub set (or a directory of one): the configuration to read, where it has several."""
+    split: str | None = None
+    """Of a set with its authors' splits: those to read (`test`, `train_sft+train_prefs`, `all`); null: training's."""
+    revision: str | None = None
+    """Of a hub set: branch, tag or commit."""
 
 
 class DataSplitConfig(Frozen):
@@ -191,6 +203,12 @@ class DataConvertConfig(Frozen):
     """File to write, .jsonl or .parquet."""
     format: str = "auto"
     """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
+    config: str | None = None
+    """Of a hub set (or a directory of one): the configuration to read, where it has several."""
+    split: str | None = None
+    """Of a set with its authors' splits: those to read (`test`, `train_sft+train_prefs`, `all`); null: training's."""
+    revision: str | None = None
+    """Of a hub set: branch, tag or commit."""
 
 
 class DataPullConfig(Frozen):

@@ -35,9 +35,16 @@ class DataConfig(Frozen):
     """Share of groups held out for `perlhf evaluate`."""
     split_seed: int = 0
     """Changes which groups are held out; splits depend on nothing else."""
+    # These three are left out of what a run records unless they are set: a record without them is the same run.
+    config: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    """Of a hub set (or a directory of one): the configuration to read, where it has several."""
+    split: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    """Of a set with its authors' splits: those to read (`test`, `train_sft+train_prefs`, `all`); null: training's."""
+    revision: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    """Of a hub set: branch, tag or commit."""
     limit: Positive | None = None
     """Use at most this many records of a split (chosen by a hash, stable over file order)."""
-    # These two are left out of what a run records unless they are set: a record without them is the same run.
+    # And so are these two.
     limit_train: Positive | None = Field(default=None, exclude_if=lambda limit: limit is None)
     """As limit, for the training split alone: how good with so many labels."""
     label_noise: Fraction = Field(default=0.0, exclude_if=lambda share: share == 0)
@@ -285,7 +292,7 @@ class PolicyConfig(StageConfig):
     """Updates between evaluations on held-out prompts; the best by held-out reward is kept, be it the start."""
     validation_prompts: Positive = 16
     """Held-out prompts of such an evaluation."""
-    # These two are left out of what a run records unless they are set: a record without them is the same run.
+    # And so are these two.
     validation_reward: tuple[str, ...] = Field(default=(), exclude_if=lambda sources: not sources)
     """What scores the held-out prompts instead of `reward`, best reward runs of other groups (none: `reward`)."""
     patience: Positive | None = Field(default=None, exclude_if=lambda evaluations: evaluations is None)

@@ -1,67 +1,122 @@
-"""From a path to rows: JSON array, JSON lines, gzip, Parquet, TSV, TFRecord, `datasets` directories and hub names.
+"""From a path to rows: JSON, CSV, TSV, Parquet, Arrow, TFRecord, packed or not, `datasets` directories, hub names.
 
-A row is a dictionary with the place where it was found. What a row means is the readers' business (readers/).
+A row is a dictionary with the place where it was found. What a row means is the readers' business (readers/), how
+the containers are read is in containers/. Nothing holds a whole file, packed Parquet and TFRecord excepted.
 """
 
-import gzip
-import io
-import json
+import glob
 import os
 import re
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from perlhf.data import pull
+from perlhf.data.containers import arrow, authors, delimited, json_rows
+from perlhf.data.containers.decoded import text_blocks
+from perlhf.data.containers.packed import PACKED_SUFFIXES, blocks, member_name
 from perlhf.data.readers.tfrecord import is_tfrecord, read_examples
 from perlhf.errors import DataError, nearest
 
 BUILTIN = "builtin:coffee-bar"
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".tsv", ".tfrecord", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tfrecord", ".parquet", ".arrow", ".feather")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SPACE = re.compile(r"[ \t\r\n]*")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}")
 """Names of TFRecord shards, which need no suffix."""
-_NOT_DATA = ("MANIFEST.json", "dataset_infos.json", "package.json", "splits.json")
+_GLOB = re.compile(r"[*?\[]")
+_NOT_DATA = (
+    "MANIFEST.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "package.json",
+    "splits.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is read of a set: `data.config`, `data.split`, `data.revision`."""
+
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+FOR_TRAINING = Choice()
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One source of rows. `path` is None for a name on the hub."""
+    """One source of rows. `path` is None for a name on the hub.
+
+    `choice` is what is still to be chosen inside it, and `after` are files of other splits, whose rows are left out.
+    """
 
     name: str
     path: Path | None
+    choice: Choice = FOR_TRAINING
+    after: tuple["DataFile", ...] = ()
 
 
-def find(path: str, root: Path | None = None) -> list[DataFile]:
+def find(path: str, root: Path | None = None, choice: Choice = FOR_TRAINING) -> list[DataFile]:
     """The data files that `path` names, sorted by name.
 
     Args:
-        path: a file, a directory (searched recursively), or `owner/name` on the hub where nothing local has that name.
+        path: a file, a directory (searched recursively), a pattern (`data/*.jsonl`, `**` for any folders), or
+            `owner/name` on the hub where nothing local has that name.
         root: relative paths are looked up in the working directory, then here; None means $PERLHF_DATA.
+        choice: of a set's configurations, splits and revisions.
 
     Raises:
-        DataError: nothing has that name, or the directory holds no data file.
+        DataError: nothing has that name, the directory holds no data file, or no such split.
     """
     place = _local(path, root)
     if place is None:
+        if _GLOB.search(path):
+            return _split_files(_matching(path, root), path, choice)
         if _published(path):
             raise _missing(path, root)  # not a name on the hub, though it looks like one
         if _HUB_NAME.fullmatch(path) and not _stem(path).endswith(SUFFIXES):
-            return [DataFile(path, None)]
+            return [DataFile(path, None, choice)]
         raise _missing(path, root)
-    if not place.is_dir() or _is_saved_dataset(place):
-        return [DataFile(path, place)]
-    inside = sorted(part for part in place.rglob("*") if _is_data(part, place))
-    if not inside:
+    if choice.revision is not None:
         raise DataError(
-            "the directory holds no data file",
-            where=path,
-            allowed=f"files ending in {', '.join(SUFFIXES)} (.gz may follow)",
+            "a local file or directory has no revisions",
+            where=f"{path}: data.revision",
+            allowed="names on the hub",
+            hint="leave data.revision out",
         )
-    return [DataFile(f"{path.rstrip('/')}/{part.relative_to(place).as_posix()}", part) for part in inside]
+    if place.is_dir() and not arrow.is_saved(place):
+        if choice.config is None and len(configs := _configs(place)) > 1:
+            authors.tell(f"{path}: all configurations are read: {', '.join(configs)} (data.config names one)")
+        inside = _inside(place, path) if choice.config is None else _configured(place, path, choice.config)
+        return _split_files(inside, path, choice)
+    if choice.config is not None:
+        raise DataError(
+            "there are no configurations",
+            where=f"{path}: data.config",
+            allowed="names on the hub, and directories of such sets",
+            hint="leave data.config out",
+        )
+    return [DataFile(path, place, choice)]
+
+
+def refuse_choice(path: str, choice: Choice) -> None:
+    """Raises DataError where a configuration, split or revision is asked of the embedded set, which has none."""
+    if choice != FOR_TRAINING:
+        raise DataError(
+            "the embedded set has no configurations, splits or revisions",
+            where=path,
+            allowed="names on the hub, directories and files with splits",
+            hint="leave data.config, data.split and data.revision out",
+        )
 
 
 def rows(file: DataFile) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -77,9 +132,9 @@ def rows(file: DataFile) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def rows_or_errors(file: DataFile) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
-    """Like `rows`, but a JSON line or array element that can't be used is yielded as an error, so that all are seen."""
+    """Like `rows`, but a line or array element that can't be used is yielded as an error, so that all are seen."""
     empty = True
-    for where, row in _all_rows(file):
+    for where, row in _first_time(file):
         empty = False
         if isinstance(row, dict | DataError):
             yield where, row
@@ -92,209 +147,213 @@ def rows_or_errors(file: DataFile) -> Iterator[tuple[str, dict[str, Any] | DataE
                     allowed="a JSON object per record",
                 ),
             )
-    if empty:
+    if empty and not file.after:
         raise DataError("the file is empty", where=file.name, allowed="at least one record")
 
 
-def read_bytes(path: Path, name: str) -> bytes:
-    """Content of a file, unzipped when it begins like gzip.
+def _first_time(file: DataFile) -> Iterator[tuple[str, Any]]:
+    """The rows of a file without those that the files of earlier splits have."""
+    if not file.after:
+        yield from _all_rows(file)
+        return
+    earlier = _keys(file.after)
+    repeated = 0
+    for where, row in _all_rows(file):
+        if authors.key_of(row) in earlier:
+            repeated += 1
+        else:
+            yield where, row
+    if repeated:
+        authors.tell(f"{file.name}: {repeated:,} rows are those of an earlier split and are read once")
 
-    Raises:
-        DataError: the file can't be read, or the gzip stream is truncated or damaged.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"the file can't be read: {error.strerror}", where=name) from error
-    if content[:2] != b"\x1f\x8b":
-        return content
-    try:
-        return gzip.decompress(content)
-    except EOFError as error:
-        raise DataError("the gzip file is truncated", where=name, hint="download or copy it again") from error
-    except (OSError, zlib.error) as error:
-        raise DataError(f"the gzip file is damaged: {error}", where=name, hint="download or copy it again") from error
+
+@lru_cache(maxsize=1)
+def _keys(earlier: tuple[DataFile, ...]) -> frozenset[bytes]:
+    """Keys of the rows of these files, which all files of a later split ask for."""
+    return frozenset(authors.key_of(row) for other in earlier for _, row in _all_rows(other))
 
 
 def _all_rows(file: DataFile) -> Iterator[tuple[str, Any]]:
-    if file.path is None or file.path.is_dir():
-        yield from _dataset_rows(file)
+    choice = file.choice
+    if file.path is None:
+        yield from arrow.hub_rows(file.name, choice.config, choice.split, choice.revision)
         return
-    content = read_bytes(file.path, file.name)
-    if content[:4] == b"PAR1":
-        yield from _parquet_rows(content, file.name)
-    elif _stem(file.name).endswith(".tfrecord") or is_tfrecord(content):
-        yield from ((f"{file.name}[{index}]", row) for index, row in enumerate(read_examples(content, file.name)))
-    elif _stem(file.name).endswith(".tsv"):
-        yield from _tsv_rows(_decode(content, file.name), file.name)
+    if file.path.is_dir():
+        yield from arrow.saved_rows(file.path, file.name, choice.split)
+        return
+    suffix = _stem(member_name(file.path, file.name))
+    content = blocks(file.path, file.name)
+    head = next(content, b"")
+    everything = chain([head], content)
+    table = suffix.endswith((".csv", ".tsv"))
+    named = choice.split is None or _is_asked(file, choice.split)
+    if arrow.is_arrow(head):
+        packed = _begins_otherwise(file.path, head)
+        found = arrow.file_rows(b"".join(everything) if packed else file.path, head, file.name)
+    elif suffix.endswith(".tfrecord") or is_tfrecord(head):
+        examples = read_examples(b"".join(everything), file.name)
+        found = ((f"{file.name}[{index}]", row) for index, row in enumerate(examples))
+    elif table:
+        found = delimited.rows(text_blocks(everything, file.name), file.name, suffix.endswith(".tsv"))
     else:
-        decoded = _decode(content, file.name)
-        yield from (_array_rows if decoded.lstrip()[:1] == "[" else _line_rows)(decoded, file.name)
+        split, named = None if named else choice.split, True
+        found = json_rows.rows(text_blocks(everything, file.name), file.name, split)
+    if not named and choice.split is not None:
+        raise authors.no_splits(file.name, choice.split)
+    yield from found
 
 
-def _decode(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+def _begins_otherwise(path: Path, head: bytes) -> bool:
+    """True when what was read isn't what lies on disk: it was packed, or can't be read twice."""
+    if not path.is_file():
+        return True
+    with path.open("rb") as opened:
+        return opened.read(4) != head[:4]
+
+
+def _is_asked(file: DataFile, split: str) -> bool:
+    name = authors.split_of_file(PurePosixPath(PurePosixPath(file.name).name)) or ""
+    return split == "all" or any(authors.matches(name, wanted) for wanted in split.split("+"))
+
+
+def _inside(place: Path, path: str) -> list[DataFile]:
+    inside = sorted(part for part in place.rglob("*") if _is_data(part, place))
+    if not inside:
+        others = sorted(part.relative_to(place).as_posix() for part in place.rglob("*") if part.is_file())
+        found = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise DataError(
-            f"byte 0x{content[error.start]:02x} is not valid UTF-8",
-            where=f"{name}:{line}",
-            hint="save the file as UTF-8 (for example `iconv -f latin1 -t utf-8`)",
-        ) from error
+            "the directory holds no data file" + (f" (found {found})" if others else ""),
+            where=path,
+            allowed=f"files ending in {', '.join(SUFFIXES)} ({', '.join(PACKED_SUFFIXES)} may follow)",
+        )
+    return [DataFile(f"{path.rstrip('/')}/{part.relative_to(place).as_posix()}", part) for part in inside]
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"key {twice!r} appears twice in one object")
-    return members
+def _split_files(found: list[DataFile], path: str, choice: Choice) -> list[DataFile]:
+    """The files of the authors' splits that are read (authors.py has the rule), in the order of their names."""
+    splits = {file: _split_of(file, path) for file in found}
+    names = list(dict.fromkeys(name for name in splits.values() if name))
+    training = [name for name in names if authors.side_of(name) == "train"]
+    if choice.split is None:
+        if not training or len(training) == len(names):
+            return found
+        left = [name or file.name for file, name in splits.items() if name not in training]
+        authors.tell_left_out(path, training, list(dict.fromkeys(left)))
+        taken = training
+    elif choice.split == "all":
+        return found
+    elif not names:
+        # A single JSON file may hold the splits.
+        return [replace(file, choice=Choice(split=choice.split)) for file in found]
+    else:
+        taken = authors.choose(names, choice.split, path)
+    kept = [file for file, name in splits.items() if name in taken]
+    if len(taken) == 1:
+        return kept
+    return [
+        replace(file, after=tuple(other for other in kept[:index] if splits[other] != splits[file]))
+        for index, file in enumerate(kept)
+    ]
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not valid JSON")
+def _split_of(file: DataFile, path: str) -> str | None:
+    """The split of a file by its name below `path` (what the directory itself is called says nothing)."""
+    fixed = _GLOB.split(path)[0].rpartition("/")[0] if _GLOB.search(path) else path.rstrip("/")
+    below = file.name.removeprefix(fixed).lstrip("/")
+    return authors.split_of_file(PurePosixPath(below))
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+def _matching(pattern: str, root: Path | None) -> list[DataFile]:
+    """The files that a pattern finds in the working directory, else below the root; directories are searched."""
+    for base in (None, _root(root)):
+        if base is None and pattern.startswith("~"):
+            pattern = str(Path(pattern).expanduser())
+        matches = sorted(glob.glob(pattern, root_dir=base, recursive=True))
+        places = [(match, Path(base or "") / match) for match in matches]
+        files = [(match, place) for match, place in places if place.is_file()]
+        known = [(match, place) for match, place in files if _is_data(place, place.parent)]
+        found = [DataFile(match, place) for match, place in known or files]
+        if not found:
+            directories = [(match, place) for match, place in places if place.is_dir()]
+            found = [file for match, place in directories for file in _found_in(place, match)]
+        if found:
+            return list(dict.fromkeys(found))
+    raise DataError(
+        "no file matches this pattern",
+        where=pattern,
+        allowed="a pattern that finds files, `*` within a name and `**` for any folders",
+        hint=f"look below {_GLOB.split(pattern)[0].rpartition('/')[0] or 'the working directory'}",
+    )
 
 
-def _decode_one(document: str, start: int, where: str) -> tuple[Any, int]:
-    """One JSON value of `document` and where it ends; ValueErrors become DataErrors at `where`."""
+def _found_in(place: Path, path: str) -> list[DataFile]:
+    return [DataFile(path, place)] if arrow.is_saved(place) else _inside(place, path)
+
+
+def _configs(directory: Path) -> dict[str, Any]:
+    """The configurations that the head of a hub set's README lists."""
     try:
-        return _DECODER.raw_decode(document, start)
-    except RecursionError as error:
-        raise DataError("JSON is nested too deeply", where=where) from error
-    except json.JSONDecodeError as error:
+        text = (directory / "README.md").read_text(encoding="utf-8")
+        head = text.removeprefix("---").partition("\n---")[0]
+        listed = (yaml.safe_load(head) or {}).get("configs") if "configs:" in head else None
+        return {str(entry["config_name"]): entry for entry in listed or ()}
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def _configured(place: Path, path: str, config: str) -> list[DataFile]:
+    """The files of one configuration: as the README says, else those of the folder of that name."""
+    configs = _configs(place)
+    folders = sorted(part.name for part in place.iterdir() if part.is_dir() and not part.name.startswith("."))
+    known = list(configs) or folders
+    if config not in known:
+        near = nearest(config, known)
         raise DataError(
-            f"bad JSON: {error.msg} at column {error.colno}",
-            where=where,
-            allowed="a JSON array, or one JSON object per line",
-        ) from error
-    except ValueError as error:
-        raise DataError(str(error), where=where) from error
+            f"no configuration is called {config!r}",
+            where=f"{path}: data.config",
+            allowed=", ".join(known) or "none: the directory has no folders",
+            hint=f"did you mean {near!r}?" if near else None,
+        )
+    entry = configs.get(config, {})
+    inside = _inside(place, path)
+    if "data_files" not in entry:
+        folder = str(entry.get("data_dir", config)).strip("./")
+        return _some([file for file in inside if file.path and file.path.is_relative_to(place / folder)], path, config)
+    listed = entry["data_files"] if isinstance(entry["data_files"], list) else [entry["data_files"]]
+    patterns = [part for one in listed for part in _patterns(one.get("path") if isinstance(one, dict) else one)]
+    wanted = {match for pattern in patterns for match in place.glob(pattern.lstrip("/"))}
+    return _some([file for file in inside if file.path in wanted], path, config)
 
 
-def _line_rows(document: str, name: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(document.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{name}:{number}"
-        try:
-            row, end = _decode_one(line, len(line) - len(line.lstrip()), where)
-            if line[end:].strip():
-                raise DataError(
-                    f"bad JSON: extra text after column {end}", where=where, allowed="one JSON object per line"
-                )
-        except DataError as error:
-            row = error
-        yield where, row
+def _patterns(listed: Any) -> list[str]:
+    return [str(one) for one in (listed if isinstance(listed, list) else [listed]) if one]
 
 
-def _array_rows(document: str, name: str) -> Iterator[tuple[str, Any]]:
-    position = _skip_space(document, document.index("[") + 1)
-    index, closed = 0, document[position : position + 1] == "]"
-    while not closed:
-        try:
-            row, position = _decode_one(document, position, f"{name}[{index}]")
-        except DataError as error:
-            if not isinstance(error.__cause__, json.JSONDecodeError):
-                raise
-            raise DataError(error.what, where=f"{name}:{error.__cause__.lineno}", allowed=error.allowed) from error
-        yield f"{name}[{index}]", row
-        index, position = index + 1, _skip_space(document, position)
-        mark = document[position : position + 1]
-        if mark not in (",", "]"):
-            raise _bad_array(document, position, name, "',' or ']' is expected")
-        closed = mark == "]"
-        position = position if closed else _skip_space(document, position + 1)
-    end = _skip_space(document, position + 1)
-    if document[end:]:
-        raise _bad_array(document, end, name, "extra text after the array")
+def _some(found: list[DataFile], path: str, config: str) -> list[DataFile]:
+    if not found:
+        raise DataError(f"the configuration {config!r} has no data file here", where=path, hint="download it whole")
+    return found
 
 
-def _skip_space(document: str, position: int) -> int:
-    space = _SPACE.match(document, position)
-    return space.end() if space else position
-
-
-def _bad_array(document: str, position: int, name: str, what: str) -> DataError:
-    line = document.count("\n", 0, position) + 1
-    return DataError(f"bad JSON: {what}", where=f"{name}:{line}", allowed="a JSON array, or one JSON object per line")
-
-
-def _tsv_rows(document: str, name: str) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
-    """Rows of the three-column TSV of the Taskmaster ticketing splits; values may be quoted as in CSV."""
-    for number, line in enumerate(document.split("\n"), start=1):
-        where = f"{name}:{number}"
-        columns = line.rstrip("\r").split("\t")
-        if columns == [""]:
-            continue
-        if len(columns) != 3:
-            yield (
-                where,
-                DataError(
-                    f"found {len(columns)} tab-separated columns", where=where, allowed="source, target, dialog id"
-                ),
-            )
-            continue
-        unquoted = [
-            part[1:-1].replace('""', '"') if len(part) > 1 and part[0] == part[-1] == '"' else part for part in columns
-        ]
-        yield where, dict(zip(("source", "target", "dialog_id"), unquoted, strict=True))
-
-
-def _parquet_rows(content: bytes, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(io.BytesIO(content))
-        if len(set(table.column_names)) < len(table.column_names):
-            raise ValueError("a column name appears twice")
-        table_rows = table.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
-        first_line = str(error).split("\n")[0]
-        raise DataError(
-            f"the Parquet file can't be read: {first_line}", where=name, hint="write or copy it again"
-        ) from error
-    yield from ((f"{name}[{index}]", row) for index, row in enumerate(table_rows))
-
-
-def _dataset_rows(file: DataFile) -> Iterator[tuple[str, Any]]:
-    """Rows of all splits of a `datasets` directory or hub name (our own splits are made by group)."""
-    import datasets
-
-    try:
-        if file.path is None:
-            loaded = datasets.load_dataset(file.name)
-        else:
-            loaded = datasets.load_from_disk(str(file.path))
-    except (OSError, ValueError, KeyError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        if file.path is None:
-            raise DataError(
-                f"no local file or directory has this name, and the hub gave none: {first_line}",
-                where=file.name,
-                hint="check the name and the connection, or download the set and give its path",
-            ) from error
-        raise DataError(f"the `datasets` directory can't be read: {first_line}", where=file.name) from error
-    splits = loaded if isinstance(loaded, dict) else {"": loaded}
-    for split_name, split in splits.items():
-        prefix = f"{file.name}/{split_name}" if split_name else file.name
-        yield from ((f"{prefix}[{index}]", row) for index, row in enumerate(split.with_format(None)))
+def _root(root: Path | None) -> Path | None:
+    return root or (Path(os.environ["PERLHF_DATA"]) if os.environ.get("PERLHF_DATA") else None)
 
 
 def _local(path: str, root: Path | None) -> Path | None:
-    root = root or (Path(os.environ["PERLHF_DATA"]) if os.environ.get("PERLHF_DATA") else None)
+    root = _root(root)
     if "\0" in path or not path:
         return None
-    candidates = [Path(path), *([root / path] if root else [])]
+    candidates = [Path(path).expanduser() if path.startswith("~") else Path(path), *([root / path] if root else [])]
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
 
 def _missing(path: str, root: Path | None) -> DataError:
+    if path and "\0" not in path and Path(path).is_symlink():
+        return DataError(
+            f"this is a link to {os.readlink(path)!r}, which doesn't exist",
+            where=path,
+            hint="mend the link, or name the file itself",
+        )
     parent = Path(path).parent
     near = nearest(Path(path).name, [part.name for part in parent.iterdir()]) if parent.is_dir() and path else None
     places = "the working directory" + (
@@ -306,7 +365,7 @@ def _missing(path: str, root: Path | None) -> DataError:
     return DataError(
         f"nothing has this name in {places}",
         where=path or "''",
-        allowed=f"a file, a directory, `owner/name` on the hub, or {BUILTIN}",
+        allowed=f"a file, a directory, a pattern, `owner/name` on the hub, or {BUILTIN}",
         hint=hint,
     )
 
@@ -317,10 +376,6 @@ def _published(path: str) -> str | None:
     return first if first in pull.sources() else None
 
 
-def _is_saved_dataset(directory: Path) -> bool:
-    return (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()
-
-
 def _is_data(part: Path, directory: Path) -> bool:
     hidden = any(name.startswith(".") for name in part.relative_to(directory).parts)
     stem = _stem(part.name)
@@ -329,4 +384,6 @@ def _is_data(part: Path, directory: Path) -> bool:
 
 
 def _stem(name: str) -> str:
-    return name.lower().removesuffix(".gz")
+    lowered = name.lower()
+    packed = next((suffix for suffix in PACKED_SUFFIXES if lowered.endswith(suffix)), "")
+    return lowered.removesuffix(packed)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from perlhf.data import files
 from perlhf.data.fields import Row, Skipped, checked
-from perlhf.data.files import BUILTIN, DataFile
+from perlhf.data.files import BUILTIN, FOR_TRAINING, Choice, DataFile
 from perlhf.data.readers import android, dialogs, pairs
 from perlhf.data.readers.trl import trl
 from perlhf.data.records import Record
@@ -73,28 +73,35 @@ LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
 _SAMPLE_BYTES = 2**18
 
 
-def read(path: str, format: str = "auto", root: Path | None = None) -> list[Record]:
+def read(path: str, format: str = "auto", root: Path | None = None, choice: Choice = FOR_TRAINING) -> list[Record]:
     """The records of a file, directory, hub name or `builtin:coffee-bar`, in file order.
 
     Args:
         path: `builtin:coffee-bar` gives all kinds, `builtin:coffee-bar/rating` one of them.
         format: a name of `FORMATS`; `auto` goes by the columns of each file's first row.
         root: where relative paths are also looked up; None means $PERLHF_DATA.
+        choice: of a set's configurations, splits and revisions.
 
     Raises:
         DataError: nothing has that name, or a file, row or format is wrong; the message says where.
     """
-    return read_all(path, format, root).records
+    return read_all(path, format, root, choice).records
 
 
-def read_all(path: str, format: str = "auto", root: Path | None = None) -> Reading:
+def read_all(path: str, format: str = "auto", root: Path | None = None, choice: Choice = FOR_TRAINING) -> Reading:
     """Like `read`, with the number of skipped rows and the formats that were found."""
     reading = Reading()
-    reading.records.extend(stream(path, format, root, reading))
+    reading.records.extend(stream(path, format, root, choice, into=reading))
     return reading
 
 
-def stream(path: str, format: str = "auto", root: Path | None = None, into: Reading | None = None) -> Iterator[Record]:
+def stream(
+    path: str,
+    format: str = "auto",
+    root: Path | None = None,
+    choice: Choice = FOR_TRAINING,
+    into: Reading | None = None,
+) -> Iterator[Record]:
     """The records of `read`, one at a time.
 
     Args:
@@ -103,14 +110,17 @@ def stream(path: str, format: str = "auto", root: Path | None = None, into: Read
     check_format(format)
     reading = into or Reading()
     if is_builtin(path):
+        files.refuse_choice(path, choice)
         from perlhf.data.coffee_bar import feedback
 
         reading.formats[path] = "builtin"
         yield from (record for kind in builtin_kinds(path) for record in feedback.records(kind))
         return
-    for file in files.find(path, root):
+    for file in files.find(path, root, choice):
         rows = counted(files.rows(file), f"reading {file.name}", about_rows(file))
-        first = next(rows)
+        first = next(rows, None)
+        if first is None:  # all its rows are those of another split
+            continue
         name = detect(first[1]) if format == "auto" else format
         reading.formats[file.name] = name
         for record in reader_of(name, file)(_chain(first, rows)):

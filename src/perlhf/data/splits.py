@@ -124,6 +124,11 @@ def content_hash(config: DataConfig) -> dict[str, str]:
     return {path: _path_hash(path, config) for path in config.paths}
 
 
+def choice_of(config: DataConfig) -> files.Choice:
+    """What is read of a set with configurations, authors' splits or revisions."""
+    return files.Choice(config.config, config.split, config.revision)
+
+
 def check_labels(records: Records, config: DataConfig) -> None:
     """Raises DataError when there are ratings and all have the same label: a reward model would learn a constant."""
     labels = records.labels[records.labels != NO_LABEL]
@@ -197,12 +202,13 @@ def _counted(records: Records, description: str) -> Iterator[Record]:
 def _converted(config: DataConfig, kinds: Sequence[Kind]) -> Iterator[Record]:
     for path in config.paths:
         if read.is_builtin(path):
+            files.refuse_choice(path, choice_of(config))
             from perlhf.data.coffee_bar import feedback
 
             available = read.builtin_kinds(path)
             yield from (record for kind in kinds if kind in available for record in feedback.records(kind))
         else:
-            yield from _as_kinds(read.stream(path, config.format), kinds)
+            yield from _as_kinds(read.stream(path, config.format, choice=choice_of(config)), kinds)
 
 
 def _as_kinds(records: Iterable[Record], kinds: Sequence[Kind]) -> Iterator[Record]:
@@ -259,9 +265,9 @@ def _empty_split(split: str, config: DataConfig, groups: int) -> DataError:
 def _path_hash(path: str, config: DataConfig) -> str:
     if read.is_builtin(path):
         return _records_hash(read.read(path))
-    data_files = files.find(path)
+    data_files = files.find(path, choice=choice_of(config))
     if any(file.path is None for file in data_files):
-        return _records_hash(read.stream(path, config.format))
+        return _records_hash(read.stream(path, config.format, choice=choice_of(config)))
     hashes = [(file.name, _file_hash(file.path)) for file in data_files if file.path]
     return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == path else _sha256_of(json.dumps(hashes).encode())
 

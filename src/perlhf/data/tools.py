@@ -15,7 +15,7 @@ import numpy as np
 from perlhf.config.stages import DataConfig
 from perlhf.data import files, read
 from perlhf.data.fields import Row, Skipped, checked
-from perlhf.data.files import DataFile
+from perlhf.data.files import FOR_TRAINING, Choice, DataFile
 from perlhf.data.read import FORMATS
 from perlhf.data.records import (
     Comparison,
@@ -27,7 +27,7 @@ from perlhf.data.records import (
     content_of,
     text_of,
 )
-from perlhf.data.splits import SPLITS, kind_of, sides_of
+from perlhf.data.splits import SPLITS, choice_of, kind_of, sides_of
 from perlhf.data.store import (
     Facts,
     Records,
@@ -76,7 +76,9 @@ def formats() -> list[dict[str, str]]:
     ]
 
 
-def validate(paths: Sequence[str], format: str = "auto", root: Path | None = None) -> Validation:
+def validate(
+    paths: Sequence[str], format: str = "auto", root: Path | None = None, choice: Choice = FOR_TRAINING
+) -> Validation:
     """Reads every row of every path and collects what is wrong (at most MAX_PROBLEMS), instead of stopping at the
     first.
 
@@ -87,10 +89,10 @@ def validate(paths: Sequence[str], format: str = "auto", root: Path | None = Non
     tally, skipped, problems, kinds = Tally(), Counter[str](), list[DataError](), Counter[str]()
     count = 0
     for path in paths:
-        data_files = [None] if read.is_builtin(path) else files.find(path, root)
+        data_files = [None] if read.is_builtin(path) else files.find(path, root, choice)
         for file in data_files:
             count += 1
-            for outcome in read.read(path) if file is None else _records_or_problems(file, format):
+            for outcome in read.read(path, choice=choice) if file is None else _records_or_problems(file, format):
                 if isinstance(outcome, DataError):
                     problems.append(outcome)
                 elif isinstance(outcome, Skipped):
@@ -103,7 +105,11 @@ def validate(paths: Sequence[str], format: str = "auto", root: Path | None = Non
 
 
 def inspect(
-    paths: Sequence[str], format: str = "auto", root: Path | None = None, config: DataConfig | None = None
+    paths: Sequence[str],
+    format: str = "auto",
+    root: Path | None = None,
+    config: DataConfig | None = None,
+    choice: Choice = FOR_TRAINING,
 ) -> dict[str, Any]:
     """Summary of some files, ready for a table or JSON.
 
@@ -119,7 +125,7 @@ def inspect(
     reading, tally, kinds = read.Reading(), Tally(config.split_seed), Counter[str]()
     lengths = {"prompt": array("q"), "completion": array("q")}
     example: dict[str, Any] = {}
-    for record in (record for path in paths for record in read.stream(path, format, root, reading)):
+    for record in (record for path in paths for record in read.stream(path, format, root, choice, into=reading)):
         tally.add(record)
         kinds[kind_of(record)] += 1
         lengths["prompt"].append(_length(record.prompt))
@@ -152,7 +158,7 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
         DataError: a file or row is wrong, or a side is empty; nothing is written then.
         StorageError: the files can't be written.
     """
-    every = (record for path in config.paths for record in read.stream(path, config.format))
+    every = (record for path in config.paths for record in read.stream(path, config.format, choice=choice_of(config)))
     records = hold(every, config.split_seed)
     sides = sides_of(records.facts, config)
     shares = {"train": 1.0, "validation": config.validation, "test": config.test}
@@ -173,7 +179,13 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
     return {side: {"records": len(members), "groups": count_groups(members.facts)} for side, members in wanted.items()}
 
 
-def convert(path: str, output: Path, format: str = "auto", root: Path | None = None) -> int:
+def convert(
+    path: str,
+    output: Path,
+    format: str = "auto",
+    root: Path | None = None,
+    choice: Choice = FOR_TRAINING,
+) -> int:
     """Writes the records of `path` with TRL's column names to a `.jsonl` or `.parquet` file.
 
     Chat prompts are written as lists of messages and their completions as one assistant message; in Parquet, where a
@@ -192,7 +204,7 @@ def convert(path: str, output: Path, format: str = "auto", root: Path | None = N
             where=str(output),
             allowed=" or ".join(_OUTPUTS),
         )
-    records = hold(read.stream(path, format, root))
+    records = hold(read.stream(path, format, root, choice))
     with storage_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".jsonl":

@@ -183,6 +183,12 @@ def test_data_options_of_evaluate_start_from_the_data_of_the_run(tmp_path):
     settings, _ = parse(COMMANDS["evaluate"], arguments, evaluated_data(arguments))
     assert settings.data == stages.DataConfig(paths=("coffee.json",), test=0.3, limit=5)
     assert evaluated_data([str(tmp_path)]) is None
+    (tmp_path / "config.yaml").write_text("data: {paths: [me/set], split: train_sft, config: en, test: 0.3}\n")
+    assert evaluated_data([str(tmp_path), "--data.split", "test"]) == {
+        "data": {"paths": ["me/set"], "split": "train_sft", "config": "en", "test": 0.3}
+    }
+    other = {"data": {"paths": ["me/set"], "test": 0.3}}  # the split of a set says nothing about another one
+    assert evaluated_data([str(tmp_path), "--data.paths", "mine.jsonl"]) == other
     assert evaluated_data([str(tmp_path / "elsewhere"), "--data.limit", "5"]) is None
 
 
@@ -216,6 +222,16 @@ def test_data_commands(tmp_path, capsys):
         "Yes.",
         "Please.",
     ]
+    for side in ("train", "test"):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"{side}.jsonl").write_text(json.dumps(rows[side == "test"]) + "\n")
+    for words in (["validate", str(tmp_path / "set")], ["inspect", str(tmp_path / "set")]):
+        assert main(["data", *words, "--split", "test"]) == 0
+        assert re.search(r"comparison +│ 1", capsys.readouterr().out)
+    assert main(["data", "convert", str(tmp_path / "set"), str(tmp_path / "o.jsonl"), "--split", "all"]) == 0
+    assert "2 records" in capsys.readouterr().out
+    assert main(["data", "validate", str(tmp_path / "set"), "--config", "en"]) == 2
+    assert "data.config" in capsys.readouterr().err
     assert main(["data", "formats"]) == 0
     assert "trl" in capsys.readouterr().out
     path.write_text(json.dumps({"prompt": "Tea?", "chosen": "", "rejected": "No."}) + "\n")

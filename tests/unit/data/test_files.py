@@ -72,14 +72,15 @@ def test_relative_paths_are_looked_up_under_the_root(tmp_path: Path, monkeypatch
     assert read("a.jsonl")[0].source == "a.jsonl:1"
 
 
-def test_datasets_directories_give_all_splits(tmp_path: Path) -> None:
+def test_datasets_directories_are_read_without_datasets(tmp_path: Path) -> None:
     script = (
         "import datasets, sys; one = datasets.Dataset.from_list([{'prompt': 'a', 'completion': 'x'}]);"
         "two = datasets.Dataset.from_list([{'prompt': 'b', 'completion': 'y'}]);"
         "datasets.DatasetDict(train=one, test=two).save_to_disk(sys.argv[1] + '/both');"
         "one.save_to_disk(sys.argv[1] + '/one');"
-        "from perlhf.data.read import read;"
-        "found = [r for name in ('one', 'both') for r in read(sys.argv[1] + '/' + name)];"
+        "del sys.modules['datasets']; sys.modules['datasets'] = None;"
+        "from perlhf.data.read import read; from perlhf.data.files import Choice;"
+        "found = [r for name in ('one', 'both') for r in read(sys.argv[1] + '/' + name, choice=Choice(split='all'))];"
         "print([(r.prompt, r.completion, r.source.split('/')[-1]) for r in found])"
     )
     done = in_process(script, str(tmp_path))
@@ -122,7 +123,8 @@ def in_process(script: str, *arguments: str) -> subprocess.CompletedProcess[str]
         ("a.json", b'[{"prompt": "a"}, 3]', "found a int", "[1]"),
         ("a.json", b'[{"prompt": "a"}, {"prompt": "b", "prompt": "c"}]', "key 'prompt' appears twice", "[1]"),
         ("a.jsonl", b'{"prompt": "a"}\n{"label": true, "label": false}', "key 'label' appears twice", ":2"),
-        ("a.jsonl", b'{"prompt": "a", "weight": NaN}', "NaN is not valid JSON", ":1"),
+        ("a.jsonl", b'{"prompt": "a", "weight": -Infinity}', "key 'weight': -Infinity is not valid JSON", ":1"),
+        ("a.json", b'[{"prompt": "a", "weight": Infinity}]', "key 'weight': Infinity is not valid JSON", "[0]"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "byte 0xff is not valid UTF-8", ":2"),
         ("a.jsonl", b'{"prompt": "\\ud800"}', "half of a surrogate pair", ":1"),
         ("a.jsonl", b'{"x": ' + b"[" * 200_000, "nested too deeply", ":1"),
