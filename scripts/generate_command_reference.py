@@ -22,7 +22,8 @@ A training command takes a recipe, which is a YAML file with the keys below, and
     perlhf reward recipes/coffee/reward.yaml --adapter.rank 4
 
 In a recipe the dots are nesting (`adapter:` with `rank: 4` beneath it). `null` leaves a value unset. Lists are written
-`[a, b]` in a recipe and `a b` after an option. A switch is `--encoding.drop-long` or `--encoding.no-drop-long`.
+`[a, b]` in a recipe and `a b` after an option, names with values `{a: b}` in both (quoted after an option). A switch is
+`--encoding.drop-long` or `--encoding.no-drop-long`.
 
 Exit codes: 0 done, 2 a mistake in a recipe, option, file or run directory, 3 training had to stop (a loss that is not
 finite, or a sampler that did not use the adapter), 130 interrupted.
@@ -68,15 +69,19 @@ def _field(model: type[BaseModel], name: str) -> Any:
     return _field(nested, rest) if nested and rest else info
 
 
-def _rows(model: type[BaseModel], positionals: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, ...]]:
+def _rows(
+    model: type[BaseModel], positionals: tuple[str, ...], prefix: str = "", unset: bool = False
+) -> Iterator[tuple[str, ...]]:
+    """A row for each option; with `unset`, those of a model that may be left out whole, so that none is required."""
     for name, info in model.model_fields.items():
         nested = submodel(info.annotation)
         if nested:
-            yield from _rows(nested, positionals, f"{prefix}{name}.")
+            yield from _rows(nested, positionals, f"{prefix}{name}.", unset or info.default is None)
             continue
         path = f"{prefix}{name}"
         option = path.rpartition(".")[2].upper() if path in positionals else f"--{path.replace('_', '-')}"
-        default = "required" if info.is_required() else f"`{_default(info.default)}`"
+        default = "required" if info.is_required() else f"`{_default(info.get_default(call_default_factory=True))}`"
+        default = "with the others" if info.is_required() and unset else default
         yield f"`{option}`", describe(info.annotation, tuple(info.metadata)), default, (info.description or "").strip()
 
 

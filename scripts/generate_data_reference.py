@@ -18,7 +18,7 @@ TARGET = Path(__file__).resolve().parents[1] / "docs" / "data.md"
 INTRODUCTION = """# Data
 
 Generated from the code by `make docs`. The rules below are the readers' own documentation; `perlhf data formats` prints
-them too.
+a line of each.
 
     perlhf data formats                              what can be read and pulled
     perlhf data validate ratings.jsonl               every problem with its line, exit code 2 if there is one
@@ -30,7 +30,9 @@ them too.
 ## Records
 
 Training needs one of four kinds of record. A prompt is a string, which means a single user message, or a list of chat
-messages `{"role": ..., "content": ...}`. A completion is the text of one assistant message, without its end token.
+messages `{"role": ..., "content": ...}`, whose other keys (`tool_calls`, `reasoning_content`, `name`) go to the chat
+template. A completion is the text of one assistant message, without its end token, or messages of which the assistant's
+are learned: one that calls tools, or several turns.
 """
 
 GROUPS = """## Groups and splits
@@ -126,12 +128,30 @@ the authors' test split: `perlhf evaluate runs/mine --data.split test --split al
 
 ### Formats of rows
 
-`data.format: auto` goes by the columns of a file's first row. When a file should be read by another rule, name the
-format.
-
 What a reader leaves out by its rule (ties, missing answers) is counted, and `perlhf data inspect` shows the counts.
 Everything else that is wrong is an error with file and line: bad JSON, invalid UTF-8, a missing or misspelt column,
-a label that is no boolean, an empty prompt or completion, a key that occurs twice, a truncated gzip file.
+a label that is none, an empty prompt or completion, a key that occurs twice, a truncated gzip file.
+"""
+
+LAYOUTS = """## Layouts
+
+`data.format: auto` goes by the columns of a file's first row: the layouts of TRL, ShareGPT, Alpaca, ms-swift, OpenAI,
+UltraFeedback, HelpSteer, arenas, and what Argilla, Label Studio and open-webui export, need no word in the recipe.
+When a file should be read by another rule, name the format. Columns that no rule knows are ignored; one that is a
+single slip away from a name that is missing (`lable`) is an error. These keys of `data` are options of `perlhf data`
+too:
+
+    data:
+      columns: {prompt: question, chosen: best.text}    our name: the file's; dots go into objects and lists
+      ratings: {up: 4, down: 2}                         grades from 4 are a thumbs up, to 2 a thumbs down
+      grades: comparisons                               or: answers to one prompt are compared by their grades
+      ties: error                                       or skip, the default
+
+A label is true or false, 1 or 0 (or -1), yes or no, up or down, good or bad. A grade (`rating`, `stars`, `score`,
+`reward`, `helpfulness`) beside an answer is never ignored: without `data.ratings` or `data.grades` (`ignore` reads the
+answers as demonstrations) the file is one error that names a rule that fits. Grades between `down` and `up` are left
+out and counted; without `down` every grade below `up` is a thumbs down. Ties, and comparisons with the same text on
+both sides, teach no preference: they are left out and counted.
 """
 
 FORMATS_HEAD = """## Formats
@@ -173,6 +193,7 @@ def reference() -> str:
     parts = [INTRODUCTION, records, _columns()]
     parts.append(GROUPS.format(test=defaults.test, validation=defaults.validation))
     parts.append(_files())
+    parts.append(LAYOUTS)
     parts.append(FORMATS_HEAD + "\n".join(_format(row) for row in tools.formats()))
     parts.append(EMBEDDED + SETS_HEAD + "".join(_set(name) for name in pull.sources()))
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
@@ -181,6 +202,7 @@ def reference() -> str:
 KNOWN = {
     "trl": "Taken when no other format fits.",
     "hh": "Recognised by: `chosen` and `rejected` that begin with a human turn, and no `prompt`.",
+    "argilla": "Recognised by: `fields` and `responses`, or columns that end in `.responses` or `-suggestion`.",
 }
 """How formats are told apart that no set of columns shows; any other is taken only when named."""
 
@@ -213,8 +235,9 @@ def _columns() -> str:
 
 def _format(row: dict[str, str]) -> str:
     columns = next(one.columns for one in FORMATS if one.name == row["name"])
-    known = f"Recognised by: {', '.join(f'`{name}`' for name in sorted(columns))}."
-    if not columns:
+    sets = "; or ".join(", ".join(f"`{name}`" for name in sorted(names)) for names in columns)
+    known = f"Recognised by: {sets}."
+    if not columns or row["name"] in KNOWN:
         known = KNOWN.get(row["name"], f"Taken only when named (`data.format: {row['name']}`).")
     summary, rule, text = row["rule"].partition(" Rule: ")
     text = f"{summary}\n\n**Rule.** {text[:1].upper()}{text[1:]}" if rule else summary

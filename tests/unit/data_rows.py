@@ -246,6 +246,113 @@ ANDROID_FEATURES: dict[str, list[Any]] = {
     "step_instructions": [b"Press save", b"Go back"],
 }
 
+
+def said(role: str, content: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content} | more
+
+
+ASKED, GOOD, POOR = (
+    said("user", "Is it open?"),
+    said("assistant", "Until nine."),
+    said("assistant", "Go away."),
+)
+FEEDBACK_ROW: dict[str, Any] = {
+    "id": "f1",
+    "user_id": "u1",
+    "version": 0,
+    "type": "rating",
+    "data": {"rating": -1, "model_id": "m", "sibling_model_ids": None, "reason": "other", "details": {"rating": 3}},
+    "meta": {"message_id": "m2", "chat_id": "c", "message_index": 1},
+    "snapshot": {
+        "chat": {
+            "id": "c",
+            "title": "Hours",
+            "chat": {
+                "models": ["m"],
+                "params": {"system": "Be kind."},
+                "history": {
+                    "currentId": "m3",
+                    "messages": {
+                        "m1": ASKED | {"id": "m1", "parentId": None, "childrenIds": ["m2", "m3"], "timestamp": 1},
+                        "m2": POOR | {"id": "m2", "parentId": "m1", "childrenIds": [], "done": True},
+                        "m3": GOOD | {"id": "m3", "parentId": "m1", "childrenIds": []},
+                    },
+                },
+            },
+        }
+    },
+}
+TASK_ROW: dict[str, Any] = {
+    "id": 1,
+    "data": {"prompt": "Is it open?", "one": "Until nine.", "two": "Go away."},
+    "annotations": [
+        {
+            "id": 5,
+            "completed_by": {"id": 3, "email": "ann@example.org"},
+            "was_cancelled": False,
+            "result": [
+                {"from_name": "pw", "to_name": "one,two", "type": "pairwise", "value": {"selected": "right"}, "id": "x"}
+            ],
+        },
+        {"id": 6, "completed_by": 4, "was_cancelled": True, "result": []},
+    ],
+    "predictions": [],
+}
+ARGILLA_ROW: dict[str, Any] = {
+    "id": "r1",
+    "status": "completed",
+    "_server_id": "s",
+    "fields": {"prompt": "Is it open?", "response": "Until nine."},
+    "metadata": {},
+    "suggestions": {"kind": {"value": "no", "score": None, "agent": None}},
+    "responses": {"kind": [{"value": "yes", "user_id": "u1"}, {"value": "no", "user_id": "u2"}]},
+    "vectors": {},
+}
+OPENAI_ROW: dict[str, Any] = {
+    "input": {"messages": [ASKED], "tools": [], "parallel_tool_calls": True},
+    "preferred_output": [GOOD],
+    "non_preferred_output": [POOR],
+}
+SHAREGPT_ROW: dict[str, Any] = {
+    "conversations": [
+        {"from": "human", "value": "Is it open?"},
+        {"from": "function_call", "value": '{"name": "hours", "arguments": {"day": "today"}}'},
+        {"from": "observation", "value": "9-21"},
+        {"from": "gpt", "value": "Until nine."},
+    ],
+    "system": "Be kind.",
+    "tools": '[{"name": "hours", "description": "When?", "parameters": {"type": "object"}}]',
+}
+ARENA_ROW: dict[str, Any] = {
+    "question_id": "q",
+    "model_a": "x",
+    "model_b": "y",
+    "winner": "model_b",
+    "judge": "ann",
+    "turn": 1,
+    "conversation_a": [ASKED, POOR, said("user", "Why?"), POOR],
+    "conversation_b": [ASKED, GOOD, said("user", "Why?"), GOOD],
+}
+HELPSTEER_ROW: dict[str, Any] = {
+    "context": [ASKED],
+    "response1": "Until nine.",
+    "response2": "Go away.",
+    "overall_preference": -2,
+    "individual_preference": [],
+}
+
+
+def graded_answer(text: str, *grades: str) -> dict[str, Any]:
+    return {"response": text, "model": "m", "annotations": {str(n): {"Rating": g} for n, g in enumerate(grades)}}
+
+
+ULTRAFEEDBACK_ROW: dict[str, Any] = {
+    "source": "set",
+    "instruction": "Is it open?",
+    "models": ["a", "b"],
+    "completions": [graded_answer("Go away.", "1", "N/A"), graded_answer("Until nine.", "5", "4")],
+}
+
 ROWS: dict[str, list[Any]] = {
     "taskmaster-rewards": [REWARD_ROW],
     "taskmaster-dialogs": [DIALOG_ROW],
@@ -264,5 +371,15 @@ ROWS: dict[str, list[Any]] = {
         {"prompt": [{"role": "user", "content": "p"}], "completion": "c", "label": True},
         {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]},
     ],
+    "open-webui": [FEEDBACK_ROW],
+    "label-studio": [TASK_ROW],
+    "argilla": [ARGILLA_ROW],
+    "openai": [OPENAI_ROW],
+    "swift": [{"messages": [ASKED, GOOD], "rejected_response": "Go away."}],
+    "sharegpt": [SHAREGPT_ROW],
+    "arena": [ARENA_ROW],
+    "helpsteer": [HELPSTEER_ROW],
+    "ultrafeedback": [ULTRAFEEDBACK_ROW],
+    "alpaca": [{"instruction": "Is it open?", "input": "Today.", "output": "Until nine.", "history": [["a", "b"]]}],
 }
 """JSON layouts by format name (`taskmaster-tsv` and `uibert` are not JSON)."""

@@ -242,22 +242,26 @@ def _run_data(name: str, arguments: list[str]) -> int:
         case commands.DataFormatsConfig():
             show.formats(tools.formats(), pull.sources())
         case commands.DataValidateConfig():
-            checked = tools.validate(settings.paths, settings.format, choice=_choice(settings))
+            checked = tools.validate(settings.paths, settings.format, choice=_choice(settings), rules=settings)
             show.validation(checked.files, checked.records, checked.skipped, checked.problems, checked.warnings)
             return 0 if checked.ok else 2
         case commands.DataInspectConfig():
             choice = _choice(settings)
-            show.nested("data", tools.inspect(settings.paths, settings.format, choice=choice))
+            show.nested("data", tools.inspect(settings.paths, settings.format, choice=choice, rules=settings))
             if settings.base is not None:
                 from perlhf.commands import rendering
-                from perlhf.data.read import read
+                from perlhf.data.read import stream
 
-                found = (record for path in settings.paths for record in read(path, settings.format, choice=choice))
+                found = (
+                    r for path in settings.paths for r in stream(path, settings.format, choice=choice, rules=settings)
+                )
                 rendering.show(settings, found)
         case commands.DataSplitConfig():
             show.nested(str(settings.output), tools.split(settings.data, settings.output))
         case commands.DataConvertConfig():
-            count = tools.convert(settings.path, settings.output, settings.format, choice=_choice(settings))
+            count = tools.convert(
+                settings.path, settings.output, settings.format, choice=_choice(settings), rules=settings
+            )
             print(f"{settings.output}: {count:,} records")
         case commands.DataPullConfig():
             print(pull.pull(settings.name, settings.output, settings.source))

@@ -57,11 +57,12 @@ def cells(settings: BaseModel, rows: Sequence[Sequence[str]]) -> None:
 
 
 def formats(readers: Iterable[Mapping[str, str]], sources: Mapping[str, Mapping[str, Any]]) -> None:
-    """Formats with their rules, and the sets that can be pulled."""
-    table = Table("format", "gives", "rule", title="formats", title_justify="left")
+    """Formats with a line each (docs/data.md has their rules), and the sets that can be pulled."""
+    print("formats (--data.format NAME; rules in docs/data.md)")
     for reader in readers:
-        table.add_row(Text(reader["name"]), Text(reader["gives"]), Text(reader["rule"]))
-    Console().print(table)
+        what = reader["rule"].partition(" Rule: ")[0].partition(" Group: ")[0]
+        print(f"  {reader['name']:<22} {what} Gives {reader['gives']}.")
+    print()
     table = Table("set", "published by", "licence", title="perlhf data pull NAME", title_justify="left")
     for name, source in sources.items():
         table.add_row(Text(name), Text(str(source["repository"])), Text(str(source["licence"])))

@@ -8,14 +8,25 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar, get_origin
+from typing import Annotated, Any, Generic, TypeVar, cast, get_origin
 
 import tyro
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
+from tyro.constructors import PrimitiveConstructorSpec
 
-from perlhf.config.recipe import CROSS_FIELD, Recipe, explain, find_problems, read_recipe, submodel, validated
+from perlhf.config.recipe import (
+    CROSS_FIELD,
+    Recipe,
+    explain,
+    find_problems,
+    read_mapping,
+    read_recipe,
+    submodel,
+    validated,
+)
 from perlhf.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -101,14 +112,23 @@ def _description(command: Command[Any]) -> str:
 
 
 def _drop_unset_models(
-    model: type[BaseModel], values: dict[str, Any], defaults: Mapping[str, Any], arguments: Sequence[str]
+    model: type[BaseModel],
+    values: dict[str, Any],
+    defaults: Mapping[str, Any],
+    arguments: Sequence[str],
+    above: str = "--",
 ) -> None:
     """A nested model whose default is null stays null unless one of its options or recipe keys is given."""
     for name, info in model.model_fields.items():
-        if submodel(info.annotation) and info.default is None and defaults.get(name) is None:
-            prefix = f"--{name.replace('_', '-')}."
-            if not any(argument.replace("_", "-").startswith(prefix) for argument in arguments):
-                values[name] = None
+        nested = submodel(info.annotation)
+        if nested is None:
+            continue
+        prefix, given = f"{above}{name.replace('_', '-')}.", defaults.get(name)
+        typed = any(argument.replace("_", "-").startswith(prefix) for argument in arguments)
+        if info.default is None and given is None and not typed:
+            values[name] = None
+        else:
+            _drop_unset_models(nested, values[name], given or {}, arguments, prefix)
 
 
 def _mirror(
@@ -117,19 +137,31 @@ def _mirror(
     positionals: tuple[str, ...],
     flags: tuple[str, ...] = (),
     given: bool = False,
+    unset: bool = False,
 ) -> type[Any]:
     """A frozen dataclass with the model's fields, docstrings and defaults (`defaults` first), for tyro.
 
     With `given`, positionals without a value in `defaults` must be given although the model has a default for them.
+    With `unset`, the whole model may be left out, so that nothing in it must be given: null stands for what it needs.
     """
     fields: list[Any] = [
-        _field(name, info, defaults, _below(name, positionals), given) for name, info in model.model_fields.items()
+        _field(
+            name, _left_out(info) if unset and info.is_required() else info, defaults, _below(name, positionals), given
+        )
+        for name, info in model.model_fields.items()
     ]
     for flag in flags:
         annotation = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=DRY_RUN_HELP)]
         fields.append((flag, annotation, dataclasses.field(default=False)))
     required_first = sorted(fields, key=lambda item: len(item) > 2)
     return dataclasses.make_dataclass(model.__name__, required_first, frozen=True, namespace={"__doc__": model.__doc__})
+
+
+def _left_out(info: FieldInfo) -> FieldInfo:
+    """A field that its model needs, of a model that may be left out: null stands for it."""
+    optional, needed = copy(info), cast(Any, info.annotation)
+    optional.annotation, optional.default = cast(Any, needed | None), None
+    return optional
 
 
 def _below(name: str, positionals: tuple[str, ...]) -> tuple[str, ...]:
@@ -145,22 +177,43 @@ def _field(
     if nested := submodel(info.annotation):
         default = info.default.model_dump(mode="json") if isinstance(info.default, BaseModel) else {}
         must = info.is_required() and bool(positionals) and name not in defaults
-        mirror = _mirror(nested, {**default, **(defaults.get(name) or {})}, positionals, given=must)
+        unset = info.default is None and defaults.get(name) is None
+        mirror = _mirror(nested, {**default, **(defaults.get(name) or {})}, positionals, given=must, unset=unset)
         annotation: Any = Annotated[mirror, tyro.conf.arg(help=help_text)]
         return (name, annotation) if must else (name, annotation, dataclasses.field(default_factory=mirror))
     positional = name in positionals
     annotation = Annotated[
-        info.annotation, tyro.conf.arg(help=help_text, metavar=_metavar(name, info) if positional else None)
+        _typed(info), tyro.conf.arg(help=help_text, metavar=_metavar(name, info) if positional else None)
     ]
     if positional:
         annotation = tyro.conf.Positional[annotation]
     if name in defaults:
         assert info.annotation is not None
         value = TypeAdapter(info.annotation).validate_json(json.dumps(defaults[name]))
-        return (name, annotation, dataclasses.field(default=value))
+        return (name, annotation, _default(value))
     if info.is_required() or (given and positional):
         return (name, annotation)
-    return (name, annotation, dataclasses.field(default=info.default))
+    return (name, annotation, _default(info.get_default(call_default_factory=True)))
+
+
+def _default(value: Any) -> Any:
+    """A field's default, also one that dataclasses call mutable."""
+    mutable = isinstance(value, dict)
+    return dataclasses.field(default_factory=lambda: dict(value)) if mutable else dataclasses.field(default=value)
+
+
+def _typed(info: FieldInfo) -> Any:
+    """A field's type as tyro takes it: names and values are typed as a recipe writes them, `{prompt: question}`."""
+    if get_origin(info.annotation) is not dict:
+        return info.annotation
+    written = PrimitiveConstructorSpec[Any](
+        nargs=1,
+        metavar="{NAME: VALUE, ...}",
+        instance_from_str=lambda words: read_mapping(words[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    )
+    return Annotated[info.annotation, written]
 
 
 def _metavar(name: str, info: FieldInfo) -> str:

@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from perlhf.config.stages import DEFAULT_BASE, DataConfig, EncodingConfig, Frozen, NotNegative, Positive
+from perlhf.config.stages import (
+    DEFAULT_BASE,
+    DataConfig,
+    EncodingConfig,
+    Frozen,
+    LayoutConfig,
+    NotNegative,
+    Positive,
+)
 
 
 class EvaluateConfig(Frozen):
@@ -151,13 +159,11 @@ class DataFormatsConfig(Frozen):
     """List the formats that perlhf reads and the data sets that it can pull."""
 
 
-class DataValidateConfig(Frozen):
+class DataValidateConfig(LayoutConfig):
     """Check files record by record; each problem is named with its line."""
 
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
     """Files, directories, hub names or `builtin:coffee-bar`."""
-    format: str = "auto"
-    """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
     config: str | None = None
     """Of a hub set (or a directory of one): the configuration to read, where it has several."""
     split: str | None = None
@@ -166,13 +172,11 @@ class DataValidateConfig(Frozen):
     """Of a hub set: branch, tag or commit."""
 
 
-class DataInspectConfig(Frozen):
+class DataInspectConfig(LayoutConfig):
     """Show what files hold: records by kind, groups, labels, lengths and an example; with a base, their tokens."""
 
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
     """Files, directories, hub names or `builtin:coffee-bar`."""
-    format: str = "auto"
-    """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
     base: str | None = None
     """Shows the first record of each kind token by token as this base sees it: what is trained, what is scored."""
     encoding: EncodingConfig = EncodingConfig()
@@ -194,15 +198,13 @@ class DataSplitConfig(Frozen):
     """Directory to write."""
 
 
-class DataConvertConfig(Frozen):
+class DataConvertConfig(LayoutConfig):
     """Write a data set as JSON lines or Parquet with TRL's column names."""
 
     path: str
     """File, directory or hub name."""
     output: Path
     """File to write, .jsonl or .parquet."""
-    format: str = "auto"
-    """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
     config: str | None = None
     """Of a hub set (or a directory of one): the configuration to read, where it has several."""
     split: str | None = None

@@ -115,6 +115,8 @@ def describe(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return f"a list of {describe(arguments[0]).removeprefix('a ')}s" + (f", at least {least}" if least else "")
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"keys {', '.join(annotation.model_fields)}"
+    if origin is dict:
+        return "names and values ({name: value})"
     words = {bool: "true or false", str: "text", Path: "a path", type(None): "null"}
     if annotation in (int, float):
         return ("a whole number" if annotation is int else "a number") + _bounds(metadata)
@@ -225,6 +227,23 @@ def read_recipe(path: Path | str) -> Recipe:
         )
     lines: dict[Key, int] = {}
     return Recipe(path, _value(node, (), path, lines, set()), lines)
+
+
+def read_mapping(text: str) -> dict[str, Any]:
+    """Names and values that an option gives as a recipe would: `{prompt: question}`, or JSON.
+
+    Raises:
+        ValueError: anything else.
+    """
+    wrong = ValueError(f"{text!r} is not names and values; write them as in a recipe: '{{name: value, ...}}'")
+    try:
+        node = _composed(Path("option"), text)
+        values = _value(node, (), Path("option"), {}, set()) if isinstance(node, yaml.MappingNode) else None
+    except ConfigError as error:
+        raise wrong from error
+    if values is None:
+        raise wrong
+    return values
 
 
 def _text(path: Path) -> str:

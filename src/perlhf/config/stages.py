@@ -22,13 +22,42 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class DataConfig(Frozen):
+class RatingsConfig(Frozen):
+    """Which grades are a thumbs up and which a thumbs down; those between are left out and counted."""
+
+    up: float
+    """A grade of at least this is a thumbs up."""
+    down: float | None = None
+    """A grade of at most this is a thumbs down; null takes every grade below `up`."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> "RatingsConfig":
+        if self.down is not None and self.down >= self.up:
+            raise ValueError(f"ratings.down {self.down:g} is not below ratings.up {self.up:g}")
+        return self
+
+
+class LayoutConfig(Frozen):
+    """How the rows of a file become records."""
+
+    format: str = "auto"
+    """Reader to use (`perlhf data formats` lists them); `auto` goes by the columns of each file's first row."""
+    # These are left out of what a run records unless they are set: a record without them is the same run.
+    columns: dict[str, str] = Field(default_factory=dict[str, str], exclude_if=lambda names: not names)
+    """Our names of columns and the file's, such as `{prompt: question, chosen: best.text}`; dots go into objects."""
+    ratings: RatingsConfig | None = Field(default=None, exclude_if=lambda rule: rule is None)
+    """For files of grades: which are a thumbs up and which a thumbs down; a file of grades needs it, or `grades`."""
+    grades: Literal["ratings", "comparisons", "ignore"] | None = Field(default=None, exclude_if=lambda use: use is None)
+    """What grades become: `ratings` (by that rule), `comparisons` of one prompt's answers, or nothing (`ignore`)."""
+    ties: Literal["skip", "error"] = Field(default="skip", exclude_if=lambda rule: rule == "skip")
+    """Ties and comparisons of equal texts teach no preference: `skip` leaves them out and counts, `error` refuses."""
+
+
+class DataConfig(LayoutConfig):
     """Which records a stage reads and how they are split by group."""
 
     paths: tuple[str, ...] = ("builtin:coffee-bar",)
     """Files, directories, hub names or `builtin:coffee-bar`; relative paths are also looked up under $PERLHF_DATA."""
-    format: str = "auto"
-    """Reader to use (`perlhf data formats` lists them); `auto` goes by path and content."""
     validation: Fraction = 0.1
     """Share of groups held out to select checkpoints."""
     test: Fraction = 0.2

@@ -10,13 +10,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from perlhf.data.records import Comparison, Demonstration, Message, Rating, Record, Text, content_of
+from perlhf.data.records import Comparison, Demonstration, Message, Prompt, Rating, Record, Text, content_of
 from perlhf.errors import DataError, nearest
 
 Row = tuple[str, dict[str, Any]]
 """Where a row was found, and the row."""
 
-ROLES = ("system", "user", "assistant", "tool")
+_UP = {"true", "yes", "y", "1", "1.0", "+1", "up", "thumbs_up", "thumbsup", "thumbs up", "thumb_up", "👍"}
+_UP |= {"good", "positive", "like", "liked", "upvote", "accept", "accepted", "desirable", "correct", "pass", "t"}
+_DOWN = {"false", "no", "n", "0", "0.0", "-1", "-1.0", "down", "thumbs_down", "thumbsdown", "thumbs down", "thumb_down"}
+_DOWN |= {
+    "👎",
+    "bad",
+    "negative",
+    "dislike",
+    "disliked",
+    "downvote",
+    "reject",
+    "rejected",
+    "undesirable",
+    "incorrect",
+    "fail",
+    "f",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +58,10 @@ def prompt_group(prompt: Text) -> str:
 
 
 def is_blank(text: Text) -> bool:
-    """True when there is nothing but white space."""
-    return not (text.strip() if isinstance(text, str) else any(content_of(message).strip() for message in text))
+    """True when there is nothing but white space; a message that calls tools is not blank."""
+    if isinstance(text, str):
+        return not text.strip()
+    return not any(content_of(message).strip() or message.get("tool_calls") for message in text)
 
 
 def value(row: Mapping[str, Any], key: str, where: str, known: Sequence[str] = ()) -> Any:
@@ -126,6 +144,18 @@ def number(row: Mapping[str, Any], key: str, default: float, where: str, least: 
     return float(amount)
 
 
+def label_of(content: Any) -> bool | None:
+    """A thumbs up or down by any of the ways that files write it (true, 1, "yes", "up", "good"); None for another."""
+    if isinstance(content, bool):
+        return content
+    if isinstance(content, int | float):
+        return True if content == 1 else False if content in (0, -1) else None
+    if isinstance(content, str):
+        word = content.strip().lower()
+        return True if word in _UP else False if word in _DOWN else None
+    return None
+
+
 def wrong_type(content: Any, what: str, expected: str, where: str) -> NoReturn:
     """Raises the DataError for a value of the wrong type."""
     raise DataError(
@@ -159,31 +189,42 @@ def checked(record: Record, where: str) -> Record:
     Raises:
         DataError: the prompt or a completion is empty, or some text can't be written as UTF-8 (a lone surrogate).
     """
-    texts: dict[str, Text] = {"prompt": record.prompt}
     match record:
         case Comparison():
-            texts |= {"chosen": record.chosen, "rejected": record.rejected}
+            answers = (("chosen", record.chosen), ("rejected", record.rejected))
         case Rating() | Demonstration():
-            texts |= {"completion": record.completion}
-    for name, content in texts.items():
-        if is_blank(content):
-            raise DataError(f"{name} is empty", where=where, allowed="text with at least one visible character")
-    strings = [
-        part
-        for content in texts.values()
-        for part in ([content] if isinstance(content, str) else map(content_of, content))
-    ]
-    for part in [*strings, record.group]:
-        try:
-            part.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"text holds {part[error.start]!r}, half of a surrogate pair",
-                where=where,
-                allowed="text that can be written as UTF-8",
-                hint="write the character itself, or both halves of the \\u escape",
-            ) from error
+            answers = (("completion", record.completion),)
+        case Prompt():
+            answers = ()
+    if is_blank(record.prompt):
+        raise _empty("prompt", where)
+    for name, content in answers:
+        if is_blank(content if isinstance(content, str) else content[-1:]):
+            raise _empty(name, where)
+    refuse_surrogates(record.group, where)
+    for content in (record.prompt, *(answer for _, answer in answers)):
+        for part in (content,) if isinstance(content, str) else map(content_of, content):
+            refuse_surrogates(part, where)
     return record
+
+
+def _empty(name: str, where: str) -> DataError:
+    return DataError(f"{name} is empty", where=where, allowed="text with at least one visible character")
+
+
+def refuse_surrogates(part: str, where: str) -> None:
+    """Raises DataError for text that can't be written as UTF-8."""
+    if part.isascii():
+        return
+    try:
+        part.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"text holds {part[error.start]!r}, half of a surrogate pair",
+            where=where,
+            allowed="text that can be written as UTF-8",
+            hint="write the character itself, or both halves of the \\u escape",
+        ) from error
 
 
 def _show(content: Any) -> str:

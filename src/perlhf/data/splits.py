@@ -5,7 +5,7 @@ Splits are made by group, so that no conversation is on two sides.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 from perlhf.config.stages import DataConfig
 from perlhf.data import files, read
 from perlhf.data.read import KINDS, Kind
+from perlhf.data.readers.layouts import TIE
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
-from perlhf.data.store import NO_LABEL, PROMPT, Facts, Records, count_groups, hold
+from perlhf.data.store import NO_LABEL, PROMPT, Facts, Records, count_groups, hold, warnings
 from perlhf.errors import DataError, nearest
 from perlhf.system.files import sha256
 from perlhf.system.progress import counted
 
 Split = Literal["train", "validation", "test"]
+TIES = (read.SAME_TEXT, TIE)
+"""Reasons for which comparisons without a preference are left out."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -33,6 +36,8 @@ class Splits:
     config: DataConfig
     records: Records
     """Of all sides, in file order."""
+    skipped: Mapping[str, int]
+    """How many rows were left out for each reason."""
 
     def of(self, split: Split | Literal["all"]) -> Records:
         """The records of one side (`load`).
@@ -90,14 +95,27 @@ def read_splits(config: DataConfig, kinds: Sequence[str]) -> Splits:
     if config.label_noise and not {"comparison", "rating"} & set(wanted):
         allowed = "a stage that learns from comparisons or ratings"
         raise DataError(f"{' and '.join(wanted)} records have no labels", where="data.label_noise", allowed=allowed)
-    records = _with_unique_prompts(hold(_converted(config, wanted), config.split_seed))
+    reading = read.Reading()
+    records = _with_unique_prompts(hold(_converted(config, wanted, reading), config.split_seed))
     if not records:
         raise DataError(
-            f"no record can serve as {' or '.join(wanted)}",
+            f"no record can serve as {' or '.join(wanted)}{_left_out(reading.skipped)}",
             where=", ".join(config.paths),
             hint="`perlhf data inspect` shows which kinds a file holds",
         )
-    return Splits(config, records)
+    return Splits(config, records, reading.skipped)
+
+
+def _left_out(skipped: Mapping[str, int]) -> str:
+    rows = ", ".join(f"{count} of {reason}" for reason, count in skipped.items())
+    return rows and f" (rows were left out: {rows})"
+
+
+def oddities(facts: Facts, skipped: Mapping[str, int]) -> Iterator[str]:
+    """What is odd about records that can be used and about rows that can't: one sentence each (`store.warnings`)."""
+    if ties := sum(skipped.get(reason, 0) for reason in TIES):
+        yield f"{ties} comparisons are ties or have the same text on both sides; they are left out (`data.ties`)"
+    yield from warnings(facts)
 
 
 def split_of(group: str, config: DataConfig) -> Split:
@@ -142,12 +160,14 @@ def check_labels(records: Records, config: DataConfig) -> None:
 
 
 def record_hash(record: Record) -> str:
-    """SHA-256 of a record's kind and content; `source` is left out, and so are tools and columns where there are none.
+    """SHA-256 of a record's kind and content; `source` and `columns` are left out, so are tools where there are none.
 
     Which records a limit keeps and whose labels are turned goes by it, so it stays what it is.
     """
-    content = {part.name: getattr(record, part.name) for part in fields(record) if part.name != "source"}
-    content = {name: part for name, part in content.items() if name not in ("tools", "columns") or part}
+    content = {
+        part.name: getattr(record, part.name) for part in fields(record) if part.name not in ("source", "columns")
+    }
+    content = {name: part for name, part in content.items() if name != "tools" or part}
     return hashlib.sha256(_canonical([kind_of(record), content]).encode()).hexdigest()
 
 
@@ -199,7 +219,7 @@ def _counted(records: Records, description: str) -> Iterator[Record]:
     return counted(records, description, len(records))
 
 
-def _converted(config: DataConfig, kinds: Sequence[Kind]) -> Iterator[Record]:
+def _converted(config: DataConfig, kinds: Sequence[Kind], reading: read.Reading) -> Iterator[Record]:
     for path in config.paths:
         if read.is_builtin(path):
             files.refuse_choice(path, choice_of(config))
@@ -208,7 +228,8 @@ def _converted(config: DataConfig, kinds: Sequence[Kind]) -> Iterator[Record]:
             available = read.builtin_kinds(path)
             yield from (record for kind in kinds if kind in available for record in feedback.records(kind))
         else:
-            yield from _as_kinds(read.stream(path, config.format, choice=choice_of(config)), kinds)
+            found = read.stream(path, config.format, choice=choice_of(config), rules=config, into=reading)
+            yield from _as_kinds(found, kinds)
 
 
 def _as_kinds(records: Iterable[Record], kinds: Sequence[Kind]) -> Iterator[Record]:
@@ -265,9 +286,9 @@ def _empty_split(split: str, config: DataConfig, groups: int) -> DataError:
 def _path_hash(path: str, config: DataConfig) -> str:
     if read.is_builtin(path):
         return _records_hash(read.read(path))
-    data_files = files.find(path, choice=choice_of(config))
+    data_files = files.find(path, choice=choice_of(config), rules=config)
     if any(file.path is None for file in data_files):
-        return _records_hash(read.stream(path, config.format, choice=choice_of(config)))
+        return _records_hash(read.stream(path, config.format, choice=choice_of(config), rules=config))
     hashes = [(file.name, _file_hash(file.path)) for file in data_files if file.path]
     return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == path else _sha256_of(json.dumps(hashes).encode())
 
@@ -298,4 +319,9 @@ def _sha256_of(content: bytes) -> str:
 
 
 def _canonical(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, ensure_ascii=True, default=dict)
+    return json.dumps(content, sort_keys=True, ensure_ascii=True, default=_as_json)
+
+
+def _as_json(content: Any) -> Any:
+    """What JSON has no word for: any mapping as an object, a date or bytes that a Parquet file holds as text."""
+    return dict(content) if isinstance(content, Mapping) else repr(content)

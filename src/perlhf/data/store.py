@@ -64,6 +64,8 @@ class Facts:
     """Of the longest completion. Both as UTF-8."""
     ascii: NDArray[np.bool_]
     """True where all texts are plain ASCII."""
+    against: NDArray[np.bool_]
+    """True for a comparison whose margin is negative."""
     shape: NDArray[np.int64]
     """0 for plain text, a hash of the roles for messages of role and content, ODD otherwise."""
 
@@ -75,11 +77,11 @@ class Facts:
         return Facts(*(column[numbers] for column in vars(self).values()))
 
 
-_ROW = struct.Struct("<b8sbqqbII?q")
+_ROW = struct.Struct("<b8sbqqbII??q")
 _COLUMNS = np.dtype(
     {
         "names": [*Facts.__dataclass_fields__],
-        "formats": ["i1", "<u8", "i1", "<i8", "<i8", "i1", "<u4", "<u4", "?", "<i8"],
+        "formats": ["i1", "<u8", "i1", "<i8", "<i8", "i1", "<u4", "<u4", "?", "?", "<i8"],
     },
 )
 """One row of facts as `_ROW` packs it."""
@@ -97,7 +99,7 @@ class Tally:
         # A fifth of the time that reading takes is spent here, hence no loops.
         kind = _CODES[type(record)]
         prompt, prompt_bytes, plain, shape = _text_facts(record.prompt)
-        longest, label, verdict, rest = 0, NO_LABEL, NO_VERDICT, None
+        longest, label, verdict, rest, against = 0, NO_LABEL, NO_VERDICT, None, False
         if isinstance(record, Comparison):
             chosen, longest, chosen_plain, chosen_shape = _text_facts(record.chosen)
             rejected, other, rejected_plain, rejected_shape = _text_facts(record.rejected)
@@ -106,7 +108,7 @@ class Tally:
             first, second = (chosen, rejected) if chosen < rejected else (rejected, chosen)
             subject = hash((prompt, first, second))
             verdict = TIE if chosen == rejected else int(chosen == first)
-            content = (chosen, rejected)
+            content, against = (chosen, rejected), record.margin < 0
             if record.weight != 1.0 or record.margin or record.annotator is not None:
                 rest = (repr(record.weight), repr(record.margin), record.annotator)
         elif isinstance(record, Prompt):
@@ -127,7 +129,7 @@ class Tally:
         group = self._prefix.copy()
         group.update(record.group.encode())
         self._rows += _ROW.pack(
-            kind, group.digest()[7::-1], label, identity, subject, verdict, prompt_bytes, longest, plain, shape
+            kind, group.digest()[7::-1], label, identity, subject, verdict, prompt_bytes, longest, plain, against, shape
         )
 
     def facts(self) -> Facts:
@@ -253,6 +255,8 @@ def warnings(facts: Facts) -> Iterator[str]:
         yield f"{contradicted} judgements are contradicted by another record (both labels, or both orders)"
     if same := int(np.count_nonzero(facts.verdict == TIE)):
         yield f"{same} comparisons have the same text on both sides"
+    if against := int(np.count_nonzero(facts.against)):
+        yield f"{against} comparisons have a negative margin: their scores (or `margin`) prefer the rejected side"
     labels = set(facts.label[facts.label != NO_LABEL].tolist())
     if len(labels) == 1:
         label = str(bool(labels.pop())).lower()

@@ -5,14 +5,14 @@ import json
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from perlhf.config.stages import DataConfig
+from perlhf.config.stages import DataConfig, LayoutConfig
 from perlhf.data import files, read
 from perlhf.data.fields import Row, Skipped, checked
 from perlhf.data.files import FOR_TRAINING, Choice, DataFile
@@ -20,6 +20,7 @@ from perlhf.data.read import FORMATS
 from perlhf.data.records import (
     Comparison,
     Demonstration,
+    Prompt,
     Rating,
     Record,
     Text,
@@ -27,7 +28,7 @@ from perlhf.data.records import (
     content_of,
     text_of,
 )
-from perlhf.data.splits import SPLITS, choice_of, kind_of, sides_of
+from perlhf.data.splits import SPLITS, choice_of, kind_of, oddities, sides_of
 from perlhf.data.store import (
     Facts,
     Records,
@@ -36,7 +37,6 @@ from perlhf.data.store import (
     count_groups,
     duplicates,
     hold,
-    warnings,
 )
 from perlhf.errors import DataError
 from perlhf.system.files import storage_errors, write_atomic
@@ -77,7 +77,11 @@ def formats() -> list[dict[str, str]]:
 
 
 def validate(
-    paths: Sequence[str], format: str = "auto", root: Path | None = None, choice: Choice = FOR_TRAINING
+    paths: Sequence[str],
+    format: str = "auto",
+    root: Path | None = None,
+    choice: Choice = FOR_TRAINING,
+    rules: LayoutConfig | None = None,
 ) -> Validation:
     """Reads every row of every path and collects what is wrong (at most MAX_PROBLEMS), instead of stopping at the
     first.
@@ -92,7 +96,9 @@ def validate(
         data_files = [None] if read.is_builtin(path) else files.find(path, root, choice)
         for file in data_files:
             count += 1
-            for outcome in read.read(path, choice=choice) if file is None else _records_or_problems(file, format):
+            for outcome in (
+                read.read(path, choice=choice) if file is None else _records_or_problems(file, format, rules)
+            ):
                 if isinstance(outcome, DataError):
                     problems.append(outcome)
                 elif isinstance(outcome, Skipped):
@@ -100,8 +106,8 @@ def validate(
                 else:
                     kinds[kind_of(outcome)] += 1
                     tally.add(outcome)
-    found = tuple(warnings(tally.facts()))
-    return Validation(count, dict(kinds), dict(skipped), tuple(problems[:MAX_PROBLEMS]), found)
+    odd = tuple(oddities(tally.facts(), skipped))
+    return Validation(count, dict(kinds), dict(skipped), tuple(problems[:MAX_PROBLEMS]), odd)
 
 
 def inspect(
@@ -110,6 +116,7 @@ def inspect(
     root: Path | None = None,
     config: DataConfig | None = None,
     choice: Choice = FOR_TRAINING,
+    rules: LayoutConfig | None = None,
 ) -> dict[str, Any]:
     """Summary of some files, ready for a table or JSON.
 
@@ -125,7 +132,7 @@ def inspect(
     reading, tally, kinds = read.Reading(), Tally(config.split_seed), Counter[str]()
     lengths = {"prompt": array("q"), "completion": array("q")}
     example: dict[str, Any] = {}
-    for record in (record for path in paths for record in read.stream(path, format, root, choice, into=reading)):
+    for record in (record for path in paths for record in read.stream(path, format, root, choice, rules, reading)):
         tally.add(record)
         kinds[kind_of(record)] += 1
         lengths["prompt"].append(_length(record.prompt))
@@ -158,7 +165,8 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
         DataError: a file or row is wrong, or a side is empty; nothing is written then.
         StorageError: the files can't be written.
     """
-    every = (record for path in config.paths for record in read.stream(path, config.format, choice=choice_of(config)))
+    choice = choice_of(config)
+    every = (r for path in config.paths for r in read.stream(path, config.format, choice=choice, rules=config))
     records = hold(every, config.split_seed)
     sides = sides_of(records.facts, config)
     shares = {"train": 1.0, "validation": config.validation, "test": config.test}
@@ -185,6 +193,7 @@ def convert(
     format: str = "auto",
     root: Path | None = None,
     choice: Choice = FOR_TRAINING,
+    rules: LayoutConfig | None = None,
 ) -> int:
     """Writes the records of `path` with TRL's column names to a `.jsonl` or `.parquet` file.
 
@@ -204,7 +213,7 @@ def convert(
             where=str(output),
             allowed=" or ".join(_OUTPUTS),
         )
-    records = hold(read.stream(path, format, root, choice))
+    records = hold(read.stream(path, format, root, choice, rules))
     with storage_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".jsonl":
@@ -221,11 +230,24 @@ def jsonl_lines(records: Iterable[Record]) -> Iterator[bytes]:
     """JSON lines with TRL's column names, one a record."""
     for record in records:
         row = _trl_row(record, chat=not isinstance(record.prompt, str))
-        yield (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        yield _json_line(row)
+
+
+def _json_line(row: Mapping[str, Any]) -> bytes:
+    """One row; what Parquet has and JSON hasn't (dates) as text, half a surrogate pair in a reward's column escaped."""
+    try:
+        return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(row, default=str) + "\n").encode()
 
 
 def _write_parquet(records: Records, file: IO[bytes]) -> None:
-    """Parquet with TRL's column names, in row groups of ROWS_AT_ONCE."""
+    """Parquet with TRL's column names, in row groups of ROWS_AT_ONCE; tools and the arguments of calls, which have no
+    one type, as JSON text.
+
+    Raises:
+        DataError: a column holds values of several types, or objects without a key.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -234,14 +256,23 @@ def _write_parquet(records: Records, file: IO[bytes]) -> None:
 
     def tables() -> Iterator[Any]:
         for start in range(0, len(records), ROWS_AT_ONCE):
-            rows = [_trl_row(record, chat) for record in records[start : start + ROWS_AT_ONCE]]
+            part = (_trl_row(record, chat) for record in records[start : start + ROWS_AT_ONCE])
+            rows = [{name: _typed(name, cell) for name, cell in row.items()} for row in part]
             yield pyarrow.Table.from_pydict({name: [row.get(name) for row in rows] for name in columns})
 
-    # A column that is empty in some rows has its type from the others.
-    schema = pyarrow.unify_schemas([table.schema for table in tables()])
-    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
-        for table in tables():
-            writer.write_table(table.cast(schema))
+    try:
+        # A column that is empty in some rows has its type from the others.
+        schema = pyarrow.unify_schemas([table.schema for table in tables()])
+        with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+            for table in tables():
+                writer.write_table(table.cast(schema))
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"a column can't be written as Parquet: {str(error).splitlines()[0]}",
+            where="output",
+            allowed="one type in a column, no empty objects",
+            hint="write .jsonl",
+        ) from error
 
 
 def _trl_row(record: Record, chat: bool) -> dict[str, Any]:
@@ -258,8 +289,25 @@ def _trl_row(record: Record, chat: bool) -> dict[str, Any]:
             row |= {"weight": record.weight, "annotator": record.annotator}
         case Demonstration():
             row |= {"completion": _written(record.completion, "assistant", chat), "weight": record.weight}
+        case Prompt():
+            row |= record.columns
+    row |= {"tools": list(record.tools) if record.tools else None}
     row |= {"group": record.group, "source": record.source or None}
     return {name: cell for name, cell in row.items() if cell is not None}
+
+
+def _typed(name: str, cell: Any) -> Any:
+    """A cell as a column of one type can hold it."""
+    if name == "tools":
+        return json.dumps(cell)
+    if not isinstance(cell, list) or not any(isinstance(part, dict) and "tool_calls" in part for part in cell):
+        return cell
+    return [
+        part | {"tool_calls": json.dumps(part["tool_calls"])}
+        if isinstance(part, dict) and "tool_calls" in part
+        else part
+        for part in cell
+    ]
 
 
 def _written(text: Text, role: str, chat: bool) -> str | list[dict[str, str]]:
@@ -271,30 +319,39 @@ def _written(text: Text, role: str, chat: bool) -> str | list[dict[str, str]]:
 Outcome = Record | Skipped | DataError
 
 
-def _records_or_problems(file: DataFile, format: str) -> Iterator[Outcome]:
+def _records_or_problems(file: DataFile, format: str, rules: LayoutConfig | None = None) -> Iterator[Outcome]:
     """Every record of a file, with an error in place of each row that can't be read."""
+    rules, unreadable = rules or LayoutConfig(), list[DataError]()
     try:
-        rows = _rows(file)
-        for where, row in rows:
-            if isinstance(row, DataError):
-                yield row
-                continue
-            name = read.detect(row) if format == "auto" else format
-            reader, source = read.reader_of(name, file), itertools.chain([(where, row)], rows)
-            if name in read.WHOLE_FILE:
-                yield from _of_whole_file(reader, source, file)
+        rows = _renamed(file, rules, unreadable)
+        if (first := next(rows, None)) is not None:
+            name = read.detect(first[1]) if format == "auto" else format
+            reader, source = read.reader_of(name, file, rules), itertools.chain([first], rows)
+            if name in read.WHOLE_FILE or rules.grades == "comparisons":
+                yield from _of_whole_file(reader, source, file, rules)
             else:
-                yield from _of_each_row(reader, source)
-            return
+                yield from _of_each_row(reader, source, rules, unreadable)
     except DataError as error:
-        yield error
+        unreadable.append(error)
+    yield from unreadable
 
 
-def _rows(file: DataFile) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
-    return counted(files.rows_or_errors(file), f"reading {file.name}", read.about_rows(file))
+def _renamed(file: DataFile, rules: LayoutConfig, unreadable: list[DataError]) -> Iterator[Row]:
+    """The rows of a file by our names of columns; those that are none go to `unreadable`."""
+
+    def readable() -> Iterator[Row]:
+        for where, row in files.rows_or_errors(file):
+            if isinstance(row, DataError):
+                unreadable.append(row)
+            else:
+                yield where, row
+
+    return read.renamed(counted(readable(), f"reading {file.name}", read.about_rows(file)), rules, file.name)
 
 
-def _of_each_row(reader: read.Reader, rows: Iterator[tuple[str, dict[str, Any] | DataError]]) -> Iterator[Outcome]:
+def _of_each_row(
+    reader: read.Reader, rows: Iterator[Row], rules: LayoutConfig, unreadable: list[DataError]
+) -> Iterator[Outcome]:
     """What a reader makes of rows that stand each for itself; it goes on after one that it refuses.
 
     A row counts with all its records or not at all, so what it gave waits until the reader asks for the next one.
@@ -302,63 +359,63 @@ def _of_each_row(reader: read.Reader, rows: Iterator[tuple[str, dict[str, Any] |
     waiting: list[Outcome] = []
     began, refused = 0, False  # where the outcomes of the newest row begin, and whether it was refused
 
-    def readable() -> Iterator[Row]:
+    def one_by_one() -> Iterator[Row]:
         nonlocal began, refused
-        for where, row in rows:
-            if isinstance(row, DataError):
-                waiting.append(row)
-            else:
-                began, refused = len(waiting), False
-                yield where, row
-                began = len(waiting)  # all that it gave has come
+        for row in rows:
+            waiting.extend(unreadable)
+            unreadable.clear()
+            began, refused = len(waiting), False
+            yield row
+            began = len(waiting)  # all that it gave has come
 
     def refuse(error: DataError) -> None:
         nonlocal refused
         refused = True
         waiting[began:] = [error]
 
-    source, going_on = readable(), True
+    source, going_on = one_by_one(), True
     while going_on:
         try:
-            for outcome in reader(source):
+            for found in reader(source):
                 if began:
                     yield from waiting[:began]
                     del waiting[:began]
                     began = 0
                 if refused:
                     continue
-                waiting.append(outcome)
-                if (problem := _problem(outcome)) is not None:
-                    refuse(problem)
+                try:
+                    waiting.append(_checked(found, rules))
+                except DataError as error:
+                    refuse(error)
             going_on = False
         except DataError as error:
             refuse(error)
     yield from waiting
 
 
-def _of_whole_file(
-    reader: read.Reader, rows: Iterator[tuple[str, dict[str, Any] | DataError]], file: DataFile
-) -> Iterator[Outcome]:
+def _of_whole_file(reader: read.Reader, rows: Iterator[Row], file: DataFile, rules: LayoutConfig) -> Iterator[Outcome]:
     """What a reader makes of all the rows that it doesn't refuse alone; the file is read twice for that."""
     refused: set[str] = set()
     for where, row in rows:
-        alone = [row] if isinstance(row, DataError) else _of_each_row(reader, iter([(where, row)]))
-        for problem in (outcome for outcome in alone if isinstance(outcome, DataError)):
-            refused.add(where)
-            yield problem
-    usable = ((where, row) for where, row in _rows(file) if where not in refused and not isinstance(row, DataError))
-    for outcome in reader(usable):
-        yield _problem(outcome) or outcome
+        for outcome in _of_each_row(reader, iter([(where, row)]), rules, []):
+            if isinstance(outcome, DataError):
+                refused.add(where)
+                yield outcome
+    for found in reader((where, row) for where, row in _renamed(file, rules, []) if where not in refused):
+        try:
+            yield _checked(found, rules)
+        except DataError as error:
+            yield error
 
 
-def _problem(outcome: Record | Skipped) -> DataError | None:
-    """Why a record can't be trained on."""
-    try:
-        if not isinstance(outcome, Skipped):
-            checked(outcome, outcome.source or "")
-    except DataError as error:
-        return error
-    return None
+def _checked(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
+    """What a reader found, by the rule for ties.
+
+    Raises:
+        DataError: it can't be trained on.
+    """
+    outcome = read.settled(found, rules)
+    return outcome if isinstance(outcome, Skipped) else checked(outcome, outcome.source or "")
 
 
 def _example(record: Record) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from perlhf.config.stages import RewardConfig, SftConfig, StageConfig
 from perlhf.data import order
 from perlhf.data.records import Record, completions_of
-from perlhf.data.splits import content_hash, read_splits
-from perlhf.data.store import NO_LABEL, Records, count_groups, warnings
+from perlhf.data.splits import TIES, Splits, content_hash, oddities, read_splits
+from perlhf.data.store import NO_LABEL, Records, count_groups
 from perlhf.errors import DataError, DivergenceError, PerlhfError
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
@@ -104,13 +104,25 @@ def read_sides(config: StageConfig, kinds: Sequence[str]) -> Sides:
     found = read_splits(config.data, kinds)
     train, validation = found.of("train"), found.of("validation")
     test = found.of("test") if config.data.test else None
-    return Sides(train, validation, test, (*warnings(found.records.facts), *_side_warnings(test)))
+    return Sides(
+        train,
+        validation,
+        test,
+        (*oddities(found.records.facts, found.skipped), *_left_out(found), *_side_warnings(test)),
+    )
 
 
 def tell(sides: Sides) -> None:
     """Says on standard error what is odd about the records, once nothing is left that could be an error instead."""
     for warning in sides.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def _left_out(found: Splits) -> Iterator[str]:
+    """Rows that a reader's rule leaves out, ties excepted, which are told apart."""
+    for reason, count in found.skipped.items():
+        if reason not in TIES:
+            yield f"{count} rows are left out: {reason}"
 
 
 def _side_warnings(test: Records | None) -> Iterator[str]:

@@ -161,6 +161,38 @@ def test_a_recipe_is_blamed_for_its_own_mistakes_only(tmp_path, capsys):
     assert "--adapter.rank: `adapter.rank` can't be 0" in fails(capsys, "sft", str(recipe), "--adapter.rank", "0")
 
 
+def test_names_and_values_are_typed_as_in_a_recipe(tmp_path, capsys):
+    command = DATA_COMMANDS["validate"]
+    for typed in ("{prompt: question, chosen: best.text}", '{"prompt": "question", "chosen": "best.text"}'):
+        settings, _ = parse(command, ["a.jsonl", "--columns", typed, "--ratings.up", "4", "--ties", "error"])
+        assert settings.columns == {"prompt": "question", "chosen": "best.text"}
+        assert settings.ratings is not None and (settings.ratings.up, settings.ratings.down) == (4.0, None)
+        assert settings.ties == "error"
+    unset, _ = parse(command, ["a.jsonl"])
+    assert unset.ratings is None and unset.columns == {}
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text("data: {paths: [a], columns: {prompt: q}, ratings: {up: 3}}\n")
+    config, _ = parse(COMMANDS["sft"], [str(recipe), "--data.ratings.down", "1"])
+    assert config.data.columns == {"prompt": "q"} and config.data.ratings.model_dump() == {"up": 3.0, "down": 1.0}
+    with pytest.raises(SystemExit) as caught:
+        parse(command, ["a.jsonl", "--columns", "prompt"])
+    assert caught.value.code == 2
+    assert "names and values" in " ".join(capsys.readouterr().err.split())
+
+
+def test_grades_are_read_by_their_rule(tmp_path, capsys):
+    path = tmp_path / "stars.jsonl"
+    path.write_text("".join(json.dumps({"q": "Hi", "completion": f"a{n}", "stars": n}) + "\n" for n in (1, 3, 5)))
+    named = ["data", "validate", str(path), "--columns", "{prompt: q}"]
+    assert main(named) == 2
+    assert "data.ratings: {up: 4, down: 2}" in capsys.readouterr().err
+    assert main([*named, "--ratings.up", "4", "--ratings.down", "2"]) == 0
+    assert "rating" in capsys.readouterr().out
+    written = tmp_path / "out.jsonl"
+    assert main(["data", "convert", str(path), str(written), *named[3:], "--ratings.up", "4"]) == 0
+    assert [json.loads(line)["label"] for line in written.read_text().splitlines()] == [False, False, True]
+
+
 def test_positionals():
     report, _ = stage("report", "runs/a", "runs/b", "--title", "x")
     assert report.runs == (Path("runs/a"), Path("runs/b"))

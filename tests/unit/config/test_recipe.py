@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from perlhf.config.commands import EvaluateConfig, TableConfig
 from perlhf.config.comparison import CompareConfig
 from perlhf.config.recipe import describe, load_recipe, read_recipe, validated
-from perlhf.config.stages import DataConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.config.stages import DataConfig, PolicyConfig, RatingsConfig, RewardConfig, SftConfig
 from perlhf.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -48,6 +48,26 @@ def test_values_of_every_type(write):
     assert config.encoding.system == "no", "only true and false are booleans"
     assert config.data.paths == ("a.json",)
     assert config.adapter.alpha == 32.0, "the rest keeps its default"
+
+
+def test_names_of_columns_and_rules_of_grades(write):
+    text = "data:\n  paths: [a]\n  columns: {prompt: question, chosen: best.text}\n  ratings: {up: 4, down: 2}\n"
+    data = load_recipe(write(text), RewardConfig).data
+    assert data.columns == {"prompt": "question", "chosen": "best.text"}
+    assert data.ratings is not None and (data.ratings.up, data.ratings.down) == (4.0, 2.0)
+    assert (
+        refused(write(text.replace("question", "3"))).splitlines()[1] == "  allowed: names and values ({name: value})"
+    )
+    assert "ratings.down 4 is not below ratings.up 4" in refused(write(text.replace("down: 2", "down: 4")))
+    assert "`data.ratings.up` is missing" in refused(write(text.replace("up: 4, ", "")))
+
+
+def test_rules_that_are_not_set_are_not_recorded():
+    """A run that was begun before there were such rules goes on."""
+    left_out = {"columns", "ratings", "grades", "ties", "limit_train", "label_noise"}
+    assert left_out.isdisjoint(DataConfig().model_dump())
+    ruled = DataConfig(columns={"prompt": "q"}, ratings=RatingsConfig(up=4), grades="ratings", ties="error")
+    assert {"columns", "ratings", "grades", "ties"} <= ruled.model_dump().keys()
 
 
 def test_unknown_key_names_line_and_nearest(write):
@@ -172,7 +192,7 @@ def test_describe_reads_as_english():
     assert describe(int) == "a whole number"
     assert describe(float | None) == "a number or null"
     assert describe(tuple[str, ...]) == "a list of texts"
-    assert describe(DataConfig).startswith("keys paths, format")
+    assert describe(DataConfig).startswith("keys format, columns")
 
 
 def test_every_shipped_recipe_loads():

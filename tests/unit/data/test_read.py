@@ -32,11 +32,13 @@ from data_rows import (
     panda,
 )
 
+from perlhf.config.stages import LayoutConfig, RatingsConfig
 from perlhf.data.fields import group_key, prompt_group
 from perlhf.data.read import FORMATS, Reading, detect, read_all
 from perlhf.data.readers.dialogs import COFFEE_GREETING
 from perlhf.data.readers.tfrecord import crc32c, read_examples
 from perlhf.data.records import Comparison, Demonstration, Rating, Text
+from perlhf.data.tools import validate
 from perlhf.errors import DataError
 
 
@@ -76,7 +78,7 @@ def test_formats_are_told_apart_by_their_first_row(name: str) -> None:
 
 
 def test_every_format_states_its_rule() -> None:
-    assert len({one.name for one in FORMATS}) == len(FORMATS) == 20
+    assert len({one.name for one in FORMATS}) == len(FORMATS) == 30
     assert all("Group:" in (one.reader.__doc__ or "") or one.name in ("trl", "feedbackqa-ratings") for one in FORMATS)
 
 
@@ -483,3 +485,92 @@ def test_a_flipped_byte_of_a_tfrecord_is_seen() -> None:
         damaged[position] ^= 1
         with pytest.raises(DataError, match="truncated or damaged"):
             list(read_examples(bytes(damaged), "a"))
+
+
+def write(path: Path, *rows: dict[str, Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def named(**columns: str) -> LayoutConfig:
+    return LayoutConfig(columns=columns)
+
+
+def test_columns_are_named_in_the_recipe(tmp_path: Path) -> None:
+    row = {"question": "Hi?", "best": {"text": "a"}, "others": ["b"], "prompt": "an id", "fine": "yes"}
+    write(tmp_path / "a.jsonl", row)
+    rules = named(prompt="question", chosen="best.text", rejected="others.0")
+    pair = Comparison("Hi?", "a", "b", "hi", source="a.jsonl:1")
+    assert read_all("a.jsonl", root=tmp_path, rules=rules).records == [pair]
+    rules = named(prompt="question", completion="best.text", label="fine")
+    assert read_all("a.jsonl", root=tmp_path, rules=rules).records == [
+        Rating("Hi?", "a", True, "hi", source="a.jsonl:1")
+    ]
+    assert validate(["a.jsonl"], root=tmp_path, rules=rules).ok
+
+
+def test_a_column_that_is_not_there(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", *({"question": "Hi?", "answer": str(n)} for n in range(3)))
+    with pytest.raises(DataError, match="there is no 'questoin', which data") as caught:
+        read_all("a.jsonl", root=tmp_path, rules=named(prompt="questoin", completion="answer"))
+    assert caught.value.hint == "`data.columns: {prompt: question}`"
+    with pytest.raises(DataError, match="no column is called 'promt'") as caught:
+        read_all("a.jsonl", root=tmp_path, rules=named(promt="question"))
+    assert caught.value.hint == "did you mean 'prompt'?"
+    (problem,) = validate(["a.jsonl"], root=tmp_path, rules=named(prompt="questoin")).problems
+    assert problem.where == "a.jsonl"
+
+
+def test_a_named_column_may_be_missing_in_some_rows(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", {"question": "Hi?", "answer": "a"}, {"question": "Hi?", "answer": "b", "ok": False})
+    found = read_all("a.jsonl", root=tmp_path, rules=named(prompt="question", completion="answer", label="ok")).records
+    assert [type(record) for record in found] == [Demonstration, Rating]
+
+
+def test_ties_are_left_out_or_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", *({"prompt": "p", "chosen": "a", "rejected": other} for other in "ab"))
+    found = read_all("a.jsonl", root=tmp_path)
+    assert found.skipped == {"the same text on both sides": 1} and len(found.records) == 1
+    with pytest.raises(DataError, match="chosen and rejected are the same") as caught:
+        read_all("a.jsonl", root=tmp_path, rules=LayoutConfig(ties="error"))
+    assert caught.value.where == "a.jsonl:1"
+    checked = validate(["a.jsonl"], root=tmp_path, rules=LayoutConfig(ties="error"))
+    assert [problem.where for problem in checked.problems] == ["a.jsonl:1"]
+
+
+def test_grades_without_a_rule_are_one_problem(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", *({"prompt": "p", "completion": str(n), "stars": n} for n in range(1, 6)))
+    (problem,) = validate(["a.jsonl"], root=tmp_path).problems
+    assert problem.hint == "data.ratings: {up: 4, down: 2}" and "(1 to 5)" in problem.what
+    rules = LayoutConfig(ratings=RatingsConfig(up=4, down=2))
+    checked = validate(["a.jsonl"], root=tmp_path, rules=rules)
+    assert checked.ok and checked.records == {"rating": 4}
+    ignored = validate(["a.jsonl"], root=tmp_path, rules=LayoutConfig(grades="ignore"))
+    assert ignored.records == {"demonstration": 5}
+
+
+def test_scores_against_the_label_are_told(tmp_path: Path) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2}
+    write(tmp_path / "a.jsonl", row)
+    checked = validate(["a.jsonl"], root=tmp_path)
+    assert checked.ok and any("1 comparisons have a negative margin" in warning for warning in checked.warnings)
+
+
+@pytest.mark.parametrize("blank", ["\n\n", "\n", "\r\n\r\n"])
+def test_hh_without_the_line_breaks_that_begin_it(tmp_path: Path, blank: str) -> None:
+    chosen, rejected = (f"Human: Hi{blank}Assistant: {answer}" for answer in ("Yes", "No"))
+    found = reading(tmp_path, {"chosen": chosen, "rejected": rejected})
+    assert found.formats == {"a.jsonl": "hh"}
+    assert found.records == [Comparison(({"role": "user", "content": "Hi"},), "Yes", "No", "hi", source="a.jsonl:1")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "instruction": "i", "output": "o", "input": "n"},
+        {"prompt": "p", "completion": "c", "response": "r", "conversations": []},
+        {"messages": [], "tools": []},
+        {"prompt": "p", "chosen": "a", "rejected": "b", "response_a": "x", "response_b": "y", "winner": "a"},
+    ],
+)
+def test_trls_columns_go_before_other_layouts(row: dict[str, Any]) -> None:
+    assert detect(row) == "trl"

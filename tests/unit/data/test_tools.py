@@ -32,7 +32,7 @@ def test_validate_collects_every_problem(tmp_path: Path) -> None:
     lines = [
         '{"prompt": "a", "completion": "x", "label": true}',
         '{"prompt": "a", "completion": ',
-        '{"prompt": "a", "completion": "x", "label": "no"}',
+        '{"prompt": "a", "completion": "x", "label": "maybe"}',
         '{"prompt": "a", "completion": "x", "label": false}',
         '{"prompt": "", "completion": "x"}',
         '{"prompt": "a", "completion": "x", "label": false}',
@@ -49,8 +49,9 @@ def test_validate_collects_every_problem(tmp_path: Path) -> None:
 def test_validate_good_files(tmp_path: Path) -> None:
     rows = [{"prompt": str(n), "chosen": "a", "rejected": "a" if n == 0 else "b"} for n in range(12)]
     found = validate([put(tmp_path / "a.jsonl", rows), "builtin:coffee-bar/rating"])
-    assert found.ok and found.files == 2 and found.records == {"comparison": 12, "rating": 1200}
-    assert "1 comparisons have the same text on both sides" in found.warnings
+    assert found.ok and found.files == 2 and found.records == {"comparison": 11, "rating": 1200}
+    assert found.skipped == {"the same text on both sides": 1}
+    assert any(warning.startswith("1 comparisons are ties or have the same text") for warning in found.warnings)
     one_sided = validate([put(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b", "label": True}])])
     assert any("all ratings have the label true" in warning for warning in one_sided.warnings)
 
@@ -65,7 +66,7 @@ def test_validate_whole_file_readers_and_damaged_files(tmp_path: Path) -> None:
         validate(["nowhere.jsonl"])
 
 
-def test_a_row_counts_with_all_its_records_or_not_at_all() -> None:
+def test_a_row_counts_with_all_its_records_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is refused half-way, and rows after it, whatever the reader had already given."""
 
     def reader(rows: Any) -> Any:
@@ -89,7 +90,10 @@ def test_a_row_counts_with_all_its_records_or_not_at_all() -> None:
         yield from rows
         raise DataError("the gzip file is truncated", where="f")
 
-    found = [one.where if isinstance(one, DataError) else one.prompt for one in tools._of_each_row(reader, damaged())]
+    monkeypatch.setattr(tools.files, "rows_or_errors", lambda _file: damaged())
+    monkeypatch.setattr(tools.read, "reader_of", lambda *_: reader)
+    outcomes = list(tools._records_or_problems(DataFile("f", None), "trl"))
+    found = [one.where if isinstance(one, DataError) else getattr(one, "prompt", None) for one in outcomes]
     assert found == ["a", "b", "f:2", "f:3", "f:4", "f:5", "g", "f"]
 
 
@@ -236,3 +240,31 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
 def test_formats_have_names_and_rules() -> None:
     listed = {one["name"]: one for one in formats()}
     assert listed["pandalm"]["gives"] == "comparisons" and "majority of three annotators" in listed["pandalm"]["rule"]
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.parquet"])
+def test_calls_tools_and_turns_survive(tmp_path: Path, name: str) -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    turns = [called, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "Three."}]
+    other = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": "one"}}]}
+    rows = [
+        {"prompt": CHAT, "chosen": turns, "rejected": [other], "tools": [{"name": "f", "parameters": {"x": 1}}]},
+        {"prompt": CHAT, "chosen": "a", "rejected": "b"},
+    ]
+    path = put(tmp_path / "a.jsonl", rows)
+    convert(path, tmp_path / name)
+    assert content(read(str(tmp_path / name))) == content(read(path))
+
+
+def test_columns_of_prompts_survive(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", [{"prompt": "a", "answer": 3}])
+    convert(path, tmp_path / "b.jsonl")
+    (found,) = read(str(tmp_path / "b.jsonl"))
+    assert isinstance(found, Prompt) and found.columns == {"answer": 3}
+    put(tmp_path / "c.jsonl", [{"prompt": "a", "answer": 3}, {"prompt": "b", "answer": "three"}])
+    with pytest.raises(DataError, match="can't be written as Parquet") as caught:
+        convert(str(tmp_path / "c.jsonl"), tmp_path / "c.parquet")
+    assert caught.value.hint == "write .jsonl"

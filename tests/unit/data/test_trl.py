@@ -74,8 +74,8 @@ def test_whole_conversations_are_split_after_their_common_beginning(tmp_path: Pa
         ({"prompt": "a", "completon": "b"}, "column 'completon' is unknown", "rename 'completon' to 'completion'"),
         ({"prompt": "a", "completion": "b", "lable": True}, "column 'lable' is unknown", "rename 'lable' to 'label'"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "wieght": 1}, "column 'wieght' is unknown", "to 'weight'"),
-        ({"prompt": "a", "completion": "b", "label": "yes"}, "label is 'yes', which is no boolean", ""),
-        ({"prompt": "a", "completion": "b", "label": 1}, "label is 1, which is no boolean", ""),
+        ({"prompt": "a", "completion": "b", "label": "maybe"}, "label is 'maybe', which is no boolean", "data.columns"),
+        ({"prompt": "a", "completion": "b", "label": 2}, "label is 2, which is no boolean", "data.ratings"),
         ({"prompt": "a", "label": True}, "column 'completion' is missing", ""),
         ({"prompt": " \n", "completion": "b"}, "prompt is empty", ""),
         ({"prompt": [], "completion": "b"}, "prompt is empty", ""),
@@ -103,3 +103,155 @@ def test_bad_rows_are_one_clear_error(tmp_path: Path, row: dict[str, Any], what:
     assert what in caught.value.what
     assert hint in (caught.value.hint or "")
     assert caught.value.where == "a.jsonl:2"
+
+
+def one(tmp_path: Path, row: dict[str, Any]) -> Any:
+    (record,) = records(tmp_path, row)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("written", "label"),
+    [
+        (True, True),
+        (1, True),
+        (1.0, True),
+        ("True", True),
+        ("yes", True),
+        (" Up", True),
+        ("good", True),
+        ("1", True),
+        (False, False),
+        (0, False),
+        (-1, False),
+        ("false", False),
+        ("NO", False),
+        ("down", False),
+        ("bad", False),
+        ("-1", False),
+    ],
+)
+def test_labels_as_files_write_them(tmp_path: Path, written: Any, label: bool) -> None:
+    for name in ("label", "kto_tag"):
+        assert one(tmp_path, {"prompt": "a", "completion": "b", name: written}).label is label
+    assert one(tmp_path, {"messages": [HI, YES], "label": written}).label is label
+
+
+def test_a_verdict_beside_an_answer_is_never_ignored(tmp_path: Path) -> None:
+    """Imitating answers that somebody disliked would be the opposite of what the file says."""
+    answer = {"prompt": "a", "completion": "b"}
+    for more in ({"feedback": "thumbs_down"}, {"rating": "bad"}, {"rating": False}, {"liked": False}, {"vote": -1}):
+        assert one(tmp_path, answer | more).label is False
+    assert isinstance(one(tmp_path, answer | {"feedback": "Nice, but long."}), Demonstration)
+    for name in ("rating", "stars", "score", "reward"):
+        with pytest.raises(DataError, match="nothing says what becomes of them") as caught:
+            records(tmp_path, *(answer | {name: grade} for grade in (3, 1, "5", [4, 4])))
+        assert caught.value.hint == "data.ratings: {up: 4, down: 2}" and caught.value.where == "a.jsonl:1"
+    with pytest.raises(DataError, match="rating is 'Superb', which is no grade"):
+        records(tmp_path, answer | {"rating": "Superb"})
+
+
+def test_columns_that_are_not_ours_are_ignored(tmp_path: Path) -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    known = one(tmp_path, pair)
+    for name in ("annotator_id", "prompt_id", "annotations", "group_id", "weights", "labels", "marginal", "sources"):
+        assert one(tmp_path, {name: 7} | pair) == known
+    assert one(tmp_path, {"prompt": "a", "completion": "b", "labeler": 3}).completion == "b"
+
+
+@pytest.mark.parametrize("system", ["system", "system_prompt"])
+def test_a_system_column_is_the_system_message(tmp_path: Path, system: str) -> None:
+    message = {"role": "system", "content": "Be brief."}
+    for prompt in ("Hi!", [HI], [message, HI]):
+        found = one(tmp_path, {"prompt": prompt, "completion": "Yes", system: "Be brief."})
+        assert found == Demonstration((message, HI), "Yes", "hi", source="a.jsonl:1")
+    assert one(tmp_path, {"prompt": "Hi!", system: " "}).prompt == "Hi!"
+    with pytest.raises(DataError, match="another in the column 'system'"):
+        one(tmp_path, {"prompt": [message | {"content": "Be long."}, HI], "completion": "Yes", system: "Be brief."})
+
+
+def test_conversations_that_part_before_the_last_turn(tmp_path: Path) -> None:
+    more = {"role": "user", "content": "Why?"}
+    found = one(tmp_path, {"chosen": [HI, YES, more, YES], "rejected": [HI, NO, more, NO]})
+    assert (found.prompt, found.chosen, found.rejected) == ((HI,), (YES, more, YES), (NO, more, NO))
+    shorter = one(tmp_path, {"chosen": [HI, YES, more, YES], "rejected": [HI, YES]})
+    assert (shorter.prompt, shorter.chosen, shorter.rejected) == ((HI,), (YES, more, YES), "Yes")
+    beside = one(tmp_path, {"prompt": "Hi!", "chosen": [HI, YES, more, YES], "rejected": [HI, YES, more, NO]})
+    assert (beside.prompt, beside.chosen, beside.rejected) == ((HI, YES, more), "Yes", "No")
+    for chosen in ([HI, YES, more], [HI, more, YES]):
+        with pytest.raises(DataError, match="after the prompt"):
+            one(tmp_path, {"chosen": chosen, "rejected": [HI, NO]})
+
+
+def test_equal_sides_and_sides_that_repeat_the_prompt(tmp_path: Path) -> None:
+    long = "What is a tyre lever?"
+    rows = [
+        {"prompt": long, "chosen": f"{long} A tool.", "rejected": f"{long} No idea."},
+        {"prompt": "Hi", "chosen": "Hi\nA tool.", "rejected": "Hi\nNo idea."},
+    ]
+    assert [(r.chosen, r.rejected) for r in records(tmp_path, *rows)] == [("A tool.", "No idea.")] * 2
+    kept = {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi you"}
+    assert (one(tmp_path, kept).chosen, one(tmp_path, kept).rejected) == ("Hi there", "Hi you")
+    once = {"prompt": long, "chosen": f"{long} A tool.", "rejected": "No idea."}
+    assert one(tmp_path, once).chosen == f"{long} A tool."
+    assert records(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "b"}) == []
+
+
+def test_texts_without_a_prompt_are_split_where_they_part(tmp_path: Path) -> None:
+    lines = one(tmp_path, {"chosen": "A bell?\nI think so.", "rejected": "A bell?\nI doubt it."})
+    assert (lines.prompt, lines.chosen, lines.rejected) == ("A bell?", "I think so.", "I doubt it.")
+    words = one(tmp_path, {"chosen": "The sky is blue.", "rejected": "The sky is green."})
+    assert (words.prompt, words.chosen, words.rejected) == ("The sky is", "blue.", "green.")
+    with pytest.raises(DataError, match="column 'prompt' is missing"):
+        one(tmp_path, {"chosen": "I think so.", "rejected": "I doubt it."})
+
+
+@pytest.mark.parametrize("mark", ["\n\nHuman: Hi!\n\nAssistant:", "Human: Hi!\n\nAssistant:", "User: Hi!\nAssistant: "])
+def test_a_transcript_as_prompt(tmp_path: Path, mark: str) -> None:
+    pair = Comparison((HI,), "Yes", "No", "hi", source="a.jsonl:1")
+    assert one(tmp_path, {"prompt": mark, "chosen": " Yes", "rejected": " No"}) == pair
+    assert one(tmp_path, {"prompt": mark, "chosen": f"{mark} Yes", "rejected": f"{mark} No"}) == pair
+    assert one(tmp_path, {"prompt": mark}) == Prompt((HI,), "hi", source="a.jsonl:1")
+    about = "Human: Hi!\n\nAssistant: Yes\n\nSum this dialog up."
+    assert one(tmp_path, {"prompt": about}).prompt == about
+
+
+def test_prompts_keep_their_other_columns(tmp_path: Path) -> None:
+    row = {"prompt": "Hi!", "answer": 7, "tests": ["x"], "score": None, "group": "g", "system": "S"}
+    found = one(tmp_path, row)
+    assert found.columns == {"answer": 7, "tests": ["x"], "score": None} and found.group == "g"
+
+
+def test_prompts_beside_whole_conversations(tmp_path: Path) -> None:
+    row = {"prompt": "Hi!", "prompt_id": "x", "messages": [HI, YES, HI, NO]}
+    assert one(tmp_path, row) == Demonstration((HI, YES, HI), "No", "hi", source="a.jsonl:1")
+    assert isinstance(one(tmp_path, row | {"prompt": "Something else"}), Prompt)
+    apart = {"messages": [HI], "chosen": "Yes", "rejected": "No"}
+    assert one(tmp_path, apart) == Comparison((HI,), "Yes", "No", "hi", source="a.jsonl:1")
+
+
+def test_cells_of_csv_files(tmp_path: Path) -> None:
+    row = {"prompt": "Hi!", "completion": "Yes", "label": "True", "weight": "0.5", "annotator": "", "group": ""}
+    assert one(tmp_path, row) == Rating("Hi!", "Yes", True, "hi", weight=0.5, source="a.jsonl:1")
+    assert isinstance(one(tmp_path, row | {"label": ""}), Demonstration)
+    chats = {name: json.dumps(part) for name, part in (("prompt", [HI]), ("chosen", [YES]))} | {"rejected": str([NO])}
+    assert one(tmp_path, chats) == Comparison((HI,), "Yes", "No", "hi", source="a.jsonl:1")
+    asked = {"prompt": "Write a chat as JSON.", "completion": json.dumps([HI, YES])}
+    assert one(tmp_path, asked).completion == json.dumps([HI, YES]), "an answer to plain text stays text"
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"prompt": "a", "completion": "b", "images": ["x.png"]}, "column 'images' holds images"),
+        ({"prompt": "a", "completion": "b", "chat_template_kwargs": {"x": 1}}, "'chat_template_kwargs' is not read"),
+        ({"prompt": "a", "completions": ["b"], "labels": [True]}, "TRL's steps"),
+        ({"question": "a", "answer": "b"}, "column 'prompt' is missing"),
+    ],
+)
+def test_what_is_refused_by_name(tmp_path: Path, row: dict[str, Any], what: str) -> None:
+    with pytest.raises(DataError, match=what):
+        one(tmp_path, row)
+    empty = {name: cell for name, cell in row.items() if name in ("prompt", "completion")} | {"images": []}
+    if "completion" in empty:
+        assert one(tmp_path, empty).completion == "b"

@@ -84,7 +84,8 @@ class TestFitting:
         records = [
             Comparison(
                 draw.choice(["x" * draw.randint(1, 150), (*chat, *chat[:1])]),
-                *("y" * draw.randint(1, 90) for _ in "ab"),
+                "y" * draw.randint(1, 90),
+                "z" * draw.randint(1, 90),
                 "g",
                 source=f"a:{line}",
             )
@@ -102,7 +103,7 @@ class TestFitting:
 
     def test_few_texts_are_tokenised(self, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=400))
-        seen: list[str] = []
+        seen: list[Any] = []
         examples = encoder.examples
         monkeypatch.setattr(encoder, "examples", lambda *given: (seen.append(given[2:3]), examples(*given))[1])
         records = [
@@ -112,9 +113,11 @@ class TestFitting:
         assert [where for where in seen if where] == [("0",), ("7",)] and counts["cut_prompts"] == 1
         assert len(items) == 50 and items[49].tokens == examples("49", ["xxx"])[0].tokens and seen[-1] == ("49",)
 
-    def test_a_template_that_refuses_a_conversation_says_so_before_training(self, tiny_base: Path) -> None:
-        encoder = open_encoder(tiny_base)
-        encoder._template = TEMPLATE_WITHOUT_SYSTEM  # pyright: ignore[reportPrivateUsage]
+    def test_a_template_that_refuses_a_conversation_says_so_before_training(
+        self, tiny_base: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "chat.jinja").write_text(TEMPLATE_WITHOUT_SYSTEM)
+        encoder = open_encoder(tiny_base, EncodingConfig(template=str(tmp_path / "chat.jinja"), max_tokens=256))
         system = ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"})
         records = [Demonstration("hi", "yes", "g"), Demonstration(system, "yes", "g")]
         with pytest.raises(DataError, match="no system role here"):
@@ -184,9 +187,9 @@ class TestSides:
         both = hold([Rating("p", "a", True, "g"), Rating("p", "a", False, "g")])
         for select, records in (("auto", rated), ("loss", rated), ("auc", both), ("pairwise_accuracy", compared)):
             reward_stage.check_select(RewardConfig(select=select), records)  # pyright: ignore[reportArgumentType]
-        for select, records, allowed in (("auc", rated, "loss"), ("auc", compared, "loss, pairwise_accuracy")):
+        for records, allowed in ((rated, "loss"), (compared, "loss, pairwise_accuracy")):
             with pytest.raises(DataError, match="give no auc") as caught:
-                reward_stage.check_select(RewardConfig(select=select), records)
+                reward_stage.check_select(RewardConfig(select="auc"), records)
             assert caught.value.allowed == allowed
 
 

@@ -119,7 +119,8 @@ def hh(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
     """Anthropic HH: `chosen` and `rejected` are whole dialogs; one comparison per row.
 
     Rule: the completion is what follows the last `Assistant:`, the prompt all before it. Pairs whose prompts differ,
-    or with an empty completion, are skipped. Group: first human turn.
+    or with an empty completion, are skipped. Copies without the line breaks that begin a dialog are read
+    alike. Group: first human turn.
     """
     for where, row in rows:
         prompt, chosen = _hh_dialog(text(row, "chosen", where), "chosen", where)
@@ -271,6 +272,11 @@ def _call_text(name: str, fields: dict[str, list[str]]) -> str:
 
 
 def _hh_dialog(dialog: str, column: str, where: str) -> tuple[tuple[Message, ...], str]:
+    dialog = dialog.replace("\r\n", "\n")
+    if dialog.startswith("Human:"):  # a copy whose leading line breaks were stripped
+        dialog = "\n\n" + dialog
+    if "\n\nAssistant:" not in dialog:  # or one whose blank lines were
+        dialog = re.sub(r"\n(?=Human:|Assistant:)", "\n\n", dialog)
     prompt, mark, completion = dialog.rpartition("\n\nAssistant:")
     if not mark:
         raise DataError(

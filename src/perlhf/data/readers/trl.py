@@ -1,24 +1,29 @@
-"""Reader of the columns that TRL uses: prompt, chosen, rejected, completion, label, messages."""
+"""Reader of the columns that TRL uses: prompt, chosen, rejected, completion, label, messages.
 
-from collections.abc import Iterable, Iterator
-from difflib import SequenceMatcher
+Every other layout of people's own files becomes rows of these columns first (layouts.py, exports.py), so that prompts,
+answers, grades and labels are read in one place.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import combinations
 from typing import Any
 
-from perlhf.data.fields import (
-    ROLES,
-    Row,
-    Skipped,
-    checked,
-    mapping,
-    message,
-    number,
-    prompt_group,
-    text,
-    value,
-    wrong_type,
+from perlhf.config.stages import LayoutConfig
+from perlhf.data.fields import Row, Skipped, checked, is_blank, label_of, message, number, prompt_group, text, value
+from perlhf.data.readers.messages import (
+    as_messages,
+    completion,
+    listed,
+    messages,
+    tools,
+    transcript,
+    transcript_prompt,
+    without_nulls,
 )
-from perlhf.data.records import Comparison, Demonstration, Message, Prompt, Rating, Record, Text
-from perlhf.errors import DataError, nearest
+from perlhf.data.records import Comparison, Demonstration, Message, Prompt, Rating, Record, Text, content_of
+from perlhf.errors import DataError
 
 COLUMNS = (
     "prompt",
@@ -33,108 +38,278 @@ COLUMNS = (
     "group",
     "source",
 )
-_LIKELY_TYPO = 0.75
+ALSO = ("system", "tools", "rating", "score_chosen", "score_rejected")
+"""Columns of other layouts that this reader understands beside TRL's, under their first names."""
+_OTHER_NAMES = {
+    "completion": ("response",),
+    "label": ("kto_tag", "thumbs_up", "thumbs", "thumb"),
+    "rating": ("stars", "star_rating", "score", "grade", "reward", "overall_rating", "overall_score", "ratings"),
+    "system": ("system_prompt",),
+    "tools": ("functions",),
+    "chosen": ("chosen_response",),
+    "rejected": ("rejected_response",),
+}
+_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+)
+_QUESTIONS = ("question", "query", "instruction", "input", "problem")
+"""Where comparisons without `prompt` have it."""
+_FEEDBACK = ("feedback", "vote", "liked", "accepted", "upvoted")
+"""Columns that are a label where they hold one, and may be anything else (a remark)."""
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_USED_BY_PROMPTS = {*COLUMNS, "system", "system_prompt", "tools", "functions"}
+_REPEATED_WORDS = 4
+"""Least words of a prompt that both answers repeat on their first line for it to be cut off."""
 
 
-def trl(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
+class NoRule(DataError):
+    """A file of grades without a rule that says what they become: the same for each of its rows."""
+
+
+def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Iterator[Record | Skipped]:
     """Files with TRL's column names; each row by itself decides what it is.
 
-    Rule: `chosen` and `rejected` make a comparison; `completion` with `label` a rating; `completion` alone, or
-    `messages`, a demonstration (of the last turn); `prompt` alone a prompt. Text may be a string (a single user
-    message) or a list of chat messages. Whole conversations in `chosen` and `rejected` without `prompt` are split
-    after their common beginning; a conversation that repeats the prompt loses it. Optional: `weight`, `margin`,
-    `annotator`, `group` (default: the first user turn). A null counts as absent; other columns are ignored, unless
-    one looks like a misspelt name.
+    Rule: `chosen` and `rejected` make a comparison; `completion` (or `response`) with `label` a rating; `completion`
+    alone, or `messages`, a demonstration (of the last turn); `prompt` alone a prompt, with all other columns for reward
+    functions. Text may be a string (a single user message), a list of chat messages, or JSON of one. Whole
+    conversations in `chosen` and `rejected` are split where they part: what is common is the prompt, the turns that
+    follow are the answers; one that repeats the prompt loses it. Texts without `prompt` are split after the lines
+    (else, as TRL does, the words) that both begin with. A prompt that is a transcript (`Human: ... Assistant:`) becomes
+    turns. `system` becomes the system message; `tools` and other keys of messages go to the chat template. A `rating`
+    (`stars`, `score`, `reward`) beside a completion needs `data.ratings` or `data.grades`. `margin`, or the difference
+    of `score_chosen` and `score_rejected`. Optional: `weight`, `annotator`, `group` (default: the first user turn). A
+    null counts as absent; other columns are ignored, unless one looks like the misspelt name of one that is missing.
     """
-    for where, row in rows:
-        row = {key: content for key, content in row.items() if content is not None}
-        kinds = set(row)
-        if kinds & {"chosen", "rejected"}:
-            yield checked(_comparison(row, where), where)
-        elif kinds & {"completion", "label"}:
-            yield checked(_completion(row, where), where)
-        elif "messages" in row and "prompt" not in row:
-            yield checked(_last_turn(row, where), where)
+    rules = rules or LayoutConfig()
+    graded: dict[str, list[tuple[float, Rating]]] = {}
+    rows = iter(rows)
+    for item in rows:
+        if isinstance(item, Skipped):
+            yield item
+            continue
+        where, row = item
+        outcome = read_row(row, where)
+        if not isinstance(outcome, tuple):
+            yield outcome
+            continue
+        grade, rating = outcome
+        if rules.grades == "comparisons":
+            graded.setdefault(repr((rating.prompt, rating.tools)), []).append((grade, rating))
+        elif rules.grades == "ignore":
+            yield _ungraded(rating)
+        elif rules.ratings is None:
+            raise _no_rule([grade, *_grades(rows)], where)
         else:
-            _refuse_misspelt(row, COLUMNS, where)
-            prompt = _prompt(row, where)
-            yield checked(Prompt(prompt, _group(row, prompt, where), source=_source(row, where)), where)
+            yield _rated(grade, rating, rules)
+    for answers in graded.values():
+        yield from _compared(answers)
+
+
+def read_row(row: Mapping[str, Any], where: str) -> Record | Skipped | tuple[float, Rating]:
+    """What one row of these columns is; a grade comes with a rating whose label isn't known yet.
+
+    Raises:
+        DataError: a column is missing, misspelt or holds something else.
+    """
+    whole, row = row, _renamed(row)
+    _refuse_unreadable(row, where)
+    if "chosen" in row or "rejected" in row:
+        return checked(_comparison(row, where), where)
+    if "completion" in row or ("label" in row and "messages" not in row):
+        return _completion(row, where)
+    if "messages" in row and ("prompt" not in row or _is_answered(row, where)):
+        return _last_turn(row, where)
+    _refuse_misspelt(row, ("chosen", "rejected", "completion", "label", "messages"), where)
+    if "prompt" not in row and isinstance(row.get("text"), str) and (turns := transcript(row["text"])):
+        return _last_turn(row | {"messages": list(turns)}, where)
+    prompt = _prompt(row, where)
+    columns = {name: content for name, content in whole.items() if name not in _USED_BY_PROMPTS}
+    group, source = _group(row, prompt, where), _source(row, where)
+    return checked(Prompt(_with_system(prompt, row, where), group, source, _tools(row, where), columns), where)
+
+
+def slip_of(name: str) -> str | None:
+    """The column of this reader that `name` is one slip away from; None for a column's own name and any other word."""
+    known = (*COLUMNS, *ALSO)
+    return None if name in known else next((ours for ours in known if _one_slip(name, ours)), None)
+
+
+def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without nulls (and what pandas writes for them), under this reader's names."""
+    names = tuple(
+        name
+        for name, content in row.items()
+        if content is not None and not (type(content) is float and content != content)
+    )
+    ours = _our_names(names)
+    return {ours.get(name, name): row[name] for name in names}
+
+
+@lru_cache(maxsize=1024)
+def _our_names(names: tuple[str, ...]) -> dict[str, str]:
+    """Names in a row that stand for one of ours which is absent, to ours. It depends on the set of names alone."""
+    ours: dict[str, str] = {}
+    taken = set(names)
+    for name, others in _OTHER_NAMES.items():
+        if name in taken or (name == "completion" and "prompt" not in taken):
+            continue
+        if name in ("chosen", "rejected") and not {"chosen_response", "rejected_response"} <= taken:
+            continue
+        other = next((other for other in others if other in taken), None)
+        if other is not None:
+            ours[other] = name
+    if {"chosen", "rejected"} <= taken | set(ours.values()) and not {"prompt", "messages"} & taken:
+        question = next((name for name in _QUESTIONS if name in taken), None)
+        if question is not None:
+            ours[question] = "prompt"
+    scores = next((pair for pair in _SCORES if set(pair) <= taken), None)
+    if scores is not None:
+        ours |= dict(zip(scores, _SCORES[0], strict=True))
+    return ours
 
 
 def _comparison(row: dict[str, Any], where: str) -> Comparison:
-    sides = value(row, "chosen", where, COLUMNS), value(row, "rejected", where, COLUMNS)
-    _refuse_misspelt(row, ("prompt", "weight", "margin", "annotator", "group"), where)
-    if "prompt" not in row and all(isinstance(side, list) for side in sides):
-        prompt, chosen, rejected = _split_conversations(*sides, where)
+    chosen, rejected = (_listed_answer(row, side, where) for side in ("chosen", "rejected"))
+    _refuse_misspelt(row, ("prompt", "weight", "margin"), where)
+    if "prompt" not in row and "messages" in row and not (isinstance(chosen, list) and isinstance(rejected, list)):
+        row = row | {"prompt": row["messages"]}
+    if "prompt" in row:
+        prompt, chosen, rejected = _after_prompt(row["prompt"], _prompt(row, where), chosen, rejected, where)
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        prompt, chosen, rejected = _parted(
+            messages(chosen, "chosen", where), messages(rejected, "rejected", where), where
+        )
+    elif isinstance(chosen, str) and isinstance(rejected, str):
+        prompt, chosen, rejected = _parted_texts(chosen, rejected, row, where)
     else:
-        prompt = _prompt(row, where)
-        chosen, rejected = _answer(sides[0], prompt, "chosen", where), _answer(sides[1], prompt, "rejected", where)
+        value(row, "prompt", where, COLUMNS)
+        raise AssertionError("a column that is missing is an error")
     return Comparison(
-        prompt,
+        _with_system(prompt, row, where),
         chosen,
         rejected,
         _group(row, prompt, where),
-        weight=number(row, "weight", 1.0, where, least=0.0),
-        margin=number(row, "margin", 0.0, where),
-        annotator=text(row, "annotator", where) if "annotator" in row else None,
+        weight=_number(row, "weight", 1.0, where, least=0.0),
+        margin=_margin(row, where),
+        annotator=_annotator(row, where),
         source=_source(row, where),
+        tools=_tools(row, where),
     )
 
 
-def _completion(row: dict[str, Any], where: str) -> Rating | Demonstration:
+def _completion(row: dict[str, Any], where: str) -> Record | Skipped | tuple[float, Rating]:
+    if "prompt" not in row and "messages" in row:
+        row = row | {"prompt": row["messages"]}
     prompt = _prompt(row, where)
-    completion = _answer(value(row, "completion", where, COLUMNS), prompt, "completion", where)
-    group, weight = _group(row, prompt, where), number(row, "weight", 1.0, where, least=0.0)
-    _refuse_misspelt(row, ("label", "weight", "annotator", "group"), where)
-    if "label" not in row:
-        return Demonstration(prompt, completion, group, weight=weight, source=_source(row, where))
-    label = row["label"]
-    if not isinstance(label, bool):
-        raise DataError(
-            f"label is {label!r:.60}, which is no boolean",
-            where=where,
-            allowed="true (thumbs up) or false (thumbs down), without quotes",
-        )
-    annotator = text(row, "annotator", where) if "annotator" in row else None
-    return Rating(prompt, completion, label, group, weight=weight, annotator=annotator, source=_source(row, where))
+    answer = _listed_answer(row, "completion", where)
+    _refuse_misspelt(row, ("label", "weight"), where)
+    return _judged(row, prompt, _answer(answer, row["prompt"], prompt, where), where)
 
 
-def _last_turn(row: dict[str, Any], where: str) -> Demonstration:
-    messages = _messages(row["messages"], "messages", where)
-    if not messages or messages[-1]["role"] != "assistant":
+def _last_turn(row: dict[str, Any], where: str) -> Record | Skipped | tuple[float, Rating]:
+    turns = messages(row["messages"], "messages", where)
+    if not turns or turns[-1]["role"] != "assistant":
         raise DataError(
             "messages does not end with an assistant message",
             where=where,
             allowed="a conversation whose last message is the answer",
+            hint="to read it as a prompt: `data.columns: {prompt: messages}`",
         )
-    prompt = messages[:-1]
-    weight = number(row, "weight", 1.0, where, least=0.0)
-    return Demonstration(
-        prompt, messages[-1]["content"], _group(row, prompt, where), weight=weight, source=_source(row, where)
-    )
+    if any("weight" in turn for turn in turns):
+        learned = [number for number, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("weight", 1)]
+        if not learned:
+            return Skipped("every assistant message has the weight 0", where)
+        turns = turns[: learned[-1] + 1]
+        turns = tuple({key: part for key, part in turn.items() if key != "weight"} for turn in turns)
+    return _judged(row, turns[:-1], completion(turns[-1:]), where)
 
 
-def _prompt(row: dict[str, Any], where: str) -> Text:
-    prompt = value(row, "prompt", where, COLUMNS)
-    return prompt if isinstance(prompt, str) else _messages(prompt, "prompt", where)
+def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Record | tuple[float, Rating]:
+    """A demonstration, or a rating where the row says what somebody thought of the answer."""
+    group, weight = _group(row, prompt, where), _number(row, "weight", 1.0, where, least=0.0)
+    prompt, source, schemas = _with_system(prompt, row, where), _source(row, where), _tools(row, where)
+    rated = Rating(prompt, answer, True, group, weight, _annotator(row, where), source, schemas)
+    if _given(row, "label"):
+        label = label_of(row["label"])
+        if label is None:
+            raise DataError(
+                f"label is {row['label']!r:.60}, which is no boolean",
+                where=where,
+                allowed='true or false, 1 or 0 (or -1), or "yes", "no", "up", "down", "good", "bad"',
+                hint="grades on a scale: `data.columns: {rating: label}` with `data.ratings: {up: ..., down: ...}`",
+            )
+        return checked(_labelled(rated, label), where)
+    feedback = next((row[name] for name in _FEEDBACK if label_of(row.get(name)) is not None), None)
+    if feedback is not None:
+        return checked(_labelled(rated, label_of(feedback) is True), where)
+    if _given(row, "rating"):
+        verdict = row["rating"]
+        if isinstance(verdict, bool) or (isinstance(verdict, str) and not _is_number(verdict)):
+            label = label_of(verdict)
+            if label is not None:
+                return checked(_labelled(rated, label), where)
+        grade = _grade(verdict, where)
+        checked(rated, where)
+        return grade, rated
+    return checked(Demonstration(prompt, answer, group, weight, source, schemas), where)
 
 
-def _answer(content: Any, prompt: Text, column: str, where: str) -> str:
-    """The text of a completion given as text, as one assistant message, or as the whole conversation."""
+def _after_prompt(asked: Any, prompt: Text, chosen: Any, rejected: Any, where: str) -> tuple[Text, Text, Text]:
+    """The prompt and both answers to it, whatever they repeat of it; `asked` is how the file has the prompt."""
+    chosen, rejected = (_without_transcript(side, asked, prompt) for side in (chosen, rejected))
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        return prompt, *_without_repeat(prompt, chosen, rejected)
+    sides = {"chosen": chosen, "rejected": rejected}
+    whole = {name: messages(side, name, where) for name, side in sides.items() if not isinstance(side, str)}
+    left = {name: _without_prompt(side, prompt) for name, side in whole.items()}
+    if len(left) == 2 and isinstance(prompt, str) and all(side[:1] and not _answers(side) for side in left.values()):
+        firsts = {content_of(next((m for m in side if m["role"] == "user"), {})).strip() for side in whole.values()}
+        if firsts == {prompt.strip()}:  # the conversation begins with a system message before this prompt
+            return _parted(whole["chosen"], whole["rejected"], where)
+    if len(left) == 2:
+        shared = _shared(left["chosen"], left["rejected"])
+        if shared:
+            prompt = (*as_messages(prompt), *left["chosen"][:shared])
+            left = {name: side[shared:] for name, side in left.items()}
+    answers = [_checked_answer(left[name], name, where) if name in left else str(side) for name, side in sides.items()]
+    return prompt, answers[0], answers[1]
+
+
+def _listed_answer(row: dict[str, Any], name: str, where: str) -> Any:
+    """An answer; JSON of messages is read as them unless the prompt is plain text, which may have asked for JSON."""
+    answer, asked = value(row, name, where, COLUMNS), row.get("prompt")
+    return answer if isinstance(asked, str) and isinstance(listed(asked), str) else listed(answer)
+
+
+def _answer(content: Any, asked: Any, prompt: Text, where: str) -> Text:
+    """A completion given as text, as assistant messages, or as the whole conversation."""
+    content = _without_transcript(content, asked, prompt)
     if isinstance(content, str):
         return content
-    messages = _messages(content, column, where)
-    before = (message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
-    if len(messages) > len(before) and messages[: len(before)] == before:
-        messages = messages[len(before) :]
-    return _one_assistant_message(messages, column, where)
+    return _checked_answer(_without_prompt(messages(content, "completion", where), prompt), "completion", where)
 
 
-def _split_conversations(chosen: list[Any], rejected: list[Any], where: str) -> tuple[tuple[Message, ...], str, str]:
-    chosen_turns, rejected_turns = _messages(chosen, "chosen", where), _messages(rejected, "rejected", where)
+def _without_prompt(turns: tuple[Message, ...], prompt: Text) -> tuple[Message, ...]:
+    before = as_messages(prompt)
+    return turns[len(before) :] if len(turns) > len(before) and turns[: len(before)] == before else turns
+
+
+def _shared(one: Sequence[Message], other: Sequence[Message]) -> int:
+    """How many messages two conversations begin with alike; the last of each is its answer."""
     shared = 0
-    while shared < min(len(chosen_turns), len(rejected_turns)) - 1 and chosen_turns[shared] == rejected_turns[shared]:
+    while shared < min(len(one), len(other)) - 1 and one[shared] == other[shared]:
         shared += 1
+    return shared
+
+
+def _parted(one: tuple[Message, ...], other: tuple[Message, ...], where: str) -> tuple[Text, Text, Text]:
+    """Conversations split where they part: the prompt, and the turns of each that answer it."""
+    shared = _shared(one, other)
     if not shared:
         raise DataError(
             "chosen and rejected share no beginning",
@@ -142,38 +317,154 @@ def _split_conversations(chosen: list[Any], rejected: list[Any], where: str) -> 
             allowed="a `prompt` column, or conversations that begin alike",
         )
     return (
-        chosen_turns[:shared],
-        _one_assistant_message(chosen_turns[shared:], "chosen", where),
-        _one_assistant_message(rejected_turns[shared:], "rejected", where),
+        one[:shared],
+        _checked_answer(one[shared:], "chosen", where),
+        _checked_answer(other[shared:], "rejected", where),
     )
 
 
-def _one_assistant_message(messages: tuple[Message, ...], column: str, where: str) -> str:
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        roles = ", ".join(part["role"] for part in messages) or "nothing"
+def _answers(turns: Sequence[Message]) -> bool:
+    return bool(turns) and turns[0]["role"] == turns[-1]["role"] == "assistant"
+
+
+def _checked_answer(turns: tuple[Message, ...], column: str, where: str) -> Text:
+    """Turns that begin and end with the assistant, as a completion."""
+    if not _answers(turns):
+        roles = ", ".join(part["role"] for part in turns) or "nothing"
         raise DataError(
-            f"{column} holds {roles} after the prompt", where=where, allowed="text or exactly one assistant message"
+            f"{column} holds {roles} after the prompt",
+            where=where,
+            allowed="text, an assistant message, or turns that begin and end with the assistant's",
         )
-    return messages[0]["content"]
+    return completion(turns)
 
 
-def _messages(conversation: Any, column: str, where: str) -> tuple[Message, ...]:
-    if not isinstance(conversation, list):
-        wrong_type(conversation, f"column {column!r}", "text or a list of messages", where)
-    messages = []
-    for part in conversation:
-        part = mapping(part, f"a message of {column!r}", where)
-        role = text(part, "role", where)
-        if role not in ROLES:
-            near = nearest(role, ROLES)
+def _parted_texts(chosen: str, rejected: str, row: dict[str, Any], where: str) -> tuple[Text, Text, Text]:
+    """Two texts without a prompt: transcripts, or texts that begin with the same lines (else words)."""
+    dialogs = transcript(chosen), transcript(rejected)
+    if dialogs[0] and dialogs[1]:
+        return _parted(dialogs[0], dialogs[1], where)
+    common = next(
+        (at for at, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
+        min(len(chosen), len(rejected)),
+    )
+    if chosen == rejected:
+        common = 0
+    line = chosen.rfind("\n", 0, common)
+    word = chosen.rfind(" ", 0, common)
+    end = line if chosen[: max(line, 0)].strip() else word if len(chosen[: max(word, 0)].split()) > 1 else -1
+    if end < 0:
+        value(row, "prompt", where, (*COLUMNS, *ALSO))
+    return chosen[:end].strip(), chosen[end:].strip(), rejected[end:].strip()
+
+
+def _without_repeat(prompt: str, chosen: str, rejected: str) -> tuple[str, str]:
+    """Both answers without the prompt, where both unmistakably repeat it: on lines of its own, or as a long one."""
+    asked = prompt.strip()
+    rest = [side.lstrip()[len(asked) :] for side in (chosen, rejected) if side.lstrip().startswith(asked)]
+    if len(rest) < 2 or not asked or not all(part.strip() for part in rest):
+        return chosen, rejected
+    apart = all(part[0] == "\n" for part in rest)
+    if apart or (len(asked.split()) >= _REPEATED_WORDS and all(part[0].isspace() for part in rest)):
+        return rest[0].strip(), rest[1].strip()
+    return chosen, rejected
+
+
+def _without_transcript(answer: Any, asked: Any, prompt: Text) -> Any:
+    """The answer to a prompt that was a transcript, without what it repeats of that and its speaker's mark."""
+    if not isinstance(answer, str) or not isinstance(asked, str) or isinstance(prompt, str):
+        return answer
+    whole = transcript(answer)
+    if whole and len(whole) > len(prompt) and whole[: len(prompt)] == tuple(prompt):
+        return [dict(turn) for turn in whole[len(prompt) :]]
+    return answer.removeprefix(asked).strip().removeprefix("Assistant:").strip()
+
+
+def _prompt(row: dict[str, Any], where: str) -> Text:
+    """The prompt: text, or messages where the file has a list, JSON of one or a transcript."""
+    if "prompt" not in row and (near := next((name for name in _QUESTIONS if name in row), None)):
+        answers = {"completion", "chosen"} & set(row)
+        raise DataError(
+            "column 'prompt' is missing",
+            where=where,
+            allowed=f"found columns {', '.join(map(repr, row))}",
+            hint=f"`data.columns: {{prompt: {near}}}` reads {near!r} as the prompt"
+            + ("" if answers else f", `{{prompt: {near}, completion: ...}}` another column as the answer too"),
+        )
+    prompt = listed(value(row, "prompt", where, COLUMNS))
+    if isinstance(prompt, str):
+        turns = transcript_prompt(prompt)
+        return prompt if turns is None else turns
+    return messages(prompt, "prompt", where)
+
+
+def _is_answered(row: dict[str, Any], where: str) -> bool:
+    """True when `messages` goes on from `prompt`, its text being the first that a user says, to an answer."""
+    if not isinstance(row["prompt"], str) or not isinstance(listed(row["messages"]), list):
+        return False
+    turns = messages(row["messages"], "messages", where)
+    asked = next((content_of(turn) for turn in turns if turn["role"] == "user"), None)
+    return asked == row["prompt"] and turns[-1]["role"] == "assistant"
+
+
+def _with_system(prompt: Text, row: dict[str, Any], where: str) -> Text:
+    """The prompt with the row's `system` as its first message."""
+    if not _given(row, "system") or is_blank(prompt):
+        return prompt
+    instruction, turns = text(row, "system", where), as_messages(prompt)
+    if turns and turns[0]["role"] in ("system", "developer"):
+        if content_of(turns[0]) != instruction:
             raise DataError(
-                f"{column} has a message of role {role!r:.40}",
+                "there is a system message in the conversation and another in the column 'system'",
                 where=where,
-                allowed=", ".join(ROLES),
-                hint=f"did you mean {near!r}?" if near else None,
+                allowed="one of them, or the same text in both",
             )
-        messages.append(message(role, text(part, "content", where)))
-    return tuple(messages)
+        return prompt
+    return (message("system", instruction), *turns)
+
+
+def _tools(row: dict[str, Any], where: str) -> tuple[Mapping[str, Any], ...] | None:
+    return tools(row["tools"], where) if "tools" in row else None
+
+
+def _margin(row: dict[str, Any], where: str) -> float:
+    """`margin`, else the difference of the sides' scores."""
+    if not _given(row, "margin") and _given(row, "score_chosen") and _given(row, "score_rejected"):
+        return _number(row, "score_chosen", 0.0, where) - _number(row, "score_rejected", 0.0, where)
+    return _number(row, "margin", 0.0, where)
+
+
+def _given(row: dict[str, Any], name: str) -> bool:
+    """Whether a row has an optional column; in CSV files an empty cell means that it hasn't."""
+    return name in row and not (isinstance(row[name], str) and not row[name].strip())
+
+
+def _number(row: dict[str, Any], name: str, default: float, where: str, least: float = -math.inf) -> float:
+    """An optional number, which CSV files have as text."""
+    if name not in row:
+        return default
+    written = row[name]
+    if isinstance(written, str):
+        if not written.strip():
+            return default
+        row = {name: float(written) if _is_number(written) else written}
+    return number(row, name, default, where, least)
+
+
+def _is_number(written: Any) -> bool:
+    if not isinstance(written, str):
+        return False
+    try:
+        return math.isfinite(float(written))
+    except ValueError:
+        return False
+
+
+def _annotator(row: dict[str, Any], where: str) -> str | None:
+    if not _given(row, "annotator"):
+        return None
+    who = row["annotator"]
+    return str(who) if isinstance(who, int) and not isinstance(who, bool) else text(row, "annotator", where)
 
 
 def _group(row: dict[str, Any], prompt: Text, where: str) -> str:
@@ -186,15 +477,168 @@ def _source(row: dict[str, Any], where: str) -> str:
     return row["source"] if isinstance(row.get("source"), str) and row["source"].isprintable() else where
 
 
-def _refuse_misspelt(row: dict[str, Any], optional: tuple[str, ...], where: str) -> None:
-    """A column that is nearly the name of an absent one would otherwise be ignored without a word."""
-    for name in optional:
-        for column in row:
-            likeness = SequenceMatcher(None, name, column.lower()).ratio()
-            if name not in row and column not in COLUMNS and likeness >= _LIKELY_TYPO:
-                raise DataError(
-                    f"column {column!r} is unknown",
-                    where=where,
-                    allowed=", ".join(COLUMNS),
-                    hint=f"rename {column!r} to {name!r}",
-                )
+def _refuse_unreadable(row: dict[str, Any], where: str) -> None:
+    """Columns that would change what the network sees and that perlhf has no place for."""
+    if not _watched(tuple(row)):
+        return
+    for name in _MEDIA:
+        if row.get(name):
+            raise DataError(
+                f"column {name!r} holds images, videos or audio",
+                where=where,
+                allowed="text alone: perlhf trains networks that read text",
+                hint="leave out the records that need them, or remove the column",
+            )
+    if row.get("chat_template_kwargs"):
+        raise DataError(
+            "column 'chat_template_kwargs' is not read: all records of a run are rendered alike",
+            where=where,
+            hint="give what all records share as `encoding.template_kwargs`, and remove the column",
+        )
+    if isinstance(row.get("completions"), list) and isinstance(row.get("labels"), list):
+        raise DataError(
+            "columns 'completions' and 'labels' hold TRL's steps with a label each, which perlhf doesn't learn from",
+            where=where,
+            allowed="one completion with one label",
+        )
+
+
+@lru_cache(maxsize=1024)
+def _watched(names: tuple[str, ...]) -> bool:
+    """Whether one of these columns may have to be refused."""
+    return not {*_MEDIA, "chat_template_kwargs", "completions"}.isdisjoint(names)
+
+
+def _refuse_misspelt(row: dict[str, Any], names: tuple[str, ...], where: str) -> None:
+    """A column that is one slip away from an absent name would otherwise be ignored without a word."""
+    found = _misspelt(tuple(row), names)
+    if found:
+        column, name = found
+        raise DataError(
+            f"column {column!r} is unknown",
+            where=where,
+            allowed=", ".join(COLUMNS),
+            hint=f"rename {column!r} to {name!r}",
+        )
+
+
+@lru_cache(maxsize=1024)
+def _misspelt(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, str] | None:
+    """A column and the absent name that it is one slip away from. It depends on the set of columns alone."""
+    return next(
+        (
+            (column, name)
+            for name in names
+            if name not in columns
+            for column in columns
+            if column not in COLUMNS and _one_slip(column.lower(), name)
+        ),
+        None,
+    )
+
+
+def _one_slip(word: str, name: str) -> bool:
+    """True when one letter was left out, added, changed, or swapped with the next; a plural is another word."""
+    if word == name or word == name + "s" or abs(len(word) - len(name)) > 1:
+        return word == name
+    at = next((at for at, (one, other) in enumerate(zip(word, name, strict=False)) if one != other), None)
+    if at is None:
+        return True
+    swapped = word[at : at + 2] == name[at : at + 2][::-1] and word[at + 2 :] == name[at + 2 :]
+    return swapped or word[at + 1 :] in (name[at:], name[at + 1 :]) or word[at:] == name[at + 1 :]
+
+
+# ---- Grades ---------------------------------------------------------------------------------------------------------
+
+
+def _grade(verdict: Any, where: str) -> float:
+    """A grade as a number: given as one, as text of one, or as a list of several raters', whose mean counts."""
+    if isinstance(verdict, list) and verdict:
+        return math.fsum(_grade(part, where) for part in verdict) / len(verdict)
+    if isinstance(verdict, Mapping):
+        inside = without_nulls(verdict, where)
+        verdict = inside.get("rating", inside.get("value", verdict))
+    if isinstance(verdict, str) and _is_number(verdict):
+        verdict = float(verdict)
+    if isinstance(verdict, bool) or not isinstance(verdict, int | float):
+        raise DataError(
+            f"rating is {verdict!r:.60}, which is no grade",
+            where=where,
+            allowed="a number, or true and false",
+            hint="`data.grades: ignore` reads the answers without their grades",
+        )
+    return number({"rating": verdict}, "rating", 0.0, where)
+
+
+def _grades(rows: Iterator[Row | Skipped]) -> Iterator[float]:
+    """The grades of the other rows, for a message: from the first that can't be read on, they don't matter."""
+    while True:
+        try:
+            item = next(rows)
+            outcome = item if isinstance(item, Skipped) else read_row(item[1], item[0])
+        except (StopIteration, DataError):
+            return
+        if isinstance(outcome, tuple):
+            yield outcome[0]
+
+
+def _no_rule(grades: list[float], where: str) -> NoRule:
+    low, high = min(grades), max(grades)
+    up, down = low + 0.75 * (high - low), low + 0.25 * (high - low)
+    if all(grade == int(grade) for grade in grades):
+        up, down = math.ceil(up), math.floor(down)
+    example = f"{{up: {up:g}, down: {down:g}}}" if down < up else f"{{up: {up:g}}}"
+    return NoRule(
+        f"the answers have grades ({low:g} to {high:g}), and nothing says what becomes of them",
+        where=where,
+        allowed="`data.ratings` (which are a thumbs up and which a thumbs down), or `data.grades: comparisons` "
+        "(of answers to one prompt) or `ignore`",
+        hint=f"data.ratings: {example}",
+    )
+
+
+def _rated(grade: float, rating: Rating, rules: LayoutConfig) -> Rating | Skipped:
+    assert rules.ratings is not None
+    if grade >= rules.ratings.up:
+        return rating
+    if rules.ratings.down is None or grade <= rules.ratings.down:
+        return _labelled(rating, False)
+    return Skipped("a grade between ratings.down and ratings.up", rating.source)
+
+
+def _labelled(rating: Rating, label: bool) -> Rating:
+    return Rating(
+        rating.prompt,
+        rating.completion,
+        label,
+        rating.group,
+        rating.weight,
+        rating.annotator,
+        rating.source,
+        rating.tools,
+    )
+
+
+def _ungraded(rating: Rating) -> Demonstration:
+    return Demonstration(rating.prompt, rating.completion, rating.group, rating.weight, rating.source, rating.tools)
+
+
+def _compared(answers: list[tuple[float, Rating]]) -> Iterator[Record | Skipped]:
+    """Every pair of answers to one prompt with different grades; the margin is the difference."""
+    if len(answers) < 2:
+        yield Skipped("a graded answer whose prompt has no other", answers[0][1].source)
+    for first, second in combinations(answers, 2):
+        (high, better), (low, worse) = (first, second) if first[0] >= second[0] else (second, first)
+        if math.isclose(high, low):
+            yield Skipped("equal grades", better.source)
+        else:
+            yield Comparison(
+                better.prompt,
+                better.completion,
+                worse.completion,
+                better.group,
+                weight=better.weight,
+                margin=high - low,
+                source=better.source,
+                tools=better.tools,
+            )
