@@ -286,7 +286,7 @@ def _empty_split(split: str, config: DataConfig, groups: int) -> DataError:
 def _path_hash(path: str, config: DataConfig) -> str:
     if read.is_builtin(path):
         return _records_hash(read.read(path))
-    data_files = files.find(path, choice=choice_of(config), rules=config)
+    data_files = files.find(path, choice=choice_of(config))
     if any(file.path is None for file in data_files):
         return _records_hash(read.stream(path, config.format, choice=choice_of(config), rules=config))
     hashes = [(file.name, _file_hash(file.path)) for file in data_files if file.path]

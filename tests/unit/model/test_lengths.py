@@ -54,7 +54,7 @@ def longest(encoder: Encoder, record: Record) -> int:
 
 @pytest.mark.parametrize("name", KNOWN)
 @given(texts=st.tuples(TEXT, TEXT, TEXT))
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_record_has_more_tokens(name: str, texts: tuple[str, str, str]) -> None:
     encoder = Encoder(KNOWN[name], EncodingConfig(template="plain", max_tokens=10**6))
     prompt, chosen, rejected = (text.encode(errors="replace").decode() for text in texts)
