@@ -107,8 +107,8 @@ def read_splits(config: DataConfig, kinds: Sequence[str]) -> Splits:
 
 
 def _left_out(skipped: Mapping[str, int]) -> str:
-    rows = ", ".join(f"{count} of {reason}" for reason, count in skipped.items())
-    return rows and f" (rows were left out: {rows})"
+    rows = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
+    return rows and f" (left out are {rows})"
 
 
 def oddities(facts: Facts, skipped: Mapping[str, int]) -> Iterator[str]:
