@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
+
 import harness
 from harness import Benchmark, Work
 
@@ -202,7 +204,8 @@ def _examples(config: Any) -> tuple[Any, Any, list[Any], list[list[int]]]:
     # Twice as many comparisons as are needed, since long ones are dropped.
     count = 2 * (PAIRS + PAIRS_PER_UPDATE) if pairs else RATINGS
     chosen = order.whole_groups([record.group for record in records], count, 0)
-    items, _ = encode_items(encoder, [records[i] for i in chosen])
+    encoded, _ = encode_items(encoder, records.take(np.array(chosen)))
+    items = list(encoded)
     if not pairs:
         return model, encoder, items, [list(range(len(items)))]
     starts = range(0, PAIRS + PAIRS_PER_UPDATE, PAIRS_PER_UPDATE)

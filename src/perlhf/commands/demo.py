@@ -152,7 +152,7 @@ def _labels(config: DemoConfig) -> Path | str:
         for r, i in zip(ratings, order, strict=True)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, tools.to_jsonl(shuffled))
+    write_atomic(path, tools.jsonl_lines(shuffled))
     return path
 
 

@@ -16,6 +16,7 @@ from perlhf.data.readers.messages import transcript
 from perlhf.data.readers.trl import slip_of, trl
 from perlhf.data.records import Comparison, Record
 from perlhf.errors import DataError, nearest
+from perlhf.system.progress import counted
 
 Reader = Callable[[Iterable[Row]], Iterator[Record | Skipped]]
 Kind = Literal["rating", "comparison", "demonstration", "prompt"]
@@ -106,6 +107,11 @@ FORMATS = (
 PUBLISHED = frozenset(format.name for format in FORMATS if format.published)
 """Readers that leave it to their caller to check what they found (`fields.checked`)."""
 NEED_STORIES = ("squality", "squality-questions")
+WHOLE_FILE = ("feedbackqa",)
+"""Formats whose records come of several rows; in all others a row says by itself what it is."""
+LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
+"""Suffixes of files with a row on each line (or nearly)."""
+_SAMPLE_BYTES = 2**18
 _TRL = ("prompt chosen rejected", "prompt completion", "chosen_response rejected_response")
 """Sets of columns that are read as `trl` whatever stands beside them."""
 SAME_TEXT = "the same text on both sides"
@@ -130,18 +136,35 @@ def read(path: str, format: str = "auto", root: Path | None = None, rules: Layou
 
 def read_all(path: str, format: str = "auto", root: Path | None = None, rules: LayoutConfig | None = None) -> Reading:
     """Like `read`, with the number of skipped rows and the formats that were found."""
-    check_format(format)
-    rules = rules or LayoutConfig()
     reading = Reading()
+    reading.records.extend(stream(path, format, root, rules, reading))
+    return reading
+
+
+def stream(
+    path: str,
+    format: str = "auto",
+    root: Path | None = None,
+    rules: LayoutConfig | None = None,
+    into: Reading | None = None,
+) -> Iterator[Record]:
+    """The records of `read`, one at a time.
+
+    Args:
+        into: takes the number of skipped rows and the formats that were found; None is for those who don't ask.
+    """
+    check_format(format)
+    reading, rules = into or Reading(), rules or LayoutConfig()
     if is_builtin(path):
         files.refuse_choice(path, choice_of(rules))
         from perlhf.data.coffee_bar import feedback
 
-        reading.records.extend(record for kind in builtin_kinds(path) for record in feedback.records(kind))
         reading.formats[path] = "builtin"
-        return reading
+        yield from (record for kind in builtin_kinds(path) for record in feedback.records(kind))
+        return
     for file in files.find(path, root, choice_of(rules)):
-        rows = renamed(files.rows(file), rules, file.name)
+        rows = counted(files.rows(file), f"reading {file.name}", about_rows(file))
+        rows = renamed(rows, rules, file.name)
         first = next(rows, None)
         if first is None:  # all its rows are those of another split
             continue
@@ -153,8 +176,17 @@ def read_all(path: str, format: str = "auto", root: Path | None = None, rules: L
             if isinstance(record, Skipped):
                 reading.skipped[record.reason] = reading.skipped.get(record.reason, 0) + 1
             else:
-                reading.records.append(checked(record, record.source or file.name) if published else record)
-    return reading
+                yield checked(record, record.source or file.name) if published else record
+
+
+def about_rows(file: DataFile) -> int | None:
+    """About how many rows a file has, by the length of its first lines; None where they don't tell."""
+    if file.path is None or not file.path.is_file() or not file.name.lower().endswith(LINES):
+        return None
+    with file.path.open("rb") as opened:
+        begin = opened.read(_SAMPLE_BYTES)
+    lines, size = begin.count(b"\n"), file.path.stat().st_size
+    return round(size * lines / len(begin)) if lines else None
 
 
 def detect(row: Mapping[str, Any]) -> str:

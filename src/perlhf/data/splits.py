@@ -5,25 +5,65 @@ Splits are made by group, so that no conversation is on two sides.
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from perlhf.config.stages import DataConfig
 from perlhf.data import files, read
 from perlhf.data.read import KINDS, Kind
+from perlhf.data.readers.layouts import TIE
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
+from perlhf.data.store import NO_LABEL, PROMPT, Facts, Records, count_groups, hold, warnings
 from perlhf.errors import DataError, nearest
 from perlhf.system.files import sha256
+from perlhf.system.progress import counted
 
 Split = Literal["train", "validation", "test"]
+TIES = (read.SAME_TEXT, TIE)
+"""Reasons for which comparisons without a preference are left out."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-def load(config: DataConfig, kinds: Sequence[str], split: Split | Literal["all"]) -> list[Record]:
-    """Records of the asked kinds in one split, in file order.
+@dataclass(frozen=True)
+class Splits:
+    """All records of the asked kinds, read once; `of` gives those of one side."""
+
+    config: DataConfig
+    records: Records
+    """Of all sides, in file order."""
+    skipped: Mapping[str, int]
+    """How many rows were left out for each reason."""
+
+    def of(self, split: Split | Literal["all"]) -> Records:
+        """The records of one side (`load`).
+
+        Raises:
+            DataError: there are none.
+        """
+        config, chosen = self.config, self.records
+        if split != "all":
+            chosen = chosen.take(self.sides == SPLITS.index(split))
+        if not chosen:
+            raise _empty_split(split, config, count_groups(self.records.facts))
+        chosen = limited(chosen, config.limit)
+        if split != "train":
+            return chosen
+        chosen = limited(chosen, config.limit_train)
+        return with_label_noise(chosen, config) if config.label_noise else chosen
+
+    @property
+    def sides(self) -> NDArray[np.intp]:
+        """Each record's side, as its number in SPLITS (`split_of`)."""
+        return sides_of(self.records.facts, self.config)
+
+
+def load(config: DataConfig, kinds: Sequence[str], split: Split | Literal["all"]) -> Records:
+    """Records of the asked kinds in one split, in file order: a sequence whose records are made when asked for.
 
     Rule: a record of an asked kind stays as it is. Otherwise, when demonstrations are asked for, a thumbs-up rating
     becomes one, and so does the chosen side of a comparison; when prompts are asked for, every record gives its
@@ -37,28 +77,45 @@ def load(config: DataConfig, kinds: Sequence[str], split: Split | Literal["all"]
 
     Raises:
         DataError: a file or row is wrong, nothing can serve as one of the kinds, or the split is empty.
+        StorageError: the temporary file that holds the records can't be written.
     """
-    wanted = _checked_kinds(kinds)
     if split not in (*SPLITS, "all"):
         raise DataError(f"no split is called {split!r}", where="split", allowed=", ".join((*SPLITS, "all")))
+    return read_splits(config, kinds).of(split)
+
+
+def read_splits(config: DataConfig, kinds: Sequence[str]) -> Splits:
+    """All records of the asked kinds (as `load` has them), read once for all sides.
+
+    Raises:
+        DataError: a file or row is wrong, or nothing can serve as one of the kinds.
+        StorageError: the temporary file that holds the records can't be written.
+    """
+    wanted = _checked_kinds(kinds)
     if config.label_noise and not {"comparison", "rating"} & set(wanted):
         allowed = "a stage that learns from comparisons or ratings"
         raise DataError(f"{' and '.join(wanted)} records have no labels", where="data.label_noise", allowed=allowed)
-    records = _converted(config, wanted)
+    reading = read.Reading()
+    records = _with_unique_prompts(hold(_converted(config, wanted, reading), config.split_seed))
     if not records:
         raise DataError(
-            f"no record can serve as {' or '.join(wanted)}",
+            f"no record can serve as {' or '.join(wanted)}{_left_out(reading.skipped)}",
             where=", ".join(config.paths),
             hint="`perlhf data inspect` shows which kinds a file holds",
         )
-    chosen = records if split == "all" else [record for record in records if split_of(record.group, config) == split]
-    if not chosen:
-        raise _empty_split(split, config, len({record.group for record in records}))
-    remaining = limited(chosen, config.limit)
-    if split != "train":
-        return remaining
-    remaining = limited(remaining, config.limit_train)
-    return with_label_noise(remaining, config) if config.label_noise else remaining
+    return Splits(config, records, reading.skipped)
+
+
+def _left_out(skipped: Mapping[str, int]) -> str:
+    rows = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
+    return rows and f" (left out are {rows})"
+
+
+def oddities(facts: Facts, skipped: Mapping[str, int]) -> Iterator[str]:
+    """What is odd about records that can be used and about rows that can't: one sentence each (`store.warnings`)."""
+    if ties := sum(skipped.get(reason, 0) for reason in TIES):
+        yield f"{ties} comparisons are ties or have the same text on both sides; they are left out (`data.ties`)"
+    yield from warnings(facts)
 
 
 def split_of(group: str, config: DataConfig) -> Split:
@@ -73,18 +130,24 @@ def split_of(group: str, config: DataConfig) -> Split:
     return "validation" if position < config.test + config.validation else "train"
 
 
+def sides_of(facts: Facts, config: DataConfig) -> NDArray[np.intp]:
+    """As `split_of`, for facts that were noted under the configuration's `split_seed`: numbers in SPLITS."""
+    position = facts.group.astype(np.float64) / 2**64
+    held_out = np.where(position < config.test + config.validation, SPLITS.index("validation"), SPLITS.index("train"))
+    return np.where(position < config.test, SPLITS.index("test"), held_out)
+
+
 def content_hash(config: DataConfig) -> dict[str, str]:
     """SHA-256 by path: of a file's bytes, a directory's names and hashes, the records of a hub name or embedded set."""
     return {path: _path_hash(path, config) for path in config.paths}
 
 
-def check_labels(records: Iterable[Record], config: DataConfig) -> None:
+def check_labels(records: Records, config: DataConfig) -> None:
     """Raises DataError when there are ratings and all have the same label: a reward model would learn a constant."""
-    labels = Counter(record.label for record in records if isinstance(record, Rating))
-    if len(labels) == 1:
-        ((label, count),) = labels.items()
+    labels = records.labels[records.labels != NO_LABEL]
+    if len(labels) and (labels == labels[0]).all():
         raise DataError(
-            f"all {count} ratings have the label {str(label).lower()}",
+            f"all {len(labels)} ratings have the label {str(bool(labels[0])).lower()}",
             where=", ".join(config.paths),
             allowed="ratings of both labels",
             hint="add records of the other label, or raise the limit if one is set",
@@ -103,25 +166,25 @@ def record_hash(record: Record) -> str:
     return hashlib.sha256(_canonical([kind_of(record), content]).encode()).hexdigest()
 
 
-def limited(records: list[Record], limit: int | None) -> list[Record]:
+def limited(records: Records, limit: int | None) -> Records:
     """At most `limit` records: those whose hashes are lowest, in the order given."""
     if limit is None or len(records) <= limit:
         return records
-    hashes = [record_hash(record) for record in records]
-    lowest = sorted(range(len(records)), key=hashes.__getitem__)[:limit]
-    return [records[index] for index in sorted(lowest)]
+    # As bytes, of which 32 are enough for each: a stable sort goes by the digest, then by the place.
+    digests = np.array([bytes.fromhex(record_hash(record)) for record in _counted(records, "limit")], dtype="S32")
+    return records.take(np.sort(np.argsort(digests, kind="stable")[:limit]))
 
 
-def with_label_noise(records: Iterable[Record], config: DataConfig) -> list[Record]:
+def with_label_noise(records: Records, config: DataConfig) -> Records:
     """The records, about `label_noise` of the comparisons and ratings with the other label.
 
     u = sha256("{split_seed}:label_noise:{record_hash}") read as a fraction of [0, 1): below `label_noise` is turned.
     """
-
-    def turned(record: Record) -> bool:
-        return _position(f"{config.split_seed}:label_noise:{record_hash(record)}") < config.label_noise
-
-    return [_other_label(record) if turned(record) else record for record in records]
+    seed, share = config.split_seed, config.label_noise
+    turned = (
+        _position(f"{seed}:label_noise:{record_hash(record)}") < share for record in _counted(records, "label noise")
+    )
+    return records.with_turned(np.fromiter(turned, dtype=bool, count=len(records)))
 
 
 def kind_of(record: Record) -> Kind:
@@ -147,28 +210,21 @@ def _position(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-def _other_label(record: Record) -> Record:
-    match record:
-        case Comparison():
-            return replace(record, chosen=record.rejected, rejected=record.chosen)
-        case Rating():
-            return replace(record, label=not record.label)
-        case _:
-            return record
+def _counted(records: Records, description: str) -> Iterator[Record]:
+    return counted(records, description, len(records))
 
 
-def _converted(config: DataConfig, kinds: Sequence[Kind]) -> list[Record]:
-    records: list[Record] = []
+def _converted(config: DataConfig, kinds: Sequence[Kind], reading: read.Reading) -> Iterator[Record]:
     for path in config.paths:
         if read.is_builtin(path):
             files.refuse_choice(path, read.choice_of(config))
             from perlhf.data.coffee_bar import feedback
 
             available = read.builtin_kinds(path)
-            records.extend(record for kind in kinds if kind in available for record in feedback.records(kind))
+            yield from (record for kind in kinds if kind in available for record in feedback.records(kind))
         else:
-            records.extend(_as_kinds(read.read(path, config.format, rules=config), kinds))
-    return list(_unique_prompts(records))
+            found = read.stream(path, config.format, rules=config, into=reading)
+            yield from _as_kinds(found, kinds)
 
 
 def _as_kinds(records: Iterable[Record], kinds: Sequence[Kind]) -> Iterator[Record]:
@@ -187,15 +243,16 @@ def _as_kinds(records: Iterable[Record], kinds: Sequence[Kind]) -> Iterator[Reco
             yield Prompt(record.prompt, record.group, source=record.source, tools=record.tools)
 
 
-def _unique_prompts(records: Iterable[Record]) -> Iterator[Record]:
-    seen: set[str] = set()
-    for record in records:
-        if isinstance(record, Prompt):
-            key = prompt_text(record.prompt)
-            if key in seen:
-                continue
-            seen.add(key)
-        yield record
+def _with_unique_prompts(records: Records) -> Records:
+    """Each different prompt once, where it comes first; records of other kinds all stay."""
+    facts = records.facts
+    prompts = np.flatnonzero(facts.kind == PROMPT)
+    _, first = np.unique(facts.subject[prompts], return_index=True)
+    if len(first) == len(prompts):
+        return records
+    kept = facts.kind != PROMPT
+    kept[prompts[first]] = True
+    return records.take(kept)
 
 
 def _checked_kinds(kinds: Sequence[str]) -> list[Kind]:
@@ -214,6 +271,7 @@ def _checked_kinds(kinds: Sequence[str]) -> list[Kind]:
 def _empty_split(split: str, config: DataConfig, groups: int) -> DataError:
     share = {"test": config.test, "validation": config.validation}.get(split, 1 - config.test - config.validation)
     change = "lower data.validation or data.test" if split == "train" else f"raise data.{split}"
+    change += ", or set it to 0 for a run that isn't evaluated" if split == "test" else ""
     return DataError(
         f"the {split} split is empty: none of {groups} groups falls into it (share {share:g})",
         where=", ".join(config.paths),
@@ -227,13 +285,17 @@ def _path_hash(path: str, config: DataConfig) -> str:
         return _records_hash(read.read(path))
     data_files = files.find(path, choice=read.choice_of(config))
     if any(file.path is None for file in data_files):
-        return _records_hash(read.read(path, config.format, rules=config))
+        return _records_hash(read.stream(path, config.format, rules=config))
     hashes = [(file.name, _file_hash(file.path)) for file in data_files if file.path]
     return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == path else _sha256_of(json.dumps(hashes).encode())
 
 
 def _records_hash(records: Iterable[Record]) -> str:
-    return _sha256_of("\n".join(map(record_hash, records)).encode())
+    digest, between = hashlib.sha256(), b""
+    for record in records:
+        digest.update(between + record_hash(record).encode())
+        between = b"\n"
+    return digest.hexdigest()
 
 
 def _file_hash(path: Path) -> str:

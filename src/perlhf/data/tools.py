@@ -1,20 +1,22 @@
 """What `perlhf data validate | inspect | split | convert | formats` do."""
 
-import io
+import itertools
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 from perlhf.config.stages import DataConfig, LayoutConfig
 from perlhf.data import files, read
-from perlhf.data.fields import Skipped, checked
+from perlhf.data.fields import Row, Skipped, checked
 from perlhf.data.files import DataFile
-from perlhf.data.read import FORMATS, SAME_TEXT
-from perlhf.data.readers.layouts import TIE
-from perlhf.data.readers.trl import NoRule
+from perlhf.data.read import FORMATS
 from perlhf.data.records import (
     Comparison,
     Demonstration,
@@ -26,12 +28,24 @@ from perlhf.data.records import (
     content_of,
     text_of,
 )
-from perlhf.data.splits import SPLITS, kind_of, prompt_text, record_hash, split_of
+from perlhf.data.splits import SPLITS, kind_of, oddities, sides_of
+from perlhf.data.store import (
+    Facts,
+    Records,
+    Tally,
+    contradictions,
+    count_groups,
+    duplicates,
+    hold,
+)
 from perlhf.errors import DataError
 from perlhf.system.files import storage_errors, write_atomic
+from perlhf.system.progress import counted
 
 MAX_PROBLEMS = 100
 EXAMPLE_CHARACTERS = 400
+ROWS_AT_ONCE = 50_000
+"""Rows of a Parquet file that are in memory at one time."""
 _OUTPUTS = (".jsonl", ".parquet")
 
 
@@ -72,28 +86,23 @@ def validate(
         DataError: unknown format, or nothing has one of the names.
     """
     read.check_format(format)
-    records: list[Record] = []
-    skipped: Counter[str] = Counter()
-    problems: list[DataError] = []
+    tally, skipped, problems, kinds = Tally(), Counter[str](), list[DataError](), Counter[str]()
     count = 0
     for path in paths:
-        if read.is_builtin(path):
-            records.extend(read.read(path, rules=rules))
+        choice = read.choice_of(rules or LayoutConfig())
+        data_files = [None] if read.is_builtin(path) else files.find(path, root, choice)
+        for file in data_files:
             count += 1
-            continue
-        for file in files.find(path, root, read.choice_of(rules or LayoutConfig())):
-            count += 1
-            for outcome in _records_or_problems(file, format, rules or LayoutConfig()):
+            for outcome in read.read(path, rules=rules) if file is None else _records_or_problems(file, format, rules):
                 if isinstance(outcome, DataError):
                     problems.append(outcome)
                 elif isinstance(outcome, Skipped):
                     skipped[outcome.reason] += 1
                 else:
-                    records.append(outcome)
-    kinds = Counter(kind_of(record) for record in records)
-    return Validation(
-        count, dict(kinds), dict(skipped), tuple(problems[:MAX_PROBLEMS]), tuple(_warnings(records, skipped))
-    )
+                    kinds[kind_of(outcome)] += 1
+                    tally.add(outcome)
+    odd = tuple(oddities(tally.facts(), skipped))
+    return Validation(count, dict(kinds), dict(skipped), tuple(problems[:MAX_PROBLEMS]), odd)
 
 
 def inspect(
@@ -113,24 +122,28 @@ def inspect(
     Raises:
         DataError: as `read`.
     """
-    readings = [read.read_all(path, format, root, rules) for path in paths]
-    records = [record for reading in readings for record in reading.records]
-    labels = Counter(record.label for record in records if isinstance(record, Rating))
-    skipped = sum((Counter(reading.skipped) for reading in readings), Counter[str]())
+    config = config or DataConfig()
+    reading, tally, kinds = read.Reading(), Tally(config.split_seed), Counter[str]()
+    lengths = {"prompt": array("q"), "completion": array("q")}
+    example: dict[str, Any] = {}
+    for record in (record for path in paths for record in read.stream(path, format, root, rules, reading)):
+        tally.add(record)
+        kinds[kind_of(record)] += 1
+        lengths["prompt"].append(_length(record.prompt))
+        lengths["completion"].extend(map(_length, completions_of(record)))
+        example = example or _example(record)
+    facts = tally.facts()
     return {
-        "formats": {name: detected for reading in readings for name, detected in reading.formats.items()},
-        "records": dict(Counter(kind_of(record) for record in records)),
-        "skipped": dict(skipped),
-        "groups": len({record.group for record in records}),
-        "splits": _split_sizes(records, config or DataConfig()),
-        "labels": {"up": labels[True], "down": labels[False]},
-        "lengths": {
-            "prompt": _quantiles([_length(record.prompt) for record in records]),
-            "completion": _quantiles([len(part) for record in records for part in completions_of(record)]),
-        },
-        "duplicates": _duplicates(records),
-        "contradictions": _contradictions(records),
-        "example": _example(records[0]) if records else {},
+        "formats": reading.formats,
+        "records": dict(kinds),
+        "skipped": reading.skipped,
+        "groups": count_groups(facts),
+        "splits": _split_sizes(facts, config),
+        "labels": {"up": int((facts.label == 1).sum()), "down": int((facts.label == 0).sum())},
+        "lengths": {name: _quantiles(found) for name, found in lengths.items()},
+        "duplicates": duplicates(facts),
+        "contradictions": contradictions(facts),
+        "example": example,
     }
 
 
@@ -146,13 +159,14 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
         DataError: a file or row is wrong, or a side is empty; nothing is written then.
         StorageError: the files can't be written.
     """
-    records = [record for path in config.paths for record in read.read(path, config.format, rules=config)]
-    sides = {side: [record for record in records if split_of(record.group, config) == side] for side in SPLITS}
+    every = (r for path in config.paths for r in read.stream(path, config.format, rules=config))
+    records = hold(every, config.split_seed)
+    sides = sides_of(records.facts, config)
     shares = {"train": 1.0, "validation": config.validation, "test": config.test}
-    wanted = {side: members for side, members in sides.items() if shares[side] > 0}
+    wanted = {side: records.take(sides == number) for number, side in enumerate(SPLITS) if shares[side] > 0}
     for side, members in wanted.items():
         if not members:
-            groups = len({record.group for record in records})
+            groups = count_groups(records.facts)
             raise DataError(
                 f"the {side} side is empty: none of {groups} groups falls into it",
                 where=", ".join(config.paths),
@@ -162,11 +176,8 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
     with storage_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     for side, members in wanted.items():
-        write_atomic(output / f"{side}.jsonl", to_jsonl(members))
-    return {
-        side: {"records": len(members), "groups": len({record.group for record in members})}
-        for side, members in wanted.items()
-    }
+        write_atomic(output / f"{side}.jsonl", jsonl_lines(counted(members, f"writing {side}.jsonl", len(members))))
+    return {side: {"records": len(members), "groups": count_groups(members.facts)} for side, members in wanted.items()}
 
 
 def convert(
@@ -190,17 +201,24 @@ def convert(
             where=str(output),
             allowed=" or ".join(_OUTPUTS),
         )
-    records = read.read(path, format, root, rules)
+    records = hold(read.stream(path, format, root, rules))
     with storage_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(output, to_jsonl(records) if output.suffix == ".jsonl" else to_parquet(records))
+    if output.suffix == ".jsonl":
+        write_atomic(output, jsonl_lines(counted(records, f"writing {output.name}", len(records))))
+    else:
+        with storage_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as written:
+            _write_parquet(records, written)
+            written.seek(0)
+            write_atomic(output, iter(lambda: written.read(2**20), b""))
     return len(records)
 
 
-def to_jsonl(records: Iterable[Record]) -> bytes:
-    """JSON lines with TRL's column names."""
-    rows = (_trl_row(record, chat=not isinstance(record.prompt, str)) for record in records)
-    return b"".join(_json_line(row) for row in rows)
+def jsonl_lines(records: Iterable[Record]) -> Iterator[bytes]:
+    """JSON lines with TRL's column names, one a record."""
+    for record in records:
+        row = _trl_row(record, chat=not isinstance(record.prompt, str))
+        yield _json_line(row)
 
 
 def _json_line(row: Mapping[str, Any]) -> bytes:
@@ -211,8 +229,9 @@ def _json_line(row: Mapping[str, Any]) -> bytes:
         return (json.dumps(row, default=str) + "\n").encode()
 
 
-def to_parquet(records: Sequence[Record]) -> bytes:
-    """Parquet with TRL's column names; tools and the arguments of calls, which have no one type, as JSON text.
+def _write_parquet(records: Records, file: IO[bytes]) -> None:
+    """Parquet with TRL's column names, in row groups of ROWS_AT_ONCE; tools and the arguments of calls, which have no
+    one type, as JSON text.
 
     Raises:
         DataError: a column holds values of several types, or objects without a key.
@@ -221,12 +240,20 @@ def to_parquet(records: Sequence[Record]) -> bytes:
     import pyarrow.parquet
 
     chat = any(not isinstance(record.prompt, str) for record in records)
-    rows = [{name: _typed(name, cell) for name, cell in _trl_row(record, chat).items()} for record in records]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = dict.fromkeys(name for record in records for name in _trl_row(record, chat))
+
+    def tables() -> Iterator[Any]:
+        for start in range(0, len(records), ROWS_AT_ONCE):
+            part = (_trl_row(record, chat) for record in records[start : start + ROWS_AT_ONCE])
+            rows = [{name: _typed(name, cell) for name, cell in row.items()} for row in part]
+            yield pyarrow.Table.from_pydict({name: [row.get(name) for row in rows] for name in columns})
+
     try:
-        table = pyarrow.Table.from_pydict({name: [row.get(name) for row in rows] for name in columns})
-        stream = io.BytesIO()
-        pyarrow.parquet.write_table(table, stream)
+        # A column that is empty in some rows has its type from the others.
+        schema = pyarrow.unify_schemas([table.schema for table in tables()])
+        with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+            for table in tables():
+                writer.write_table(table.cast(schema))
     except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"a column can't be written as Parquet: {str(error).splitlines()[0]}",
@@ -234,7 +261,6 @@ def to_parquet(records: Sequence[Record]) -> bytes:
             allowed="one type in a column, no empty objects",
             hint="write .jsonl",
         ) from error
-    return stream.getvalue()
 
 
 def _trl_row(record: Record, chat: bool) -> dict[str, Any]:
@@ -278,82 +304,106 @@ def _written(text: Text, role: str, chat: bool) -> str | list[dict[str, str]]:
     return [dict(message) for message in text]
 
 
-def _records_or_problems(file: DataFile, format: str, rules: LayoutConfig) -> Iterable[Record | Skipped | DataError]:
+Outcome = Record | Skipped | DataError
+
+
+def _records_or_problems(file: DataFile, format: str, rules: LayoutConfig | None = None) -> Iterator[Outcome]:
     """Every record of a file, with an error in place of each row that can't be read."""
-    good: list[tuple[str, dict[str, Any]]] = []
+    rules, unreadable = rules or LayoutConfig(), list[DataError]()
     try:
+        rows = _renamed(file, rules, unreadable)
+        if (first := next(rows, None)) is not None:
+            name = read.detect(first[1]) if format == "auto" else format
+            reader, source = read.reader_of(name, file, rules), itertools.chain([first], rows)
+            if name in read.WHOLE_FILE or rules.grades == "comparisons":
+                yield from _of_whole_file(reader, source, file, rules)
+            else:
+                yield from _of_each_row(reader, source, rules, unreadable)
+    except DataError as error:
+        unreadable.append(error)
+    yield from unreadable
+
+
+def _renamed(file: DataFile, rules: LayoutConfig, unreadable: list[DataError]) -> Iterator[Row]:
+    """The rows of a file by our names of columns; those that are none go to `unreadable`."""
+
+    def readable() -> Iterator[Row]:
         for where, row in files.rows_or_errors(file):
             if isinstance(row, DataError):
-                yield row
+                unreadable.append(row)
             else:
-                good.append((where, row))
-        if not good:
-            return
-        good = list(read.renamed(good, rules, file.name))
-        reader = read.reader_of(read.detect(good[0][1]) if format == "auto" else format, file, rules)
-    except DataError as error:
-        yield error
-        return
-    usable: list[tuple[str, dict[str, Any]]] = []
-    for where, row in good:
+                yield where, row
+
+    return read.renamed(counted(readable(), f"reading {file.name}", read.about_rows(file)), rules, file.name)
+
+
+def _of_each_row(
+    reader: read.Reader, rows: Iterator[Row], rules: LayoutConfig, unreadable: list[DataError]
+) -> Iterator[Outcome]:
+    """What a reader makes of rows that stand each for itself; it goes on after one that it refuses.
+
+    A row counts with all its records or not at all, so what it gave waits until the reader asks for the next one.
+    """
+    waiting: list[Outcome] = []
+    began, refused = 0, False  # where the outcomes of the newest row begin, and whether it was refused
+
+    def one_by_one() -> Iterator[Row]:
+        nonlocal began, refused
+        for row in rows:
+            waiting.extend(unreadable)
+            unreadable.clear()
+            began, refused = len(waiting), False
+            yield row
+            began = len(waiting)  # all that it gave has come
+
+    def refuse(error: DataError) -> None:
+        nonlocal refused
+        refused = True
+        waiting[began:] = [error]
+
+    source, going_on = one_by_one(), True
+    while going_on:
         try:
-            for found in reader([(where, row)]):
-                record = read.settled(found, rules)
-                if not isinstance(record, Skipped):
-                    checked(record, where)
-            usable.append((where, row))
-        except NoRule:
-            yield from _no_rule(reader, good[len(usable) :])  # said once, with the grades of all rows
-            return
+            for found in reader(source):
+                if began:
+                    yield from waiting[:began]
+                    del waiting[:began]
+                    began = 0
+                if refused:
+                    continue
+                try:
+                    waiting.append(_checked(found, rules))
+                except DataError as error:
+                    refuse(error)
+            going_on = False
+        except DataError as error:
+            refuse(error)
+    yield from waiting
+
+
+def _of_whole_file(reader: read.Reader, rows: Iterator[Row], file: DataFile, rules: LayoutConfig) -> Iterator[Outcome]:
+    """What a reader makes of all the rows that it doesn't refuse alone; the file is read twice for that."""
+    refused: set[str] = set()
+    for where, row in rows:
+        for outcome in _of_each_row(reader, iter([(where, row)]), rules, []):
+            if isinstance(outcome, DataError):
+                refused.add(where)
+                yield outcome
+    for found in reader((where, row) for where, row in _renamed(file, rules, []) if where not in refused):
+        try:
+            yield _checked(found, rules)
         except DataError as error:
             yield error
-    for found in reader(usable):
-        try:
-            record = read.settled(found, rules)
-            yield record if isinstance(record, Skipped) else checked(record, record.source)
-        except DataError as error:
-            yield error
 
 
-def _no_rule(reader: read.Reader, rows: list[tuple[str, dict[str, Any]]]) -> Iterable[DataError]:
-    try:
-        for _ in reader(rows):
-            pass
-    except DataError as error:
-        yield error
+def _checked(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
+    """What a reader found, by the rule for ties.
 
-
-def _warnings(records: Sequence[Record], skipped: Counter[str]) -> Iterable[str]:
-    if duplicates := _duplicates(records):
-        yield f"{duplicates} records repeat another one exactly"
-    if contradictions := _contradictions(records):
-        yield f"{contradictions} judgements are contradicted by another record (both labels, or both orders)"
-    if ties := skipped[SAME_TEXT] + skipped[TIE]:
-        yield f"{ties} comparisons are ties or have the same text on both sides; they are left out (`data.ties`)"
-    if against := sum(isinstance(record, Comparison) and record.margin < 0 for record in records):
-        yield f"{against} comparisons have a negative margin: their scores (or `margin`) prefer the rejected side"
-    labels = {record.label for record in records if isinstance(record, Rating)}
-    if len(labels) == 1:
-        yield f"all ratings have the label {str(labels.pop()).lower()}: a reward model can't learn from them alone"
-    groups = len({record.group for record in records})
-    if 0 < groups < 10:
-        yield f"there are only {groups} groups: a split by group may leave a side empty"
-
-
-def _duplicates(records: Iterable[Record]) -> int:
-    return sum(count - 1 for count in Counter(record_hash(record) for record in records).values())
-
-
-def _contradictions(records: Iterable[Record]) -> int:
-    """Number of (prompt, completion) with both labels plus number of pairs judged in both orders."""
-    verdicts: dict[tuple[str, ...], set[bool]] = defaultdict(set)
-    for record in records:
-        if isinstance(record, Rating):
-            verdicts[prompt_text(record.prompt), prompt_text(record.completion)].add(record.label)
-        elif isinstance(record, Comparison) and record.chosen != record.rejected:
-            sides = sorted((prompt_text(record.chosen), prompt_text(record.rejected)))
-            verdicts[prompt_text(record.prompt), *sides].add(sides[0] == prompt_text(record.chosen))
-    return sum(len(answers) == 2 for answers in verdicts.values())
+    Raises:
+        DataError: it can't be trained on.
+    """
+    outcome = read.settled(found, rules)
+    return outcome if isinstance(outcome, Skipped) else checked(outcome, outcome.source or "")
 
 
 def _example(record: Record) -> dict[str, Any]:
@@ -379,23 +429,16 @@ def _length(text: Text) -> int:
     return len(text) if isinstance(text, str) else sum(len(content_of(message)) for message in text)
 
 
-def _quantiles(lengths: list[int]) -> dict[str, int]:
+def _quantiles(lengths: "array[int]") -> dict[str, int]:
     """Median, 90th percentile (both elements of the list: the lower one where the place is between two) and maximum."""
-    ordered = sorted(lengths)
-    if not ordered:
+    ordered = np.sort(np.frombuffer(lengths, dtype=np.int64))
+    if not len(ordered):
         return {"median": 0, "p90": 0, "max": 0}
-    return {
-        "median": ordered[(len(ordered) - 1) // 2],
-        "p90": ordered[(len(ordered) - 1) * 9 // 10],
-        "max": ordered[-1],
-    }
+    places = {"median": (len(ordered) - 1) // 2, "p90": (len(ordered) - 1) * 9 // 10, "max": -1}
+    return {name: int(ordered[place]) for name, place in places.items()}
 
 
-def _split_sizes(records: Sequence[Record], config: DataConfig) -> dict[str, dict[str, int]]:
-    sides: dict[str, list[Record]] = {side: [] for side in SPLITS}
-    for record in records:
-        sides[split_of(record.group, config)].append(record)
-    return {
-        side: {"records": len(members), "groups": len({record.group for record in members})}
-        for side, members in sides.items()
-    }
+def _split_sizes(facts: Facts, config: DataConfig) -> dict[str, dict[str, int]]:
+    sides = sides_of(facts, config)
+    members = {side: facts.take(np.flatnonzero(sides == number)) for number, side in enumerate(SPLITS)}
+    return {side: {"records": len(own), "groups": count_groups(own)} for side, own in members.items()}

@@ -14,7 +14,7 @@ from typing import Any
 from perlhf.config.commands import EvaluateConfig, ScoreConfig
 from perlhf.data.records import Comparison
 from perlhf.data.splits import load
-from perlhf.data.tools import to_jsonl
+from perlhf.data.tools import jsonl_lines
 from perlhf.errors import ConfigError
 from perlhf.evaluation.policy import evaluate_policy
 from perlhf.evaluation.reward import evaluate_reward, score_records
@@ -90,7 +90,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens
     scores, _ = score_records(model, encoder, records, run.stage, budget, run.config.packing)
     rows: list[dict[str, Any]] = []
-    for record, line, reached in zip(records, to_jsonl(records).splitlines(), scores, strict=True):
+    for record, line, reached in zip(records, jsonl_lines(records), scores, strict=True):
         names = ("score_chosen", "score_rejected") if isinstance(record, Comparison) else ("score",)
         rows.append(json.loads(line) | dict(zip(names, reached or [None] * len(names), strict=True)))
     text = "".join(strict_json(row) + "\n" for row in rows)

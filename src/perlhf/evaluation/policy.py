@@ -14,11 +14,10 @@ from perlhf.config.stages import PolicyConfig
 from perlhf.data import order
 from perlhf.data.coffee_bar.gold import gold
 from perlhf.data.files import BUILTIN
-from perlhf.data.records import Prompt
-from perlhf.data.splits import load
+from perlhf.data.records import Prompt, Record
 from perlhf.errors import AdapterError, RewardFunctionError
 from perlhf.evaluation.judge import judge
-from perlhf.evaluation.shared import ROWS, Sampling, measure, plain, progress, seen_groups
+from perlhf.evaluation.shared import ROWS, Sampling, both_sides, measure, plain, progress, seen_groups
 from perlhf.method import advantages, metrics
 from perlhf.method.packing import batches, completed
 from perlhf.model.encode import Encoder
@@ -116,13 +115,12 @@ def evaluate_policy(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
     )
 
 
-def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, list[Prompt]]:
+def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, Sequence[Record]]:
     """The setting, and the prompts that the policy was trained on."""
     policy = run.config
     assert isinstance(policy, PolicyConfig)
-    trained_on = _prompts(run.trained_on(("prompt",)))
-    held_out = _prompts(load(config.data or policy.data, ("prompt",), config.split))
-    records = order.choose(held_out, config.prompts, config.seed)
+    trained_on, held_out = both_sides(run, config, ("prompt",))
+    records = _prompts(order.choose(held_out, config.prompts, config.seed))
     model, encoder = run.open(config.device)
     reference = None
     if policy.sft is not None:

@@ -11,10 +11,9 @@ from scipy.special import expit
 from perlhf.config.commands import EvaluateConfig
 from perlhf.data import order
 from perlhf.data.records import Comparison, Rating, Record, completions_of
-from perlhf.data.splits import load
 from perlhf.errors import DataError
 from perlhf.evaluation import baselines
-from perlhf.evaluation.shared import measure, plain, progress, seen_groups
+from perlhf.evaluation.shared import both_sides, measure, plain, progress, seen_groups
 from perlhf.method import metrics
 from perlhf.method.metrics import Statistic
 from perlhf.method.packing import Packing, batches
@@ -69,8 +68,7 @@ class Judged:
 
 def evaluate_reward(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
     """The evaluation of a reward run."""
-    trained_on = run.trained_on(KINDS)
-    held_out = load(config.data or run.config.data, KINDS, config.split)
+    trained_on, held_out = both_sides(run, config, KINDS)
     model, encoder = run.open(config.device)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens
     scored, counts = score_records(model, encoder, held_out, run.stage, budget, run.config.packing)

@@ -12,8 +12,7 @@ from perlhf.config.commands import EvaluateConfig
 from perlhf.config.stages import StageConfig
 from perlhf.data import order
 from perlhf.data.records import Demonstration
-from perlhf.data.splits import load
-from perlhf.evaluation.shared import Sampling, measure, plain, progress, seen_groups
+from perlhf.evaluation.shared import Sampling, both_sides, measure, plain, progress, seen_groups
 from perlhf.method.metrics import Statistic
 from perlhf.method.packing import batches
 from perlhf.model.encode import Encoder, Example
@@ -29,8 +28,7 @@ COMPLETION_TOKENS = 128
 
 def evaluate_sft(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
     """The evaluation of an SFT run."""
-    trained_on = run.trained_on(("demonstration",))
-    held_out = load(config.data or run.config.data, ("demonstration",), config.split)
+    trained_on, held_out = both_sides(run, config, ("demonstration",))
     demonstrations = [record for record in held_out if isinstance(record, Demonstration)]
     model, encoder = run.open(config.device)
     encoded, counts = loop.encode_all(encoder, demonstrations, encoder.config.drop_long)

@@ -10,12 +10,15 @@ import numpy as np
 
 from perlhf.config.commands import EvaluateConfig
 from perlhf.data.records import Record, Text
+from perlhf.data.splits import read_splits
+from perlhf.data.store import Records
 from perlhf.errors import DataError
 from perlhf.method import metrics
 from perlhf.method.metrics import Statistic
 from perlhf.method.packing import Ids
 from perlhf.model.encode import Encoder
 from perlhf.model.model import Model
+from perlhf.model.open import FinishedRun
 from perlhf.rollout.local import Ends, Rollout, sample, uniforms
 from perlhf.runs.evaluations import Measured
 from perlhf.system.machine import peak_memory_bytes
@@ -87,9 +90,26 @@ class Sampling:
         )
 
 
+def both_sides(run: FinishedRun, config: EvaluateConfig, kinds: Sequence[str]) -> tuple[Sequence[Record], Records]:
+    """The records that a run was trained on (none where nobody knows), and those that it is evaluated on.
+
+    Its own data are read once.
+
+    Raises:
+        DataError: as `splits.load`.
+    """
+    trained = run.config.data
+    if run.foreign:
+        return [], read_splits(config.data or trained, kinds).of(config.split)
+    found = read_splits(trained, kinds)
+    asked = found if config.data in (None, trained) else read_splits(config.data, kinds)
+    return found.of("train"), asked.of(config.split)
+
+
 def seen_groups(records: Iterable[Record], trained_on: Iterable[Record]) -> int:
     """Number of groups of `records` that the run was trained on."""
-    return len({record.group for record in records} & {record.group for record in trained_on})
+    asked = {record.group for record in records}
+    return len(asked & {record.group for record in trained_on if record.group in asked})
 
 
 def plain(text: Text) -> str | list[dict[str, Any]]:

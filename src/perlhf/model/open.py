@@ -27,8 +27,6 @@ from perlhf.config.stages import (
     StageConfig,
 )
 from perlhf.data import order
-from perlhf.data.records import Record
-from perlhf.data.splits import load
 from perlhf.errors import ConfigError, ModelError, RunError
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
@@ -102,14 +100,6 @@ class FinishedRun:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer, with the chat template and end token that came with an adapter of another tool."""
         return _tokenizer(self.base, self.adapter if self.foreign else None)
-
-    def trained_on(self, kinds: tuple[str, ...]) -> list[Record]:
-        """The records that it was trained on; none where nobody knows.
-
-        Raises:
-            DataError: as `splits.load`.
-        """
-        return [] if self.foreign else load(self.config.data, kinds, "train")
 
 
 def read_run(path: Path, stages: Sequence[StageName] = get_args(StageName), given: Given | None = None) -> FinishedRun:

@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,18 +40,19 @@ def storage_error(path: Path, number: int | None, reason: str) -> StorageError:
     return StorageError(f"can't write: {reason}", where=str(path), hint=hint)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes `path` (text as UTF-8) so that a reader sees the old content or the new, never a part.
+def write_atomic(path: Path, content: str | bytes | Iterable[bytes]) -> None:
+    """Writes `path` (text as UTF-8, or parts as they come) so that a reader sees the old content or the new, never a
+    part.
 
     Raises:
         StorageError: it can't be written; the old file, if any, is untouched and nothing else is left.
     """
     temporary = _temporary(path)
-    data = content.encode() if isinstance(content, str) else content
+    parts = [content.encode()] if isinstance(content, str) else [content] if isinstance(content, bytes) else content
     with storage_errors(path):
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

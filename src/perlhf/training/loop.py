@@ -4,28 +4,37 @@ resumed run is bit-equal.
 
 import hashlib
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from perlhf.config.stages import RewardConfig, SftConfig, StageConfig
 from perlhf.data import order
 from perlhf.data.records import Record, completions_of
-from perlhf.data.splits import content_hash
+from perlhf.data.splits import TIES, Splits, content_hash, oddities, read_splits
+from perlhf.data.store import NO_LABEL, Records, count_groups
 from perlhf.errors import DataError, DivergenceError, Interrupted, RunError
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base
 from perlhf.model.encode import Encoder, Example, TooLong
+from perlhf.model.lengths import to_tokenise
 from perlhf.model.model import Model
 from perlhf.runs.earlier import adapter_of, earlier_runs
 from perlhf.runs.run import Run
+from perlhf.system.progress import counted
 from perlhf.training import checkpoint, optim
 
+Item = TypeVar("Item")
+SLOW_VALIDATION = 4
+"""A validation of so many times the records that are learned from between two is worth a line: learning from one takes
+some three times as long as scoring it."""
 LOSS_LIMIT = 1000.0
 """Nats a token (SFT) or an example (reward) above which a run has exploded; ln of a vocabulary is about 10, and weights
 of records may be above 1."""
@@ -66,6 +75,109 @@ def facts(config: StageConfig, base: Base) -> dict[str, Any]:
     return recorded | ({"adapters": adapters} if adapters else {})
 
 
+@dataclass(frozen=True)
+class Sides:
+    """The records of a run, read once."""
+
+    train: Records
+    validation: Records
+    test: Records | None
+    """None where `data.test` is 0: nobody will ask for it."""
+    warnings: tuple[str, ...]
+
+
+def read_sides(config: StageConfig, kinds: Sequence[str]) -> Sides:
+    """The records that a stage learns from and is measured on.
+
+    What `perlhf evaluate` would refuse later is an error, before anything is trained; where it would leave a number
+    out, there is a warning (`tell`). With `data.test: 0` there is nothing to evaluate, and nothing is said of it.
+
+    Raises:
+        DataError: a file or row is wrong, or a side is empty.
+    """
+    found = read_splits(config.data, kinds)
+    train, validation = found.of("train"), found.of("validation")
+    test = found.of("test") if config.data.test else None
+    return Sides(
+        train,
+        validation,
+        test,
+        (*oddities(found.records.facts, found.skipped), *_left_out(found), *_side_warnings(test)),
+    )
+
+
+def tell(sides: Sides) -> None:
+    """Says on standard error what is odd about the records, once nothing is left that could be an error instead."""
+    for warning in sides.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _left_out(found: Splits) -> Iterator[str]:
+    """Rows that a reader's rule leaves out, ties excepted, which are told apart."""
+    for reason, count in found.skipped.items():
+        if reason not in TIES:
+            yield f"{count} rows are left out: {reason}"
+
+
+def _side_warnings(test: Records | None) -> Iterator[str]:
+    if test is None:
+        return
+    groups, labels = count_groups(test.facts), test.labels[test.labels != NO_LABEL]
+    if groups == 1:
+        yield "the test side is a single group: `perlhf evaluate` will give no intervals"
+    if len(labels) and (labels == labels[0]).all():
+        label = str(bool(labels[0])).lower()
+        yield f"all {len(labels)} ratings of the test side are {label}: `perlhf evaluate` will give no AUC"
+
+
+class Encoded(Sequence[Item]):
+    """Items that are encoded when they are asked for, so that training begins at once and memory stays small.
+
+    Args:
+        records: of which all fit (`fitting`).
+        make: the item of a record, from the examples of its completions.
+    """
+
+    def __init__(self, encoder: Encoder, records: Records, make: Callable[[Any, list[Example]], Item]):
+        self.records, self._encoder, self._make = records, encoder, make
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Encoded[Item]": ...
+    def __getitem__(self, index: int | slice) -> "Item | Encoded[Item]":
+        if isinstance(index, slice):
+            return Encoded(self._encoder, self.records[index], self._make)
+        record = self.records[index]
+        return self._make(record, _examples(self._encoder, record))
+
+
+def fitting(encoder: Encoder, records: Records, drop_long: bool) -> tuple[Records, dict[str, int]]:
+    """The records that fit into `max_tokens`, with counts of those whose prompts are cut and of those that are dropped.
+
+    Only records that may be too long by their bytes are tokenised for this (`lengths`).
+
+    Raises:
+        TooLong: a completion that can't fit, unless `drop_long`.
+        DataError: nothing fits, or what the encoder says.
+    """
+    counts = {"cut_prompts": 0, "dropped_long": 0}
+    kept = np.ones(len(records), dtype=bool)
+    numbers = to_tokenise(encoder, records).tolist()
+    for number in counted(numbers, "tokens", len(numbers)):
+        if (examples := _unless_long(encoder, records[number], drop_long)) is None:
+            kept[number] = False
+        else:
+            counts["cut_prompts"] += examples[0].cut > 0
+    counts["dropped_long"] = len(kept) - int(kept.sum())
+    if not kept.any():
+        raise _nothing_fits()
+    return records if kept.all() else records.take(kept), counts
+
+
 def encode_all(
     encoder: Encoder, records: Sequence[Record], drop_long: bool
 ) -> tuple[list[list[Example] | None], dict[str, int]]:
@@ -74,36 +186,68 @@ def encode_all(
     Raises:
         TooLong: a completion that can't fit, unless `drop_long`.
     """
-    encoded: list[list[Example] | None] = []
-    counts = {"cut_prompts": 0, "dropped_long": 0}
-    for record in records:
-        try:
-            examples = encoder.examples(record.prompt, completions_of(record), record.source, record.tools)
-        except TooLong:
-            if not drop_long:
-                raise
-            examples = None
-        counts["cut_prompts"] += examples is not None and examples[0].cut > 0
-        counts["dropped_long"] += examples is None
-        encoded.append(examples)
+    encoded = [_unless_long(encoder, record, drop_long) for record in counted(records, "tokens", len(records))]
     if not any(encoded):
-        raise DataError("every example is longer than encoding.max_tokens", hint="raise encoding.max_tokens")
-    return encoded, counts
+        raise _nothing_fits()
+    fit = [examples for examples in encoded if examples is not None]
+    cut = sum(examples[0].cut > 0 for examples in fit)
+    return encoded, {"cut_prompts": cut, "dropped_long": len(encoded) - len(fit)}
 
 
-def whole_groups(records: Sequence[Record], count: int | None, seed: int) -> list[Record]:
+def _unless_long(encoder: Encoder, record: Record, drop_long: bool) -> list[Example] | None:
+    try:
+        return _examples(encoder, record)
+    except TooLong:
+        if not drop_long:
+            raise
+        return None
+
+
+def _examples(encoder: Encoder, record: Record) -> list[Example]:
+    return encoder.examples(record.prompt, completions_of(record), record.source, record.tools)
+
+
+def _nothing_fits() -> DataError:
+    return DataError("every example is longer than encoding.max_tokens", hint="raise encoding.max_tokens")
+
+
+def check_test_side(encoder: Encoder, sides: Sides) -> None:
+    """What `perlhf evaluate` would refuse in the test side's texts, found before training.
+
+    Raises:
+        TooLong: an answer that can't fit, unless the configuration drops those.
+        DataError: nothing fits, or what the encoder says.
+    """
+    if sides.test is not None:
+        fitting(encoder, sides.test, encoder.config.drop_long)
+
+
+def note_slow_validation(config: SftConfig | RewardConfig, held_out: int) -> None:
+    """Says so on standard error where a validation takes longer than the training between two of them."""
+    between = config.validate_every * config.examples_per_update
+    if held_out > SLOW_VALIDATION * between:
+        print(
+            f"note: {held_out} held-out records are validated every {config.validate_every} updates, which learn from "
+            f"{between}; with validation_examples: {between} it would be so many",
+            file=sys.stderr,
+        )
+
+
+def whole_groups(records: Records, count: int | None, seed: int) -> Records:
     """About `count` of the records, of whole groups; all for None."""
-    return [records[number] for number in order.whole_groups([record.group for record in records], count, seed)]
+    if count is None or count >= len(records):
+        return records
+    return records.take(np.array(order.whole_groups([record.group for record in records], count, seed)))
 
 
-def updates_of(config: SftConfig | RewardConfig, groups: Sequence[str]) -> list[list[int]]:
+def updates_of(config: SftConfig | RewardConfig, records: Records) -> order.Updates:
     """Numbers of the examples of each update (`order.plan_updates`), as the configuration says.
 
     Args:
-        groups: of the training examples.
+        records: the training examples.
     """
     size, epochs = config.examples_per_update, config.epochs
-    return order.plan_updates(groups, size, epochs, config.seed, config.order, config.max_updates)
+    return order.plan_updates(records.facts.group, size, epochs, config.seed, config.order, config.max_updates)
 
 
 def stop_if_asked(run: Run, step: int, total: int) -> None:

@@ -4,13 +4,10 @@ Trainable parameters are exact: rank * (inputs + outputs) for each adapted layer
 hidden for a score head, hidden + 1 for a value head. Memory is an estimate (`_activation_bytes` has the formula).
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftConfig
-from perlhf.data import splits
-from perlhf.data.splits import SPLITS
 from perlhf.kernels import cpu
 from perlhf.model import saved
 from perlhf.model.base import without_weights
@@ -18,7 +15,7 @@ from perlhf.model.supported import target_paths
 from perlhf.runs.earlier import check_runs, earlier_runs, is_adapter
 from perlhf.system import allocator
 from perlhf.system.machine import cpu_computes_in_bf16
-from perlhf.training.loop import updates_of
+from perlhf.training.loop import Sides, read_sides, tell, updates_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +74,8 @@ def plan(config: Stage) -> Plan:
         for run in runs:
             if is_adapter(run):  # of another tool, as like as not: is it one that can be taken?
                 saved.read_adapter(run)
-    records = count_records(config, kinds)
+    sides = read_sides(config, kinds)
+    records = count_records(sides)
     size, trainable = network.num_parameters(), trainable_parameters(config, network)
     dtype = dtype_in_force(config.dtype, config.device)
     used = allocator.expected()
@@ -94,7 +92,8 @@ def plan(config: Stage) -> Plan:
         memory["copies of the weights"] = size * (4 + (_size(dtype) if dtype != "float32" else 0))
     if compiles:
         memory["compiled products"] = COMPILED_BYTES
-    updates = count_updates(config, kinds)
+    updates = count_updates(config, sides)
+    tell(sides)
     kernels = "not for a GPU" if config.device.startswith("cuda") else cpu.compiler()[1]
     return Plan(stage, records, updates, config.learning_rate, size, trainable, dtype, used, kernels, memory)
 
@@ -109,28 +108,17 @@ def _stage(config: Stage) -> tuple[str, tuple[str, ...]]:
             return "policy", ("prompt",)
 
 
-def count_records(config: Stage, kinds: tuple[str, ...]) -> dict[str, int]:
-    """Records of each split, at most `limit` of each and `limit_train` of training.
-
-    Raises:
-        DataError: no records of these kinds, or a split that should have some is empty.
-    """
-    unlimited = config.data.model_copy(update={"limit": None})
-    available = Counter(splits.split_of(record.group, config.data) for record in splits.load(unlimited, kinds, "all"))
-    for split in SPLITS:
-        if not available[split] and (split != "test" or config.data.test > 0):
-            splits.load(config.data, kinds, split)  # raises, saying what is empty and what to change
-    limits = {split: [config.data.limit] for split in SPLITS}
-    limits["train"].append(config.data.limit_train)
-    return {split: min([available[split], *(limit for limit in limits[split] if limit)]) for split in SPLITS}
+def count_records(sides: Sides) -> dict[str, int]:
+    """Records of each split, limits applied."""
+    test = 0 if sides.test is None else len(sides.test)
+    return {"train": len(sides.train), "validation": len(sides.validation), "test": test}
 
 
-def count_updates(config: Stage, kinds: tuple[str, ...]) -> int:
+def count_updates(config: Stage, sides: Sides) -> int:
     """Optimiser steps of the whole run, by the same plan that the stage follows."""
     if isinstance(config, PolicyConfig):
         return config.updates * config.steps_per_rollout
-    groups = [record.group for record in splits.load(config.data, kinds, "train")]
-    return len(updates_of(config, groups))
+    return updates_of(config, sides.train).total
 
 
 def trainable_parameters(config: Stage, network: "PreTrainedModel") -> dict[str, int]:

@@ -7,9 +7,9 @@ with the best reward on held-out prompts are kept. Not included: dropout, severa
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from perlhf.config.addresses import check_addresses
 from perlhf.config.stages import PolicyConfig
 from perlhf.data import order
 from perlhf.data.records import Prompt
-from perlhf.data.splits import load
 from perlhf.errors import Interrupted, RewardFunctionError, ServiceError
 from perlhf.method import advantages
 from perlhf.model import saved
@@ -139,19 +138,23 @@ def _open(config: PolicyConfig, base: Base) -> Setup:
     new_adapter(model, POLICY, "policy", config, start=start)
     if config.baseline == "value":
         new_adapter(model, VALUE, "value", config, start=reference)
-    prompts = [record for record in load(config.data, ("prompt",), "train") if isinstance(record, Prompt)]
-    held_out = [record for record in load(config.data, ("prompt",), "validation") if isinstance(record, Prompt)]
-    chosen = order.choose(held_out, config.validation_prompts, config.seed)
+    sides = loop.read_sides(config, ("prompt",))
+    chosen = order.choose(sides.validation, config.validation_prompts, config.seed)
+    prompts, held_out = cast(Sequence[Prompt], sides.train), cast(list[Prompt], chosen)
     scorers = load_scorers(
         model,
         config.reward,
         config.combine,
         encoder,
-        prompts=[*prompts, *chosen],
+        prompts=prompts,
         weights=config.reward_weights,
         timeout_seconds=config.reward_timeout_seconds,
     )
-    return Setup(config, model, encoder, scorers, prompts, chosen, reference)
+    loop.tell(sides)
+    if (count := len(sides.train)) < config.prompts_per_update:
+        several = f"an update's {config.prompts_per_update} (prompts_per_update) hold some more than once"
+        print(f"warning: there are only {count} training prompts: {several}", file=sys.stderr)
+    return Setup(config, model, encoder, scorers, prompts, held_out, reference)
 
 
 def _optimizers(setup: Setup) -> Optimizers:

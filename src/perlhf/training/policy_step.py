@@ -41,8 +41,8 @@ class Setup:
     model: Model
     encoder: Encoder
     scorers: Scorers
-    prompts: list[Prompt]
-    held_out: list[Prompt]
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
     reference: str | None
 
 

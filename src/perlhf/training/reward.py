@@ -8,6 +8,7 @@ included.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from perlhf.config.stages import RewardConfig
 from perlhf.data import order
 from perlhf.data.records import Comparison, Rating, Record
-from perlhf.data.splits import check_labels, load
+from perlhf.data.splits import check_labels
+from perlhf.data.store import COMPARISON, NO_LABEL, RATING, Records, hold
 from perlhf.errors import DataError
 from perlhf.method import metrics
 from perlhf.method.losses import bradley_terry, rating_cross_entropy
@@ -24,7 +26,7 @@ from perlhf.method.packing import Batch, Tokens, batches
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base
-from perlhf.model.encode import Encoder
+from perlhf.model.encode import Encoder, Example
 from perlhf.model.model import Model
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
 from perlhf.rollout.scorers import score_batches
@@ -59,26 +61,30 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         if run.finished:
             return run.result()
         model, encoder = open_model(config, base)
-        records = load(config.data, ("comparison", "rating"), "train")
-        check_labels(records, config.data)
-        train, counts = encode_items(encoder, records)
-        held_out = load(config.data, ("comparison", "rating"), "validation")
-        held_out, _ = encode_items(encoder, loop.whole_groups(held_out, config.validation_examples, config.seed))
-        validation = held_out, laid_out(held_out, config, model)
+        sides = loop.read_sides(config, ("comparison", "rating"))
+        check_labels(sides.train, config.data)
+        train, counts = encode_items(encoder, sides.train)
+        held_out = loop.whole_groups(sides.validation, config.validation_examples, config.seed)
+        held_out, _ = encode_items(encoder, held_out)
+        check_select(config, held_out.records)
+        loop.check_test_side(encoder, sides)
+        validation = cache(lambda: _validation(held_out, config, model))
         weights, balance = class_weights(train, config.class_weight)
         adapter = _start(model, encoder, config, train)
-        plan = loop.updates_of(config, [item.group for item in train])
+        plan = loop.updates_of(config, train.records)
         optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
+        loop.tell(sides)
+        loop.note_slow_validation(config, len(held_out))
         step, keeper, state = loop.restore(run, model, optimizers)
         tokens = state.get("tokens", 0)
-        if step < len(plan):
+        if step < plan.total:
             loop.check_goes_on(run, step, keeper, config.validate_every)
         if config.head_start == "probe" and keeper.step is None and step == 0:
             _start_head(run, model, adapter, train, weights, config)
-            run.log(0, _validate(keeper, 0, model, validation, config))
+            run.log(0, _validate(keeper, 0, model, validation(), config))
             loop.save(run, 0, model, optimizers, keeper, {"tokens": 0})
-        with run.progress(len(plan), step, "reward") as bar:
-            while step < len(plan):
+        with run.progress(plan.total, step, "reward") as bar:
+            while step < plan.total:
                 step += 1
                 values = _update(
                     model,
@@ -87,23 +93,23 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
                     [train[i] for i in plan[step - 1]],
                     weights,
                     step,
-                    len(plan),
+                    plan.total,
                     config,
                 )
                 tokens += int(values["tokens"])
                 if step % config.validate_every == 0:
-                    values |= _validate(keeper, step, model, validation, config)
+                    values |= _validate(keeper, step, model, validation(), config)
                 run.log(step, values)
-                if keeper.step == step or step % config.save_every == 0 or step == len(plan) or run.stop_requested:
+                if keeper.step == step or step % config.save_every == 0 or step == plan.total or run.stop_requested:
                     loop.save(run, step, model, optimizers, keeper, {"tokens": tokens})
                 bar.advance()
-                loop.stop_if_asked(run, step, len(plan))
+                loop.stop_if_asked(run, step, plan.total)
         if step % config.validate_every:  # the end, of which checkpoints know nothing (`loop.check_goes_on`)
-            run.amend(step, _validate(keeper, step, model, validation, config))
+            run.amend(step, _validate(keeper, step, model, validation(), config))
         loop.restore_best(run.path, step, keeper, adapter)
         saved.save_adapter(model, NAME, run.path / "adapter", encoder)
         result = {
-            "updates": len(plan),
+            "updates": plan.total,
             "best_step": keeper.step,
             "validation": keeper.metrics,
             "validation_examples": len(held_out),
@@ -118,26 +124,26 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         return run.result()
 
 
-def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Item], dict[str, int]]:
+def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[loop.Encoded[Item], dict[str, int]]:
     """Comparisons and ratings as token sequences, with counts of cut and dropped ones."""
-    judged = [record for record in records if isinstance(record, Comparison | Rating)]
-    encoded, counts = loop.encode_all(encoder, judged, encoder.config.drop_long)
-    items = []
-    for record, examples in zip(judged, encoded, strict=True):
-        if examples is not None:
-            label, margin = (None, record.margin) if isinstance(record, Comparison) else (record.label, 0.0)
-            sequences = tuple(example.tokens for example in examples)
-            items.append(Item(sequences, label, record.weight, margin, record.group))
-    return items, counts
+    records = hold(records)
+    judged = records.take((records.facts.kind == COMPARISON) | (records.facts.kind == RATING))
+    fitting, counts = loop.fitting(encoder, judged, encoder.config.drop_long)
+    return loop.Encoded(encoder, fitting, _item), counts
 
 
-def class_weights(items: Sequence[Item], how: str) -> tuple[dict[bool, float], dict[str, int]]:
+def _item(record: Comparison | Rating, examples: list[Example]) -> Item:
+    label, margin = (None, record.margin) if isinstance(record, Comparison) else (record.label, 0.0)
+    return Item(tuple(example.tokens for example in examples), label, record.weight, margin, record.group)
+
+
+def class_weights(items: loop.Encoded[Item], how: str) -> tuple[dict[bool, float], dict[str, int]]:
     """Loss weight of up and down ratings (`balanced`: n / (2 n_class)) and their numbers.
 
     Raises:
         DataError: all ratings are up, or all are down.
     """
-    labels = [item.label for item in items if item.label is not None]
+    labels = _labels(items.records)
     up = sum(labels)
     balance = {"up": up, "down": len(labels) - up, "comparisons": len(items) - len(labels)}
     if labels and up in (0, len(labels)):
@@ -147,6 +153,16 @@ def class_weights(items: Sequence[Item], how: str) -> tuple[dict[bool, float], d
     if not labels or how == "none":
         return {True: 1.0, False: 1.0}, balance
     return {True: len(labels) / (2 * up), False: len(labels) / (2 * (len(labels) - up))}, balance
+
+
+def _labels(records: Records) -> list[bool]:
+    """Of the ratings among them."""
+    return (records.labels[records.labels != NO_LABEL] == 1).tolist()
+
+
+def _validation(held_out: loop.Encoded[Item], config: RewardConfig, model: Model) -> tuple[list[Item], list[Batch]]:
+    items = list(held_out)
+    return items, laid_out(items, config, model)
 
 
 def laid_out(items: Sequence[Item], config: RewardConfig, model: Model) -> list[Batch]:
@@ -175,7 +191,7 @@ def evaluate_items(model: Model, items: Sequence[Item], laid_out: Sequence[Batch
     return measured | {"loss": sum(losses)}
 
 
-def _start(model: Model, encoder: Encoder, config: RewardConfig, train: Sequence[Item]) -> Adapter:
+def _start(model: Model, encoder: Encoder, config: RewardConfig, train: loop.Encoded[Item]) -> Adapter:
     """The reward adapter, from an earlier reward run with its head, or from the SFT adapter or the base.
 
     Where it is new, its bias is the log-odds of the (weighted) ratings.
@@ -186,7 +202,7 @@ def _start(model: Model, encoder: Encoder, config: RewardConfig, train: Sequence
     if config.sft is not None:
         start = load_sft(model, config.sft, encoder)
     adapter = new_adapter(model, NAME, "reward", config, start=start)
-    labels = [item.label for item in train if item.label is not None]
+    labels = _labels(train.records)
     if labels and config.class_weight == "none":
         up = sum(labels)
         assert adapter.bias is not None
@@ -196,11 +212,11 @@ def _start(model: Model, encoder: Encoder, config: RewardConfig, train: Sequence
 
 @torch.no_grad()
 def _start_head(
-    run: Run, model: Model, adapter: Adapter, train: Sequence[Item], weight: dict[bool, float], config: RewardConfig
+    run: Run, model: Model, adapter: Adapter, train: loop.Encoded[Item], weight: dict[bool, float], config: RewardConfig
 ) -> None:
     """Fits the head (and its constant bias) on the states before the first update: `linear_probe`."""
     assert adapter.score_head is not None and adapter.bias is not None
-    numbers = order.whole_groups([item.group for item in train], config.probe_examples, config.seed)
+    numbers = order.whole_groups([record.group for record in train.records], config.probe_examples, config.seed)
     items = [train[i] for i in numbers]
     microbatches = laid_out(items, config, model)
     states = [np.zeros((0, model.hidden_size))] * len(items)
@@ -295,14 +311,23 @@ def _quality(measured: dict[str, float], config: RewardConfig) -> float:
     wanted = config.select
     if wanted == "auto":
         wanted = "auc" if "auc" in measured else "pairwise_accuracy" if "pairwise_accuracy" in measured else "loss"
-    if wanted not in measured:
+    return -measured["loss"] if wanted == "loss" else measured[wanted]
+
+
+def check_select(config: RewardConfig, held_out: Records) -> None:
+    """Raises DataError where the validation records can't give the metric that `select` names."""
+    given = ["loss"]
+    if (held_out.facts.kind == COMPARISON).any():
+        given.append("pairwise_accuracy")
+    if len(set(_labels(held_out))) == 2:
+        given.append("auc")
+    if config.select not in ("auto", *given):
         raise DataError(
-            f"the validation groups give no {wanted}",
+            f"the validation groups give no {config.select}",
             where="select",
-            allowed=", ".join(measured),
+            allowed=", ".join(given),
             hint="raise data.validation or name another metric",
         )
-    return -measured["loss"] if wanted == "loss" else measured[wanted]
 
 
 def _floats(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

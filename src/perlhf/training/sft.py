@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,13 +11,13 @@ import torch
 from perlhf.config.stages import SftConfig
 from perlhf.data import order
 from perlhf.data.records import Demonstration, Record
-from perlhf.data.splits import load
+from perlhf.data.store import DEMONSTRATION, hold
 from perlhf.method.losses import sft_loss
 from perlhf.method.packing import Batch, Tokens, batches
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base
-from perlhf.model.encode import Encoder
+from perlhf.model.encode import Encoder, Example
 from perlhf.model.model import Model
 from perlhf.model.open import load_start, new_adapter, open_model, with_day
 from perlhf.runs.run import open_run
@@ -47,41 +48,45 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
         if run.finished:
             return run.result()
         model, encoder = open_model(config, base)
-        train, counts = encode_items(encoder, load(config.data, ("demonstration",), "train"))
-        held_out = load(config.data, ("demonstration",), "validation")
-        held_out, _ = encode_items(encoder, loop.whole_groups(held_out, config.validation_examples, config.seed))
-        validation = laid_out(held_out, config, model)
+        sides = loop.read_sides(config, ("demonstration",))
+        train, counts = encode_items(encoder, sides.train)
+        held_out = loop.whole_groups(sides.validation, config.validation_examples, config.seed)
+        held_out, _ = encode_items(encoder, held_out)
+        loop.check_test_side(encoder, sides)
+        validation = cache(lambda: laid_out(held_out, config, model))
         start = None if config.start is None else load_start(model, config, encoder, "sft")
         adapter = new_adapter(model, NAME, "sft", config, start=start)
-        plan = loop.updates_of(config, [item.group for item in train])
+        plan = loop.updates_of(config, train.records)
         optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
+        loop.tell(sides)
+        loop.note_slow_validation(config, len(held_out))
         step, keeper, state = loop.restore(run, model, optimizers)
         tokens = state.get("tokens", 0)
-        if step < len(plan):
+        if step < plan.total:
             loop.check_goes_on(run, step, keeper, config.validate_every)
-        with run.progress(len(plan), step, "sft") as bar:
-            while step < len(plan):
+        with run.progress(plan.total, step, "sft") as bar:
+            while step < plan.total:
                 step += 1
                 items = [train[i] for i in plan[step - 1]]
-                values = _update(model, adapter, optimizers[NAME], items, step, len(plan), config)
+                values = _update(model, adapter, optimizers[NAME], items, step, plan.total, config)
                 tokens += int(values["tokens"])
                 improved = False
                 if step % config.validate_every == 0:
-                    loss = values["validation_loss"] = validation_loss(model, validation)
+                    loss = values["validation_loss"] = validation_loss(model, validation())
                     improved = keeper.offer(step, -loss, {"loss": loss})
                 run.log(step, values)
-                if improved or step % config.save_every == 0 or step == len(plan) or run.stop_requested:
+                if improved or step % config.save_every == 0 or step == plan.total or run.stop_requested:
                     loop.save(run, step, model, optimizers, keeper, {"tokens": tokens})
                 bar.advance()
-                loop.stop_if_asked(run, step, len(plan))
+                loop.stop_if_asked(run, step, plan.total)
         if step % config.validate_every:  # the end, of which checkpoints know nothing (`loop.check_goes_on`)
-            loss = validation_loss(model, validation)
+            loss = validation_loss(model, validation())
             keeper.offer(step, -loss, {"loss": loss})
             run.amend(step, {"validation_loss": loss})
         loop.restore_best(run.path, step, keeper, adapter)
         saved.save_adapter(model, NAME, run.path / "adapter", encoder)
         result = {
-            "updates": len(plan),
+            "updates": plan.total,
             "best_step": keeper.step,
             "validation_loss": keeper.metrics["loss"],
             "validation_examples": len(held_out),
@@ -109,15 +114,16 @@ def laid_out(items: Sequence[Item], config: SftConfig, model: Model) -> list[Bat
     return batches([[item.tokens] for item in items], config.microbatch_tokens, config.packing, model.device)
 
 
-def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[list[Item], dict[str, int]]:
+def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[loop.Encoded[Item], dict[str, int]]:
     """Demonstrations as tokens, with counts of cut and dropped ones."""
-    demonstrations = [record for record in records if isinstance(record, Demonstration)]
-    encoded, counts = loop.encode_all(encoder, demonstrations, encoder.config.drop_long)
-    return [
-        Item(examples[0].tokens, record.weight, record.group)
-        for examples, record in zip(encoded, demonstrations, strict=True)
-        if examples is not None
-    ], counts
+    records = hold(records)
+    demonstrations = records.take(records.facts.kind == DEMONSTRATION)
+    fitting, counts = loop.fitting(encoder, demonstrations, encoder.config.drop_long)
+    return loop.Encoded(encoder, fitting, _item), counts
+
+
+def _item(record: Demonstration, examples: list[Example]) -> Item:
+    return Item(examples[0].tokens, record.weight, record.group)
 
 
 def _update(

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from perlhf.config.stages import DataConfig, RewardConfig
 from perlhf.data.read import read
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record
 from perlhf.data.splits import check_labels, content_hash, load, record_hash, split_of
+from perlhf.data.store import hold
 from perlhf.errors import DataError, RunError
 from perlhf.runs.run import open_run
 
@@ -106,7 +108,7 @@ def test_label_noise_turns_training_labels_alone(tmp_path: Path) -> None:
     assert reseeded != turned(load(clean, ("rating",), "train"), load(noisy, ("rating",), "train"))
 
 
-def turned(before: list[Record], after: list[Record]) -> set[str]:
+def turned(before: Sequence[Record], after: Sequence[Record]) -> set[str]:
     """Sources of the records whose label is the other one; all else must be equal."""
     found: set[str] = set()
     for old, new in zip(before, after, strict=True):
@@ -223,12 +225,12 @@ def test_empty_sides_and_kinds_are_errors(tmp_path: Path) -> None:
 def test_labels_that_are_all_equal() -> None:
     up, down = Rating("p", "c", True, "p"), Rating("p", "d", False, "p")
     config = DataConfig(paths=("some.jsonl",))
-    check_labels([up, down, up], config)
-    check_labels([Demonstration("p", "c", "p")], config)
+    check_labels(hold([up, down, up]), config)
+    check_labels(hold([Demonstration("p", "c", "p")]), config)
     with pytest.raises(DataError, match="all 2 ratings have the label true"):
-        check_labels([up, up], config)
+        check_labels(hold([up, up]), config)
     with pytest.raises(DataError, match="all 1 ratings have the label false"):
-        check_labels([down], config)
+        check_labels(hold([down]), config)
 
 
 def test_content_hash_follows_content(tmp_path: Path) -> None:

@@ -26,6 +26,20 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert file.read_bytes() == b"new\x00" and names(tmp_path) == ["a.txt"]
 
 
+def test_parts_are_written_as_they_come_and_kept_only_together(tmp_path):
+    file = tmp_path / "a.txt"
+    write_atomic(file, (b"%d" % number for number in range(3)))
+    assert file.read_bytes() == b"012"
+
+    def failing():
+        yield b"new"
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        write_atomic(file, failing())
+    assert file.read_bytes() == b"012" and names(tmp_path) == ["a.txt"]
+
+
 def test_a_file_in_a_missing_directory_says_where(tmp_path):
     file = tmp_path / "missing" / "a.txt"
     with pytest.raises(StorageError, match="can't write: No such file") as caught:

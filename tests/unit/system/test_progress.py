@@ -84,3 +84,29 @@ def test_a_real_terminal_gets_a_bar(monkeypatch):
     seen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(chunks).decode())
     assert "policy" in seen and "2/3" in seen and "━" in seen and "ETA 0:00:0" in seen
     assert "reward 0.5 · KL 0.125 · ends 1 · memory 1.00 GB" in seen
+
+
+class TestCounted:
+    def test_what_is_over_soon_is_silent(self, capsys):
+        assert list(progress.counted(range(1000), "reading", 1000)) == list(range(1000))
+        assert capsys.readouterr().err == ""
+
+    def test_what_takes_long_says_where_it_is(self, capsys, monkeypatch):
+        monkeypatch.setattr(progress, "PATIENCE_SECONDS", 0.0)
+        assert list(progress.counted(range(200), "reading", 190)) == list(range(200))
+        first, last = capsys.readouterr().err.splitlines()
+        assert first.startswith("reading 64/190 · memory") and " · ETA 0:00:0" in first
+        assert last.startswith("reading 200/200 · ")
+        assert list(progress.counted(iter(range(64)), "reading")) == list(range(64))
+        assert "reading 64 · memory" in (err := capsys.readouterr().err) and "ETA -:--:--" in err
+
+    def test_an_error_ends_it(self, capsys, monkeypatch):
+        monkeypatch.setattr(progress, "PATIENCE_SECONDS", 0.0)
+
+        def failing():
+            yield from range(100)
+            raise ValueError
+
+        with pytest.raises(ValueError):
+            list(progress.counted(failing(), "reading"))
+        assert capsys.readouterr().err.startswith("reading 64")

@@ -1,14 +1,20 @@
 """What the stages share: encoding, which adapter starts from what, an optimiser step, saving and restoring."""
 
+import json
 import math
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import answers, apart, digest, open_encoder, open_model, randomise
 
-from perlhf.config.stages import AdapterConfig, EncodingConfig, OptimConfig, RewardConfig, SftConfig
+from perlhf.config.stages import AdapterConfig, DataConfig, EncodingConfig, OptimConfig, RewardConfig, SftConfig
 from perlhf.data.records import Comparison, Demonstration, Rating
+from perlhf.data.splits import split_of
+from perlhf.data.store import hold
+from perlhf.data.tools import validate
 from perlhf.errors import AdapterError, ConfigError, DataError, DivergenceError
 from perlhf.model.encode import TooLong
 from perlhf.model.model import Model
@@ -17,8 +23,13 @@ from perlhf.rollout.scorers import score_batches
 from perlhf.runs.run import open_run
 from perlhf.training import loop, optim
 from perlhf.training import reward as reward_stage
+from perlhf.training import sft as sft_stage
 from perlhf.training.loop import Keeper
 
+TEMPLATE_WITHOUT_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
+    "{{ m.content }}<|im_end|>{% endfor %}"
+)
 PROMPT = 20  # tokens of "hi" in ChatML; "yes" and its end token make 4
 
 
@@ -60,6 +71,126 @@ class TestEncodeAll:
         encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=3))
         with pytest.raises(DataError, match="every example is longer"):
             loop.encode_all(encoder, self.RECORDS, drop_long=True)
+
+
+class TestFitting:
+    """What is found from bytes and few tokens is what tokenising everything finds."""
+
+    @pytest.mark.parametrize("max_tokens", [PROMPT + 4, 60, 200, 400])
+    @pytest.mark.parametrize("seed", range(3))
+    def test_as_encode_all_counts_and_drops(self, tiny_base: Path, max_tokens: int, seed: int) -> None:
+        encoder, draw = open_encoder(tiny_base, EncodingConfig(max_tokens=max_tokens)), random.Random(seed)
+        chat = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "é" * draw.randint(1, 90)})
+        records = [
+            Comparison(
+                draw.choice(["x" * draw.randint(1, 150), (*chat, *chat[:1])]),
+                "y" * draw.randint(1, 90),
+                "z" * draw.randint(1, 90),
+                "g",
+                source=f"a:{line}",
+            )
+            for line in range(40)
+        ]
+        encoded, expected = loop.encode_all(encoder, records, drop_long=True)
+        fitting, counts = loop.fitting(encoder, hold(records), drop_long=True)
+        assert counts == expected
+        assert fitting == [record for record, examples in zip(records, encoded, strict=True) if examples is not None]
+        items, _ = reward_stage.encode_items(open_encoder(tiny_base, EncodingConfig(max_tokens=400)), fitting)
+        assert [items[i].sequences for i in range(len(items))] == [item.sequences for item in items]
+        if expected["dropped_long"]:
+            with pytest.raises(TooLong, match="a:"):
+                loop.fitting(encoder, hold(records), drop_long=False)
+
+    def test_few_texts_are_tokenised(self, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoder = open_encoder(tiny_base, EncodingConfig(max_tokens=400))
+        seen: list[Any] = []
+        examples = encoder.examples
+        monkeypatch.setattr(encoder, "examples", lambda *given: (seen.append(given[2:3]), examples(*given))[1])
+        records = [
+            Demonstration(f"{line}", "x" * (390 if line == 7 else 3), "g", source=f"{line}") for line in range(50)
+        ]
+        items, counts = sft_stage.encode_items(encoder, records)
+        assert [where for where in seen if where] == [("0",), ("7",)] and counts["cut_prompts"] == 1
+        assert len(items) == 50 and items[49].tokens == examples("49", ["xxx"])[0].tokens and seen[-1] == ("49",)
+
+    def test_a_template_that_refuses_a_conversation_says_so_before_training(
+        self, tiny_base: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "chat.jinja").write_text(TEMPLATE_WITHOUT_SYSTEM)
+        encoder = open_encoder(tiny_base, EncodingConfig(template=str(tmp_path / "chat.jinja"), max_tokens=256))
+        system = ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"})
+        records = [Demonstration("hi", "yes", "g"), Demonstration(system, "yes", "g")]
+        with pytest.raises(DataError, match="no system role here"):
+            loop.fitting(encoder, hold(records), drop_long=False)
+
+
+class TestSides:
+    @staticmethod
+    def config(path: Path, rows: list[dict[str, Any]], **data: Any) -> RewardConfig:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return RewardConfig(data=DataConfig(paths=(str(path),), **data))
+
+    def test_what_validate_warns_of_is_told(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(40)]
+        config = self.config(tmp_path / "a.jsonl", [*rows, rows[0], {"prompt": "1", "chosen": "b", "rejected": "a"}])
+        loop.tell(loop.read_sides(config, ("comparison",)))
+        told = capsys.readouterr().err.splitlines()
+        assert told == [f"warning: {warning}" for warning in validate(config.data.paths).warnings]
+        assert told[0] == "warning: 1 records repeat another one exactly" and len(told) == 2
+
+    def test_a_test_side_without_records_is_an_error_unless_none_is_wanted(self, tmp_path: Path) -> None:
+        rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(20)]
+        config = self.config(tmp_path / "a.jsonl", rows, validation=0.5, test=0.0001)
+        with pytest.raises(DataError, match="the test split is empty") as caught:
+            loop.read_sides(config, ("comparison",))
+        assert "set it to 0" in (caught.value.hint or "")
+        assert (
+            loop.read_sides(self.config(tmp_path / "a.jsonl", rows, validation=0.5, test=0), ("comparison",)).test
+            is None
+        )
+
+    def test_what_the_evaluation_would_leave_out_is_told(self, tmp_path: Path) -> None:
+        names = [f"{n}" for n in range(60)]
+        test = [name for name in names if split_of(name, DataConfig()) == "test"]
+        rows = [
+            {"prompt": "p", "completion": f"{name} {up}", "label": up, "group": name}
+            for name in names
+            if name not in test
+            for up in (True, False)
+        ]
+        for groups, told in ((test, False), (test[:1], True)):
+            more = [{"prompt": "p", "completion": name, "label": False, "group": name} for name in groups]
+            sides = loop.read_sides(self.config(tmp_path / "a.jsonl", [*rows, *more]), ("rating",))
+            count = f"all {len(groups)} ratings of the test side are false: `perlhf evaluate` will give no AUC"
+            single = "the test side is a single group: `perlhf evaluate` will give no intervals"
+            assert list(sides.warnings) == ([single] if told else []) + [count]
+
+    def test_long_test_answers_are_found(self, tiny_base: Path, tmp_path: Path) -> None:
+        rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(40)]
+        config = self.config(tmp_path / "a.jsonl", rows)
+        number = next(n for n in range(40) if split_of(f"{n}", config.data) == "test")
+        rows[number]["chosen"] = "x" * 300
+        config = self.config(tmp_path / "a.jsonl", rows)
+        sides = loop.read_sides(config, ("comparison",))
+        with pytest.raises(TooLong, match=f"a.jsonl:{number + 1}"):
+            loop.check_test_side(open_encoder(tiny_base), sides)
+        loop.check_test_side(open_encoder(tiny_base, EncodingConfig(max_tokens=256, drop_long=True)), sides)
+
+    def test_slow_validation_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
+        loop.note_slow_validation(RewardConfig(), 4 * 20 * 16)
+        assert capsys.readouterr().err == ""
+        loop.note_slow_validation(RewardConfig(), 100_000)
+        assert "100000 held-out records are validated every 20 updates" in capsys.readouterr().err
+
+    def test_select_that_the_held_out_records_cannot_give(self) -> None:
+        rated, compared = hold([Rating("p", "a", True, "g")]), hold([Comparison("p", "a", "b", "g")])
+        both = hold([Rating("p", "a", True, "g"), Rating("p", "a", False, "g")])
+        for select, records in (("auto", rated), ("loss", rated), ("auc", both), ("pairwise_accuracy", compared)):
+            reward_stage.check_select(RewardConfig(select=select), records)  # pyright: ignore[reportArgumentType]
+        for records, allowed in ((rated, "loss"), (compared, "loss, pairwise_accuracy")):
+            with pytest.raises(DataError, match="give no auc") as caught:
+                reward_stage.check_select(RewardConfig(select="auc"), records)
+            assert caught.value.allowed == allowed
 
 
 class TestNewAdapter:

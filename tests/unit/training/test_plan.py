@@ -10,6 +10,7 @@ from perlhf.config.stages import DEFAULT_BASE, AdapterConfig, DataConfig, Policy
 from perlhf.errors import AdapterError, DataError, ModelError, RunError
 from perlhf.model.base import without_weights
 from perlhf.system import allocator
+from perlhf.training.loop import read_sides
 from perlhf.training.plan import (
     COMPILED_BYTES,
     count_records,
@@ -73,26 +74,28 @@ KINDS = {SftConfig: ("demonstration",), RewardConfig: ("rating",), PolicyConfig:
 )
 def test_updates_for_100_records(settings, updates):
     limited = settings.model_copy(update={"data": DataConfig(limit=100)})
-    assert count_updates(limited, KINDS[type(settings)]) == updates
+    assert count_updates(limited, read_sides(limited, KINDS[type(settings)])) == updates
 
 
 def test_limit_caps_each_split_and_an_empty_split_is_an_error(tmp_path: Path):
-    whole = count_records(SftConfig(), ("demonstration",))
+    whole = count_records(read_sides(SftConfig(), ("demonstration",)))
     assert sum(whole.values()) == 900, "the embedded set has 900 demonstrations"
-    few = count_records(SftConfig(data=DATA), ("demonstration",))
+    few = count_records(read_sides(SftConfig(data=DATA), ("demonstration",)))
     assert few == {"train": 20, "validation": 20, "test": 20}
-    fewer = count_records(SftConfig(data=DATA.model_copy(update={"limit_train": 5})), ("demonstration",))
+    fewer = count_records(read_sides(SftConfig(data=DATA.model_copy(update={"limit_train": 5})), ("demonstration",)))
     assert fewer == {"train": 5, "validation": 20, "test": 20}
     path = tmp_path / "one.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(DataError):
-        count_records(SftConfig(data=DataConfig(paths=(str(path),))), ("demonstration",))
+        count_records(read_sides(SftConfig(data=DataConfig(paths=(str(path),))), ("demonstration",)))
     # Nor without validation groups, which every stage needs; test groups it does not.
     with pytest.raises(DataError, match="validation split is empty"):
-        count_records(SftConfig(data=DataConfig(paths=(str(path),), validation=0, test=0)), ("demonstration",))
+        count_records(
+            read_sides(SftConfig(data=DataConfig(paths=(str(path),), validation=0, test=0)), ("demonstration",))
+        )
     path.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "b"}) + "\n" for i in range(20)))
     untested = SftConfig(data=DataConfig(paths=(str(path),), validation=0.5, test=0))
-    assert count_records(untested, ("demonstration",))["test"] == 0
+    assert count_records(read_sides(untested, ("demonstration",)))["test"] == 0
 
 
 def test_memory_parts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
