@@ -9,7 +9,7 @@ so that nobody can end a turn or begin one by typing it.
 import datetime
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import mark_control_tokens
 
 from perlhf.config.stages import EncodingConfig
-from perlhf.data.records import Message, Tools
+from perlhf.data.records import Message, Tools, content_of
 from perlhf.errors import ConfigError, DataError, nearest
 
 Ending = Literal["answer", "closed", "unfinished"]
@@ -49,6 +49,7 @@ _ALIASES = {"reasoning": "reasoning_content", "thinking": "reasoning_content"}
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 """What a template or transformers raises for a conversation that it can't render."""
 _PROBE, _OTHER_PROBE = "Perlhfprobe", "Otherprobe"
+_THOUGHT, _REASONING = "</think>", "the reasoning"
 _DIRECTIVES = "aAwdbBmyYHIMSpfjUWcxXeFDGuVTR"
 """Of strftime."""
 
@@ -163,14 +164,18 @@ class ChatTemplate:
 
         The rule: each message's content, `tool_calls` and `reasoning_content`, and the tools, have to be rendered,
         unless `encoding.unrendered` is `warn`. A template that strips the reasoning of earlier turns has a place for
-        it, and is taken at its word. Other keys, such as ids, may be left out, and are told of.
+        it, and is taken at its word; one that strips the last turn's is told of. Other keys, such as ids, may be left
+        out, and are told of.
 
         Raises:
             DataError: naming the message and the key.
         """
         for number, message in enumerate(messages, start=1):
             _check_types(message, number)
-        rendered: str | None = None
+            if typed := self._control.search(str(message["role"])):
+                what = f"the role of message {number} holds {typed[0]!r}, which would make a turn of its own"
+                raise DataError(what, allowed="roles such as system, user, assistant, tool")
+        rendered = cache(lambda: self.rendered(messages, _ending_of(messages), tools))
         for number, message in enumerate(messages):
             kind = self._kind(messages, number), bool(tools)
             if kind in self._checked:
@@ -184,22 +189,24 @@ class ChatTemplate:
             for key in message.keys() - {"role", "content"}:
                 if message[key] and not self._mentions(key) and not self._mentions(_ALIASES.get(key, key)):
                     self._left_out(f"{key!r} {place}" if key in _MEANINGFUL else repr(key), key in _MEANINGFUL)
-            if message.get("content"):
-                rendered = rendered or self.rendered(messages, _ending_of(messages), tools)
-                if not self._reads_content(messages, number, tools, rendered):
-                    self._left_out(f"the content {place}", True)
+            for what, changed in _changes(message, last=number == len(messages) - 1):
+                if not self._differs([*messages[:number], changed, *messages[number + 1 :]], tools, rendered()):
+                    self._left_out(f"{what} {place}", what != _REASONING)
             self._checked.add(kind)
-        if tools and not self._mentions("tools"):
+        if tools and not self._differs(messages, [_renamed(tool) for tool in tools], rendered()):
             self._left_out("the tools", True)
 
     # inside
 
     def _render(self, messages: Sequence[Message], ending: Ending, tools: Tools | None, *, tokenize: bool) -> Any:
         given = [_in_parts(message) if self._takes_parts else dict(message) for message in messages]
+        tools = [dict(tool) for tool in tools] if tools else None
+        if tokenize:  # transformers marks the values
+            given, tools = self._with_marked_keys(given), self._with_marked_keys(tools)
         try:
             return self.tokenizer.apply_chat_template(
                 given,
-                tools=[dict(tool) for tool in tools] if tools else None,
+                tools=tools,
                 chat_template=self._day + self._template_for(tools, given),
                 add_generation_prompt=ending == "answer",
                 continue_final_message=ending == "unfinished",
@@ -216,6 +223,15 @@ class ChatTemplate:
                 allowed="a template that takes these messages",
                 hint="set encoding.template: plain, or name a Jinja file",
             ) from error
+
+    def _with_marked_keys(self, value: Any) -> Any:
+        match value:
+            case Mapping():
+                return {mark_control_tokens(key, self._control): self._with_marked_keys(v) for key, v in value.items()}
+            case list() | tuple():
+                return [self._with_marked_keys(item) for item in value]
+            case _:
+                return value
 
     def _template_for(self, tools: Tools | None, messages: Sequence[Mapping[str, Any]]) -> str:
         if self.is_plain:
@@ -242,14 +258,36 @@ class ChatTemplate:
         return not self.is_plain and not renders(parts=False) and renders(parts=True)
 
     def _turn_markers(self) -> set[str]:
-        """The added tokens that the template puts around turns."""
-        for roles in (("user", "assistant", "user"), ("user", "assistant"), ("user",)):
-            try:
-                rendered = self.rendered([{"role": role, "content": _PROBE} for role in roles], "closed")
-            except DataError:
-                continue
-            return set() if self.is_plain else set(self._any_added.findall(rendered))
-        return set()
+        """The added tokens that the template puts around turns, of whatever role.
+
+        An empty thought that it puts before an answer is none: the network writes thoughts itself. Nor are tokens that
+        enclose what a tool says within its turn.
+        """
+        if self.is_plain:
+            return set()
+
+        def tokens(text: str) -> set[str]:
+            return set(self._any_added.findall(text))
+
+        alone = self._probed("user")
+        found, thoughts, after = tokens(alone), set[str](), set[str]()
+        for roles in (("user", "assistant"), ("user", "assistant", "user")):
+            if len(parts := _around_probes(self._probed(*roles))) > 2:
+                thoughts |= {token for token in tokens(parts[1]) if _partner(token) in self._visible}
+                after |= tokens(parts[2])
+            found |= tokens("".join(parts))
+        markers = found - (thoughts - tokens(alone) - after)
+        for role in ("system", "developer"):
+            markers |= tokens(self._probed(role, "user"))
+        told = tokens(self._probed("user", "assistant", "tool")) - found
+        return markers | {token for token in told if _partner(token) not in self._visible}
+
+    def _probed(self, *roles: str) -> str:
+        """A conversation of these roles; "" where the template takes none of the kind."""
+        try:
+            return self.rendered([{"role": role, "content": _PROBE} for role in roles], "closed")
+        except DataError:
+            return ""
 
     def _end_of_turn(self) -> int:
         """The added token that the template puts after an assistant's last content, else the tokenizer's end token."""
@@ -271,10 +309,10 @@ class ChatTemplate:
         """The first added token after an assistant's content, where `later` messages follow it."""
         messages = [{"role": "user", "content": _OTHER_PROBE}, {"role": "assistant", "content": _PROBE}, *later]
         try:
-            after = self.rendered(messages, "closed").rpartition(_PROBE)[2]
+            after = _around_probes(self.rendered(messages, "closed"))[1:]
         except DataError:
             return None  # it takes no such conversation, and says so where one comes
-        first = self._any_added.search(after)
+        first = self._any_added.search(after[-1]) if after else None
         return None if first is None or self.is_plain else first[0]
 
     def _check_kwargs(self) -> None:
@@ -296,15 +334,15 @@ class ChatTemplate:
         """What a template may go by when it decides whether to render a message."""
         message, before = messages[number], messages[number - 1]["role"] if number else None
         keys = frozenset(key for key in message if message[key])
-        return message["role"], keys, before, number == len(messages) - 1
+        calls = len(message.get("tool_calls") or ())
+        return message["role"], keys, calls, before, number == len(messages) - 1, _THOUGHT in content_of(message)
 
-    def _reads_content(self, messages: Sequence[Message], number: int, tools: Tools | None, rendered: str) -> bool:
-        """Whether another content of that message makes another conversation."""
-        changed = [*messages[:number], {**messages[number], "content": _OTHER_PROBE}, *messages[number + 1 :]]
+    def _differs(self, messages: Sequence[Message], tools: Tools | None, rendered: str) -> bool:
+        """Whether this is another conversation for the template, so that what was changed is read."""
         try:
-            return rendered != self.rendered(changed, _ending_of(messages), tools)
+            return rendered != self.rendered(messages, _ending_of(messages), tools)
         except DataError:
-            return True  # it was read
+            return True
 
     def _left_out(self, what: str, meaningful: bool) -> None:
         problem = f"the chat template leaves out {what}"
@@ -361,20 +399,30 @@ def _no_template(what: str, named: Mapping[str, str]) -> ConfigError:
     return ConfigError(what, where="encoding.template", allowed=names)
 
 
+def _around_probes(rendered: str) -> list[str]:
+    """What stands before, between and after the probes of a rendered conversation."""
+    return re.split(_PROBE, rendered, flags=re.IGNORECASE)
+
+
+def _partner(token: str) -> str:
+    """`</x>` of `<x>`, and the other way round; of brackets likewise."""
+    return token[:1] + token[2:] if token[1:2] == "/" else f"{token[:1]}/{token[1:]}"
+
+
 def _alternatives(literals: Iterable[str]) -> re.Pattern[str]:
     """Matches any of the texts, the longest first; nothing where there is none."""
     return re.compile("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or "(?!)")
 
 
 def _strings(content: Any) -> Iterator[str]:
-    """All texts in messages or tools, but the messages' roles."""
+    """All texts in messages or tools, names of arguments among them."""
     match content:
         case str():
             yield content
         case Mapping():
             for key, value in content.items():
-                if key != "role":
-                    yield from _strings(value)
+                yield from _strings(key)
+                yield from _strings(value)
         case list() | tuple():
             for value in content:
                 yield from _strings(value)
@@ -394,6 +442,33 @@ def _ending_of(messages: Sequence[Message]) -> Ending:
 def _arguments(message: Message) -> list[Any]:
     calls = message.get("tool_calls") or ()
     return [call["function"].get("arguments") for call in calls if isinstance(call.get("function"), Mapping)]
+
+
+def _changes(message: Message, *, last: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a message says, and the message that says something else there."""
+    if content := message.get("content"):
+        yield "the content", {**message, "content": _OTHER_PROBE}
+    calls = message.get("tool_calls") or []
+    for number, call in enumerate(calls):
+        if (other := _renamed(call)) != call:
+            yield "'tool_calls'", {**message, "tool_calls": [*calls[:number], other, *calls[number + 1 :]]}
+    if not last:  # a template may strip the reasoning of earlier turns
+        return
+    for key in _MEANINGFUL[1:]:
+        if message.get(key):
+            reasoning = {name: _OTHER_PROBE for name in _MEANINGFUL[1:] if name in message}
+            yield _REASONING, {**message, **reasoning}
+    if message["role"] == "assistant" and isinstance(content, str) and _THOUGHT in content:
+        thought, end, answer = content.partition(_THOUGHT)
+        begin = "<think>" if "<think>" in thought else ""
+        yield _REASONING, {**message, "content": f"{begin}{_OTHER_PROBE}{end}{answer}"}
+
+
+def _renamed(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool, or a call of one, with another name."""
+    if isinstance(inner := function.get("function"), Mapping):
+        return {**function, "function": {**inner, "name": _OTHER_PROBE}}
+    return {**function, "name": _OTHER_PROBE} if "name" in function else dict(function)
 
 
 def _check_types(message: Message, number: int) -> None:
