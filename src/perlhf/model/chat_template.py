@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import mark_control_tokens
 
 from perlhf.config.stages import EncodingConfig
 from perlhf.data.records import Message, Tools, content_of
@@ -37,6 +36,8 @@ TEXT_ROLE = "text"
 NAMED = "name:"
 """What `encoding.template` begins with where it picks one of several templates of a tokenizer."""
 
+_BEGIN, _END = "\U000f0000", "\U000f0001"
+"""What transformers puts around text that is to make no control token (`mark_control_tokens`)."""
 _RESERVED = frozenset(
     "messages conversation tools documents chat_template add_generation_prompt continue_final_message tokenize "
     "sanitize_control_tokens padding truncation max_length return_tensors return_dict return_assistant_tokens_mask "
@@ -91,7 +92,7 @@ class ChatTemplate:
         self._control = re.compile("(?!)")
         self._markers = self._turn_markers()
         special = [token.content for token in added.values() if token.special and token.content.strip()]
-        self._control = _alternatives({*special, *self._markers})
+        self._control = _alternatives({*special, *self._markers}, self._any_case())
         tokenizer.chat_control_tokens = sorted(self._markers)
         self.end_id = self._end_of_turn()
         """What ends the last turn of a conversation."""
@@ -111,7 +112,7 @@ class ChatTemplate:
                     f"a text holds {typed!r}, which the chat template writes itself: it is read as text and makes no "
                     "turn (conversations are lists of messages)"
                 )
-            return self._render(messages, ending, tools, tokenize=True)
+            return self._sanitised(messages, ending, tools)
         return self.tokenised(self.rendered(messages, ending, tools))
 
     def rendered(self, messages: Sequence[Message], ending: Ending, tools: Tools | None = None) -> str:
@@ -120,7 +121,7 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses it.
         """
-        return self._render(messages, ending, tools, tokenize=False)
+        return self._render([dict(message) for message in messages], ending, tools, self.config.template_kwargs)
 
     def tokenised(self, rendered: str) -> list[int]:
         """Ids of rendered text, whose control tokens are the template's.
@@ -147,9 +148,8 @@ class ChatTemplate:
         def ids_of(text: str) -> list[int]:
             if rendered or not self._control.search(text):
                 return self.tokenised(text)
-            marked = mark_control_tokens(text, self._control)
-            ids: Any = self.tokenizer(marked, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
-            return list(ids)
+            marked = self._control.sub(f"{_BEGIN}\\g<0>{_END}", text.replace(_BEGIN, "").replace(_END, ""))
+            return self._ids_of_marked(marked)
 
         # What SentencePiece puts before the beginning goes with the line break.
         line_break, ids = self.tokenised("\n"), ids_of(f"\n{text}")
@@ -198,22 +198,56 @@ class ChatTemplate:
 
     # inside
 
-    def _render(self, messages: Sequence[Message], ending: Ending, tools: Tools | None, *, tokenize: bool) -> Any:
-        given = [_in_parts(message) if self._takes_parts else dict(message) for message in messages]
-        tools = [dict(tool) for tool in tools] if tools else None
-        if tokenize:  # transformers marks the values
-            given, tools = self._with_marked_keys(given), self._with_marked_keys(tools)
+    def _sanitised(self, messages: Sequence[Message], ending: Ending, tools: Tools | None) -> list[int]:
+        """Ids of a conversation in which people typed control tokens, which are read as text.
+
+        Signs around them tell them from the template's own. transformers' are lost where a template writes Python's or
+        ASCII's escapes of them (`tool | string`), so these are others, put in their place afterwards.
+        """
+        given = [messages, tools, self.config.template_kwargs]
+        begin, end = _unused_signs("\0".join([self.text, *_strings(given)]))
+        marked = _substituted(given, self._control, f"{begin}\\g<0>{end}")
+        rendered = self._render(marked[0], ending, marked[1], marked[2])
+        for sign, theirs in ((begin, _BEGIN), (end, _END)):
+            rendered = re.sub(rf"{sign}|\\+u{ord(sign):04x}", theirs, rendered.replace(theirs, ""))
+        return self._ids_of_marked(rendered)
+
+    def _ids_of_marked(self, text: str) -> list[int]:
+        """Ids of text whose marked control tokens are read as text."""
+
+        def ids_of(text: str) -> list[int]:
+            ids: Any = self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+            return list(ids)
+
+        def spelled(text: str, known: Mapping[str, int]) -> str:
+            """With marks between the letters of those that transformers wouldn't know, so that they can't join."""
+
+            def spell(found: re.Match[str]) -> str:
+                return found[0] if found[1] in known else _BEGIN.join(found[1])
+
+            return re.sub(f"{_BEGIN}([^{_BEGIN}{_END}]*){_END}", spell, text)
+
+        text = spelled(text, self._visible)
         try:
-            return self.tokenizer.apply_chat_template(
-                given,
-                tools=tools,
-                chat_template=self._day + self._template_for(tools, given),
-                add_generation_prompt=ending == "answer",
-                continue_final_message=ending == "unfinished",
-                tokenize=tokenize,
-                sanitize_control_tokens=tokenize,
-                return_dict=False,
-                **self.config.template_kwargs,
+            return ids_of(text)
+        except ValueError:  # the tokenizer makes them of plain text as well
+            return ids_of(spelled(text, {}))
+
+    def _render(
+        self, messages: list[dict[str, Any]], ending: Ending, tools: Tools | None, variables: dict[str, Any]
+    ) -> str:
+        given = [_in_parts(message) for message in messages] if self._takes_parts else messages
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    given,
+                    tools=[dict(tool) for tool in tools] if tools else None,
+                    chat_template=self._day + self._template_for(tools, given),
+                    add_generation_prompt=ending == "answer",
+                    continue_final_message=ending == "unfinished",
+                    tokenize=False,
+                    **variables,
+                )
             )
         except _REFUSALS as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
@@ -223,15 +257,6 @@ class ChatTemplate:
                 allowed="a template that takes these messages",
                 hint="set encoding.template: plain, or name a Jinja file",
             ) from error
-
-    def _with_marked_keys(self, value: Any) -> Any:
-        match value:
-            case Mapping():
-                return {mark_control_tokens(key, self._control): self._with_marked_keys(v) for key, v in value.items()}
-            case list() | tuple():
-                return [self._with_marked_keys(item) for item in value]
-            case _:
-                return value
 
     def _template_for(self, tools: Tools | None, messages: Sequence[Mapping[str, Any]]) -> str:
         if self.is_plain:
@@ -281,6 +306,13 @@ class ChatTemplate:
             markers |= tokens(self._probed(role, "user"))
         told = tokens(self._probed("user", "assistant", "tool")) - found
         return markers | {token for token in told if _partner(token) not in self._visible}
+
+    def _any_case(self) -> bool:
+        """Whether `<|END|>` becomes the token `<|end|>`: the tokenizer writes all text in small letters first."""
+        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
+        normalizer = backend.normalizer if backend is not None else None
+        lowers = normalizer is not None and normalizer.normalize_str("A") == normalizer.normalize_str("a")
+        return lowers and any(token.normalized for token in self.tokenizer.added_tokens_decoder.values())
 
     def _probed(self, *roles: str) -> str:
         """A conversation of these roles; "" where the template takes none of the kind."""
@@ -409,9 +441,10 @@ def _partner(token: str) -> str:
     return token[:1] + token[2:] if token[1:2] == "/" else f"{token[:1]}/{token[1:]}"
 
 
-def _alternatives(literals: Iterable[str]) -> re.Pattern[str]:
+def _alternatives(literals: Iterable[str], any_case: bool = False) -> re.Pattern[str]:
     """Matches any of the texts, the longest first; nothing where there is none."""
-    return re.compile("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or "(?!)")
+    pattern = "|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or "(?!)"
+    return re.compile(pattern, re.IGNORECASE if any_case else 0)
 
 
 def _strings(content: Any) -> Iterator[str]:
@@ -428,6 +461,26 @@ def _strings(content: Any) -> Iterator[str]:
                 yield from _strings(value)
         case _:
             return
+
+
+def _substituted(content: Any, pattern: re.Pattern[str], by: str) -> Any:
+    """The same with every match in its texts and keys replaced."""
+    match content:
+        case str():
+            return pattern.sub(by, content)
+        case Mapping():
+            return {_substituted(k, pattern, by): _substituted(v, pattern, by) for k, v in content.items()}
+        case list() | tuple():
+            return [_substituted(value, pattern, by) for value in content]
+        case _:
+            return content
+
+
+def _unused_signs(text: str) -> tuple[str, str]:
+    """Two signs that aren't in the text, nor is their escape; printable, so that no template escapes them."""
+    signs = (chr(number) for number in range(0x2801, 0x2900))  # Braille
+    free = (sign for sign in signs if sign not in text and f"u{ord(sign):04x}" not in text)
+    return next(free), next(free)
 
 
 def _in_parts(message: Message) -> dict[str, Any]:

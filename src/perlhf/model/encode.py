@@ -18,6 +18,7 @@ from perlhf.errors import ConfigError, DataError
 from perlhf.method.packing import Span, Tokens
 from perlhf.model.chat_template import TEXT_ROLE, ChatTemplate
 
+THOUGHT = "<think>"
 CUT_PARTS = 8
 """A long prompt loses whole parts of `max_tokens`."""
 
@@ -248,6 +249,9 @@ class Encoder:
         text = content_of(answer[0])
         if before != messages:
             text = text[len(content_of(messages[-1])) :]
+        elif opened.rstrip().endswith(THOUGHT) and text.lstrip().startswith(THOUGHT):  # the prompt begins it already
+            text = text.lstrip().removeprefix(THOUGHT)
+            text = text.lstrip("\n") if opened.endswith("\n") else text
         return [*self.chat.tokenised_after(text, rendered=False), self.end_id]
 
     def _tell(self, sentence: str) -> None:
