@@ -196,6 +196,15 @@ class ChatTemplate:
         if tools and not self._differs(messages, [_renamed(tool) for tool in tools], rendered()):
             self._left_out("the tools", True)
 
+    def after_answer(self, *later: Message) -> str:
+        """What the template puts after an assistant's content, where `later` messages follow it."""
+        messages = [{"role": "user", "content": _OTHER_PROBE}, {"role": "assistant", "content": _PROBE}, *later]
+        try:
+            after = _around_probes(self.rendered(messages, "closed"))[1:]
+        except DataError:
+            return ""  # it takes no such conversation, and says so where one comes
+        return after[-1] if after else ""
+
     # inside
 
     def _sanitised(self, messages: Sequence[Message], ending: Ending, tools: Tools | None) -> list[int]:
@@ -339,12 +348,7 @@ class ChatTemplate:
 
     def _added_after_answer(self, *later: Message) -> str | None:
         """The first added token after an assistant's content, where `later` messages follow it."""
-        messages = [{"role": "user", "content": _OTHER_PROBE}, {"role": "assistant", "content": _PROBE}, *later]
-        try:
-            after = _around_probes(self.rendered(messages, "closed"))[1:]
-        except DataError:
-            return None  # it takes no such conversation, and says so where one comes
-        first = self._any_added.search(after[-1]) if after else None
+        first = self._any_added.search(self.after_answer(*later))
         return None if first is None or self.is_plain else first[0]
 
     def _check_kwargs(self) -> None:
