@@ -205,6 +205,17 @@ class ChatTemplate:
             return ""  # it takes no such conversation, and says so where one comes
         return after[-1] if after else ""
 
+    def added_after_call(self) -> list[int]:
+        """The added tokens that the template puts after the arguments of an assistant's last call."""
+        call = {"id": "perlhfcal", "type": "function", "function": {"name": "find", "arguments": {"what": _PROBE}}}
+        asked = {"role": "user", "content": _OTHER_PROBE}
+        try:
+            rendered = self.rendered([asked, {"role": "assistant", "content": "", "tool_calls": [call]}], "closed")
+        except DataError:
+            return []
+        after = _around_probes(rendered)[1:]
+        return [self._visible[token] for token in self._any_added.findall(after[-1])] if after else []
+
     # inside
 
     def _sanitised(self, messages: Sequence[Message], ending: Ending, tools: Tools | None) -> list[int]:

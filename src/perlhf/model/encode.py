@@ -73,6 +73,8 @@ class Encoder:
         ends = [self.end_id, tokenizer.eos_token_id, *network_ends]
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys(int(end) for end in ends if isinstance(end, int)))
         """All ids that end a completion, the trained one first."""
+        self.call_end_id = next((end for end in self.chat.added_after_call() if end in self.end_ids), self.end_id)
+        """What a completion that calls a tool ends with; seldom another one."""
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
 
     def prompt(self, text: Text, tools: Tools | None = None) -> list[int]:

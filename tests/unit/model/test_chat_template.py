@@ -255,6 +255,7 @@ class TestCompletions:
     def test_calls_end_with_their_own_token_and_results_are_not_learned(self) -> None:
         """Reasoning and call are messages of their own to this template, and a call ends with a token of its own."""
         encoder = encoder_of_template(CHANNELS, ends=["<|return|>", "<|eot|>"])
+        assert text_of(encoder, [encoder.call_end_id]) == "<|eot|>" and encoder.call_end_id != encoder.end_id
         call = {"role": "assistant", "content": None, "tool_calls": CALL, "reasoning_content": "why"}
         result, answer = {"role": "tool", "content": "RESULT"}, {"role": "assistant", "content": "done"}
         for completion, last in (
