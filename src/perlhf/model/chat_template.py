@@ -193,8 +193,11 @@ class ChatTemplate:
                 if not self._differs([*messages[:number], changed, *messages[number + 1 :]], tools, rendered()):
                     self._left_out(f"{what} {place}", what != _REASONING)
             self._checked.add(kind)
-        if tools and not self._differs(messages, [_renamed(tool) for tool in tools], rendered()):
-            self._left_out("the tools", True)
+        roles = tuple(message["role"] for message in messages)
+        if tools and roles not in self._checked:
+            if not self._differs(messages, [_renamed(tool) for tool in tools], rendered()):
+                self._left_out("the tools", True)
+            self._checked.add(roles)
 
     def after_answer(self, *later: Message) -> str:
         """What the template puts after an assistant's content, where `later` messages follow it."""
