@@ -234,7 +234,7 @@ def test_a_scored_conversation_ends_with_the_end_token_and_nothing_else_changes(
         elif "<|im_end|>" in TEMPLATES[name]:
             assert now == was[: was.rindex("<|im_end|>")] + "<|im_end|>"
         else:
-            assert now == was.removesuffix(" ;\n") + "<|im_end|>"
+            assert now == was + "<|im_end|>"
 
 
 THINKING = CHAT.replace(
@@ -272,6 +272,29 @@ def test_the_exported_template_gives_the_tokens_of_training(
             assert tuple(prompt) == example.prompt
             if reward:
                 assert tuple(exported.apply_chat_template(messages, **options)["input_ids"]) == example.tokens.ids
+
+
+CALLING = (
+    "{% for m in messages %}{{ m.role }}:<br>{{ m.content or m.tool_calls[0].function.name }}"
+    "{{ '<|call|>' if m.tool_calls else '<|im_end|>' }}{% endfor %}{% if not add_generation_prompt %}<|im_end|>"
+    "{% endif %}{% if add_generation_prompt %}assistant:<br>{% endif %}"
+)
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "brew", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize("closing", ["", "<|im_end|>"])
+def test_calls_that_end_with_a_token_of_their_own_are_scored_there(tiny_base: Path, closing: str):
+    """And of two end tokens after an answer, the first is read, as in training."""
+    tokenizer, exported = (AutoTokenizer.from_pretrained(tiny_base) for _ in range(2))
+    for one in (tokenizer, exported):
+        one.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
+        one.chat_template = CALLING.replace("prompt %}<|im_end|>", f"prompt %}}{closing}")
+    encoder = Encoder(tokenizer, EncodingConfig(), [tokenizer.convert_tokens_to_ids("<|call|>")])
+    _prepare(exported, encoder, reward=True, records=[])
+    for asked in (TALK[:1], [*TALK[:1], CALL, *TALK[:1]]):
+        for answer in ({"role": "assistant", "content": "sure"}, CALL):
+            ids = encoder.example(asked, [answer]).tokens.ids
+            assert tuple(exported.apply_chat_template([*asked, answer], return_dict=False)) == ids
 
 
 def test_a_template_without_room_for_the_end_token_is_given_it(tiny_base: Path):

@@ -167,27 +167,32 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, encoding: EncodingConfig) 
     return f"{{% if {unled} %}}{{% set messages = {lead} + messages %}}{{% endif %}}{_APART}{body}"
 
 
-def ending_with(template: str, end: str, dropped: str | None) -> str:
-    """A chat template whose conversations end with the end token where an assistant's turn is the last one.
+def ending_with(template: str, ends: Sequence[str], doubled: bool = False) -> str:
+    """A chat template whose conversations end with an end token where an assistant's turn is the last one.
 
     Everything else is rendered as before: what stands between turns, and what makes room for an answer.
 
     Args:
         template: Jinja.
-        end: the end token; what follows the last one goes.
-        dropped: for a template without end token: what it puts after the last turn, in place of which the token goes.
+        ends: the end token, and others that may close a turn in its place, such as the one after a call. The blank
+            that follows the last one goes; a conversation that none of them closes is given the first.
+        doubled: the template puts two of the first after an answer, of which one stays.
     """
     body = template.removesuffix("\n")  # Jinja drops it from a template's end, but not from within
-    name, quoted = "perlhf_conversation", json.dumps(end, ensure_ascii=False)
-    kept = f"{name}.rpartition({quoted})[0] + {quoted}"
-    if dropped is not None:
-        # Only as a suffix: a template may put nothing there for some turns.
-        suffix = json.dumps(dropped, ensure_ascii=False)
-        kept = f"({name}.removesuffix({suffix}) if {suffix} else {name}) + {quoted}"
+    name, listed = "perlhf_conversation", json.dumps(list(ends), ensure_ascii=False)
+    rest = "perlhf_parts[2]" + "".join(f".replace({json.dumps(end, ensure_ascii=False)}, '')" for end in ends)
+    kept = "perlhf_parts[0]"
+    if doubled:
+        kept += f".rpartition(perlhf_end)[0] if loop.first and {kept}.rstrip().endswith(perlhf_end) else {kept}"
     whole = "not add_generation_prompt and messages and messages[-1]['role'] == 'assistant'"
     return (
         f"{{% set {name} %}}{_APART}{body}{_APART}{{% endset %}}"
-        f"{{% if {whole} %}}{{{{ {kept} }}}}{{% else %}}{{{{ {name} }}}}{{% endif %}}"
+        f"{{% if {whole} %}}{{% set perlhf = namespace(text={name} ~ {listed}[0], open=true) %}}"
+        f"{{% for perlhf_end in {listed} %}}{{% set perlhf_parts = {name}.rpartition(perlhf_end) %}}"
+        f"{{% if perlhf.open and perlhf_parts[1] and not {rest} | trim %}}"
+        f"{{% set perlhf.text = ({kept}) ~ perlhf_end %}}"
+        "{% set perlhf.open = false %}{% endif %}{% endfor %}{{ perlhf.text }}"
+        f"{{% else %}}{{{{ {name} }}}}{{% endif %}}"
     )
 
 
@@ -196,10 +201,9 @@ def _prepare(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, *, reward: bo
     tokenizer.chat_template = chat_template(tokenizer, encoder.config)
     if not reward:
         return
-    end = str(tokenizer.convert_ids_to_tokens(encoder.end_id))
-    turns = [{"role": "user", "content": "PERLHFASKED"}, {"role": "assistant", "content": "PERLHFSAID"}]
-    after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("PERLHFSAID")[2]
-    tokenizer.chat_template = ending_with(tokenizer.chat_template, end, None if end in after else after)
+    ends = [str(tokenizer.convert_ids_to_tokens(number)) for number in encoder.end_ids]
+    doubled = encoder.chat.after_answer().count(ends[0]) > 1
+    tokenizer.chat_template = ending_with(tokenizer.chat_template, ends, doubled)
     texts = [text for record in records for text in elsewhere.rendered(encoder, record, tokenizer)]
     _choose_padding(tokenizer, encoder, texts)
 

@@ -9,16 +9,15 @@ so that nobody can end a turn or begin one by typing it.
 import datetime
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import mark_control_tokens
 
 from perlhf.config.stages import EncodingConfig
-from perlhf.data.records import Message, Tools
+from perlhf.data.records import Message, Tools, content_of
 from perlhf.errors import ConfigError, DataError, nearest
 
 Ending = Literal["answer", "closed", "unfinished"]
@@ -37,6 +36,8 @@ TEXT_ROLE = "text"
 NAMED = "name:"
 """What `encoding.template` begins with where it picks one of several templates of a tokenizer."""
 
+_BEGIN, _END = "\U000f0000", "\U000f0001"
+"""What transformers puts around text that is to make no control token (`mark_control_tokens`)."""
 _RESERVED = frozenset(
     "messages conversation tools documents chat_template add_generation_prompt continue_final_message tokenize "
     "sanitize_control_tokens padding truncation max_length return_tensors return_dict return_assistant_tokens_mask "
@@ -49,6 +50,7 @@ _ALIASES = {"reasoning": "reasoning_content", "thinking": "reasoning_content"}
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 """What a template or transformers raises for a conversation that it can't render."""
 _PROBE, _OTHER_PROBE = "Perlhfprobe", "Otherprobe"
+_THOUGHT, _REASONING = "</think>", "the reasoning"
 _DIRECTIVES = "aAwdbBmyYHIMSpfjUWcxXeFDGuVTR"
 """Of strftime."""
 
@@ -90,7 +92,7 @@ class ChatTemplate:
         self._control = re.compile("(?!)")
         self._markers = self._turn_markers()
         special = [token.content for token in added.values() if token.special and token.content.strip()]
-        self._control = _alternatives({*special, *self._markers})
+        self._control = _alternatives({*special, *self._markers}, self._any_case())
         tokenizer.chat_control_tokens = sorted(self._markers)
         self.end_id = self._end_of_turn()
         """What ends the last turn of a conversation."""
@@ -110,7 +112,7 @@ class ChatTemplate:
                     f"a text holds {typed!r}, which the chat template writes itself: it is read as text and makes no "
                     "turn (conversations are lists of messages)"
                 )
-            return self._render(messages, ending, tools, tokenize=True)
+            return self._sanitised(messages, ending, tools)
         return self.tokenised(self.rendered(messages, ending, tools))
 
     def rendered(self, messages: Sequence[Message], ending: Ending, tools: Tools | None = None) -> str:
@@ -119,7 +121,7 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses it.
         """
-        return self._render(messages, ending, tools, tokenize=False)
+        return self._render([dict(message) for message in messages], ending, tools, self.config.template_kwargs)
 
     def tokenised(self, rendered: str) -> list[int]:
         """Ids of rendered text, whose control tokens are the template's.
@@ -146,9 +148,8 @@ class ChatTemplate:
         def ids_of(text: str) -> list[int]:
             if rendered or not self._control.search(text):
                 return self.tokenised(text)
-            marked = mark_control_tokens(text, self._control)
-            ids: Any = self.tokenizer(marked, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
-            return list(ids)
+            marked = self._control.sub(f"{_BEGIN}\\g<0>{_END}", text.replace(_BEGIN, "").replace(_END, ""))
+            return self._ids_of_marked(marked)
 
         # What SentencePiece puts before the beginning goes with the line break.
         line_break, ids = self.tokenised("\n"), ids_of(f"\n{text}")
@@ -163,14 +164,18 @@ class ChatTemplate:
 
         The rule: each message's content, `tool_calls` and `reasoning_content`, and the tools, have to be rendered,
         unless `encoding.unrendered` is `warn`. A template that strips the reasoning of earlier turns has a place for
-        it, and is taken at its word. Other keys, such as ids, may be left out, and are told of.
+        it, and is taken at its word; one that strips the last turn's is told of. Other keys, such as ids, may be left
+        out, and are told of.
 
         Raises:
             DataError: naming the message and the key.
         """
         for number, message in enumerate(messages, start=1):
             _check_types(message, number)
-        rendered: str | None = None
+            if typed := self._control.search(str(message["role"])):
+                what = f"the role of message {number} holds {typed[0]!r}, which would make a turn of its own"
+                raise DataError(what, allowed="roles such as system, user, assistant, tool")
+        rendered = cache(lambda: self.rendered(messages, _ending_of(messages), tools))
         for number, message in enumerate(messages):
             kind = self._kind(messages, number), bool(tools)
             if kind in self._checked:
@@ -184,29 +189,88 @@ class ChatTemplate:
             for key in message.keys() - {"role", "content"}:
                 if message[key] and not self._mentions(key) and not self._mentions(_ALIASES.get(key, key)):
                     self._left_out(f"{key!r} {place}" if key in _MEANINGFUL else repr(key), key in _MEANINGFUL)
-            if message.get("content"):
-                rendered = rendered or self.rendered(messages, _ending_of(messages), tools)
-                if not self._reads_content(messages, number, tools, rendered):
-                    self._left_out(f"the content {place}", True)
+            for what, changed in _changes(message, last=number == len(messages) - 1):
+                if not self._differs([*messages[:number], changed, *messages[number + 1 :]], tools, rendered()):
+                    self._left_out(f"{what} {place}", what != _REASONING)
             self._checked.add(kind)
-        if tools and not self._mentions("tools"):
-            self._left_out("the tools", True)
+        roles = tuple(message["role"] for message in messages)
+        if tools and roles not in self._checked:
+            if not self._differs(messages, [_renamed(tool) for tool in tools], rendered()):
+                self._left_out("the tools", True)
+            self._checked.add(roles)
+
+    def after_answer(self, *later: Message) -> str:
+        """What the template puts after an assistant's content, where `later` messages follow it."""
+        messages = [{"role": "user", "content": _OTHER_PROBE}, {"role": "assistant", "content": _PROBE}, *later]
+        try:
+            after = _around_probes(self.rendered(messages, "closed"))[1:]
+        except DataError:
+            return ""  # it takes no such conversation, and says so where one comes
+        return after[-1] if after else ""
+
+    def added_after_call(self) -> list[int]:
+        """The added tokens that the template puts after the arguments of an assistant's last call."""
+        call = {"id": "perlhfcal", "type": "function", "function": {"name": "find", "arguments": {"what": _PROBE}}}
+        asked = {"role": "user", "content": _OTHER_PROBE}
+        try:
+            rendered = self.rendered([asked, {"role": "assistant", "content": "", "tool_calls": [call]}], "closed")
+        except DataError:
+            return []
+        after = _around_probes(rendered)[1:]
+        return [self._visible[token] for token in self._any_added.findall(after[-1])] if after else []
 
     # inside
 
-    def _render(self, messages: Sequence[Message], ending: Ending, tools: Tools | None, *, tokenize: bool) -> Any:
-        given = [_in_parts(message) if self._takes_parts else dict(message) for message in messages]
+    def _sanitised(self, messages: Sequence[Message], ending: Ending, tools: Tools | None) -> list[int]:
+        """Ids of a conversation in which people typed control tokens, which are read as text.
+
+        Signs around them tell them from the template's own. transformers' are lost where a template writes Python's or
+        ASCII's escapes of them (`tool | string`), so these are others, put in their place afterwards.
+        """
+        given = [messages, tools, self.config.template_kwargs]
+        begin, end = _unused_signs("\0".join([self.text, *_strings(given)]))
+        marked = _substituted(given, self._control, f"{begin}\\g<0>{end}")
+        rendered = self._render(marked[0], ending, marked[1], marked[2])
+        for sign, theirs in ((begin, _BEGIN), (end, _END)):
+            rendered = re.sub(rf"{sign}|\\+u{ord(sign):04x}", theirs, rendered.replace(theirs, ""))
+        return self._ids_of_marked(rendered)
+
+    def _ids_of_marked(self, text: str) -> list[int]:
+        """Ids of text whose marked control tokens are read as text."""
+
+        def ids_of(text: str) -> list[int]:
+            ids: Any = self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+            return list(ids)
+
+        def spelled(text: str, known: Mapping[str, int]) -> str:
+            """With marks between the letters of those that transformers wouldn't know, so that they can't join."""
+
+            def spell(found: re.Match[str]) -> str:
+                return found[0] if found[1] in known else _BEGIN.join(found[1])
+
+            return re.sub(f"{_BEGIN}([^{_BEGIN}{_END}]*){_END}", spell, text)
+
+        text = spelled(text, self._visible)
         try:
-            return self.tokenizer.apply_chat_template(
-                given,
-                tools=[dict(tool) for tool in tools] if tools else None,
-                chat_template=self._day + self._template_for(tools, given),
-                add_generation_prompt=ending == "answer",
-                continue_final_message=ending == "unfinished",
-                tokenize=tokenize,
-                sanitize_control_tokens=tokenize,
-                return_dict=False,
-                **self.config.template_kwargs,
+            return ids_of(text)
+        except ValueError:  # the tokenizer makes them of plain text as well
+            return ids_of(spelled(text, {}))
+
+    def _render(
+        self, messages: list[dict[str, Any]], ending: Ending, tools: Tools | None, variables: dict[str, Any]
+    ) -> str:
+        given = [_in_parts(message) for message in messages] if self._takes_parts else messages
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    given,
+                    tools=[dict(tool) for tool in tools] if tools else None,
+                    chat_template=self._day + self._template_for(tools, given),
+                    add_generation_prompt=ending == "answer",
+                    continue_final_message=ending == "unfinished",
+                    tokenize=False,
+                    **variables,
+                )
             )
         except _REFUSALS as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
@@ -242,14 +306,43 @@ class ChatTemplate:
         return not self.is_plain and not renders(parts=False) and renders(parts=True)
 
     def _turn_markers(self) -> set[str]:
-        """The added tokens that the template puts around turns."""
-        for roles in (("user", "assistant", "user"), ("user", "assistant"), ("user",)):
-            try:
-                rendered = self.rendered([{"role": role, "content": _PROBE} for role in roles], "closed")
-            except DataError:
-                continue
-            return set() if self.is_plain else set(self._any_added.findall(rendered))
-        return set()
+        """The added tokens that the template puts around turns, of whatever role.
+
+        An empty thought that it puts before an answer is none: the network writes thoughts itself. Nor are tokens that
+        enclose what a tool says within its turn.
+        """
+        if self.is_plain:
+            return set()
+
+        def tokens(text: str) -> set[str]:
+            return set(self._any_added.findall(text))
+
+        alone = self._probed("user")
+        found, thoughts, after = tokens(alone), set[str](), set[str]()
+        for roles in (("user", "assistant"), ("user", "assistant", "user")):
+            if len(parts := _around_probes(self._probed(*roles))) > 2:
+                thoughts |= {token for token in tokens(parts[1]) if _partner(token) in self._visible}
+                after |= tokens(parts[2])
+            found |= tokens("".join(parts))
+        markers = found - (thoughts - tokens(alone) - after)
+        for role in ("system", "developer"):
+            markers |= tokens(self._probed(role, "user"))
+        told = tokens(self._probed("user", "assistant", "tool")) - found
+        return markers | {token for token in told if _partner(token) not in self._visible}
+
+    def _any_case(self) -> bool:
+        """Whether `<|END|>` becomes the token `<|end|>`: the tokenizer writes all text in small letters first."""
+        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
+        normalizer = backend.normalizer if backend is not None else None
+        lowers = normalizer is not None and normalizer.normalize_str("A") == normalizer.normalize_str("a")
+        return lowers and any(token.normalized for token in self.tokenizer.added_tokens_decoder.values())
+
+    def _probed(self, *roles: str) -> str:
+        """A conversation of these roles; "" where the template takes none of the kind."""
+        try:
+            return self.rendered([{"role": role, "content": _PROBE} for role in roles], "closed")
+        except DataError:
+            return ""
 
     def _end_of_turn(self) -> int:
         """The added token that the template puts after an assistant's last content, else the tokenizer's end token."""
@@ -269,12 +362,7 @@ class ChatTemplate:
 
     def _added_after_answer(self, *later: Message) -> str | None:
         """The first added token after an assistant's content, where `later` messages follow it."""
-        messages = [{"role": "user", "content": _OTHER_PROBE}, {"role": "assistant", "content": _PROBE}, *later]
-        try:
-            after = self.rendered(messages, "closed").rpartition(_PROBE)[2]
-        except DataError:
-            return None  # it takes no such conversation, and says so where one comes
-        first = self._any_added.search(after)
+        first = self._any_added.search(self.after_answer(*later))
         return None if first is None or self.is_plain else first[0]
 
     def _check_kwargs(self) -> None:
@@ -296,15 +384,15 @@ class ChatTemplate:
         """What a template may go by when it decides whether to render a message."""
         message, before = messages[number], messages[number - 1]["role"] if number else None
         keys = frozenset(key for key in message if message[key])
-        return message["role"], keys, before, number == len(messages) - 1
+        calls = len(message.get("tool_calls") or ())
+        return message["role"], keys, calls, before, number == len(messages) - 1, _THOUGHT in content_of(message)
 
-    def _reads_content(self, messages: Sequence[Message], number: int, tools: Tools | None, rendered: str) -> bool:
-        """Whether another content of that message makes another conversation."""
-        changed = [*messages[:number], {**messages[number], "content": _OTHER_PROBE}, *messages[number + 1 :]]
+    def _differs(self, messages: Sequence[Message], tools: Tools | None, rendered: str) -> bool:
+        """Whether this is another conversation for the template, so that what was changed is read."""
         try:
-            return rendered != self.rendered(changed, _ending_of(messages), tools)
+            return rendered != self.rendered(messages, _ending_of(messages), tools)
         except DataError:
-            return True  # it was read
+            return True
 
     def _left_out(self, what: str, meaningful: bool) -> None:
         problem = f"the chat template leaves out {what}"
@@ -361,25 +449,56 @@ def _no_template(what: str, named: Mapping[str, str]) -> ConfigError:
     return ConfigError(what, where="encoding.template", allowed=names)
 
 
-def _alternatives(literals: Iterable[str]) -> re.Pattern[str]:
+def _around_probes(rendered: str) -> list[str]:
+    """What stands before, between and after the probes of a rendered conversation."""
+    return re.split(_PROBE, rendered, flags=re.IGNORECASE)
+
+
+def _partner(token: str) -> str:
+    """`</x>` of `<x>`, and the other way round; of brackets likewise."""
+    return token[:1] + token[2:] if token[1:2] == "/" else f"{token[:1]}/{token[1:]}"
+
+
+def _alternatives(literals: Iterable[str], any_case: bool = False) -> re.Pattern[str]:
     """Matches any of the texts, the longest first; nothing where there is none."""
-    return re.compile("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or "(?!)")
+    pattern = "|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or "(?!)"
+    return re.compile(pattern, re.IGNORECASE if any_case else 0)
 
 
 def _strings(content: Any) -> Iterator[str]:
-    """All texts in messages or tools, but the messages' roles."""
+    """All texts in messages or tools, names of arguments among them."""
     match content:
         case str():
             yield content
         case Mapping():
             for key, value in content.items():
-                if key != "role":
-                    yield from _strings(value)
+                yield from _strings(key)
+                yield from _strings(value)
         case list() | tuple():
             for value in content:
                 yield from _strings(value)
         case _:
             return
+
+
+def _substituted(content: Any, pattern: re.Pattern[str], by: str) -> Any:
+    """The same with every match in its texts and keys replaced."""
+    match content:
+        case str():
+            return pattern.sub(by, content)
+        case Mapping():
+            return {_substituted(k, pattern, by): _substituted(v, pattern, by) for k, v in content.items()}
+        case list() | tuple():
+            return [_substituted(value, pattern, by) for value in content]
+        case _:
+            return content
+
+
+def _unused_signs(text: str) -> tuple[str, str]:
+    """Two signs that aren't in the text, nor is their escape; printable, so that no template escapes them."""
+    signs = (chr(number) for number in range(0x2801, 0x2900))  # Braille
+    free = (sign for sign in signs if sign not in text and f"u{ord(sign):04x}" not in text)
+    return next(free), next(free)
 
 
 def _in_parts(message: Message) -> dict[str, Any]:
@@ -394,6 +513,33 @@ def _ending_of(messages: Sequence[Message]) -> Ending:
 def _arguments(message: Message) -> list[Any]:
     calls = message.get("tool_calls") or ()
     return [call["function"].get("arguments") for call in calls if isinstance(call.get("function"), Mapping)]
+
+
+def _changes(message: Message, *, last: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a message says, and the message that says something else there."""
+    if content := message.get("content"):
+        yield "the content", {**message, "content": _OTHER_PROBE}
+    calls = message.get("tool_calls") or []
+    for number, call in enumerate(calls):
+        if (other := _renamed(call)) != call:
+            yield "'tool_calls'", {**message, "tool_calls": [*calls[:number], other, *calls[number + 1 :]]}
+    if not last:  # a template may strip the reasoning of earlier turns
+        return
+    for key in _MEANINGFUL[1:]:
+        if message.get(key):
+            reasoning = {name: _OTHER_PROBE for name in _MEANINGFUL[1:] if name in message}
+            yield _REASONING, {**message, **reasoning}
+    if message["role"] == "assistant" and isinstance(content, str) and _THOUGHT in content:
+        thought, end, answer = content.partition(_THOUGHT)
+        begin = "<think>" if "<think>" in thought else ""
+        yield _REASONING, {**message, "content": f"{begin}{_OTHER_PROBE}{end}{answer}"}
+
+
+def _renamed(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool, or a call of one, with another name."""
+    if isinstance(inner := function.get("function"), Mapping):
+        return {**function, "function": {**inner, "name": _OTHER_PROBE}}
+    return {**function, "name": _OTHER_PROBE} if "name" in function else dict(function)
 
 
 def _check_types(message: Message, number: int) -> None:

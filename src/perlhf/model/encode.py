@@ -18,6 +18,7 @@ from perlhf.errors import ConfigError, DataError
 from perlhf.method.packing import Span, Tokens
 from perlhf.model.chat_template import TEXT_ROLE, ChatTemplate
 
+THOUGHT = "<think>"
 CUT_PARTS = 8
 """A long prompt loses whole parts of `max_tokens`."""
 
@@ -72,6 +73,8 @@ class Encoder:
         ends = [self.end_id, tokenizer.eos_token_id, *network_ends]
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys(int(end) for end in ends if isinstance(end, int)))
         """All ids that end a completion, the trained one first."""
+        self.call_end_id = next((end for end in self.chat.added_after_call() if end in self.end_ids), self.end_id)
+        """What a completion that calls a tool ends with; seldom another one."""
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
 
     def prompt(self, text: Text, tools: Tools | None = None) -> list[int]:
@@ -177,19 +180,52 @@ class Encoder:
             begin = prompt if number == 0 else self.chat.ids(earlier, "answer", tools)
             if whole[: len(begin)] != begin:
                 return self._tokenised_apart(messages, before, answer, tools), ()
-            is_last = number == len(answer) - 1
-            end_id = self.end_id if is_last else self.chat.earlier_end_id
-            if end_id in whole[len(begin) :]:
-                stop = whole.index(end_id, len(begin)) + 1
-            elif is_last:
-                whole = [*whole, self.end_id]
-                stop = len(whole)
-            else:  # the template ends no turn with a token
-                stop = len(self.chat.ids([*earlier, message], "closed", tools))
+            if number < len(answer) - 1:
+                stop = self._end_of_earlier_turn(whole, len(begin), [*earlier, message], answer[number + 1 :], tools)
+            else:
+                whole, stop = self._ended(whole, len(begin))
             turns.append((len(begin) - len(prompt), stop - len(begin)))
         last_start, last_length = turns[-1]
         ids = whole[len(prompt) : len(prompt) + last_start + last_length]
         return ids, tuple(turns) if len(answer) > 1 else ()
+
+    def _ended(self, whole: list[int], begin: int) -> tuple[list[int], int]:
+        """A conversation whose last turn ends with an end token, and the place after that."""
+        ends = [at for at in range(begin, len(whole)) if whole[at] == self.end_id]
+        # Reasoning may have an end of its own before the answer. Without ours, another of the network's own closes the
+        # turn, such as the one after a call.
+        others = [at for at in range(begin, len(whole)) if whole[at] in self.end_ids]
+        for at in [*ends, *others]:
+            if not self.decode(whole[at + 1 :]):
+                return whole, at + 1
+        if ends:
+            return whole, ends[0] + 1
+        return [*whole, self.end_id], len(whole) + 1
+
+    def _end_of_earlier_turn(
+        self,
+        whole: Sequence[int],
+        begin: int,
+        turn: Sequence[Message],
+        later: Sequence[Message],
+        tools: Tools | None,
+    ) -> int:
+        """Where the assistant's turn that is the last one of `turn` ends in a conversation that goes on with `later`.
+
+        It is after the last end token before the next message's content: reasoning and calls may be messages of their
+        own to a template, each with its end.
+        """
+        other = {**later[0], "content": "0" if content_of(later[0]).startswith("1") else "1"}
+        try:
+            limit = _common(whole, self.chat.ids([*turn, other, *later[1:]], "closed", tools))
+        except DataError:
+            limit = len(whole)
+        closed = _common(whole, self.chat.ids(turn, "closed", tools))
+        if limit == len(whole):
+            limit = closed + 1
+        ends = {*self.end_ids, self.chat.earlier_end_id}
+        last = next((at for at in range(min(limit, len(whole)) - 1, begin - 1, -1) if whole[at] in ends), None)
+        return min(closed, limit) if last is None else last + 1
 
     def _tokenised_apart(
         self, messages: Sequence[Message], before: Sequence[Message], answer: Sequence[Message], tools: Tools | None
@@ -215,6 +251,9 @@ class Encoder:
         text = content_of(answer[0])
         if before != messages:
             text = text[len(content_of(messages[-1])) :]
+        elif opened.rstrip().endswith(THOUGHT) and text.lstrip().startswith(THOUGHT):  # the prompt begins it already
+            text = text.lstrip().removeprefix(THOUGHT)
+            text = text.lstrip("\n") if opened.endswith("\n") else text
         return [*self.chat.tokenised_after(text, rendered=False), self.end_id]
 
     def _tell(self, sentence: str) -> None:
@@ -227,6 +266,11 @@ class Encoder:
 def _ending(messages: Sequence[Message]) -> Any:
     """How a prompt ends: an assistant's turn is gone on with, after all others an answer is to come."""
     return "unfinished" if messages[-1]["role"] == "assistant" else "answer"
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _joined(messages: Sequence[Message], completion: Text) -> tuple[Sequence[Message], list[Message]]:

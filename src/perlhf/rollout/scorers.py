@@ -58,12 +58,12 @@ class Scorers:
         Reward adapters see the sampled ids as they are, but a completion that was cut gets the end token: they never
         learned from a state before it, and score such states at random (docs/experiments.md). Functions and services
         get the prompts' texts and decoded completions, functions the columns of the prompts' rows as well. None of them
-        sees a stop string or what follows it; an end token other than the one that was trained is replaced by it.
+        sees a stop string or what follows it; an end token other than those that were trained is replaced by one.
         """
         ends = ends or Ends.of(encoder)
         members: list[list[float]] = []
         if self.adapters:
-            whole = [[*_without_end(ends.before(ids), ends), encoder.end_id] for ids in completions]
+            whole = [[*_without_end(ends.before(ids), ends), _closing(ids, encoder)] for ids in completions]
             # The end token may be one too many for the context: then the prompt loses its first one.
             given = [p if len(p) + len(c) <= encoder.max_tokens else p[1:] for p, c in zip(prompts, whole, strict=True)]
             examples = [[completed(p, c)] for p, c in zip(given, whole, strict=True)]
@@ -79,6 +79,12 @@ class Scorers:
         if self.weights is None:
             return combine(table, self.how)
         return weighted(table[np.argsort(self.order)], self.weights)
+
+
+def _closing(completion: Sequence[int], encoder: Encoder) -> int:
+    """The end token that such a completion had in training."""
+    called = len(completion) > 0 and completion[-1] == encoder.call_end_id
+    return encoder.call_end_id if called else encoder.end_id
 
 
 def function_scores(functions: Sequence[Scorer], asked: Asked) -> list[list[float]]:
