@@ -263,3 +263,80 @@ def test_what_is_refused_by_name(tmp_path: Path, row: dict[str, Any], what: str)
     empty = {name: cell for name, cell in row.items() if name in ("prompt", "completion")} | {"images": []}
     if "completion" in empty:
         assert one(tmp_path, empty).completion == "b"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [HI, YES], "chosen": "Yes", "rejected": "No"},
+        {"prompt": [HI, YES], "chosen": [YES], "rejected": [NO]},
+        {"messages": [HI, NO], "chosen": "Yes", "rejected": "No"},
+        {"prompt": "User: Hi!\n\nAssistant:", "chosen": " Yes", "rejected": " No"},
+    ],
+)
+def test_an_answer_that_ends_the_prompt_is_not_asked_again(tmp_path: Path, row: dict[str, Any]) -> None:
+    assert records(tmp_path, row) == [Comparison((HI,), "Yes", "No", "hi", source="a.jsonl:1")]
+
+
+def test_a_completion_that_ends_the_prompt_is_not_asked_again(tmp_path: Path) -> None:
+    (found,) = records(tmp_path, {"messages": [HI, YES], "completion": "Yes", "label": 0})
+    assert found == Rating((HI,), "Yes", False, "hi", source="a.jsonl:1")
+    (found,) = records(tmp_path, {"prompt": [HI, {"role": "assistant", "content": "Y"}], "completion": "es"})
+    assert len(found.prompt) == 2  # an answer that is begun
+
+
+@pytest.mark.parametrize("mark", ["Human: {}\n\nAssistant: {}", "USER: {}\n\nASSISTANT: {}", "User: {}\nAssistant: {}"])
+def test_transcripts_in_answers_to_a_plain_prompt(tmp_path: Path, mark: str) -> None:
+    row = {"chosen": mark.format("Hi!", "Yes"), "rejected": mark.format("Hi!", "No")}
+    asked, alone = records(tmp_path, {"prompt": "Hi!"} | row, {"prompt": None, "weight": 1} | row)
+    assert asked == Comparison("Hi!", "Yes", "No", "hi", source="a.jsonl:1")
+    assert alone == Comparison((HI,), "Yes", "No", "hi", source="a.jsonl:2")
+    (other,) = records(tmp_path, {"prompt": "Bye!"} | row)
+    assert other.chosen == row["chosen"]
+
+
+def test_a_system_turn_of_a_transcript(tmp_path: Path) -> None:
+    row = {side: f"System: Be kind.\n\nHuman: Hi!\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    (found,) = records(tmp_path, row)
+    assert found.prompt == ({"role": "system", "content": "Be kind."}, HI) and found.rejected == "rejected"
+
+
+@pytest.mark.parametrize("name", ["system_message", "system_prompt", "sys_prompt"])
+def test_names_of_the_system_column(tmp_path: Path, name: str) -> None:
+    (found,) = records(tmp_path, {name: "Be kind.", "prompt": "Hi!", "completion": "Yes"})
+    assert found.prompt == ({"role": "system", "content": "Be kind."}, HI)
+
+
+@pytest.mark.parametrize("name", ["quality", "helpfulness", "human_rating", "Rating", "Star Rating", "n_stars"])
+def test_more_names_of_grades_are_not_imitated(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="the answers have grades") as caught:
+        records(tmp_path, {"prompt": "Hi!", "completion": "No", name: 1})
+    assert caught.value.hint == "data.ratings: {up: ..., down: ...}"  # one grade shows no scale
+    (remark,) = records(tmp_path, {"prompt": "Hi!", "completion": "Yes", "quality": "checked by Ann"})
+    assert isinstance(remark, Demonstration)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "label"),
+    [
+        ("is_correct", False, False),
+        ("helpful", "True", True),
+        ("label", "thumbs-up", True),
+        ("label", "not_helpful", False),
+        ("label", "chosen", True),
+        ("Label", "Bad", False),
+        ("label", "-1", False),
+    ],
+)
+def test_more_words_of_labels(tmp_path: Path, name: str, content: Any, label: bool) -> None:
+    (found,) = records(tmp_path, {"prompt": "Hi!", "completion": "Yes", name: content})
+    assert found == Rating("Hi!", "Yes", label, "hi", source="a.jsonl:1")
+
+
+def test_names_with_capitals_and_spaces(tmp_path: Path) -> None:
+    found = records(tmp_path, {"Prompt": "Hi!", "Chosen": "Yes", "REJECTED": "No", "Id": 1})
+    assert found == [Comparison("Hi!", "Yes", "No", "hi", source="a.jsonl:1")]
+    (found,) = records(tmp_path, {"Prompt": "Hi!", "Response A": "Yes", "Response B": "No", "Winner": "B"})
+    assert found.chosen == "No"
+    (found,) = records(tmp_path, {"prompt": "Hi!", "Star": 3})
+    assert found == Prompt("Hi!", "hi", source="a.jsonl:1", columns={"Star": 3})

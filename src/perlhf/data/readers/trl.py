@@ -44,7 +44,7 @@ _OTHER_NAMES = {
     "completion": ("response",),
     "label": ("kto_tag", "thumbs_up", "thumbs", "thumb"),
     "rating": ("stars", "star_rating", "score", "grade", "reward", "overall_rating", "overall_score", "ratings"),
-    "system": ("system_prompt",),
+    "system": ("system_prompt", "system_message", "system_instruction", "sys_prompt"),
     "tools": ("functions",),
     "chosen": ("chosen_response",),
     "rejected": ("rejected_response",),
@@ -61,8 +61,21 @@ _QUESTIONS = ("question", "query", "instruction", "input", "problem")
 """Where comparisons without `prompt` have it."""
 _FEEDBACK = ("feedback", "vote", "liked", "accepted", "upvoted")
 """Columns that are a label where they hold one, and may be anything else (a remark)."""
+_GRADES = ("user_rating", "human_rating", "rating_score", "human_score", "quality", "helpfulness", "star", "n_stars")
+"""Columns that are a grade where they hold a number."""
+_YES_OR_NO = (
+    "is_good",
+    "is_correct",
+    "correct",
+    "is_helpful",
+    "helpful",
+    "is_positive",
+    "is_preferred",
+    "is_desirable",
+)
+"""Columns that are a label where they hold true or false."""
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-_USED_BY_PROMPTS = {*COLUMNS, "system", "system_prompt", "tools", "functions"}
+_USED_BY_PROMPTS = {*COLUMNS, "system", *_OTHER_NAMES["system"], "tools", "functions"}
 _REPEATED_WORDS = 4
 """Least words of a prompt that both answers repeat on their first line for it to be cut off."""
 
@@ -133,6 +146,29 @@ def read_row(row: Mapping[str, Any], where: str) -> Record | Skipped | tuple[flo
     return checked(Prompt(_with_system(prompt, row, where), group, source, _tools(row, where), columns), where)
 
 
+_FOLDED = {*COLUMNS, *ALSO, *(other for others in _OTHER_NAMES.values() for other in others), *_QUESTIONS} | {
+    *(name for pair in _SCORES for name in pair),
+    *("conversations", "conversation", "output", "history", "response", "winner", "model_a", "model_b"),
+    *(f"{answer}_{side}" for answer in ("response", "answer", "completion", "output") for side in "ab12"),
+}
+_FIRST = ("prompt", "chosen", "messages", "conversations", "instruction", "question", "response_a")
+_ANSWERED = ("completion", "response", "output", "messages", "conversations")
+
+
+@lru_cache(maxsize=1024)
+def folded(names: tuple[str, ...]) -> dict[str, str]:
+    """Names that spreadsheets write with capitals or spaces, to ours.
+
+    Where the file has a first column of ours as it is, only a verdict beside an answer may be written so.
+    """
+    taken, allowed = set(names), _FOLDED
+    if not taken.isdisjoint(_FIRST):
+        allowed = set() if taken.isdisjoint(_ANSWERED) else {"label", "rating", *_OTHER_NAMES["rating"], *_GRADES}
+    ours = {name: "_".join(name.lower().split()) for name in names}
+    found = {name: our for name, our in ours.items() if our != name and our in allowed and our not in taken}
+    return found if len({*found.values()}) == len(found) else {}
+
+
 def slip_of(name: str) -> str | None:
     """The column of this reader that `name` is one slip away from; None for a column's own name and any other word."""
     known = (*COLUMNS, *ALSO)
@@ -179,7 +215,8 @@ def _comparison(row: dict[str, Any], where: str) -> Comparison:
     if "prompt" not in row and "messages" in row and not (isinstance(chosen, list) and isinstance(rejected, list)):
         row = row | {"prompt": row["messages"]}
     if "prompt" in row:
-        prompt, chosen, rejected = _after_prompt(row["prompt"], _prompt(row, where), chosen, rejected, where)
+        asked = _without_answer(_prompt(row, where), (chosen, rejected))
+        prompt, chosen, rejected = _after_prompt(row["prompt"], asked, chosen, rejected, where)
     elif isinstance(chosen, list) and isinstance(rejected, list):
         prompt, chosen, rejected = _parted(
             messages(chosen, "chosen", where), messages(rejected, "rejected", where), where
@@ -205,8 +242,8 @@ def _comparison(row: dict[str, Any], where: str) -> Comparison:
 def _completion(row: dict[str, Any], where: str) -> Record | Skipped | tuple[float, Rating]:
     if "prompt" not in row and "messages" in row:
         row = row | {"prompt": row["messages"]}
-    prompt = _prompt(row, where)
     answer = _listed_answer(row, "completion", where)
+    prompt = _without_answer(_prompt(row, where), (answer,))
     _refuse_misspelt(row, ("label", "weight"), where)
     return _judged(row, prompt, _answer(answer, row["prompt"], prompt, where), where)
 
@@ -245,10 +282,13 @@ def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Reco
             )
         return checked(_labelled(rated, label), where)
     feedback = next((row[name] for name in _FEEDBACK if label_of(row.get(name)) is not None), None)
+    if feedback is None:
+        feedback = next((row[name] for name in _YES_OR_NO if _is_boolean(row.get(name))), None)
     if feedback is not None:
         return checked(_labelled(rated, label_of(feedback) is True), where)
-    if _given(row, "rating"):
-        verdict = row["rating"]
+    graded = next((name for name in ("rating", *_GRADES) if _given(row, name) and _may_be_grade(name, row[name])), None)
+    if graded is not None:
+        verdict = row[graded]
         if isinstance(verdict, bool) or (isinstance(verdict, str) and not _is_number(verdict)):
             label = label_of(verdict)
             if label is not None:
@@ -370,11 +410,30 @@ def _without_repeat(prompt: str, chosen: str, rejected: str) -> tuple[str, str]:
     return chosen, rejected
 
 
+def _without_answer(prompt: Text, answers: Sequence[Any]) -> Text:
+    """A conversation without its last turn where that is one of the answers to it."""
+    if isinstance(prompt, str) or len(prompt) < 2 or prompt[-1]["role"] != "assistant":
+        return prompt
+    last = content_of(prompt[-1])
+    texts = [
+        answer[0].get("content", answer[0].get("value"))
+        if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict)
+        else answer
+        for answer in answers
+    ]
+    return prompt[:-1] if last.strip() and last in texts else prompt
+
+
 def _without_transcript(answer: Any, asked: Any, prompt: Text) -> Any:
     """The answer to a prompt that was a transcript, without what it repeats of that and its speaker's mark."""
-    if not isinstance(answer, str) or not isinstance(asked, str) or isinstance(prompt, str):
+    if not isinstance(answer, str) or not isinstance(asked, str):
         return answer
     whole = transcript(answer)
+    if isinstance(prompt, str):
+        begun = whole is not None and len(whole) > 1 and whole[0]["role"] == "user" and _answers(whole[-1:])
+        if whole is None or not begun or content_of(whole[0]) != prompt.strip():
+            return answer
+        return [dict(turn) for turn in whole[1:]]
     if whole and len(whole) > len(prompt) and whole[: len(prompt)] == tuple(prompt):
         return [dict(turn) for turn in whole[len(prompt) :]]
     return answer.removeprefix(asked).strip().removeprefix("Assistant:").strip()
@@ -404,7 +463,7 @@ def _is_answered(row: dict[str, Any], where: str) -> bool:
         return False
     turns = messages(row["messages"], "messages", where)
     asked = next((content_of(turn) for turn in turns if turn["role"] == "user"), None)
-    return asked == row["prompt"] and turns[-1]["role"] == "assistant"
+    return asked is not None and asked.strip() == row["prompt"].strip() and turns[-1]["role"] == "assistant"
 
 
 def _with_system(prompt: Text, row: dict[str, Any], where: str) -> Text:
@@ -458,6 +517,15 @@ def _is_number(written: Any) -> bool:
         return math.isfinite(float(written))
     except ValueError:
         return False
+
+
+def _may_be_grade(name: str, content: Any) -> bool:
+    is_number = isinstance(content, int | float) and not isinstance(content, bool)
+    return name == "rating" or is_number or _is_number(content)
+
+
+def _is_boolean(content: Any) -> bool:
+    return isinstance(content, bool) or (isinstance(content, str) and content.strip().lower() in ("true", "false"))
 
 
 def _annotator(row: dict[str, Any], where: str) -> str | None:
@@ -587,7 +655,7 @@ def _no_rule(grades: list[float], where: str) -> NoRule:
     up, down = low + 0.75 * (high - low), low + 0.25 * (high - low)
     if all(grade == int(grade) for grade in grades):
         up, down = math.ceil(up), math.floor(down)
-    example = f"{{up: {up:g}, down: {down:g}}}" if down < up else f"{{up: {up:g}}}"
+    example = f"{{up: {up:g}, down: {down:g}}}" if down < up else "{up: ..., down: ...}"
     return NoRule(
         f"the answers have grades ({low:g} to {high:g}), and nothing says what becomes of them",
         where=where,
