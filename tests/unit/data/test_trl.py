@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from perlhf.data.read import read
+from perlhf.data.read import read, read_all
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
 from perlhf.errors import DataError
 
@@ -321,6 +321,9 @@ def test_more_names_of_grades_are_not_imitated(tmp_path: Path, name: str) -> Non
     [
         ("is_correct", False, False),
         ("helpful", "True", True),
+        ("is_safe", False, False),
+        ("thumbs_down", True, False),
+        ("thumbs_down", 1, False),
         ("label", "thumbs-up", True),
         ("label", "not_helpful", False),
         ("label", "chosen", True),
@@ -340,3 +343,21 @@ def test_names_with_capitals_and_spaces(tmp_path: Path) -> None:
     assert found.chosen == "No"
     (found,) = records(tmp_path, {"prompt": "Hi!", "Star": 3})
     assert found == Prompt("Hi!", "hi", source="a.jsonl:1", columns={"Star": 3})
+
+
+def test_no_thumb_at_all_is_no_thumbs_down(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "thumbs_up": 0, "thumbs_down": 0}))
+    assert read_all("a.jsonl", root=tmp_path).skipped == {"an answer without a thumb": 1}
+
+
+def test_shared_turns_may_differ_in_notes_and_blanks(tmp_path: Path) -> None:
+    sides = {"chosen": [HI | {"id": 1}, YES], "rejected": [HI | {"id": 2}, NO]}
+    assert [record.chosen for record in records(tmp_path, sides)] == ["Yes"]
+    (found,) = records(tmp_path, {"prompt": [HI], "chosen": [HI | {"content": "Hi! "}, YES], "rejected": "No"})
+    assert found == Comparison((HI,), "Yes", "No", "hi", source="a.jsonl:1")
+
+
+def test_conversations_that_begin_with_another_prompt_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="begin with something else than the prompt") as caught:
+        records(tmp_path, {"prompt": "Be kind.", "chosen": [HI, YES], "rejected": [HI, NO]})
+    assert "{system: prompt}" in str(caught.value.hint)

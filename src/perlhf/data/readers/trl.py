@@ -63,6 +63,7 @@ _FEEDBACK = ("feedback", "vote", "liked", "accepted", "upvoted")
 """Columns that are a label where they hold one, and may be anything else (a remark)."""
 _GRADES = ("user_rating", "human_rating", "rating_score", "human_score", "quality", "helpfulness", "star", "n_stars")
 """Columns that are a grade where they hold a number."""
+_SAID = ("role", "content", "tool_calls", "reasoning_content")
 _YES_OR_NO = (
     "is_good",
     "is_correct",
@@ -72,8 +73,11 @@ _YES_OR_NO = (
     "is_positive",
     "is_preferred",
     "is_desirable",
+    "is_safe",
 )
 """Columns that are a label where they hold true or false."""
+_AGAINST = ("thumbs_down", "thumb_down", "disliked", "downvoted", "is_bad")
+"""Columns that are a thumbs down where they hold true."""
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _USED_BY_PROMPTS = {*COLUMNS, "system", *_OTHER_NAMES["system"], "tools", "functions"}
 _REPEATED_WORDS = 4
@@ -266,11 +270,16 @@ def _last_turn(row: dict[str, Any], where: str) -> Record | Skipped | tuple[floa
     return _judged(row, turns[:-1], completion(turns[-1:]), where)
 
 
-def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Record | tuple[float, Rating]:
+def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Record | Skipped | tuple[float, Rating]:
     """A demonstration, or a rating where the row says what somebody thought of the answer."""
     group, weight = _group(row, prompt, where), _number(row, "weight", 1.0, where, least=0.0)
     prompt, source, schemas = _with_system(prompt, row, where), _source(row, where), _tools(row, where)
     rated = Rating(prompt, answer, True, group, weight, _annotator(row, where), source, schemas)
+    against = next((row[name] for name in _AGAINST if label_of(row.get(name)) is not None), None)
+    if against is not None and label_of(against):
+        return checked(_labelled(rated, False), where)
+    if against is not None and label_of(row.get("label")) is False:
+        return Skipped("an answer without a thumb", where)
     if _given(row, "label"):
         label = label_of(row["label"])
         if label is None:
@@ -311,6 +320,12 @@ def _after_prompt(asked: Any, prompt: Text, chosen: Any, rejected: Any, where: s
         firsts = {content_of(next((m for m in side if m["role"] == "user"), {})).strip() for side in whole.values()}
         if firsts == {prompt.strip()}:  # the conversation begins with a system message before this prompt
             return _parted(whole["chosen"], whole["rejected"], where)
+        raise DataError(
+            "the conversations in chosen and rejected begin with something else than the prompt",
+            where=where,
+            allowed="answers to the prompt, or conversations that begin with it",
+            hint="`data.columns: {system: prompt}` where the column holds a system message",
+        )
     if len(left) == 2:
         shared = _shared(left["chosen"], left["rejected"])
         if shared:
@@ -336,13 +351,23 @@ def _answer(content: Any, asked: Any, prompt: Text, where: str) -> Text:
 
 def _without_prompt(turns: tuple[Message, ...], prompt: Text) -> tuple[Message, ...]:
     before = as_messages(prompt)
-    return turns[len(before) :] if len(turns) > len(before) and turns[: len(before)] == before else turns
+    repeats = len(turns) > len(before) and all(map(_same, turns, before))
+    return turns[len(before) :] if repeats else turns
+
+
+def _same(one: Message, other: Message) -> bool:
+    """Whether two messages say the same, whatever is noted beside them (ids, times)."""
+    if one == other:
+        return True
+    said = ({key: turn[key] for key in _SAID if turn.get(key)} for turn in (one, other))
+    first, second = ({**turn, "content": content_of(turn).strip()} for turn in said)
+    return first == second
 
 
 def _shared(one: Sequence[Message], other: Sequence[Message]) -> int:
     """How many messages two conversations begin with alike; the last of each is its answer."""
     shared = 0
-    while shared < min(len(one), len(other)) - 1 and one[shared] == other[shared]:
+    while shared < min(len(one), len(other)) - 1 and _same(one[shared], other[shared]):
         shared += 1
     return shared
 
@@ -430,10 +455,8 @@ def _without_transcript(answer: Any, asked: Any, prompt: Text) -> Any:
         return answer
     whole = transcript(answer)
     if isinstance(prompt, str):
-        begun = whole is not None and len(whole) > 1 and whole[0]["role"] == "user" and _answers(whole[-1:])
-        if whole is None or not begun or content_of(whole[0]) != prompt.strip():
-            return answer
-        return [dict(turn) for turn in whole[1:]]
+        repeats = whole is not None and whole[:1] == (message("user", prompt.strip()),) and _answers(whole[1:])
+        return [dict(turn) for turn in whole[1:]] if whole is not None and repeats else answer
     if whole and len(whole) > len(prompt) and whole[: len(prompt)] == tuple(prompt):
         return [dict(turn) for turn in whole[len(prompt) :]]
     return answer.removeprefix(asked).strip().removeprefix("Assistant:").strip()
