@@ -212,9 +212,13 @@ def by_row(name: str, rules: LayoutConfig) -> Reader:
     if rules.grades == "comparisons":
         return partial(_format(name).reader, rules=rules)
 
+    seen = None
+
     def layout(item: Row) -> str:
-        nonlocal name
-        names, given = _names_of(item[1])
+        nonlocal name, seen
+        if seen == (seen := _names_of(item[1])):
+            return name
+        names, given = seen
         found = _detected(names, given)
         if found is None:
             found = name if _of_layout(name, given) else "trl"
@@ -230,7 +234,8 @@ def by_row(name: str, rules: LayoutConfig) -> Reader:
 
 def _names_of(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of a row's columns, and of those that hold something."""
-    return tuple(row), tuple(name for name, content in row.items() if content is not None)
+    names = tuple(row)
+    return names, names if None not in row.values() else tuple([name for name in names if row[name] is not None])
 
 
 @lru_cache(maxsize=4096)
@@ -291,8 +296,10 @@ def renamed(rows: Iterable[Row], rules: LayoutConfig, name: str) -> Iterator[Row
         DataError: a name of ours is misspelt, or one of the file's isn't in its first MAPPED_ROWS rows.
     """
     if not rules.columns:
+        names, ours = (), {}
         for where, row in rows:
-            ours = folded(tuple(row))
+            if names != (names := tuple(row)):
+                ours = folded(names)
             yield where, {ours.get(key, key): content for key, content in row.items()} if ours else row
         return
     for ours in rules.columns:

@@ -271,6 +271,7 @@ def test_what_is_refused_by_name(tmp_path: Path, row: dict[str, Any], what: str)
         {"messages": [HI, YES], "chosen": "Yes", "rejected": "No"},
         {"prompt": [HI, YES], "chosen": [YES], "rejected": [NO]},
         {"messages": [HI, NO], "chosen": "Yes", "rejected": "No"},
+        {"messages": [HI, YES], "chosen": {"role": "assistant", "content": "Yes"}, "rejected": NO},
         {"prompt": "User: Hi!\n\nAssistant:", "chosen": " Yes", "rejected": " No"},
     ],
 )
@@ -361,3 +362,9 @@ def test_conversations_that_begin_with_another_prompt_are_refused(tmp_path: Path
     with pytest.raises(DataError, match="begin with something else than the prompt") as caught:
         records(tmp_path, {"prompt": "Be kind.", "chosen": [HI, YES], "rejected": [HI, NO]})
     assert "{system: prompt}" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"loss": False}, {"train": False}])
+def test_messages_that_are_not_to_be_learned(tmp_path: Path, flag: dict[str, Any]) -> None:
+    (found,) = records(tmp_path, {"messages": [HI, YES, HI, NO | flag]})
+    assert found == Demonstration((HI,), "Yes", "hi", source="a.jsonl:1")

@@ -43,6 +43,7 @@ _SPEAKING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "t
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _MEDIA_PARTS = ("image", "audio", "video", "file", "document")
 _HUMANS = ("Human", "User", "HUMAN", "USER")
+_BEGINS = re.compile(r"\s*(?:### )?(?:Human|User|HUMAN|USER|System|SYSTEM):")
 _SYSTEM = re.compile(r"(?:System|SYSTEM):(?P<text>.*?)\n+(?=(?:Human|User|HUMAN|USER):)", re.DOTALL)
 _DEEPEST = 40
 
@@ -91,6 +92,8 @@ def transcript(content: str) -> tuple[Message, ...] | None:
     Where nowhere a blank line precedes the assistant, one line break does; `### Human: ... ### Assistant: ...` needs
     none. A last `Assistant:` with nothing after it, where the answer belongs, is no turn. None for any other text.
     """
+    if not _BEGINS.match(content):
+        return None
     if "\r" in content:
         content = content.replace("\r\n", "\n")
     begun = content.lstrip()

@@ -63,6 +63,8 @@ _FEEDBACK = ("feedback", "vote", "liked", "accepted", "upvoted")
 """Columns that are a label where they hold one, and may be anything else (a remark)."""
 _GRADES = ("user_rating", "human_rating", "rating_score", "human_score", "quality", "helpfulness", "star", "n_stars")
 """Columns that are a grade where they hold a number."""
+_LEARNED = ("weight", "loss", "train")
+"""Keys of a message that say whether it is learned: OpenAI's, ms-swift's, axolotl's."""
 _SAID = ("role", "content", "tool_calls", "reasoning_content")
 _YES_OR_NO = (
     "is_good",
@@ -261,13 +263,17 @@ def _last_turn(row: dict[str, Any], where: str) -> Record | Skipped | tuple[floa
             allowed="a conversation whose last message is the answer",
             hint="to read it as a prompt: `data.columns: {prompt: messages}`",
         )
-    if any("weight" in turn for turn in turns):
-        learned = [number for number, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("weight", 1)]
+    if any(flag in turn for turn in turns for flag in _LEARNED):
+        learned = [number for number, turn in enumerate(turns) if turn["role"] == "assistant" and _is_learned(turn)]
         if not learned:
             return Skipped("every assistant message has the weight 0", where)
         turns = turns[: learned[-1] + 1]
-        turns = tuple({key: part for key, part in turn.items() if key != "weight"} for turn in turns)
+        turns = tuple({key: part for key, part in turn.items() if key not in _LEARNED} for turn in turns)
     return _judged(row, turns[:-1], completion(turns[-1:]), where)
+
+
+def _is_learned(turn: Message) -> bool:
+    return all(turn.get(flag, 1) for flag in _LEARNED)
 
 
 def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Record | Skipped | tuple[float, Rating]:
@@ -440,12 +446,8 @@ def _without_answer(prompt: Text, answers: Sequence[Any]) -> Text:
     if isinstance(prompt, str) or len(prompt) < 2 or prompt[-1]["role"] != "assistant":
         return prompt
     last = content_of(prompt[-1])
-    texts = [
-        answer[0].get("content", answer[0].get("value"))
-        if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict)
-        else answer
-        for answer in answers
-    ]
+    alone = [answer[0] if isinstance(answer, list) and len(answer) == 1 else answer for answer in answers]
+    texts = [answer.get("content", answer.get("value")) if isinstance(answer, Mapping) else answer for answer in alone]
     return prompt[:-1] if last.strip() and last in texts else prompt
 
 
