@@ -227,6 +227,11 @@ def _inside(place: Path, path: str) -> list[DataFile]:
             where=path,
             allowed=f"files ending in {', '.join(SUFFIXES)} ({', '.join(PACKED_SUFFIXES)} may follow)",
         )
+    filled = [part for part in inside if part.stat().st_size]
+    if filled and len(filled) < len(inside):  # as tools that write in parts leave them
+        empty = [part.relative_to(place).as_posix() for part in inside if part not in filled]
+        authors.tell(f"{path}: {len(empty)} empty files are left out: {', '.join(empty[:5])}")
+        inside = filled
     return [DataFile(f"{path.rstrip('/')}/{part.relative_to(place).as_posix()}", part) for part in inside]
 
 

@@ -487,6 +487,14 @@ def test_a_link_to_a_file_of_the_directory_is_not_read_again(tmp_path: Path, cap
     assert "a.jsonl is a link to another of its files" in capfd.readouterr().err
 
 
+def test_empty_parts_of_a_directory_are_left_out_and_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "set" / "part-0.jsonl", LINES)
+    put(tmp_path / "set" / "part-1.jsonl", "")
+    assert len(read(tmp_path / "set")) == 2
+    assert "1 empty files are left out: part-1.jsonl" in capfd.readouterr().err
+    assert "the file is empty" in failure(put(tmp_path / "none" / "a.jsonl", "").parent).what
+
+
 def test_data_under_further_suffixes(tmp_path: Path) -> None:
     put(tmp_path / "a.jsonl.txt", LINES)
     put(tmp_path / "b.jsonl.zip", zipped(("b.jsonl", LINES)))

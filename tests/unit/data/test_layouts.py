@@ -405,3 +405,9 @@ def test_a_preference_whose_input_is_json_in_a_table(tmp_path: Path) -> None:
     answers = [json.dumps([said("assistant", text)]) for text in ("a", "b")]
     row = {"input": asked, "preferred_output": answers[0], "non_preferred_output": answers[1]}
     assert one(tmp_path, row, "openai") == Comparison((said("user", "q"),), "a", "b", "q", source="a.jsonl:1")
+
+
+@pytest.mark.parametrize("grades", ["comparisons", "ignore"])
+def test_two_rules_for_grades_are_refused(grades: Any) -> None:
+    with pytest.raises(ValueError, match="give one of them"):
+        LayoutConfig(ratings=RatingsConfig(up=4), grades=grades)
