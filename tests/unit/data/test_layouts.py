@@ -411,3 +411,12 @@ def test_a_preference_whose_input_is_json_in_a_table(tmp_path: Path) -> None:
 def test_two_rules_for_grades_are_refused(grades: Any) -> None:
     with pytest.raises(ValueError, match="give one of them"):
         LayoutConfig(ratings=RatingsConfig(up=4), grades=grades)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "chosen"), [(False, True, "b"), ("True", "False", "a"), ("1", "0", "a"), (0.0, 1.0, "b")]
+)
+def test_winners_of_one_column_each(tmp_path: Path, first: Any, second: Any, chosen: str) -> None:
+    row = {"prompt": "q", "response_a": "a", "response_b": "b", "winner_model_a": first, "winner_model_b": second}
+    assert one(tmp_path, row, "arena").chosen == chosen
+    refused(tmp_path, row | {"winner_model_a": True, "winner_model_b": True}, "winner_model_a and winner_model_b are")

@@ -368,3 +368,23 @@ def test_conversations_that_begin_with_another_prompt_are_refused(tmp_path: Path
 def test_messages_that_are_not_to_be_learned(tmp_path: Path, flag: dict[str, Any]) -> None:
     (found,) = records(tmp_path, {"messages": [HI, YES, HI, NO | flag]})
     assert found == Demonstration((HI,), "Yes", "hi", source="a.jsonl:1")
+
+
+def test_earlier_exchanges_beside_a_prompt(tmp_path: Path) -> None:
+    row = {"prompt": "Hi!", "history": [["Who?", "Me"]], "system": "Be kind."}
+    asked = ({"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}, HI)
+    system = {"role": "system", "content": "Be kind."}
+    answered, compared, other = records(
+        tmp_path,
+        row | {"response": "Yes"},
+        row | {"chosen": "Yes", "rejected": "No"},
+        {"prompt": "Hi!", "history": "a note", "completion": "Yes"},
+    )
+    assert answered.prompt == compared.prompt == (system, *asked)
+    assert other.prompt == "Hi!"
+
+
+@pytest.mark.parametrize("name", ["rejected", "rejected_response"])
+def test_a_response_and_a_rejected_one_make_a_comparison(tmp_path: Path, name: str) -> None:
+    found = records(tmp_path, {"prompt": "Hi!", "response": "Yes", name: "No"})
+    assert found == [Comparison("Hi!", "Yes", "No", "hi", source="a.jsonl:1")]

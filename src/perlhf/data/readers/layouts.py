@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from perlhf.config.stages import LayoutConfig
-from perlhf.data.fields import Row, Skipped, items, mapping, message, number, text, value, wrong_type
+from perlhf.data.fields import Row, Skipped, items, label_of, mapping, message, number, text, value, wrong_type
 from perlhf.data.readers.messages import listed, messages
-from perlhf.data.readers.trl import trl
+from perlhf.data.readers.trl import after_history, trl
 from perlhf.data.records import Record
 from perlhf.errors import DataError
 
@@ -222,7 +222,7 @@ def _alpaca_row(row: dict[str, Any], where: str) -> Made:
         text(row, "instruction", where)
     question = "\n".join(row[name] for name in asked)
     rest = _without(row, "instruction", "input", "context", "output", "response", "history", "prompt", "text")
-    made = rest | {"prompt": _after_history(row, question, where)}
+    made = rest | {"prompt": after_history(row, question, where)}
     answer = row.get("output", row.get("response"))
     if "chosen" in row or "rejected" in row or answer is None:
         return made
@@ -231,20 +231,10 @@ def _alpaca_row(row: dict[str, Any], where: str) -> Made:
     return made | {"completion": answer}
 
 
-def _after_history(row: dict[str, Any], question: str, where: str) -> Any:
-    """The question, as a message after the earlier exchanges where there are some."""
-    earlier: list[Any] = []
-    for pair in items(row, "history", where) if row.get("history") else []:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            wrong_type(pair, "a part of 'history'", "a list of a question and its answer", where)
-        earlier += [message("user", pair[0]), message("assistant", pair[1])]
-    return [*earlier, message("user", question)] if earlier else question
-
-
 def _swift_row(row: dict[str, Any], where: str) -> Made:
     rest = _without(row, "rejected_response", "rejected_messages", "query", "history")
     if "messages" not in row:
-        made = rest | {"prompt": _after_history(row, text(row, "query", where), where)}
+        made = rest | {"prompt": after_history(row, text(row, "query", where), where)}
         if "rejected_response" not in row:
             return made
         return _without(made, "response") | {
@@ -467,8 +457,14 @@ def _verdict(row: dict[str, Any], pair: tuple[str, str], where: str) -> tuple[in
             wrong_type(row[strength], f"column {strength!r}", "a number", where)
         return (None if by == 0 else int(by > 0)), abs(by), [strength]
     if all(name in row for name in _WINNERS):
-        won = [_float(row[name]) for name in _WINNERS]
-        return (None if won[0] == won[1] else int(won[1] == 1)), None, [*_WINNERS, "winner_tie"]
+        won = [label_of(row[name]) for name in _WINNERS]
+        if None in won or won == [True, True]:
+            raise DataError(
+                f"columns {' and '.join(_WINNERS)} are {row[_WINNERS[0]]!r:.30} and {row[_WINNERS[1]]!r:.30}",
+                where=where,
+                allowed="1 and 0, 0 and 1, or 0 and 0 for a tie",
+            )
+        return (None if won == [False, False] else int(won[1] is True)), None, [*_WINNERS, "winner_tie"]
     if any(name in row for name in _BETTER):
         return _side(row[_BETTER[0]], _BETTER[0], row, pair, where), None, [*_BETTER]
     name = next((name for name in VERDICTS if name in row), None)

@@ -11,7 +11,20 @@ from itertools import combinations
 from typing import Any
 
 from perlhf.config.stages import LayoutConfig
-from perlhf.data.fields import Row, Skipped, checked, is_blank, label_of, message, number, prompt_group, text, value
+from perlhf.data.fields import (
+    Row,
+    Skipped,
+    checked,
+    is_blank,
+    items,
+    label_of,
+    message,
+    number,
+    prompt_group,
+    text,
+    value,
+    wrong_type,
+)
 from perlhf.data.readers.messages import (
     as_messages,
     completion,
@@ -205,6 +218,8 @@ def _our_names(names: tuple[str, ...]) -> dict[str, str]:
         other = next((other for other in others if other in taken), None)
         if other is not None:
             ours[other] = name
+    if "chosen" not in taken and "response" in taken and {"rejected", "rejected_response"} & taken:
+        ours |= {"response": "chosen", "rejected_response": "rejected"}
     if {"chosen", "rejected"} <= taken | set(ours.values()) and not {"prompt", "messages"} & taken:
         question = next((name for name in _QUESTIONS if name in taken), None)
         if question is not None:
@@ -478,8 +493,24 @@ def _prompt(row: dict[str, Any], where: str) -> Text:
     prompt = listed(value(row, "prompt", where, COLUMNS))
     if isinstance(prompt, str):
         turns = transcript_prompt(prompt)
+        if turns is None and row.get("history") and _is_history(row["history"]):
+            return messages(after_history(row, prompt, where), "history", where)
         return prompt if turns is None else turns
     return messages(prompt, "prompt", where)
+
+
+def after_history(row: Mapping[str, Any], question: str, where: str) -> Any:
+    """The question, as a message after the earlier exchanges where there are some."""
+    earlier: list[Any] = []
+    for pair in items(row, "history", where) if row.get("history") else []:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            wrong_type(pair, "a part of 'history'", "a list of a question and its answer", where)
+        earlier += [message("user", pair[0]), message("assistant", pair[1])]
+    return [*earlier, message("user", question)] if earlier else question
+
+
+def _is_history(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in content)
 
 
 def _is_answered(row: dict[str, Any], where: str) -> bool:
