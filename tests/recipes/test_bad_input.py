@@ -55,10 +55,10 @@ FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
         (":1: column 'prompt' is missing", "found columns 'completion', 'label', 'group'", "try: add 'prompt'"),
     ),
     "label that is no boolean": (
-        lines(UP, DOWN | {"label": "no"}),
-        (":2: label is 'no', which is no boolean", "allowed: true (thumbs up) or false (thumbs down)"),
+        lines(UP, DOWN | {"label": "maybe"}),
+        (":2: label is 'maybe', which is no boolean", "allowed: true or false, 1 or 0"),
     ),
-    "label 1": (lines(UP | {"label": 1}), (":1: label is 1, which is no boolean", "allowed: true")),
+    "label 3": (lines(UP | {"label": 3}), (":1: label is 3, which is no boolean", "try: grades on a scale")),
     "empty completion": (
         lines(UP, DOWN | {"completion": " \n"}),
         (":2: completion is empty", "allowed: text with at least one visible character"),
