@@ -104,7 +104,7 @@ excepted; one line or JSON value may have LONGEST Mi characters.
 - **Odd JSON** that isn't read is one error that names its shape and what mends it: objects as Python prints them, a
   comma after each line or before a bracket, a list on each line, several lists that may be the rows, a web page, a PDF.
 
-Packed files, Parquet, Arrow and TFRecord are known by their content; CSV and TSV by their suffix.
+Packed files, Parquet, Arrow and TFRecord are known by their content; CSV and TSV by their suffix, unless there is JSON inside.
 
 ### Splits of a set's authors
 
@@ -115,7 +115,8 @@ its first word that is one: `train`, `training`; `validation`, `valid`, `val`, `
 
 **Rule.** Where some names say training and others say that they are held out, only those for training are read, and one
 line on standard error says which are not. So nothing that the authors keep for testing is trained on; our own
-[groups](#groups-and-splits) divide what is read. Where none says training, or none is held out, all are read, but a
+[groups](#groups-and-splits) divide what is read. Where none says training, those that say nothing are read
+(`prefs.jsonl` beside `prefs_test.jsonl`); where all are held out, or none is, all are, but a
 `datasets` directory, hub set or JSON file of held-out splits alone is an error until one is named. Rows that several
 splits share (`train_sft` and `train_prefs`) are read once. A file that `data.paths` names itself is read in any case.
 
@@ -135,11 +136,12 @@ a label that is none, an empty prompt or completion, a key that occurs twice, a 
 
 LAYOUTS = """## Layouts
 
-`data.format: auto` goes by the columns of a file's first row: the layouts of TRL, ShareGPT, Alpaca, ms-swift, OpenAI,
+`data.format: auto` goes by the columns of a file's first row, and of the rows after it where people's own layouts are
+mixed in one file (not with `data.grades: comparisons`): the layouts of TRL, ShareGPT, Alpaca, ms-swift, OpenAI,
 UltraFeedback, HelpSteer, arenas, and what Argilla, Label Studio and open-webui export, need no word in the recipe.
-When a file should be read by another rule, name the format. Columns that no rule knows are ignored; one that is a
-single slip away from a name that is missing (`lable`) is an error. These keys of `data` are options of `perlhf data`
-too:
+When a file should be read by another rule, name the format. Names are also read with capitals and spaces
+(`Response A`) where the file has none of ours as it is. Columns that no rule knows are ignored; one that is a single
+slip away from a name that is missing (`lable`) is an error. These keys of `data` are options of `perlhf data` too:
 
     data:
       columns: {prompt: question, chosen: best.text}    our name: the file's; dots go into objects and lists
@@ -147,8 +149,8 @@ too:
       grades: comparisons                               or: answers to one prompt are compared by their grades
       ties: error                                       or skip, the default
 
-A label is true or false, 1 or 0 (or -1), yes or no, up or down, good or bad. A grade (`rating`, `stars`, `score`,
-`reward`, `helpfulness`) beside an answer is never ignored: without `data.ratings` or `data.grades` (`ignore` reads the
+A label is true or false, 1 or 0 (or -1), yes or no, up or down, good or bad; numbers of classes (`ClassLabel` of
+`datasets`) are read as the names of the classes. A grade (`rating`, `stars`, `score`, `reward`, `helpfulness`) beside an answer is never ignored: without `data.ratings` or `data.grades` (`ignore` reads the
 answers as demonstrations) the file is one error that names a rule that fits. Grades between `down` and `up` are left
 out and counted; without `down` every grade below `up` is a thumbs down. Ties, and comparisons with the same text on
 both sides, teach no preference: they are left out and counted.

@@ -60,6 +60,12 @@ class LayoutConfig(Frozen):
     revision: str | None = Field(default=None, exclude_if=lambda name: name is None)
     """Of a hub set: branch, tag or commit."""
 
+    @model_validator(mode="after")
+    def _one_rule_for_grades(self) -> "LayoutConfig":
+        if self.ratings is not None and self.grades in ("comparisons", "ignore"):
+            raise ValueError(f"grades: {self.grades} and ratings are two rules for the same grades; give one of them")
+        return self
+
 
 class DataConfig(LayoutConfig):
     """Which records a stage reads and how they are split by group."""

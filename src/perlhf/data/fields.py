@@ -16,23 +16,26 @@ from perlhf.errors import DataError, nearest
 Row = tuple[str, dict[str, Any]]
 """Where a row was found, and the row."""
 
-_UP = {"true", "yes", "y", "1", "1.0", "+1", "up", "thumbs_up", "thumbsup", "thumbs up", "thumb_up", "👍"}
-_UP |= {"good", "positive", "like", "liked", "upvote", "accept", "accepted", "desirable", "correct", "pass", "t"}
-_DOWN = {"false", "no", "n", "0", "0.0", "-1", "-1.0", "down", "thumbs_down", "thumbsdown", "thumbs down", "thumb_down"}
-_DOWN |= {
-    "👎",
-    "bad",
-    "negative",
-    "dislike",
-    "disliked",
-    "downvote",
-    "reject",
-    "rejected",
-    "undesirable",
-    "incorrect",
-    "fail",
-    "f",
+_UP = {"true", "yes", "y", "1", "1.0", "+1", "up", "thumbs up", "thumbsup", "thumb up", "👍", "good", "positive", "pos"}
+_UP |= {
+    "like",
+    "liked",
+    "upvote",
+    "upvoted",
+    "accept",
+    "accepted",
+    "approved",
+    "desirable",
+    "correct",
+    "pass",
+    "passed",
 }
+_UP |= {"t", "chosen", "preferred", "helpful", "harmless", "safe", "satisfied"}
+_DOWN = {"false", "no", "n", "0", "0.0", "-1", "-1.0", "down", "thumbs down", "thumbsdown", "thumb down", "👎", "bad"}
+_DOWN |= {"negative", "neg", "dislike", "disliked", "downvote", "downvoted", "reject", "rejected", "undesirable"}
+_DOWN |= {"incorrect", "fail", "failed", "f", "dispreferred", "unhelpful", "not helpful", "harmful", "unsafe"}
+_DOWN |= {"unsatisfied", "dissatisfied", "not safe", "not good", "not correct", "wrong"}
+"""Words between which `_` and `-` are read as spaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,7 @@ def label_of(content: Any) -> bool | None:
         return True if content == 1 else False if content in (0, -1) else None
     if isinstance(content, str):
         word = content.strip().lower()
+        word = word if word in _DOWN else word.replace("_", " ").replace("-", " ").strip()
         return True if word in _UP else False if word in _DOWN else None
     return None
 

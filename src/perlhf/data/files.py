@@ -28,6 +28,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tfrecord", ".parquet
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}")
 """Names of TFRecord shards, which need no suffix."""
+_LIKE_JSON = re.compile(rb"(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*\"[^\"]*\"\s*:")
 _GLOB = re.compile(r"[*?\[]")
 _NOT_DATA = (
     "MANIFEST.json",
@@ -181,11 +182,11 @@ def _all_rows(file: DataFile) -> Iterator[tuple[str, Any]]:
     if file.path.is_dir():
         yield from arrow.saved_rows(file.path, file.name, choice.split)
         return
-    suffix = _stem(member_name(file.path, file.name))
+    suffix = _stem(member_name(file.path, file.name)).removesuffix(".txt")
     content = blocks(file.path, file.name)
     head = next(content, b"")
     everything = chain([head], content)
-    table = suffix.endswith((".csv", ".tsv"))
+    table = suffix.endswith((".csv", ".tsv")) and not _LIKE_JSON.match(head)
     named = choice.split is None or _is_asked(file, choice.split)
     if arrow.is_arrow(head):
         packed = _begins_otherwise(file.path, head)
@@ -217,7 +218,7 @@ def _is_asked(file: DataFile, split: str) -> bool:
 
 
 def _inside(place: Path, path: str) -> list[DataFile]:
-    inside = sorted(part for part in place.rglob("*") if _is_data(part, place))
+    inside = _each_once(sorted(part for part in place.rglob("*") if _is_data(part, place)), path)
     if not inside:
         others = sorted(part.relative_to(place).as_posix() for part in place.rglob("*") if part.is_file())
         found = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
@@ -226,7 +227,23 @@ def _inside(place: Path, path: str) -> list[DataFile]:
             where=path,
             allowed=f"files ending in {', '.join(SUFFIXES)} ({', '.join(PACKED_SUFFIXES)} may follow)",
         )
+    filled = [part for part in inside if part.stat().st_size]
+    if filled and len(filled) < len(inside):  # as tools that write in parts leave them
+        empty = [part.relative_to(place).as_posix() for part in inside if part not in filled]
+        authors.tell(f"{path}: {len(empty)} empty files are left out: {', '.join(empty[:5])}")
+        inside = filled
     return [DataFile(f"{path.rstrip('/')}/{part.relative_to(place).as_posix()}", part) for part in inside]
+
+
+def _each_once(parts: list[Path], path: str) -> list[Path]:
+    """The files without those that are links to others among them."""
+    real = {part.resolve(): part for part in reversed(parts)}
+    own = {target: part for part in parts if (target := part.resolve()) == part.absolute()}
+    kept = [part for part in parts if (real | own)[part.resolve()] == part]
+    if len(kept) < len(parts):
+        twice = next(part.name for part in parts if part not in kept)
+        authors.tell(f"{path}: {twice} is a link to another of its files, and is read once")
+    return kept
 
 
 def _split_files(found: list[DataFile], path: str, choice: Choice) -> list[DataFile]:
@@ -235,8 +252,12 @@ def _split_files(found: list[DataFile], path: str, choice: Choice) -> list[DataF
     names = list(dict.fromkeys(name for name in splits.values() if name))
     training = [name for name in names if authors.side_of(name) == "train"]
     if choice.split is None:
-        if not training or len(training) == len(names):
+        unnamed = [file.name for file, name in splits.items() if name is None]
+        if len(training) == len(names) or not (training or unnamed):
             return found
+        if not training:  # of prefs.jsonl and prefs_test.jsonl, the first is for training
+            authors.tell_left_out(path, unnamed, names)
+            return [file for file, name in splits.items() if name is None]
         left = [name or file.name for file, name in splits.items() if name not in training]
         authors.tell_left_out(path, training, list(dict.fromkeys(left)))
         taken = training
@@ -378,7 +399,7 @@ def _published(path: str) -> str | None:
 
 def _is_data(part: Path, directory: Path) -> bool:
     hidden = any(name.startswith(".") for name in part.relative_to(directory).parts)
-    stem = _stem(part.name)
+    stem = _stem(part.name).removesuffix(".txt")
     named = stem.endswith(SUFFIXES) or _SHARD.fullmatch(stem) is not None
     return part.is_file() and not hidden and part.name not in _NOT_DATA and named
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
+from functools import lru_cache, partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from perlhf.data.fields import Row, Skipped, checked
 from perlhf.data.files import BUILTIN, Choice, DataFile
 from perlhf.data.readers import android, dialogs, exports, layouts, pairs
 from perlhf.data.readers.messages import transcript
-from perlhf.data.readers.trl import slip_of, trl
+from perlhf.data.readers.trl import folded, slip_of, trl
 from perlhf.data.records import Comparison, Record
 from perlhf.errors import DataError, nearest
 from perlhf.system.progress import counted
@@ -114,6 +114,9 @@ LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
 _SAMPLE_BYTES = 2**18
 _TRL = ("prompt chosen rejected", "prompt completion", "chosen_response rejected_response")
 """Sets of columns that are read as `trl` whatever stands beside them."""
+_COMMON = frozenset(("prompt", "messages"))
+"""Columns of so many layouts that they show none."""
+_EXPORT = frozenset(("annotation_id", "lead_time"))
 SAME_TEXT = "the same text on both sides"
 MAPPED_ROWS = 1000
 """Rows in which a name of `data.columns` must occur."""
@@ -171,7 +174,8 @@ def stream(
         name = detect(first[1]) if format == "auto" else format
         reading.formats[file.name] = name
         published = name in PUBLISHED
-        for found in reader_of(name, file, rules)(chain([first], rows)):
+        reader = by_row(name, rules) if format == "auto" and not published else reader_of(name, file, rules)
+        for found in reader(chain([first], rows)):
             record = settled(found, rules)
             if isinstance(record, Skipped):
                 reading.skipped[record.reason] = reading.skipped.get(record.reason, 0) + 1
@@ -196,18 +200,73 @@ def detect(row: Mapping[str, Any]) -> str:
     """
     if _holds_dialogs(row):
         return "hh"
-    given = {name for name, content in row.items() if content is not None}
+    return _detected(*_names_of(row)) or "trl"
+
+
+def by_row(name: str, rules: LayoutConfig) -> Reader:
+    """The reader of a file of somebody's own whose first row has the layout `name`: its rows may be of several.
+
+    A row that shows none is read as the rows before it where it has a column of theirs, else as `trl`. Where grades
+    become comparisons, which need all answers to a prompt, the first row speaks for all.
+    """
+    if rules.grades == "comparisons":
+        return partial(_format(name).reader, rules=rules)
+
+    seen = None
+
+    def layout(item: Row) -> str:
+        nonlocal name, seen
+        if seen == (seen := _names_of(item[1])):
+            return name
+        names, given = seen
+        found = _detected(names, given)
+        if found is None:
+            found = name if _of_layout(name, given) else "trl"
+        name = found if found not in PUBLISHED else name
+        return name
+
+    def reader(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
+        for found, group in groupby(rows, layout):
+            yield from _format(found).reader(group, rules=rules)
+
+    return reader
+
+
+def _names_of(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of a row's columns, and of those that hold something."""
+    names = tuple(row)
+    return names, names if None not in row.values() else tuple([name for name in names if row[name] is not None])
+
+
+@lru_cache(maxsize=4096)
+def _detected(names: tuple[str, ...], given: tuple[str, ...]) -> str | None:
+    """The format that these columns show. A null may be the missing verdict of a row, or fill a column of others."""
+    every, held = frozenset(names), frozenset(given)
     for format in FORMATS:
-        if format.published and any(columns <= row.keys() for columns in format.columns):
+        if format.published and any(columns <= every for columns in format.columns):
             return format.name
-    if any(name.endswith((".responses", "-suggestion")) for name in row if isinstance(name, str)):
+    if any(name.endswith((".responses", "-suggestion")) for name in names):
         return "argilla"
-    if any(given.issuperset(columns.split()) for columns in _TRL) and not _is_export(row):
+    if any(held.issuperset(columns.split()) for columns in _TRL) and not _EXPORT <= every:
         return "trl"
-    for format in FORMATS:
-        if not format.published and any(columns <= row.keys() for columns in format.columns):
+    own = [format for format in FORMATS if not format.published]
+    for format in own:
+        if any(columns <= held for columns in format.columns):
             return format.name
-    return "trl"
+    for format in own:
+        if any(columns <= every and columns & held - _COMMON for columns in format.columns):
+            return format.name
+    return "arena" if layouts.is_judged_pair(every) else None
+
+
+@lru_cache(maxsize=4096)
+def _of_layout(name: str, given: tuple[str, ...]) -> bool:
+    """Whether a row has a column of this layout that others don't have."""
+    return any(columns & set(given) - _COMMON for columns in _format(name).columns)
+
+
+def _format(name: str) -> Format:
+    return next(format for format in FORMATS if format.name == name)
 
 
 def settled(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
@@ -231,13 +290,17 @@ def settled(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
 
 
 def renamed(rows: Iterable[Row], rules: LayoutConfig, name: str) -> Iterator[Row]:
-    """Rows with the names of `data.columns`: ours, with what stands under the file's.
+    """Rows with the names of `data.columns`: ours, with what stands under the file's; else with ours for `Prompt`.
 
     Raises:
         DataError: a name of ours is misspelt, or one of the file's isn't in its first MAPPED_ROWS rows.
     """
     if not rules.columns:
-        yield from rows
+        names, ours = (), {}
+        for where, row in rows:
+            if names != (names := tuple(row)):
+                ours = folded(names)
+            yield where, {ours.get(key, key): content for key, content in row.items()} if ours else row
         return
     for ours in rules.columns:
         if near := slip_of(ours):
@@ -290,13 +353,9 @@ def _is_dialog(text: str) -> bool:
     return turns is not None and turns[-1]["role"] == "assistant"
 
 
-def _is_export(row: Mapping[str, Any]) -> bool:
-    return {"annotation_id", "lead_time"} <= row.keys()
-
-
 def reader_of(name: str, file: DataFile, rules: LayoutConfig | None = None) -> Reader:
     """The reader called `name`; SQuALITY's are given the stories, which lie in another file of that set."""
-    format = next(format for format in FORMATS if format.name == name)
+    format = _format(name)
     if not format.published:
         return partial(format.reader, rules=rules or LayoutConfig())
     return partial(format.reader, stories=_stories(file)) if name in NEED_STORIES else format.reader
@@ -311,7 +370,7 @@ def check_format(name: str) -> None:
     """Raises DataError, with the nearest name, when there is no such format."""
     names = ["auto", *(format.name for format in FORMATS)]
     if name not in names:
-        near = nearest(name, names)
+        near = nearest(name.lower(), names)
         raise DataError(
             f"unknown format {name!r}",
             where="format",

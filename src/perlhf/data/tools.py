@@ -314,7 +314,9 @@ def _records_or_problems(file: DataFile, format: str, rules: LayoutConfig | None
         rows = _renamed(file, rules, unreadable)
         if (first := next(rows, None)) is not None:
             name = read.detect(first[1]) if format == "auto" else format
-            reader, source = read.reader_of(name, file, rules), itertools.chain([first], rows)
+            own = format == "auto" and name not in read.PUBLISHED
+            reader = read.by_row(name, rules) if own else read.reader_of(name, file, rules)
+            source = itertools.chain([first], rows)
             if name in read.WHOLE_FILE or rules.grades == "comparisons":
                 yield from _of_whole_file(reader, source, file, rules)
             else:

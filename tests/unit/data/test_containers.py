@@ -468,6 +468,65 @@ def test_all_files_are_read_where_none_or_each_is_held_out(tmp_path: Path, capfd
     assert capfd.readouterr().err == ""
 
 
+def test_where_none_says_training_the_held_out_are_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("prefs.jsonl", "prefs_test.jsonl", "dev/a.jsonl"):
+        put(tmp_path / "set" / name, json.dumps({"prompt": name}))
+    assert [row["prompt"] for row in read(tmp_path / "set")] == ["prefs.jsonl"]
+    assert "prefs.jsonl is read, not dev, prefs_test (data.split names others)" in capfd.readouterr().err
+    assert (
+        len(read(tmp_path / "set", Choice(split="test"))) == 1 and len(read(tmp_path / "set", Choice(split="all"))) == 3
+    )
+    assert len(read(split_set(tmp_path / "saved", default=3, test=2))) == 3
+
+
+def test_a_link_to_a_file_of_the_directory_is_not_read_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "set" / "b" / "real.jsonl", json.dumps(ONE))
+    (tmp_path / "set" / "a.jsonl").symlink_to(tmp_path / "set" / "b" / "real.jsonl")
+    (found,) = find(str(tmp_path / "set"))
+    assert found.name.endswith("set/b/real.jsonl")
+    assert "a.jsonl is a link to another of its files" in capfd.readouterr().err
+
+
+def test_empty_parts_of_a_directory_are_left_out_and_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "set" / "part-0.jsonl", LINES)
+    put(tmp_path / "set" / "part-1.jsonl", "")
+    assert len(read(tmp_path / "set")) == 2
+    assert "1 empty files are left out: part-1.jsonl" in capfd.readouterr().err
+    assert "the file is empty" in failure(put(tmp_path / "none" / "a.jsonl", "").parent).what
+
+
+def test_data_under_further_suffixes(tmp_path: Path) -> None:
+    put(tmp_path / "a.jsonl.txt", LINES)
+    put(tmp_path / "b.jsonl.zip", zipped(("b.jsonl", LINES)))
+    put(tmp_path / "c.csv.txt", "prompt,completion\nb,c\n")
+    put(tmp_path / "d.csv", LINES)  # JSON lines, whatever the name says
+    put(tmp_path / "notes.txt", "no data")
+    assert len(read(tmp_path)) == 7
+
+
+def test_tables_that_were_put_together(tmp_path: Path) -> None:
+    twice = "prompt,completion\na,b\n\ufeffprompt,completion\nc,d\n"
+    assert [row["prompt"] for row in read(put(tmp_path / "a.csv", twice))] == ["a", "c"]
+    spaced = 'prompt, chosen, rejected\n"p, q", "a, b", c\n'
+    assert read(put(tmp_path / "b.csv", spaced)) == [{"prompt": "p, q", "chosen": "a, b", "rejected": "c"}]
+    listed = 'prompt,responses,scores\np,"[""a"", ""b""]","[1, 2]"\nq,[sic],\n'
+    assert read(put(tmp_path / "c.csv", listed)) == [
+        {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]},
+        {"prompt": "q", "responses": "[sic]", "scores": None},
+    ]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_numbers_of_classes_become_their_names(tmp_path: Path, kind: str) -> None:
+    """In this file 0 is a thumbs up."""
+    verdict = datasets.ClassLabel(names=["good", "bad"])
+    features = datasets.Features({"prompt": datasets.Value("string"), "label": verdict})
+    whole = datasets.Dataset.from_dict({"prompt": ["a", "b", "c"], "label": [0, 1, -1]}, features=features)
+    path = tmp_path / f"a.{kind}"
+    whole.to_parquet(path) if kind == "parquet" else whole.save_to_disk(path)
+    assert [row["label"] for row in read(path)] == ["good", "bad", None]
+
+
 def test_rows_of_overlapping_training_files_are_read_once(tmp_path: Path) -> None:
     put(tmp_path / "train_prefs.jsonl", '{"prompt": "a"}\n{"prompt": "a"}')
     put(tmp_path / "train_sft.jsonl", '{"prompt": "a"}\n{"prompt": "b"}')

@@ -141,3 +141,15 @@ def test_two_questions_that_could_count_are_named(tmp_path: Path) -> None:
     rules = LayoutConfig(ratings=RatingsConfig(up=1), columns={"rating": "responses.true.0.value"})
     (record,) = reading(tmp_path, row, rules=rules).records
     assert isinstance(record, Rating) and record.label is True
+
+
+@pytest.mark.parametrize("given", ["1", "5"])
+def test_choices_that_are_numbers_are_grades(tmp_path: Path, given: str) -> None:
+    """A choice of 1 among five is no thumbs up."""
+    row = {"prompt": "q", "response": "a", "quality.responses": [given], "quality.responses.users": ["u"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match="the answers have grades"):
+        read_all("a.jsonl", root=tmp_path)
+    rules = LayoutConfig(ratings=RatingsConfig(up=4, down=2))
+    (found,) = read_all("a.jsonl", root=tmp_path, rules=rules).records
+    assert isinstance(found, Rating) and found.label == (given == "5")

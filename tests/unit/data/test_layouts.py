@@ -21,6 +21,7 @@ from data_rows import (
 from perlhf.config.stages import LayoutConfig, RatingsConfig
 from perlhf.data.read import Reading, read_all
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
+from perlhf.data.tools import validate
 from perlhf.errors import DataError
 
 STARS = LayoutConfig(ratings=RatingsConfig(up=4, down=2))
@@ -317,3 +318,105 @@ def test_a_pair_without_a_verdict(tmp_path: Path) -> None:
     row = {"prompt": "Hi?", "response_a": "a", "response_b": "b"}
     error = refused(tmp_path, row, "nothing says which is better", format="arena")
     assert "data.columns: {winner: ...}" in str(error.hint)
+
+
+# ---- Files of several layouts, and what would be misread in silence ------------------------------------------------
+
+
+def test_each_row_is_read_by_its_own_layout(tmp_path: Path) -> None:
+    ask = said("user", "q")
+    found = reading(
+        tmp_path,
+        {"messages": [ask, said("assistant", "a")]},
+        {"messages": [ask, said("assistant", "a")], "rejected_response": "b"},
+        {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "b"},
+        {"instruction": "q", "output": "a"},
+        {"instruction": "q", "input": None},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    )
+    assert not found.skipped
+    kinds = [type(record) for record in found.records]
+    assert kinds == [Demonstration, Comparison, Comparison, Demonstration, Prompt, Comparison, Prompt, Demonstration]
+    assert isinstance(found.records[2], Comparison) and found.records[2].chosen == "b"
+    found = validate([str(tmp_path / "a.jsonl")])
+    assert found.ok and found.records == {"demonstration": 3, "comparison": 3, "prompt": 2}
+
+
+def test_parquet_fills_columns_of_other_rows_with_nulls(tmp_path: Path) -> None:
+    ask = said("user", "q")
+    swift = {"messages": [ask, said("assistant", "a")], "rejected_response": "b", "prompt": None, "completion": None}
+    ours = {"messages": None, "rejected_response": None, "prompt": "q", "completion": "a"}
+    for rows in ((swift, ours), (ours, swift)):
+        found = reading(tmp_path, *rows).records
+        assert {type(record) for record in found} == {Comparison, Demonstration}
+
+
+@pytest.mark.parametrize(
+    ("winner", "chosen"),
+    [
+        ("[[A]]", "a"),
+        ("[[B]]", "b"),
+        ("A>>B", "a"),
+        ("B>A", "b"),
+        ("A<B", "b"),
+        ("B is better", "b"),
+        ("Assistant A", "a"),
+        ("Response B wins", "b"),
+        ("[[C]]", "tie"),
+        ("A=B", "tie"),
+        ("Tie (both bad)", "tie"),
+        (None, "two answers without a verdict"),
+        (" ", "two answers without a verdict"),
+    ],
+)
+def test_verdicts_of_judges(tmp_path: Path, winner: Any, chosen: str) -> None:
+    found = reading(tmp_path, {"prompt": "q", "response_a": "a", "response_b": "b", "winner": winner})
+    assert [record.chosen for record in found.records if isinstance(record, Comparison)] == [chosen] * (
+        len(chosen) == 1
+    )
+    assert found.skipped == ({} if len(chosen) == 1 else {chosen: 1})
+
+
+@pytest.mark.parametrize("winner", [-1, "-1", "_2", "A>A", "N/A", True])
+def test_what_is_no_side_is_refused(tmp_path: Path, winner: Any) -> None:
+    """-1 and 1 are the sides in some files, and must not both be the first answer."""
+    refused(tmp_path, {"prompt": "q", "response_a": "a", "response_b": "b", "winner": winner}, "column 'winner' is")
+
+
+def test_a_zero_among_sides_has_a_hint(tmp_path: Path) -> None:
+    row = {"prompt": "q", "response_a": "a", "response_b": "b", "winner": 0}
+    error = refused(tmp_path, row, "column 'winner' is 0")
+    assert "data.columns: {response_0: response_a, response_1: response_b}" in str(error.hint)
+    rules = LayoutConfig(columns={"response_0": "response_a", "response_1": "response_b"})
+    assert one(tmp_path, row, "arena", rules).chosen == "a"
+    assert one(tmp_path, row | {"winner": 1}, "arena", rules).chosen == "b"
+
+
+@pytest.mark.parametrize("said_so", [{"choice": 2}, {"score_a": 1, "score_b": 5}, {"label": "B"}, {"better": "second"}])
+def test_any_verdict_beside_two_answers_makes_a_comparison(tmp_path: Path, said_so: dict[str, Any]) -> None:
+    found = one(tmp_path, {"prompt": "q", "response_a": "a", "response_b": "b"} | said_so, "arena")
+    assert (found.chosen, found.rejected) == ("b", "a")
+
+
+def test_a_preference_whose_input_is_json_in_a_table(tmp_path: Path) -> None:
+    asked = json.dumps({"messages": [said("user", "q")]})
+    answers = [json.dumps([said("assistant", text)]) for text in ("a", "b")]
+    row = {"input": asked, "preferred_output": answers[0], "non_preferred_output": answers[1]}
+    assert one(tmp_path, row, "openai") == Comparison((said("user", "q"),), "a", "b", "q", source="a.jsonl:1")
+
+
+@pytest.mark.parametrize("grades", ["comparisons", "ignore"])
+def test_two_rules_for_grades_are_refused(grades: Any) -> None:
+    with pytest.raises(ValueError, match="give one of them"):
+        LayoutConfig(ratings=RatingsConfig(up=4), grades=grades)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "chosen"), [(False, True, "b"), ("True", "False", "a"), ("1", "0", "a"), (0.0, 1.0, "b")]
+)
+def test_winners_of_one_column_each(tmp_path: Path, first: Any, second: Any, chosen: str) -> None:
+    row = {"prompt": "q", "response_a": "a", "response_b": "b", "winner_model_a": first, "winner_model_b": second}
+    assert one(tmp_path, row, "arena").chosen == chosen
+    refused(tmp_path, row | {"winner_model_a": True, "winner_model_b": True}, "winner_model_a and winner_model_b are")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from perlhf.data.read import read
+from perlhf.data.read import read, read_all
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
 from perlhf.errors import DataError
 
@@ -263,3 +263,128 @@ def test_what_is_refused_by_name(tmp_path: Path, row: dict[str, Any], what: str)
     empty = {name: cell for name, cell in row.items() if name in ("prompt", "completion")} | {"images": []}
     if "completion" in empty:
         assert one(tmp_path, empty).completion == "b"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [HI, YES], "chosen": "Yes", "rejected": "No"},
+        {"prompt": [HI, YES], "chosen": [YES], "rejected": [NO]},
+        {"messages": [HI, NO], "chosen": "Yes", "rejected": "No"},
+        {"messages": [HI, YES], "chosen": {"role": "assistant", "content": "Yes"}, "rejected": NO},
+        {"prompt": "User: Hi!\n\nAssistant:", "chosen": " Yes", "rejected": " No"},
+    ],
+)
+def test_an_answer_that_ends_the_prompt_is_not_asked_again(tmp_path: Path, row: dict[str, Any]) -> None:
+    assert records(tmp_path, row) == [Comparison((HI,), "Yes", "No", "hi", source="a.jsonl:1")]
+
+
+def test_a_completion_that_ends_the_prompt_is_not_asked_again(tmp_path: Path) -> None:
+    (found,) = records(tmp_path, {"messages": [HI, YES], "completion": "Yes", "label": 0})
+    assert found == Rating((HI,), "Yes", False, "hi", source="a.jsonl:1")
+    (found,) = records(tmp_path, {"prompt": [HI, {"role": "assistant", "content": "Y"}], "completion": "es"})
+    assert len(found.prompt) == 2  # an answer that is begun
+
+
+@pytest.mark.parametrize("mark", ["Human: {}\n\nAssistant: {}", "USER: {}\n\nASSISTANT: {}", "User: {}\nAssistant: {}"])
+def test_transcripts_in_answers_to_a_plain_prompt(tmp_path: Path, mark: str) -> None:
+    row = {"chosen": mark.format("Hi!", "Yes"), "rejected": mark.format("Hi!", "No")}
+    asked, alone = records(tmp_path, {"prompt": "Hi!"} | row, {"prompt": None, "weight": 1} | row)
+    assert asked == Comparison("Hi!", "Yes", "No", "hi", source="a.jsonl:1")
+    assert alone == Comparison((HI,), "Yes", "No", "hi", source="a.jsonl:2")
+    (other,) = records(tmp_path, {"prompt": "Bye!"} | row)
+    assert other.chosen == row["chosen"]
+
+
+def test_a_system_turn_of_a_transcript(tmp_path: Path) -> None:
+    row = {side: f"System: Be kind.\n\nHuman: Hi!\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    (found,) = records(tmp_path, row)
+    assert found.prompt == ({"role": "system", "content": "Be kind."}, HI) and found.rejected == "rejected"
+
+
+@pytest.mark.parametrize("name", ["system_message", "system_prompt", "sys_prompt"])
+def test_names_of_the_system_column(tmp_path: Path, name: str) -> None:
+    (found,) = records(tmp_path, {name: "Be kind.", "prompt": "Hi!", "completion": "Yes"})
+    assert found.prompt == ({"role": "system", "content": "Be kind."}, HI)
+
+
+@pytest.mark.parametrize("name", ["quality", "helpfulness", "human_rating", "Rating", "Star Rating", "n_stars"])
+def test_more_names_of_grades_are_not_imitated(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="the answers have grades") as caught:
+        records(tmp_path, {"prompt": "Hi!", "completion": "No", name: 1})
+    assert caught.value.hint == "data.ratings: {up: ..., down: ...}"  # one grade shows no scale
+    (remark,) = records(tmp_path, {"prompt": "Hi!", "completion": "Yes", "quality": "checked by Ann"})
+    assert isinstance(remark, Demonstration)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "label"),
+    [
+        ("is_correct", False, False),
+        ("helpful", "True", True),
+        ("is_safe", False, False),
+        ("thumbs_down", True, False),
+        ("thumbs_down", 1, False),
+        ("label", "thumbs-up", True),
+        ("label", "not_helpful", False),
+        ("label", "chosen", True),
+        ("Label", "Bad", False),
+        ("label", "-1", False),
+    ],
+)
+def test_more_words_of_labels(tmp_path: Path, name: str, content: Any, label: bool) -> None:
+    (found,) = records(tmp_path, {"prompt": "Hi!", "completion": "Yes", name: content})
+    assert found == Rating("Hi!", "Yes", label, "hi", source="a.jsonl:1")
+
+
+def test_names_with_capitals_and_spaces(tmp_path: Path) -> None:
+    found = records(tmp_path, {"Prompt": "Hi!", "Chosen": "Yes", "REJECTED": "No", "Id": 1})
+    assert found == [Comparison("Hi!", "Yes", "No", "hi", source="a.jsonl:1")]
+    (found,) = records(tmp_path, {"Prompt": "Hi!", "Response A": "Yes", "Response B": "No", "Winner": "B"})
+    assert found.chosen == "No"
+    (found,) = records(tmp_path, {"prompt": "Hi!", "Star": 3})
+    assert found == Prompt("Hi!", "hi", source="a.jsonl:1", columns={"Star": 3})
+
+
+def test_no_thumb_at_all_is_no_thumbs_down(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "thumbs_up": 0, "thumbs_down": 0}))
+    assert read_all("a.jsonl", root=tmp_path).skipped == {"an answer without a thumb": 1}
+
+
+def test_shared_turns_may_differ_in_notes_and_blanks(tmp_path: Path) -> None:
+    sides = {"chosen": [HI | {"id": 1}, YES], "rejected": [HI | {"id": 2}, NO]}
+    assert [record.chosen for record in records(tmp_path, sides)] == ["Yes"]
+    (found,) = records(tmp_path, {"prompt": [HI], "chosen": [HI | {"content": "Hi! "}, YES], "rejected": "No"})
+    assert found == Comparison((HI,), "Yes", "No", "hi", source="a.jsonl:1")
+
+
+def test_conversations_that_begin_with_another_prompt_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="begin with something else than the prompt") as caught:
+        records(tmp_path, {"prompt": "Be kind.", "chosen": [HI, YES], "rejected": [HI, NO]})
+    assert "{system: prompt}" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"loss": False}, {"train": False}])
+def test_messages_that_are_not_to_be_learned(tmp_path: Path, flag: dict[str, Any]) -> None:
+    (found,) = records(tmp_path, {"messages": [HI, YES, HI, NO | flag]})
+    assert found == Demonstration((HI,), "Yes", "hi", source="a.jsonl:1")
+
+
+def test_earlier_exchanges_beside_a_prompt(tmp_path: Path) -> None:
+    row = {"prompt": "Hi!", "history": [["Who?", "Me"]], "system": "Be kind."}
+    asked = ({"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}, HI)
+    system = {"role": "system", "content": "Be kind."}
+    answered, compared, other = records(
+        tmp_path,
+        row | {"response": "Yes"},
+        row | {"chosen": "Yes", "rejected": "No"},
+        {"prompt": "Hi!", "history": "a note", "completion": "Yes"},
+    )
+    assert answered.prompt == compared.prompt == (system, *asked)
+    assert other.prompt == "Hi!"
+
+
+@pytest.mark.parametrize("name", ["rejected", "rejected_response"])
+def test_a_response_and_a_rejected_one_make_a_comparison(tmp_path: Path, name: str) -> None:
+    found = records(tmp_path, {"prompt": "Hi!", "response": "Yes", name: "No"})
+    assert found == [Comparison("Hi!", "Yes", "No", "hi", source="a.jsonl:1")]

@@ -2,14 +2,15 @@
 
 Rule: a null counts as absent, and so does NaN in a column of numbers. Keys that are null in the objects of a list
 (messages lie there with all keys of all messages) are left out, `role` and `content` excepted. A struct of lists with a
-role and a content is a list of messages. Dates become text, bytes become text where they are UTF-8.
+role and a content is a list of messages. Dates become text, bytes become text where they are UTF-8. A number that
+stands for a name (`ClassLabel` of `datasets`) becomes that name, since only the names say which number is good.
 """
 
 import datetime
 import decimal
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,7 +208,8 @@ def _checked(batches: Iterable["pyarrow.RecordBatch"]) -> Iterator["pyarrow.Reco
 
 def _batch_rows(batch: "pyarrow.RecordBatch") -> Iterator[dict[str, Any]]:
     names = batch.schema.names
-    mend = [_mended(field.type) for field in batch.schema]
+    classes = _class_names(batch.schema.metadata)
+    mend = [_named(classes[field.name]) if field.name in classes else _mended(field.type) for field in batch.schema]
     for start in range(0, batch.num_rows, _ROWS):
         part = batch.slice(start, _ROWS)
         columns = []
@@ -216,6 +218,27 @@ def _batch_rows(batch: "pyarrow.RecordBatch") -> Iterator[dict[str, Any]]:
             columns.append([None if cell is None else change(cell) for cell in cells] if change else cells)
         for cells in zip(*columns, strict=True):
             yield dict(zip(names, cells, strict=True))
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """The names of the classes of each column that `datasets` says to hold numbers of classes."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        labels = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+        return {name: [str(one) for one in kind["names"]] for name, kind in labels.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _named(classes: list[str]) -> Callable[[Any], Any]:
+    """The name of a class for its number; -1 is how `datasets` writes that there is none."""
+
+    def name(cell: Any) -> Any:
+        if not isinstance(cell, int) or isinstance(cell, bool) or cell >= len(classes):
+            return cell
+        return classes[cell] if cell >= 0 else None
+
+    return name
 
 
 def _storage(column: "pyarrow.Array") -> "pyarrow.Array":

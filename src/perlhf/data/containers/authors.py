@@ -2,8 +2,8 @@
 
 Rule: where some names say training (`train`, `train_sft`, `training`) and others say that they are held out (`test`,
 `validation`, `valid`, `val`, `dev`, `eval`, `heldout`, alone or as a word of the name), only those for training are
-read. `data.split` names others: a whole name, a side (`test` also takes `test_sft`), several joined by `+`, or `all`.
-What is left out is told in one line.
+read; where none says training, those that say nothing (`prefs` beside `prefs_test`). `data.split` names others: a whole
+name, a side (`test` also takes `test_sft`), several joined by `+`, or `all`. What is left out is told in one line.
 """
 
 import functools
@@ -63,7 +63,9 @@ def choose(names: Sequence[str], split: str | None, where: str) -> list[str]:
             allowed="a split named for training, or one that is named",
             hint=f"name what to read: data.split {held_out[0]!r}, or 'all'",
         )
-    if not training or not held_out:
+    if not training:
+        training = [name for name in names if name not in held_out]
+    if not held_out:
         return list(names)
     tell_left_out(where, training, [name for name in names if name not in training])
     return training

@@ -2,7 +2,9 @@
 
 Rule: of tab, comma, semicolon and bar the delimiter is the one that parts the header into most columns (always the tab
 in a .tsv file). An empty cell counts as absent; `weight` and `margin` are numbers. A cell that holds a list of messages
-or tools, as JSON or as Python prints it, is read as that list. A .tsv file whose first line is a Taskmaster dialog
+or tools, as JSON or as Python prints it, is read as that list, and JSON lists of texts and numbers are in columns that
+have one for each of several answers. A header that is repeated further down, as in files put one after the other, is
+no row. A .tsv file whose first line is a Taskmaster dialog
 (`source`, `target`, dialog id) has no header.
 """
 
@@ -20,6 +22,7 @@ from perlhf.errors import DataError
 _DELIMITERS = "\t,;|"
 _TASKMASTER = re.compile(r"[<\[](U|A|PN|PAN|PAV|PR|PRAN|PRAV|S|C)[>\]]")
 _STRUCTURED = ("messages", "conversations", "conversation", "tools")
+_LISTS = ("responses", "completions", "answers", "generations", "scores", "ratings", "ranks", "rewards", "history")
 _NUMBERS = ("weight", "margin")
 _LIST_OF_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value|name|tool_calls)['"]\s*:""")
 
@@ -66,7 +69,8 @@ def _table_rows(numbered: Iterator[tuple[int, str]], delimiter: str, name: str) 
             yield line + "\n"
 
     csv.field_size_limit(LONGEST)  # of the whole process; its default refuses long texts
-    reader = csv.reader(terminated(), delimiter=delimiter, strict=True)
+    spaced = len(parts := first_line.split(delimiter)) > 1 and all(part[:1] == " " for part in parts[1:])
+    reader = csv.reader(terminated(), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     columns: list[str] | None = None
     empty, start = True, first_number
     try:
@@ -74,7 +78,7 @@ def _table_rows(numbered: Iterator[tuple[int, str]], delimiter: str, name: str) 
             where, start = f"{name}:{start}", first_number + lines_read
             if columns is None:
                 columns = _checked_header(cells, where)
-            elif cells and any(cells):
+            elif cells and any(cells) and not _is_header(cells, columns):
                 empty = False
                 yield where, _row(columns, cells, where, delimiter)
     except csv.Error as error:
@@ -92,8 +96,16 @@ def _table_rows(numbered: Iterator[tuple[int, str]], delimiter: str, name: str) 
         )
 
 
+def _is_header(cells: list[str], columns: list[str]) -> bool:
+    return len(cells) == len(columns) > 1 and _names(cells) == columns
+
+
+def _names(cells: list[str]) -> list[str]:
+    return [cell.strip().lstrip("\ufeff") for cell in cells]
+
+
 def _checked_header(cells: list[str], where: str) -> list[str]:
-    columns = [cell.strip().lstrip("\ufeff") for cell in cells]
+    columns = _names(cells)
     named = [column for column in columns if column]
     if twice := next((column for column in named if named.count(column) > 1), None):
         raise DataError(f"column {twice!r} appears twice in the header", where=where, allowed="each name once")
@@ -141,6 +153,11 @@ def _cell(column: str, cell: str) -> Any:
             return float(cell)
         except ValueError:
             return cell  # the reader says what is wrong with it
+    if column in _LISTS and cell.lstrip()[:1] == "[":
+        try:
+            return decode(cell)
+        except (ValueError, RecursionError):
+            pass  # a text, or a list as Python prints it
     if cell[0] not in "[{ " or not (
         _LIST_OF_TURNS.match(cell) or (column in _STRUCTURED and cell.lstrip()[:1] in ("[", "{"))
     ):

@@ -18,7 +18,7 @@ from perlhf.errors import DataError
 BLOCK = 1 << 20
 MOST_UNPACKED, MOST_RATIO = 512 << 20, 200
 """A packed file that grows beyond so many bytes, and beyond so many times its own size, is refused."""
-PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+PACKED_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz", ".zip")
 _GZIP, _ZSTD, _BZIP2, _XZ, _ZIP = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00", b"PK\x03\x04"
 _KINDS = {_GZIP: "gzip", _ZSTD: "zstd", _BZIP2: "bzip2", _XZ: "xz", _ZIP: "zip"}
 _HEAD = 512

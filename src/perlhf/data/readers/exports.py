@@ -221,6 +221,8 @@ def _meaning(row: Mapping[str, Any], said: dict[str, Any], where: str) -> dict[s
         elif "completion" not in row:
             if isinstance(content, str):
                 meanings[name] = {"completion": content}
+        elif isinstance(content, str) and content.strip().isdecimal():
+            meanings[name] = {"rating": int(content)}  # of a scale: its 1 is no thumbs up
         elif isinstance(content, str) and label_of(content) is not None:
             meanings[name] = {"label": content}
         elif isinstance(content, bool):

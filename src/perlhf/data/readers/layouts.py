@@ -5,18 +5,19 @@ ShareGPT, Alpaca, ms-swift, OpenAI; and judged answers: UltraFeedback, HelpSteer
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from perlhf.config.stages import LayoutConfig
-from perlhf.data.fields import Row, Skipped, items, mapping, message, number, text, value, wrong_type
+from perlhf.data.fields import Row, Skipped, items, label_of, mapping, message, number, text, value, wrong_type
 from perlhf.data.readers.messages import listed, messages
-from perlhf.data.readers.trl import trl
+from perlhf.data.readers.trl import after_history, trl
 from perlhf.data.records import Record
 from perlhf.errors import DataError
 
 TIE = "tie"
 """Why a comparison without a preference is skipped; `data.ties: error` refuses it instead."""
+UNJUDGED = "two answers without a verdict"
 Made = dict[str, Any] | Skipped
 
 PAIRS = (
@@ -46,7 +47,7 @@ _TIES = {
     "tie",
     "ties",
     "tie (bothbad)",
-    "tie(bothbad)",
+    "tie (bothgood)",
     "bothbad",
     "both_bad",
     "both bad",
@@ -56,9 +57,11 @@ _TIES = {
 }
 _TIES |= {"same", "draw", "neither", "none", "no preference", "no_preference", "about the same"}
 _SIDE = re.compile(
-    r"(?:model|response|answer|assistant|completion|output|option|conversation|text|summary|candidate)?[ _-]?"
-    r"(?P<side>a|b|0|1|2|left|right|first|second)"
+    r"(?:(?:model|response|answer|assistant|completion|output|option|conversation|text|summary|candidate)[ _-]?)?"
+    r"(?P<side>a|b|0|1|2|left|right|first|second)(?:(?: is)? (?:better|wins?|won))?"
 )
+_ORDER = re.compile(r"(a|b)\s*(>+|<+|=+)\s*(a|b)")
+"""A judge's `A>>B`, `A=B`."""
 _FIRST, _SECOND = ("a", "left", "first"), ("b", "right", "second")
 _LISTS = ("scores", "ratings", "rating", "grades", "rewards", "ranks", "ranking")
 """Columns with a number for each of several answers."""
@@ -143,9 +146,26 @@ def arena(rows: Iterable[Row], rules: LayoutConfig | None = None) -> Iterator[Re
     stands in `winner_model_a`, `winner_model_b`, `better_response_id`, or follows from `score_0` and `score_1`. Ties
     are skipped (`data.ties`). What both conversations begin with is the prompt, the turns that follow are the answers;
     after the judged `turn` they are cut. Prompts and answers that are JSON of a list are the turns of a conversation.
-    Group: first user turn.
+    A row whose verdict is empty is skipped. Group: first user turn.
     """
-    yield from trl(_made(rows, pair_row), rules)
+    yield from trl(_judged_rows(rows), rules)
+
+
+def _judged_rows(rows: Iterable[Row]) -> Iterator[Row | Skipped]:
+    for where, row in rows:
+        if _lacks_verdict(row):
+            yield Skipped(UNJUDGED, where)
+        else:
+            yield from _made([(where, row)], pair_row)
+
+
+def _lacks_verdict(row: Mapping[str, Any]) -> bool:
+    """True where nobody has filled in who won."""
+    given = {name for name, content in row.items() if content is not None and str(content).strip()}
+    others = (*VERDICTS, *_STRENGTHS, *_WINNERS, *_BETTER)
+    pair = pair_of(row)
+    scored = pair is not None and given.issuperset(_scores_of(pair))
+    return any(name in row for name in VERDICTS) and given.isdisjoint(others) and not scored
 
 
 def by_columns(row: dict[str, Any], where: str) -> Made:
@@ -202,7 +222,7 @@ def _alpaca_row(row: dict[str, Any], where: str) -> Made:
         text(row, "instruction", where)
     question = "\n".join(row[name] for name in asked)
     rest = _without(row, "instruction", "input", "context", "output", "response", "history", "prompt", "text")
-    made = rest | {"prompt": _after_history(row, question, where)}
+    made = rest | {"prompt": after_history(row, question, where)}
     answer = row.get("output", row.get("response"))
     if "chosen" in row or "rejected" in row or answer is None:
         return made
@@ -211,20 +231,10 @@ def _alpaca_row(row: dict[str, Any], where: str) -> Made:
     return made | {"completion": answer}
 
 
-def _after_history(row: dict[str, Any], question: str, where: str) -> Any:
-    """The question, as a message after the earlier exchanges where there are some."""
-    earlier: list[Any] = []
-    for pair in items(row, "history", where) if row.get("history") else []:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            wrong_type(pair, "a part of 'history'", "a list of a question and its answer", where)
-        earlier += [message("user", pair[0]), message("assistant", pair[1])]
-    return [*earlier, message("user", question)] if earlier else question
-
-
 def _swift_row(row: dict[str, Any], where: str) -> Made:
     rest = _without(row, "rejected_response", "rejected_messages", "query", "history")
     if "messages" not in row:
-        made = rest | {"prompt": _after_history(row, text(row, "query", where), where)}
+        made = rest | {"prompt": after_history(row, text(row, "query", where), where)}
         if "rejected_response" not in row:
             return made
         return _without(made, "response") | {
@@ -254,9 +264,10 @@ def _openai_row(row: dict[str, Any], where: str) -> Made:
         name = next((name for name in (f"{theirs}_output", f"{theirs}_completion") if name in row), f"{theirs}_output")
         rest[ours] = value(row, name, where)
         rest.pop(name)
-    if not isinstance(row["input"], dict):
-        return rest | {"prompt": row["input"]}
-    asked = {name: content for name, content in row["input"].items() if content is not None}
+    given = listed(row["input"])
+    if not isinstance(given, dict):
+        return rest | {"prompt": given}
+    asked = {name: content for name, content in given.items() if content is not None}
     kept = {name: asked[name] for name in ("tools", "functions") if name in asked}
     return rest | kept | {"prompt": value(asked, "messages", where)}
 
@@ -344,6 +355,18 @@ def _helpsteer_row(row: dict[str, Any], where: str) -> Made:
 def pair_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
     """The columns of a row that hold two answers."""
     return next((pair for pair in PAIRS if pair[0] in row and pair[1] in row), None)
+
+
+def is_judged_pair(names: Collection[str]) -> bool:
+    """Whether columns hold two answers, and a verdict or a score of each."""
+    pair = next((pair for pair in PAIRS if pair[0] in names and pair[1] in names), None)
+    return pair is not None and (
+        any(name in names for name in VERDICTS) or all(name in names for name in _scores_of(pair))
+    )
+
+
+def _scores_of(pair: tuple[str, str]) -> list[str]:
+    return [name.replace(name.rstrip("ab012").rstrip("_"), "score") for name in pair]
 
 
 def pair_row(row: dict[str, Any], where: str) -> Made:
@@ -434,18 +457,24 @@ def _verdict(row: dict[str, Any], pair: tuple[str, str], where: str) -> tuple[in
             wrong_type(row[strength], f"column {strength!r}", "a number", where)
         return (None if by == 0 else int(by > 0)), abs(by), [strength]
     if all(name in row for name in _WINNERS):
-        won = [_float(row[name]) for name in _WINNERS]
-        return (None if won[0] == won[1] else int(won[1] == 1)), None, [*_WINNERS, "winner_tie"]
+        won = [label_of(row[name]) for name in _WINNERS]
+        if None in won or won == [True, True]:
+            raise DataError(
+                f"columns {' and '.join(_WINNERS)} are {row[_WINNERS[0]]!r:.30} and {row[_WINNERS[1]]!r:.30}",
+                where=where,
+                allowed="1 and 0, 0 and 1, or 0 and 0 for a tie",
+            )
+        return (None if won == [False, False] else int(won[1] is True)), None, [*_WINNERS, "winner_tie"]
     if any(name in row for name in _BETTER):
         return _side(row[_BETTER[0]], _BETTER[0], row, pair, where), None, [*_BETTER]
     name = next((name for name in VERDICTS if name in row), None)
     if name is not None:
         return _side(row[name], name, row, pair, where), None, [name]
-    scores = [name.replace(name.rstrip("ab012").rstrip("_"), "score") for name in pair]
+    scores = _scores_of(pair)
     graded = [_float(row.get(name)) for name in scores]
     if graded[0] is not None and graded[1] is not None:
         by = graded[1] - graded[0]
-        return (None if by == 0 else int(by > 0)), abs(by), scores
+        return (None if by == 0 else int(by > 0)), abs(by), [*scores]
     raise DataError(
         f"there are two answers ({pair[0]}, {pair[1]}) and nothing says which is better",
         where=where,
@@ -458,10 +487,14 @@ def _side(verdict: Any, name: str, row: dict[str, Any], pair: tuple[str, str], w
     """0 or 1 for the first or second answer, None for a tie."""
     side = side_of(verdict, row, pair)
     if side == "":
+        zero = str(verdict) in ("0", "0.0")
         raise DataError(
             f"column {name!r} is {verdict!r:.60}",
             where=where,
             allowed=f"model_a, model_b, a, b, left, right, {pair[0]}, {pair[1]}, 1 or 2, or tie",
+            hint=f"where 0 is the first answer: `data.columns: {{response_0: {pair[0]}, response_1: {pair[1]}}}`"
+            if zero
+            else None,
         )
     return side
 
@@ -474,14 +507,17 @@ def side_of(verdict: Any, row: Mapping[str, Any], pair: tuple[str, str]) -> Any:
         verdict = str(verdict) if abs(verdict) < 10 else ""
     if not isinstance(verdict, str):
         return ""
-    word = verdict.strip().lower()
+    word = verdict.strip().lower().removeprefix("[[").removesuffix("]]")
     named = (row.get("model_a"), row.get("model_b"))
     if verdict in named and named[0] != named[1]:
         return named.index(verdict)
     if word in (part.lower() for part in pair):
         return [part.lower() for part in pair].index(word)
-    if word in _TIES:
+    word = re.sub(r"\s*\(\s*both[ _-]?(bad|good)\s*\)", r" (both\1)", word)
+    if word in _TIES or (word == "c" and "[[" in verdict):
         return None
+    if (order := _ORDER.fullmatch(word)) and order[1] != order[3]:
+        return None if order[2][0] == "=" else int((order[1] == "b") == (order[2][0] == ">"))
     match = _SIDE.fullmatch(word)
     if match is None:
         return ""

@@ -42,7 +42,9 @@ _SPEAKING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "t
 """Keys that make a turn without content no empty one."""
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _MEDIA_PARTS = ("image", "audio", "video", "file", "document")
-_HUMANS = ("Human", "User")
+_HUMANS = ("Human", "User", "HUMAN", "USER")
+_BEGINS = re.compile(r"\s*(?:### )?(?:Human|User|HUMAN|USER|System|SYSTEM):")
+_SYSTEM = re.compile(r"(?:System|SYSTEM):(?P<text>.*?)\n+(?=(?:Human|User|HUMAN|USER):)", re.DOTALL)
 _DEEPEST = 40
 
 
@@ -90,26 +92,40 @@ def transcript(content: str) -> tuple[Message, ...] | None:
     Where nowhere a blank line precedes the assistant, one line break does; `### Human: ... ### Assistant: ...` needs
     none. A last `Assistant:` with nothing after it, where the answer belongs, is no turn. None for any other text.
     """
+    if not _BEGINS.match(content):
+        return None
     if "\r" in content:
         content = content.replace("\r\n", "\n")
     begun = content.lstrip()
+    system, begun = _system_before(begun)
     first = next((name for name in _HUMANS if begun.startswith((f"{name}:", f"### {name}:"))), None)
     if first is None:
         return None
-    gap = "### " if begun.startswith("###") else "\n\n" if "\n\nAssistant:" in begun else "\n"
-    _, *parts = re.split(rf"{gap}({first}|Assistant):", begun if gap == "### " else gap + begun)
+    answering = "ASSISTANT" if first.isupper() else "Assistant"
+    gap = "### " if begun.startswith("###") else "\n\n" if f"\n\n{answering}:" in begun else "\n"
+    _, *parts = re.split(rf"{gap}({first}|{answering}):", begun if gap == "### " else gap + begun)
     turns = [
-        message("assistant" if mark == "Assistant" else "user", part.strip())
+        message("assistant" if mark == answering else "user", part.strip())
         for mark, part in zip(parts[::2], parts[1::2], strict=True)
     ]
-    if not content.startswith("\n\nHuman:") and all(turn["role"] == "user" for turn in turns):
+    if system:
+        turns.insert(0, message("system", system))
+    if not content.startswith("\n\nHuman:") and all(turn["role"] != "assistant" for turn in turns):
         return None
     return tuple(turns[:-1] if turns[-1] == message("assistant", "") else turns)
 
 
+def _system_before(content: str) -> tuple[str, str]:
+    """The text after a first `System:`, and what follows it from the first turn on."""
+    match = _SYSTEM.match(content)
+    return (match["text"].strip(), content[match.end() :]) if match else ("", content)
+
+
 def transcript_prompt(content: str) -> tuple[Message, ...] | None:
     """The turns of a prompt that is surely a transcript: it asks for the assistant's turn, or begins as HH's do."""
-    surely = content.rstrip().endswith("Assistant:") or content.startswith(("\n\nHuman:", "\r\n\r\nHuman:"))
+    surely = content.rstrip().endswith(("Assistant:", "ASSISTANT:")) or content.startswith(
+        ("\n\nHuman:", "\r\n\r\nHuman:")
+    )
     return transcript(content) if surely else None
 
 

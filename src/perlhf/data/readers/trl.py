@@ -11,7 +11,20 @@ from itertools import combinations
 from typing import Any
 
 from perlhf.config.stages import LayoutConfig
-from perlhf.data.fields import Row, Skipped, checked, is_blank, label_of, message, number, prompt_group, text, value
+from perlhf.data.fields import (
+    Row,
+    Skipped,
+    checked,
+    is_blank,
+    items,
+    label_of,
+    message,
+    number,
+    prompt_group,
+    text,
+    value,
+    wrong_type,
+)
 from perlhf.data.readers.messages import (
     as_messages,
     completion,
@@ -44,7 +57,7 @@ _OTHER_NAMES = {
     "completion": ("response",),
     "label": ("kto_tag", "thumbs_up", "thumbs", "thumb"),
     "rating": ("stars", "star_rating", "score", "grade", "reward", "overall_rating", "overall_score", "ratings"),
-    "system": ("system_prompt",),
+    "system": ("system_prompt", "system_message", "system_instruction", "sys_prompt"),
     "tools": ("functions",),
     "chosen": ("chosen_response",),
     "rejected": ("rejected_response",),
@@ -61,8 +74,27 @@ _QUESTIONS = ("question", "query", "instruction", "input", "problem")
 """Where comparisons without `prompt` have it."""
 _FEEDBACK = ("feedback", "vote", "liked", "accepted", "upvoted")
 """Columns that are a label where they hold one, and may be anything else (a remark)."""
+_GRADES = ("user_rating", "human_rating", "rating_score", "human_score", "quality", "helpfulness", "star", "n_stars")
+"""Columns that are a grade where they hold a number."""
+_LEARNED = ("weight", "loss", "train")
+"""Keys of a message that say whether it is learned: OpenAI's, ms-swift's, axolotl's."""
+_SAID = ("role", "content", "tool_calls", "reasoning_content")
+_YES_OR_NO = (
+    "is_good",
+    "is_correct",
+    "correct",
+    "is_helpful",
+    "helpful",
+    "is_positive",
+    "is_preferred",
+    "is_desirable",
+    "is_safe",
+)
+"""Columns that are a label where they hold true or false."""
+_AGAINST = ("thumbs_down", "thumb_down", "disliked", "downvoted", "is_bad")
+"""Columns that are a thumbs down where they hold true."""
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-_USED_BY_PROMPTS = {*COLUMNS, "system", "system_prompt", "tools", "functions"}
+_USED_BY_PROMPTS = {*COLUMNS, "system", *_OTHER_NAMES["system"], "tools", "functions"}
 _REPEATED_WORDS = 4
 """Least words of a prompt that both answers repeat on their first line for it to be cut off."""
 
@@ -133,6 +165,29 @@ def read_row(row: Mapping[str, Any], where: str) -> Record | Skipped | tuple[flo
     return checked(Prompt(_with_system(prompt, row, where), group, source, _tools(row, where), columns), where)
 
 
+_FOLDED = {*COLUMNS, *ALSO, *(other for others in _OTHER_NAMES.values() for other in others), *_QUESTIONS} | {
+    *(name for pair in _SCORES for name in pair),
+    *("conversations", "conversation", "output", "history", "response", "winner", "model_a", "model_b"),
+    *(f"{answer}_{side}" for answer in ("response", "answer", "completion", "output") for side in "ab12"),
+}
+_FIRST = ("prompt", "chosen", "messages", "conversations", "instruction", "question", "response_a")
+_ANSWERED = ("completion", "response", "output", "messages", "conversations")
+
+
+@lru_cache(maxsize=1024)
+def folded(names: tuple[str, ...]) -> dict[str, str]:
+    """Names that spreadsheets write with capitals or spaces, to ours.
+
+    Where the file has a first column of ours as it is, only a verdict beside an answer may be written so.
+    """
+    taken, allowed = set(names), _FOLDED
+    if not taken.isdisjoint(_FIRST):
+        allowed = set() if taken.isdisjoint(_ANSWERED) else {"label", "rating", *_OTHER_NAMES["rating"], *_GRADES}
+    ours = {name: "_".join(name.lower().split()) for name in names}
+    found = {name: our for name, our in ours.items() if our != name and our in allowed and our not in taken}
+    return found if len({*found.values()}) == len(found) else {}
+
+
 def slip_of(name: str) -> str | None:
     """The column of this reader that `name` is one slip away from; None for a column's own name and any other word."""
     known = (*COLUMNS, *ALSO)
@@ -163,6 +218,8 @@ def _our_names(names: tuple[str, ...]) -> dict[str, str]:
         other = next((other for other in others if other in taken), None)
         if other is not None:
             ours[other] = name
+    if "chosen" not in taken and "response" in taken and {"rejected", "rejected_response"} & taken:
+        ours |= {"response": "chosen", "rejected_response": "rejected"}
     if {"chosen", "rejected"} <= taken | set(ours.values()) and not {"prompt", "messages"} & taken:
         question = next((name for name in _QUESTIONS if name in taken), None)
         if question is not None:
@@ -179,7 +236,8 @@ def _comparison(row: dict[str, Any], where: str) -> Comparison:
     if "prompt" not in row and "messages" in row and not (isinstance(chosen, list) and isinstance(rejected, list)):
         row = row | {"prompt": row["messages"]}
     if "prompt" in row:
-        prompt, chosen, rejected = _after_prompt(row["prompt"], _prompt(row, where), chosen, rejected, where)
+        asked = _without_answer(_prompt(row, where), (chosen, rejected))
+        prompt, chosen, rejected = _after_prompt(row["prompt"], asked, chosen, rejected, where)
     elif isinstance(chosen, list) and isinstance(rejected, list):
         prompt, chosen, rejected = _parted(
             messages(chosen, "chosen", where), messages(rejected, "rejected", where), where
@@ -205,8 +263,8 @@ def _comparison(row: dict[str, Any], where: str) -> Comparison:
 def _completion(row: dict[str, Any], where: str) -> Record | Skipped | tuple[float, Rating]:
     if "prompt" not in row and "messages" in row:
         row = row | {"prompt": row["messages"]}
-    prompt = _prompt(row, where)
     answer = _listed_answer(row, "completion", where)
+    prompt = _without_answer(_prompt(row, where), (answer,))
     _refuse_misspelt(row, ("label", "weight"), where)
     return _judged(row, prompt, _answer(answer, row["prompt"], prompt, where), where)
 
@@ -220,20 +278,29 @@ def _last_turn(row: dict[str, Any], where: str) -> Record | Skipped | tuple[floa
             allowed="a conversation whose last message is the answer",
             hint="to read it as a prompt: `data.columns: {prompt: messages}`",
         )
-    if any("weight" in turn for turn in turns):
-        learned = [number for number, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("weight", 1)]
+    if any(flag in turn for turn in turns for flag in _LEARNED):
+        learned = [number for number, turn in enumerate(turns) if turn["role"] == "assistant" and _is_learned(turn)]
         if not learned:
             return Skipped("every assistant message has the weight 0", where)
         turns = turns[: learned[-1] + 1]
-        turns = tuple({key: part for key, part in turn.items() if key != "weight"} for turn in turns)
+        turns = tuple({key: part for key, part in turn.items() if key not in _LEARNED} for turn in turns)
     return _judged(row, turns[:-1], completion(turns[-1:]), where)
 
 
-def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Record | tuple[float, Rating]:
+def _is_learned(turn: Message) -> bool:
+    return all(turn.get(flag, 1) for flag in _LEARNED)
+
+
+def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Record | Skipped | tuple[float, Rating]:
     """A demonstration, or a rating where the row says what somebody thought of the answer."""
     group, weight = _group(row, prompt, where), _number(row, "weight", 1.0, where, least=0.0)
     prompt, source, schemas = _with_system(prompt, row, where), _source(row, where), _tools(row, where)
     rated = Rating(prompt, answer, True, group, weight, _annotator(row, where), source, schemas)
+    against = next((row[name] for name in _AGAINST if label_of(row.get(name)) is not None), None)
+    if against is not None and label_of(against):
+        return checked(_labelled(rated, False), where)
+    if against is not None and label_of(row.get("label")) is False:
+        return Skipped("an answer without a thumb", where)
     if _given(row, "label"):
         label = label_of(row["label"])
         if label is None:
@@ -245,10 +312,13 @@ def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Reco
             )
         return checked(_labelled(rated, label), where)
     feedback = next((row[name] for name in _FEEDBACK if label_of(row.get(name)) is not None), None)
+    if feedback is None:
+        feedback = next((row[name] for name in _YES_OR_NO if _is_boolean(row.get(name))), None)
     if feedback is not None:
         return checked(_labelled(rated, label_of(feedback) is True), where)
-    if _given(row, "rating"):
-        verdict = row["rating"]
+    graded = next((name for name in ("rating", *_GRADES) if _given(row, name) and _may_be_grade(name, row[name])), None)
+    if graded is not None:
+        verdict = row[graded]
         if isinstance(verdict, bool) or (isinstance(verdict, str) and not _is_number(verdict)):
             label = label_of(verdict)
             if label is not None:
@@ -271,6 +341,12 @@ def _after_prompt(asked: Any, prompt: Text, chosen: Any, rejected: Any, where: s
         firsts = {content_of(next((m for m in side if m["role"] == "user"), {})).strip() for side in whole.values()}
         if firsts == {prompt.strip()}:  # the conversation begins with a system message before this prompt
             return _parted(whole["chosen"], whole["rejected"], where)
+        raise DataError(
+            "the conversations in chosen and rejected begin with something else than the prompt",
+            where=where,
+            allowed="answers to the prompt, or conversations that begin with it",
+            hint="`data.columns: {system: prompt}` where the column holds a system message",
+        )
     if len(left) == 2:
         shared = _shared(left["chosen"], left["rejected"])
         if shared:
@@ -296,13 +372,23 @@ def _answer(content: Any, asked: Any, prompt: Text, where: str) -> Text:
 
 def _without_prompt(turns: tuple[Message, ...], prompt: Text) -> tuple[Message, ...]:
     before = as_messages(prompt)
-    return turns[len(before) :] if len(turns) > len(before) and turns[: len(before)] == before else turns
+    repeats = len(turns) > len(before) and all(map(_same, turns, before))
+    return turns[len(before) :] if repeats else turns
+
+
+def _same(one: Message, other: Message) -> bool:
+    """Whether two messages say the same, whatever is noted beside them (ids, times)."""
+    if one == other:
+        return True
+    said = ({key: turn[key] for key in _SAID if turn.get(key)} for turn in (one, other))
+    first, second = ({**turn, "content": content_of(turn).strip()} for turn in said)
+    return first == second
 
 
 def _shared(one: Sequence[Message], other: Sequence[Message]) -> int:
     """How many messages two conversations begin with alike; the last of each is its answer."""
     shared = 0
-    while shared < min(len(one), len(other)) - 1 and one[shared] == other[shared]:
+    while shared < min(len(one), len(other)) - 1 and _same(one[shared], other[shared]):
         shared += 1
     return shared
 
@@ -370,11 +456,24 @@ def _without_repeat(prompt: str, chosen: str, rejected: str) -> tuple[str, str]:
     return chosen, rejected
 
 
+def _without_answer(prompt: Text, answers: Sequence[Any]) -> Text:
+    """A conversation without its last turn where that is one of the answers to it."""
+    if isinstance(prompt, str) or len(prompt) < 2 or prompt[-1]["role"] != "assistant":
+        return prompt
+    last = content_of(prompt[-1])
+    alone = [answer[0] if isinstance(answer, list) and len(answer) == 1 else answer for answer in answers]
+    texts = [answer.get("content", answer.get("value")) if isinstance(answer, Mapping) else answer for answer in alone]
+    return prompt[:-1] if last.strip() and last in texts else prompt
+
+
 def _without_transcript(answer: Any, asked: Any, prompt: Text) -> Any:
     """The answer to a prompt that was a transcript, without what it repeats of that and its speaker's mark."""
-    if not isinstance(answer, str) or not isinstance(asked, str) or isinstance(prompt, str):
+    if not isinstance(answer, str) or not isinstance(asked, str):
         return answer
     whole = transcript(answer)
+    if isinstance(prompt, str):
+        repeats = whole is not None and whole[:1] == (message("user", prompt.strip()),) and _answers(whole[1:])
+        return [dict(turn) for turn in whole[1:]] if whole is not None and repeats else answer
     if whole and len(whole) > len(prompt) and whole[: len(prompt)] == tuple(prompt):
         return [dict(turn) for turn in whole[len(prompt) :]]
     return answer.removeprefix(asked).strip().removeprefix("Assistant:").strip()
@@ -394,8 +493,24 @@ def _prompt(row: dict[str, Any], where: str) -> Text:
     prompt = listed(value(row, "prompt", where, COLUMNS))
     if isinstance(prompt, str):
         turns = transcript_prompt(prompt)
+        if turns is None and row.get("history") and _is_history(row["history"]):
+            return messages(after_history(row, prompt, where), "history", where)
         return prompt if turns is None else turns
     return messages(prompt, "prompt", where)
+
+
+def after_history(row: Mapping[str, Any], question: str, where: str) -> Any:
+    """The question, as a message after the earlier exchanges where there are some."""
+    earlier: list[Any] = []
+    for pair in items(row, "history", where) if row.get("history") else []:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            wrong_type(pair, "a part of 'history'", "a list of a question and its answer", where)
+        earlier += [message("user", pair[0]), message("assistant", pair[1])]
+    return [*earlier, message("user", question)] if earlier else question
+
+
+def _is_history(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in content)
 
 
 def _is_answered(row: dict[str, Any], where: str) -> bool:
@@ -404,7 +519,7 @@ def _is_answered(row: dict[str, Any], where: str) -> bool:
         return False
     turns = messages(row["messages"], "messages", where)
     asked = next((content_of(turn) for turn in turns if turn["role"] == "user"), None)
-    return asked == row["prompt"] and turns[-1]["role"] == "assistant"
+    return asked is not None and asked.strip() == row["prompt"].strip() and turns[-1]["role"] == "assistant"
 
 
 def _with_system(prompt: Text, row: dict[str, Any], where: str) -> Text:
@@ -458,6 +573,15 @@ def _is_number(written: Any) -> bool:
         return math.isfinite(float(written))
     except ValueError:
         return False
+
+
+def _may_be_grade(name: str, content: Any) -> bool:
+    is_number = isinstance(content, int | float) and not isinstance(content, bool)
+    return name == "rating" or is_number or _is_number(content)
+
+
+def _is_boolean(content: Any) -> bool:
+    return isinstance(content, bool) or (isinstance(content, str) and content.strip().lower() in ("true", "false"))
 
 
 def _annotator(row: dict[str, Any], where: str) -> str | None:
@@ -587,7 +711,7 @@ def _no_rule(grades: list[float], where: str) -> NoRule:
     up, down = low + 0.75 * (high - low), low + 0.25 * (high - low)
     if all(grade == int(grade) for grade in grades):
         up, down = math.ceil(up), math.floor(down)
-    example = f"{{up: {up:g}, down: {down:g}}}" if down < up else f"{{up: {up:g}}}"
+    example = f"{{up: {up:g}, down: {down:g}}}" if down < up else "{up: ..., down: ...}"
     return NoRule(
         f"the answers have grades ({low:g} to {high:g}), and nothing says what becomes of them",
         where=where,
