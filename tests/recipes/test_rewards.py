@@ -230,6 +230,23 @@ def wide(prompts, completions):
         assert said in done.err and "columns answer" in done.err
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.parametrize("key", ["--reward", "--validation-reward"])
+    @pytest.mark.parametrize(
+        ("source", "said"),
+        [
+            ("written_rewards:wants_more", "asks for 'solution', which no prompt of the data has"),
+            ("written_rewards:lenght", "did you mean written_rewards:length?"),
+            ("no_such_rewards:length", "no module named 'no_such_rewards'"),
+            ("http://localhost:9/${NOT_SET_HERE}", "the environment variable NOT_SET_HERE isn't set"),
+        ],
+    )
+    def test_a_dry_run_finds_what_is_wrong_with_a_reward(self, policy, tmp_path, key, source, said):
+        first = () if key == "--reward" else ("--reward", "written_rewards:right")
+        done = policy("run", *first, key, source, "--dry-run")
+        assert done.code == 2 and said in done.err and "Traceback" not in done.err
+        assert policy("run", "--reward", "written_rewards:right", "--dry-run").code == 0
+        assert not (tmp_path / "run").exists()
+
     @pytest.mark.parametrize("tuning", ["lora", "full"])
     def test_a_function_that_breaks_is_mended_and_the_run_goes_on(self, policy, tmp_path, tuning):
         options = ("--reward", "written_rewards:breaks", "--updates", "4", "--baseline", "leave_one_out")

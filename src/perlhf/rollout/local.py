@@ -207,7 +207,7 @@ def _tokens(
     decoding = Decoding(model, cache, held)
     states, draws = states.repeat_interleave(samples, 0), draws.to(model.device)
     rows = torch.arange(count, device=model.device)
-    going, sampled = [True] * count, [[0][:0] for _ in range(count)]
+    going, sampled = [True] * count, [list[int]() for _ in range(count)]
     for time in range(longest):
         tokens, logprobs = draw(model.logits(states, held), draws[rows, time], temperature)
         numbers = rows.tolist()
