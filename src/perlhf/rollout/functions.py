@@ -86,8 +86,14 @@ def load_function(name: str, key: str = "reward", columns: AbstractSet[str] = fr
             scores than completions, or one that is neither a finite number nor None.
     """
     module_name, colon, attribute = name.partition(":")
-    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+    if (
+        not colon
+        or not all(part.isidentifier() for part in (*module_name.split("."), attribute))
+        or module_name.endswith(".py")
+    ):
         hint = "an address begins with http:// or https://" if "/" in name else None
+        if module_name.endswith(".py"):
+            hint = f"start perlhf in the directory of {module_name}, and name {Path(module_name).stem}:{attribute}"
         raise ConfigError(f"{shown(name)!r} names no function", where=key, allowed="module:function", hint=hint)
     module = _imported(module_name, key)
     function = getattr(module, attribute, None)
@@ -115,6 +121,12 @@ def load_function(name: str, key: str = "reward", columns: AbstractSet[str] = fr
         return call.made(asked)
 
     return score
+
+
+def importable(directory: Path) -> None:
+    """Has users' modules looked for in a directory, after everywhere else."""
+    if (name := os.path.normpath(directory)) not in sys.path:
+        sys.path.append(name)
 
 
 def checked(scores: object, count: int, where: str, said: Callable[[str], str] = str) -> list[float]:

@@ -69,7 +69,7 @@ class Ends:
         at = self._stops_at(whole)
         return self.encoder.decode(ids) if at is None else whole[:at].strip()
 
-    def held_back(self, text: str) -> str:
+    def settled(self, text: str) -> str:
         """The part of a growing text that no stop string can take back any more."""
         text = text if (at := self._stops_at(text)) is None else text[:at]
         longest = max(

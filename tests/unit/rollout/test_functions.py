@@ -479,3 +479,9 @@ def test_what_a_function_changes_is_its_own(here):
     for _ in range(2):
         assert load("decorated:changes", {"answer": answers})([chat], ["c"]) == [2.0]
     assert chat[0]["content"] == "hi" and answers == [["a"]]
+
+
+@pytest.mark.parametrize("name", ["my_rewards.py:length", "rewards/my_rewards.py:length"])
+def test_a_file_is_no_module(name):
+    with pytest.raises(ConfigError, match=r"names no function\n.*\n  try: .*and name my_rewards:length"):
+        load_function(name)
