@@ -223,12 +223,49 @@ def wide(prompts, completions):
         done = perlhf("evaluate", str(tmp_path / "run"), "--prompts", "3", "--best-of", "2")
         assert done.code == 0, done.err
 
+    def test_a_run_is_evaluated_from_elsewhere_with_its_functions(self, policy, perlhf, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert policy("run", "--reward", "written_rewards:right").code == 0
+        del sys.modules["written_rewards"]
+        monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry != str(tmp_path)])
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        done = perlhf("evaluate", "../run", "--prompts", "3", "--best-of", "2")
+        assert done.code == 0, done.err
+
     def test_a_column_that_the_data_has_not_is_missed_before_training(self, policy, tmp_path):
         done = policy("run", "--reward", "written_rewards:wants_more")
         assert done.code == 2 and "Traceback" not in done.err
         said = "reward: written_rewards:wants_more asks for 'solution', which no prompt of the data has"
         assert said in done.err and "columns answer" in done.err
         assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("key", ["--reward", "--validation-reward"])
+    @pytest.mark.parametrize(
+        ("source", "said"),
+        [
+            ("written_rewards:wants_more", "asks for 'solution', which no prompt of the data has"),
+            ("written_rewards:lenght", "did you mean written_rewards:length?"),
+            ("no_such_rewards:length", "no module named 'no_such_rewards'"),
+            ("http://localhost:9/${NOT_SET_HERE}", "the environment variable NOT_SET_HERE isn't set"),
+        ],
+    )
+    def test_a_dry_run_finds_what_is_wrong_with_a_reward(self, policy, tmp_path, key, source, said):
+        first = () if key == "--reward" else ("--reward", "written_rewards:right")
+        done = policy("run", *first, key, source, "--dry-run")
+        assert done.code == 2 and said in done.err and "Traceback" not in done.err
+        assert policy("run", "--reward", "written_rewards:right", "--dry-run").code == 0
+        assert not (tmp_path / "run").exists()
+
+    def test_scorers_of_a_comparison_are_looked_for_before_a_cell_is_trained(self, perlhf, tiny_base, tmp_path):
+        policy = {"base": str(tiny_base), "data": {"paths": [str(tmp_path / "answers.jsonl")]}}
+        policy["reward"] = ["written_rewards:length"]
+        recipe = tmp_path / "compare.yaml"
+        for scorer, code in {"lenght": 2, "wants_more": 2, "length": 0}.items():
+            grid = {"output": "grid", "scorers": [f"written_rewards:{scorer}"], "policy": policy}
+            recipe.write_text(json.dumps(grid))
+            done = perlhf("compare", str(recipe), "--dry-run")
+            assert done.code == code and ("scorers: " in done.err) == bool(code), done
 
     @pytest.mark.parametrize("tuning", ["lora", "full"])
     def test_a_function_that_breaks_is_mended_and_the_run_goes_on(self, policy, tmp_path, tuning):

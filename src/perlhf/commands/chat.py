@@ -90,7 +90,7 @@ def _answered(
         for token in stream(model, prompt, adapter, draws, ends, config.temperature):
             ids.append(token)
             text = encoder.decode(ids).rstrip("\ufffd")  # half a character waits for its other half,
-            shown = _show(ends.held_back(text), shown)  # and what may begin a stop string for the rest of it
+            shown = _show(ends.settled(text), shown)  # and what may begin a stop string for the rest of it
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     answer = ends.text(ids)

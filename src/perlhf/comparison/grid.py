@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -21,6 +21,7 @@ from perlhf.comparison.processes import Processes, processes
 from perlhf.comparison.results import conclude, evaluation_of
 from perlhf.config.comparison import CompareConfig, Side, StageName
 from perlhf.config.stages import DataConfig, PolicyConfig, RewardConfig
+from perlhf.data.records import Prompt
 from perlhf.data.splits import check_labels, load
 from perlhf.errors import RunError
 from perlhf.reports import comparison
@@ -142,6 +143,11 @@ def cells(config: CompareConfig) -> list[list[str]]:
 def _check_tests(config: CompareConfig) -> None:
     """Looks for what cells are tested with before any is trained."""
     check_runs("scorers", reward_runs(config.scorers))
+    if config.scorers and config.policy is not None:
+        from perlhf.rollout.scorers import load_functions  # imports torch, as `_memory_bytes` says
+
+        prompts = cast("Sequence[Prompt]", load(config.policy.data, ("prompt",), "test"))
+        load_functions(config.scorers, "scorers", prompts)
     for path in config.also_test:
         data = DataConfig(paths=(path,))
         check_labels(load(data, ("comparison", "rating"), "all"), data)

@@ -13,7 +13,6 @@ from urllib.parse import quote, unquote_plus, urlsplit
 
 from perlhf.errors import ConfigError
 
-SCHEMES = ("http://", "https://")
 ALLOWED = "http(s)://host:port/path"
 REWARD_KEY, JUDGE_KEY = "PERLHF_REWARD_KEY", "PERLHF_JUDGE_KEY"
 
@@ -25,6 +24,7 @@ HARMLESS = frozenset(
 """Names in a query whose values are shown and saved as they are. Whatever isn't here may be a secret under a name that
 nobody thought of (`code`, `sig`, `k`), and is taken from the environment."""
 
+_LIKE_ADDRESS = re.compile(r"\s*[A-Za-z][-+.A-Za-z0-9]+:/")
 _PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SECRET = re.compile(
     r"^(sk|pk|rk|hf|gh[pousr]|glpat|xox[a-z]|AKIA|ASIA|AIza|eyJ|Bearer)[-_A-Za-z0-9]{12,}|^[0-9a-f]{32,}$"
@@ -41,8 +41,8 @@ class Filled(NamedTuple):
 
 
 def is_address(source: str) -> bool:
-    """Whether a reward is named by an address, rather than as a function or run directory."""
-    return source.lower().startswith(SCHEMES)
+    """Whether a reward is named by an address, be it a mistyped one, rather than as a function or run directory."""
+    return _LIKE_ADDRESS.match(source) is not None
 
 
 def check_address(address: str, key_variable: str = REWARD_KEY) -> None:
@@ -56,7 +56,8 @@ def check_address(address: str, key_variable: str = REWARD_KEY) -> None:
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         usable, parts = False, None
-    if "@" in (parts.netloc if parts else address.partition("://")[2].partition("/")[0]):
+    # Where it can't be told what the host is, a password may hold what ends a host: `http://me:a/b#c@host`.
+    if "@" in (parts.netloc + parts.fragment if parts and usable else address):
         raise ConfigError(
             "an address holds a user name or password",
             allowed=ALLOWED,
@@ -67,8 +68,10 @@ def check_address(address: str, key_variable: str = REWARD_KEY) -> None:
         raise ConfigError(f"{shown(address)!r} is no http address", allowed=ALLOWED)
     if parts.fragment:
         raise ConfigError("what follows # in an address is never sent", where=shown(address), allowed=ALLOWED)
-    _check_path(parts.path, address)
-    _check_query(parts.query, address, key_variable)
+    path, *parameters = parts.path.split(";")
+    _check_path(path, address)
+    for given in (*parameters, parts.query):
+        _check_query(given, address, key_variable)
 
 
 def check_addresses(sources: Iterable[str]) -> None:
@@ -98,8 +101,8 @@ def filled(address: str) -> Filled:
 
 
 def shown(address: str) -> str:
-    """What errors call an address: without query, fragment, user name and password."""
-    before = re.split(r"[?#]", address, maxsplit=1)[0]
+    """What errors call an address: without query, fragment, parameters, user name and password."""
+    before = re.split(r"[?#;]", address, maxsplit=1)[0]
     scheme, separator, rest = before.rpartition("://")
     host, slash, path = rest.partition("/")
     return scheme + separator + host.rpartition("@")[2] + slash + path

@@ -29,7 +29,7 @@ class EvaluateConfig(Frozen):
     output: Path | None = None
     """Where to write the result; null is RUN/evaluation.json."""
     reward: tuple[str, ...] = ()
-    """For policies: reward runs, `module:function` or http addresses that score (null: those of the run)."""
+    """For policies: reward runs, `module:function` or http addresses that score (none: those of the run)."""
     prompts: Positive = 200
     """For policies: number of prompts."""
     temperature: NotNegative = 1.0

@@ -36,6 +36,7 @@ from perlhf.model.model import Model
 from perlhf.runs import places
 from perlhf.runs.earlier import adapter_of, earlier_runs, is_adapter
 from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_manifest
+from perlhf.system.files import read_json
 
 StageName = Literal["sft", "reward", "policy"]
 Stage = TypeVar("Stage", bound=StageConfig)
@@ -70,6 +71,11 @@ class FinishedRun:
     def adapter(self) -> Path:
         """The adapter's directory."""
         return adapter_of(self.path) or self.path / "adapter"
+
+    @property
+    def started_in(self) -> Path | None:
+        """The directory that the run was started in, if that is known."""
+        return None if self.foreign else places.origin_of(read_json(self.path / MANIFEST), self.path)
 
     @cached_property
     def base(self) -> Base:

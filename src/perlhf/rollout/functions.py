@@ -6,9 +6,10 @@ work as they are (huggingface.co/docs/trl: "Using a custom reward function").
 """
 
 import asyncio
-import functools
+import copy
 import importlib
 import inspect
+import itertools
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
+from perlhf.config.addresses import shown
 from perlhf.data.records import Text
 from perlhf.errors import ConfigError, PerlhfError, RewardFunctionError, nearest
 from perlhf.method.packing import Ids
@@ -35,6 +37,9 @@ PROVIDED = ("prompts", "completions", "completion_ids", "trainer_state")
 NOT_GIVEN = ("log_extra", "log_metric", "environments")
 """What TRL gives besides; left out where a function can do without."""
 SHOWN_FRAMES = 5
+_ANSWERS = ("completion", "response", "output", "reply", "replies", "answer", "generation", "generated")
+_QUESTIONS = ("prompt", "query", "queries", "question", "input", "instruction")
+"""How names begin that people give to completions and prompts."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,9 @@ Scorer = Callable[[Asked], list[float] | Coroutine[Any, Any, list[float]]]
 def load_function(name: str, key: str = "reward", columns: AbstractSet[str] = frozenset()) -> Scorer:
     """The function that `module:function` names, called by the names of its parameters, its scores checked.
 
-    A function of two parameters neither of which has a known name gets prompts and completions in this order. The
-    current directory is importable, as it is for `python -m`. An async function gives an async scorer.
+    A function of two parameters neither of which has a known name gets prompts and completions in this order, unless
+    the names say that it wants them the other way round. The current directory is importable, as it is for `python -m`.
+    An async function gives an async scorer.
 
     Args:
         key: of the configuration, which errors name.
@@ -80,8 +86,15 @@ def load_function(name: str, key: str = "reward", columns: AbstractSet[str] = fr
             scores than completions, or one that is neither a finite number nor None.
     """
     module_name, colon, attribute = name.partition(":")
-    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"{name!r} names no function", where=key, allowed="module:function")
+    if (
+        not colon
+        or not all(part.isidentifier() for part in (*module_name.split("."), attribute))
+        or module_name.endswith(".py")
+    ):
+        hint = "an address begins with http:// or https://" if "/" in name else None
+        if module_name.endswith(".py"):
+            hint = f"start perlhf in the directory of {module_name}, and name {Path(module_name).stem}:{attribute}"
+        raise ConfigError(f"{shown(name)!r} names no function", where=key, allowed="module:function", hint=hint)
     module = _imported(module_name, key)
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -110,20 +123,29 @@ def load_function(name: str, key: str = "reward", columns: AbstractSet[str] = fr
     return score
 
 
-def checked(scores: object, count: int, where: str) -> list[float]:
+def importable(directory: Path) -> None:
+    """Has users' modules looked for in a directory, after everywhere else."""
+    if (name := os.path.normpath(directory)) not in sys.path:
+        sys.path.append(name)
+
+
+def checked(scores: object, count: int, where: str, said: Callable[[str], str] = str) -> list[float]:
     """`scores` as floats, None as nan.
+
+    Args:
+        said: how errors show what came instead of a score.
 
     Raises:
         RewardFunctionError: it names index and value, unless there are `count` finite numbers or None.
     """
     if not isinstance(scores, Iterable) or isinstance(scores, str | bytes | Mapping):
         raise RewardFunctionError(f"returned {type(scores).__name__}", where=where, allowed="a list of scores")
-    values = list(scores)
+    unbounded = not hasattr(scores, "__len__")  # such as a generator, which may never end
+    values = list(itertools.islice(scores, count + 1) if unbounded else scores)
     if len(values) != count:
-        raise RewardFunctionError(
-            f"returned {len(values)} scores for {count} completions", where=where, allowed="one each"
-        )
-    return [math.nan if value is None else _finite(value, index, where) for index, value in enumerate(values)]
+        number = f"more than {count}" if unbounded and len(values) > count else len(values)
+        raise RewardFunctionError(f"returned {number} scores for {count} completions", where=where, allowed="one each")
+    return [math.nan if value is None else _finite(value, index, where, said) for index, value in enumerate(values)]
 
 
 class _Call:
@@ -139,11 +161,9 @@ class _Call:
         self._messages = _wants_messages(self._parameters)
         if not self._by_position:
             self._check_names(key)
-        unwrapped = inspect.unwrap(function)
-        while isinstance(unwrapped, functools.partial):
-            unwrapped = unwrapped.func
-        own_call = inspect.getattr_static(unwrapped, "__call__", None)
-        self.is_async = any(map(inspect.iscoroutinefunction, (unwrapped, own_call)))
+        # Of a decorated function the decorator's own counts: it may be one that waits.
+        own_call = inspect.getattr_static(function, "__call__", None)
+        self.is_async = any(map(inspect.iscoroutinefunction, (function, own_call)))
 
     def made(self, asked: Asked) -> list[float]:
         """The function's scores."""
@@ -162,9 +182,9 @@ class _Call:
         found, failure = None, None
         try:
             found = await self._function(*positional, **named)
-        except asyncio.CancelledError:
-            raise
-        except (Exception, SystemExit) as error:  # noqa: BLE001 -- it is the user's code, and shown as that
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # it is the user's code, and shown as that
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
             failure = error
 
         def settle() -> list[float]:
@@ -182,6 +202,9 @@ class _Call:
         needed = [p for p in by_position if p.default is p.empty]
         only_named = [p for p in self._parameters if p.kind == p.KEYWORD_ONLY]
         if {p.name for p in (*by_position, *only_named)} & set(self._known):
+            return False
+        first, second, *_ = (*(p.name.lower() for p in by_position), "", "")
+        if first.startswith(_ANSWERS) or second.startswith(_QUESTIONS):
             return False
         if any(p.kind == p.VAR_POSITIONAL for p in self._parameters):
             return len(needed) <= 2 and not self._takes_any_name()
@@ -203,7 +226,7 @@ class _Call:
             problem, hint = f"asks for {name!r}, which perlhf doesn't give", f"give it a default: {name}=None"
         else:
             problem = f"asks for {name!r}, which no prompt of the data has"
-            close = nearest(name, self._known)
+            close = "completions" if name.lower().startswith(_ANSWERS) else nearest(name, self._known)
             hint = f"rename it to {close!r}, or add that column to the data" if close else None
             hint = hint or f"add the column {name!r} to the data, or give the parameter a default"
         data = f"and the data's columns {', '.join(others)}" if others else "(the data has no other column)"
@@ -218,7 +241,10 @@ class _Call:
                 text if self._messages == "chats" and isinstance(prompt, str) else [_answer(text)]
                 for prompt, text in zip(prompts, asked.completions, strict=True)
             ]
-        given: dict[str, Any] = {name: [row.get(name) for row in asked.columns] for name in self._known}
+        # Copies throughout: what a function does to what it gets must not reach the next one, or the next update.
+        given: dict[str, Any] = {
+            name: [copy.deepcopy(row.get(name)) for row in asked.columns] for name in self._known if self._takes(name)
+        }
         given |= {"prompts": prompts, "completions": completions, "trainer_state": asked.state}
         given["completion_ids"] = [list(ids) for ids in asked.completion_ids]
         if self._by_position:
@@ -231,9 +257,10 @@ class _Call:
                     break
                 positional.append(given[parameter.name])
                 taken.add(parameter.name)
-        own = {p.name for p in self._parameters or () if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        wanted = [name for name in given if name not in taken and (name in own or self._takes_any_name())]
-        return positional, {name: given[name] for name in wanted}
+        return positional, {name: given[name] for name in given if name not in taken and self._takes(name)}
+
+    def _takes(self, name: str) -> bool:
+        return self._takes_any_name() or any(p.name == name for p in self._parameters or ())
 
     def _shown_as_theirs(self, call: Callable[[], list[float]]) -> list[float]:
         """What `call` returns; what the user's code raises becomes an error with the lines of their files."""
@@ -241,7 +268,7 @@ class _Call:
             return call()
         except PerlhfError:
             raise
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
             raise _theirs(error, self._name, self._module, self._hint(error)) from error
 
     def _hint(self, error: BaseException) -> str | None:
@@ -283,7 +310,7 @@ def _wants_messages(parameters: Sequence[inspect.Parameter] | None) -> str:
 
 
 def _plain(prompt: Text) -> str | list[dict[str, Any]]:
-    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+    return prompt if isinstance(prompt, str) else [copy.deepcopy(dict(message)) for message in prompt]
 
 
 def _answer(text: str) -> dict[str, str]:
@@ -350,17 +377,21 @@ def _near(filename: str) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else filename
 
 
-def _finite(value: object, index: int, where: str) -> float:
+def _finite(value: object, index: int, where: str, said: Callable[[str], str]) -> float:
     number = math.nan
     if isinstance(value, SupportsFloat):
         try:
-            number = float(value)
+            # An array or tensor of one value, gradients or not.
+            number = float(value.item() if hasattr(value, "item") else value)  # pyright: ignore[reportAttributeAccessIssue]
         except (TypeError, ValueError, OverflowError, RuntimeError):  # an array or tensor of several values
             number = math.nan
     if not math.isfinite(number):
         left_out = isinstance(value, float | np.floating)  # people write nan for it
         hint = "return None for a completion that is to be left out" if left_out else None
         raise RewardFunctionError(
-            f"score {index} is {value!r:.100}", where=where, allowed="a finite number, or None", hint=hint
+            f"score {index} is {said(f'{value!r:.500}'):.100}",
+            where=where,
+            allowed="a finite number, or None",
+            hint=hint,
         )
     return number

@@ -69,7 +69,7 @@ class Ends:
         at = self._stops_at(whole)
         return self.encoder.decode(ids) if at is None else whole[:at].strip()
 
-    def held_back(self, text: str) -> str:
+    def settled(self, text: str) -> str:
         """The part of a growing text that no stop string can take back any more."""
         text = text if (at := self._stops_at(text)) is None else text[:at]
         longest = max(
@@ -207,7 +207,7 @@ def _tokens(
     decoding = Decoding(model, cache, held)
     states, draws = states.repeat_interleave(samples, 0), draws.to(model.device)
     rows = torch.arange(count, device=model.device)
-    going, sampled = [True] * count, [[0][:0] for _ in range(count)]
+    going, sampled = [True] * count, [list[int]() for _ in range(count)]
     for time in range(longest):
         tokens, logprobs = draw(model.logits(states, held), draws[rows, time], temperature)
         numbers = rows.tolist()

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -132,7 +132,7 @@ def load_scorers(
     prefix: str = "reward",
     key: str = "reward",
     *,
-    prompts: Sequence[Prompt] = (),
+    prompts: Iterable[Prompt] = (),
     weights: Sequence[float] | None = None,
     timeout_seconds: float = 60.0,
 ) -> Scorers:
@@ -149,19 +149,16 @@ def load_scorers(
             AdapterError: a reward run of another base or encoding.
     """
     adapters: dict[int, str] = {}
-    functions: dict[int, Scorer] = {}
-    columns = {name for prompt in prompts for name in prompt.columns}
+    functions = load_functions(sources, key, prompts, timeout_seconds)
     for at, source in enumerate(sources):
-        if is_address(source):
-            functions[at] = http_reward(source, timeout_seconds)
-        elif adapter_of(Path(source)) is not None:
+        if at in functions:
+            continue
+        if adapter_of(Path(source)) is not None:
             name = f"{prefix}_{len(adapters)}"
             adapter = load_earlier(model, Path(source), name, encoder, key)
             if adapter.score_head is None:
                 raise ConfigError(f"{source} holds a {adapter.role} adapter", where=key, allowed="a reward run")
             adapters[at] = name
-        elif ":" in source and not Path(source).exists():
-            functions[at] = load_function(source, key, columns)
         else:
             raise ConfigError(
                 f"'{source}' is no finished reward run",
@@ -171,6 +168,23 @@ def load_scorers(
             )
     chosen = None if weights is None else tuple(weights)
     return Scorers(tuple(adapters.values()), tuple(functions.values()), how, chosen, (*adapters, *functions))
+
+
+def load_functions(
+    sources: Sequence[str], key: str, prompts: Iterable[Prompt], timeout_seconds: float = 60.0
+) -> dict[int, Scorer]:
+    """The functions and services among sources of rewards, by their place there.
+
+    Raises:
+        ConfigError, RewardFunctionError: as `load_function` and `http_reward` say.
+    """
+    services = {at for at, source in enumerate(sources) if is_address(source)}
+    named = {at for at, source in enumerate(sources) if ":" in source and not Path(source).exists()} - services
+    columns = {name for prompt in prompts for name in prompt.columns} if named else set[str]()
+    return {
+        at: http_reward(sources[at], timeout_seconds) if at in services else load_function(sources[at], key, columns)
+        for at in sorted(services | named)
+    }
 
 
 def http_reward(address: str, timeout_seconds: float = 60.0, attempts: int = 4, backoff_seconds: float = 1.0) -> Scorer:
@@ -198,7 +212,7 @@ def http_reward(address: str, timeout_seconds: float = 60.0, attempts: int = 4, 
         )
         if not isinstance(answer, Mapping) or "scores" not in answer:
             raise ServiceError("the answer has no scores", where=service.shown, allowed='{"scores": [...]}')
-        return checked(answer["scores"], len(asked.completions), service.shown)
+        return checked(answer["scores"], len(asked.completions), service.shown, service.excerpt)
 
     return score
 

@@ -24,11 +24,15 @@ def started_in(run: Path) -> str:
     return os.path.relpath(Path.cwd(), run.resolve())
 
 
+def origin_of(manifest: dict[str, Any], run: Path) -> Path | None:
+    """The directory that a run was started in; None where its manifest doesn't say."""
+    return run.resolve() / str(manifest[STARTED_IN]) if STARTED_IN in manifest else None
+
+
 def resolved(config: Config, manifest: dict[str, Any], run: Path) -> Config:
     """The configuration with every relative path as it is reached from the working directory."""
-    if STARTED_IN not in manifest:
+    if (origin := origin_of(manifest, run)) is None:
         return config
-    origin = run.resolve() / str(manifest[STARTED_IN])
     changes: dict[str, Any] = {
         "base": config.base if config.base == DEFAULT_BASE else found(config.base, origin),
         "data": config.data.model_copy(update={"paths": tuple(found(path, origin) for path in config.data.paths)}),
@@ -48,9 +52,8 @@ def resolved(config: Config, manifest: dict[str, Any], run: Path) -> Config:
 def recorded_paths(paths: Sequence[str], manifest_file: Path) -> list[str]:
     """Paths of a run's data as they are reached from the working directory."""
     manifest = read_json(manifest_file) if manifest_file.is_file() else {}
-    if STARTED_IN not in manifest:
+    if (origin := origin_of(manifest, manifest_file.parent)) is None:
         return list(paths)
-    origin = manifest_file.parent.resolve() / str(manifest[STARTED_IN])
     return [found(path, origin) for path in paths]
 
 

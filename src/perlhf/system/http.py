@@ -10,11 +10,14 @@ import ipaddress
 import json
 import os
 import re
+import time
 import urllib.request
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from perlhf.errors import ConfigError, ServiceError
 from perlhf.system.waiting import STOP_ASKED, finish, stopped
@@ -30,7 +33,10 @@ MAX_ERROR_BYTES = 64 * 2**10
 MAX_DEPTH = 64
 """Objects and lists inside one another. A chat completion has ten."""
 
-_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+_BRACKETS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
+"""Strings, ended or not, and brackets outside of them; possessive, so that no text is read twice."""
+_ENCODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 47}
+"""Of answers, with zlib's `wbits`: some servers pack what was asked for as it is."""
 _PAUSE_SECONDS = 0.1
 
 
@@ -61,7 +67,7 @@ class Service:
 
     def excerpt(self, text: str) -> str:
         """The start of what a server said, on one line and without secrets."""
-        line = " ".join(text.split())
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
         for secret in sorted(filter(None, {self.key, *self.hidden}), key=len, reverse=True):
             line = line.replace(secret, "[hidden]")
         return line[:200]
@@ -131,6 +137,7 @@ async def all_answers(
     """`post_all`, to be awaited."""
     contents = [json.dumps(body, allow_nan=False).encode() for body in bodies]
     proxy = proxy_of(service.url)
+    service = replace(service, hidden=(*service.hidden, *_password(proxy)))
     turns = asyncio.Semaphore(at_once)
 
     async def answer(content: bytes) -> object:
@@ -164,7 +171,8 @@ def proxy_of(url: str) -> str | None:
     parts = urlsplit(url)
     proxies = urllib.request.getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or _is_here(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc):
+    port = "" if parts.port else ":443" if parts.scheme == "https" else ":80"  # no_proxy may name it
+    if not proxy or _is_here(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc + port):
         return None
     if _in_networks(parts.hostname or "", proxies.get("no", "")):
         return None
@@ -236,8 +244,6 @@ async def _attempt(
         if str(error).startswith(("429", "5")):
             raise _Again(failure, hint) from None
         raise ServiceError(failure, where=service.shown, hint=hint) from None
-    except httpx2.DecodingError:
-        raise ServiceError("the answer can't be unpacked", where=service.shown) from None
     except httpx2.TransportError as error:
         failure = f"no answer: {service.excerpt(_reason(error))}{through}"
         if "CERTIFICATE_VERIFY_FAILED" in failure:
@@ -252,12 +258,12 @@ async def _answer(response: "httpx2.Response", service: Service, through: str) -
     """The JSON of an answer 2xx; raises for others and for what is too long."""
     status = response.status_code
     if 200 <= status < 300:
-        raw, whole = await _read(response, MAX_ANSWER_BYTES)
+        raw, whole = await _read(response, MAX_ANSWER_BYTES, service)
         if not whole:
             failure = f"answered more than {MAX_ANSWER_BYTES // 2**20} MiB; the rest wasn't read"
             raise ServiceError(failure, where=service.shown)
         return _parsed(raw, service)
-    raw, _ = await _read(response, MAX_ERROR_BYTES)
+    raw, _ = await _read(response, MAX_ERROR_BYTES, service)
     text = service.excerpt(raw.decode(errors="replace") or response.reason_phrase)
     failure = f"answered {status} {text}{through}"
     if status == 429 or status >= 500:
@@ -278,12 +284,22 @@ def _hint(status: int, service: Service, through: str) -> str | None:
     return "redirects aren't followed: give the address that this one leads to" if 300 <= status < 400 else None
 
 
-async def _read(response: "httpx2.Response", limit: int) -> tuple[bytes, bool]:
-    """What an answer holds, and whether that is all of it: nothing is read beyond `limit` bytes."""
+async def _read(response: "httpx2.Response", limit: int, service: Service) -> tuple[bytes, bool]:
+    """What an answer holds, and whether that is all of it: nothing is read or unpacked beyond `limit` bytes."""
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity", *_ENCODINGS):
+        allowed = ", ".join(("identity", *_ENCODINGS))
+        raise ServiceError(
+            f"answered in the encoding {service.excerpt(encoding)!r}", where=service.shown, allowed=allowed
+        )
+    unpacker = zlib.decompressobj(_ENCODINGS[encoding]) if encoding in _ENCODINGS else None
     parts, size = list[bytes](), 0
-    async for part in response.aiter_bytes():
-        parts.append(part)
-        size += len(part)
+    async for part in response.aiter_raw():
+        try:
+            parts.append(unpacker.decompress(part, limit + 1 - size) if unpacker else part)
+        except zlib.error:
+            raise ServiceError("the answer can't be unpacked", where=service.shown) from None
+        size += len(parts[-1])
         if size > limit:
             return b"".join(parts)[:limit], False
     return b"".join(parts), True
@@ -326,12 +342,26 @@ async def _pause(seconds: float) -> None:
 
 
 def _retry_after(value: str) -> float | None:
-    return float(value) if value.isdecimal() else None
+    """Seconds from now that a `Retry-After` asks for, as a number or a date; None where it has neither."""
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def _password(proxy: str | None) -> Iterator[str]:
+    """The proxy's password, as it is written there and as it is meant."""
+    given = (proxy or "").partition("://")[2].rpartition("@")[0].partition(":")[2]
+    if given:
+        yield from (given, unquote(given))
 
 
 def _without_password(proxy: str | None) -> str:
-    parts = urlsplit(proxy or "")
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    """The proxy as messages name it; a password may hold any character, `#` and `/` too."""
+    scheme, separator, rest = (proxy or "").partition("://")
+    return scheme + separator + re.split("[/?#]", rest.rpartition("@")[2], maxsplit=1)[0]
 
 
 def _reason(error: BaseException) -> str:

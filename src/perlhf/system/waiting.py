@@ -1,6 +1,7 @@
 """Waiting for coroutines (requests to services, a user's async functions) so that Ctrl-C and SIGTERM always work."""
 
 import asyncio
+import contextlib
 import functools
 import os
 import threading
@@ -71,5 +72,12 @@ async def _with_exits(coroutine: Coroutine[Any, Any, Result]) -> tuple[tuple[Res
 def _loop(process: int) -> asyncio.AbstractEventLoop:
     """The event loop of this process; a fork gets one of its own."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="perlhf-waiting", daemon=True).start()
+    threading.Thread(target=_run, args=(loop,), name="perlhf-waiting", daemon=True).start()
     return loop
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Runs the loop for ever; what ends it in a task is left to whoever waits for that task."""
+    while True:
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            loop.run_forever()

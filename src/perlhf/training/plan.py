@@ -4,14 +4,17 @@ Trainable parameters are exact: rank * (inputs + outputs) for each adapted layer
 hidden for a score head, hidden + 1 for a value head. Memory is an estimate (`_activation_bytes` has the formula).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.data.records import Prompt
 from perlhf.kernels import cpu
 from perlhf.model import saved
 from perlhf.model.base import without_weights
 from perlhf.model.supported import target_paths
+from perlhf.rollout.scorers import load_functions
 from perlhf.runs.earlier import check_runs, earlier_runs, is_adapter
 from perlhf.system import allocator
 from perlhf.system.machine import cpu_computes_in_bf16
@@ -66,6 +69,7 @@ def plan(config: Stage) -> Plan:
         DataError: no records of the kind, or an empty split.
         ModelError: the base isn't here, or isn't supported.
         AdapterError: a target that matches no layer; an adapter of another tool that can't be taken.
+        ConfigError, RewardFunctionError: a reward function that can't be imported or called, a service's address.
     """
     network = without_weights(config.base)
     stage, kinds = _stage(config)
@@ -75,6 +79,10 @@ def plan(config: Stage) -> Plan:
             if is_adapter(run):  # of another tool, as like as not: is it one that can be taken?
                 saved.read_adapter(run)
     sides = read_sides(config, kinds)
+    if isinstance(config, PolicyConfig):
+        prompts = cast(Sequence[Prompt], sides.train)
+        for key, sources in {"reward": config.reward, "validation_reward": config.validation_reward}.items():
+            load_functions(sources, key, prompts)
     records = count_records(sides)
     size, trainable = network.num_parameters(), trainable_parameters(config, network)
     dtype = dtype_in_force(config.dtype, config.device)

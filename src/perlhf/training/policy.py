@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -171,9 +172,8 @@ def _validation(setup: Setup) -> Setup:
         return setup
     sources, name, limit = config.validation_reward, "validation_reward", config.reward_timeout_seconds
     given = setup.model, sources, config.combine, setup.encoder, name, name
-    return replace(
-        setup, scorers=load_scorers(*given, prompts=[*setup.prompts, *setup.held_out], timeout_seconds=limit)
-    )
+    prompts = chain(setup.prompts, setup.held_out)
+    return replace(setup, scorers=load_scorers(*given, prompts=prompts, timeout_seconds=limit))
 
 
 def _before(setup: Setup, validation: Setup, run: Run) -> PolicyState:

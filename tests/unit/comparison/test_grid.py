@@ -67,7 +67,7 @@ def test_every_side_gets_as_many_tries(tmp_path: Path, tiny_base: Path):
     assert [row[-1] for row in cells(config(tmp_path, ranks=(4, 1), ranks_of_one_seed=(1,), reward=stage))] == list(
         "332"
     )
-    policy = PolicyConfig(base=str(tiny_base), reward=("module:function",))
+    policy = PolicyConfig(base=str(tiny_base), reward=("http://localhost:9",))
     assert len(cells(config(tmp_path, reward=stage, policy=policy))) == 4
     assert not list(tmp_path.iterdir())
 

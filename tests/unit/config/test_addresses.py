@@ -121,3 +121,29 @@ def test_other_configurations_refuse_it_too():
     ):
         with pytest.raises(ValidationError, match="may be a secret"):
             give()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"http://me:{SECRET}/b@host/x",
+        f"http://me:{SECRET}#b@host/x",
+        f"http://me:1#{SECRET}@host/x",
+        f"http://host/x;{SECRET}",
+        f"http://host/x;token={SECRET}",
+        f" http://host/x?token={SECRET}",
+        f"http:/host/x?token={SECRET}",
+        f"wss://host/x?token={SECRET}",
+        f"http:/me:{SECRET}@host/x",
+    ],
+)
+def test_mistyped_addresses_show_no_secret(address: str):
+    assert is_address(address)
+    with pytest.raises(ConfigError) as raised:
+        check_address(address)
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize("source", ["module:function", "runs/reward", "C:/runs/reward", "/runs/a:b"])
+def test_what_is_no_address(source: str):
+    assert not is_address(source)

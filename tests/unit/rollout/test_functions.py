@@ -1,5 +1,6 @@
 """Reward functions of users: found, called by the names that they ask for, and their mistakes shown as theirs."""
 
+import asyncio
 import math
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from perlhf.errors import ConfigError, PerlhfError, RewardFunctionError
 from perlhf.method.packing import Ids
 from perlhf.rollout.functions import Asked, TrainerState, load_function
 from perlhf.rollout.scorers import function_scores
+from perlhf.system.waiting import finish
 
 REWARD = """
 import numpy as np
@@ -397,3 +399,89 @@ def test_none_leaves_a_completion_out(here):
     assert found[0] == 0.5 and math.isnan(found[1]) and found[2] == 1
     with pytest.raises(PerlhfError, match=r"score 1 is nan\n.*\n  try: return None for a completion"):
         load("my_rewards:returns")(["p"] * 3, ["[0.5, float('nan'), 1]", "", ""])
+
+
+@pytest.mark.parametrize("signature", ["completion, prompt", "responses, queries", "a, question", "outputs, b"])
+def test_names_that_say_the_other_order_are_never_filled_by_position(here, signature):
+    first = signature.split(",")[0]
+    (here / "odd.py").write_text(f"def score({signature}):\n    return [1.0] * len({first})\n")
+    with pytest.raises(ConfigError, match=f"asks for '{first}'"):
+        load_function("odd:score")
+
+
+DECORATED = """
+import asyncio, functools, itertools, sys
+import numpy as np
+import torch
+
+def waiting(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return asyncio.run(function(*args, **kwargs))
+    return call
+
+@waiting
+async def waited(completions):
+    return [1.0 for _ in completions]
+
+def column(completions):
+    return np.ones((len(completions), 1))
+
+def learning(completions):
+    return torch.ones(len(completions), requires_grad=True)
+
+def endless(completions):
+    return itertools.repeat(1.0)
+
+async def cancelled(completions):
+    raise asyncio.CancelledError
+
+async def interrupted(completions):
+    raise KeyboardInterrupt
+
+async def ends(completions):
+    async def inner():
+        sys.exit(3)
+    await asyncio.create_task(inner())
+
+def changes(prompts, completions, answer):
+    prompts[0][0]["content"] = "changed"
+    answer[0].append("changed")
+    return [float(len(given)) for given in answer]
+"""
+
+
+@pytest.mark.parametrize("function", ["waited", "column", "learning"])
+def test_a_decorator_that_waits_and_arrays_of_single_values(here, function):
+    (here / "decorated.py").write_text(DECORATED)
+    assert load(f"decorated:{function}")(["p", "q"], ["a", "b"]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        ("endless", RewardFunctionError, "returned more than 1 scores for 1 completions"),
+        ("cancelled", RewardFunctionError, "CancelledError\n  decorated.py"),
+        ("interrupted", KeyboardInterrupt, "^$"),
+        ("ends", RewardFunctionError, r"ended the program: SystemExit\(3\)"),
+    ],
+)
+def test_functions_that_end_no_way_that_is_expected(here, function, error, message):
+    (here / "decorated.py").write_text(DECORATED)
+    with pytest.raises(error, match=message):
+        load(f"decorated:{function}")(["p"], ["c"])
+    assert finish(asyncio.sleep(0, 5)) == 5, "what waits for others lives on"
+
+
+def test_what_a_function_changes_is_its_own(here):
+    (here / "decorated.py").write_text(DECORATED)
+    chat, answers = [{"role": "user", "content": "hi"}], [["a"]]
+    for _ in range(2):
+        assert load("decorated:changes", {"answer": answers})([chat], ["c"]) == [2.0]
+    assert chat[0]["content"] == "hi" and answers == [["a"]]
+
+
+@pytest.mark.parametrize("name", ["my_rewards.py:length", "rewards/my_rewards.py:length"])
+def test_a_file_is_no_module(name):
+    with pytest.raises(ConfigError, match=r"names no function\n.*\n  try: .*and name my_rewards:length"):
+        load_function(name)

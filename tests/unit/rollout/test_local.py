@@ -65,9 +65,9 @@ def test_all_end_tokens_end(encoder: Encoder) -> None:
 
 def test_what_may_become_a_stop_string_is_held_back(encoder: Encoder) -> None:
     ends = Ends.of(encoder, ("\nUser:", "###"))
-    shown = [ends.held_back("a tea\nUser: b"[:size]) for size in range(14)]
+    shown = [ends.settled("a tea\nUser: b"[:size]) for size in range(14)]
     assert shown[5:] == ["a tea"] * 9
-    assert ends.held_back("a # b") == "a # b" and ends.held_back("a ##") == "a "
+    assert ends.settled("a # b") == "a # b" and ends.settled("a ##") == "a "
 
 
 def test_the_sampler_stops_there_and_learns_what_it_sampled(tiny_base: Path, encoder: Encoder) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from perlhf.config.addresses import REWARD_KEY
-from perlhf.errors import ConfigError, DataError, PerlhfError, ServiceError
+from perlhf.errors import ConfigError, DataError, PerlhfError, RewardFunctionError, ServiceError
 from perlhf.rollout.functions import Asked, Scorer
 from perlhf.rollout.scorers import combine, function_scores, http_reward, weighted
 
@@ -140,3 +140,10 @@ def test_combine_refuses():
         combine(np.zeros((0, 3)), "mean")
     with pytest.raises(ConfigError, match="'median'"):
         combine([[1.0]], "median")  # pyright: ignore[reportArgumentType]  (the wrong value is the point)
+
+
+def test_what_a_service_sends_for_a_score_shows_no_key(serve, monkeypatch):
+    monkeypatch.setenv("PERLHF_REWARD_KEY", "sk-of-the-service")
+    address = serve(lambda asked: {"scores": [asked.headers["Authorization"]]})
+    with pytest.raises(RewardFunctionError, match=r"score 0 is 'Bearer \[hidden\]'"):
+        scored(http_reward(address), Asked(["p"], ["c"]))

@@ -1,11 +1,15 @@
 """JSON over HTTP against real services on this machine, well-behaved and not."""
 
+import gzip
 import json
 import signal
 import socket
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from typing import Any
 
 import pytest
@@ -382,3 +386,85 @@ def test_what_was_hidden_is_blotted_out(serve):
         http.post_json(service, {})
     assert str(raised.value) == f"{address}/${{HOOK}}: answered 404 no such hook: /[hidden] [hidden]"
     assert "T0" not in repr(service) and "sk-1" not in repr(service)
+
+
+@pytest.mark.parametrize(("form", "pause"), [("date", 3), ("past", 0), ("nonsense", 0)])
+def test_retry_after_may_be_a_date(serve, form, pause):
+    asked: list[float] = []
+
+    def answer(_):
+        asked.append(time.time())
+        ahead = formatdate(time.time() + (4 if form == "date" else -60), usegmt=True)
+        return ({}, 429, {"Retry-After": "soon" if form == "nonsense" else ahead}) if len(asked) == 1 else {"ok": 1}
+
+    assert post_json(serve(answer), {}, backoff_seconds=0.01) == {"ok": 1}
+    assert pause - 0.1 <= asked[1] - asked[0] < pause + 2
+
+
+class TestPackedAnswers:
+    def test_one_packing_is_undone(self, serve):
+        for encoding, pack in {"gzip": gzip.compress, "deflate": zlib.compress}.items():
+            address = serve(lambda _, e=encoding, p=pack: (p(b'{"ok": 1}'), 200, {"Content-Encoding": e}))
+            assert post_json(address, {}) == {"ok": 1}
+
+    def test_a_bomb_is_unpacked_as_far_as_the_limit(self, serve, monkeypatch):
+        monkeypatch.setattr(http, "MAX_ANSWER_BYTES", 2**20)
+        bomb = gzip.compress(b" " * 2**28)
+        address = serve(lambda _: (bomb, 200, {"Content-Encoding": "gzip"}))
+        post_json(serve(lambda _: {}), {})
+        tracemalloc.start()
+        with pytest.raises(ServiceError, match="more than 1 MiB"):
+            post_json(address, {})
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16 * 2**20
+
+    @pytest.mark.parametrize("encoding", ["gzip, gzip", "br"])
+    def test_other_encodings_are_named(self, serve, encoding):
+        address = serve(lambda _: (b"x", 200, {"Content-Encoding": encoding}))
+        with pytest.raises(ServiceError, match=f"answered in the encoding '{encoding}'"):
+            post_json(address, {})
+
+    def test_what_cannot_be_unpacked(self, serve):
+        with pytest.raises(ServiceError, match="can't be unpacked"):
+            post_json(serve(lambda _: (b"x" * 99, 200, {"Content-Encoding": "gzip"})), {})
+
+
+def test_text_that_never_ends_is_read_once(serve):
+    address, began = serve(lambda _: b'"' + b'\\"' * 2**20), time.monotonic()
+    with pytest.raises(ServiceError, match="no JSON"):
+        post_json(address, {})
+    assert time.monotonic() - began < 10
+
+
+def test_what_a_server_says_cannot_steer_the_terminal(serve):
+    with pytest.raises(ServiceError) as raised:
+        post_json(serve(lambda _: (b"\x1b[31mred\x07", 400)), {})
+    assert "answered 400 ?[31mred?" in str(raised.value)
+
+
+class TestOddProxies:
+    @pytest.fixture(autouse=True)
+    def clean(self, monkeypatch):
+        for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+
+    @pytest.mark.parametrize("proxy", ["http://[::1", "http://me:my#word@127.0.0.1:1", "http://me:my/word@127.0.0.1:1"])
+    def test_one_that_cannot_be_used_is_named_without_its_password(self, monkeypatch, proxy):
+        monkeypatch.setenv("http_proxy", proxy)
+        with pytest.raises(ConfigError, match="isn't one that can be used") as raised:
+            post_json("http://service.example/x", {})
+        assert "my" not in str(raised.value)
+
+    def test_one_that_repeats_its_password(self, serve, monkeypatch):
+        monkeypatch.setenv("http_proxy", serve(lambda _: (b"no, pass word", 403)).replace("//", "//me:pass%20word@"))
+        with pytest.raises(ServiceError) as raised:
+            post_json("http://service.example/x", {})
+        assert "answered 403 no, [hidden], through the proxy" in str(raised.value)
+
+    def test_no_proxy_may_name_the_usual_port(self, monkeypatch):
+        monkeypatch.setenv("http_proxy", "http://proxy.example:1")
+        monkeypatch.setenv("no_proxy", "service.example:80")
+        assert proxy_of("http://service.example/x") is None
+        assert proxy_of("http://service.example:81/x") == "http://proxy.example:1"

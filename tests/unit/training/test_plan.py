@@ -132,9 +132,13 @@ def test_memory_parts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
     assert "compiled products" not in plan(half.model_copy(update={"device": "cuda:1"})).memory_bytes
 
 
-def test_frozen_adapters_of_a_policy_are_counted(tiny_base: Path, tmp_path: Path):
+def test_frozen_adapters_of_a_policy_are_counted(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "scores_of_a_plan.py").write_text("def f(completions):\n    return [0.0] * len(completions)\n")
     sft, first, second = (tmp_path / name for name in "sab")
-    settings = PolicyConfig(base=str(tiny_base), data=DATA, sft=sft, reward=(str(first), str(second), "mod:f"))
+    settings = PolicyConfig(
+        base=str(tiny_base), data=DATA, sft=sft, reward=(str(first), str(second), "scores_of_a_plan:f")
+    )
     for missing in (sft, first, second):
         with pytest.raises(RunError, match="no finished run"):
             plan(settings)
