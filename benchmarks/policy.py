@@ -147,7 +147,7 @@ def _problem() -> tuple[Any, Any, list[Any], Any]:
     from perlhf.data.records import Comparison, Prompt
     from perlhf.data.splits import load
     from perlhf.model.base import Base, load_tokenizer, pick_device, pick_dtype
-    from perlhf.model.encode import Encoder
+    from perlhf.model.encoding.encode import Encoder
 
     recipe = load_recipe(harness.REPOSITORY / "recipes" / "hh" / "reward.yaml", RewardConfig)
     config = PolicyConfig(

@@ -104,7 +104,8 @@ excepted; one line or JSON value may have LONGEST Mi characters.
 - **Odd JSON** that isn't read is one error that names its shape and what mends it: objects as Python prints them, a
   comma after each line or before a bracket, a list on each line, several lists that may be the rows, a web page, a PDF.
 
-Packed files, Parquet, Arrow and TFRecord are known by their content; CSV and TSV by their suffix, unless there is JSON inside.
+Packed files, Parquet, Arrow and TFRecord are known by their content; CSV and TSV by their suffix, unless there is JSON
+inside.
 
 ### Splits of a set's authors
 
@@ -150,10 +151,11 @@ slip away from a name that is missing (`lable`) is an error. These keys of `data
       ties: error                                       or skip, the default
 
 A label is true or false, 1 or 0 (or -1), yes or no, up or down, good or bad; numbers of classes (`ClassLabel` of
-`datasets`) are read as the names of the classes. A grade (`rating`, `stars`, `score`, `reward`, `helpfulness`) beside an answer is never ignored: without `data.ratings` or `data.grades` (`ignore` reads the
-answers as demonstrations) the file is one error that names a rule that fits. Grades between `down` and `up` are left
-out and counted; without `down` every grade below `up` is a thumbs down. Ties, and comparisons with the same text on
-both sides, teach no preference: they are left out and counted.
+`datasets`) are read as the names of the classes. A grade (`rating`, `stars`, `score`, `reward`, `helpfulness`) beside
+an answer is never ignored: without `data.ratings` or `data.grades` (`ignore` reads the answers as demonstrations) the
+file is one error that names a rule that fits. Grades between `down` and `up` are left out and counted; without `down`
+every grade below `up` is a thumbs down. Ties, and comparisons with the same text on both sides, teach no preference:
+they are left out and counted.
 """
 
 FORMATS_HEAD = """## Formats

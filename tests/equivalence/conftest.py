@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import open_encoder, open_model
 
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 
 

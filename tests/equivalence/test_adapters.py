@@ -28,7 +28,7 @@ from perlhf.kernels.call import Call, current_call
 from perlhf.method.lora import LowRank
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Held, Model
 from perlhf.rollout.local import Ends, Rollout, sample, stream, uniforms
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from perlhf.errors import AdapterError
 from perlhf.model import saved
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 
 # peft asks transformers 5 for a property under its old name.

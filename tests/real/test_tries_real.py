@@ -9,7 +9,7 @@ from perlhf.config.stages import RewardConfig
 from perlhf.data.splits import load
 from perlhf.method.packing import lay_out
 from perlhf.model.base import Base, load_tokenizer
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.training.reward import encode_items
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

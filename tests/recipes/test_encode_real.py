@@ -6,7 +6,7 @@ import pytest
 
 from perlhf.config.stages import EncodingConfig
 from perlhf.model.base import Base, load_tokenizer
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 
 SYSTEM = [1, 9690, 198, 47662, 30, 2, 198]  # <|im_start|> system \n Brief . <|im_end|> \n
 USER = [1, 4093, 198]

@@ -21,7 +21,7 @@ from perlhf.data.splits import load, split_of
 from perlhf.errors import AdapterError, ConfigError, RunError
 from perlhf.evaluation.evaluate import evaluate, score
 from perlhf.model.base import Base, load_tokenizer
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.open import read_run
 from perlhf.runs.evaluations import as_json
 from perlhf.runs.read import read_runs

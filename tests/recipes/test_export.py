@@ -26,7 +26,7 @@ from perlhf.config.stages import EncodingConfig, SftConfig
 from perlhf.data.records import Rating
 from perlhf.data.splits import load
 from perlhf.errors import AdapterError, ConfigError
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.open import read_run
 from perlhf.training.sft import train_sft
 

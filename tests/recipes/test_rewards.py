@@ -23,7 +23,7 @@ from perlhf.errors import ConfigError
 from perlhf.method.packing import batches, completed
 from perlhf.model import saved
 from perlhf.model.base import Base, load_tokenizer
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.rollout.scorers import load_scorers, score_batches
 

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from perlhf.config.stages import EncodingConfig
 from perlhf.method.packing import Batch, Ids, Packing, Tokens, completed, pack
 from perlhf.model.base import Base, load_tokenizer
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 
 VOCAB = 272

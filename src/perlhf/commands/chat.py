@@ -7,7 +7,7 @@ from perlhf.config.commands import ChatConfig
 from perlhf.config.stages import DEFAULT_BASE, EncodingConfig, PolicyConfig
 from perlhf.data.records import Message
 from perlhf.model.base import Base, end_ids, load_tokenizer, vocabulary
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import Given, read_run
 from perlhf.rollout.local import Ends, stream, uniforms

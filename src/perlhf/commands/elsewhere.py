@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from perlhf.data.records import Record, Text, completions_of
-from perlhf.model.encode import Encoder, Example
+from perlhf.model.encoding.encode import Encoder, Example
 from perlhf.model.open import FinishedRun
 from perlhf.model.packaged import SMOLLM2, quiet
 

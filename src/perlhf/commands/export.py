@@ -8,6 +8,7 @@ a young adapter's effect: what was lost is measured on the files written, read a
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from perlhf.method.packing import Ids, Tokens, pack, pad
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base, end_ids, load_base, vocabulary
-from perlhf.model.chat_template import on_day, templates_of
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.chat_template import on_day, templates_of
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, Given, read_run
 from perlhf.model.packaged import SMOLLM2, disk_errors, quiet
@@ -107,6 +108,8 @@ def _export_peft(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
 
 
 def _export_merged(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
+    if config.dtype == "float32":  # measured beside scores in float32: those in bfloat16 are rounded themselves
+        run = replace(run, config=run.config.model_copy(update={"dtype": config.dtype}))
     model, encoder = run.open(config.device)
     adapter = model.adapters[run.stage]
     dtype = model.dtype if config.dtype == "run" else getattr(torch, config.dtype)

@@ -20,7 +20,7 @@ from perlhf.evaluation.judge import judge
 from perlhf.evaluation.shared import ROWS, Sampling, both_sides, measure, plain, progress, seen_groups
 from perlhf.method import advantages, metrics
 from perlhf.method.packing import batches, completed
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, load_earlier, load_sft
 from perlhf.rollout.functions import TrainerState, importable

@@ -17,7 +17,7 @@ from perlhf.evaluation.shared import both_sides, measure, plain, progress, seen_
 from perlhf.method import metrics
 from perlhf.method.metrics import Statistic
 from perlhf.method.packing import Packing, batches
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun
 from perlhf.rollout.scorers import score_batches

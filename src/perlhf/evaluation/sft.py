@@ -15,7 +15,7 @@ from perlhf.data.records import Demonstration
 from perlhf.evaluation.shared import Sampling, both_sides, measure, plain, progress, seen_groups
 from perlhf.method.metrics import Statistic
 from perlhf.method.packing import batches
-from perlhf.model.encode import Encoder, Example
+from perlhf.model.encoding.encode import Encoder, Example
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun
 from perlhf.runs.evaluations import Evaluation, Measured, Measures

@@ -16,7 +16,7 @@ from perlhf.errors import DataError
 from perlhf.method import metrics
 from perlhf.method.metrics import Statistic
 from perlhf.method.packing import Ids
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun
 from perlhf.rollout.local import Ends, Rollout, sample, uniforms

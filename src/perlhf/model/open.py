@@ -31,7 +31,7 @@ from perlhf.errors import ConfigError, ModelError, RunError
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base, end_ids, load_tokenizer, template_depends_on_day, vocabulary
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.runs import places
 from perlhf.runs.earlier import adapter_of, earlier_runs, is_adapter

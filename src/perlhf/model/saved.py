@@ -29,7 +29,7 @@ from perlhf.method import lora
 from perlhf.method.lora import LowRank
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.runs.earlier import ADAPTER_CONFIG as CONFIG
 from perlhf.runs.earlier import ADAPTER_DETAILS as DETAILS

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from perlhf.errors import DivergenceError, StaleSamplerError
 from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.method.packing import Ids
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Held, Model
 
 VOCAB_BLOCK = 256

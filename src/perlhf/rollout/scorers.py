@@ -17,7 +17,7 @@ from perlhf.config.addresses import REWARD_KEY, filled, is_address, shown
 from perlhf.data.records import Prompt
 from perlhf.errors import ConfigError, DataError, DivergenceError, ServiceError
 from perlhf.method.packing import Batch, Ids, Packing, batches, completed
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import load_earlier
 from perlhf.rollout.functions import Asked, Scorer, TrainerState, checked, load_function

@@ -23,8 +23,8 @@ from perlhf.errors import DataError, DivergenceError, Interrupted, RunError
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base
-from perlhf.model.encode import Encoder, Example, TooLong
-from perlhf.model.lengths import to_tokenise
+from perlhf.model.encoding.encode import Encoder, Example, TooLong
+from perlhf.model.encoding.lengths import to_tokenise
 from perlhf.model.model import Model
 from perlhf.runs.earlier import adapter_of, earlier_runs
 from perlhf.runs.run import Run

@@ -22,7 +22,7 @@ from perlhf.errors import RewardFunctionError
 from perlhf.method import advantages
 from perlhf.method.losses import policy_loss, value_loss
 from perlhf.method.packing import Batch, batches, completed, join_rows, microbatches, rows_of
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.rollout.functions import TrainerState
 from perlhf.rollout.local import Ends, Rollout, probe, sample, uniforms

@@ -92,7 +92,7 @@ def test_label_studio_min_and_csv(tmp_path: Path) -> None:
     stars = [MIN | {"prompt": "Hi?", "response": str(n), "stars_given": [{"rating": n}]} for n in (1, 3, 5)]
     with pytest.raises(DataError, match=r"grades \(1 to 5\)") as caught:
         reading(tmp_path, *stars)
-    assert caught.value.hint == "data.ratings: {up: 4, down: 2}"
+    assert "data.ratings: {up: 4, down: 2} in a recipe" in str(caught.value)
 
 
 def test_argilla_records(tmp_path: Path) -> None:
@@ -153,3 +153,27 @@ def test_choices_that_are_numbers_are_grades(tmp_path: Path, given: str) -> None
     rules = LayoutConfig(ratings=RatingsConfig(up=4, down=2))
     (found,) = read_all("a.jsonl", root=tmp_path, rules=rules).records
     assert isinstance(found, Rating) and found.label == (given == "5")
+
+
+@pytest.mark.parametrize(
+    ("texts", "result", "first"),
+    [
+        (("text1", "text2"), {"type": "pairwise", "to_name": "answer1,answer2", "value": {"selected": "left"}}, True),
+        (("model_a", "model_b"), {"type": "choices", "to_name": "prompt", "value": {"choices": ["B"]}}, False),
+        (("right", "left"), {"type": "choices", "to_name": "prompt", "value": {"choices": ["left"]}}, False),
+    ],
+)
+def test_label_studio_judges_the_two_texts_of_a_task(
+    tmp_path: Path, texts: tuple[str, str], result: dict[str, Any], first: bool
+) -> None:
+    """Tags may be called otherwise than the data; a judgement is never an answer."""
+    data = {"prompt": "Is it open?", texts[0]: "one", texts[1]: "two"}
+    (record,) = reading(tmp_path, {"data": data, "annotations": [{"result": [result | {"from_name": "best"}]}]}).records
+    assert isinstance(record, Comparison)
+    assert (record.chosen, record.rejected) == (("one", "two") if first else ("two", "one"))
+
+
+def test_label_studio_judgements_of_nothing_are_refused(tmp_path: Path) -> None:
+    result = {"type": "choices", "from_name": "topic", "to_name": "prompt", "value": {"choices": ["money"]}}
+    with pytest.raises(DataError, match=r"nothing says which texts 'topic' judges \('money'\)"):
+        reading(tmp_path, {"data": {"prompt": "Is it open?"}, "annotations": [{"result": [result]}]})

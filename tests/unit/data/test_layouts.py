@@ -239,7 +239,7 @@ def test_helpsteer_grades_need_a_rule(tmp_path: Path) -> None:
     rows = [{"prompt": "Hi?", "response": str(n), "helpfulness": n, "correctness": 4 - n} for n in range(5)]
     with pytest.raises(DataError, match=r"grades \(0 to 4\)") as caught:
         reading(tmp_path, *rows)
-    assert caught.value.hint == "data.ratings: {up: 3, down: 1}"
+    assert "data.ratings: {up: 3, down: 1} in a recipe" in str(caught.value)
     rules = LayoutConfig(ratings=RatingsConfig(up=3, down=1))
     found = reading(tmp_path, *rows, rules=rules)
     assert [(r.completion, r.label) for r in found.records if isinstance(r, Rating)] == [

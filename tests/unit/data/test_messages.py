@@ -92,3 +92,16 @@ def test_transcripts() -> None:
     assert [turn["content"] for turn in transcript(marked) or ()] == ["a", "b", "c", "d"]
     assert transcript("Human: a") is None and transcript("Assistant: a\n\nHuman: b") is None
     assert transcript("The Human: a\n\nAssistant: b") is None
+
+
+def test_calls_and_their_answers_as_roles() -> None:
+    """ms-swift's agents."""
+    called = {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'}
+    assert read(called, {"role": "tool_response", "content": "3"}) == (
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+        },
+        {"role": "tool", "content": "3"},
+    )

@@ -540,7 +540,9 @@ def test_ties_are_left_out_or_refused(tmp_path: Path) -> None:
 def test_grades_without_a_rule_are_one_problem(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", *({"prompt": "p", "completion": str(n), "stars": n} for n in range(1, 6)))
     (problem,) = validate(["a.jsonl"], root=tmp_path).problems
-    assert problem.hint == "data.ratings: {up: 4, down: 2}" and "(1 to 5)" in problem.what
+    assert (
+        "data.ratings: {up: 4, down: 2} in a recipe, --data.ratings.up" in str(problem) and "(1 to 5)" in problem.what
+    )
     rules = LayoutConfig(ratings=RatingsConfig(up=4, down=2))
     checked = validate(["a.jsonl"], root=tmp_path, rules=rules)
     assert checked.ok and checked.records == {"rating": 4}

@@ -154,7 +154,7 @@ def test_a_verdict_beside_an_answer_is_never_ignored(tmp_path: Path) -> None:
     for name in ("rating", "stars", "score", "reward"):
         with pytest.raises(DataError, match="nothing says what becomes of them") as caught:
             records(tmp_path, *(answer | {name: grade} for grade in (3, 1, "5", [4, 4])))
-        assert caught.value.hint == "data.ratings: {up: 4, down: 2}" and caught.value.where == "a.jsonl:1"
+        assert "data.ratings: {up: 4, down: 2} in a recipe" in str(caught.value) and caught.value.where == "a.jsonl:1"
     with pytest.raises(DataError, match="rating is 'Superb', which is no grade"):
         records(tmp_path, answer | {"rating": "Superb"})
 
@@ -312,7 +312,10 @@ def test_names_of_the_system_column(tmp_path: Path, name: str) -> None:
 def test_more_names_of_grades_are_not_imitated(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="the answers have grades") as caught:
         records(tmp_path, {"prompt": "Hi!", "completion": "No", name: 1})
-    assert caught.value.hint == "data.ratings: {up: ..., down: ...}"  # one grade shows no scale
+    assert (
+        caught.value.hint
+        == "data.ratings: {up: ..., down: ...} in a recipe, --data.ratings.up, .down on the command line"
+    )  # one grade shows no scale
     (remark,) = records(tmp_path, {"prompt": "Hi!", "completion": "Yes", "quality": "checked by Ann"})
     assert isinstance(remark, Demonstration)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from perlhf.config.stages import EncodingConfig
 from perlhf.data.records import Message
 from perlhf.errors import ConfigError, DataError
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 
 TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
 CALL = [{"id": "c1", "type": "function", "function": {"name": "find", "arguments": {"what": "hub"}}}]
@@ -412,6 +412,19 @@ class TestNothingIsLost:
             messages = [*said("hello"), {"role": "assistant", "content": "", "tool_calls": calls}, *said("so?")]
             assert encoder.prompt(messages) == theirs(encoder, messages, add_generation_prompt=True)
             assert capsys.readouterr().err.count("are quoted once more") == told
+
+    def test_a_call_without_content_where_a_template_wants_some(self) -> None:
+        """transformers gives templates no null; one that adds contents takes an empty one."""
+        tokenizer = byte_level()
+        tokenizer.chat_template = TEMPLATES["tools"].replace("(m['content'] or '')", "m['content']")
+        encoder = Encoder(tokenizer, EncodingConfig())
+        call = {"role": "assistant", "tool_calls": CALL}
+        empty = [*said("hello"), call | {"content": ""}, {"role": "tool", "content": "3"}]
+        for content in ({}, {"content": None}):
+            messages = [*said("hello"), call | content, {"role": "tool", "content": "3"}]
+            assert encoder.prompt(messages) == encoder.prompt(empty)
+            with pytest.raises(DataError, match="leaves out 'tool_calls' of message 2"):
+                encoder_of("chatml", "byte level").prompt(messages)
 
     def test_names_are_text(self) -> None:
         with pytest.raises(DataError, match="'name' of message 1 is 3, which is no text"):

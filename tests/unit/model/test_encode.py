@@ -15,7 +15,7 @@ from perlhf.config.stages import EncodingConfig
 from perlhf.data.records import Message, Text
 from perlhf.errors import ConfigError, DataError
 from perlhf.model.base import Base, load_tokenizer
-from perlhf.model.encode import Encoder, TooLong
+from perlhf.model.encoding.encode import Encoder, TooLong
 
 START, END, NEWLINE, SPACE = 0, 1, 200, 222
 USER = [START, 86, 84, 263, NEWLINE]  # u s er \n; "er" is a merge

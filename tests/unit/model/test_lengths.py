@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from perlhf.config.stages import EncodingConfig
 from perlhf.data.records import Comparison, Demonstration, Record, completions_of
 from perlhf.data.store import hold
-from perlhf.model.encode import Encoder
-from perlhf.model.lengths import UNKNOWN, most_tokens, to_tokenise
+from perlhf.model.encoding.encode import Encoder
+from perlhf.model.encoding.lengths import UNKNOWN, most_tokens, to_tokenise
 
 ALPHABET = ["<end>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

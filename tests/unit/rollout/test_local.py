@@ -9,7 +9,7 @@ from tiny_models import END, START, VOCAB, answers, open_encoder, random_ids, ra
 from transformers import LlamaForCausalLM
 
 from perlhf.model.base import Base
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.rollout.local import Ends, Rollout, sample, uniforms
 

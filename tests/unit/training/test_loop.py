@@ -16,7 +16,7 @@ from perlhf.data.splits import split_of
 from perlhf.data.store import hold
 from perlhf.data.tools import validate
 from perlhf.errors import AdapterError, ConfigError, DataError, DivergenceError
-from perlhf.model.encode import TooLong
+from perlhf.model.encoding.encode import TooLong
 from perlhf.model.model import Model
 from perlhf.model.open import new_adapter
 from perlhf.rollout.scorers import score_batches

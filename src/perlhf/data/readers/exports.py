@@ -156,6 +156,10 @@ def _label_studio_rows(row: dict[str, Any], where: str) -> list[Made]:
             said[name] = _unwrapped(given)
             if result.get("type") == "pairwise":
                 sides = _named_sides(str(result.get("to_name")), fields)
+        sides = sides or _two_texts(fields, said)
+        kinds = {str(result.get("from_name")): result.get("type") for result in results}
+        if not sides and pair_of(fields) is None and not any(name in fields for name in _ANSWER):
+            _refuse_judgements_of_nothing(said, kinds, fields, where)
         made.append(_judged(fields | sides, said, _who(annotation.get("completed_by")), where))
     return made or [Skipped("a task without an annotation", where)]
 
@@ -184,6 +188,32 @@ def _named_sides(names: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     if len(sides) == 2 and all(name in fields for name in sides):
         return {"response_a": fields[sides[0]], "response_b": fields[sides[1]]}
     return {}
+
+
+def _two_texts(fields: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """The only two texts beside the prompt, in the order of their names, where a side was chosen; {} otherwise."""
+    others = sorted(
+        name for name, part in fields.items() if isinstance(part, str) and name not in (*_OURS, *_QUESTION, *_ANSWER)
+    )
+    if len(others) != 2 or pair_of(fields) is not None or any(name in fields for name in _ANSWER):
+        return {}
+    sides = {"response_a": fields[others[0]], "response_b": fields[others[1]]}
+    chosen = (side_of(_best_of_ranking(part), sides, ("response_a", "response_b")) for part in said.values())
+    return sides if any(side != "" for side in chosen) else {}
+
+
+def _refuse_judgements_of_nothing(
+    said: Mapping[str, Any], kinds: Mapping[str, Any], fields: Mapping[str, Any], where: str
+) -> None:
+    """Raises DataError where a choice or a grade says nothing of any text: it would be learned as an answer."""
+    judged = [name for name in said if kinds.get(name) != "textarea"]
+    if judged:
+        raise DataError(
+            f"nothing says which texts {judged[0]!r} judges ({said[judged[0]]!r:.40})",
+            where=where,
+            allowed=f"found data {', '.join(map(repr, fields)) or 'none'}",
+            hint="call two answers response_a and response_b, or one answer response, in the tasks' data",
+        )
 
 
 def _who(annotator: Any) -> str | None:

@@ -38,6 +38,8 @@ SPEAKERS = {
 """Who speaks in ShareGPT's turns (`from`), by the names that files have."""
 
 _CALLERS = ("function_call", "tool_call")
+_OF_CALLS = (*_CALLERS, "tool_response", "function_response", "observation")
+"""Roles of ms-swift's messages that are ShareGPT's speakers."""
 _SPEAKING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Keys that make a turn without content no empty one."""
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -184,6 +186,8 @@ def _message(part: dict[str, Any], column: str, where: str) -> Message:
     if "role" not in part and ("from" in part or "value" in part):
         return _turn(part, column, where)
     role = text(part, "role", where)
+    if role.lower() in _OF_CALLS:
+        return _turn({**part, "from": role}, column, where)
     if role.lower() not in ROLES:
         near = nearest(role, ROLES)
         raise DataError(

@@ -488,7 +488,12 @@ def _prompt(row: dict[str, Any], where: str) -> Text:
             where=where,
             allowed=f"found columns {', '.join(map(repr, row))}",
             hint=f"`data.columns: {{prompt: {near}}}` reads {near!r} as the prompt"
-            + ("" if answers else f", `{{prompt: {near}, completion: ...}}` another column as the answer too"),
+            + (
+                ""
+                if answers
+                else f", `{{prompt: {near}, completion: ...}}` another column as the answer too, and "
+                f"`{{prompt: {near}, chosen: ..., rejected: ...}}` two as the better and the other one"
+            ),
         )
     prompt = listed(value(row, "prompt", where, COLUMNS))
     if isinstance(prompt, str):
@@ -711,13 +716,15 @@ def _no_rule(grades: list[float], where: str) -> NoRule:
     up, down = low + 0.75 * (high - low), low + 0.25 * (high - low)
     if all(grade == int(grade) for grade in grades):
         up, down = math.ceil(up), math.floor(down)
-    example = f"{{up: {up:g}, down: {down:g}}}" if down < up else "{up: ..., down: ...}"
+    known = down < up
+    rule = f"data.ratings: {{up: {up:g}, down: {down:g}}}" if known else "data.ratings: {up: ..., down: ...}"
+    typed = f"--data.ratings.up {up:g} --data.ratings.down {down:g}" if known else "--data.ratings.up, .down"
     return NoRule(
         f"the answers have grades ({low:g} to {high:g}), and nothing says what becomes of them",
         where=where,
         allowed="`data.ratings` (which are a thumbs up and which a thumbs down), or `data.grades: comparisons` "
         "(of answers to one prompt) or `ignore`",
-        hint=f"data.ratings: {example}",
+        hint=f"{rule} in a recipe, {typed} on the command line",
     )
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from perlhf.data.records import Record, Text, completions_of
 from perlhf.data.store import ODD, Records
 from perlhf.errors import DataError
-from perlhf.model.encode import Encoder
+from perlhf.model.encoding.encode import Encoder
 
 UNKNOWN = np.iinfo(np.int64).max
 MOST_SHAPES = 1000

@@ -16,7 +16,7 @@ from perlhf.config.stages import EncodingConfig
 from perlhf.data.records import Message, Text, Tools, content_of
 from perlhf.errors import ConfigError, DataError
 from perlhf.method.packing import Span, Tokens
-from perlhf.model.chat_template import TEXT_ROLE, ChatTemplate
+from perlhf.model.encoding.chat_template import TEXT_ROLE, ChatTemplate
 
 THOUGHT = "<think>"
 CUT_PARTS = 8

@@ -176,11 +176,11 @@ class ChatTemplate:
                 what = f"the role of message {number} holds {typed[0]!r}, which would make a turn of its own"
                 raise DataError(what, allowed="roles such as system, user, assistant, tool")
         rendered = cache(lambda: self.rendered(messages, _ending_of(messages), tools))
-        for number, message in enumerate(messages):
-            kind = self._kind(messages, number), bool(tools)
-            if kind in self._checked:
-                continue
-            place = f"of message {number + 1}, of role {message['role']}"
+        kinds = [(self._kind(messages, number), bool(tools)) for number in range(len(messages))]
+        unseen = [number for number, kind in enumerate(kinds) if kind not in self._checked]
+        # Keys first: a template without a place for one may refuse the conversation because of it, in other words.
+        for number in unseen:
+            message, place = messages[number], _place(messages, number)
             if self._quotes_arguments and any(isinstance(text, str) for text in _arguments(message)):
                 self._tell(
                     "the chat template writes the arguments of tool_calls as JSON, and those that are JSON text "
@@ -189,10 +189,11 @@ class ChatTemplate:
             for key in message.keys() - {"role", "content"}:
                 if message[key] and not self._mentions(key) and not self._mentions(_ALIASES.get(key, key)):
                     self._left_out(f"{key!r} {place}" if key in _MEANINGFUL else repr(key), key in _MEANINGFUL)
-            for what, changed in _changes(message, last=number == len(messages) - 1):
+        for number in unseen:
+            for what, changed in _changes(messages[number], last=number == len(messages) - 1):
                 if not self._differs([*messages[:number], changed, *messages[number + 1 :]], tools, rendered()):
-                    self._left_out(f"{what} {place}", what != _REASONING)
-            self._checked.add(kind)
+                    self._left_out(f"{what} {_place(messages, number)}", what != _REASONING)
+            self._checked.add(kinds[number])
         roles = tuple(message["role"] for message in messages)
         if tools and roles not in self._checked:
             if not self._differs(messages, [_renamed(tool) for tool in tools], rendered()):
@@ -260,7 +261,8 @@ class ChatTemplate:
         self, messages: list[dict[str, Any]], ending: Ending, tools: Tools | None, variables: dict[str, Any]
     ) -> str:
         given = [_in_parts(message) for message in messages] if self._takes_parts else messages
-        try:
+
+        def applied(given: list[dict[str, Any]]) -> str:
             return str(
                 self.tokenizer.apply_chat_template(
                     given,
@@ -272,6 +274,15 @@ class ChatTemplate:
                     **variables,
                 )
             )
+
+        try:
+            try:
+                return applied(given)
+            except _REFUSALS:
+                if all(message.get("content") is not None for message in given):
+                    raise
+                # Many templates take a call without content only if it is there, and empty.
+                return applied([{**message, "content": message.get("content") or ""} for message in given])
         except _REFUSALS as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise DataError(
@@ -540,6 +551,10 @@ def _renamed(function: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(inner := function.get("function"), Mapping):
         return {**function, "function": {**inner, "name": _OTHER_PROBE}}
     return {**function, "name": _OTHER_PROBE} if "name" in function else dict(function)
+
+
+def _place(messages: Sequence[Message], number: int) -> str:
+    return f"of message {number + 1}, of role {messages[number]['role']}"
 
 
 def _check_types(message: Message, number: int) -> None:

@@ -1,0 +1,1 @@
+"""From records to token ids: begin with encode, whose Encoder the rest serves."""
