@@ -66,6 +66,7 @@ one. Baselines learn from the turned labels too; validation and test keep theirs
 - `perlhf sft` takes demonstrations. A rating with thumbs up becomes one, and so does the chosen side of a
   comparison.
 - `perlhf policy` takes prompts. Every record gives its prompt; each different prompt counts once.
+- What can serve as none of these is left out, counted and told.
 
 The embedded set has records of every kind, so nothing of it is converted.
 """

@@ -224,10 +224,11 @@ def _converted(config: DataConfig, kinds: Sequence[Kind], reading: read.Reading)
             yield from (record for kind in kinds if kind in available for record in feedback.records(kind))
         else:
             found = read.stream(path, config.format, rules=config, into=reading)
-            yield from _as_kinds(found, kinds)
+            yield from _as_kinds(found, kinds, reading.skipped)
 
 
-def _as_kinds(records: Iterable[Record], kinds: Sequence[Kind]) -> Iterator[Record]:
+def _as_kinds(records: Iterable[Record], kinds: Sequence[Kind], skipped: dict[str, int]) -> Iterator[Record]:
+    """The records as one of the kinds; `skipped` counts those that can be none."""
     for record in records:
         if kind_of(record) in kinds:
             yield record
@@ -241,6 +242,10 @@ def _as_kinds(records: Iterable[Record], kinds: Sequence[Kind]) -> Iterator[Reco
             )
         elif "prompt" in kinds:
             yield Prompt(record.prompt, record.group, source=record.source, tools=record.tools)
+        else:
+            what = "rating with thumbs down" if isinstance(record, Rating) and not record.label else kind_of(record)
+            reason = f"a {what} is no {' or '.join(kinds)}"
+            skipped[reason] = skipped.get(reason, 0) + 1
 
 
 def _with_unique_prompts(records: Records) -> Records:

@@ -11,7 +11,7 @@ import pytest
 from perlhf.config.stages import DataConfig, RewardConfig
 from perlhf.data.read import read
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record
-from perlhf.data.splits import check_labels, content_hash, load, record_hash, split_of
+from perlhf.data.splits import check_labels, content_hash, load, read_splits, record_hash, split_of
 from perlhf.data.store import hold
 from perlhf.errors import DataError, RunError
 from perlhf.runs.run import open_run
@@ -206,6 +206,19 @@ def test_embedded_records_of_each_kind() -> None:
     assert all(isinstance(record, Rating) for record in read("builtin:coffee-bar/rating"))
     only_ratings = config.model_copy(update={"paths": ("builtin:coffee-bar/rating",)})
     assert {type(record) for record in load(only_ratings, ("comparison", "rating"), "all")} == {Rating}
+
+
+def test_records_of_no_use_are_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "chosen": "x", "rejected": "y"}, {"prompt": "b", "completion": "c"}]
+    rows += [{"prompt": "c", "completion": "d", "label": label} for label in (True, False)]
+    config = DataConfig(paths=(put(tmp_path / "a.jsonl", rows),))
+    assert read_splits(config, ("comparison",)).skipped == {
+        "a demonstration is no comparison": 1,
+        "a rating is no comparison": 1,
+        "a rating with thumbs down is no comparison": 1,
+    }
+    assert read_splits(config, ("demonstration",)).skipped == {"a rating with thumbs down is no demonstration": 1}
+    assert read_splits(config, ("prompt",)).skipped == {}
 
 
 def test_empty_sides_and_kinds_are_errors(tmp_path: Path) -> None:
