@@ -306,19 +306,6 @@ def test_functions_as_trl_documents_them(here):
     assert load("mine:hidden_async")(["p"], ["abc"]) == [3.0]
 
 
-def test_trls_own_functions(here):
-    pytest.importorskip("trl")
-    write(
-        here,
-        "from trl.rewards import think_format_reward, get_soft_overlong_punishment, get_repetition_penalty_reward\n"
-        "overlong = get_soft_overlong_punishment(4, 2)\nrepeats = get_repetition_penalty_reward(2)\n",
-    )
-    thinks = "<think>x</think>y"
-    assert load("mine:think_format_reward")([CHAT, "plain"], [thinks, "y"]) == [1.0, 0.0]
-    assert load("mine:overlong")([CHAT], ["c"]) == [0.0]
-    assert load("mine:repeats")([CHAT], ["c"]) == [0.0]
-
-
 FAULTY = """
 import asyncio, json, sys
 
