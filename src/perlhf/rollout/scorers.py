@@ -1,6 +1,5 @@
 """What scores completions: reward adapters on the same base, Python functions, HTTP addresses; how scores combine."""
 
-import asyncio
 import inspect
 import os
 import warnings
@@ -24,7 +23,7 @@ from perlhf.rollout.functions import Asked, Scorer, TrainerState, checked, load_
 from perlhf.rollout.local import Ends
 from perlhf.runs.earlier import adapter_of
 from perlhf.system.http import Service, all_answers
-from perlhf.system.waiting import finish
+from perlhf.system.waiting import finish, together_or_none
 
 Combine = Literal["mean", "min", "mean_minus_std"]
 
@@ -96,18 +95,8 @@ def function_scores(functions: Sequence[Scorer], asked: Asked) -> list[list[floa
             found[at] = cast("list[float]", function(asked))
     if together:
         running = [cast("Coroutine[Any, Any, list[float]]", functions[at](asked)) for at in together]
-        found |= dict(zip(together, finish(_all(running)), strict=True))
+        found |= dict(zip(together, finish(together_or_none(running)), strict=True))
     return [found[at] for at in range(len(functions))]
-
-
-async def _all(running: Sequence[Coroutine[Any, Any, list[float]]]) -> list[list[float]]:
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in running]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @torch.no_grad()

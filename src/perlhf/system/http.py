@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from perlhf.errors import ConfigError, ServiceError
-from perlhf.system.waiting import STOP_ASKED, finish, stopped
+from perlhf.system.waiting import STOP_ASKED, finish, stopped, together_or_none
 
 if TYPE_CHECKING:
     import httpx2
@@ -154,13 +154,7 @@ async def all_answers(
         raise AssertionError("the last attempt returns or raises")
 
     async with _transport(service, proxy) as transport:
-        tasks = [asyncio.ensure_future(answer(content)) for content in contents]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await together_or_none([answer(content) for content in contents])
 
 
 def proxy_of(url: str) -> str | None:

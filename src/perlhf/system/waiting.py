@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import wait
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -53,6 +53,17 @@ def finish(coroutine: Coroutine[Any, Any, Result]) -> Result:
         raise ended_by
     assert result is not None
     return result[0]
+
+
+async def together_or_none(running: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Results of coroutines that run at the same time, in order; the first that fails ends the others."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in running]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def stopped() -> Interrupted:
