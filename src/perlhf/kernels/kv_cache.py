@@ -4,13 +4,15 @@
 `attend`, which computes it over its prompt and what the row has sampled. Nothing is copied from step to step.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from perlhf.kernels import cpu
+from perlhf.kernels.sight import FULL, Sight
 from perlhf.method.packing import length_mask
 
 ALIGNED = 16
@@ -27,9 +29,13 @@ class KeyValueCache:
     Args:
         positions: for each prompt, where its tokens lie in the packed row of that pass.
         device: of the network.
+        sights: how far back layers see, by number; those that are missing see all.
     """
 
-    def __init__(self, positions: Sequence[Sequence[int]], device: torch.device):
+    def __init__(
+        self, positions: Sequence[Sequence[int]], device: torch.device, sights: Mapping[int, Sight] | None = None
+    ):
+        self.sights = sights or {}
         self.lengths = torch.tensor([len(places) for places in positions], device=device)
         self.seen = length_mask([len(places) for places in positions], device)
         self._places = torch.zeros(self.seen.shape, dtype=torch.long, device=device)
@@ -78,15 +84,30 @@ class KeyValueCache:
         return self.lengths[self.rows] + (self._now if self.fixed else self.time)
 
     def record(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keys and values of the packed prompts [kv_heads, tokens, width] in one layer."""
-        assert not len(self.rows) and layer not in self._prompts, "the prompts are one packed row, once"
+        """Keys and values of the packed prompts [kv_heads, tokens, width] in one layer.
+
+        Raises:
+            ValueError: the layer has recorded them, so it attends twice.
+        """
+        if len(self.rows) or layer in self._prompts:
+            raise ValueError(f"layer {layer} attends twice")
         self._prompts[layer] = self._of_prompts(key), self._of_prompts(value)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        cap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """softmax(scaling * q k^T) v of one new token a row, kept from now on.
 
         Args:
             query: [row, heads, 1, width]; key, value: [row, kv_heads, 1, width].
+            cap, sinks: as in `tree_attention`.
 
         Returns:
             [row, heads, 1, width of value].
@@ -94,11 +115,16 @@ class KeyValueCache:
         keys, values = self._prompts[layer]
         count, heads, _, width = query.shape
         kv_heads = keys.shape[1]
-        if cpu.usable(query, keys, values) and width == values.shape[-1]:
+        if cap is None and sinks is None and cpu.usable(query, keys, values) and width == values.shape[-1]:
             return self._attend_natively(layer, query, key, value, scaling)
         share, dtype = heads // kv_heads, query.dtype if self._adds_up_wide else torch.float32
         q = query.to(dtype).reshape(count, kv_heads, share, width)
-        past, past_sum = attend_part(self._by_prompt(q), keys.to(dtype), values.to(dtype), scaling, self._hidden)
+        sight = self.sights.get(layer, FULL)
+        part = attend_part if sight == FULL and cap is None else functools.partial(written_part, cap=cap)
+        hidden = self._hidden
+        if sight != FULL:
+            hidden = hidden.masked_fill(self._early(sight, keys.shape[2]), -torch.inf)
+        past, past_sum = part(self._by_prompt(q), keys.to(dtype), values.to(dtype), scaling, hidden)
         past, past_sum = self._by_row(past, share), self._by_row(past_sum[..., None], share).squeeze(-1)
         for buffer, new in zip(self._own[layer], (key, value), strict=True):
             if self.fixed:
@@ -107,8 +133,29 @@ class KeyValueCache:
                 buffer[:, :, self.time] = new[:, :, 0]
         seen, mask = (None, self._later.to(dtype)) if self.fixed else (self.time + 1, None)
         own_keys, own_values = (buffer[:, :, :seen].to(dtype) for buffer in self._own[layer])
-        mixed = join_parts((past, past_sum), attend_part(q, own_keys, own_values, scaling, mask))
+        if sight != FULL:
+            none = own_keys.new_zeros(1, 1, 1, own_keys.shape[2]) if mask is None else mask
+            mask = none.masked_fill(self._early_own(sight, own_keys.shape[2]), -torch.inf)
+        own, own_sum = part(q, own_keys, own_values, scaling, mask)
+        mixed = join_parts((past, past_sum), (own, own_sum))
+        if sinks is not None:
+            log_sum = torch.logaddexp(past_sum, own_sum)
+            mixed = without_sink(mixed, log_sum, sinks.view(1, kv_heads, share))
         return mixed.reshape(count, heads, 1, -1).to(query.dtype)
+
+    def _first_seen(self, sight: Sight) -> Tensor:
+        """[prompt] depth of the first token that the newest one of the prompt's rows sees."""
+        return sight.first(self.lengths + (self._now if self.fixed else self.time))
+
+    def _early(self, sight: Sight, longest: int) -> Tensor:
+        """[prompt, 1, 1, longest] where a prompt's tokens lie before those."""
+        depth = torch.arange(longest, device=self.lengths.device)
+        return (depth < self._first_seen(sight)[:, None])[:, None, None]
+
+    def _early_own(self, sight: Sight, room: int) -> Tensor:
+        """[row, 1, 1, room] where a row's own tokens do."""
+        depth = self.lengths[:, None] + torch.arange(room, device=self.lengths.device)
+        return (depth < self._first_seen(sight)[:, None])[self.rows][:, None, None]
 
     def advance(self) -> None:
         """The token of each row has gone through all layers."""
@@ -128,7 +175,8 @@ class KeyValueCache:
         prompts, kv_heads, longest, width = keys.shape
         capacity, time = own_keys.shape[2], self.time + 1
         sizes = cpu.int64s([prompts, longest, query.shape[1], kv_heads, width, capacity, time])
-        tensors = query, key, value, keys, values, own_keys, own_values, out, self.lengths, self._first_rows
+        tensors = query, key, value, keys, values, own_keys, own_values, out, self.lengths
+        tensors = *tensors, self._first_seen(self.sights.get(layer, FULL)), self._first_rows
         cpu.call("decode", *tensors, sizes, float(scaling))
         return out
 
@@ -178,7 +226,7 @@ def attend_part(
 
     Args:
         query: [batch, heads, n, width]; keys, values: [batch, heads, m, width] of the same dtype.
-        mask: to be added, broadcast to [batch, heads, n, m].
+        mask: to be added, broadcast to [batch, heads, n, m]; each query sees some of the keys.
 
     Returns:
         [batch, heads, n, width], and the logarithm of each row's sum of exponentials, float32 [batch, heads, n].
@@ -190,9 +238,21 @@ def attend_part(
             query, keys, values, mask, True, 0.0, False, scale=scaling
         )
         return mixed, log_sum[..., : query.shape[2]]
+    return written_part(query, keys, values, scaling, mask)
+
+
+def written_part(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `attend_part`, operation by operation. A query may see nothing: its share of the whole is 0 then.
+
+    Args:
+        cap: scores s = scaling * q k^T become cap * tanh(s / cap).
+    """
     logits = (query.float() @ keys.float().transpose(2, 3)) * scaling
+    logits = logits if cap is None else torch.tanh(logits / cap) * cap
     logits = logits if mask is None else logits + mask
-    log_sum = logits.logsumexp(-1)
+    log_sum = logits.logsumexp(-1).clamp_min(-1e30)
     return torch.exp(logits - log_sum[..., None]).to(values.dtype) @ values, log_sum
 
 
@@ -202,6 +262,16 @@ def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> T
     """
     weight = torch.sigmoid(second[1] - first[1])[..., None]
     return torch.lerp(first[0].float(), second[0].float(), weight).to(first[0].dtype)
+
+
+def without_sink(mixed: Tensor, log_sum: Tensor, sinks: Tensor) -> Tensor:
+    """What is left of attention [..., width] where a sink takes its share of the softmax.
+
+    Args:
+        log_sum: of the other scores' exponentials, [...].
+        sinks: their scores, broadcast to [...].
+    """
+    return mixed * torch.sigmoid(log_sum - sinks.float())[..., None].to(mixed.dtype)
 
 
 def _grown(buffer: Tensor, value: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention over a prefix tree: each node's tokens attend to their own path only.
+"""Attention over a prefix tree: each node's tokens attend to their own path only, as far back as the layer sees.
 
 transformers' networks call it through `AttentionInterface`; without a tree it is their scaled-dot-product attention.
 On a CPU our own kernel reads a node's path where it lies and needs no mask. Elsewhere, and where none is compiled, it
@@ -6,8 +6,7 @@ is one call of torch's attention under the tree's mask: the kernel's slow twin, 
 calls would cost more than they spare.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
-from perlhf.kernels import cpu
-from perlhf.kernels.kv_cache import ALIGNED, KeyValueCache
+from perlhf.kernels import cpu, sight
+from perlhf.kernels.kv_cache import ALIGNED, KeyValueCache, without_sink, written_part
+from perlhf.kernels.sight import FULL, Sight
 from perlhf.method.packing import Node, Span
 
 NAME = "perlhf_tree"
 PIECE_TOKENS = 128
 """Queries of one task of our own kernel."""
+NOTHING_BEHIND = -(1 << 40)
+NEUTRAL = ("position_ids", "cache_position", "position_embeddings", "input_ids", "is_causal", "sliding_window")
+"""Arguments of networks' attention that change nothing beyond what their masks and rotated queries say."""
 
 
 class Tree:
@@ -31,68 +34,89 @@ class Tree:
 
     Args:
         nodes: covering every token once.
+        sights: how far back layers see, by number; those that are missing see all.
     """
 
-    def __init__(self, nodes: Sequence[Node]):
+    def __init__(self, nodes: Sequence[Node], sights: Mapping[int, Sight] | None = None):
         self.nodes = tuple(nodes)
-        self._masks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.sights = sights or {}
+        self._masks: dict[tuple[Sight, torch.device, torch.dtype], Tensor] = {}
+        self._tables: dict[Sight, tuple[Any, Any, int]] = {}
 
-    @functools.cached_property
-    def table(self) -> tuple[Any, Any, int]:
-        """As our own kernel reads it: for each piece its start, length, first span and number of spans; the spans'
-        starts and lengths; the number of pieces.
+    def table(self, sight: Sight) -> tuple[Any, Any, int]:
+        """As our own kernel reads it: for each piece its start, length, first span, number of spans and how far its
+        first query's window begins behind the first of them; the spans' starts and lengths; the number of pieces.
         """
-        pieces = _pieces(self.nodes, PIECE_TOKENS)
-        rows, spans = [], []
-        for piece in pieces:
-            prefix = _merged(piece.prefix)
-            rows += [piece.start, piece.length, len(spans) // 2, len(prefix)]
-            spans += [number for span in prefix for number in span]
-        return cpu.int64s(rows), cpu.int64s(spans), len(pieces)
+        if sight not in self._tables:
+            rows, spans = [], []
+            pieces = _pieces(self.nodes, PIECE_TOKENS, sight.chunk)
+            for piece in pieces:
+                depth = _depth(piece)
+                seen = int(sight.first(depth))
+                prefix = _merged(_from(piece.prefix, seen))
+                behind = NOTHING_BEHIND if sight.window is None else depth - sight.window + 1 - seen
+                rows += [piece.start, piece.length, len(spans) // 2, len(prefix), behind]
+                spans += [number for span in prefix for number in span]
+            self._tables[sight] = cpu.int64s(rows), cpu.int64s(spans), len(pieces)
+        return self._tables[sight]
 
-    def mask(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def mask(self, sight: Sight, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[tokens, tokens], 0 where a token (row) sees another (column) and -inf elsewhere."""
-        if (device, dtype) not in self._masks:
-            self._masks[device, dtype] = _mask(self.nodes, device, dtype)
-        return self._masks[device, dtype]
+        if (sight, device, dtype) not in self._masks:
+            self._masks[sight, device, dtype] = _mask(self.nodes, sight, device, dtype)
+        return self._masks[sight, device, dtype]
 
 
 def register() -> str:
     """Makes the attention known to transformers; returns its name."""
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, sight.mask)
     return NAME
 
 
-def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float) -> Tensor:
-    """softmax(scaling * q k^T) v over each token's path.
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: Tree,
+    scaling: float,
+    sight: Sight = FULL,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(scaling * q k^T) v over what each token sees of its path.
 
     Args:
-        query: [heads, tokens, width]; key, value: [kv_heads, tokens, width], heads a multiple of kv_heads.
+        query: [heads, tokens, width]; key, value: [kv_heads, tokens, width], heads a multiple of kv_heads. Values may
+            be of another width.
+        sight: how far back the tokens see.
+        cap: scores s become cap * tanh(s / cap).
+        sinks: [heads] a further score of each head, whose share of the softmax goes nowhere.
 
     Returns:
-        [heads, tokens, width].
+        [heads, tokens, width of value].
     """
-    if cpu.usable(query, key, value) and query.shape[-1] == value.shape[-1]:
-        return _NativeTreeAttention.apply(query, key, value, tree, scaling)  # pyright: ignore[reportReturnType]
-    return _masked_attention(query, key, value, tree, scaling)
+    plain = cap is None and sinks is None and query.shape[-1] == value.shape[-1]
+    if plain and cpu.usable(query, key, value):
+        return _NativeTreeAttention.apply(query, key, value, tree, scaling, sight)  # pyright: ignore[reportReturnType]
+    return _masked_attention(query, key, value, tree, scaling, sight, cap, sinks)
 
 
 class _NativeTreeAttention(torch.autograd.Function):
     """By our own kernel (`cpu`), which reads every node's keys where they lie."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float, sight: Sight) -> Tensor:
         heads, tokens, width = query.shape
         query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
         out = _by_token(query)
         log_sums = query.new_empty(heads, tokens, dtype=torch.float32)
-        pieces, spans, count = tree.table
+        pieces, spans, count = tree.table(sight)
         sizes = cpu.int64s([heads, len(key), tokens, width, count])
         strides = cpu.int64s([n for t in (query, key, value, out) for n in t.stride()[:2]])
         cpu.call("attend", query, key, value, out, log_sums, strides, sizes, pieces, spans, float(scaling))
         ctx.save_for_backward(query, key, value, out, log_sums)
-        ctx.tree, ctx.scaling, ctx.sizes = tree, float(scaling), sizes
+        ctx.table, ctx.scaling, ctx.sizes = (pieces, spans), float(scaling), sizes
         return out
 
     @staticmethod
@@ -100,11 +124,11 @@ class _NativeTreeAttention(torch.autograd.Function):
         query, key, value, out, log_sums = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
         by_input = [_by_token(tensor) for tensor in (query, key, value)]
-        pieces, spans, _ = ctx.tree.table
+        pieces, spans = ctx.table
         strides = cpu.int64s([n for t in (query, key, value, out, grad, *by_input) for n in t.stride()[:2]])
         inputs = query, key, value, out, grad, log_sums
         cpu.call("attend_backward", *inputs, *by_input, strides, ctx.sizes, pieces, spans, ctx.scaling)
-        return *by_input, None, None
+        return *by_input, None, None, None
 
 
 def _by_token(like: Tensor) -> Tensor:
@@ -113,14 +137,43 @@ def _by_token(like: Tensor) -> Tensor:
     return like.new_empty(tokens, heads, width).transpose(0, 1)
 
 
-def _masked_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float) -> Tensor:
-    """As `tree_attention`, by torch's own choice of kernel and its backward."""
+def _masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: Tree,
+    scaling: float,
+    sight: Sight,
+    cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """As `tree_attention`, by torch's own choice of kernel and its backward, or written out under a cap or sinks."""
     key, value = (tensor.repeat_interleave(len(query) // len(tensor), 0) for tensor in (key, value))
-    mask = tree.mask(query.device, query.dtype)
-    return F.scaled_dot_product_attention(query[None], key[None], value[None], mask, scale=scaling)[0]
+    mask = tree.mask(sight, query.device, query.dtype)
+    return _under_mask(query[None], key[None], value[None], mask, scaling, cap, sinks)[0]
 
 
-def _mask(nodes: Sequence[Node], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _under_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[batch, heads, time, width] of queries, keys and values with as many heads under an additive or boolean mask."""
+    if cap is None and sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, is_causal=mask is None)
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+    mixed, log_sum = written_part(query, key, value, scaling, mask, cap)
+    return mixed if sinks is None else without_sink(mixed, log_sum, sinks[None, :, None])
+
+
+def _mask(nodes: Sequence[Node], sight: Sight, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`Tree.mask`. A node sees the first tokens of others on its path; all spans of a path start where a node does.
     Rows are as far apart in memory as the kernels want them.
     """
@@ -135,6 +188,9 @@ def _mask(nodes: Sequence[Node], device: torch.device, dtype: torch.dtype) -> Te
     seen, of, offset = (tensor.to(device) for tensor in (seen, of, offset))
     allowed = offset < seen[of][:, of]
     allowed |= (of[:, None] == of) & (offset[:, None] >= offset)
+    if sight != FULL:
+        depth = offset + torch.tensor([_depth(node) for node in nodes], device=device)[of]
+        allowed &= depth >= sight.first(depth)[:, None]
     tokens = len(of)
     mask = torch.full((tokens, tokens + -tokens % ALIGNED), -torch.inf, dtype=dtype, device=device)
     return mask[:, :tokens].masked_fill_(allowed, 0)
@@ -150,32 +206,69 @@ def attend(
     dropout: float = 0.0,
     tree: Tree | None = None,
     sampled: KeyValueCache | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: query [batch, heads, time, width]; out [batch, time, heads, width]."""
+    """What transformers calls: query [batch, heads, time, width]; out [batch, time, heads, width].
+
+    Args:
+        softcap, s_aux: `cap` and `sinks` of `tree_attention`, by transformers' names.
+
+    Raises:
+        ValueError: an argument that changes attention in a way that isn't known here.
+    """
+    for name, given in kwargs.items():
+        if isinstance(given, Tensor) and name not in NEUTRAL:
+            raise ValueError(f"attention is given {name}")
+    layer: Any = getattr(module, "layer_idx", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if sampled is not None and tree is None:
-        layer: Any = module.layer_idx
-        return sampled.attend(layer, query, key, value, scale).transpose(1, 2), None
+        return sampled.attend(layer, query, key, value, scale, softcap, s_aux).transpose(1, 2), None
     if tree is None:
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return out, None
+        sight.note(layer, attention_mask)
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )[0], None
+        key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
+        return _under_mask(query, key, value, attention_mask, scale, softcap, s_aux).transpose(1, 2), None
     assert len(query) == 1 and not dropout, "a tree is one row"
     if sampled is not None:
-        layer = module.layer_idx
         sampled.record(layer, key[0], value[0])
-    return tree_attention(query[0], key[0], value[0], tree, scale).transpose(0, 1)[None], None
+    sees = tree.sights.get(layer, FULL)
+    return tree_attention(query[0], key[0], value[0], tree, scale, sees, softcap, s_aux).transpose(0, 1)[None], None
 
 
-def _pieces(nodes: Sequence[Node], size: int) -> list[Node]:
-    """The nodes as consecutive nodes of at most `size` tokens, each after all that comes before it."""
-    return [
-        Node(node.start + at, min(size, node.length - at), (*node.prefix, *([(node.start, at)] if at else [])))
-        for node in nodes
-        for at in range(0, node.length, size)
-    ]
+def _depth(node: Node) -> int:
+    """Of its first token: how many come before it."""
+    return sum(length for _, length in node.prefix)
+
+
+def _pieces(nodes: Sequence[Node], size: int, chunk: int | None = None) -> list[Node]:
+    """The nodes as consecutive nodes of at most `size` tokens, each after all that comes before it; with a chunk none
+    holds tokens of two.
+    """
+    pieces = []
+    for node in nodes:
+        at, depth = 0, _depth(node)
+        while at < node.length:
+            room = size if chunk is None else min(size, chunk - (depth + at) % chunk)
+            before = ((node.start, at),) if at else ()
+            pieces.append(Node(node.start + at, min(room, node.length - at), (*node.prefix, *before)))
+            at += pieces[-1].length
+    return pieces
+
+
+def _from(spans: Sequence[Span], first: int) -> tuple[Span, ...]:
+    """The spans without their first tokens."""
+    left = []
+    for start, length in spans:
+        skipped = min(first, length)
+        first -= skipped
+        if skipped < length:
+            left.append((start + skipped, length - skipped))
+    return tuple(left)
 
 
 def _merged(spans: tuple[Span, ...]) -> list[Span]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from perlhf.kernels import cpu, modules, tree_attention
 from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.kernels.modules import rotated
+from perlhf.kernels.sight import FULL, Sight
 from perlhf.kernels.tree_attention import Tree
 from perlhf.method.packing import lay_out
 
@@ -106,8 +107,9 @@ def test_large_logits(largest: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sight", [FULL, Sight(window=1), Sight(window=40), Sight(chunk=50)])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 4, 40), (5, 1, 7)])
-def test_sampled_tokens(heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
+def test_sampled_tokens(heads: int, kv_heads: int, width: int, dtype: torch.dtype, sight: Sight) -> None:
     """Prompts of one token to many, rows that finish, more rows than lanes, buffers that grow."""
     lengths, samples = [1, 30, 130], 20
     starts = [0, 1, 31]
@@ -119,7 +121,7 @@ def test_sampled_tokens(heads: int, kv_heads: int, width: int, dtype: torch.dtyp
     for native_too in (True, False):
         with cpu.sampling() if native_too else cpu.off():
             places = [range(start, start + n) for start, n in zip(starts, lengths, strict=True)]
-            cache = KeyValueCache(places, torch.device("cpu"))
+            cache = KeyValueCache(places, torch.device("cpu"), {0: sight})
             cache.record(0, prompt_keys, prompt_values)
             cache.fork(samples)
             kept = torch.arange(len(lengths) * samples)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from perlhf.kernels import cpu, tree_attention
+from perlhf.kernels.sight import FULL, Sight
 from perlhf.kernels.tree_attention import Tree
 from perlhf.method.packing import Layout, lay_out
 
@@ -18,15 +19,32 @@ WAYS = {"native": nullcontext, "masked": cpu.off}
 """By our own kernel where it is compiled, or under the tree's mask."""
 
 
-def slow(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+SIGHTS = [FULL, Sight(window=1), Sight(window=3), Sight(window=100), Sight(chunk=1), Sight(chunk=4)]
+
+
+def slow(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    sight: Sight = FULL,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """[heads, tokens, width], the softmax of each sequence written out as if there were no other."""
     key, value = (tensor.repeat_interleave(len(query) // len(tensor), 0) for tensor in (key, value))
-    out = torch.zeros_like(query)
+    out = query.new_zeros(*query.shape[:2], value.shape[2])
     for i in range(len(layout.spans)):
         path = torch.tensor(layout.indices(i, 0, layout.tokens))
         logits = SCALING * query[:, path] @ key[:, path].transpose(1, 2)
-        later = torch.ones(len(path), len(path), dtype=torch.bool).triu(1)
-        p = torch.softmax(logits.masked_fill(later, -torch.inf), -1)
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        depth = torch.arange(len(path))
+        hidden = (depth[None] > depth[:, None]) | (depth[None] < sight.first(depth)[:, None])
+        logits = logits.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks[:, None, None].expand(-1, len(path), 1)], -1)
+        p = torch.softmax(logits, -1)[..., : len(path)]
         out = out.index_copy(1, path, p @ value[:, path])
     return out
 
@@ -39,20 +57,37 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@given(sequences=SEQUENCES)
-def test_equals_the_slow_twin(way: str, sequences: list[list[int]]) -> None:
+@given(sequences=SEQUENCES, sight=st.sampled_from(SIGHTS))
+def test_equals_the_slow_twin(way: str, sequences: list[list[int]], sight: Sight) -> None:
     layout = lay_out(sequences, "tree")
     assert layout.nodes is not None
     tensors = query, key, value = inputs(layout.tokens)
-    expected = slow(query, key, value, layout)
+    expected = slow(query, key, value, layout, sight)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     wanted = torch.autograd.grad((expected * weight).sum(), tensors)
     with pytest.MonkeyPatch.context() as patch, WAYS[way]():
         patch.setattr(tree_attention, "PIECE_TOKENS", 2)
-        found = tree_attention.tree_attention(query, key, value, Tree(layout.nodes), SCALING)
+        found = tree_attention.tree_attention(query, key, value, Tree(layout.nodes), SCALING, sight)
         grads = torch.autograd.grad((found * weight).sum(), tensors)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, atol=1e-5, rtol=1e-4)
+
+
+@given(sequences=SEQUENCES, sight=st.sampled_from(SIGHTS), capped=st.booleans(), sinking=st.booleans())
+def test_caps_sinks_and_values_of_another_width(
+    sequences: list[list[int]], sight: Sight, capped: bool, sinking: bool
+) -> None:
+    layout = lay_out(sequences, "tree")
+    assert layout.nodes is not None
+    query, key, value = inputs(layout.tokens)
+    tensors = query, key, value = query, key, value[..., :5]
+    cap, sinks = 0.7 if capped else None, torch.tensor([0.0, 2.0, -9.0, 0.5]) if sinking else None
+    expected = slow(query, key, value, layout, sight, cap, sinks)
+    found = tree_attention.tree_attention(query, key, value, Tree(layout.nodes), SCALING, sight, cap, sinks)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    pairs = zip(*(torch.autograd.grad(out.square().sum(), tensors) for out in (found, expected)), strict=True)
+    for grad, want in pairs:
         torch.testing.assert_close(grad, want, atol=1e-5, rtol=1e-4)
 
 
@@ -73,10 +108,17 @@ def test_what_a_tree_tells_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = lay_out([[1, 2, 4], [1, 2, 3], [1, 2, 4, 5]], "tree")
     assert layout.nodes is not None and layout.ids.tolist() == [[1, 2, 4, 5, 3]]
     tree = Tree(layout.nodes)
-    rows, spans, count = tree.table
-    # start, length, first span, number of spans
-    assert [*rows] == [0, 2, 0, 0, 2, 2, 0, 1, 4, 1, 1, 1] and [*spans] == [0, 2, 0, 2] and count == 3
-    mask = tree.mask(torch.device("cpu"), torch.float32)
+    rows, spans, count = tree.table(FULL)
+    none = tree_attention.NOTHING_BEHIND
+    # start, length, first span, number of spans, how far the window has left the first of them behind
+    assert [*rows] == [0, 2, 0, 0, none, 2, 2, 0, 1, none, 4, 1, 1, 1, none]
+    assert [*spans] == [0, 2, 0, 2] and count == 3
+    # Of the first piece's two tokens the third sees the second alone, and begins there.
+    assert [*tree.table(Sight(window=2))[0]] == [0, 2, 0, 0, -1, 2, 2, 0, 1, 0, 4, 1, 1, 1, 0]
+    assert [*tree.table(Sight(window=2))[1]] == [1, 1, 1, 1]
+    # Chunks of three: the piece of the third and fourth token is cut, and the fourth sees nothing before it.
+    assert [*tree.table(Sight(chunk=3))[0]] == [0, 2, 0, 0, none, 2, 1, 0, 1, none, 3, 1, 1, 0, none, 4, 1, 1, 1, none]
+    mask = tree.mask(FULL, torch.device("cpu"), torch.float32)
     assert (mask == 0).int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -84,23 +126,32 @@ def test_what_a_tree_tells_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         [1, 1, 1, 1, 0],
         [1, 1, 0, 0, 1],
     ]
-    assert tree.table is tree.table and tree.mask(torch.device("cpu"), torch.float32) is mask, "once for all layers"
+    assert (tree.mask(Sight(window=2), torch.device("cpu"), torch.float32) == 0).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 1, 0, 0, 1],
+    ]
+    assert tree.table(FULL) is tree.table(FULL), "once for all layers"
+    assert tree.mask(FULL, torch.device("cpu"), torch.float32) is mask
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("lengths", [(700, 300), (40, 900), (1, 1)])
-def test_long_nodes_and_bfloat16(lengths: tuple[int, int], way: str) -> None:
+@pytest.mark.parametrize("sight", [FULL, Sight(window=150), Sight(chunk=200)])
+def test_long_nodes_and_bfloat16(lengths: tuple[int, int], way: str, sight: Sight) -> None:
     """Sizes at which kernels work in several blocks; in bfloat16 as near as its rounding."""
     first, second = ([*range(n)] for n in lengths)
     layout = lay_out([[1000, *first], [1000, *first[: len(first) // 2], *(2000 + i for i in second)]], "tree")
     assert layout.nodes is not None
     tensors = inputs(layout.tokens)
-    expected = slow(*tensors, layout)
+    expected = slow(*tensors, layout, sight)
     exact = [expected, *torch.autograd.grad(expected.square().sum(), tensors)]
     for dtype in (torch.float32, torch.bfloat16):
         query, key, value = (tensor.detach().to(dtype).requires_grad_() for tensor in tensors)
         with WAYS[way]():
-            out = tree_attention.tree_attention(query, key, value, Tree(layout.nodes), SCALING)
+            out = tree_attention.tree_attention(query, key, value, Tree(layout.nodes), SCALING, sight)
             found = [out, *torch.autograd.grad(out.float().square().sum(), (query, key, value))]
         for ours, wanted in zip(found, exact, strict=True):
             if dtype == torch.float32:

@@ -44,30 +44,32 @@ struct Strides {  // of one [heads, tokens, width] tensor, in elements
 
 struct Tree {
     int64_t heads, kv_heads, tokens, width, pieces;
-    const int64_t* piece;  // [pieces][4]: first token, tokens, first span, spans
+    const int64_t* piece;  // [pieces][5]: first token, tokens, first span, spans, and `behind`
     const int64_t* span;   // [spans][2]: first token, tokens; what comes before a piece
     float scaling;
     int threads;
 
     int64_t share() const { return heads / kv_heads; }
+    // Query i of the piece sees no key before number `behind + i` of the piece's path: its window has left them behind.
+    int64_t behind(int64_t p) const { return piece[5 * p + 4]; }
     int64_t before(int64_t p) const {
         int64_t sum = 0;
-        for (int64_t s = 0; s < piece[4 * p + 3]; s++) sum += span[2 * (piece[4 * p + 2] + s) + 1];
+        for (int64_t s = 0; s < piece[5 * p + 3]; s++) sum += span[2 * (piece[5 * p + 2] + s) + 1];
         return sum;
     }
     int64_t longest() const {
         int64_t found = 0;
-        for (int64_t p = 0; p < pieces; p++) found = std::max(found, before(p) + piece[4 * p + 1]);
+        for (int64_t p = 0; p < pieces; p++) found = std::max(found, before(p) + piece[5 * p + 1]);
         return found;
     }
     template <class F>
     void path(int64_t p, F at) const {  // at(number on the path, packed token) for all that the piece's last token sees
         int64_t number = 0;
-        for (int64_t s = 0; s < piece[4 * p + 3]; s++) {
-            const int64_t* of = span + 2 * (piece[4 * p + 2] + s);
+        for (int64_t s = 0; s < piece[5 * p + 3]; s++) {
+            const int64_t* of = span + 2 * (piece[5 * p + 2] + s);
             for (int64_t t = 0; t < of[1]; t++) at(number++, of[0] + t);
         }
-        for (int64_t t = 0; t < piece[4 * p + 1]; t++) at(number++, piece[4 * p] + t);
+        for (int64_t t = 0; t < piece[5 * p + 1]; t++) at(number++, piece[5 * p] + t);
     }
 };
 
@@ -82,8 +84,14 @@ struct Group {
     }
 };
 
-// `value` where a lane's token comes before the key's.
-void hide(float* table, const Group& group, int64_t share, int64_t before, float value) {
+// `value` where a lane's token comes before the key's, or so far after it that its window doesn't reach it.
+void hide(float* table, const Group& group, int64_t share, int64_t before, int64_t behind, float value) {
+    const int64_t last = behind + (group.lane + group.lanes - 1) / share;
+    for (int64_t key = 0; key < std::min(last, group.keys); key++) {
+        // Lanes of tokens from number key - behind + 1 on.
+        const int64_t from = std::max<int64_t>(0, (key - behind + 1) * share - group.lane);
+        for (int64_t l = from; l < group.lanes; l++) table[key * GROUP + l] = value;
+    }
     for (int64_t key = std::max<int64_t>(before, before + group.lane / share); key < group.keys; key++) {
         int64_t hidden = std::min(group.lanes, (key - before) * share - group.lane);
         for (int64_t l = 0; l < hidden; l++) table[key * GROUP + l] = value;
@@ -113,8 +121,8 @@ void fill(const Tree& tree, int64_t p, int64_t head, Rows<const T> key, Rows<con
         keys.put_row(number, key.row(head, token));
         values.put_row(number, value.row(head, token));
     });
-    keys.finish(tree.before(p) + tree.piece[4 * p + 1]);
-    values.finish(tree.before(p) + tree.piece[4 * p + 1]);
+    keys.finish(tree.before(p) + tree.piece[5 * p + 1]);
+    values.finish(tree.before(p) + tree.piece[5 * p + 1]);
 }
 
 template <class P, class T>
@@ -137,7 +145,7 @@ void attend(const Tree& tree, Rows<const T> query, Rows<const T> key, Rows<const
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t head = task % tree.kv_heads, p = task / tree.kv_heads;
-            const int64_t start = tree.piece[4 * p], length = tree.piece[4 * p + 1], before = tree.before(p);
+            const int64_t start = tree.piece[5 * p], length = tree.piece[5 * p + 1], before = tree.before(p);
             const Places places{head, share, start};
             fill<P, T>(tree, p, head, key, value, keys, values);
             values.transpose(before + length);
@@ -145,7 +153,7 @@ void attend(const Tree& tree, Rows<const T> query, Rows<const T> key, Rows<const
                 const Group group(lane, length * share, share, before);
                 gather<P, T>(query, places, group, queries);
                 products.logits(group.vectors, keys, queries, logits, group.keys);
-                hide(logits, group, share, before, NEVER);
+                hide(logits, group, share, before, tree.behind(p), NEVER);
                 softmax(group.vectors, logits, group.keys, tree.scaling, sums);
                 products.mix(group.vectors, logits, values, mixed, group.keys);
                 for (int64_t l = 0; l < group.lanes; l++) {
@@ -162,7 +170,7 @@ void attend(const Tree& tree, Rows<const T> query, Rows<const T> key, Rows<const
 std::vector<std::vector<int64_t>> dealt(const Tree& tree) {
     std::vector<int64_t> cost(tree.pieces), order(tree.pieces), load(tree.threads, 0);
     for (int64_t p = 0; p < tree.pieces; p++)
-        cost[p] = (tree.before(p) + tree.piece[4 * p + 1]) * tree.piece[4 * p + 1];
+        cost[p] = (tree.before(p) + tree.piece[5 * p + 1]) * tree.piece[5 * p + 1];
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost[a] > cost[b]; });
     std::vector<std::vector<int64_t>> of(tree.threads);
@@ -196,7 +204,7 @@ struct Backward {
 
     void piece(int64_t number, int64_t head, Rows<T> by_query, float* by_key, float* by_value) {
         const int64_t padded = keys.padded, share = tree.share(), before = tree.before(number);
-        const int64_t start = tree.piece[4 * number], length = tree.piece[4 * number + 1];
+        const int64_t start = tree.piece[5 * number], length = tree.piece[5 * number + 1];
         const Places places{head, share, start};
         fill<P, T>(tree, number, head, key, value, keys, values);
         keys.transpose(before + length);
@@ -206,7 +214,7 @@ struct Backward {
             const Group group(lane, length * share, share, before);
             gather<P, T>(query, places, group, queries);
             gather<P, T>(grad, places, group, grads);
-            slopes(group, places, before);
+            slopes(group, places, before, tree.behind(number));
             products.spread(inner, queries, group.lanes, path_keys, group.keys);
             products.spread(p, grads, group.lanes, path_values, group.keys);
             products.mix(group.vectors, inner, keys, mixed, group.keys);
@@ -224,7 +232,7 @@ struct Backward {
     }
 
     // Probabilities p, and the gradient of the logits: p (grad . value - sum(grad * out)).
-    void slopes(const Group& group, const Places& places, int64_t before) {
+    void slopes(const Group& group, const Places& places, int64_t before, int64_t behind) {
         float log_sum[GROUP] = {}, along[GROUP] = {};
         for (int64_t l = 0; l < group.lanes; l++) {
             const T *mine = places.row(out, group.lane + l), *above = places.row(grad, group.lane + l);
@@ -236,7 +244,7 @@ struct Backward {
         }
         products.logits(group.vectors, keys, queries, p, group.keys);
         products.logits(group.vectors, values, grads, inner, group.keys);
-        hide(p, group, places.share, before, NEVER);
+        hide(p, group, places.share, before, behind, NEVER);
         const int lanes = group.vectors * LANES;
         for (int64_t k = 0; k < group.keys * GROUP; k += GROUP)
             for (int l = 0; l < lanes; l += LANES) {
@@ -284,12 +292,14 @@ void attend_backward(const Tree& tree, Rows<const T> query, Rows<const T> key, R
     }
 }
 
-// One new token a row over its prompt's keys, shared by the rows of that prompt, and the row's own.
+// One new token a row over its prompt's keys, shared by the rows of that prompt, and the row's own; from the depth
+// `seen` of its prompt on.
 template <class T>
 void decode(Rows<const T> query, Rows<const T> key, Rows<const T> value, const T* keys, const T* values, T* own_keys,
             T* own_values, Rows<T> out,
-            const int64_t* lengths, const int64_t* first_row, int64_t prompts, int64_t longest, int64_t heads,
-            int64_t kv_heads, int64_t width, int64_t capacity, int64_t time, float scaling, int threads) {
+            const int64_t* lengths, const int64_t* seen, const int64_t* first_row, int64_t prompts, int64_t longest,
+            int64_t heads, int64_t kv_heads, int64_t width, int64_t capacity, int64_t time, float scaling,
+            int threads) {
     const int64_t share = heads / kv_heads, tasks = prompts * kv_heads;
 #pragma omp parallel num_threads(threads)
     {
@@ -300,12 +310,15 @@ void decode(Rows<const T> query, Rows<const T> key, Rows<const T> value, const T
         float log_sums[GROUP];
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
-            const int64_t head = task % kv_heads, prompt = task / kv_heads, length = lengths[prompt];
+            const int64_t head = task % kv_heads, prompt = task / kv_heads;
+            const int64_t skipped = std::min(seen[prompt], lengths[prompt]), length = lengths[prompt] - skipped;
+            const int64_t early = std::max<int64_t>(0, seen[prompt] - lengths[prompt]), late = time - early;
             const int64_t first = first_row[prompt], count = (first_row[prompt + 1] - first) * share;
             const Places places{head, share, first};
             for (int64_t t = 0; t < length; t++) {
-                shared_keys.put_row(t, keys + ((prompt * kv_heads + head) * longest + t) * width);
-                shared_values.put_row(t, values + ((prompt * kv_heads + head) * longest + t) * width);
+                const int64_t at = ((prompt * kv_heads + head) * longest + skipped + t) * width;
+                shared_keys.put_row(t, keys + at);
+                shared_values.put_row(t, values + at);
             }
             for (int64_t row = first; row < first_row[prompt + 1]; row++) {
                 const int64_t at = ((row * kv_heads + head) * capacity + time - 1) * width;
@@ -316,23 +329,25 @@ void decode(Rows<const T> query, Rows<const T> key, Rows<const T> value, const T
                 const Group group(lane, count, share, 0);
                 gather<Vectors<T>, T>(query, places, group, queries);
                 products.logits(group.vectors, shared_keys, queries, logits, length);
-                std::memset(logits + length * GROUP, 0, time * GROUP * 4);
+                std::memset(logits + length * GROUP, 0, late * GROUP * 4);
                 for (int64_t l = 0; l < group.lanes; l++) {
-                    const T* mine = own_keys + ((first + (lane + l) / share) * kv_heads + head) * capacity * width;
+                    const int64_t own = ((first + (lane + l) / share) * kv_heads + head) * capacity + early;
+                    const T* mine = own_keys + own * width;
                     const float* row = queries.own.rows + l * queries.own.padded;
-                    for (int64_t t = 0; t < time; t++) {
+                    for (int64_t t = 0; t < late; t++) {
                         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
                         for (int64_t d = 0; d < width; d++) sum += wide(mine[t * width + d]) * row[d];
                         logits[(length + t) * GROUP + l] = sum;
                     }
                 }
-                softmax(group.vectors, logits, length + time, scaling, log_sums);
+                softmax(group.vectors, logits, length + late, scaling, log_sums);
                 products.mix(group.vectors, logits, shared_values, mixed, length);
                 for (int64_t l = 0; l < group.lanes; l++) {
-                    const T* mine = own_values + ((first + (lane + l) / share) * kv_heads + head) * capacity * width;
+                    const int64_t own = ((first + (lane + l) / share) * kv_heads + head) * capacity + early;
+                    const T* mine = own_values + own * width;
                     for (int64_t d = 0; d < width; d++) sums[d] = mixed[d * GROUP + l];
-                    for (int64_t t = 0; t < time; t++) {
+                    for (int64_t t = 0; t < late; t++) {
                         const float weight = logits[(length + t) * GROUP + l];
                         for (int64_t d = 0; d < width; d++) sums[d] += weight * wide(mine[t * width + d]);
                     }
@@ -383,11 +398,12 @@ void with_products(int64_t, F run) {
         });                                                                                                           \
     }                                                                                                                 \
     void decode_##NAME(const T* query, const T* key, const T* value, const T* keys, const T* values, T* own_keys,      \
-                       T* own_values, T* out, const int64_t* lengths, const int64_t* first_row, const int64_t* sizes,  \
-                       float scaling, int threads) {                                                                  \
+                       T* own_values, T* out, const int64_t* lengths, const int64_t* seen, const int64_t* first_row,   \
+                       const int64_t* sizes, float scaling, int threads) {                                            \
         const Strides of{sizes[4], sizes[2] * sizes[4]}, of_key{sizes[4], sizes[3] * sizes[4]};                        \
         decode<T>({query, of}, {key, of_key}, {value, of_key}, keys, values, own_keys, own_values, {out, of}, lengths, \
-                  first_row, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], scaling, threads);  \
+                  seen, first_row, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], scaling,      \
+                  threads);                                                                                           \
     }
 
 extern "C" {
