@@ -6,7 +6,7 @@ fewer passes over memory and keep fewer tensors. A CPU's own kernels (`cpu`) the
 keep their names.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -166,23 +166,49 @@ def match_targets(
         modules: `named_modules()` of the base.
         skip: paths never adapted (the output head).
     """
-    linear = [n for n, m in modules if isinstance(m, nn.Linear | AdaptedLinear) and n not in skip]
+    linear = [n for n, m in modules if is_linear(m) and n not in skip]
     return match(linear, targets, layers)
 
 
+@torch.no_grad()
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module computes a linear layer and nothing more: routers of experts derive from it and do more."""
+    if not isinstance(module, nn.Linear | AdaptedLinear):
+        return False
+    if type(module).forward in (nn.Linear.forward, Linear.forward, AdaptedLinear.forward) or module.weight.is_meta:
+        return True
+    x = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
+    try:
+        out: Any = module(x)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    expected = F.linear(x, module.weight, module.bias)
+    return isinstance(out, Tensor) and out.shape == expected.shape and torch.allclose(out, expected, 1e-2, 1e-2)
+
+
 def fuse(base: nn.Module) -> int:
-    """Replaces linear layers, and the norms, MLPs and attention modules of `base` that compute what is computed here;
-    tells how many of these.
-    """
+    """Replaces linear layers, and the norms and MLPs of `base` that compute what is computed here; tells how many."""
     for path, module in list(base.named_modules()):
         if type(module) is nn.Linear:
             own = Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             own.weight, own.bias = module.weight, module.bias
             _put(base, path, own.train(module.training))
+    return _replace(base, _twin, _same)
+
+
+def fuse_attention(base: nn.Module) -> int:
+    """The same for attention modules, where the tree's attention is the network's."""
+    return _replace(
+        base, lambda module: SelfAttention(module) if _is_llama_attention(module) else None, _same_attention
+    )
+
+
+def _replace(
+    base: nn.Module, twin: Callable[[nn.Module], nn.Module | None], equal: Callable[[nn.Module, nn.Module], bool]
+) -> int:
     replaced = 0
     for path, module in list(base.named_modules()):
-        own = _twin(module)
-        equal = _same_attention if isinstance(own, SelfAttention) else _same
+        own = twin(module)
         if own is not None and equal(module, own):
             _put(base, path, own.train(module.training))
             replaced += 1
@@ -199,8 +225,6 @@ def _twin(module: nn.Module) -> nn.Module | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and isinstance(eps, float):
         return RmsNorm(weight, eps)
-    if _is_llama_attention(module):
-        return SelfAttention(module)
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if all(isinstance(part, nn.Linear) for part in parts) and len(list(module.parameters(recurse=False))) == 0:
         return GatedMlp(*cast(list[nn.Module], parts))

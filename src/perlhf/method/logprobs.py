@@ -5,6 +5,7 @@ probabilities are there: the backward multiplies it and computes no logits again
 tuning) takes the slow way, whose chunks are recomputed.
 """
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,31 +17,58 @@ CHUNK_TOKENS = 256
 """Tokens whose logits exist at one time."""
 
 
-def token_logprobs(states: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Logits:
+    """What a network does to z = W state: logits are scale * z, or cap * tanh(scale * z / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def of(self, products: Tensor) -> Tensor:
+        """Logits of float32 products."""
+        scaled = products if self.scale == 1 else products * self.scale
+        return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Their derivative by the products."""
+        return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap).square())
+
+
+PLAIN = Logits()
+
+
+def token_logprobs(
+    states: Tensor, weight: Tensor, targets: Tensor, temperature: float, shape: Logits = PLAIN
+) -> tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) of the targets, and the entropy, float32 [tokens]; entropy has no gradient.
 
     Args:
         states: [tokens, hidden].
         weight: of the head, [vocab, hidden].
         targets: [tokens].
+        shape: what logits are, given weight and states.
     """
     if weight.requires_grad and torch.is_grad_enabled():
         chunks = zip(states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
         parts = [
             cast(
                 tuple[Tensor, Tensor],
-                checkpoint(slow_logprobs, s, weight, t, temperature, use_reentrant=False, preserve_rng_state=False),
+                checkpoint(
+                    slow_logprobs, s, weight, t, temperature, shape, use_reentrant=False, preserve_rng_state=False
+                ),
             )
             for s, t in chunks
         ]
         empty = states.new_zeros(0).float()
         return torch.cat([empty, *(part[0] for part in parts)]), torch.cat([empty, *(part[1] for part in parts)])
-    return cast(tuple[Tensor, Tensor], _TokenLogprobs.apply(states, weight, targets, temperature))
+    return cast(tuple[Tensor, Tensor], _TokenLogprobs.apply(states, weight, targets, temperature, shape))
 
 
-def slow_logprobs(states: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def slow_logprobs(
+    states: Tensor, weight: Tensor, targets: Tensor, temperature: float, shape: Logits = PLAIN
+) -> tuple[Tensor, Tensor]:
     """The same, all at once."""
-    log_probs = torch.log_softmax((states @ weight.t()).float() / temperature, -1)
+    log_probs = torch.log_softmax(shape.of((states @ weight.t()).float()) / temperature, -1)
     with torch.no_grad():
         entropy = -(log_probs.exp() * log_probs).sum(-1)
     return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
@@ -48,13 +76,16 @@ def slow_logprobs(states: Tensor, weight: Tensor, targets: Tensor, temperature: 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, shape: Logits
+    ) -> tuple[Tensor, Tensor]:
         logprobs, entropy = (torch.empty(len(states), device=states.device) for _ in range(2))
         learned = ctx.needs_input_grad[0]
         slopes = torch.empty(states.shape if learned else (0, 0), device=states.device)
         for start in range(0, len(states), CHUNK_TOKENS):
             chosen = slice(start, start + CHUNK_TOKENS)
-            logits = (states[chosen] @ weight.t()).float()
+            logits = shape.of((states[chosen] @ weight.t()).float())
+            slope = shape.slope(logits) if learned else 1.0
             if temperature != 1:
                 logits /= temperature
             logits -= logits.max(-1, keepdim=True).values
@@ -63,8 +94,10 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs[chosen] = logits.gather(-1, targets[chosen, None]).squeeze(-1) - total.log()
             entropy[chosen] = total.log() - torch.linalg.vecdot(odds, logits) / total
             if learned:
+                odds *= slope
+                at = slope.gather(-1, targets[chosen, None]) if isinstance(slope, Tensor) else slope
                 expected = (odds.to(weight.dtype) @ weight).float() / total[:, None]
-                slopes[chosen] = (weight[targets[chosen]].float() - expected) / temperature
+                slopes[chosen] = (weight[targets[chosen]].float() * at - expected) / temperature
         ctx.save_for_backward(slopes)
         ctx.dtype = states.dtype
         ctx.mark_non_differentiable(entropy)
@@ -72,6 +105,6 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (slopes,) = cast(tuple[Tensor], ctx.saved_tensors)
-        return (slopes * grads[0][:, None]).to(ctx.dtype), None, None, None
+        return (slopes * grads[0][:, None]).to(ctx.dtype), None, None, None, None

@@ -69,7 +69,8 @@ def _forward(
     dropped = flat if keep is None else flat * keep.reshape(flat.shape)
     low = dropped @ a.t()
     y = F.linear(flat, weight, bias).addmm_(low, b.t())
-    return y.view(*x.shape[:-1], weight.shape[0]), low
+    # Not a view: some networks add to it in place.
+    return y.resize_(*x.shape[:-1], weight.shape[0]), low
 
 
 def adapted_linear(

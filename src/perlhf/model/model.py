@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from perlhf.errors import AdapterError
+from perlhf.errors import AdapterError, ModelError
 from perlhf.kernels import cpu, modules, tree_attention
 from perlhf.kernels.call import HeldPair, Turns, calling, current_call
 from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.kernels.modules import AdaptedLinear
 from perlhf.method.logprobs import token_logprobs
 from perlhf.method.lora import new_pair
-from perlhf.method.packing import Batch, Ids, Tokens, pack, spread
+from perlhf.method.packing import Batch, Ids, Packing, Tokens, pack, spread
 from perlhf.model.adapter import Adapter, Role
 from perlhf.model.base import Base, load_base, pick_device, pick_dtype
-from perlhf.model.supported import target_paths, verify_forward
+from perlhf.model.rows import Forward, RowsCache
+from perlhf.model.supported import Way, choose_way, network_below, target_paths
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,17 @@ class Model:
         self.fingerprint, self.vocabulary = fingerprint, vocabulary
         head = base.get_output_embeddings()
         self._head_path = tuple(name for name, module in base.named_modules() if module is head)
-        self.decoder: nn.Module = getattr(base, base.base_model_prefix)
-        self.prefix = base.base_model_prefix + "."
+        self.decoder = network_below(base)
+        self.prefix = next(name for name, module in base.named_modules() if module is self.decoder) + "."
         self.adapters: dict[str, Adapter] = {}
         self._turns = Turns()
         self.dtype, self.device = base.dtype, base.device
         self.hidden_size = int(base.config.get_text_config().hidden_size)
-        base.set_attn_implementation(tree_attention.register())
-        verify_forward(self)
+        tree_attention.register()
+        self.way = Way()
+        choose_way(self)
+        if self.way.packing == "tree":
+            modules.fuse_attention(self.base)
 
     @classmethod
     def load(cls, base: Base, dtype: str = "auto", device: str = "auto", vocabulary: int | None = None) -> "Model":
@@ -153,7 +157,7 @@ class Model:
 
     def targets(self, targets: str | tuple[str, ...], layers: str = "all") -> list[str]:
         """Paths of the base that `targets` names, in these layers (`all`, `last:N`)."""
-        return target_paths(self.base, targets, layers)
+        return target_paths(self.base, targets, layers, self.way.uncalled)
 
     def freeze(self, name: str) -> None:
         """No tensor of the adapter gets a gradient any more."""
@@ -165,6 +169,18 @@ class Model:
         return tuple((adapter.name, adapter.version) for adapter in self._chain(name))
 
     # forward passes
+
+    def packing(self, asked: Literal["auto", "tree", "none"]) -> Packing:
+        """How sequences are computed together, by what was asked for and what the network can.
+
+        Raises:
+            ModelError: a tree was asked for, which the network can't.
+        """
+        if asked == "tree" and self.way.packing == "none":
+            raise ModelError(
+                f"this base can't be computed as a tree: {self.way.why}", where="packing", allowed="auto, none"
+            )
+        return self.way.packing if asked == "auto" else asked
 
     def scores(self, batch: Batch, adapter: str, *, dropout: bool = False) -> Tensor:
         """Scalar head on the state of each sequence's last token, float32 [batch]."""
@@ -184,7 +200,8 @@ class Model:
     ) -> TokenLogprobs:
         """log softmax(logits / temperature) of the completion tokens and the entropy there; no full logits are kept."""
         states = self._states(batch, adapter, dropout=dropout)[batch.predicting]
-        logprobs, entropy = token_logprobs(states, self._output_weight(adapter), batch.targets, temperature)
+        weight, shape = self._output_weight(adapter), self.way.logits
+        logprobs, entropy = token_logprobs(states, weight, batch.targets, temperature, shape)
         return TokenLogprobs(spread(logprobs, batch.completion_mask), spread(entropy, batch.completion_mask))
 
     @torch.no_grad()
@@ -197,16 +214,20 @@ class Model:
         return Held(names, pairs, self._full_weights(chain))
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Ids], adapter: str | Held | None) -> tuple[Tensor, KeyValueCache]:
-        """States of each prompt's last token [prompt, hidden] and the cache of their keys and values, to be forked."""
+    def prefill(self, prompts: Sequence[Ids], adapter: str | Held | None) -> tuple[Tensor, KeyValueCache | RowsCache]:
+        """States of each prompt's last token [prompt, hidden] and the cache of them, to be forked."""
+        if self.way.packing == "none":
+            return RowsCache.of(prompts, self._own_forward(adapter), self.device, reused=self.way.reuses_cache)
         batch = pack([[Tokens(ids)] for ids in prompts], "tree", self.device)
-        cache = KeyValueCache([batch.places(row) for row in range(len(prompts))], self.device)
+        cache = KeyValueCache([batch.places(row) for row in range(len(prompts))], self.device, self.way.sights)
         return self._states(batch, adapter, cache=cache)[batch.ends], cache
 
     @torch.no_grad()
-    def decode(self, ids: Tensor, cache: KeyValueCache, adapter: str | Held | None) -> Tensor:
+    def decode(self, ids: Tensor, cache: KeyValueCache | RowsCache, adapter: str | Held | None) -> Tensor:
         """One more token [row] for each row of the cache; its states [row, hidden]."""
         with cpu.sampling():
+            if isinstance(cache, RowsCache):
+                return cache.step(ids, self._own_forward(adapter))
             states = self._run(
                 adapter,
                 input_ids=ids[:, None],
@@ -214,7 +235,7 @@ class Model:
                 attention_mask=torch.zeros(1, 1, 1, 1, device=self.device),
                 use_cache=False,
                 sampled=cache,
-            )
+            ).last_hidden_state
         cache.advance()
         return states[:, -1]
 
@@ -224,11 +245,23 @@ class Model:
         weight = self._output_weight(adapter)
         with cpu.sampling():
             logits = cpu.linear(states, weight) if cpu.few_rows(states, weight) else states @ weight.t()
-        return logits.float()
+        return self.way.logits.of(logits.float())
 
     # inside
 
-    def _run(self, adapter: str | Held | None, *, dropout: bool = False, **inputs: Any) -> Tensor:
+    def _own_forward(self, adapter: str | Held | None) -> Forward:
+        """The network as it computes rows by itself, with the cache that it keeps."""
+        name = self.way.cache_name
+
+        def forward(ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+            given = {} if state is None else {name: state}
+            output = self._run(adapter, input_ids=ids, use_cache=self.way.reuses_cache, **given)
+            return output.last_hidden_state, getattr(output, name, None)
+
+        return forward
+
+    def _run(self, adapter: str | Held | None, *, dropout: bool = False, **inputs: Any) -> Any:
+        """The network's output below its head."""
         if isinstance(adapter, Held):
             names, pairs, weights = adapter.adapters, adapter.pairs, adapter.weights
         else:
@@ -239,8 +272,8 @@ class Model:
         turn = self._turns.alone() if inside else self._turns.shared()
         with calling(replace(current_call(), adapters=names, dropout=dropout, held=pairs)), turn:
             if inside:
-                return functional_call(self.decoder, inside, kwargs=inputs).last_hidden_state
-            return self.decoder(**inputs).last_hidden_state
+                return functional_call(self.decoder, inside, kwargs=inputs)
+            return self.decoder(**inputs)
 
     def _full_weights(self, chain: Sequence[Adapter], prefix: str = "") -> dict[str, Tensor]:
         """The uppermost full adapter's weights below `prefix` in the base's dtype; {} without one."""
@@ -266,8 +299,8 @@ class Model:
         if batch.nodes is not None:
             # A four-dimensional mask is passed on as it is: the tree's attention needs none and no [T, T] one is built.
             inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
-            inputs |= {"position_ids": batch.positions, "tree": tree_attention.Tree(batch.nodes)}
-        states = self._run(adapter, dropout=dropout, **inputs)
+            inputs |= {"position_ids": batch.positions, "tree": tree_attention.Tree(batch.nodes, self.way.sights)}
+        states = self._run(adapter, dropout=dropout, **inputs).last_hidden_state
         return states.reshape(-1, states.shape[-1])
 
     def _head(self, states: Tensor, adapter: str) -> Tensor:

@@ -1,11 +1,13 @@
-"""Which networks can be a base: decoder-only language models with plain causal attention.
+"""Which networks can be a base, and which way goes through each: decoder-only language models of any kind.
 
-Packing, the chunked log-probabilities and the sampler assume things about a forward pass. What a configuration gives
-away is refused by name before any weight is read (`check_supported`); the rest is found out by running a few tokens
-once the network is loaded (`verify_forward`).
+What a configuration gives away is refused by name before any weight is read (`check_supported`). The rest is found out
+by running a few tokens once the network is loaded (`choose_way`): whether a tree of prefixes can be computed at once,
+how far back each layer sees, what becomes of the products of the output head. A network for which there is no tree is
+computed in rows, by its own forward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,29 +15,51 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from perlhf.errors import ModelError
+from perlhf.kernels import tree_attention
 from perlhf.kernels.modules import match_targets
-from perlhf.method.packing import pad
+from perlhf.kernels.sight import FULL, Sight, watching
+from perlhf.method.logprobs import PLAIN, Logits
+from perlhf.method.packing import Packing, pad
 
 if TYPE_CHECKING:
     from perlhf.model.model import Model
 
-_ALLOWED = "decoder-only language models with full causal attention (Llama, Qwen2, Qwen3, SmolLM2, OPT, GPT-NeoX, ...)"
-_NEUTRAL_LOGITS = {  # configuration keys that change logits or attention scores, other than by these values
-    "final_logit_softcapping": None,
-    "attn_logit_softcapping": None,
-    "output_logit_soft_cap": None,
-    "logits_soft_cap": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-}
+_ALLOWED = "decoder-only language models (Llama, Qwen, Gemma, Mistral, Mamba, OPT, GPT-NeoX, ...)"
+_NUMBERS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_scale", "output_multiplier")
+"""Configuration keys that networks multiply or divide their logits by."""
+_MIXED = ("full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers that mix tokens by attention under a mask."""
 _TOLERANCE = 0.08
 """In bfloat16. On a CPU, SmolLM2-135M's states differ by up to 0.03 (2e-6 in float32) where all is well, by 0.1 with
 positions off by one, and by 0.4 for sampled tokens where positions are ignored."""
+_ROUTERS = ("gate", "router", "shared_expert_gate", "classifier")
+"""Last names of linear layers that choose experts."""
+_FAULTS = (TypeError, ValueError, RuntimeError, LookupError, StopIteration, AttributeError, NotImplementedError)
+"""What networks raise for arguments that they don't take."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a network is computed."""
+
+    packing: Packing = "tree"
+    """A tree of prefixes, each token once; or `none`, rows by its own forward."""
+    why: str = ""
+    """What keeps it from a tree."""
+    sights: Mapping[int, Sight] = field(default_factory=dict)
+    """How far back each layer sees in a tree; those that are missing see all."""
+    logits: Logits = PLAIN
+    """What it makes of the output head's products."""
+    cache_name: str = "past_key_values"
+    """Its forward's argument for its own cache, which rows are sampled with."""
+    uncalled: tuple[str, ...] = ()
+    """Linear layers whose weights the network reads without calling them: an adapter there would do nothing."""
+    reuses_cache: bool = True
+    """Whether that cache can be repeated for many completions; else each step computes all tokens anew."""
 
 
 def check_supported(config: PreTrainedConfig) -> None:
-    """Refuses architectures whose attention or logits aren't those that training assumes.
+    """Refuses architectures that are no decoder-only language models.
 
     Raises:
         ModelError: naming the architecture and the property.
@@ -54,55 +78,210 @@ def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     head = model.get_output_embeddings()
     if head is None:
         raise _differs(model, "it has no output layer")
-    return model.base_model, head
+    return network_below(model), head
 
 
-def target_paths(network: PreTrainedModel, targets: str | tuple[str, ...], layers: str = "all") -> list[str]:
-    """Paths of the linear layers below the output head that `targets` names in `layers` (`lora.match`).
+def network_below(model: PreTrainedModel) -> nn.Module:
+    """The part that turns tokens into states."""
+    below = model.base_model
+    return below if below is not model else next(iter(model.children()))
+
+
+def target_paths(
+    network: PreTrainedModel, targets: str | tuple[str, ...], layers: str = "all", uncalled: Sequence[str] = ()
+) -> list[str]:
+    """Paths of the linear layers below the output head that `targets` names in `layers` (`lora.match`). Routers of
+    experts and layers whose weights are read without a call (`Way.uncalled`) are none of them.
 
     Raises:
         AdapterError: a target that matches nothing.
     """
     head = network.get_output_embeddings()
-    skip = tuple(path for path, module in network.named_modules() if module is head)
+    skip = [path for path, module in network.named_modules() if module is head]
+    skip += [path for path, _ in network.named_modules() if path.rpartition(".")[2] in _ROUTERS]
+    skip = (*skip, *uncalled)
     return match_targets(network.named_modules(), targets, skip, layers)
 
 
 @torch.no_grad()
-def verify_forward(model: "Model") -> None:
-    """Computes four short sequences in each way that training and sampling do, to see that all give the same states.
+def choose_way(model: "Model") -> None:
+    """Sets `model.way` by computing four short sequences in each way that training and sampling do.
 
-    1. logits = head(last hidden state), with nothing done to them afterwards;
+    1. logits come from head(last hidden state) by a scale and a cap;
     2. a later token changes no earlier state: two rows agree as far as they share a prefix;
     3. in a tree, where a shared prefix is computed once, position ids and our attention are obeyed;
-    4. one more token, of which the cache has what comes before, is computed as in its row.
+    4. one more token, of which a cache has what comes before, is computed as in its row.
+
+    Where 3 or 4 fails for a tree, the network's own forward and cache are tried, and then its forward alone.
 
     Raises:
-        ModelError: naming what differs.
+        ModelError: naming what differs in all ways.
     """
-    network, (decoder, head) = model.base, decoder_and_head(model.base)
+    network, decoder = model.base, model.decoder
+    probe = _probe(network, model.device)
+    states = _as_it_is(decoder, network, probe.ids)
+    uncalled = _uncalled(decoder, network, probe.ids)
+    own = network.config._attn_implementation
+    shape = _shape_of(network, probe.ids, states)
+    if _distance(states[2, :3], states[0, :3]) > _tolerance(model):
+        raise _differs(network, "a later token changes earlier logits, so attention is not causal")
+    try:
+        network.set_attn_implementation(tree_attention.NAME)
+        model.way = Way(logits=shape, uncalled=uncalled, sights=_sights(network, decoder, probe.ids))
+        alike = _distance(decoder(input_ids=probe.ids, use_cache=False).last_hidden_state, states)
+        if alike > _tolerance(model):
+            raise _differs(network, f"by our attention its states are off by {alike:.1%}")
+        _verify(model, probe, states)
+        return
+    except (ModelError, *_FAULTS) as error:
+        why = error.what if isinstance(error, ModelError) else f"it doesn't take our attention ({error!r})"
+    network.set_attn_implementation(own)
+    model.way = Way(
+        "none", why.removeprefix(f"{type(network).__name__} can't be a base: "), logits=shape, uncalled=uncalled
+    )
+    for name in ("past_key_values", "cache_params"):
+        model.way = replace(model.way, cache_name=name)
+        try:
+            return _verify(model, probe, states)
+        except (ModelError, *_FAULTS):
+            continue
+    model.way = replace(model.way, reuses_cache=False)
+    _verify(model, probe, states)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Sequences of which the last shares a prefix with the first, and one is the beginning of another."""
+
+    sequences: Sequence[Sequence[int]]
+    ids: Tensor
+
+
+def _probe(network: PreTrainedModel, device: torch.device) -> _Probe:
     vocab = int(network.config.get_text_config().vocab_size)
     sequences = [[(37 * t + 11 * s) % vocab for t in range(5)] for s in (40, 41)]
     sequences += [sequences[0][:3], [*sequences[0][:2], *sequences[1][:3]]]
-    ids = pad(sequences, 0, model.device)
-    states = decoder(input_ids=ids, use_cache=False).last_hidden_state
-    if _distance(network(input_ids=ids, use_cache=False).logits, head(states)) > 1e-3:
-        raise _differs(network, "logits are not head(last hidden state): they are scaled, capped or otherwise changed")
-    tolerance = 1e-3 if model.dtype == torch.float32 else _TOLERANCE
-    if _distance(states[2, :3], states[0, :3]) > tolerance:
-        raise _differs(network, "a later token changes earlier logits, so attention is not causal")
-    obeyed = "position ids or a four-dimensional attention mask are not"
+    return _Probe(sequences, pad(sequences, 0, device))
+
+
+def _as_it_is(decoder: nn.Module, network: PreTrainedModel, ids: Tensor) -> Tensor:
+    """States by transformers alone; where its fast attention can't, by its plain one."""
     try:
-        shared, cache = model.prefill([row[:-1] for row in sequences], None)
-        cache.fork(1)
-        sampled = model.decode(torch.tensor([row[-1] for row in sequences], device=model.device), cache, None)
-    except (TypeError, ValueError, RuntimeError, LookupError, StopIteration) as error:
+        return decoder(input_ids=ids, use_cache=False).last_hidden_state
+    except _FAULTS:
+        network.set_attn_implementation("eager")
+        return decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _uncalled(decoder: nn.Module, network: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
+    """`Way.uncalled`: layers that weren't called, and whose weights have a gradient all the same."""
+    called: set[nn.Module] = set()
+    layers = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear)}
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in layers.values()]
+    try:
+        decoder(input_ids=ids, use_cache=False)
+        inside = set(decoder.modules())
+        silent = {path: module for path, module in layers.items() if module in inside and module not in called}
+        for module in silent.values():
+            module.weight.requires_grad_(True)
+        if silent:
+            with torch.enable_grad():
+                state = decoder(input_ids=ids[:1], use_cache=False).last_hidden_state
+                weights = [module.weight for module in silent.values()]
+                grads = (
+                    torch.autograd.grad(state.float().sum(), weights, allow_unused=True) if state.requires_grad else ()
+                )
+            return tuple(path for path, grad in zip(silent, grads, strict=False) if grad is not None)
+        return ()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        network.requires_grad_(False)
+
+
+def _sights(network: PreTrainedModel, decoder: nn.Module, ids: Tensor) -> dict[int, Sight]:
+    """How far back each layer sees.
+
+    Raises:
+        ModelError: a layer mixes tokens otherwise.
+    """
+    config = network.config.get_text_config()
+    kinds = [kind for kind in getattr(config, "layer_types", None) or () if kind not in _MIXED]
+    if kinds:
+        raise _differs(network, f"it has {kinds[0]} layers")
+    with watching() as watch:
+        decoder(input_ids=ids, use_cache=False)
+    if not watch.layers or None in watch.layers.values():
+        raise _differs(network, "its layers' masks are of no known form")
+    return {layer: sight for layer, sight in watch.layers.items() if sight is not None and sight != FULL}
+
+
+def _verify(model: "Model", probe: _Probe, states: Tensor) -> None:
+    """Compares the states of prompts and of one sampled token with those of padded rows.
+
+    Raises:
+        ModelError: they differ, or can't be computed.
+    """
+    network, tolerance = model.base, _tolerance(model)
+    obeyed = "position ids or a four-dimensional attention mask are not"
+    if model.way.packing == "none":
+        obeyed = "its own cache is not"
+    try:
+        shared, cache = model.prefill([row[:-1] for row in probe.sequences], None)
+        cache.fork(2)
+        last = torch.tensor([row[-1] for row in probe.sequences], device=model.device)
+        sampled = model.decode(last.repeat_interleave(2), cache, None)[::2]
+    except _FAULTS as error:
         raise _differs(network, f"{obeyed} accepted ({error!r})") from error
     for what, of, other, back in (("tree", "shared prefixes", shared, 2), ("cache", "sampled tokens", sampled, 1)):
-        separate = torch.stack([row[len(tokens) - back] for tokens, row in zip(sequences, states, strict=True)])
+        separate = torch.stack([row[len(ids) - back] for ids, row in zip(probe.sequences, states, strict=True)])
         if (off := _distance(other, separate)) > tolerance:
             reason = f"or our attention isn't handed its {what}: states of {of} are off by {off:.1%}"
             raise _differs(network, f"{obeyed} obeyed, {reason}")
+
+
+def _tolerance(model: "Model") -> float:
+    return 1e-3 if model.dtype == torch.float32 else _TOLERANCE
+
+
+def _shape_of(network: PreTrainedModel, ids: Tensor, states: Tensor) -> Logits:
+    """What the network makes of the products of its head and states, told from large ones, which show a cap.
+
+    Raises:
+        ModelError: neither a scale nor a cap.
+    """
+    _, head = decoder_and_head(network)
+    products: list[Tensor] = []
+    raw: list[Tensor] = []
+
+    def enlarge(_: nn.Module, __: Any, found: Tensor) -> Tensor:
+        raw.append(found)
+        products.append(found.float() * (20 / found.float().std()))
+        return products[-1].to(found.dtype)
+
+    hook = head.register_forward_hook(enlarge)
+    try:
+        logits = network(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    given, plain = raw[0].float(), head(states).float()
+    before_head = float((given * plain).sum() / plain.square().sum())
+    if _distance(plain * before_head, given) > 5e-3:
+        raise _differs(network, "its output layer isn't given the last hidden state")
+    before_head = 1.0 if abs(before_head - 1) < 1e-3 else before_head
+    config = network.config.get_text_config()
+    known = [getattr(config, name, None) for name in _NUMBERS]
+    numbers = [n for given in known if isinstance(given, int | float) and given for n in (float(given), 1 / given)]
+    caps = [float(v) for k, v in config.to_dict().items() if "cap" in k and isinstance(v, int | float) and v]
+    for cap in (None, *caps):
+        inside = torch.ones_like(logits) if cap is None else ((logits / cap).abs() < 0.9).float()
+        before = logits if cap is None else torch.atanh((logits / cap).clamp(-0.9, 0.9)) * cap
+        scale = float((inside * before * products[0]).sum() / (inside * products[0].square()).sum())
+        near = [number for number in (1.0, *numbers) if scale and abs(number / scale - 1) < 0.005]
+        shape = Logits(near[0] if near else scale, cap)
+        if _distance(shape.of(products[0]), logits) < 5e-3:
+            return replace(shape, scale=shape.scale * before_head)
+    raise _differs(network, "logits are not head(last hidden state) scaled or capped, but otherwise changed")
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:
@@ -126,29 +305,5 @@ def _unsupported(config: PreTrainedConfig) -> Iterator[str]:
         yield "it joins several networks (a text model inside a multimodal one)"
     if getattr(config, "quantization_config", None) is not None:
         yield "its weights are quantized"
-    model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if model_class is None:
+    if AutoModelForCausalLM._model_mapping.get(type(config), None) is None:
         yield "transformers has no causal language model for it"
-    yield from _attention_reasons(config)
-    for key, neutral in _NEUTRAL_LOGITS.items():
-        value = getattr(config, key, None)
-        if value is not None and value != neutral:
-            yield f"{key} = {value} changes logits or attention scores"
-    if getattr(model_class, "_is_stateful", False):
-        yield "it keeps a recurrent state"
-
-
-def _attention_reasons(config: PreTrainedConfig) -> Iterator[str]:
-    window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    for kind in layer_types or ():
-        if kind == "sliding_attention":
-            yield f"it has layers with a sliding window of {window} tokens"
-        elif kind != "full_attention":
-            yield f"it has {kind} layers"
-    may_slide = not layer_types and getattr(config, "use_sliding_window", True)
-    if window and may_slide and window < getattr(config, "max_position_embeddings", float("inf")):
-        yield f"its attention has a sliding window of {window} tokens"
-    if "local" in getattr(config, "attention_layers", ()):
-        yield f"it has local attention layers (a sliding window of {getattr(config, 'window_size', '?')} tokens)"
-    if getattr(config, "alibi", False):
-        yield "its positions are ALiBi biases, not position ids"
