@@ -9,8 +9,8 @@ from perlhf.data import pull, tools
 from perlhf.data.containers.decoded import LONGEST
 from perlhf.data.containers.packed import MOST_RATIO, MOST_UNPACKED, PACKED_SUFFIXES
 from perlhf.data.files import SUFFIXES
-from perlhf.data.read import FORMATS
-from perlhf.data.readers.trl import COLUMNS
+from perlhf.data.readers.columns import COLUMNS
+from perlhf.data.readers.formats import FORMATS
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "data.md"

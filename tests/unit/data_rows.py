@@ -4,7 +4,7 @@ import json
 import struct
 from typing import Any
 
-from perlhf.data.readers.tfrecord import crc32c
+from perlhf.data.containers.tfrecord import crc32c
 
 GREETING = {"role": "agent", "text": "Welcome!"}
 REWARD_ROW: dict[str, Any] = {

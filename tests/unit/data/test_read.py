@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,14 @@ from data_rows import (
 )
 
 from perlhf.config.stages import LayoutConfig, RatingsConfig
+from perlhf.data import read as data_read
+from perlhf.data.containers.tfrecord import crc32c, read_examples
 from perlhf.data.fields import group_key, prompt_group
-from perlhf.data.read import FORMATS, Reading, detect, read_all
-from perlhf.data.readers.dialogs import COFFEE_GREETING
-from perlhf.data.readers.tfrecord import crc32c, read_examples
-from perlhf.data.records import Comparison, Demonstration, Rating, Text
+from perlhf.data.files import DataFile
+from perlhf.data.read import Reading, read_all
+from perlhf.data.readers.formats import FORMATS, detect
+from perlhf.data.readers.published.dialogs import COFFEE_GREETING
+from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Text
 from perlhf.data.tools import validate
 from perlhf.errors import DataError
 
@@ -576,3 +580,50 @@ def test_hh_without_the_line_breaks_that_begin_it(tmp_path: Path, blank: str) ->
 )
 def test_trls_columns_go_before_other_layouts(row: dict[str, Any]) -> None:
     assert detect(row) == "trl"
+
+
+def test_a_row_counts_with_all_its_records_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is refused half-way, and rows after it, whatever the reader had already given."""
+
+    def reader(rows: Any) -> Any:
+        for where, row in rows:
+            for text in row["texts"]:
+                if text == "bad":
+                    raise DataError("bad", where=where)
+                yield Prompt(text, "g", source=where)
+
+    rows: list[tuple[str, Any]] = [
+        ("f:1", {"texts": ["a", "b"]}),
+        ("f:2", DataError("no JSON", where="f:2")),
+        ("f:3", {"texts": ["c", "bad", "d"]}),
+        ("f:4", {"texts": ["bad"]}),
+        ("f:5", {"texts": ["e", " ", "f"]}),
+        ("f:6", {"texts": []}),
+        ("f:7", {"texts": ["g"]}),
+    ]
+
+    def damaged() -> Any:
+        yield from rows
+        raise DataError("the gzip file is truncated", where="f")
+
+    monkeypatch.setattr(data_read.files, "rows_or_errors", lambda _file: damaged())
+    monkeypatch.setattr(data_read, "reader_of", lambda *_: reader)
+    outcomes = list(data_read.records_or_problems(DataFile("f", None), "hh"))
+    found = [one.where if isinstance(one, DataError) else getattr(one, "prompt", None) for one in outcomes]
+    assert found == ["a", "b", "f:2", "f:3", "f:4", "f:5", "g", "f"]
+
+
+def test_rows_are_never_in_memory_all_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    peaks = []
+    for count in (1000, 4000):
+        rows = (
+            (f"f:{number}", {"prompt": f"{number}" + "x" * 2000, "completion": "y", "label": True})
+            for number in range(count)
+        )
+        monkeypatch.setattr(data_read.files, "rows_or_errors", lambda _file, rows=rows: rows)
+        tracemalloc.start()
+        for outcome in data_read.records_or_problems(DataFile("f", None), "trl"):
+            assert isinstance(outcome, Rating)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
