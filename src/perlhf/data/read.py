@@ -1,6 +1,6 @@
 """From a path to records: each file's rows, given to the reader that its columns ask for."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -99,14 +99,13 @@ def stream(
             continue
         name = detect(first[1]) if format == "auto" else format
         reading.formats[file.name] = name
-        published = name in PUBLISHED
-        reader = by_row(name, rules) if format == "auto" and not published else reader_of(name, file, rules)
-        for found in reader(chain([first], rows)):
-            record = settled(found, rules)
+        settle = _settled_and_checked if name in PUBLISHED else settled
+        for found in _reader(name, format, file, rules)(chain([first], rows)):
+            record = settle(found, rules)
             if isinstance(record, Skipped):
                 reading.skipped[record.reason] = reading.skipped.get(record.reason, 0) + 1
             else:
-                yield checked(record, record.source or file.name) if published else record
+                yield record
 
 
 def about_rows(file: DataFile) -> int | None:
@@ -137,6 +136,12 @@ def settled(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
             hint="`data.ties: skip` leaves such rows out and counts them",
         )
     return Skipped(SAME_TEXT, found.source) if equal else found
+
+
+def _settled_and_checked(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
+    """As `settled`, for readers that leave it to their caller to check what they found."""
+    outcome = settled(found, rules)
+    return outcome if isinstance(outcome, Skipped) else checked(outcome, outcome.source)
 
 
 def renamed(rows: Iterable[Row], rules: LayoutConfig, name: str) -> Iterator[Row]:
@@ -188,6 +193,11 @@ def _found(row: Any, name: str) -> tuple[bool, Any]:
     if isinstance(row, list) and first.removeprefix("-").isdecimal() and -len(row) <= int(first) < len(row):
         return _found(row[int(first)], rest) if rest else (True, row[int(first)])
     return False, None
+
+
+def _reader(name: str, format: str, file: DataFile, rules: LayoutConfig) -> Reader:
+    """The reader of a file whose first row has the layout `name`, where `format` is what was asked for."""
+    return by_row(name, rules) if format == "auto" and name not in PUBLISHED else reader_of(name, file, rules)
 
 
 def reader_of(name: str, file: DataFile, rules: LayoutConfig | None = None) -> Reader:
@@ -245,6 +255,7 @@ def _stories(file: DataFile) -> dict[str, dict[str, Any]]:
 
 
 Outcome = Record | Skipped | DataError
+Settle = Callable[[Record | Skipped], Record | Skipped]
 
 
 def records_or_problems(file: DataFile, format: str, rules: LayoutConfig | None = None) -> Iterator[Outcome]:
@@ -254,13 +265,13 @@ def records_or_problems(file: DataFile, format: str, rules: LayoutConfig | None 
         rows = _readable(file, rules, unreadable)
         if (first := next(rows, None)) is not None:
             name = detect(first[1]) if format == "auto" else format
-            own = format == "auto" and name not in PUBLISHED
-            reader = by_row(name, rules) if own else reader_of(name, file, rules)
+            settle = partial(_settled_and_checked if name in PUBLISHED else settled, rules=rules)
+            reader = _reader(name, format, file, rules)
             source = chain([first], rows)
             if name in WHOLE_FILE or rules.grades == "comparisons":
-                yield from _of_whole_file(reader, source, file, rules)
+                yield from _of_whole_file(reader, source, file, settle, rules)
             else:
-                yield from _of_each_row(reader, source, rules, unreadable)
+                yield from _of_each_row(reader, source, settle, unreadable)
     except DataError as error:
         unreadable.append(error)
     yield from unreadable
@@ -279,9 +290,7 @@ def _readable(file: DataFile, rules: LayoutConfig, unreadable: list[DataError]) 
     return renamed(counted(readable(), f"reading {file.name}", about_rows(file)), rules, file.name)
 
 
-def _of_each_row(
-    reader: Reader, rows: Iterator[Row], rules: LayoutConfig, unreadable: list[DataError]
-) -> Iterator[Outcome]:
+def _of_each_row(reader: Reader, rows: Iterator[Row], settle: Settle, unreadable: list[DataError]) -> Iterator[Outcome]:
     """What a reader makes of rows that stand each for itself; it goes on after one that it refuses.
 
     A row counts with all its records or not at all, so what it gave waits until the reader asks for the next one.
@@ -314,7 +323,7 @@ def _of_each_row(
                 if refused:
                     continue
                 try:
-                    waiting.append(_checked(found, rules))
+                    waiting.append(settle(found))
                 except DataError as error:
                     refuse(error)
             going_on = False
@@ -323,26 +332,18 @@ def _of_each_row(
     yield from waiting
 
 
-def _of_whole_file(reader: Reader, rows: Iterator[Row], file: DataFile, rules: LayoutConfig) -> Iterator[Outcome]:
+def _of_whole_file(
+    reader: Reader, source: Iterator[Row], file: DataFile, settle: Settle, rules: LayoutConfig
+) -> Iterator[Outcome]:
     """What a reader makes of all the rows that it doesn't refuse alone; the file is read twice for that."""
     refused: set[str] = set()
-    for where, row in rows:
-        for outcome in _of_each_row(reader, iter([(where, row)]), rules, []):
+    for where, row in source:
+        for outcome in _of_each_row(reader, iter([(where, row)]), settle, []):
             if isinstance(outcome, DataError):
                 refused.add(where)
                 yield outcome
     for found in reader((where, row) for where, row in _readable(file, rules, []) if where not in refused):
         try:
-            yield _checked(found, rules)
+            yield settle(found)
         except DataError as error:
             yield error
-
-
-def _checked(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
-    """What a reader found, by the rule for ties.
-
-    Raises:
-        DataError: it can't be trained on.
-    """
-    outcome = settled(found, rules)
-    return outcome if isinstance(outcome, Skipped) else checked(outcome, outcome.source or "")

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
 from perlhf.errors import StorageError
 
-MEMORY_BYTES = 32 * 2**20
-"""What is held in memory before it is written to the file."""
+MEMORY_BYTES = 4 * 2**20
+"""What is held in memory before it is written to the file: about what a processor's cache holds."""
 ODD = -1
 """The shape of a record of which only the encoder can say how it is rendered: tools, or messages with other keys than
 `role` and `content`."""
@@ -104,7 +104,9 @@ class Tally:
             chosen, longest, chosen_plain, chosen_shape = _text_facts(record.chosen)
             rejected, other, rejected_plain, rejected_shape = _text_facts(record.rejected)
             longest, plain = max(longest, other), plain and chosen_plain and rejected_plain
-            shape = _joined(shape, _joined(chosen_shape, rejected_shape))
+            shape = (
+                _joined(shape, _joined(chosen_shape, rejected_shape)) if chosen_shape or rejected_shape or shape else 0
+            )
             first, second = (chosen, rejected) if chosen < rejected else (rejected, chosen)
             subject = hash((prompt, first, second))
             verdict = TIE if chosen == rejected else int(chosen == first)

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import re
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,8 @@ from data_rows import (
     note,
     panda,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from perlhf.config.stages import LayoutConfig, RatingsConfig
 from perlhf.data import read as data_read
@@ -580,6 +583,16 @@ def test_hh_without_the_line_breaks_that_begin_it(tmp_path: Path, blank: str) ->
 )
 def test_trls_columns_go_before_other_layouts(row: dict[str, Any]) -> None:
     assert detect(row) == "trl"
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=0x2FF), max_size=40))
+@settings(max_examples=300)
+def test_groups_of_ascii_texts_are_what_groups_of_all_texts_are(text: str) -> None:
+    """ASCII takes a fast way; the words after a letter beyond it take the other."""
+    slow = " ".join(re.sub(r"[^\w\s]", "", text.lower()).split()) or text.strip()
+    assert group_key(text) == slow
+    ascii_part = "".join(mark for mark in text if mark.isascii())
+    assert group_key(ascii_part + " \u00e9") == f"{group_key(ascii_part + ' x').removesuffix('x')}\u00e9"
 
 
 def test_a_row_counts_with_all_its_records_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ _REPEATED_WORDS = 4
 
 def after_prompt(asked: Any, prompt: Text, chosen: Any, rejected: Any, where: str) -> tuple[Text, Text, Text]:
     """The prompt and both answers to it, whatever they repeat of it; `asked` is how the file has the prompt."""
-    chosen, rejected = (_without_transcript(side, asked, prompt) for side in (chosen, rejected))
+    chosen, rejected = _without_transcript(chosen, asked, prompt), _without_transcript(rejected, asked, prompt)
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         return prompt, *_without_repeat(prompt, chosen, rejected)
     sides = {"chosen": chosen, "rejected": rejected}
@@ -132,8 +132,10 @@ def parted_texts(chosen: str, rejected: str, row: dict[str, Any], where: str) ->
 def _without_repeat(prompt: str, chosen: str, rejected: str) -> tuple[str, str]:
     """Both answers without the prompt, where both unmistakably repeat it: on lines of its own, or as a long one."""
     asked = prompt.strip()
-    rest = [side.lstrip()[len(asked) :] for side in (chosen, rejected) if side.lstrip().startswith(asked)]
-    if len(rest) < 2 or not asked or not all(part.strip() for part in rest):
+    if not asked or not chosen.lstrip().startswith(asked) or not rejected.lstrip().startswith(asked):
+        return chosen, rejected
+    rest = [side.lstrip()[len(asked) :] for side in (chosen, rejected)]
+    if not all(part.strip() for part in rest):
         return chosen, rejected
     apart = all(part[0] == "\n" for part in rest)
     if apart or (len(asked.split()) >= _REPEATED_WORDS and all(part[0].isspace() for part in rest)):
@@ -157,8 +159,10 @@ def _without_transcript(answer: Any, asked: Any, prompt: Text) -> Any:
         return answer
     whole = transcript(answer)
     if isinstance(prompt, str):
-        repeats = whole is not None and whole[:1] == (message("user", prompt.strip()),) and _answers(whole[1:])
-        return [dict(turn) for turn in whole[1:]] if whole is not None and repeats else answer
+        if whole is None:
+            return answer
+        repeats = whole[:1] == (message("user", prompt.strip()),) and _answers(whole[1:])
+        return [dict(turn) for turn in whole[1:]] if repeats else answer
     if whole and len(whole) > len(prompt) and whole[: len(prompt)] == tuple(prompt):
         return [dict(turn) for turn in whole[len(prompt) :]]
     return answer.removeprefix(asked).strip().removeprefix("Assistant:").strip()

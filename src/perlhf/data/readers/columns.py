@@ -4,7 +4,6 @@ What depends on names alone is decided once for each set of them.
 """
 
 import math
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -93,14 +92,18 @@ def slip_of(name: str) -> str | None:
     return None if name in known else next((ours for ours in known if _one_slip(name, ours)), None)
 
 
-def our_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+def our_columns(row: dict[str, Any]) -> dict[str, Any]:
     """The row without nulls (and what pandas writes for them), under this reader's names."""
     names = tuple(
-        name
-        for name, content in row.items()
-        if content is not None and not (type(content) is float and content != content)
+        [
+            name
+            for name, content in row.items()
+            if content is not None and not (type(content) is float and content != content)
+        ]
     )
     ours = _our_names(names)
+    if not ours and len(names) == len(row):
+        return row
     return {ours.get(name, name): row[name] for name in names}
 
 

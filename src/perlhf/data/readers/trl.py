@@ -52,6 +52,10 @@ from perlhf.errors import DataError
 
 _LEARNED = ("weight", "loss", "train")
 """Keys of a message that say whether it is learned: OpenAI's, ms-swift's, axolotl's."""
+_BESIDE = frozenset(
+    ("system", "tools", "group", "source", "weight", "margin", "annotator", "score_chosen", "score_rejected")
+)
+"""What a comparison may have beside its texts."""
 _USED_BY_PROMPTS = {*COLUMNS, "system", *OTHER_NAMES["system"], "tools", "functions"}
 
 Made = dict[str, Any] | Skipped
@@ -97,7 +101,7 @@ def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Ite
         yield from compared(answers)
 
 
-def read_row(row: Mapping[str, Any], where: str) -> Record | Skipped | tuple[float, Rating]:
+def read_row(row: dict[str, Any], where: str) -> Record | Skipped | tuple[float, Rating]:
     """What one row of these columns is; a grade comes with a rating whose label isn't known yet.
 
     Raises:
@@ -121,7 +125,7 @@ def read_row(row: Mapping[str, Any], where: str) -> Record | Skipped | tuple[flo
 
 
 def _comparison(row: dict[str, Any], where: str) -> Comparison:
-    chosen, rejected = (listed_answer(row, side, where) for side in ("chosen", "rejected"))
+    chosen, rejected = listed_answer(row, "chosen", where), listed_answer(row, "rejected", where)
     refuse_misspelt(row, ("prompt", "weight", "margin"), where)
     if "prompt" not in row and "messages" in row and not (isinstance(chosen, list) and isinstance(rejected, list)):
         row = row | {"prompt": row["messages"]}
@@ -137,6 +141,8 @@ def _comparison(row: dict[str, Any], where: str) -> Comparison:
     else:
         value(row, "prompt", where, COLUMNS)
         raise AssertionError("a column that is missing is an error")
+    if _BESIDE.isdisjoint(row):
+        return Comparison(prompt, chosen, rejected, prompt_group(prompt), source=where)
     return Comparison(
         _with_system(prompt, row, where),
         chosen,
