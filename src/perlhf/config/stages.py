@@ -53,6 +53,8 @@ class LayoutConfig(Frozen):
     """What grades become: `ratings` (by that rule), `comparisons` of one prompt's answers, or nothing (`ignore`)."""
     ties: Literal["skip", "error"] = Field(default="skip", exclude_if=lambda rule: rule == "skip")
     """Ties and comparisons of equal texts teach no preference: `skip` leaves them out and counts, `error` refuses."""
+    turns: Literal["last", "all"] = Field(default="last", exclude_if=lambda which: which == "last")
+    """Of conversations without a verdict: the `last` answer is the completion, or each of `all` after a user's turn."""
     config: str | None = Field(default=None, exclude_if=lambda name: name is None)
     """Of a hub set (or a directory of one): the configuration to read, where it has several."""
     split: str | None = Field(default=None, exclude_if=lambda name: name is None)

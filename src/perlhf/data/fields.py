@@ -52,6 +52,11 @@ class Skipped:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class Told(Skipped):
+    """Not a row that is left out, but what is told of one that was read: a sentence about so many of them."""
+
+
 def group_key(text: str) -> str:
     """Lower-cased, punctuation-free words of `text`; the text itself where nothing else is left (`?!`)."""
     if not text.isascii():

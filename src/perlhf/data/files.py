@@ -252,6 +252,8 @@ def _split_files(found: list[DataFile], path: str, choice: Choice) -> list[DataF
     if choice.split is None:
         unnamed = [file.name for file, name in splits.items() if name is None]
         if len(training) == len(names) or not (training or unnamed):
+            if names and not training:
+                authors.tell(f"{path}: all its files are named as held out ({', '.join(names)}), and are read")
             return found
         if not training:  # of prefs.jsonl and prefs_test.jsonl, the first is for training
             authors.tell_left_out(path, unnamed, names)
@@ -296,7 +298,8 @@ def _matching(pattern: str, root: Path | None) -> list[DataFile]:
             directories = [(match, place) for match, place in places if place.is_dir()]
             found = [file for match, place in directories for file in _found_in(place, match)]
         if found:
-            return list(dict.fromkeys(found))
+            kept = _each_once([file.path for file in found if file.path], pattern)
+            return list(dict.fromkeys(file for file in found if file.path in kept))
     raise DataError(
         "no file matches this pattern",
         where=pattern,

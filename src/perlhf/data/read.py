@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from perlhf.config.stages import LayoutConfig
 from perlhf.data import files
-from perlhf.data.fields import Row, Skipped, checked
+from perlhf.data.containers.authors import tell
+from perlhf.data.fields import Row, Skipped, Told, checked
 from perlhf.data.files import BUILTIN, Choice, DataFile
 from perlhf.data.readers.columns import folded, slip_of
 from perlhf.data.readers.formats import (
@@ -38,6 +39,17 @@ class Reading:
     records: list[Record] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
+    told: dict[str, int] = field(default_factory=dict)
+    """How many rows were read by a rule that their author may not expect, for each such rule."""
+
+    def leave_out(self, row: Skipped) -> None:
+        """Counts a row that is left out, or one of which something is told."""
+        counts = self.told if isinstance(row, Told) else self.skipped
+        counts[row.reason] = counts.get(row.reason, 0) + 1
+
+    def sentences(self) -> list[str]:
+        """What is told of rows that were read."""
+        return [f"{count:,} {what}" for what, count in self.told.items()]
 
 
 LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
@@ -103,9 +115,12 @@ def stream(
         for found in _reader(name, format, file, rules)(chain([first], rows)):
             record = settle(found, rules)
             if isinstance(record, Skipped):
-                reading.skipped[record.reason] = reading.skipped.get(record.reason, 0) + 1
+                reading.leave_out(record)
             else:
                 yield record
+    for sentence in reading.sentences():
+        tell(f"{path}: {sentence}")
+    reading.told.clear()
 
 
 def about_rows(file: DataFile) -> int | None:

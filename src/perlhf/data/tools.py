@@ -84,7 +84,7 @@ def validate(
         DataError: unknown format, or nothing has one of the names.
     """
     check_format(format)
-    tally, skipped, problems, kinds = Tally(), Counter[str](), list[DataError](), Counter[str]()
+    tally, reading, problems, kinds = Tally(), read.Reading(), list[DataError](), Counter[str]()
     count = 0
     for path in paths:
         choice = read.choice_of(rules or LayoutConfig())
@@ -97,12 +97,12 @@ def validate(
                 if isinstance(outcome, DataError):
                     problems.append(outcome)
                 elif isinstance(outcome, Skipped):
-                    skipped[outcome.reason] += 1
+                    reading.leave_out(outcome)
                 else:
                     kinds[kind_of(outcome)] += 1
                     tally.add(outcome)
-    odd = tuple(oddities(tally.facts(), skipped))
-    return Validation(count, dict(kinds), dict(skipped), tuple(problems[:MAX_PROBLEMS]), odd)
+    odd = (*reading.sentences(), *oddities(tally.facts(), reading.skipped))
+    return Validation(count, dict(kinds), reading.skipped, tuple(problems[:MAX_PROBLEMS]), odd)
 
 
 def inspect(

@@ -85,7 +85,7 @@ def test_formats_are_told_apart_by_their_first_row(name: str) -> None:
 
 
 def test_every_format_states_its_rule() -> None:
-    assert len({one.name for one in FORMATS}) == len(FORMATS) == 30
+    assert len({one.name for one in FORMATS}) == len(FORMATS) == 31
     assert all("Group:" in (one.reader.__doc__ or "") or one.name in ("trl", "feedbackqa-ratings") for one in FORMATS)
 
 
@@ -215,6 +215,28 @@ def test_oasst_ranks_become_pairs_without_synthetic_replies(tmp_path: Path) -> N
         Comparison(deeper, "a", "b", group, margin=1.0, source="a.jsonl:1"),
     ]
     assert found.skipped == {"a synthetic reply": 2}
+
+
+def oasst_messages(node: dict[str, Any], parent: str | None = None, number: str = "m") -> list[dict[str, Any]]:
+    """The rows of a tree as the hub has them, replies first, where a rank is a float since others are null."""
+    replies = node.get("replies") or []
+    below = [row for at, reply in enumerate(replies) for row in oasst_messages(reply, number, f"{number}.{at}")]
+    rank = node.get("rank")
+    row = {name: part for name, part in node.items() if name != "replies"} | {"message_id": number, "parent_id": parent}
+    return [*below, row | {"message_tree_id": "m", "rank": None if rank is None else float(rank), "lang": "en"}]
+
+
+def test_oasst_messages_one_a_row_are_put_together(tmp_path: Path) -> None:
+    tree = reading(tmp_path, OASST_ROW)
+    rows = oasst_messages(OASST_ROW["prompt"])
+    flat = reading(tmp_path, *rows)
+    assert flat.formats == {"a.jsonl": "oasst-messages"}
+    where = f"a.jsonl:{len(rows)}"  # of the first prompt
+    assert flat.records == [replace(record, source=where) for record in tree.records if isinstance(record, Comparison)]
+    assert flat.skipped == tree.skipped
+    assert validate([str(tmp_path / "a.jsonl")]).records == {"comparison": 2}
+    alone = reading(tmp_path, rows[0] | {"parent_id": "gone"})
+    assert (alone.records, alone.skipped) == ([], {"a message whose parent isn't in the file": 1})
 
 
 def test_pandalm_majority(tmp_path: Path) -> None:

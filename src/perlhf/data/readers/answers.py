@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perlhf.data.fields import message, value
-from perlhf.data.readers.columns import ALSO, COLUMNS
-from perlhf.data.readers.messages import as_messages, completion, listed, messages, transcript
+from perlhf.data.fields import items, message, value, wrong_type
+from perlhf.data.readers.columns import ALSO, COLUMNS, QUESTIONS
+from perlhf.data.readers.messages import as_messages, completion, listed, messages, transcript, transcript_prompt
 from perlhf.data.records import Message, Text, content_of
 from perlhf.errors import DataError
 
@@ -166,3 +166,51 @@ def _without_transcript(answer: Any, asked: Any, prompt: Text) -> Any:
     if whole and len(whole) > len(prompt) and whole[: len(prompt)] == tuple(prompt):
         return [dict(turn) for turn in whole[len(prompt) :]]
     return answer.removeprefix(asked).strip().removeprefix("Assistant:").strip()
+
+
+def prompt_of(row: dict[str, Any], where: str) -> Text:
+    """The prompt: text, or messages where the file has a list, JSON of one or a transcript."""
+    if "prompt" not in row and (near := next((name for name in QUESTIONS if name in row), None)):
+        answers = {"completion", "chosen"} & set(row)
+        raise DataError(
+            "column 'prompt' is missing",
+            where=where,
+            allowed=f"found columns {', '.join(map(repr, row))}",
+            hint=f"`data.columns: {{prompt: {near}}}` reads {near!r} as the prompt"
+            + (
+                ""
+                if answers
+                else f", `{{prompt: {near}, completion: ...}}` another column as the answer too, and "
+                f"`{{prompt: {near}, chosen: ..., rejected: ...}}` two as the better and the other one"
+            ),
+        )
+    prompt = listed(value(row, "prompt", where, COLUMNS))
+    if isinstance(prompt, str):
+        turns = transcript_prompt(prompt)
+        if turns is None and row.get("history") and _is_history(row["history"]):
+            return messages(after_history(row, prompt, where), "history", where)
+        return prompt if turns is None else turns
+    return messages(prompt, "prompt", where)
+
+
+def after_history(row: Mapping[str, Any], question: str, where: str) -> Any:
+    """The question, as a message after the earlier exchanges where there are some."""
+    earlier: list[Any] = []
+    for pair in items(row, "history", where) if row.get("history") else []:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            wrong_type(pair, "a part of 'history'", "a list of a question and its answer", where)
+        earlier += [message("user", pair[0]), message("assistant", pair[1])]
+    return [*earlier, message("user", question)] if earlier else question
+
+
+def _is_history(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in content)
+
+
+def is_answered(row: dict[str, Any], where: str) -> bool:
+    """True when `messages` goes on from `prompt`, its text being the first that a user says, to an answer."""
+    if not isinstance(row["prompt"], str) or not isinstance(listed(row["messages"]), list):
+        return False
+    turns = messages(row["messages"], "messages", where)
+    asked = next((content_of(turn) for turn in turns if turn["role"] == "user"), None)
+    return asked is not None and asked.strip() == row["prompt"].strip() and turns[-1]["role"] == "assistant"

@@ -48,7 +48,7 @@ _SWIFT = "messages rejected_response | messages rejected_messages | query respon
 _HELPSTEER = "prompt response helpfulness | response1 response2 overall_preference"
 _HELPSTEER += " | response_1 response_2 preference_strength"
 _ULTRAFEEDBACK = "instruction completions | prompt answers | prompt completions models"
-_ULTRAFEEDBACK += " | prompt responses scores | prompt completions scores | prompt responses ranks"
+_ULTRAFEEDBACK += " | question answers | prompt responses scores | prompt completions scores | prompt responses ranks"
 _ULTRAFEEDBACK += " | prompt completions ranks | prompt responses ratings | prompt completions ratings"
 _ULTRAFEEDBACK += " | instruction generations ratings | prompt generations ratings | prompt responses rewards"
 _ALPACA = "instruction output | instruction response | instruction chosen rejected | instruction input | input output"
@@ -65,6 +65,7 @@ FORMATS = (
     _published("hh", "comparisons", "", dialogs.hh),
     _published("hhh", "comparisons", "chosen_instruction rejected_instruction", dialogs.hhh),
     _published("oasst", "comparisons", "message_tree_id prompt", dialogs.oasst),
+    _published("oasst-messages", "comparisons", "message_id parent_id text role", dialogs.oasst_messages),
     _published("pandalm", "comparisons", "response1 response2 annotator1", pairs.pandalm),
     _published("llmbar", "comparisons (also the layout of MT-bench)", "input output_1 output_2 label", pairs.llmbar),
     _published("shp", "comparisons", "post_id history human_ref_A human_ref_B labels", pairs.shp),
@@ -92,7 +93,7 @@ FORMATS = (
 PUBLISHED = frozenset(format.name for format in FORMATS if format.published)
 """Readers that leave it to their caller to check what they found (`fields.checked`)."""
 NEED_STORIES = ("squality", "squality-questions")
-WHOLE_FILE = ("feedbackqa",)
+WHOLE_FILE = ("feedbackqa", "oasst-messages")
 """Formats whose records come of several rows; in all others a row says by itself what it is."""
 _TRL = ("prompt chosen rejected", "prompt completion", "chosen_response rejected_response")
 """Sets of columns that are read as `trl` whatever stands beside them."""

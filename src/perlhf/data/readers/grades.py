@@ -1,6 +1,7 @@
 """Grades of answers, and what becomes of them: labels, comparisons of answers to one prompt, or nothing."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any
@@ -12,20 +13,23 @@ from perlhf.data.readers.messages import without_nulls
 from perlhf.data.records import Comparison, Demonstration, Rating, Record
 from perlhf.errors import DataError
 
+_STARS = re.compile(r"(\d+(?:\.\d+)?) *(?:-? ?stars?|(?:/|out of|of) *\d+(?: stars?)?)", re.IGNORECASE)
+
 
 class NoRule(DataError):
     """A file of grades without a rule that says what they become: the same for each of its rows."""
 
 
 def grade_of(verdict: Any, where: str) -> float:
-    """A grade as a number: given as one, as text of one, or as a list of several raters', whose mean counts."""
+    """A grade as a number: given as one, as text of one (`5 stars`, `3/5`), or as a list, whose mean counts."""
     if isinstance(verdict, list) and verdict:
         return math.fsum(grade_of(part, where) for part in verdict) / len(verdict)
     if isinstance(verdict, Mapping):
         inside = without_nulls(verdict, where)
         verdict = inside.get("rating", inside.get("value", verdict))
-    if isinstance(verdict, str) and is_number(verdict):
-        verdict = float(verdict)
+    if isinstance(verdict, str):
+        stars = _STARS.fullmatch(verdict.strip())
+        verdict = float(verdict) if is_number(verdict) else float(stars[1]) if stars else verdict
     if isinstance(verdict, bool) or not isinstance(verdict, int | float):
         raise DataError(
             f"rating is {verdict!r:.60}, which is no grade",

@@ -67,9 +67,9 @@ def ultrafeedback(rows: Iterable[Row], rules: LayoutConfig | None = None) -> Ite
     """UltraFeedback and other sets of several graded or ranked answers: `instruction` and `completions`.
 
     Rule: every pair of answers with different grades is a comparison whose margin is the difference; equal grades are
-    skipped. The grade is `fine-grained_score`, else the mean rating of `annotations`, else `overall_score`, `score` or
-    `rating`. Answers with a `rank` (Nectar's `answers`) are graded by it, 1 being best. Answers may also be
-    a list of texts beside a list of `scores`, `ratings` or `ranks`. With `data.ratings` each answer
+    skipped. The grade is `fine-grained_score`, else the mean rating of `annotations`, else `overall_score`, `score`,
+    `rating` or StackExchange's `pm_score`. Answers with a `rank` (Nectar's `answers`) are graded by it, 1 being best.
+    Answers may also be a list of texts beside a list of `scores`, `ratings` or `ranks`. With `data.ratings` each answer
     is a rating instead. The binarized sets (`chosen`, `rejected`, scores of both) are read as `trl`.
     Group: first user turn.
     """
@@ -167,7 +167,7 @@ def _grade_of(answer: dict[str, Any], where: str) -> float | None:
         counted = [part for part in numbers if part is not None]
         if counted:
             return sum(counted) / len(counted)
-    names = ("fine-grained_score", "overall_score", "score", "rating", "grade", "reward")
+    names = ("fine-grained_score", "overall_score", "score", "rating", "grade", "reward", "pm_score")
     name = next((name for name in names if answer.get(name) is not None), None)
     if name is not None:
         return _float(answer[name])

@@ -8,9 +8,10 @@ from typing import Any
 
 from perlhf.config.stages import LayoutConfig
 from perlhf.data.fields import Row, Skipped, message, text, value
+from perlhf.data.readers.answers import after_history
 from perlhf.data.readers.judged import VERDICTS, pair_of, pair_row
 from perlhf.data.readers.messages import listed, messages
-from perlhf.data.readers.trl import Made, after_history, made_rows, trl, without
+from perlhf.data.readers.trl import Made, made_rows, trl, without
 from perlhf.data.records import Record
 from perlhf.errors import DataError
 
@@ -20,9 +21,10 @@ def sharegpt(rows: Iterable[Row], rules: LayoutConfig | None = None) -> Iterator
 
     Rule: human and user are the user, gpt the assistant, observation and tool a tool; a `function_call` is an
     assistant's tool call, its value JSON of a name and arguments. The last turn of gpt is the completion; a
-    conversation that doesn't end with one is skipped. `chosen` and `rejected` (a turn, or text) make a comparison with
-    the turns as prompt; `kto_tag` or `label` a rating. `system` and `tools` may stand beside the turns, which may also
-    be messages with `role` and `content`, or `input` and `output`. Group: first user turn.
+    conversation that doesn't end with one is skipped (`data.turns: all` makes a demonstration of each). `chosen` and
+    `rejected` (a turn, or text) make a comparison with the turns as prompt; `kto_tag` or `label` a rating. `system` and
+    `tools` may stand beside the turns, which may also be messages with `role` and `content`, or `input` and `output`.
+    Group: first user turn.
     """
     yield from trl(made_rows(rows, _sharegpt_row), rules)
 
@@ -52,8 +54,8 @@ def openai(rows: Iterable[Row], rules: LayoutConfig | None = None) -> Iterator[R
     """OpenAI's files: preferences (`input`, `preferred_output`, `non_preferred_output`) and fine-tuning (`messages`).
 
     Rule: the prompt is `input.messages`, with `input.tools`. Of `messages`, the last one of the assistant whose
-    `weight` isn't 0 is the completion; `functions` and `function_call` are read as `tools` and `tool_calls`.
-    Group: first user turn.
+    `weight` isn't 0 is the completion (with `data.turns: all` each is one, as OpenAI trains them); `functions` and
+    `function_call` are read as `tools` and `tool_calls`. Group: first user turn.
     """
     yield from trl(made_rows(rows, _openai_row), rules)
 
@@ -105,6 +107,13 @@ def _alpaca_row(row: dict[str, Any], where: str) -> Made:
         return made
     if isinstance(answer, list) and len(answer) == 2 and all(isinstance(part, str) for part in answer):
         return made | {"chosen": answer[0], "rejected": answer[1]}
+    return _answered(without(made, "completion"), answer)
+
+
+def _answered(made: dict[str, Any], answer: Any) -> dict[str, Any]:
+    """A row with its answer; after a history it is one conversation, whose earlier answers `data.turns` may train."""
+    if isinstance(made["prompt"], list) and isinstance(answer, str):
+        return without(made, "prompt") | {"messages": [*made["prompt"], message("assistant", answer)]}
     return made | {"completion": answer}
 
 
@@ -113,7 +122,8 @@ def _swift_row(row: dict[str, Any], where: str) -> Made:
     if "messages" not in row:
         made = rest | {"prompt": after_history(row, text(row, "query", where), where)}
         if "rejected_response" not in row:
-            return made
+            judged = "rejected" in row or "completion" in row or "response" not in row
+            return made if judged else _answered(without(made, "response"), row["response"])
         return without(made, "response") | {
             "chosen": value(row, "response", where),
             "rejected": row["rejected_response"],

@@ -11,24 +11,31 @@ from perlhf.config.stages import LayoutConfig
 from perlhf.data.fields import (
     Row,
     Skipped,
+    Told,
     checked,
     is_blank,
-    items,
     label_of,
     message,
     prompt_group,
     text,
     value,
-    wrong_type,
 )
-from perlhf.data.readers.answers import after_prompt, answer_to, listed_answer, parted, parted_texts, without_answer
+from perlhf.data.readers.answers import (
+    after_prompt,
+    answer_to,
+    is_answered,
+    listed_answer,
+    parted,
+    parted_texts,
+    prompt_of,
+    without_answer,
+)
 from perlhf.data.readers.columns import (
     AGAINST,
     COLUMNS,
     FEEDBACK,
     GRADES,
     OTHER_NAMES,
-    QUESTIONS,
     YES_OR_NO,
     given,
     is_number,
@@ -41,23 +48,26 @@ from perlhf.data.readers.grades import by_rule, compared, grade_of, labelled, no
 from perlhf.data.readers.messages import (
     as_messages,
     completion,
-    listed,
     messages,
     tools,
     transcript,
-    transcript_prompt,
 )
 from perlhf.data.records import Comparison, Demonstration, Message, Prompt, Rating, Record, Text, content_of
 from perlhf.errors import DataError
 
 _LEARNED = ("weight", "loss", "train")
 """Keys of a message that say whether it is learned: OpenAI's, ms-swift's, axolotl's."""
+_EARLIER = "conversations have earlier answers, of which only the last is trained (`data.turns: all` trains each)"
+_UNFILLED = "answers have an empty label or rating and are read as demonstrations"
+_UNUSED = "rows have {name!r} beside 'prompt', which isn't asked (`data.columns: {{{names}}}` asks both)"
+_VERDICTS = ("label", "rating", *OTHER_NAMES["label"], *OTHER_NAMES["rating"])
 _BESIDE = frozenset(
     ("system", "tools", "group", "source", "weight", "margin", "annotator", "score_chosen", "score_rejected")
 )
 """What a comparison may have beside its texts."""
 _USED_BY_PROMPTS = {*COLUMNS, "system", *OTHER_NAMES["system"], "tools", "functions"}
 
+Outcome = Record | Skipped | tuple[float, Rating] | list[Record | Skipped]
 Made = dict[str, Any] | Skipped
 """A row of these columns, or why there is none."""
 
@@ -66,7 +76,8 @@ def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Ite
     """Files with TRL's column names; each row by itself decides what it is.
 
     Rule: `chosen` and `rejected` make a comparison; `completion` (or `response`) with `label` a rating; `completion`
-    alone, or `messages`, a demonstration (of the last turn); `prompt` alone a prompt, with all other columns for reward
+    alone, or `messages`, a demonstration (of the last turn, or with `data.turns: all` one of each answer that has no
+    `weight` 0); `prompt` alone a prompt, with all other columns for reward
     functions. Text may be a string (a single user message), a list of chat messages, or JSON of one. Whole
     conversations in `chosen` and `rejected` are split where they part: what is common is the prompt, the turns that
     follow are the answers; one that repeats the prompt loses it. Texts without `prompt` are split after the lines
@@ -84,7 +95,12 @@ def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Ite
             yield item
             continue
         where, row = item
-        outcome = read_row(row, where)
+        outcome = read_row(row, where, rules)
+        if "input" in row or "context" in row or None in row.values() or "" in row.values():
+            yield from _told(row, outcome, where)
+        if isinstance(outcome, list):
+            yield from outcome
+            continue
         if not isinstance(outcome, tuple):
             yield outcome
             continue
@@ -101,7 +117,25 @@ def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Ite
         yield from compared(answers)
 
 
-def read_row(row: dict[str, Any], where: str) -> Record | Skipped | tuple[float, Rating]:
+def _told(row: dict[str, Any], outcome: Outcome, where: str) -> Iterator[Told]:
+    """What users of a row may have meant otherwise."""
+    if isinstance(outcome, Prompt | Skipped):
+        return
+    if "prompt" in row:
+        for name in ("input", "context"):
+            if isinstance(row.get(name), str) and row[name].strip():
+                names = "instruction: prompt" + (", output: completion" if "completion" in row else "")
+                yield Told(_UNUSED.format(name=name, names=names), where)
+    if isinstance(outcome, Demonstration) and _unfilled(row):
+        yield Told(_UNFILLED, where)
+
+
+def _unfilled(row: Mapping[str, Any]) -> list[str]:
+    """Columns of a verdict that a row has and leaves empty."""
+    return [name for name in _VERDICTS if row.get(name, "given") in (None, "")]
+
+
+def read_row(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
     """What one row of these columns is; a grade comes with a rating whose label isn't known yet.
 
     Raises:
@@ -113,12 +147,12 @@ def read_row(row: dict[str, Any], where: str) -> Record | Skipped | tuple[float,
         return checked(_comparison(row, where), where)
     if "completion" in row or ("label" in row and "messages" not in row):
         return _completion(row, where)
-    if "messages" in row and ("prompt" not in row or _is_answered(row, where)):
-        return _last_turn(row, where)
+    if "messages" in row and ("prompt" not in row or is_answered(row, where)):
+        return _conversation(row, where, rules)
     refuse_misspelt(row, ("chosen", "rejected", "completion", "label", "messages"), where)
     if "prompt" not in row and isinstance(row.get("text"), str) and (turns := transcript(row["text"])):
-        return _last_turn(row | {"messages": list(turns)}, where)
-    prompt = _prompt(row, where)
+        return _conversation(row | {"messages": list(turns)}, where, rules)
+    prompt = prompt_of(row, where)
     columns = {name: content for name, content in whole.items() if name not in _USED_BY_PROMPTS}
     group, source = _group(row, prompt, where), _source(row, where)
     return checked(Prompt(_with_system(prompt, row, where), group, source, _tools(row, where), columns), where)
@@ -130,7 +164,7 @@ def _comparison(row: dict[str, Any], where: str) -> Comparison:
     if "prompt" not in row and "messages" in row and not (isinstance(chosen, list) and isinstance(rejected, list)):
         row = row | {"prompt": row["messages"]}
     if "prompt" in row:
-        asked = without_answer(_prompt(row, where), (chosen, rejected))
+        asked = without_answer(prompt_of(row, where), (chosen, rejected))
         prompt, chosen, rejected = after_prompt(row["prompt"], asked, chosen, rejected, where)
     elif isinstance(chosen, list) and isinstance(rejected, list):
         prompt, chosen, rejected = parted(
@@ -156,16 +190,17 @@ def _comparison(row: dict[str, Any], where: str) -> Comparison:
     )
 
 
-def _completion(row: dict[str, Any], where: str) -> Record | Skipped | tuple[float, Rating]:
+def _completion(row: dict[str, Any], where: str) -> Outcome:
     if "prompt" not in row and "messages" in row:
         row = row | {"prompt": row["messages"]}
     answer = listed_answer(row, "completion", where)
-    prompt = without_answer(_prompt(row, where), (answer,))
+    prompt = without_answer(prompt_of(row, where), (answer,))
     refuse_misspelt(row, ("label", "weight"), where)
     return _judged(row, prompt, answer_to(answer, row["prompt"], prompt, where), where)
 
 
-def _last_turn(row: dict[str, Any], where: str) -> Record | Skipped | tuple[float, Rating]:
+def _conversation(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
+    """The last answer of a conversation, or by `data.turns` each that is learned after the user's first turn."""
     turns = messages(row["messages"], "messages", where)
     if not turns or turns[-1]["role"] != "assistant":
         raise DataError(
@@ -174,20 +209,42 @@ def _last_turn(row: dict[str, Any], where: str) -> Record | Skipped | tuple[floa
             allowed="a conversation whose last message is the answer",
             hint="to read it as a prompt: `data.columns: {prompt: messages}`",
         )
+    *earlier, last = [
+        at for at, turn in enumerate(turns) if turn["role"] == "assistant" and _is_learned(turn, where)
+    ] or [-1]
+    if last < 0:
+        return Skipped("every assistant message has the weight 0", where)
     if any(flag in turn for turn in turns for flag in _LEARNED):
-        learned = [number for number, turn in enumerate(turns) if turn["role"] == "assistant" and _is_learned(turn)]
-        if not learned:
-            return Skipped("every assistant message has the weight 0", where)
-        turns = turns[: learned[-1] + 1]
         turns = tuple({key: part for key, part in turn.items() if key not in _LEARNED} for turn in turns)
-    return _judged(row, turns[:-1], completion(turns[-1:]), where)
+    outcome = _judged(row, turns[:last], completion(turns[last : last + 1]), where)
+    asked = next((at for at, turn in enumerate(turns) if turn["role"] == "user"), last)
+    earlier = [at for at in earlier if at > asked and not is_blank(turns[at : at + 1])]
+    if not earlier or not isinstance(outcome, Demonstration):
+        return outcome
+    if rules.turns == "last":
+        return [outcome, Told(_EARLIER, where)]
+    answered = (_judged(row, turns[:at], completion(turns[at : at + 1]), where) for at in earlier)
+    return [*(one for one in answered if isinstance(one, Demonstration)), outcome]
 
 
-def _is_learned(turn: Message) -> bool:
-    return all(turn.get(flag, 1) for flag in _LEARNED)
+def _is_learned(turn: Message, where: str) -> bool:
+    """Whether no key of a message says that it isn't learned.
+
+    Raises:
+        DataError: one holds something between yes and no, which a single message can't be.
+    """
+    for flag in _LEARNED:
+        if label_of(turn.get(flag, True)) is None:
+            raise DataError(
+                f"a message has the {flag} {turn[flag]!r:.40}",
+                where=where,
+                allowed="0 or 1, true or false: a message is learned or it isn't",
+                hint="a column 'weight' beside the messages weighs a whole record",
+            )
+    return all(label_of(turn.get(flag, True)) for flag in _LEARNED)
 
 
-def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Record | Skipped | tuple[float, Rating]:
+def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Outcome:
     """A demonstration, or a rating where the row says what somebody thought of the answer."""
     group, weight = _group(row, prompt, where), optional_number(row, "weight", 1.0, where, least=0.0)
     prompt, source, schemas = _with_system(prompt, row, where), _source(row, where), _tools(row, where)
@@ -222,55 +279,25 @@ def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Reco
         grade = grade_of(verdict, where)
         checked(rated, where)
         return grade, rated
+    if not isinstance(answer, str):
+        _refuse_verdict_inside(answer[-1], where)
     return checked(Demonstration(prompt, answer, group, weight, source, schemas), where)
 
 
-def _prompt(row: dict[str, Any], where: str) -> Text:
-    """The prompt: text, or messages where the file has a list, JSON of one or a transcript."""
-    if "prompt" not in row and (near := next((name for name in QUESTIONS if name in row), None)):
-        answers = {"completion", "chosen"} & set(row)
-        raise DataError(
-            "column 'prompt' is missing",
-            where=where,
-            allowed=f"found columns {', '.join(map(repr, row))}",
-            hint=f"`data.columns: {{prompt: {near}}}` reads {near!r} as the prompt"
-            + (
-                ""
-                if answers
-                else f", `{{prompt: {near}, completion: ...}}` another column as the answer too, and "
-                f"`{{prompt: {near}, chosen: ..., rejected: ...}}` two as the better and the other one"
-            ),
+def _refuse_verdict_inside(turn: Message, where: str) -> None:
+    """Raises DataError where a message holds what somebody thought of it: it would be imitated whatever that is."""
+    said = {name: turn[name] for name in _VERDICTS if name in turn}
+    name = next((name for name, part in said.items() if label_of(part) is not None or _may_be_grade("", part)), None)
+    if name is not None:
+        ours = (
+            "label" if label_of(turn[name]) is not None and name not in ("rating", *OTHER_NAMES["rating"]) else "rating"
         )
-    prompt = listed(value(row, "prompt", where, COLUMNS))
-    if isinstance(prompt, str):
-        turns = transcript_prompt(prompt)
-        if turns is None and row.get("history") and _is_history(row["history"]):
-            return messages(after_history(row, prompt, where), "history", where)
-        return prompt if turns is None else turns
-    return messages(prompt, "prompt", where)
-
-
-def after_history(row: Mapping[str, Any], question: str, where: str) -> Any:
-    """The question, as a message after the earlier exchanges where there are some."""
-    earlier: list[Any] = []
-    for pair in items(row, "history", where) if row.get("history") else []:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            wrong_type(pair, "a part of 'history'", "a list of a question and its answer", where)
-        earlier += [message("user", pair[0]), message("assistant", pair[1])]
-    return [*earlier, message("user", question)] if earlier else question
-
-
-def _is_history(content: Any) -> bool:
-    return isinstance(content, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in content)
-
-
-def _is_answered(row: dict[str, Any], where: str) -> bool:
-    """True when `messages` goes on from `prompt`, its text being the first that a user says, to an answer."""
-    if not isinstance(row["prompt"], str) or not isinstance(listed(row["messages"]), list):
-        return False
-    turns = messages(row["messages"], "messages", where)
-    asked = next((content_of(turn) for turn in turns if turn["role"] == "user"), None)
-    return asked is not None and asked.strip() == row["prompt"].strip() and turns[-1]["role"] == "assistant"
+        raise DataError(
+            f"a message holds {name!r}, a verdict on itself ({turn[name]!r:.30})",
+            where=where,
+            allowed="a verdict in a column beside the messages",
+            hint=f"`data.columns: {{{ours}: messages.-1.{name}}}`, of ShareGPT's turns `conversations.-1.{name}`",
+        )
 
 
 def _with_system(prompt: Text, row: dict[str, Any], where: str) -> Text:
@@ -332,7 +359,7 @@ def _grades(rows: Iterator[Row | Skipped]) -> Iterator[float]:
     while True:
         try:
             item = next(rows)
-            outcome = item if isinstance(item, Skipped) else read_row(item[1], item[0])
+            outcome = item if isinstance(item, Skipped) else read_row(item[1], item[0], LayoutConfig())
         except (StopIteration, DataError):
             return
         if isinstance(outcome, tuple):
@@ -342,10 +369,11 @@ def _grades(rows: Iterator[Row | Skipped]) -> Iterator[float]:
 def made_rows(rows: Iterable[Row], make: Callable[[dict[str, Any], str], Made | list[Made]]) -> Iterator[Row | Skipped]:
     """Rows of TRL's columns; `make` gives one or several of a row, or says why it is left out."""
     for where, row in rows:
+        unfilled = dict.fromkeys(_unfilled(row)) if None in row.values() else None
         row = {name: content for name, content in row.items() if content is not None}
         made = make(row, where)
         for one in made if isinstance(made, list) else [made]:
-            yield one if isinstance(one, Skipped) else (where, one)
+            yield one if isinstance(one, Skipped) else (where, unfilled | one if unfilled else one)
 
 
 def without(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
