@@ -233,15 +233,16 @@ def _is_learned(turn: Message, where: str) -> bool:
     Raises:
         DataError: one holds something between yes and no, which a single message can't be.
     """
-    for flag in _LEARNED:
-        if label_of(turn.get(flag, True)) is None:
+    verdicts = {flag: label_of(turn[flag]) for flag in _LEARNED if flag in turn}
+    for flag, learned in verdicts.items():
+        if learned is None:
             raise DataError(
                 f"a message has the {flag} {turn[flag]!r:.40}",
                 where=where,
                 allowed="0 or 1, true or false: a message is learned or it isn't",
                 hint="a column 'weight' beside the messages weighs a whole record",
             )
-    return all(label_of(turn.get(flag, True)) for flag in _LEARNED)
+    return all(verdicts.values())
 
 
 def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Outcome:
