@@ -273,6 +273,19 @@ def test_what_stands_beside_the_prompt_is_told_and_can_be_asked(
     assert one(tmp_path, row, "alpaca", rules).prompt == "Translate.\nHallo"
 
 
+def test_an_instructions_input_is_asked_whatever_judges_the_answers(tmp_path: Path) -> None:
+    asked = {"instruction": "Translate.", "input": "Hallo"}
+    pair = asked | {"output_1": "hi", "output_2": "no", "preference": 1}
+    graded = asked | {"completions": [graded_answer("hi", "5"), graded_answer("no", "1")]}
+    for row, layout, margin in ((pair, "arena", 0.0), (graded, "ultrafeedback", 4.0)):
+        assert one(tmp_path, row, layout) == Comparison(
+            "Translate.\nHallo", "hi", "no", "translate hallo", margin=margin, source="a.jsonl:1"
+        )
+    row = {"prompt": "Translate.", "context": "Hallo", "response_a": "hi", "response_b": "no", "winner": "a"}
+    assert warned(tmp_path, row)[0].startswith("1 rows have 'context' beside 'prompt'")
+    assert one(tmp_path, row, "arena", LayoutConfig(columns={"instruction": "prompt"})).prompt == "Translate.\nHallo"
+
+
 # ---- Grades and preferences -----------------------------------------------------------------------------------------
 
 

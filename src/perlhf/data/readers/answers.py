@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perlhf.data.fields import items, message, value, wrong_type
+from perlhf.data.fields import items, message, text, value, wrong_type
 from perlhf.data.readers.columns import ALSO, COLUMNS, QUESTIONS
 from perlhf.data.readers.messages import as_messages, completion, listed, messages, transcript, transcript_prompt
 from perlhf.data.records import Message, Text, content_of
 from perlhf.errors import DataError
 
+INSTRUCTION = ("instruction", "input", "context")
 _SAID = ("role", "content", "tool_calls", "reasoning_content")
 _REPEATED_WORDS = 4
 """Least words of a prompt that both answers repeat on their first line for it to be cut off."""
@@ -191,6 +192,12 @@ def prompt_of(row: dict[str, Any], where: str) -> Text:
             return messages(after_history(row, prompt, where), "history", where)
         return prompt if turns is None else turns
     return messages(prompt, "prompt", where)
+
+
+def instruction_of(row: Mapping[str, Any], where: str) -> str:
+    """An instruction and what it is about, as Alpaca's columns have them: `instruction`, then `input` or `context`."""
+    asked = [row[name] for name in INSTRUCTION if isinstance(row.get(name), str) and row[name].strip()]
+    return "\n".join(asked) or text(row, "instruction", where)
 
 
 def after_history(row: Mapping[str, Any], question: str, where: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from perlhf.config.stages import LayoutConfig
 from perlhf.data.fields import Row, Skipped, items, label_of, mapping, message, number, text, value, wrong_type
+from perlhf.data.readers.answers import INSTRUCTION, instruction_of
 from perlhf.data.readers.messages import listed, messages
 from perlhf.data.readers.trl import Made, made_rows, trl, without
 from perlhf.data.records import Record
@@ -126,6 +127,8 @@ def _answers_row(row: dict[str, Any], where: str) -> list[Made]:
     )
     asked = next((name for name in ("prompt", "instruction", "question", "query") if name in row), "prompt")
     rest = without(row, column, asked, "models", "source", *_LISTS) | {"prompt": value(row, asked, where)}
+    if asked == "instruction" and isinstance(row[asked], str):
+        rest = without(rest, *INSTRUCTION) | {"prompt": instruction_of(row, where)}
     made: list[Made] = []
     for answer in _with_grades(items(row, column, where), row, where):
         answer = mapping(answer, f"an answer of {column!r}", where)
@@ -231,6 +234,8 @@ def pair_row(row: dict[str, Any], where: str) -> Made:
     if better is None:
         return Skipped(TIE, where)
     rest = without(row, *pair, *used, "chosen", "rejected", "turn", "label")
+    if "instruction" in rest and "prompt" not in rest and isinstance(rest["instruction"], str):
+        rest = without(rest, *INSTRUCTION) | {"prompt": instruction_of(rest, where)}
     asked = _json_list(row.get("prompt"))
     first, second = (_judged_turns(row, name, asked is not None, where) for name in pair)
     if first is None or second is None:

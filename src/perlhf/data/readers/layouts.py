@@ -8,7 +8,7 @@ from typing import Any
 
 from perlhf.config.stages import LayoutConfig
 from perlhf.data.fields import Row, Skipped, message, text, value
-from perlhf.data.readers.answers import after_history
+from perlhf.data.readers.answers import INSTRUCTION, after_history, instruction_of
 from perlhf.data.readers.judged import VERDICTS, pair_of, pair_row
 from perlhf.data.readers.messages import listed, messages
 from perlhf.data.readers.trl import Made, made_rows, trl, without
@@ -94,14 +94,8 @@ def _exchange(turn: dict[str, Any], where: str) -> list[tuple[str, str]]:
 
 
 def _alpaca_row(row: dict[str, Any], where: str) -> Made:
-    asked = [
-        name for name in ("instruction", "input", "context") if isinstance(row.get(name), str) and row[name].strip()
-    ]
-    if not asked:
-        text(row, "instruction", where)
-    question = "\n".join(row[name] for name in asked)
-    rest = without(row, "instruction", "input", "context", "output", "response", "history", "prompt", "text")
-    made = rest | {"prompt": after_history(row, question, where)}
+    rest = without(row, *INSTRUCTION, "output", "response", "history", "prompt", "text")
+    made = rest | {"prompt": after_history(row, instruction_of(row, where), where)}
     answer = row.get("output", row.get("response"))
     if "chosen" in row or "rejected" in row or answer is None:
         return made
