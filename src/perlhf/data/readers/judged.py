@@ -234,7 +234,7 @@ def pair_row(row: dict[str, Any], where: str) -> Made:
     if better is None:
         return Skipped(TIE, where)
     rest = without(row, *pair, *used, "chosen", "rejected", "turn", "label")
-    if "instruction" in rest and "prompt" not in rest and isinstance(rest["instruction"], str):
+    if isinstance(rest.get("instruction"), str) and "prompt" not in rest and not pair[0].startswith("conversation"):
         rest = without(rest, *INSTRUCTION) | {"prompt": instruction_of(rest, where)}
     asked = _json_list(row.get("prompt"))
     first, second = (_judged_turns(row, name, asked is not None, where) for name in pair)
