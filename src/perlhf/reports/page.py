@@ -6,6 +6,7 @@ escaped by the template or embedded as JSON that the page's script shows with `t
 
 import base64
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -99,6 +100,7 @@ def render(runs: Sequence[RunFiles], title: str) -> str:
         remarks=findings.remarks(runs),
         tiles=findings.tiles(runs),
         sections=sections,
+        titles=Counter(section.title for section in sections),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=style(),
@@ -153,9 +155,9 @@ def _section(section_id: str, run: RunFiles, explorers: list[samples.Explorer]) 
         facts=_facts(run),
         missing=_missing(run),
         tables=_tables(run),
-        evaluation_charts=figures.of_evaluation(section_id, run),
-        charts=figures.of_training(section_id, run),
-        more_charts=figures.of_optimisation(section_id, run),
+        evaluation_charts=figures.of_evaluation(run),
+        charts=figures.of_training(run),
+        more_charts=figures.of_optimisation(run),
         numbers=_numbers(run),
         explorers=explorers,
         manifest=_flatten(run.manifest),
