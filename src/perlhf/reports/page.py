@@ -191,11 +191,17 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         "Tokens": finite(run.result.get("tokens")) and count(finite(run.result.get("tokens"))),
         "Time": seconds and duration(seconds),
         "Speed": line.tokens_per_second and f"{count(line.tokens_per_second)} tokens/s",
+        "Validation": (validated := _validation_seconds(run)) and duration(validated),
         "Peak memory": peak and memory(peak),
         "Class balance": ", ".join(f"{count(n)} {name}" for name, n in balance.items() if n),
         "Seed": _plain(config.get("seed")),
     }
     return [(name, text) for name, text in facts.items() if text]
+
+
+def _validation_seconds(run: RunFiles) -> float:
+    """Of all validations; 0 in runs of earlier versions, which didn't log them."""
+    return sum(seconds for _, seconds in run.series("validation_seconds"))
 
 
 def _tables(run: RunFiles) -> list[Table]:

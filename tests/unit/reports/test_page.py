@@ -298,6 +298,12 @@ def test_a_run_of_metrics_alone_still_gives_curves(tmp_path: Path):
     assert "No manifest.json" in page.one("main").text
 
 
+def test_the_time_of_validations_stands_apart(tmp_path: Path):
+    lines = [{"step": 1, "loss": 2.0}, *({"step": step, "loss": 1.0, "validation_seconds": 62.5} for step in (2, 3))]
+    (run,) = read_runs([write_run(tmp_path / "run", "sft", metrics=lines)])
+    assert "Validation2 min 05 s" in _words(_parse(report_page.render([run], "x")).one("dl").text)
+
+
 def test_it_is_written_whole_or_not_at_all(tmp_path: Path, runs: list[Path]):
     output = tmp_path / "new" / "report.html"
     assert report_page.write(runs[:1], output, "Coffee bar") == output
