@@ -3,10 +3,11 @@
     python benchmarks/busy.py                      # settings of ours and TRL, 0 to 2 loops: about 8 minutes
     python benchmarks/busy.py --sides short default --loads 0 2 --rounds 3
 
-A side is a process that sets itself up and then makes its update whenever it is told to. All sides live at once (some 10
-GB) and take turns, one update each under every load, so that what else the machine does meets all of them alike; the
-others sleep. Shown are medians: tokens a second, the share of the side's own rate beside nothing, and of our `short` setting's rate.
-Tokens are those of the examples, padding left out and what is shared counted for each, so that sides do equal work.
+A side is a process that sets itself up and then makes its update whenever it is told to. All sides live at once (some
+10 GB) and take turns, one update each under every load, so that what else the machine does meets all of them alike; the
+others sleep. Shown are medians: tokens a second, the share of the side's own rate beside nothing, and of our `short`
+setting's rate. Tokens are those of the examples, padding left out and what is shared counted for each, so that sides do
+equal work.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ import harness
 from perlhf.system import allocator
 from perlhf.system.threads import SHORT, VARIABLES
 
-THREADS = str(os.cpu_count() or 1)
 SIDES: dict[str, dict[str, str]] = {
     "short": SHORT,
     "default": {"KMP_BLOCKTIME": "200"},
@@ -39,12 +39,10 @@ SIDES: dict[str, dict[str, str]] = {
 """What each has in its environment; `default` and `trl` have what OpenMP does by itself, `short` is ours."""
 PAIRS = 4
 """In an update: a few seconds on two cores."""
-Update = Callable[[], int]
-"""Makes an update; the tokens of its examples."""
 
 
-def ours() -> Update:
-    """An update of the reward stage."""
+def ours(turns: Iterator[None]) -> None:
+    """An update of the reward stage a turn."""
     import reward
     from perlhf.model.open import new_adapter
     from perlhf.training import optim
@@ -56,18 +54,18 @@ def ours() -> Update:
     trained = {stage.NAME: (adapter.trainable_by_name(), reward.LEARNING_RATE)}
     optimizer = optim.build(trained, config.optim)[stage.NAME]
 
-    def update() -> int:
+    for _ in turns:
+        began = time.perf_counter()
         stage._update(model, adapter, optimizer, items[:PAIRS], {True: 1.0, False: 1.0}, 1, 10, config)
-        return _tokens(items[:PAIRS])
-
-    return update
+        _tell(_tokens(items[:PAIRS]), began)
 
 
-def trl() -> Update:
-    """A step of TRL's RewardTrainer on the same pairs: what its `train` does in one, without logs and checkpoints."""
+def trl(turns: Iterator[None]) -> None:
+    """TRL's RewardTrainer on the same pairs, one step a turn, without logs and checkpoints."""
     import tempfile
 
     from datasets import Dataset
+    from transformers import TrainerCallback
     from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportMissingImports]  of the extra `bench`
 
     import reward
@@ -76,38 +74,43 @@ def trl() -> Update:
     model, encoder, items, _ = reward._examples(config)
     dtype = model.dtype
     del model
-    rows = [
-        {f"{side}_ids": list(item.sequences[n].ids) for n, side in enumerate(("chosen", "rejected"))}
-        for item in items[:PAIRS]
-    ]
-    arguments = RewardConfig(
-        tempfile.mkdtemp(),
-        max_length=config.encoding.max_tokens,
-        per_device_train_batch_size=PAIRS,
-        train_sampling_strategy="sequential",
-        **reward.trainer_arguments(10, dtype),
-    )
-    trainer = RewardTrainer(
-        reward.classifier(config, dtype, encoder.pad_id),
-        arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=encoder.tokenizer,
-        peft_config=reward.lora("SEQ_CLS"),
-    )
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.create_optimizer()
+    pairs = [item.sequences for item in items[:PAIRS]]
+    rows = [{"chosen_ids": list(chosen.ids), "rejected_ids": list(rejected.ids)} for chosen, rejected in pairs]
 
-    def update() -> int:
-        trainer.training_step(trainer.model, batch)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        return _tokens(items[:PAIRS])
+    class Turns(TrainerCallback):
+        began = 0.0
 
-    return update
+        def on_step_begin(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
+            if next(turns, StopIteration) is StopIteration:
+                sys.exit()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
+            _tell(_tokens(items[:PAIRS]), self.began)
+
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = RewardConfig(
+            directory,
+            max_length=config.encoding.max_tokens,
+            per_device_train_batch_size=PAIRS,
+            **reward.trainer_arguments(1000, dtype),
+        )
+        RewardTrainer(
+            reward.classifier(config, dtype, encoder.pad_id),
+            arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=encoder.tokenizer,
+            peft_config=reward.lora("SEQ_CLS"),
+            callbacks=[Turns()],
+        ).train()
 
 
 def _tokens(items: list[Any]) -> int:
     return sum(len(tokens.ids) for item in items for tokens in item.sequences)
+
+
+def _tell(tokens: int, began: float) -> None:
+    print(f"rate {tokens / (time.perf_counter() - began)}", flush=True)
 
 
 class Side:
@@ -141,13 +144,10 @@ class Side:
 
 
 def serve(name: str) -> None:
-    """What a side's process does."""
+    """What a side's process does: a turn for each line on standard input, and its rate on standard output."""
     os.environ["PERLHF_DATA"] = str(harness.data_root())
-    update = trl() if name == "trl" else ours()
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        tokens = update()
-        print(f"rate {tokens / (time.perf_counter() - began)}", flush=True)
+    turns = (None for _ in iter(sys.stdin.readline, ""))
+    (trl if name == "trl" else ours)(turns)
 
 
 @contextmanager

@@ -194,7 +194,7 @@ def _drawn(mark: _Mark, at: list[Point], top: float, bottom: float) -> str:
             path, look = f"M{_short(at[0][0])} {bottom}V{top}", 'stroke-opacity="0.6" stroke-dasharray="1.6 2.4"'
             return f'<path d="{path}" stroke="{TEXT}" stroke-width="0.8" {look}/>'
         case _:
-            return _arrow(*at)
+            return _arrow(at[0], at[1])
 
 
 def _arrow(start: Point, end: Point, gap: float = 5.0) -> str:
