@@ -5,6 +5,7 @@ import math
 import platform
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -20,6 +21,9 @@ from toy import command, comparisons, lasting, metrics, ratings, read_json, read
 from perlhf import EvaluateConfig
 from perlhf.commands.cli import main
 from perlhf.evaluation.evaluate import evaluate
+from perlhf.training import policy as policy_stage
+from perlhf.training import reward as reward_stage
+from perlhf.training import sft as sft_stage
 
 LN2 = math.log(2)
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -64,6 +68,36 @@ def test_all_of_a_layer_kind_costs_what_the_ranks_say(stage):
     run, _ = stage("sft", "--adapter.rank", "2", "--adapter.targets", "q_proj", "v_proj", "--max-updates", "1")
     # Hidden 64, 2 layers; q is 64 -> 64, v is 64 -> 2 heads of 16.
     assert result(run)["trainable_parameters"] == 2 * 2 * ((64 + 64) + (64 + 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "validate"),
+    [
+        ("sft", sft_stage, "validation_loss"),
+        ("reward", reward_stage, "evaluate_items"),
+        ("policy", policy_stage, "validate"),
+    ],
+)
+def test_the_speed_of_an_update_knows_nothing_of_validations(stage, monkeypatch, name, module, validate):
+    """By a clock that a validation puts forward by a thousand seconds, and nothing else by more than one a look."""
+    now, real = [0.0], getattr(module, validate)
+
+    def look():
+        now[0] += 1
+        return now[0]
+
+    def slow(*arguments):
+        now[0] += 1000
+        return real(*arguments)
+
+    monkeypatch.setattr(time, "perf_counter", look)
+    monkeypatch.setattr(module, validate, slow)
+    run, done = stage(name, "--validate-every", "1")
+    assert done.code == 0
+    for line in metrics(run):
+        assert line["tokens"] / line["tokens_per_second"] < 100
+        assert 1000 < line["validation_seconds"] < 1100
+        assert all(line[key] < 100 for key in line if key.startswith("seconds_"))
 
 
 # ---- reward -------------------------------------------------------------------------------------------------------

@@ -173,14 +173,14 @@ def _charts(name: str, part: Mapping[str, Any]) -> list[tuple[str, Markup, str]]
         ]
         if points:
             text = "; ".join(f"{dot.label} {number(dot.y)} at {number(dot.x)}" for dot in points)
-            svg = Markup(figures.dots(f"{name}-{key}", points, xlabel, metric))
+            svg = Markup(figures.dots(points, xlabel, metric))
             charts.append((f"{metric} against {xlabel}", svg, text))
     lines = {
         side: [[(time / 60, value) for time, value in curve] for curve in reached["curves"] if curve]
         for side, reached in sides.items()
     }
     if any(lines.values()):
-        svg = Markup(figures.paths(f"{name}-curves", lines, "minutes of training", f"{validated}, validation"))
+        svg = Markup(figures.paths(lines, "minutes of training", f"{validated}, validation"))
         text = "; ".join(f"{side} ends at {number(curves[0][-1][1])}" for side, curves in lines.items() if curves)
         charts.append((f"{validated} on validation groups while training{by}", svg, text))
     return charts

@@ -29,6 +29,7 @@ from perlhf.system.files import (
     write_json,
 )
 from perlhf.system.machine import environment
+from perlhf.system.threads import waiting
 
 LOCK, CONFIG, MANIFEST, RESULT = ".lock", "config.yaml", "manifest.json", "result.json"
 FORMAT = 2
@@ -88,7 +89,7 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
     """Writes config.yaml and then manifest.json, or checks that they are of the same run; returns the manifest."""
     facts = json.loads(strict_json(facts))
     here = environment()
-    session = {"started": utc_now(), "pid": os.getpid()}
+    session = {"started": utc_now(), "pid": os.getpid(), "openmp": waiting()}
     if not (path / MANIFEST).exists():
         manifest = {
             "format": FORMAT,

@@ -5,7 +5,8 @@ resumed run is bit-equal.
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -60,6 +61,15 @@ class Keeper:
             return False
         self.step, self.value, self.metrics, self.worse = step, value, metrics, 0
         return True
+
+
+def validated(measured: Mapping[str, float], began: float) -> dict[str, float]:
+    """What metrics.jsonl has of a validation that began so, by `time.perf_counter`.
+
+    Its seconds stand apart: `tokens_per_second` and `seconds_...` are of the update alone.
+    """
+    seconds = time.perf_counter() - began
+    return {f"validation_{key}": value for key, value in measured.items()} | {"validation_seconds": seconds}
 
 
 def facts(config: StageConfig, base: Base) -> dict[str, Any]:

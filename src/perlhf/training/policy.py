@@ -7,6 +7,7 @@ with the best reward on held-out prompts are kept. Not included: dropout, severa
 
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -210,13 +211,14 @@ def _validate(
 
     Where the KL exceeded `max_kl`, weights that stayed below it go first.
     """
+    began = time.perf_counter()
     held_out = validate(validation, state.validation_centre, POLICY, step)
     if state.stopped is None or not keeper.step:
         keeper.offer(step, held_out["reward"], held_out)
     if state.stopped is None and config.patience is not None and keeper.worse >= config.patience:
         times = f"{config.patience} times in a row, at update {step}"
         state.stopped = f"held-out reward was no better {times}"
-    return {f"validation_{key}": value for key, value in held_out.items()}
+    return loop.validated(held_out, began)
 
 
 def centre_of(setup: Setup) -> Centre:

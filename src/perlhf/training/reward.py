@@ -301,9 +301,10 @@ def _validate(
     keeper: Keeper, step: int, model: Model, validation: tuple[list[Item], list[Batch]], config: RewardConfig
 ) -> dict[str, float]:
     """Offers the weights of `step` to the keeper; the metrics of held-out items, as metrics.jsonl has them."""
+    began = time.perf_counter()
     measured = evaluate_items(model, *validation)
     keeper.offer(step, _quality(measured, config), measured)
-    return {f"validation_{key}": value for key, value in measured.items()}
+    return loop.validated(measured, began)
 
 
 def _quality(measured: dict[str, float], config: RewardConfig) -> float:

@@ -64,6 +64,11 @@ def test_a_run_from_start_to_result(tmp_path):
     assert manifest["wall_seconds"] == pytest.approx(result["seconds"], abs=5)
     assert manifest["peak_memory_bytes"] == result["peak_memory_bytes"]
     assert len(manifest["sessions"]) == 1 and manifest["sessions"][0]["pid"] == os.getpid()
+    assert manifest["sessions"][0]["openmp"] == {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    }
 
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     with opened(path, SftConfig(run=path, seed=7)) as run:
