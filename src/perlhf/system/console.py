@@ -24,7 +24,7 @@ def show_anything() -> None:
 
 
 def _open(stream: io.TextIOBase | None) -> io.TextIOBase:
-    return open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115 -- as long as we run
+    return open(os.devnull, "w", encoding="utf-8") if stream is None else stream
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:

@@ -268,9 +268,7 @@ class TestControlTokens:
         backend.normalizer = normalizers.Replace("X", "<|im_end|>")
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         encoder = Encoder(finished(backend, ["<|im_end|>"]), EncodingConfig(template="plain"))
-        with pytest.raises(
-            DataError, match=r"f:1: the tokenizer makes the control token '<\|im_end\|>' of the text 'X'"
-        ):
+        with pytest.raises(DataError, match=r"f:1: .* the control token '<\|im_end\|>' of the text 'X'"):
             encoder.example("X", "a", "f:1")
 
     @pytest.mark.parametrize("change", ["lower", "upper"])

@@ -139,7 +139,7 @@ class ControlTokens:
         if self._normalises and text:
             encoded: Any = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             offsets = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-            # A vocabulary may have tokens that are special, and made of plain text: bytes, and what it has no token for.
+            # A vocabulary may have tokens that are special, and made of plain text: bytes, unknown ones.
             spans += [at for number, at in offsets if number in self._ids and number in self._held(text[slice(*at)])]
             if unicodedata.combining(text[0]):  # it would become one letter with a control token's last one
                 spans.append((0, 1))
