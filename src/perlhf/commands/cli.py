@@ -19,7 +19,7 @@ from perlhf.config.recipe import read_recipe
 from perlhf.errors import ConfigError, PerlhfError, nearest
 from perlhf.runs import places
 from perlhf.runs.manifest import MANIFEST
-from perlhf.system import allocator
+from perlhf.system import allocator, console
 
 COMMANDS: Mapping[str, Command[Any]] = {
     "demo": Command("perlhf demo", commands.DemoConfig),
@@ -51,6 +51,7 @@ DATA_SUMMARY = "List, check, inspect, split, convert and pull data sets."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    console.show_anything()
     try:
         if arguments is None and _computes(sys.argv[1:]):
             allocator.restart(sys.orig_argv[1:])

@@ -28,8 +28,8 @@ from perlhf.method.packing import Ids, Tokens, pack, pad
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base, end_ids, load_base, vocabulary
-from perlhf.model.encoding.chat_template import on_day, templates_of
 from perlhf.model.encoding.encode import Encoder
+from perlhf.model.encoding.templates import on_day, templates_of
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, Given, read_run
 from perlhf.model.packaged import SMOLLM2, disk_errors, quiet

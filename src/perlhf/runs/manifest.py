@@ -79,7 +79,7 @@ def locked(path: Path) -> Iterator[None]:
             raise _refused(path) from None
     try:
         with storage_errors(path / LOCK):
-            (path / LOCK).write_text(f"{os.getpid()}\n")
+            (path / LOCK).write_text(f"{os.getpid()}\n", encoding="utf-8")
         yield
     finally:
         lock.release()
@@ -180,7 +180,7 @@ def discard_unstarted(path: Path, is_new: bool) -> None:
 def _refused(path: Path) -> RunError:
     """The error for a directory whose lock can't be had; names the process that wrote itself into the lock."""
     try:
-        owner = (path / LOCK).read_text(errors="replace").strip() or "unknown"
+        owner = (path / LOCK).read_text(encoding="utf-8", errors="replace").strip() or "unknown"
     except FileNotFoundError:
         return RunError("another process has just given the run directory up", where=str(path), hint="try again")
     return RunError(
