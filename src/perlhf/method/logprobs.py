@@ -3,7 +3,8 @@
 The gradient of a token's log-probability by its state, (W[token] - p W) / temperature, is computed while the chunk's
 probabilities are there: the backward multiplies it and computes no logits again. The token itself is left out of both
 terms, where it cancels: of a token with p = 0.99 the difference is a hundredth of either, and in bfloat16 little but
-their rounding would be left. A head that is trained itself (full tuning) takes the slow way, whose chunks are recomputed.
+their rounding would be left. A head that is trained itself (full tuning) takes the slow way, whose chunks are
+recomputed.
 """
 
 from typing import Any, cast

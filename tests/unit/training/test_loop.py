@@ -382,6 +382,46 @@ class TestRewardItems:
         assert reward_stage.class_weights(items, "none") == ({True: 1.0, False: 1.0}, balance)
         assert reward_stage.class_weights(items[1:2], "balanced")[0] == {True: 1.0, False: 1.0}
 
+    def test_class_weights_and_bias_count_weights(self, model: Model, tiny_base: Path) -> None:
+        weights = {True: (3.0, 0.5), False: (0.25, 0.75)}
+        records = [
+            Rating("hi", f"{label} {weight}", label, "g", weight=weight)
+            for label, own in weights.items()
+            for weight in own
+        ]
+        items, _ = reward_stage.encode_items(open_encoder(tiny_base), records)
+        balance = {"up": 2, "down": 2, "comparisons": 0}
+        # 4.5 in all, 3.5 up and 1 down: 4.5 / (2 * 3.5) and 4.5 / (2 * 1)
+        balanced = {True: pytest.approx(9 / 14), False: pytest.approx(9 / 4)}
+        assert reward_stage.class_weights(items, "balanced") == (balanced, balance)
+        adapter = reward_stage._start(model, open_encoder(tiny_base), RewardConfig(), items)
+        assert adapter.bias is not None and adapter.bias.item() == pytest.approx(math.log(3.5))
+
+    def test_ratings_of_one_label_without_weight_are_refused(self, tiny_base: Path) -> None:
+        records = [Rating("hi", "yes", True, "g"), Rating("hi", "no", False, "g", weight=0.0)]
+        items, _ = reward_stage.encode_items(open_encoder(tiny_base), records)
+        with pytest.raises(DataError, match="all ratings that have a weight are up"):
+            reward_stage.class_weights(items, "none")
+
+    @pytest.mark.parametrize("sizes", [[16, 16], [12, 11, 9], [4] * 8, [1] * 32])
+    def test_a_rare_kind_weighs_the_same_however_large_updates_are(
+        self, model: Model, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+    ) -> None:
+        """Four ratings among 32 records: what an epoch's updates pay for them, added up by the records of each."""
+        pairs = [Comparison("hi", f"yes {n}", "no", "g") for n in range(28)]
+        rated = [Rating("hi", f"so {n}", n % 2 == 0, "g") for n in range(4)]
+        mixed = [record for n in range(4) for record in (*pairs[7 * n : 7 * n + 7], rated[n])]
+        items, _ = reward_stage.encode_items(open_encoder(tiny_base), mixed)
+        monkeypatch.setattr(loop, "optimiser_step", lambda *_: 0.0)  # scores stay 0, and each loss ln 2
+        adapter = model.add_adapter(reward_stage.NAME, "reward", rank=4)
+        config, shares = RewardConfig(comparison_weight=0.0), reward_stage.Shares.of(items.records)
+        paid = start = 0.0
+        for size in sizes:
+            part = [items[i] for i in range(int(start), int(start) + size)]
+            given: Any = model, adapter, None, part, {True: 1.0, False: 1.0}, shares, 1, 9, config
+            paid, start = paid + size / 32 * reward_stage._update(*given)["loss"], start + size
+        assert paid == pytest.approx(math.log(2))
+
     @pytest.mark.parametrize("how", ["none", "balanced"])
     def test_ratings_that_are_all_equal_are_refused(self, tiny_base: Path, how: str) -> None:
         items, _ = reward_stage.encode_items(open_encoder(tiny_base), self.RECORDS[2:])
