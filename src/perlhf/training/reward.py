@@ -20,7 +20,7 @@ from perlhf.data.records import Comparison, Rating, Record
 from perlhf.data.splits import check_labels
 from perlhf.data.store import COMPARISON, NO_LABEL, RATING, Records, hold
 from perlhf.errors import DataError
-from perlhf.method import metrics
+from perlhf.method import linear_probe, metrics
 from perlhf.method.losses import bradley_terry, rating_cross_entropy
 from perlhf.method.packing import Batch, Tokens, batches
 from perlhf.model import saved
@@ -31,7 +31,7 @@ from perlhf.model.model import Model
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
 from perlhf.rollout.scorers import score_batches
 from perlhf.runs.run import Run, open_run
-from perlhf.training import linear_probe, loop, optim
+from perlhf.training import loop, optim
 from perlhf.training.loop import Keeper
 
 NAME = "reward_0"
