@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from perlhf.training.policy_step import (
     score,
 )
 
+SourcesKey = Literal["reward", "validation_reward"]
 LEAST_DEVIATION = 1e-6
 """Scores that deviate by less, in units of their mean (or of 1), count as equal."""
 PENALTY_WHERE_EQUAL = 0.5
@@ -37,15 +39,24 @@ def two_parts(count: int, config: PolicyConfig) -> tuple[list[int], list[int]]:
     return drawn, order.choose(rest, 2 * config.validation_prompts, config.seed)
 
 
-def centre_of(setup: Setup) -> Centre:
-    """Mean and deviation of the reference's scores on `centre_prompts` training prompts, one completion each."""
+def centre_of(setup: Setup, key: SourcesKey = "reward") -> Centre:
+    """Mean and deviation of the reference's scores on `centre_prompts` training prompts, one completion each.
+
+    Where the scores don't vary, a missing end token costs `PENALTY_WHERE_EQUAL`, and that is told.
+
+    Args:
+        key: of the configuration, which names what scores.
+
+    Raises:
+        RewardFunctionError: no completion has a score.
+    """
     config = setup.config
     numbers = order.cycle(len(setup.prompts), min(config.centre_prompts, len(setup.prompts)), 1, config.seed)
     prompts = [setup.prompts[i] for i in numbers]
     rollout = sample_completions(setup, prompts, setup.reference, 1, 0, numbers)
     raw = raw_scores(setup, rollout, prompts, 0)
     if np.isnan(raw).all():
-        raise nothing_scored(len(raw), config.reward, "the reference")
+        raise nothing_scored(len(raw), "of the reference", config, key)
     raw = raw[~np.isnan(raw)]
     mean, std = float(raw.mean()), float(raw.std())
     if config.missing_end_penalty is not None:
@@ -92,10 +103,11 @@ def validate(
     return Validated(metrics, [float(one) if has else None for one, has in zip(rewards, given, strict=True)])
 
 
-def nothing_scored(count: int, sources: Sequence[str], where: str) -> RewardFunctionError:
+def nothing_scored(count: int, which: str, config: PolicyConfig, key: SourcesKey) -> RewardFunctionError:
+    """The error that `count` completions have no score, which names what gave them none."""
     return RewardFunctionError(
-        f"none of {count} completions of {where} got a score: {', '.join(sources)} returned None for them",
-        where="reward",
+        f"none of {count} completions {which} got a score: {', '.join(getattr(config, key))} returned None for them",
+        where=key,
         allowed="a score of at least one of them",
         hint="add a reward that scores these prompts, or more prompts to an update",
     )

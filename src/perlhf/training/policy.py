@@ -190,15 +190,15 @@ def _before(setup: Setup, validation: Setup, run: Run, keeper: Keeper) -> Policy
     """
     with run.progress(2, 0, "reference") as bar:
         centre = centre_of(setup)
-        validation_centre = centre if validation is setup else centre_of(validation)
+        validation_centre = centre if validation is setup else centre_of(validation, "validation_reward")
         bar.advance()
         start = before = validate(validation, validation.held_out, validation_centre, setup.reference, 0)
         if setup.config.start is not None:
             start = validate(validation, validation.held_out, validation_centre, POLICY, 0)
         bar.advance()
     if not {"score"} <= before.metrics.keys() & start.metrics.keys():
-        sources = setup.config.validation_reward or setup.config.reward
-        raise nothing_scored(len(setup.held_out), sources, "the held-out prompts")
+        key = "validation_reward" if setup.config.validation_reward else "reward"
+        raise nothing_scored(len(setup.held_out), "of the held-out prompts", setup.config, key)
     keeper.offer(0, start.metrics["reward"], start.metrics, start.rewards)
     return PolicyState(centre, validation_centre, before.metrics)
 
@@ -220,7 +220,8 @@ def _count(done: Step, state: PolicyState, step: int, config: PolicyConfig) -> N
         return
     count, sources = len(done.scored.scores), ", ".join(config.reward)
     if state.skipped + 1 == SKIPPED_IN_A_ROW:
-        raise nothing_scored(count, config.reward, f"{SKIPPED_IN_A_ROW} updates in a row, each")
+        which = f"of update {step}, the {SKIPPED_IN_A_ROW}th such in a row,"
+        raise nothing_scored(count, which, config, "reward")
     state.skipped += 1
     print(f"note: update {step} is skipped: none of {count} completions got a score from {sources}", file=sys.stderr)
 
