@@ -571,7 +571,7 @@ class TestSteps:
         scored = dataclasses.replace(stage, scorers=Scorers((), (constant(3.0),), "mean"))
         values = policy_step.policy_step(scored, trained, self.CENTRE, At(2, 1)).values
         bias = stage.model.adapters[VALUE].bias
-        assert bias is not None and bias.item() == pytest.approx(1.9, abs=1e-5)
+        assert bias is not None and bias.item() == pytest.approx(1.9, abs=1e-3)
         assert "grad_norm" not in values and digest(stage.model, POLICY) == before[POLICY]
 
     def test_gap_between_sampler_and_trainer_is_reported(self, tiny_base: Path) -> None:
