@@ -25,7 +25,7 @@ from perlhf.evaluation import baselines
 from perlhf.method import metrics
 from perlhf.model.base import Base
 from perlhf.model.open import open_model
-from perlhf.training import linear_probe
+from perlhf.method import linear_probe
 from perlhf.training.reward import encode_items, laid_out
 
 FOLDS = 5

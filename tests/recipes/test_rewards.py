@@ -190,6 +190,15 @@ def breaks(completions, trainer_state):
         raise ValueError("at update 2")
     return [float(len(text)) for text in completions]
 
+def gaps(completions, trainer_state):
+    return [None if trainer_state.global_step in (1, 2) else float(len(text)) for text in completions]
+
+def dies_out(completions, trainer_state):
+    return [float(len(text)) if trainer_state.global_step < 1 else None for text in completions]
+
+def nothing(completions):
+    return [None for _ in completions]
+
 def of_ten(completions):
     return [10.0] * len(completions)
 
@@ -296,6 +305,45 @@ def wide(prompts, completions):
         done = perlhf("evaluate", str(tmp_path / "run"), "--prompts", "3", "--best-of", "2")
         assert done.code == 0, done.err
         assert perlhf("report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")).code == 0
+
+    @pytest.mark.parametrize("baseline", ["leave_one_out", "value"])
+    def test_an_update_without_any_score_is_skipped(self, policy, perlhf, tmp_path, baseline):
+        options = ("--reward", "written_rewards:gaps", "--baseline", baseline, "--updates", "5")
+        done = policy("run", *options, "--validate-every", "2")
+        assert done.code == 0, done.err
+        for step in (2, 3):
+            said = f"note: update {step} is skipped: none of 8 completions got a score from written_rewards:gaps"
+            assert said in done.err
+        lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+        assert ["score_mean" in line for line in lines] == [True, False, False, True, True]
+        assert ["policy_loss" in line for line in lines] == [True, False, False, True, True]
+        # Nothing of update 2 is scored, nor are the held-out prompts after it; those after 4 are.
+        assert ["validation_reward" in line for line in lines] == [False, False, False, True, True]
+        result = read_json(tmp_path / "run" / "result.json")
+        assert result["skipped"] == 2 and result["updates"] == 5 and result["stopped"] is None
+        rows = read_lines(tmp_path / "run" / "rollouts" / "00000002.jsonl")
+        assert len(rows) == 8 and {row["score"] for row in rows} == {row["reward"] for row in rows} == {None}
+        assert perlhf("report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")).code == 0
+
+    def test_five_updates_in_a_row_without_any_score_end_the_run(self, policy, tmp_path):
+        options = ("--reward", "written_rewards:dies_out", "--updates", "9", "--validate-every", "9")
+        for _ in range(2):  # and going on comes to the same end
+            done = policy("run", *options)
+            assert done.code == 2 and "Traceback" not in done.err
+            said = "error: reward: none of 8 completions of update 6, the 5th such in a row, got a score"
+            assert f"{said}: written_rewards:dies_out returned None for them" in done.err
+            assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 5
+        assert done.err.count("is skipped") == 0
+
+    @pytest.mark.parametrize("key", ["--reward", "--validation-reward"])
+    def test_what_scores_nothing_at_all_is_an_error_before_anything_is_learned(self, policy, tmp_path, key):
+        first = () if key == "--reward" else ("--reward", "written_rewards:length")
+        done = policy("run", *first, key, "written_rewards:nothing")
+        assert done.code == 2 and "written_rewards:nothing returned None" in done.err
+        assert done.err.startswith(
+            f"error: {key.removeprefix('--').replace('-', '_')}: none of 4 completions of the ref"
+        )
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
     def test_weights(self, policy, perlhf, tmp_path):
         sources = ("--reward", "written_rewards:length", "written_rewards:of_ten")

@@ -313,8 +313,9 @@ def test_max_kl_stops_and_keeps_an_adapter(stage):
     assert "exceeded max_kl" in found["stopped"]
     assert metrics(run)[-1]["kl"] > 1e-3
     assert all(line["kl"] <= 1e-3 for line in metrics(run)[:-1])
-    better = metrics(run)[-1]["validation_reward"] > found["before"]["reward"]
-    assert found["best_step"] == (found["updates"] if better else 0), "the last one is measured, since none was before"
+    better = metrics(run)[-1]["validation_reward"] > found["chosen_by"]["before"]["reward"]
+    assert better or found["best_step"] == 0
+    assert found["best_step"] in (0, found["updates"]), "the last one is measured, since none was before"
     assert found["score_after"] is not None
     assert (run / "adapter").is_dir()
     again, done = stage("policy", *options)
@@ -327,16 +328,31 @@ def test_the_kept_policy_is_the_best_on_held_out_prompts(stage):
     run, done = stage("policy", *options)
     assert done.code == 0
     lines, found = metrics(run), result(run)
-    values = [found["before"]["reward"], *(line["validation_reward"] for line in lines)]
-    assert found["best_step"] == values.index(max(values))
-    assert (
-        found["score_after"]
-        == [found["score_before"], *(line["validation_score"] for line in lines)][found["best_step"]]
-    )
+    chosen, best = found["chosen_by"], found["best_step"]
+    values = [chosen["before"]["reward"], *(line["validation_reward"] for line in lines)]
+    assert values[best] == chosen["after"]["reward"] >= values[0]
+    # What is better than the start by less than a standard error stays away; of the others none is better.
+    assert best == 0 or values[best] == max(values)
+    scores = [chosen["before"]["score"], *(line["validation_score"] for line in lines)]
+    assert chosen["after"]["score"] == scores[best]
+
+
+def test_what_is_kept_is_reported_on_prompts_that_did_not_choose_it(stage, paid_for_letters):
+    found = result(paid_for_letters)
+    # 32 prompts by hash of their groups: those held out, of which `--validation-prompts 4` choose.
+    assert found["validation_prompts"] == 4 and 2 <= found["reported_prompts"] <= 8
+    assert found["best_step"] > 0
+    assert found["before"] != found["chosen_by"]["before"] and found["after"] != found["chosen_by"]["after"]
+    assert (found["score_before"], found["score_after"]) == (found["before"]["score"], found["after"]["score"])
+    few, done = stage("policy", "--validation-prompts", "100", "--updates", "1")
+    assert done.code == 0
+    held_out = result(few)["validation_prompts"] + result(few)["reported_prompts"]
+    assert result(few)["reported_prompts"] == held_out // 3 > 0
 
 
 def test_another_reward_judges_the_held_out_prompts_and_patience_stops(stage):
     options = ("--validate-every", "1", "--updates", "30", "--optim.learning-rate", "0.1", "--kl-coef", "0.5")
+    options += ("--missing-end-penalty", "0")
     judged = (*options, "--validation-reward", "toy_reward:constant", "--patience", "2")
     run, done = stage("policy", *judged, run="judged")
     assert done.code == 0
@@ -347,8 +363,8 @@ def test_another_reward_judges_the_held_out_prompts_and_patience_stops(stage):
     assert values == pytest.approx([-0.5 * line["validation_kl"] for line in lines])
     assert "no better 2 times in a row" in found["stopped"]
     values.insert(0, 0.0)
-    best = values.index(max(values))
-    assert len(lines) == found["updates"] == best + 2 < 30 and found["best_step"] == best
+    best = found["best_step"]
+    assert len(lines) == found["updates"] == best + 2 < 30 and values[best] >= 0
     plain, done = stage("policy", *options, "--updates", str(len(lines)), run="plain")
     assert done.code == 0
     assert rollout(plain, len(lines)) == rollout(run, len(lines)), "the judge changed what is learned"
@@ -358,7 +374,8 @@ def test_another_reward_judges_the_held_out_prompts_and_patience_stops(stage):
 
 def test_a_policy_that_only_gets_worse_keeps_its_start(stage, sft_run):
     options = ("--sft", str(sft_run), "--validate-every", "1", "--optim.learning-rate", "0.2", "--kl-coef", "0.5")
-    run, done = stage("policy", *options, "--validation-reward", "toy_reward:constant")
+    judge = ("--validation-reward", "toy_reward:constant", "--missing-end-penalty", "0")
+    run, done = stage("policy", *options, *judge)
     assert done.code == 0
     found = result(run)
     rewards = [line["validation_reward"] for line in metrics(run)]

@@ -150,8 +150,8 @@ def _check_alike(
     """Raises RunError for a cell that learned from other data or was tested otherwise than the first one."""
     cells = [cell for side, runs in files.items() for cell in zip(runs, tested[side], strict=True)]
     first, first_tested = cells[0]
-    rewards = () if config.policy is None else config.policy.reward
-    asked = {"split": "test", "adapter": None, "temperature": 1.0, "reward": list(config.scorers or rewards)}
+    rewards, temperature = ((), 1.0) if config.policy is None else (config.policy.reward, config.policy.temperature)
+    asked = {"split": "test", "adapter": None, "temperature": temperature, "reward": list(config.scorers or rewards)}
     for run, own in cells:
         if own.groups != first_tested.groups or own.metric != first_tested.metric:
             raise RunError("tested on other records than the first cell", where=str(run.path))

@@ -143,11 +143,11 @@ class OptimConfig(Frozen):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after warm-up; linear and cosine end at 0."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
-    """Updates over which the learning rate rises linearly."""
+    """Updates over which the learning rate rises linearly; a policy's begin after those of the value alone."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients of each adapter are clipped to this norm."""
+    """Gradients of each adapter are clipped to this norm; one below what they have makes each update count alike."""
     beta1: Fraction = 0.9
     """Decay of AdamW's first moment."""
     beta2: Fraction = 0.999
@@ -261,11 +261,11 @@ class RewardConfig(StageConfig):
     select: Literal["auto", "auc", "pairwise_accuracy", "loss"] = "auto"
     """Which validation metric picks the kept checkpoint; `auto` is AUC for ratings, else pairwise accuracy."""
     class_weight: Literal["none", "balanced"] = "none"
-    """`balanced` weights up and down ratings to count equally."""
+    """`balanced` weights up and down ratings to count equally, their records' weights included."""
     comparison_weight: NotNegative = 1.0
-    """Weight of the comparison loss when a run has both kinds."""
+    """Weight of the comparisons' mean loss when a run has both kinds."""
     rating_weight: NotNegative = 1.0
-    """Weight of the rating loss when a run has both kinds."""
+    """Weight of the ratings' mean loss when a run has both kinds."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of labels taken to be wrong."""
     margin: NotNegative = 0.0
@@ -334,7 +334,7 @@ class PolicyConfig(StageConfig):
     steps_per_rollout: Positive = 1
     """Optimiser steps on each rollout (more than 1 needs `clip`)."""
     missing_end_penalty: NotNegative | None = None
-    """Paid by a completion without end token; null is one standard deviation of the reference's scores."""
+    """Paid by a completion without end token; null is one deviation of the reference's scores, 0.5 if all are equal."""
     max_kl: Annotated[float, Field(gt=0)] | None = None
     """Stop when the mean KL per completion exceeds this."""
     value: ValueConfig = ValueConfig()
@@ -343,8 +343,8 @@ class PolicyConfig(StageConfig):
     """Prompts whose reference completions centre the scores at the start."""
     validate_every: Positive = 10
     """Updates between evaluations on held-out prompts; the best by held-out reward is kept, be it the start."""
-    validation_prompts: Positive = 16
-    """Held-out prompts of such an evaluation."""
+    validation_prompts: Positive = 32
+    """Held-out prompts of such an evaluation; up to twice as many others report what is kept."""
     # These are left out of what a run records unless they are set: a record without them is the same run.
     validation_reward: tuple[str, ...] = Field(default=(), exclude_if=lambda sources: not sources)
     """What scores the held-out prompts instead of `reward`, best reward runs of other groups (none: `reward`)."""

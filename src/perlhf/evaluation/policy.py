@@ -44,6 +44,7 @@ class Setting:
     scorers: Scorers
     records: list[Prompt]
     sampling: Sampling
+    temperature: float
     reference: str | None
     policy_adapter: str
     """Whose answers are held beside the reference's."""
@@ -81,7 +82,7 @@ def evaluate_policy(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
     """The evaluation of a policy run."""
     setting, trained_on = _set_up(run, config)
     sides = [setting.reference, setting.policy_adapter]
-    at_one = config.temperature != 1
+    at_one = setting.temperature != 1
     with progress((len(sides) + at_one) * len(setting.sampling.batches), "answers") as bar:
         before, after = (_answers(setting, adapter, bar) for adapter in sides)
         # A KL at another temperature than that of the samples would be no expectation under the policy: sample again.
@@ -105,7 +106,7 @@ def evaluate_policy(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
         win_rate=by_judge or by_score,
         win_rate_by_score=by_judge and by_score,
         best_of=_best_of(setting, before) if config.best_of else None,
-        temperature=config.temperature,
+        temperature=setting.temperature,
         max_completion_tokens=setting.policy.max_completion_tokens,
         reward=list(sources),
         adapter=None if config.adapter is None else str(config.adapter),
@@ -132,7 +133,9 @@ def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, Sequence
     prompts = [encoder.cut_prompt(record.prompt, policy.max_completion_tokens, record.tools) for record in records]
     stop = config.stop or policy.stop
     sampling = Sampling(model, encoder, prompts, policy.max_completion_tokens, config.seed, stop)
-    return Setting(config, policy, model, encoder, scorers, records, sampling, reference, answers), trained_on
+    temperature = policy.temperature if config.temperature is None else config.temperature
+    common = config, policy, model, encoder, scorers, records, sampling, temperature
+    return Setting(*common, reference, answers), trained_on
 
 
 def _scorers(
@@ -162,7 +165,7 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
     config, policy, count = setting.config, setting.policy, len(setting.records)
     texts, scores, tokens, ended, kl = [""] * count, np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count)
     for batch in setting.sampling.batches:
-        rollout = setting.sampling.answer(batch, adapter, config.temperature)
+        rollout = setting.sampling.answer(batch, adapter, setting.temperature)
         scores[batch] = setting.scorers.scores(
             setting.model,
             setting.encoder,
@@ -174,13 +177,13 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
             ends=rollout.ends,
         )
         tokens[batch], ended[batch] = [len(ids) for ids in rollout.completions], rollout.ended
-        if adapter != setting.reference and config.temperature:
-            kl[batch] = _kl(setting, adapter, rollout, config.temperature)
+        if adapter != setting.reference and setting.temperature:
+            kl[batch] = _kl(setting, adapter, rollout, setting.temperature)
         for i, ids in zip(batch, rollout.completions, strict=True):
             texts[i] = setting.sampling.text(ids)
         bar.advance()
     golden = _golden(setting, range(count), texts)
-    return Answers(texts, scores, tokens, ended, kl if config.temperature else None, golden)
+    return Answers(texts, scores, tokens, ended, kl if setting.temperature else None, golden)
 
 
 def _golden(setting: Setting, numbers: Sequence[int], texts: Sequence[str]) -> NDArray[np.float64] | None:
@@ -214,7 +217,7 @@ def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
     batches = [batch[at : at + at_once] for batch in setting.sampling.batches for at in range(0, len(batch), at_once)]
     with progress(len(batches), f"best of {most}") as bar:
         for batch in batches:
-            rollout = setting.sampling.answer(batch, setting.reference, config.temperature, most)
+            rollout = setting.sampling.answer(batch, setting.reference, setting.temperature, most)
             numbers = [i for i in batch for _ in range(most)]
             given = (
                 *(setting.model, setting.encoder, rollout.prompts, rollout.completions),

@@ -47,7 +47,7 @@ def evaluate_sft(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
         metrics=after,
         before=before,
         after=after,
-        temperature=config.temperature,
+        temperature=_temperature(config),
         bootstrap=config.bootstrap,
         seed=config.seed,
         samples=_answered(model, encoder, shown, run.stage, config),
@@ -92,7 +92,7 @@ def _answered(
     with progress(2 * len(sampling.batches), "answers") as bar:
         for name, answers in texts.items():
             for batch in sampling.batches:
-                rollout = sampling.answer(batch, name, config.temperature)
+                rollout = sampling.answer(batch, name, _temperature(config))
                 answers |= zip(batch, map(sampling.text, rollout.completions), strict=True)
                 bar.advance()
     return [
@@ -104,3 +104,8 @@ def _answered(
         }
         for i, record in enumerate(records)
     ]
+
+
+def _temperature(config: EvaluateConfig) -> float:
+    """Nothing was sampled in training that would say another one."""
+    return 1.0 if config.temperature is None else config.temperature
