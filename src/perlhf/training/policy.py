@@ -40,8 +40,8 @@ from perlhf.training.policy_step import (
     Step,
     each_completion,
     logprobs_of_all,
+    member_scores,
     policy_step,
-    raw_scores,
     sample_completions,
     score,
 )
@@ -87,10 +87,9 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         model, optimizers = setup.model, _optimizers(setup)
         validation = _validation(setup)
         step, keeper, saved_state = loop.restore(run, model, optimizers)
-        if saved_state:
-            state = _state(saved_state)
-        else:
-            state = _before(setup, validation, run)
+        state = _state(saved_state, setup) if saved_state else _before(setup, validation, run)
+        setup, validation = _on_level(setup, state.centre), _on_level(validation, state.validation_centre)
+        if not saved_state:
             keeper.offer(0, *_at_the_start(setup, validation, state))
             loop.save(run, 0, model, optimizers, keeper, asdict(state))
         oddities = _Oddities(config)
@@ -182,14 +181,21 @@ def _before(setup: Setup, validation: Setup, run: Run) -> PolicyState:
         centre = centre_of(setup)
         validation_centre = centre if validation is setup else centre_of(validation)
         bar.advance()
-        before = validate(validation, validation_centre, setup.reference, 0)
+        before = validate(_on_level(validation, validation_centre), validation_centre, setup.reference, 0)
         bar.advance()
     return PolicyState(centre, validation_centre, before)
 
 
-def _state(saved_state: dict[str, Any]) -> PolicyState:
-    """As a checkpoint has it."""
+def _on_level(setup: Setup, centre: Centre) -> Setup:
+    return replace(setup, scorers=centre.level(setup.scorers))
+
+
+def _state(saved_state: dict[str, Any], setup: Setup) -> PolicyState:
+    """As a checkpoint has it; a run that began before rewards were brought to one level goes on as it began."""
     first, second = (Centre(**saved_state[key]) for key in ("centre", "validation_centre"))
+    if first.members is None and setup.scorers.levels_matter:
+        what = f"this run began with combine: {setup.config.combine} of scores as they are, and goes on so"
+        print(f"note: {what}; a new run brings each reward to its own level first", file=sys.stderr)
     return PolicyState(first, second, *(saved_state[key] for key in ("before", "tokens", "stopped")))
 
 
@@ -220,16 +226,22 @@ def _validate(
 
 
 def centre_of(setup: Setup) -> Centre:
-    """Mean and deviation of the reference's scores on `centre_prompts` training prompts, one completion each."""
+    """Mean and deviation of the reference's scores on `centre_prompts` training prompts, one completion each.
+
+    Where rewards combine by more than their mean, each of them is brought to the level of its own scores first.
+    """
     config = setup.config
     numbers = order.cycle(len(setup.prompts), min(config.centre_prompts, len(setup.prompts)), 1, config.seed)
     prompts = [setup.prompts[i] for i in numbers]
     rollout = sample_completions(setup, prompts, setup.reference, 1, 0, numbers)
-    raw = raw_scores(setup, rollout, prompts, 0)
+    table = member_scores(setup, rollout, prompts, 0)
+    scorers = setup.scorers.on_level(table)
+    raw = scorers.combined(table)
     raw = raw[~np.isnan(raw)]
     std = float(raw.std())
     penalty = std if config.missing_end_penalty is None else config.missing_end_penalty
-    return Centre(float(raw.mean()), std, penalty)
+    members = None if scorers.levels is None else [list(level) for level in scorers.levels]
+    return Centre(float(raw.mean()), std, penalty, members)
 
 
 def validate(setup: Setup, centre: Centre, adapter: str | None, done: int) -> dict[str, float]:
