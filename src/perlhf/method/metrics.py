@@ -295,7 +295,8 @@ def verdicts(
         margin: as `verdict`.
         noise: between seeds.
     """
-    said: dict[str, Verdict] = dict.fromkeys(differences, "undecided" if noise else "undecided: one seed")
+    unless: Verdict = "undecided" if noise else "undecided: one seed"
+    said = dict.fromkeys(differences, unless)
     left = dict(differences) if noise else {}
     while left:
         at = 1 - (1 - level) / len(left)
