@@ -121,7 +121,7 @@ def _place(directory: Path, member: str, archive: Path, regular: bool) -> Path:
 def _download(known: dict[str, Any], stage: Path, address: str) -> list[dict[str, Any]]:
     entries = []
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
