@@ -47,7 +47,16 @@ _MEANINGFUL = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 """Keys of a message, besides its content, that say something to the network."""
 _ALIASES = {"reasoning": "reasoning_content", "thinking": "reasoning_content"}
 """Names under which transformers gives a template the same thing."""
-_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+_REFUSALS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 """What a template or transformers raises for a conversation that it can't render."""
 _PROBE, _OTHER_PROBE = "Perlhfprobe", "Otherprobe"
 _THOUGHT, _REASONING = "</think>", "the reasoning"
