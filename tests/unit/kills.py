@@ -15,16 +15,16 @@ WRITES = ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "write"), (os, "u
 
 
 class Count:
-    """Calls of functions that are counted, and after how many the process is killed (None: never)."""
+    """Calls of functions that are counted, and after how many the process gets a signal (None: never)."""
 
-    def __init__(self, kill_at: int | None = None):
-        self.events, self._kill_at = 0, kill_at
+    def __init__(self, at: int | None = None, number: int = signal.SIGKILL):
+        self.events, self._at, self._number = 0, at, number
 
     def happened(self) -> None:
-        """One more event; the last one that this process sees, if it is the one."""
+        """One more event; after SIGKILL the last one that this process sees."""
         self.events += 1
-        if self.events == self._kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.events == self._at:
+            os.kill(os.getpid(), self._number)
 
     def watch(self, *functions: tuple[Any, str]) -> None:
         """Counts these functions of modules or classes from now on, before and after they do their work.

@@ -167,6 +167,9 @@ def directory_atomic(path: Path) -> Iterator[Path]:
         if before is not None and not stat.S_ISDIR(before.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "a file is there")
         target = _behind_links(path)
+        if _OURS.match(target.name):  # a temporary directory, which isn't there for anybody yet
+            yield target
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(target, _new_directory) as (temporary, descriptor):
             yield temporary
@@ -197,7 +200,8 @@ def remove_directory(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        _lock(descriptor)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         doomed = path.with_name(_temporary_name(path))
         os.rename(path, doomed)
         shutil.rmtree(doomed)
@@ -311,7 +315,10 @@ def _new_directory(path: Path) -> int:
 
 
 def _lock(descriptor: int) -> None:
-    """Marks a temporary name as that of a living process; where a file system has no locks, nothing is swept either."""
+    """Marks a temporary name as that of a living process; where a file system has no locks, nothing is swept either.
+
+    Only `remove_leftovers` can have the lock of a new name already, and gives it back at once.
+    """
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 

@@ -199,6 +199,17 @@ def test_a_link_to_a_directory_stays_and_its_target_is_replaced(tmp_path):
     assert link.is_symlink() and names(real) == ["new"] and names(real.parent) == ["adapter"]
 
 
+def test_what_is_written_over_a_temporary_directory_is_written_into_it(tmp_path):
+    """An export has its adapter written so; its lock would wait for itself, and its name be without one."""
+    with directory_atomic(tmp_path / "export") as outer:
+        with directory_atomic(outer) as inner:
+            assert inner == outer
+            (inner / "adapter").write_text("x")
+        remove_leftovers(tmp_path)
+        (outer / "details").write_text("x")
+    assert names(tmp_path / "export") == ["adapter", "details"] and names(tmp_path) == ["export"]
+
+
 def test_a_file_in_the_place_of_a_directory_is_kept(tmp_path):
     (tmp_path / "a").write_text("mine")
     with pytest.raises(StorageError, match="a file is there"), directory_atomic(tmp_path / "a"):
