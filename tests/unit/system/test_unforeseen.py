@@ -21,7 +21,7 @@ def raised(error: Exception) -> Exception:
 def test_a_mistake_of_ours_is_a_sentence_and_a_private_file(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("JUDGE_API_KEY", "sk-12345678")
-    error = raised(KeyError("sk-12345678 of https://me:pw@host/x?token=abc"))
+    error = raised(KeyError("sk-12345678 of https://me:hunter2@host/x?token=value9"))
     message, code = said_of(error, "perlhf sft")
     assert code == 70
     assert message.startswith("a mistake of perlhf's own, KeyError: ")
@@ -32,7 +32,7 @@ def test_a_mistake_of_ours_is_a_sentence_and_a_private_file(tmp_path, monkeypatc
     assert file.stat().st_mode & 0o777 == 0o600 and file.parent == tmp_path
     assert text.startswith("perlhf sft, perlhf ") and "Traceback (most recent call last)" in text
     for said in (message, text):
-        assert not any(secret in said for secret in ("sk-1234", "pw", "abc"))
+        assert not any(secret in said for secret in ("sk-1234", "hunter2", "value9"))
         assert "https://[hidden]" in said
 
 
