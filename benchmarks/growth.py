@@ -157,10 +157,10 @@ def clear(model: Any) -> None:
 
 def plot(curves: dict[str, dict[str, Curve]], file: Path) -> None:
     """One panel a quantity, tokens a second from 0 upwards."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]  of the extra `bench`
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     matplotlib.rcParams["svg.hashsalt"] = "growth"
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.5), layout="constrained")

@@ -9,8 +9,8 @@ from perlhf.data import pull, tools
 from perlhf.data.containers.decoded import LONGEST
 from perlhf.data.containers.packed import MOST_RATIO, MOST_UNPACKED, PACKED_SUFFIXES
 from perlhf.data.files import SUFFIXES
-from perlhf.data.read import FORMATS
-from perlhf.data.readers.trl import COLUMNS
+from perlhf.data.readers.columns import COLUMNS
+from perlhf.data.readers.formats import FORMATS
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "data.md"
@@ -64,7 +64,9 @@ one. Baselines learn from the turned labels too; validation and test keep theirs
 
 - `perlhf reward` takes comparisons and ratings.
 - `perlhf sft` takes demonstrations. A rating with thumbs up becomes one, and so does the chosen side of a
-  comparison.
+  comparison. Of a conversation the last answer is learned, and one line says how many have earlier ones;
+  `data.turns: all` makes a demonstration of each answer after the user's first turn, as OpenAI's fine-tuning trains
+  them.
 - `perlhf policy` takes prompts. Every record gives its prompt; each different prompt counts once.
 - What can serve as none of these is left out, counted and told.
 

@@ -133,7 +133,7 @@ def _results(kept: Kept, name: str) -> str:
             for side, one in part["sides"].items()
         ]
         image = f"{name}-{stage}.svg"
-        _draw(kept, image, figures.dots(image, points, "peak memory, GiB", part["metric"]))
+        _draw(kept, image, figures.dots(points, "peak memory, GiB", part["metric"]))
         words = "; ".join(f"{one.label} {number(one.y)} at {number(one.x)} GiB" for one in points)
         parts += [*lines, f"![{part['metric']} against peak memory: {words}]({image})", ""]
     return "\n".join(parts)
@@ -242,7 +242,7 @@ def _frontier(kept: Kept, name: str) -> str:
     start = next(iter(settings.values()))[0]["before"][key]["value"]
     drawn = {label: [[(0.0, start), *sorted(points)]] for label, points in lines.items()}
     image, words = f"{name}-frontier.svg", WORDS[key]
-    _draw(kept, image, figures.paths(image, drawn, "KL, nats a completion", words))
+    _draw(kept, image, figures.paths(drawn, "KL, nats a completion", words))
     return f"![{words} over KL, as in the table]({image})\n"
 
 
@@ -255,7 +255,7 @@ def _times(kept: Kept, name: str) -> str:
         seconds = statistics.fmean(one["trained"] for one in seeds)
         lines.setdefault(setting.removesuffix("-clip"), []).append((seconds, _mean(seeds, key)))
     image, words = f"{name}-times.svg", WORDS[key]
-    drawn = figures.paths(image, {label: [points] for label, points in lines.items()}, "seconds of training", words)
+    drawn = figures.paths({label: [points] for label, points in lines.items()}, "seconds of training", words)
     _draw(kept, image, drawn)
     return f"![{words} against training time, from without to with a clip, as in the table]({image})\n"
 
@@ -335,7 +335,7 @@ def _labels(kept: Kept, name: str) -> str:
         for side in sides:
             lines.setdefault(side, [[]])[0].append((learned, part["sides"][side]["quality"]["value"]))
     image = f"{name}-labels.svg"
-    _draw(kept, image, figures.paths(image, lines, "labels", metric))
+    _draw(kept, image, figures.paths(lines, "labels", metric))
     return "\n".join([*table, "", f"![{metric} against the number of labels, as in the table]({image})", ""])
 
 
@@ -379,7 +379,7 @@ def _curves(kept: Kept, name: str) -> str:
     images = []
     for key, words in WORDS.items():
         image = f"{name}-{key}.svg"
-        _draw(kept, image, figures.paths(image, paths[key], "KL, nats a completion", words))
+        _draw(kept, image, figures.paths(paths[key], "KL, nats a completion", words))
         images.append(f"![{words} over KL; the table has first and last points]({image})")
     return "\n".join([*lines, "", *images, ""])
 

@@ -6,11 +6,14 @@
     result = perlhf.reward(config)
 
 The functions, the configuration models (`...Config`), the records and the errors (`...Error`) are those of the table
-below. Everything is imported on first use, so that `import perlhf` is instant and needs no torch.
+below. Everything is imported on first use, so that `import perlhf` is instant and needs no torch. Imported before
+torch, it has torch's threads sleep sooner when they have nothing to do (`perlhf.system.threads`).
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from perlhf.system.threads import spin_shortly
 
 if TYPE_CHECKING:
     from perlhf.commands.average import average
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     from perlhf.training.sft import train_sft as sft
 
 __version__ = "0.1.0"
+spin_shortly()
 
 _MODULES = {
     "commands.average": "average",

@@ -111,6 +111,8 @@ class TestReward:
         ),
     )
     CLASS_WEIGHT: ClassVar = {True: 0.8, False: 1.25}
+    SHARES = reward_stage.Shares(0.25, 0.75)
+    """Of the whole set: eight of its records hold 2 comparisons and 6 ratings on average, here 3 and 5."""
 
     def update(self, directory: Path, max_tokens: int, packing: Packing) -> tuple[dict[str, float], list[Tensor]]:
         model = open_model(directory)
@@ -126,8 +128,8 @@ class TestReward:
             rating_weight=2.0,
         )
         optimizer = optim.build({"x": (adapter.trainable_by_name(), 1e-3)}, config.optim)["x"]
-        values = reward_stage._update(model, adapter, optimizer, self.ITEMS, self.CLASS_WEIGHT, 1, 10, config)
-        return values, gradients(optimizer)
+        given = model, adapter, optimizer, self.ITEMS, self.CLASS_WEIGHT, self.SHARES
+        return reward_stage._update(*given, 1, 10, config), gradients(optimizer)
 
     def by_formula(self, directory: Path) -> tuple[float, list[Tensor]]:
         """Every sequence alone, the loss written out for the whole update."""
@@ -140,13 +142,13 @@ class TestReward:
                 model.scores(apart([tokens.ids], packing="none"), reward_stage.NAME)[0] for tokens in item.sequences
             ]
             if item.label is None:
-                gap = scores[0] - scores[1] - 0.7 * item.margin
-                loss = 0.9 * F.softplus(-gap) + 0.1 * F.softplus(gap)
-                total = total + 0.5 * item.weight * loss / 3
+                gap, margin = scores[0] - scores[1], 0.7 * item.margin
+                loss = 0.9 * F.softplus(margin - gap) + 0.1 * F.softplus(margin + gap)
+                total = total + 0.5 * item.weight * loss / 2
             else:
                 up = 0.9 if item.label else 0.1
                 loss = up * F.softplus(-scores[0]) + (1 - up) * F.softplus(scores[0])
-                total = total + 2.0 * item.weight * self.CLASS_WEIGHT[item.label] * loss / 5
+                total = total + 2.0 * item.weight * self.CLASS_WEIGHT[item.label] * loss / 6
         total.backward()
         return total.item(), [p.grad for p in adapter.trainable() if p.grad is not None]
 

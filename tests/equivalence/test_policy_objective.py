@@ -31,9 +31,9 @@ from perlhf.model.open import new_adapter
 from perlhf.rollout.functions import Asked, Scorer
 from perlhf.rollout.local import Rollout, sample
 from perlhf.rollout.scorers import Scorers
-from perlhf.training import optim, policy_step
+from perlhf.training import held_out, optim, policy_step
 from perlhf.training import policy as policy_stage
-from perlhf.training.policy_step import Centre, Known, Scored, Setup
+from perlhf.training.policy_step import At, Centre, Known, Scored, Setup
 
 POLICY, VALUE, SFT = "policy", "value", "sft"
 # With beta1 = 0 AdamW's first moment is the gradient itself, as long as nothing is clipped.
@@ -105,7 +105,7 @@ def known(stage: Setup) -> Known:
 def two_passes(stage: Setup, trained: dict[str, torch.optim.AdamW], step: int = 2) -> tuple[Known, Tensor, Any]:
     """The step after the first, which would start the value."""
     laid_out = policy_step.each_completion(rollout(), stage)
-    return policy_step.two_passes(stage, trained, score(stage), laid_out, step)
+    return policy_step.two_passes(stage, trained, score(stage), laid_out, At(step, step))
 
 
 class TestStart:
@@ -198,11 +198,20 @@ class TestValuePosition:
 class TestScores:
     def test_centring(self, tiny_base: Path) -> None:
         """Mean and deviation of the reference's scores on the prompts 1, 2, 3, 6: 3 and sqrt((4 + 1 + 0 + 9) / 4)."""
-        centre = policy_stage.centre_of(new_stage(tiny_base))
+        centre = held_out.centre_of(new_stage(tiny_base))
         assert (centre.mean, centre.std) == pytest.approx((3, 3.5**0.5))
         assert centre.penalty == pytest.approx(3.5**0.5)
-        assert policy_stage.centre_of(new_stage(tiny_base, missing_end_penalty=0.25)).penalty == 0.25
-        assert policy_stage.centre_of(new_stage(tiny_base, missing_end_penalty=0.0)).penalty == 0
+        assert held_out.centre_of(new_stage(tiny_base, missing_end_penalty=0.25)).penalty == 0.25
+        assert held_out.centre_of(new_stage(tiny_base, missing_end_penalty=0.0)).penalty == 0
+
+    @pytest.mark.parametrize(("value", "given", "penalty"), [(0.0, None, 0.5), (-1e6, None, 0.5), (2.0, 0.0, 0.0)])
+    def test_scores_that_do_not_vary_leave_a_penalty(
+        self, tiny_base: Path, capsys: pytest.CaptureFixture[str], value: float, given: float | None, penalty: float
+    ) -> None:
+        """0.5, the most that scores from 0 to 1 can deviate: one half at 0, the other at 1."""
+        centre = held_out.centre_of(new_stage(tiny_base, constant(value), missing_end_penalty=given))
+        assert (centre.mean, centre.std, centre.penalty) == (value, 0, penalty)
+        assert ("a missing end token costs 0.5" in capsys.readouterr().err) == (given is None)
 
     def test_centring_scores_the_reference_not_the_policy(self, tiny_base: Path) -> None:
         seen: list[str] = []
@@ -212,11 +221,11 @@ class TestScores:
             return [0.0] * len(asked.completions)
 
         stage = new_stage(tiny_base, remember)
-        policy_stage.centre_of(stage)
+        held_out.centre_of(stage)
         first = seen.copy()
         seen.clear()
         randomise(stage.model, POLICY, 7)
-        policy_stage.centre_of(stage)
+        held_out.centre_of(stage)
         assert seen == first
 
     def test_a_missing_end_is_scored_and_then_pays(self, tiny_base: Path) -> None:
@@ -327,7 +336,7 @@ class TestGradients:
         scored.paid[0] = float("nan")
         laid_out = policy_step.each_completion(rollout(), stage)
         with pytest.raises(DivergenceError, match="policy_loss is nan at update 4"):
-            policy_step.two_passes(stage, optimizers(stage), scored, laid_out, 4)
+            policy_step.two_passes(stage, optimizers(stage), scored, laid_out, At(4, 4))
         assert digest(stage.model, POLICY) == before
 
     def test_norms_are_clipped_per_adapter(self, tiny_base: Path) -> None:
@@ -365,7 +374,7 @@ class TestAtOnce:
             if at_once:
                 batches = policy_step.whole_prompts(rollout(), stage.config, stage.model.device)
                 assert batches is not None and len(batches) == (1 if max_tokens > 25 else 2)
-                told, rewards, values = policy_step.one_pass(stage, trained, score(stage), batches, 2)
+                told, rewards, values = policy_step.one_pass(stage, trained, score(stage), batches, At(2, 2))
             else:
                 told, rewards, values = two_passes(stage, trained)
             numbers = torch.tensor([values[key] for key in ("policy_loss", "advantage_std", "grad_norm")])
@@ -378,7 +387,7 @@ class TestAtOnce:
         stage = new_stage(tiny_base, baseline="leave_one_out")
         batches = policy_step.whole_prompts(rollout(), stage.config, stage.model.device)
         assert batches is not None
-        told, _, _ = policy_step.one_pass(stage, optimizers(stage), score(stage), batches, 1)
+        told, _, _ = policy_step.one_pass(stage, optimizers(stage), score(stage), batches, At(1, 1))
         assert torch.equal(told.old_logprobs, told.ref_logprobs)
         assert told.old_logprobs[told.mask].abs().min() > 0
 
@@ -471,9 +480,9 @@ class TestUnscored:
         scored = policy_step.score(stage, part, stage.prompts[: len(part.prompt_states)], self.CENTRE, 1)
         trained = optimizers(stage)
         if laid_out := policy_step.whole_prompts(part, stage.config, stage.model.device):
-            policy_step.one_pass(stage, trained, scored, laid_out, 2)
+            policy_step.one_pass(stage, trained, scored, laid_out, At(2, 2))
         else:
-            policy_step.two_passes(stage, trained, scored, policy_step.each_completion(part, stage), 2)
+            policy_step.two_passes(stage, trained, scored, policy_step.each_completion(part, stage), At(2, 2))
         return [gradient for optimizer in trained.values() for gradient in gradients(optimizer)]
 
     @pytest.mark.parametrize(
@@ -500,9 +509,9 @@ class TestUnscored:
         found = self.gradients(tiny_base, [0, 1], [3.0, nan], baseline=baseline, kl_coef=0.0)
         assert max(g.abs().max() for g in found) == 0
 
-    def test_none_scored_is_an_error(self, tiny_base: Path) -> None:
-        with pytest.raises(RewardFunctionError, match="none of 2 completions got a score"):
-            self.gradients(tiny_base, [0, 1], [float("nan")] * 2)
+    def test_a_reference_without_any_score_is_an_error(self, tiny_base: Path) -> None:
+        with pytest.raises(RewardFunctionError, match="none of 4 completions of the reference got a score: given:dir"):
+            held_out.centre_of(new_stage(tiny_base, constant(float("nan"))))
 
 
 class TestSteps:
@@ -512,7 +521,7 @@ class TestSteps:
 
     def step(self, stage: Setup, steps: int = 1) -> list[dict[str, float]]:
         trained = optimizers(stage)
-        done = [policy_step.policy_step(stage, trained, self.CENTRE, step) for step in range(1, steps + 1)]
+        done = [policy_step.policy_step(stage, trained, self.CENTRE, At(step, step)) for step in range(1, steps + 1)]
         return [policy_stage._values(each) for each in done]
 
     def test_cold_start_of_the_value(self, tiny_base: Path) -> None:
@@ -537,6 +546,33 @@ class TestSteps:
         third = self.step(stage, 3)[-1]
         assert third["grad_norm"] > 0 and digest(stage.model, POLICY) != start[POLICY]
         assert digest(stage.model, SFT) == start[SFT]
+
+    def test_the_schedule_of_the_policy_counts_its_own_updates(self, tiny_base: Path) -> None:
+        """Two of six updates are the value's alone; of the policy's four, two warm it up, and then it sinks to 0."""
+        rates = OptimConfig(learning_rate=0.4, warmup_updates=2, schedule="linear")
+        value = ValueConfig(warmup_updates=2, learning_rate=0.6)
+        stage = new_stage(tiny_base, value=value, optim=rates, updates=6)
+        trained = optimizers(stage)
+        done = [policy_step.optimise(stage, trained, number, warming_up=number <= 2) for number in range(1, 7)]
+        assert [values.get("learning_rate") for values in done] == [None, None, 0.2, 0.4, 0.4, 0.2]
+        own = [0.3, 0.6, 0.6, 0.45, 0.3, 0.15]
+        assert [values["value_learning_rate"] for values in done] == pytest.approx(own)
+
+    def test_an_update_without_scores_learns_nothing_and_is_not_counted(self, tiny_base: Path) -> None:
+        """Were it counted, the value would neither start at the first return nor learn alone first."""
+        stage = new_stage(tiny_base, constant(float("nan")), value=ValueConfig(warmup_updates=1))
+        trained = optimizers(stage)
+        before = {name: digest(stage.model, name) for name in (POLICY, VALUE)}
+        done = policy_step.policy_step(stage, trained, self.CENTRE, At(1, 1))
+        assert not done.scored.given.any() and done.rewards.shape == done.known.mask.shape and not done.rewards.any()
+        assert {"unscored", "kl", "entropy"} <= (values := policy_stage._values(done)).keys()
+        assert not {"score_mean", "policy_loss", "grad_norm", "value_grad_norm"} & values.keys()
+        assert before == {name: digest(stage.model, name) for name in before}
+        scored = dataclasses.replace(stage, scorers=Scorers((), (constant(3.0),), "mean"))
+        values = policy_step.policy_step(scored, trained, self.CENTRE, At(2, 1)).values
+        bias = stage.model.adapters[VALUE].bias
+        assert bias is not None and bias.item() == pytest.approx(1.9, abs=1e-3)
+        assert "grad_norm" not in values and digest(stage.model, POLICY) == before[POLICY]
 
     def test_gap_between_sampler_and_trainer_is_reported(self, tiny_base: Path) -> None:
         (values,) = self.step(new_stage(tiny_base))

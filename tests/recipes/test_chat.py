@@ -1,11 +1,13 @@
 """`chat` with runs of the real stages on the tiny base."""
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
 from tiny_runs import TinyRuns, tiny_runs
 
+from perlhf.commands import chat as chatting
 from perlhf.commands.chat import chat
 from perlhf.config.commands import ChatConfig
 from perlhf.errors import ConfigError, RunError
@@ -50,6 +52,23 @@ def test_one_message_gets_one_answer(runs: TinyRuns, capsys: pytest.CaptureFixtu
     printable = "".join(sign for sign in answer["content"] if sign.isprintable() or sign in "\n\t")
     assert shown.rstrip("\n") == printable.rstrip("\n")
     assert chat(config)[1] == answer
+
+
+@pytest.mark.parametrize(("stage", "own"), [("policy", 0.4), ("sft", 0.7), (None, 0.7)])
+def test_a_policy_talks_at_the_temperature_that_it_was_trained_at(
+    runs: TinyRuns, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str | None, own: float
+):
+    seen: list[float] = []
+    monkeypatch.setattr(chatting, "stream", lambda *given: (seen.append(given[-1]), iter(()))[1])
+    run = None if stage is None else getattr(runs, stage)
+    if stage == "policy":
+        run = shutil.copytree(runs.policy, tmp_path / "cold")
+        said = (run / "config.yaml").read_text()
+        assert "temperature: 1.0" in said
+        (run / "config.yaml").write_text(said.replace("temperature: 1.0", "temperature: 0.4"))
+    for asked in (None, 0.9):
+        chat(ChatConfig(run=run, base=None if run else str(tiny_base), message="a tea", temperature=asked))
+    assert seen == [own, 0.9]
 
 
 def test_the_conversation_is_kept_until_exit_and_new_forgets_it(runs: TinyRuns, monkeypatch: pytest.MonkeyPatch):

@@ -186,6 +186,18 @@ def test_policy_at_other_temperatures(runs: TinyRuns, tmp_path: Path, temperatur
     assert found["after"]["kl_temperature_1"]["value"] == pytest.approx(at_one["after"]["kl"]["value"], abs=1e-6)
 
 
+def test_a_policy_is_sampled_at_the_temperature_that_it_was_trained_at(runs: TinyRuns, tmp_path: Path):
+    trained = read_run(runs.policy).config
+    changes = SHORT | {"value": {"warmup_updates": 1}, "updates": 2, "temperature": 0.5, "run": tmp_path / "cold"}
+    train_policy(PolicyConfig.model_validate(trained.model_dump() | changes))
+    found = checked(tmp_path / "cold", tmp_path, prompts=3)
+    assert found["temperature"] == 0.5
+    assert found == checked(tmp_path / "cold", tmp_path, prompts=3, temperature=0.5)
+    assert found["samples"] != checked(tmp_path / "cold", tmp_path, prompts=3, temperature=1.0)["samples"]
+    assert checked(runs.policy, tmp_path, prompts=3)["temperature"] == 1.0
+    assert checked(runs.sft, tmp_path)["temperature"] == 1.0
+
+
 def test_best_of_n_answers_of_the_reference(runs: TinyRuns, tmp_path: Path):
     found = checked(runs.policy, tmp_path, prompts=5, best_of=(1, 4))
     first, best = found["best_of"]["1"], found["best_of"]["4"]

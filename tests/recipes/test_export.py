@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -164,6 +165,27 @@ def test_the_exported_tokenizer_renders_prompts_as_in_training(runs: TinyRuns, e
     assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == encoder.prompt(messages)
     generation = json.loads((output / "generation_config.json").read_text())
     assert generation["eos_token_id"] == encoder.end_id
+
+
+@pytest.mark.parametrize("format", ["merged", "peft"])
+def test_a_policy_is_sampled_elsewhere_as_it_was_trained(runs: TinyRuns, tiny_base: Path, tmp_path: Path, format: Any):
+    """At its temperature, from all tokens, whatever the base's own settings are."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    bent = {"do_sample": False, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
+    (base / "generation_config.json").write_text(json.dumps(bent))
+    run = shutil.copytree(runs.policy, tmp_path / "cold")
+    said = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(said.replace("temperature: 1.0", "temperature: 0.6"))
+    export(ExportConfig(run=run, output=tmp_path / "out", format=format, base=str(base), device="cpu"))
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (settings.do_sample, settings.temperature, settings.top_k, settings.top_p) == (True, 0.6, 0, 1.0)
+    assert settings.repetition_penalty in (None, 1.0)
+    assert settings.eos_token_id == read_run(runs.policy).open("cpu")[1].end_id
+
+
+def test_an_sft_run_keeps_the_settings_of_its_base(exported: Any):
+    output, _ = exported("sft", "merged")
+    assert "temperature" not in json.loads((output / "generation_config.json").read_text())
 
 
 def test_a_plain_template_becomes_jinja(tiny_base: Path):

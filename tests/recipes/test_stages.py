@@ -5,6 +5,7 @@ import math
 import platform
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -20,6 +21,9 @@ from toy import command, comparisons, lasting, metrics, ratings, read_json, read
 from perlhf import EvaluateConfig
 from perlhf.commands.cli import main
 from perlhf.evaluation.evaluate import evaluate
+from perlhf.training import policy as policy_stage
+from perlhf.training import reward as reward_stage
+from perlhf.training import sft as sft_stage
 
 LN2 = math.log(2)
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -64,6 +68,36 @@ def test_all_of_a_layer_kind_costs_what_the_ranks_say(stage):
     run, _ = stage("sft", "--adapter.rank", "2", "--adapter.targets", "q_proj", "v_proj", "--max-updates", "1")
     # Hidden 64, 2 layers; q is 64 -> 64, v is 64 -> 2 heads of 16.
     assert result(run)["trainable_parameters"] == 2 * 2 * ((64 + 64) + (64 + 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "validate"),
+    [
+        ("sft", sft_stage, "validation_loss"),
+        ("reward", reward_stage, "evaluate_items"),
+        ("policy", policy_stage, "validate"),
+    ],
+)
+def test_the_speed_of_an_update_knows_nothing_of_validations(stage, monkeypatch, name, module, validate):
+    """By a clock that a validation puts forward by a thousand seconds, and nothing else by more than one a look."""
+    now, real = [0.0], getattr(module, validate)
+
+    def look():
+        now[0] += 1
+        return now[0]
+
+    def slow(*arguments):
+        now[0] += 1000
+        return real(*arguments)
+
+    monkeypatch.setattr(time, "perf_counter", look)
+    monkeypatch.setattr(module, validate, slow)
+    run, done = stage(name, "--validate-every", "1")
+    assert done.code == 0
+    for line in metrics(run):
+        assert line["tokens"] / line["tokens_per_second"] < 100
+        assert 1000 < line["validation_seconds"] < 1100
+        assert all(line[key] < 100 for key in line if key.startswith("seconds_"))
 
 
 # ---- reward -------------------------------------------------------------------------------------------------------
@@ -279,8 +313,9 @@ def test_max_kl_stops_and_keeps_an_adapter(stage):
     assert "exceeded max_kl" in found["stopped"]
     assert metrics(run)[-1]["kl"] > 1e-3
     assert all(line["kl"] <= 1e-3 for line in metrics(run)[:-1])
-    better = metrics(run)[-1]["validation_reward"] > found["before"]["reward"]
-    assert found["best_step"] == (found["updates"] if better else 0), "the last one is measured, since none was before"
+    better = metrics(run)[-1]["validation_reward"] > found["chosen_by"]["before"]["reward"]
+    assert better or found["best_step"] == 0
+    assert found["best_step"] in (0, found["updates"]), "the last one is measured, since none was before"
     assert found["score_after"] is not None
     assert (run / "adapter").is_dir()
     again, done = stage("policy", *options)
@@ -293,16 +328,31 @@ def test_the_kept_policy_is_the_best_on_held_out_prompts(stage):
     run, done = stage("policy", *options)
     assert done.code == 0
     lines, found = metrics(run), result(run)
-    values = [found["before"]["reward"], *(line["validation_reward"] for line in lines)]
-    assert found["best_step"] == values.index(max(values))
-    assert (
-        found["score_after"]
-        == [found["score_before"], *(line["validation_score"] for line in lines)][found["best_step"]]
-    )
+    chosen, best = found["chosen_by"], found["best_step"]
+    values = [chosen["before"]["reward"], *(line["validation_reward"] for line in lines)]
+    assert values[best] == chosen["after"]["reward"] >= values[0]
+    # What is better than the start by less than a standard error stays away; of the others none is better.
+    assert best == 0 or values[best] == max(values)
+    scores = [chosen["before"]["score"], *(line["validation_score"] for line in lines)]
+    assert chosen["after"]["score"] == scores[best]
+
+
+def test_what_is_kept_is_reported_on_prompts_that_did_not_choose_it(stage, paid_for_letters):
+    found = result(paid_for_letters)
+    # 32 prompts by hash of their groups: those held out, of which `--validation-prompts 4` choose.
+    assert found["validation_prompts"] == 4 and 2 <= found["reported_prompts"] <= 8
+    assert found["best_step"] > 0
+    assert found["before"] != found["chosen_by"]["before"] and found["after"] != found["chosen_by"]["after"]
+    assert (found["score_before"], found["score_after"]) == (found["before"]["score"], found["after"]["score"])
+    few, done = stage("policy", "--validation-prompts", "100", "--updates", "1")
+    assert done.code == 0
+    held_out = result(few)["validation_prompts"] + result(few)["reported_prompts"]
+    assert result(few)["reported_prompts"] == held_out // 3 > 0
 
 
 def test_another_reward_judges_the_held_out_prompts_and_patience_stops(stage):
     options = ("--validate-every", "1", "--updates", "30", "--optim.learning-rate", "0.1", "--kl-coef", "0.5")
+    options += ("--missing-end-penalty", "0")
     judged = (*options, "--validation-reward", "toy_reward:constant", "--patience", "2")
     run, done = stage("policy", *judged, run="judged")
     assert done.code == 0
@@ -313,8 +363,8 @@ def test_another_reward_judges_the_held_out_prompts_and_patience_stops(stage):
     assert values == pytest.approx([-0.5 * line["validation_kl"] for line in lines])
     assert "no better 2 times in a row" in found["stopped"]
     values.insert(0, 0.0)
-    best = values.index(max(values))
-    assert len(lines) == found["updates"] == best + 2 < 30 and found["best_step"] == best
+    best = found["best_step"]
+    assert len(lines) == found["updates"] == best + 2 < 30 and values[best] >= 0
     plain, done = stage("policy", *options, "--updates", str(len(lines)), run="plain")
     assert done.code == 0
     assert rollout(plain, len(lines)) == rollout(run, len(lines)), "the judge changed what is learned"
@@ -324,7 +374,8 @@ def test_another_reward_judges_the_held_out_prompts_and_patience_stops(stage):
 
 def test_a_policy_that_only_gets_worse_keeps_its_start(stage, sft_run):
     options = ("--sft", str(sft_run), "--validate-every", "1", "--optim.learning-rate", "0.2", "--kl-coef", "0.5")
-    run, done = stage("policy", *options, "--validation-reward", "toy_reward:constant")
+    judge = ("--validation-reward", "toy_reward:constant", "--missing-end-penalty", "0")
+    run, done = stage("policy", *options, *judge)
     assert done.code == 0
     found = result(run)
     rewards = [line["validation_reward"] for line in metrics(run)]
@@ -402,9 +453,14 @@ def test_reward_adapters_combine(stage, reward_run, other_reward_run):
     one, two = scores["one"], scores["two"]
     assert np.abs(one - two).max() > 1e-2
     np.testing.assert_allclose(scores["mean"], (one + two) / 2, atol=1e-6)
-    np.testing.assert_allclose(scores["min"], np.minimum(one, two), atol=1e-6)
+    members = [json.loads((run.parent / how / "result.json").read_text())["centre"]["members"] for how in scores]
+    assert members[:3] == [None] * 3 and members[3] == members[4]
+    centres, (mine, others) = [[mean for mean, _ in members[3]], [deviation for _, deviation in members[3]]]
+    common = (mine + others) / 2
+    one, two = ((s - c) * common / d for s, c, d in zip((one, two), centres, (mine, others), strict=True))
+    np.testing.assert_allclose(scores["min"], np.minimum(one, two), atol=1e-5)
     # The population deviation of two is half their distance.
-    np.testing.assert_allclose(scores["mean_minus_std"], (one + two) / 2 - np.abs(one - two) / 2, atol=1e-6)
+    np.testing.assert_allclose(scores["mean_minus_std"], (one + two) / 2 - np.abs(one - two) / 2, atol=1e-5)
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return read_lines(run / "metrics.jsonl")
 
 
-_TIMES = re.compile(r"time_seconds|tokens_per_second|seconds(_.*)?|.*memory_bytes")
+_TIMES = re.compile(r"(time|validation)_seconds|tokens_per_second|seconds(_.*)?|.*memory_bytes")
 
 
 def lasting(values: Mapping[str, Any]) -> dict[str, Any]:

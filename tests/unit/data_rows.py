@@ -4,7 +4,7 @@ import json
 import struct
 from typing import Any
 
-from perlhf.data.readers.tfrecord import crc32c
+from perlhf.data.containers.tfrecord import crc32c
 
 GREETING = {"role": "agent", "text": "Welcome!"}
 REWARD_ROW: dict[str, Any] = {
@@ -359,6 +359,11 @@ ROWS: dict[str, list[Any]] = {
     "hh": [HH_ROW],
     "hhh": [HHH_ROW],
     "oasst": [OASST_ROW],
+    "oasst-messages": [
+        {"message_id": "a", "parent_id": None, "text": "Why?", "role": "prompter", "rank": None},
+        {"message_id": "b", "parent_id": "a", "text": "So.", "role": "assistant", "rank": 0},
+        {"message_id": "c", "parent_id": "a", "text": "No.", "role": "assistant", "rank": 1},
+    ],
     "pandalm": [panda(1, 1, 2)],
     "llmbar": [LLMBAR_ROW],
     "shp": [SHP_ROW],

@@ -13,6 +13,8 @@ from perlhf.model.open import Given, read_run
 from perlhf.rollout.local import Ends, stream, uniforms
 
 EXIT, NEW = "/exit", "/new"
+TEMPERATURE = 0.7
+"""Of answers by what wasn't trained at one."""
 
 
 def chat(config: ChatConfig) -> list[Message]:
@@ -28,11 +30,11 @@ def chat(config: ChatConfig) -> list[Message]:
         ConfigError: `max_completion_tokens` leaves no room in the network's context.
         ModelError, AdapterError: as the parts say.
     """
-    model, encoder, adapter, stop = _open(config)
+    model, encoder, adapter, stop, temperature = _open(config)
     ends = Ends.of(encoder, stop)
     messages: list[Message] = []
     if config.message is not None:
-        return _answered(model, ends, adapter, [{"role": "user", "content": config.message}], config)
+        return _answered(model, ends, adapter, [{"role": "user", "content": config.message}], config, temperature)
     if sys.stdin.isatty():
         import readline  # noqa: F401 -- gives `input` editing and history
 
@@ -41,13 +43,15 @@ def chat(config: ChatConfig) -> list[Message]:
         if line == NEW:
             messages = []
         elif line:
-            messages = _answered(model, ends, adapter, [*messages, {"role": "user", "content": line}], config)
+            messages = _answered(
+                model, ends, adapter, [*messages, {"role": "user", "content": line}], config, temperature
+            )
     return messages
 
 
-def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None, tuple[str, ...]]:
-    """The network, an encoder with the whole context to talk in, the adapter's name, and strings that end an answer."""
-    stop = config.stop
+def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None, tuple[str, ...], float]:
+    """The network, an encoder with the whole context to talk in, the adapter's name, what ends answers, temperature."""
+    stop, temperature = config.stop, TEMPERATURE
     if config.run is None:
         base, adapter = Base.find(config.base or DEFAULT_BASE), None
         tokenizer = load_tokenizer(base)
@@ -57,14 +61,16 @@ def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None, tuple[str, ..
     else:
         run = read_run(config.run, ("policy", "sft"), Given(config.base))
         if isinstance(run.config, PolicyConfig):
-            stop = stop or run.config.stop
+            stop, temperature = stop or run.config.stop, run.config.temperature
         model, encoder = run.open(config.device)
         adapter, tokenizer, encoding, ends = run.stage, encoder.tokenizer, encoder.config, encoder.end_ids
     context = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
     changes = {"max_tokens": max(encoding.max_tokens, context or 0)}
     if config.system is not None:
         changes |= {"system": config.system}
-    return model, Encoder(tokenizer, encoding.model_copy(update=changes), ends), adapter, stop
+    if config.temperature is not None:
+        temperature = config.temperature
+    return model, Encoder(tokenizer, encoding.model_copy(update=changes), ends), adapter, stop, temperature
 
 
 def _line() -> str | None:
@@ -77,7 +83,7 @@ def _line() -> str | None:
 
 
 def _answered(
-    model: Model, ends: Ends, adapter: str | None, messages: list[Message], config: ChatConfig
+    model: Model, ends: Ends, adapter: str | None, messages: list[Message], config: ChatConfig, temperature: float
 ) -> list[Message]:
     """The messages and the answer to them, which is printed as it grows."""
     encoder = ends.encoder
@@ -87,7 +93,7 @@ def _answered(
     ids: list[int] = []
     shown = ""
     try:
-        for token in stream(model, prompt, adapter, draws, ends, config.temperature):
+        for token in stream(model, prompt, adapter, draws, ends, temperature):
             ids.append(token)
             text = encoder.decode(ids).rstrip("\ufffd")  # half a character waits for its other half,
             shown = _show(ends.settled(text), shown)  # and what may begin a stop string for the rest of it

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from perlhf.commands import elsewhere
 from perlhf.config.commands import ExportConfig
-from perlhf.config.stages import DataConfig, EncodingConfig
+from perlhf.config.stages import DataConfig, EncodingConfig, PolicyConfig
 from perlhf.data import order
 from perlhf.data.records import Record
 from perlhf.data.splits import load
@@ -28,8 +28,8 @@ from perlhf.method.packing import Ids, Tokens, pack, pad
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base, end_ids, load_base, vocabulary
-from perlhf.model.encoding.chat_template import on_day, templates_of
 from perlhf.model.encoding.encode import Encoder
+from perlhf.model.encoding.templates import on_day, templates_of
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, Given, read_run
 from perlhf.model.packaged import SMOLLM2, disk_errors, quiet
@@ -43,6 +43,11 @@ JUDGED = 64
 """Comparisons and ratings on which a reward model's is."""
 _APART = "{{ '' }}"
 """Between our tags and a template: keeps Jinja from trimming the template's own white space there."""
+BENT = (
+    *("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size"),
+    *("num_beams", "penalty_alpha", "top_h"),
+)
+"""Settings of generation that would make another distribution of the one that a policy was trained to have."""
 LOST = 0.05
 """Share of the scores' deviation above which an error is warned of."""
 
@@ -101,7 +106,8 @@ def _export_peft(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
             tokenizer.save_pretrained(temporary)
         settings = run.base.directory / "generation_config.json"
         generation = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
-        generation |= {"eos_token_id": _ends(encoder)}
+        generation = {key: value for key, value in generation.items() if run.stage != "policy" or key not in BENT}
+        generation |= {"eos_token_id": _ends(encoder)} | _sampling(run)
         (temporary / "generation_config.json").write_text(strict_json(generation, indent=2) + "\n", encoding="utf-8")
         _write_details(temporary, details, run)
     return details
@@ -125,7 +131,8 @@ def _export_merged(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
         details["score_bias"] = adapter.bias.item()
         _fit_classifier(merged, tokenizer, adapter.bias.item())
     elif merged.generation_config is not None:
-        merged.generation_config.eos_token_id = _ends(encoder)
+        settings = dict.fromkeys(BENT) if run.stage == "policy" else {}
+        merged.generation_config.update(**{**settings, "eos_token_id": _ends(encoder), **_sampling(run)})
     with directory_atomic(config.output) as temporary:
         with quiet(), disk_errors(config.output):
             merged.save_pretrained(temporary)
@@ -243,6 +250,13 @@ def _fit_classifier(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         embedding.weight.data[-1].zero_()
     network.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     network.config.score_bias = bias
+
+
+def _sampling(run: FinishedRun) -> dict[str, Any]:
+    """How a policy was sampled in training, as generation_config.json has it: at its temperature, from all tokens."""
+    if not isinstance(run.config, PolicyConfig):
+        return {}
+    return {"do_sample": True, "temperature": run.config.temperature, "top_k": 0, "top_p": 1.0}
 
 
 def _ends(encoder: Encoder) -> int | list[int]:

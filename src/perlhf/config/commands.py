@@ -32,8 +32,8 @@ class EvaluateConfig(Frozen):
     """For policies: reward runs, `module:function` or http addresses that score (none: those of the run)."""
     prompts: Positive = 200
     """For policies: number of prompts."""
-    temperature: NotNegative = 1.0
-    """For policies: sampling temperature; 0 is greedy."""
+    temperature: NotNegative | None = None
+    """Of sampling; 0 is greedy, null the temperature that a policy was trained at, 1 for an SFT run."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end an answer; none takes those of the run."""
     best_of: tuple[Positive, ...] = ()
@@ -108,8 +108,8 @@ class ChatConfig(Frozen):
     """The network; null is the run's, or the packaged one when no run is given."""
     system: str | None = None
     """System message."""
-    temperature: NotNegative = 0.7
-    """0 is greedy."""
+    temperature: NotNegative | None = None
+    """0 is greedy; null is the temperature that a policy was trained at, 0.7 for others."""
     max_completion_tokens: Positive = 256
     """Longest answer."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()

@@ -53,6 +53,8 @@ class LayoutConfig(Frozen):
     """What grades become: `ratings` (by that rule), `comparisons` of one prompt's answers, or nothing (`ignore`)."""
     ties: Literal["skip", "error"] = Field(default="skip", exclude_if=lambda rule: rule == "skip")
     """Ties and comparisons of equal texts teach no preference: `skip` leaves them out and counts, `error` refuses."""
+    turns: Literal["last", "all"] = Field(default="last", exclude_if=lambda which: which == "last")
+    """Of conversations without a verdict: the `last` answer is the completion, or each of `all` after a user's turn."""
     config: str | None = Field(default=None, exclude_if=lambda name: name is None)
     """Of a hub set (or a directory of one): the configuration to read, where it has several."""
     split: str | None = Field(default=None, exclude_if=lambda name: name is None)
@@ -141,11 +143,11 @@ class OptimConfig(Frozen):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after warm-up; linear and cosine end at 0."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
-    """Updates over which the learning rate rises linearly."""
+    """Updates over which the learning rate rises linearly; a policy's begin after those of the value alone."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients of each adapter are clipped to this norm."""
+    """Gradients of each adapter are clipped to this norm; one below what they have makes each update count alike."""
     beta1: Fraction = 0.9
     """Decay of AdamW's first moment."""
     beta2: Fraction = 0.999
@@ -172,7 +174,7 @@ class StageConfig(Frozen):
     """Dtype of the base; `auto` is bfloat16 where the hardware is faster in it, else float32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    threads: Positive | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """CPU threads; null leaves it to torch. Bit-equal resume needs the same number."""
     seed: int = 0
     """All randomness is keyed by this."""
@@ -186,7 +188,7 @@ class StageConfig(Frozen):
     """Shape of the adapter (ignored by `tuning: full`)."""
     optim: OptimConfig = OptimConfig()
     """Optimiser."""
-    packing: Literal["none", "tree"] = "tree"
+    packing: Literal["auto", "none", "tree"] = "auto"
     """`tree` computes a shared prefix once and pads nothing; `none` pads each sequence (the slow twin)."""
     tokens_per_microbatch: Positive | None = None
     """Computed tokens in one forward pass; null takes 1024, or encoding.max_tokens if that is more."""
@@ -259,11 +261,11 @@ class RewardConfig(StageConfig):
     select: Literal["auto", "auc", "pairwise_accuracy", "loss"] = "auto"
     """Which validation metric picks the kept checkpoint; `auto` is AUC for ratings, else pairwise accuracy."""
     class_weight: Literal["none", "balanced"] = "none"
-    """`balanced` weights up and down ratings to count equally."""
+    """`balanced` weights up and down ratings to count equally, their records' weights included."""
     comparison_weight: NotNegative = 1.0
-    """Weight of the comparison loss when a run has both kinds."""
+    """Weight of the comparisons' mean loss when a run has both kinds."""
     rating_weight: NotNegative = 1.0
-    """Weight of the rating loss when a run has both kinds."""
+    """Weight of the ratings' mean loss when a run has both kinds."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of labels taken to be wrong."""
     margin: NotNegative = 0.0
@@ -332,7 +334,7 @@ class PolicyConfig(StageConfig):
     steps_per_rollout: Positive = 1
     """Optimiser steps on each rollout (more than 1 needs `clip`)."""
     missing_end_penalty: NotNegative | None = None
-    """Paid by a completion without end token; null is one standard deviation of the reference's scores."""
+    """Paid by a completion without end token; null is one deviation of the reference's scores, 0.5 if all are equal."""
     max_kl: Annotated[float, Field(gt=0)] | None = None
     """Stop when the mean KL per completion exceeds this."""
     value: ValueConfig = ValueConfig()
@@ -341,8 +343,8 @@ class PolicyConfig(StageConfig):
     """Prompts whose reference completions centre the scores at the start."""
     validate_every: Positive = 10
     """Updates between evaluations on held-out prompts; the best by held-out reward is kept, be it the start."""
-    validation_prompts: Positive = 16
-    """Held-out prompts of such an evaluation."""
+    validation_prompts: Positive = 32
+    """Held-out prompts of such an evaluation; up to twice as many others report what is kept."""
     # These are left out of what a run records unless they are set: a record without them is the same run.
     validation_reward: tuple[str, ...] = Field(default=(), exclude_if=lambda sources: not sources)
     """What scores the held-out prompts instead of `reward`, best reward runs of other groups (none: `reward`)."""

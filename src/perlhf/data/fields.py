@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from perlhf.data.records import Comparison, Demonstration, Message, Prompt, Rating, Record, Text, content_of
+from perlhf.data.records import Comparison, Message, Prompt, Record, Text, content_of
 from perlhf.errors import DataError, nearest
 
 Row = tuple[str, dict[str, Any]]
@@ -38,6 +38,12 @@ _DOWN |= {"unsatisfied", "dissatisfied", "not safe", "not good", "not correct", 
 """Words between which `_` and `-` are read as spaces."""
 
 
+_MARKS = re.compile(r"[^\w\s]")
+_ASCII_MARKS = bytes(code for code in range(128) if _MARKS.match(chr(code)))
+_LOWERED = bytes(ord(" " if chr(code).isspace() else chr(code).lower()) for code in range(128)) + bytes(128)
+"""ASCII in lower case, all white space as a space."""
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
     """A row of a published file that a reader's stated rule leaves out."""
@@ -46,10 +52,18 @@ class Skipped:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class Told(Skipped):
+    """Not a row that is left out, but what is told of one that was read: a sentence about so many of them."""
+
+
 def group_key(text: str) -> str:
     """Lower-cased, punctuation-free words of `text`; the text itself where nothing else is left (`?!`)."""
-    words = " ".join(re.sub(r"[^\w\s]", "", text.lower()).split())
-    return words or text.strip()
+    if not text.isascii():
+        return " ".join(_MARKS.sub("", text.lower()).split()) or text.strip()
+    spaced = text.encode().translate(_LOWERED, _ASCII_MARKS)
+    words = b" ".join(spaced.split()) if b"  " in spaced else spaced.strip()
+    return words.decode() or text.strip()
 
 
 def prompt_group(prompt: Text) -> str:
@@ -63,7 +77,7 @@ def prompt_group(prompt: Text) -> str:
 def is_blank(text: Text) -> bool:
     """True when there is nothing but white space; a message that calls tools is not blank."""
     if isinstance(text, str):
-        return not text.strip()
+        return not text or text.isspace()
     return not any(content_of(message).strip() or message.get("tool_calls") for message in text)
 
 
@@ -193,22 +207,24 @@ def checked(record: Record, where: str) -> Record:
     Raises:
         DataError: the prompt or a completion is empty, or some text can't be written as UTF-8 (a lone surrogate).
     """
-    match record:
-        case Comparison():
-            answers = (("chosen", record.chosen), ("rejected", record.rejected))
-        case Rating() | Demonstration():
-            answers = (("completion", record.completion),)
-        case Prompt():
-            answers = ()
+    if isinstance(record, Comparison):
+        answers = (("chosen", record.chosen), ("rejected", record.rejected))
+    elif isinstance(record, Prompt):
+        answers = ()
+    else:
+        answers = (("completion", record.completion),)
     if is_blank(record.prompt):
         raise _empty("prompt", where)
     for name, content in answers:
         if is_blank(content if isinstance(content, str) else content[-1:]):
             raise _empty(name, where)
     refuse_surrogates(record.group, where)
-    for content in (record.prompt, *(answer for _, answer in answers)):
-        for part in (content,) if isinstance(content, str) else map(content_of, content):
-            refuse_surrogates(part, where)
+    for _, content in (("prompt", record.prompt), *answers):
+        if isinstance(content, str):
+            refuse_surrogates(content, where)
+        else:
+            for turn in content:
+                refuse_surrogates(content_of(turn), where)
     return record
 
 

@@ -14,13 +14,11 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
 from perlhf.data import pull
 from perlhf.data.containers import arrow, authors, delimited, json_rows
 from perlhf.data.containers.decoded import text_blocks
 from perlhf.data.containers.packed import PACKED_SUFFIXES, blocks, member_name
-from perlhf.data.readers.tfrecord import is_tfrecord, read_examples
+from perlhf.data.containers.tfrecord import is_tfrecord, read_examples
 from perlhf.errors import DataError, nearest
 
 BUILTIN = "builtin:coffee-bar"
@@ -95,7 +93,7 @@ def find(path: str, root: Path | None = None, choice: Choice = FOR_TRAINING) -> 
             hint="leave data.revision out",
         )
     if place.is_dir() and not arrow.is_saved(place):
-        if choice.config is None and len(configs := _configs(place)) > 1:
+        if choice.config is None and len(configs := authors.configs(place)) > 1:
             authors.tell(f"{path}: all configurations are read: {', '.join(configs)} (data.config names one)")
         inside = _inside(place, path) if choice.config is None else _configured(place, path, choice.config)
         return _split_files(inside, path, choice)
@@ -254,6 +252,8 @@ def _split_files(found: list[DataFile], path: str, choice: Choice) -> list[DataF
     if choice.split is None:
         unnamed = [file.name for file, name in splits.items() if name is None]
         if len(training) == len(names) or not (training or unnamed):
+            if names and not training:
+                authors.tell(f"{path}: all its files are named as held out ({', '.join(names)}), and are read")
             return found
         if not training:  # of prefs.jsonl and prefs_test.jsonl, the first is for training
             authors.tell_left_out(path, unnamed, names)
@@ -298,7 +298,8 @@ def _matching(pattern: str, root: Path | None) -> list[DataFile]:
             directories = [(match, place) for match, place in places if place.is_dir()]
             found = [file for match, place in directories for file in _found_in(place, match)]
         if found:
-            return list(dict.fromkeys(found))
+            kept = _each_once([file.path for file in found if file.path], pattern)
+            return list(dict.fromkeys(file for file in found if file.path in kept))
     raise DataError(
         "no file matches this pattern",
         where=pattern,
@@ -311,49 +312,11 @@ def _found_in(place: Path, path: str) -> list[DataFile]:
     return [DataFile(path, place)] if arrow.is_saved(place) else _inside(place, path)
 
 
-def _configs(directory: Path) -> dict[str, Any]:
-    """The configurations that the head of a hub set's README lists."""
-    try:
-        text = (directory / "README.md").read_text(encoding="utf-8")
-        head = text.removeprefix("---").partition("\n---")[0]
-        listed = (yaml.safe_load(head) or {}).get("configs") if "configs:" in head else None
-        return {str(entry["config_name"]): entry for entry in listed or ()}
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError):
-        return {}
-
-
 def _configured(place: Path, path: str, config: str) -> list[DataFile]:
-    """The files of one configuration: as the README says, else those of the folder of that name."""
-    configs = _configs(place)
-    folders = sorted(part.name for part in place.iterdir() if part.is_dir() and not part.name.startswith("."))
-    known = list(configs) or folders
-    if config not in known:
-        near = nearest(config, known)
-        raise DataError(
-            f"no configuration is called {config!r}",
-            where=f"{path}: data.config",
-            allowed=", ".join(known) or "none: the directory has no folders",
-            hint=f"did you mean {near!r}?" if near else None,
-        )
-    entry = configs.get(config, {})
+    """The files of one configuration."""
     inside = _inside(place, path)
-    if "data_files" not in entry:
-        folder = str(entry.get("data_dir", config)).strip("./")
-        return _some([file for file in inside if file.path and file.path.is_relative_to(place / folder)], path, config)
-    listed = entry["data_files"] if isinstance(entry["data_files"], list) else [entry["data_files"]]
-    patterns = [part for one in listed for part in _patterns(one.get("path") if isinstance(one, dict) else one)]
-    wanted = {match for pattern in patterns for match in place.glob(pattern.lstrip("/"))}
-    return _some([file for file in inside if file.path in wanted], path, config)
-
-
-def _patterns(listed: Any) -> list[str]:
-    return [str(one) for one in (listed if isinstance(listed, list) else [listed]) if one]
-
-
-def _some(found: list[DataFile], path: str, config: str) -> list[DataFile]:
-    if not found:
-        raise DataError(f"the configuration {config!r} has no data file here", where=path, hint="download it whole")
-    return found
+    wanted = authors.files_of_config(place, path, config, [file.path for file in inside if file.path])
+    return [file for file in inside if file.path in wanted]
 
 
 def _root(root: Path | None) -> Path | None:

@@ -4,11 +4,14 @@ A set is whole or absent: files gather in a temporary directory that is renamed 
 with the SHA-256 of each file as it arrived, so that a second pull can tell that everything is there.
 """
 
+import errno
 import http.client
 import json
+import lzma
 import os
 import shutil
 import stat
+import struct
 import tarfile
 import urllib.error
 import urllib.parse
@@ -29,6 +32,20 @@ ADDRESS = "https://raw.githubusercontent.com"
 
 MANIFEST = "MANIFEST.json"
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    OverflowError,
+)
+_NAMES_REFUSED = (None, errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+"""What the system says to a name that can't be; None for packed bytes that can't be unpacked."""
 _BLOCK = 1 << 16
 _TIMEOUT_SECONDS = 60
 
@@ -100,13 +117,17 @@ def safe_extract(archive: Path, directory: Path) -> list[Path]:
             # The filter alone would refuse what leaves the directory, but write an absolute name below it.
             opened.extractall(directory, inside, filter="data")
             return [directory / member.name for member in inside]
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
+    except DataError:
+        raise
+    except (*_DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NAMES_REFUSED:
+            raise  # a full disk, no permission
         raise DataError(f"the archive is damaged: {error}", where=archive.name, hint="download it again") from error
 
 
 def _place(directory: Path, member: str, archive: Path, regular: bool) -> Path:
     parts = PurePosixPath(member.replace("\\", "/"))
-    if not regular or parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+    if not regular or parts.is_absolute() or ".." in parts.parts or not parts.parts or ":" in parts.parts[0]:
         raise DataError(
             f"the archive holds {member!r}, which would be written outside its directory"
             if regular
@@ -121,7 +142,7 @@ def _place(directory: Path, member: str, archive: Path, regular: bool) -> Path:
 def _download(known: dict[str, Any], stage: Path, address: str) -> list[dict[str, Any]]:
     entries = []
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

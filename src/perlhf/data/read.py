@@ -1,39 +1,35 @@
-"""Which reader a file needs, and reading it."""
+"""From a path to records: each file's rows, given to the reader that its columns ask for."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from itertools import chain, groupby
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from perlhf.config.stages import LayoutConfig
 from perlhf.data import files
-from perlhf.data.fields import Row, Skipped, checked
+from perlhf.data.containers.authors import tell
+from perlhf.data.fields import Row, Skipped, Told, checked
 from perlhf.data.files import BUILTIN, Choice, DataFile
-from perlhf.data.readers import android, dialogs, exports, layouts, pairs
-from perlhf.data.readers.messages import transcript
-from perlhf.data.readers.trl import folded, slip_of, trl
+from perlhf.data.readers.columns import folded, slip_of
+from perlhf.data.readers.formats import (
+    NEED_STORIES,
+    PUBLISHED,
+    WHOLE_FILE,
+    Reader,
+    by_row,
+    check_format,
+    detect,
+    format_of,
+)
+from perlhf.data.readers.judged import TIE
 from perlhf.data.records import Comparison, Record
 from perlhf.errors import DataError, nearest
 from perlhf.system.progress import counted
 
-Reader = Callable[[Iterable[Row]], Iterator[Record | Skipped]]
 Kind = Literal["rating", "comparison", "demonstration", "prompt"]
 KINDS: tuple[Kind, ...] = ("comparison", "rating", "demonstration", "prompt")
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """One layout: its name, what it gives, the sets of columns that tell it apart, and its reader."""
-
-    name: str
-    gives: str
-    columns: tuple[frozenset[str], ...]
-    """A file has this layout when its first row has all columns of one of these."""
-    reader: Callable[..., Iterator[Record | Skipped]]
-    published: bool = True
-    """A set with a rule of its own; the others are layouts of people's own files, read by `LayoutConfig`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,80 +39,22 @@ class Reading:
     records: list[Record] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
+    told: dict[str, int] = field(default_factory=dict)
+    """How many rows were read by a rule that their author may not expect, for each such rule."""
+
+    def leave_out(self, row: Skipped) -> None:
+        """Counts a row that is left out, or one of which something is told."""
+        counts = self.told if isinstance(row, Told) else self.skipped
+        counts[row.reason] = counts.get(row.reason, 0) + 1
+
+    def sentences(self) -> list[str]:
+        """What is told of rows that were read."""
+        return [f"{count:,} {what}" for what, count in self.told.items()]
 
 
-def _published(name: str, gives: str, columns: str, reader: Callable[..., Iterator[Record | Skipped]]) -> Format:
-    return Format(name, gives, _alternatives(columns), reader)
-
-
-def _layout(name: str, gives: str, columns: str, reader: Callable[..., Iterator[Record | Skipped]]) -> Format:
-    return Format(name, gives, _alternatives(columns), reader, published=False)
-
-
-def _alternatives(columns: str) -> tuple[frozenset[str], ...]:
-    return tuple(frozenset(names.split()) for names in columns.split("|") if names.strip())
-
-
-_OPENAI = "input preferred_output non_preferred_output | input preferred_completion non_preferred_completion"
-_SWIFT = "messages rejected_response | messages rejected_messages | query response"
-_HELPSTEER = "prompt response helpfulness | response1 response2 overall_preference"
-_HELPSTEER += " | response_1 response_2 preference_strength"
-_ULTRAFEEDBACK = "instruction completions | prompt answers | prompt completions models"
-_ULTRAFEEDBACK += " | prompt responses scores | prompt completions scores | prompt responses ranks"
-_ULTRAFEEDBACK += " | prompt completions ranks | prompt responses ratings | prompt completions ratings"
-_ULTRAFEEDBACK += " | instruction generations ratings | prompt generations ratings | prompt responses rewards"
-_ALPACA = "instruction output | instruction response | instruction chosen rejected | instruction input | input output"
-_ARENA = "conversation_a conversation_b winner | response_a response_b winner | response_a response_b winner_model_a"
-_ARENA += " | answer_a answer_b winner | response_0 response_1 better_response_id | answer_0 answer_1 score_0 score_1"
-_ARENA += " | response_1 response_2 preference | response1 response2 preference | answer1 answer2 winner"
-_ARENA += " | response_1 response_2 winner | response1 response2 winner | completion_a completion_b winner"
-_ARENA += " | output_a output_b winner | response_a response_b preference | output_1 output_2 preference"
-
-FORMATS = (
-    _layout("trl", "any kind, by its columns", "", trl),
-    _published("taskmaster-rewards", "ratings", "context generation reward", dialogs.taskmaster_rewards),
-    _published("taskmaster-dialogs", "demonstrations", "conversation_id utterances", dialogs.taskmaster_dialogs),
-    _published("taskmaster-tsv", "demonstrations", "source target dialog_id", dialogs.taskmaster_tsv),
-    _published("hh", "comparisons", "", dialogs.hh),
-    _published("hhh", "comparisons", "chosen_instruction rejected_instruction", dialogs.hhh),
-    _published("oasst", "comparisons", "message_tree_id prompt", dialogs.oasst),
-    _published("pandalm", "comparisons", "response1 response2 annotator1", pairs.pandalm),
-    _published("llmbar", "comparisons (also the layout of MT-bench)", "input output_1 output_2 label", pairs.llmbar),
-    _published("shp", "comparisons", "post_id history human_ref_A human_ref_B labels", pairs.shp),
-    _published("tldr", "comparisons", "info summaries choice", pairs.tldr),
-    _published("feedbackqa", "comparisons", "question passage rating", pairs.feedbackqa),
-    _published("feedbackqa-ratings", "ratings", "", pairs.feedbackqa_ratings),
-    _published("squality", "comparisons", "passage-id questions", pairs.squality),
-    _published("squality-questions", "comparisons", "", pairs.squality_questions),
-    _published("squality-summaries", "demonstrations", "metadata document questions", pairs.squality_summaries),
-    _published("uibert", "demonstrations", "image/ref_exp/text image/ref_exp/label", pairs.uibert),
-    _published("uibert-pairs", "comparisons", "", pairs.uibert_pairs),
-    _published("android-control", "demonstrations", "accessibility_trees step_instructions", android.android_control),
-    _published("android-control-pairs", "comparisons", "", android.android_control_pairs),
-    _layout("open-webui", "ratings", "data snapshot meta | data snapshot type", exports.open_webui),
-    _layout("label-studio", "any kind", "data annotations | annotation_id lead_time", exports.label_studio),
-    _layout("argilla", "any kind", "fields responses", exports.argilla),
-    _layout("openai", "comparisons and demonstrations", _OPENAI, layouts.openai),
-    _layout("swift", "any kind", _SWIFT, layouts.swift),
-    _layout("sharegpt", "any kind", "conversations | conversation", layouts.sharegpt),
-    _layout("arena", "comparisons", _ARENA, layouts.arena),
-    _layout("helpsteer", "comparisons, or what grades become", _HELPSTEER, layouts.helpsteer),
-    _layout("ultrafeedback", "comparisons", _ULTRAFEEDBACK, layouts.ultrafeedback),
-    _layout("alpaca", "any kind", _ALPACA, layouts.alpaca),
-)
-PUBLISHED = frozenset(format.name for format in FORMATS if format.published)
-"""Readers that leave it to their caller to check what they found (`fields.checked`)."""
-NEED_STORIES = ("squality", "squality-questions")
-WHOLE_FILE = ("feedbackqa",)
-"""Formats whose records come of several rows; in all others a row says by itself what it is."""
 LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
 """Suffixes of files with a row on each line (or nearly)."""
 _SAMPLE_BYTES = 2**18
-_TRL = ("prompt chosen rejected", "prompt completion", "chosen_response rejected_response")
-"""Sets of columns that are read as `trl` whatever stands beside them."""
-_COMMON = frozenset(("prompt", "messages"))
-"""Columns of so many layouts that they show none."""
-_EXPORT = frozenset(("annotation_id", "lead_time"))
 SAME_TEXT = "the same text on both sides"
 MAPPED_ROWS = 1000
 """Rows in which a name of `data.columns` must occur."""
@@ -173,14 +111,16 @@ def stream(
             continue
         name = detect(first[1]) if format == "auto" else format
         reading.formats[file.name] = name
-        published = name in PUBLISHED
-        reader = by_row(name, rules) if format == "auto" and not published else reader_of(name, file, rules)
-        for found in reader(chain([first], rows)):
-            record = settled(found, rules)
+        settle = _settled_and_checked if name in PUBLISHED else settled
+        for found in _reader(name, format, file, rules)(chain([first], rows)):
+            record = settle(found, rules)
             if isinstance(record, Skipped):
-                reading.skipped[record.reason] = reading.skipped.get(record.reason, 0) + 1
+                reading.leave_out(record)
             else:
-                yield checked(record, record.source or file.name) if published else record
+                yield record
+    for sentence in reading.sentences():
+        tell(f"{path}: {sentence}")
+    reading.told.clear()
 
 
 def about_rows(file: DataFile) -> int | None:
@@ -193,82 +133,6 @@ def about_rows(file: DataFile) -> int | None:
     return round(size * lines / len(begin)) if lines else None
 
 
-def detect(row: Mapping[str, Any]) -> str:
-    """Name of the format that a file's first row shows; `trl` when no other layout fits.
-
-    Published sets come first, then TRL's columns, then the layouts of people's own files.
-    """
-    if _holds_dialogs(row):
-        return "hh"
-    return _detected(*_names_of(row)) or "trl"
-
-
-def by_row(name: str, rules: LayoutConfig) -> Reader:
-    """The reader of a file of somebody's own whose first row has the layout `name`: its rows may be of several.
-
-    A row that shows none is read as the rows before it where it has a column of theirs, else as `trl`. Where grades
-    become comparisons, which need all answers to a prompt, the first row speaks for all.
-    """
-    if rules.grades == "comparisons":
-        return partial(_format(name).reader, rules=rules)
-
-    seen = None
-
-    def layout(item: Row) -> str:
-        nonlocal name, seen
-        if seen == (seen := _names_of(item[1])):
-            return name
-        names, given = seen
-        found = _detected(names, given)
-        if found is None:
-            found = name if _of_layout(name, given) else "trl"
-        name = found if found not in PUBLISHED else name
-        return name
-
-    def reader(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
-        for found, group in groupby(rows, layout):
-            yield from _format(found).reader(group, rules=rules)
-
-    return reader
-
-
-def _names_of(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of a row's columns, and of those that hold something."""
-    names = tuple(row)
-    return names, names if None not in row.values() else tuple([name for name in names if row[name] is not None])
-
-
-@lru_cache(maxsize=4096)
-def _detected(names: tuple[str, ...], given: tuple[str, ...]) -> str | None:
-    """The format that these columns show. A null may be the missing verdict of a row, or fill a column of others."""
-    every, held = frozenset(names), frozenset(given)
-    for format in FORMATS:
-        if format.published and any(columns <= every for columns in format.columns):
-            return format.name
-    if any(name.endswith((".responses", "-suggestion")) for name in names):
-        return "argilla"
-    if any(held.issuperset(columns.split()) for columns in _TRL) and not _EXPORT <= every:
-        return "trl"
-    own = [format for format in FORMATS if not format.published]
-    for format in own:
-        if any(columns <= held for columns in format.columns):
-            return format.name
-    for format in own:
-        if any(columns <= every and columns & held - _COMMON for columns in format.columns):
-            return format.name
-    return "arena" if layouts.is_judged_pair(every) else None
-
-
-@lru_cache(maxsize=4096)
-def _of_layout(name: str, given: tuple[str, ...]) -> bool:
-    """Whether a row has a column of this layout that others don't have."""
-    return any(columns & set(given) - _COMMON for columns in _format(name).columns)
-
-
-def _format(name: str) -> Format:
-    return next(format for format in FORMATS if format.name == name)
-
-
 def settled(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
     """What a reader found, by the rule for ties: comparisons without a preference teach nothing.
 
@@ -276,7 +140,7 @@ def settled(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
         DataError: `ties: error`, and this is one.
     """
     equal = isinstance(found, Comparison) and found.chosen == found.rejected
-    tie = isinstance(found, Skipped) and found.reason == layouts.TIE
+    tie = isinstance(found, Skipped) and found.reason == TIE
     if not equal and not tie:
         return found
     if rules.ties == "error":
@@ -287,6 +151,12 @@ def settled(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
             hint="`data.ties: skip` leaves such rows out and counts them",
         )
     return Skipped(SAME_TEXT, found.source) if equal else found
+
+
+def _settled_and_checked(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
+    """As `settled`, for readers that leave it to their caller to check what they found."""
+    outcome = settled(found, rules)
+    return outcome if isinstance(outcome, Skipped) else checked(outcome, outcome.source)
 
 
 def renamed(rows: Iterable[Row], rules: LayoutConfig, name: str) -> Iterator[Row]:
@@ -340,22 +210,14 @@ def _found(row: Any, name: str) -> tuple[bool, Any]:
     return False, None
 
 
-def _holds_dialogs(row: Mapping[str, Any]) -> bool:
-    """True for HH's layout: `chosen` and `rejected` are whole dialogs, and there is no prompt."""
-    sides = [row.get(side) for side in ("chosen", "rejected")]
-    if row.get("prompt") is not None or not all(isinstance(side, str) for side in sides):
-        return False
-    return all(str(side).startswith("\n\nHuman:") or _is_dialog(str(side)) for side in sides)
-
-
-def _is_dialog(text: str) -> bool:
-    turns = transcript(text) if text.lstrip().startswith("Human:") else None
-    return turns is not None and turns[-1]["role"] == "assistant"
+def _reader(name: str, format: str, file: DataFile, rules: LayoutConfig) -> Reader:
+    """The reader of a file whose first row has the layout `name`, where `format` is what was asked for."""
+    return by_row(name, rules) if format == "auto" and name not in PUBLISHED else reader_of(name, file, rules)
 
 
 def reader_of(name: str, file: DataFile, rules: LayoutConfig | None = None) -> Reader:
     """The reader called `name`; SQuALITY's are given the stories, which lie in another file of that set."""
-    format = _format(name)
+    format = format_of(name)
     if not format.published:
         return partial(format.reader, rules=rules or LayoutConfig())
     return partial(format.reader, stories=_stories(file)) if name in NEED_STORIES else format.reader
@@ -364,19 +226,6 @@ def reader_of(name: str, file: DataFile, rules: LayoutConfig | None = None) -> R
 def choice_of(rules: LayoutConfig) -> Choice:
     """What is read of a set with configurations, authors' splits or revisions."""
     return Choice(rules.config, rules.split, rules.revision)
-
-
-def check_format(name: str) -> None:
-    """Raises DataError, with the nearest name, when there is no such format."""
-    names = ["auto", *(format.name for format in FORMATS)]
-    if name not in names:
-        near = nearest(name.lower(), names)
-        raise DataError(
-            f"unknown format {name!r}",
-            where="format",
-            allowed=", ".join(names),
-            hint=f"did you mean {near!r}?" if near else None,
-        )
 
 
 def is_builtin(path: str) -> bool:
@@ -418,3 +267,98 @@ def _stories(file: DataFile) -> dict[str, dict[str, Any]]:
             raise DataError("a story has no metadata.passage_id", where=where)
         stories[metadata["passage_id"]] = row
     return stories
+
+
+Outcome = Record | Skipped | DataError
+Settle = Callable[[Record | Skipped], Record | Skipped]
+
+
+def records_or_problems(file: DataFile, format: str, rules: LayoutConfig | None = None) -> Iterator[Outcome]:
+    """Every record of a file, with an error in place of each row that can't be read."""
+    rules, unreadable = rules or LayoutConfig(), list[DataError]()
+    try:
+        rows = _readable(file, rules, unreadable)
+        if (first := next(rows, None)) is not None:
+            name = detect(first[1]) if format == "auto" else format
+            settle = partial(_settled_and_checked if name in PUBLISHED else settled, rules=rules)
+            reader = _reader(name, format, file, rules)
+            source = chain([first], rows)
+            if name in WHOLE_FILE or rules.grades == "comparisons":
+                yield from _of_whole_file(reader, source, file, settle, rules)
+            else:
+                yield from _of_each_row(reader, source, settle, unreadable)
+    except DataError as error:
+        unreadable.append(error)
+    yield from unreadable
+
+
+def _readable(file: DataFile, rules: LayoutConfig, unreadable: list[DataError]) -> Iterator[Row]:
+    """The rows of a file by our names of columns; those that are none go to `unreadable`."""
+
+    def readable() -> Iterator[Row]:
+        for where, row in files.rows_or_errors(file):
+            if isinstance(row, DataError):
+                unreadable.append(row)
+            else:
+                yield where, row
+
+    return renamed(counted(readable(), f"reading {file.name}", about_rows(file)), rules, file.name)
+
+
+def _of_each_row(reader: Reader, rows: Iterator[Row], settle: Settle, unreadable: list[DataError]) -> Iterator[Outcome]:
+    """What a reader makes of rows that stand each for itself; it goes on after one that it refuses.
+
+    A row counts with all its records or not at all, so what it gave waits until the reader asks for the next one.
+    """
+    waiting: list[Outcome] = []
+    began, refused = 0, False  # where the outcomes of the newest row begin, and whether it was refused
+
+    def one_by_one() -> Iterator[Row]:
+        nonlocal began, refused
+        for row in rows:
+            waiting.extend(unreadable)
+            unreadable.clear()
+            began, refused = len(waiting), False
+            yield row
+            began = len(waiting)  # all that it gave has come
+
+    def refuse(error: DataError) -> None:
+        nonlocal refused
+        refused = True
+        waiting[began:] = [error]
+
+    source, going_on = one_by_one(), True
+    while going_on:
+        try:
+            for found in reader(source):
+                if began:
+                    yield from waiting[:began]
+                    del waiting[:began]
+                    began = 0
+                if refused:
+                    continue
+                try:
+                    waiting.append(settle(found))
+                except DataError as error:
+                    refuse(error)
+            going_on = False
+        except DataError as error:
+            refuse(error)
+    yield from waiting
+
+
+def _of_whole_file(
+    reader: Reader, source: Iterator[Row], file: DataFile, settle: Settle, rules: LayoutConfig
+) -> Iterator[Outcome]:
+    """What a reader makes of all the rows that it doesn't refuse alone; the file is read twice for that."""
+    refused: set[str] = set()
+    for where, row in source:
+        for outcome in _of_each_row(reader, iter([(where, row)]), settle, []):
+            if isinstance(outcome, DataError):
+                refused.add(where)
+                yield outcome
+    for found in reader((where, row) for where, row in _readable(file, rules, []) if where not in refused):
+        try:
+            yield settle(found)
+        except DataError as error:
+            yield error

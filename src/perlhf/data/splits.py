@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from perlhf.config.stages import DataConfig
 from perlhf.data import files, read
 from perlhf.data.read import KINDS, Kind
-from perlhf.data.readers.layouts import TIE
+from perlhf.data.readers.judged import TIE
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
 from perlhf.data.store import NO_LABEL, PROMPT, Facts, Records, count_groups, hold, warnings
 from perlhf.errors import DataError, nearest

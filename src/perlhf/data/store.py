@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
 from perlhf.errors import StorageError
 
-MEMORY_BYTES = 32 * 2**20
-"""What is held in memory before it is written to the file."""
+MEMORY_BYTES = 4 * 2**20
+"""What is held in memory before it is written to the file: about what a processor's cache holds."""
 ODD = -1
 """The shape of a record of which only the encoder can say how it is rendered: tools, or messages with other keys than
 `role` and `content`."""
@@ -68,6 +68,8 @@ class Facts:
     """True for a comparison whose margin is negative."""
     shape: NDArray[np.int64]
     """0 for plain text, a hash of the roles for messages of role and content, ODD otherwise."""
+    weight: NDArray[np.float64]
+    """Of a record's loss; 1 for prompts."""
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -77,11 +79,11 @@ class Facts:
         return Facts(*(column[numbers] for column in vars(self).values()))
 
 
-_ROW = struct.Struct("<b8sbqqbII??q")
+_ROW = struct.Struct("<b8sbqqbII??qd")
 _COLUMNS = np.dtype(
     {
         "names": [*Facts.__dataclass_fields__],
-        "formats": ["i1", "<u8", "i1", "<i8", "<i8", "i1", "<u4", "<u4", "?", "?", "<i8"],
+        "formats": ["i1", "<u8", "i1", "<i8", "<i8", "i1", "<u4", "<u4", "?", "?", "<i8", "<f8"],
     },
 )
 """One row of facts as `_ROW` packs it."""
@@ -100,11 +102,14 @@ class Tally:
         kind = _CODES[type(record)]
         prompt, prompt_bytes, plain, shape = _text_facts(record.prompt)
         longest, label, verdict, rest, against = 0, NO_LABEL, NO_VERDICT, None, False
+        weight = 1.0 if isinstance(record, Prompt) else record.weight
         if isinstance(record, Comparison):
             chosen, longest, chosen_plain, chosen_shape = _text_facts(record.chosen)
             rejected, other, rejected_plain, rejected_shape = _text_facts(record.rejected)
             longest, plain = max(longest, other), plain and chosen_plain and rejected_plain
-            shape = _joined(shape, _joined(chosen_shape, rejected_shape))
+            shape = (
+                _joined(shape, _joined(chosen_shape, rejected_shape)) if chosen_shape or rejected_shape or shape else 0
+            )
             first, second = (chosen, rejected) if chosen < rejected else (rejected, chosen)
             subject = hash((prompt, first, second))
             verdict = TIE if chosen == rejected else int(chosen == first)
@@ -129,7 +134,18 @@ class Tally:
         group = self._prefix.copy()
         group.update(record.group.encode())
         self._rows += _ROW.pack(
-            kind, group.digest()[7::-1], label, identity, subject, verdict, prompt_bytes, longest, plain, against, shape
+            kind,
+            group.digest()[7::-1],
+            label,
+            identity,
+            subject,
+            verdict,
+            prompt_bytes,
+            longest,
+            plain,
+            against,
+            shape,
+            weight,
         )
 
     def facts(self) -> Facts:

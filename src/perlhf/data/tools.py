@@ -1,6 +1,5 @@
 """What `perlhf data validate | inspect | split | convert | formats` do."""
 
-import itertools
 import json
 import tempfile
 from array import array
@@ -14,9 +13,8 @@ import numpy as np
 
 from perlhf.config.stages import DataConfig, LayoutConfig
 from perlhf.data import files, read
-from perlhf.data.fields import Row, Skipped, checked
-from perlhf.data.files import DataFile
-from perlhf.data.read import FORMATS
+from perlhf.data.fields import Skipped
+from perlhf.data.readers.formats import FORMATS, check_format
 from perlhf.data.records import (
     Comparison,
     Demonstration,
@@ -85,24 +83,26 @@ def validate(
     Raises:
         DataError: unknown format, or nothing has one of the names.
     """
-    read.check_format(format)
-    tally, skipped, problems, kinds = Tally(), Counter[str](), list[DataError](), Counter[str]()
+    check_format(format)
+    tally, reading, problems, kinds = Tally(), read.Reading(), list[DataError](), Counter[str]()
     count = 0
     for path in paths:
         choice = read.choice_of(rules or LayoutConfig())
         data_files = [None] if read.is_builtin(path) else files.find(path, root, choice)
         for file in data_files:
             count += 1
-            for outcome in read.read(path, rules=rules) if file is None else _records_or_problems(file, format, rules):
+            for outcome in (
+                read.read(path, rules=rules) if file is None else read.records_or_problems(file, format, rules)
+            ):
                 if isinstance(outcome, DataError):
                     problems.append(outcome)
                 elif isinstance(outcome, Skipped):
-                    skipped[outcome.reason] += 1
+                    reading.leave_out(outcome)
                 else:
                     kinds[kind_of(outcome)] += 1
                     tally.add(outcome)
-    odd = tuple(oddities(tally.facts(), skipped))
-    return Validation(count, dict(kinds), dict(skipped), tuple(problems[:MAX_PROBLEMS]), odd)
+    odd = (*reading.sentences(), *oddities(tally.facts(), reading.skipped))
+    return Validation(count, dict(kinds), reading.skipped, tuple(problems[:MAX_PROBLEMS]), odd)
 
 
 def inspect(
@@ -302,110 +302,6 @@ def _written(text: Text, role: str, chat: bool) -> str | list[dict[str, str]]:
     if isinstance(text, str):
         return [{"role": role, "content": text}] if chat else text
     return [dict(message) for message in text]
-
-
-Outcome = Record | Skipped | DataError
-
-
-def _records_or_problems(file: DataFile, format: str, rules: LayoutConfig | None = None) -> Iterator[Outcome]:
-    """Every record of a file, with an error in place of each row that can't be read."""
-    rules, unreadable = rules or LayoutConfig(), list[DataError]()
-    try:
-        rows = _renamed(file, rules, unreadable)
-        if (first := next(rows, None)) is not None:
-            name = read.detect(first[1]) if format == "auto" else format
-            own = format == "auto" and name not in read.PUBLISHED
-            reader = read.by_row(name, rules) if own else read.reader_of(name, file, rules)
-            source = itertools.chain([first], rows)
-            if name in read.WHOLE_FILE or rules.grades == "comparisons":
-                yield from _of_whole_file(reader, source, file, rules)
-            else:
-                yield from _of_each_row(reader, source, rules, unreadable)
-    except DataError as error:
-        unreadable.append(error)
-    yield from unreadable
-
-
-def _renamed(file: DataFile, rules: LayoutConfig, unreadable: list[DataError]) -> Iterator[Row]:
-    """The rows of a file by our names of columns; those that are none go to `unreadable`."""
-
-    def readable() -> Iterator[Row]:
-        for where, row in files.rows_or_errors(file):
-            if isinstance(row, DataError):
-                unreadable.append(row)
-            else:
-                yield where, row
-
-    return read.renamed(counted(readable(), f"reading {file.name}", read.about_rows(file)), rules, file.name)
-
-
-def _of_each_row(
-    reader: read.Reader, rows: Iterator[Row], rules: LayoutConfig, unreadable: list[DataError]
-) -> Iterator[Outcome]:
-    """What a reader makes of rows that stand each for itself; it goes on after one that it refuses.
-
-    A row counts with all its records or not at all, so what it gave waits until the reader asks for the next one.
-    """
-    waiting: list[Outcome] = []
-    began, refused = 0, False  # where the outcomes of the newest row begin, and whether it was refused
-
-    def one_by_one() -> Iterator[Row]:
-        nonlocal began, refused
-        for row in rows:
-            waiting.extend(unreadable)
-            unreadable.clear()
-            began, refused = len(waiting), False
-            yield row
-            began = len(waiting)  # all that it gave has come
-
-    def refuse(error: DataError) -> None:
-        nonlocal refused
-        refused = True
-        waiting[began:] = [error]
-
-    source, going_on = one_by_one(), True
-    while going_on:
-        try:
-            for found in reader(source):
-                if began:
-                    yield from waiting[:began]
-                    del waiting[:began]
-                    began = 0
-                if refused:
-                    continue
-                try:
-                    waiting.append(_checked(found, rules))
-                except DataError as error:
-                    refuse(error)
-            going_on = False
-        except DataError as error:
-            refuse(error)
-    yield from waiting
-
-
-def _of_whole_file(reader: read.Reader, rows: Iterator[Row], file: DataFile, rules: LayoutConfig) -> Iterator[Outcome]:
-    """What a reader makes of all the rows that it doesn't refuse alone; the file is read twice for that."""
-    refused: set[str] = set()
-    for where, row in rows:
-        for outcome in _of_each_row(reader, iter([(where, row)]), rules, []):
-            if isinstance(outcome, DataError):
-                refused.add(where)
-                yield outcome
-    for found in reader((where, row) for where, row in _renamed(file, rules, []) if where not in refused):
-        try:
-            yield _checked(found, rules)
-        except DataError as error:
-            yield error
-
-
-def _checked(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
-    """What a reader found, by the rule for ties.
-
-    Raises:
-        DataError: it can't be trained on.
-    """
-    outcome = read.settled(found, rules)
-    return outcome if isinstance(outcome, Skipped) else checked(outcome, outcome.source or "")
 
 
 def _example(record: Record) -> dict[str, Any]:

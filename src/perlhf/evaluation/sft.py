@@ -18,6 +18,7 @@ from perlhf.method.packing import batches
 from perlhf.model.encoding.encode import Encoder, Example
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun
+from perlhf.rollout.local import check_finite
 from perlhf.runs.evaluations import Evaluation, Measured, Measures
 from perlhf.training import loop
 
@@ -47,7 +48,7 @@ def evaluate_sft(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
         metrics=after,
         before=before,
         after=after,
-        temperature=config.temperature,
+        temperature=_temperature(config),
         bootstrap=config.bootstrap,
         seed=config.seed,
         samples=_answered(model, encoder, shown, run.stage, config),
@@ -70,6 +71,7 @@ def _losses(
     with progress(len(laid_out), "loss of the base" if adapter is None else "loss") as bar:
         for batch in laid_out:
             logprobs = model.logprobs(batch, adapter).logprobs
+            check_finite(model, adapter, logprobs, "log-probabilities")
             nats[list(batch.examples)] = -logprobs.double().sum(-1).cpu().numpy()
             bar.advance()
     loss = measure(_per_token(nats, tokens), groups, config)
@@ -92,7 +94,7 @@ def _answered(
     with progress(2 * len(sampling.batches), "answers") as bar:
         for name, answers in texts.items():
             for batch in sampling.batches:
-                rollout = sampling.answer(batch, name, config.temperature)
+                rollout = sampling.answer(batch, name, _temperature(config))
                 answers |= zip(batch, map(sampling.text, rollout.completions), strict=True)
                 bar.advance()
     return [
@@ -104,3 +106,8 @@ def _answered(
         }
         for i, record in enumerate(records)
     ]
+
+
+def _temperature(config: EvaluateConfig) -> float:
+    """Nothing was sampled in training that would say another one."""
+    return 1.0 if config.temperature is None else config.temperature

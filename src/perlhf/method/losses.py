@@ -23,11 +23,13 @@ def bradley_terry(
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """-log sigmoid(r(x, y_w) - r(x, y_l) - margin), the paper's pairwise loss (arXiv 2403.10704, section 3).
 
-    `label_smoothing` eps mixes in the swapped pair: (1 - eps) * loss + eps * loss of the swapped pair.
+    `label_smoothing` eps mixes in the swapped pair: (1 - eps) * loss + eps * loss of the swapped pair. Whichever of the
+    two is the better one, it is to be better by the margin, which is why the margin is subtracted from either gap: at
+    eps = 1/2 the label says nothing, and the loss is least at equal scores.
     Divisor: comparisons.
     """
-    gap = chosen_scores - rejected_scores - margins
-    loss = -(1 - label_smoothing) * F.logsigmoid(gap) - label_smoothing * F.logsigmoid(-gap)
+    gap = chosen_scores - rejected_scores
+    loss = -(1 - label_smoothing) * F.logsigmoid(gap - margins) - label_smoothing * F.logsigmoid(-gap - margins)
     right = (chosen_scores > rejected_scores).float() + 0.5 * (chosen_scores == rejected_scores).float()
     return (weights * loss).sum() / divisor, {"right": right.sum().item(), "count": float(len(right))}
 

@@ -295,8 +295,14 @@ def _ways(name: str, pulled: bool = False) -> str:
     """How to get a base, for messages."""
     if "/" not in name and (close := nearest(name, [SMOLLM2.name])):
         return f"did you mean {close}? (perlhf pull {close})"
-    first = "check the name, the network and your hub login" if pulled else f"perlhf pull {name}"
-    return f"{first}; or give a local directory with config.json, tokenizer and safetensors"
+    directory = "a local directory with config.json, tokenizer and safetensors"
+    if pulled:
+        return f"check the name, the network and your hub login; or give {directory}"
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):  # a path: nothing that could be pulled
+        return f"give {directory}"
+    if "/" not in name or Path(name).parent.is_dir():
+        return f"give {directory}; or, if it is a model of the hub: perlhf pull {name}"
+    return f"perlhf pull {name}; or give {directory}"
 
 
 def _check_directory(path: Path, name: str) -> Path:

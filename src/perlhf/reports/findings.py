@@ -1,5 +1,6 @@
 """What a reader should take away from the runs, and what not: sentences and key figures of the summary."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -70,8 +71,9 @@ def headline(runs: Sequence[RunFiles]) -> Remark:
 def remarks(runs: Sequence[RunFiles]) -> list[Remark]:
     """What qualifies the headline: baselines, side effects, small numbers, missing parts, seeds."""
     said: list[Remark] = []
+    of_stage = Counter(run.stage for run in runs)
     for run in runs:
-        where = f" ({run.name})" if sum(other.stage == run.stage for other in runs) > 1 else ""
+        where = f" ({run.name})" if of_stage[run.stage] > 1 else ""
         by_stage = {"reward": _reward_remarks, "policy": _policy_remarks, "sft": _sft_remarks}.get(run.stage)
         sentences = [] if by_stage is None else list(by_stage(run))
         sentences += _completeness(run)

@@ -6,6 +6,7 @@ escaped by the template or embedded as JSON that the page's script shows with `t
 
 import base64
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -99,6 +100,7 @@ def render(runs: Sequence[RunFiles], title: str) -> str:
         remarks=findings.remarks(runs),
         tiles=findings.tiles(runs),
         sections=sections,
+        titles=Counter(section.title for section in sections),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=style(),
@@ -153,9 +155,9 @@ def _section(section_id: str, run: RunFiles, explorers: list[samples.Explorer]) 
         facts=_facts(run),
         missing=_missing(run),
         tables=_tables(run),
-        evaluation_charts=figures.of_evaluation(section_id, run),
-        charts=figures.of_training(section_id, run),
-        more_charts=figures.of_optimisation(section_id, run),
+        evaluation_charts=figures.of_evaluation(run),
+        charts=figures.of_training(run),
+        more_charts=figures.of_optimisation(run),
         numbers=_numbers(run),
         explorers=explorers,
         manifest=_flatten(run.manifest),
@@ -189,11 +191,17 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         "Tokens": finite(run.result.get("tokens")) and count(finite(run.result.get("tokens"))),
         "Time": seconds and duration(seconds),
         "Speed": line.tokens_per_second and f"{count(line.tokens_per_second)} tokens/s",
+        "Validation": (validated := _validation_seconds(run)) and duration(validated),
         "Peak memory": peak and memory(peak),
         "Class balance": ", ".join(f"{count(n)} {name}" for name, n in balance.items() if n),
         "Seed": _plain(config.get("seed")),
     }
     return [(name, text) for name, text in facts.items() if text]
+
+
+def _validation_seconds(run: RunFiles) -> float:
+    """Of all validations; 0 in runs of earlier versions, which didn't log them."""
+    return sum(seconds for _, seconds in run.series("validation_seconds"))
 
 
 def _tables(run: RunFiles) -> list[Table]:

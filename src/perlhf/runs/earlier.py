@@ -21,6 +21,27 @@ def adapter_of(path: Path) -> Path | None:
     return path if is_adapter(path) else None
 
 
+def named_adapters(path: Path) -> list[Path]:
+    """Directories of adapters below one that holds nothing else: peft saves those so that have a name of their own."""
+    if not path.is_dir() or (path / MANIFEST).exists() or is_adapter(path):
+        return []
+    return sorted(file.parent for file in path.glob(f"*/{ADAPTER_CONFIG}"))
+
+
+def several_adapters(path: Path) -> RunError | None:
+    """What to say of a directory that holds adapters in directories of their own, which have to be named; else None."""
+    if not (named := named_adapters(path)):
+        return None
+    names = ", ".join(map(str, named))
+    what = "holds no adapter itself, but " + (f"{len(named)} in directories" if named[1:] else "one in a directory")
+    return RunError(
+        f"{what} of their own" if named[1:] else f"{what} of its own",
+        where=str(path),
+        allowed=names,
+        hint=f"name it: {named[0]}",
+    )
+
+
 def is_adapter(path: Path) -> bool:
     """Whether the directory holds an adapter by itself, ours or of another tool, and is no run."""
     if (path / MANIFEST).exists():
@@ -48,6 +69,8 @@ def check_runs(key: str, runs: Sequence[Path]) -> None:
     """Raises RunError, which names `key`, for one of `runs` that isn't finished."""
     for run in runs:
         if adapter_of(run) is None:
+            if (error := several_adapters(run)) is not None:
+                raise error
             stage = "reward" if "reward" in key or key == "scorers" else "sft"
             allowed = f"a finished run, or a directory with {ADAPTER_CONFIG} as peft saves it"
             raise RunError(f"{run} is no finished run", where=key, allowed=allowed, hint=f"train it: perlhf {stage}")

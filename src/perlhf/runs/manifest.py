@@ -29,6 +29,7 @@ from perlhf.system.files import (
     write_json,
 )
 from perlhf.system.machine import environment
+from perlhf.system.threads import waiting
 
 LOCK, CONFIG, MANIFEST, RESULT = ".lock", "config.yaml", "manifest.json", "result.json"
 FORMAT = 2
@@ -78,7 +79,7 @@ def locked(path: Path) -> Iterator[None]:
             raise _refused(path) from None
     try:
         with storage_errors(path / LOCK):
-            (path / LOCK).write_text(f"{os.getpid()}\n")
+            (path / LOCK).write_text(f"{os.getpid()}\n", encoding="utf-8")
         yield
     finally:
         lock.release()
@@ -88,7 +89,7 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
     """Writes config.yaml and then manifest.json, or checks that they are of the same run; returns the manifest."""
     facts = json.loads(strict_json(facts))
     here = environment()
-    session = {"started": utc_now(), "pid": os.getpid()}
+    session = {"started": utc_now(), "pid": os.getpid(), "openmp": waiting()}
     if not (path / MANIFEST).exists():
         manifest = {
             "format": FORMAT,
@@ -179,7 +180,7 @@ def discard_unstarted(path: Path, is_new: bool) -> None:
 def _refused(path: Path) -> RunError:
     """The error for a directory whose lock can't be had; names the process that wrote itself into the lock."""
     try:
-        owner = (path / LOCK).read_text(errors="replace").strip() or "unknown"
+        owner = (path / LOCK).read_text(encoding="utf-8", errors="replace").strip() or "unknown"
     except FileNotFoundError:
         return RunError("another process has just given the run directory up", where=str(path), hint="try again")
     return RunError(

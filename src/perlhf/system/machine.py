@@ -64,7 +64,7 @@ def peak_memory_bytes() -> int:
     """The largest resident memory of this process so far."""
     try:
         # ru_maxrss starts from the parent's peak; VmHWM is this process's own.
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         peak = None
     if peak:
@@ -76,7 +76,7 @@ def peak_memory_bytes() -> int:
 def reset_peak_memory() -> None:
     """Starts the peak anew, so that each stage of a process tells its own; nothing happens where the system can't."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def cuda_peak_bytes() -> int:
@@ -175,7 +175,7 @@ def _hardware() -> dict[str, Any]:
 
 def _cpu_name() -> str:
     try:
-        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         model = None
     return model[1].strip() if model else platform.processor() or platform.machine()

@@ -5,7 +5,8 @@ resumed run is bit-equal.
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -52,14 +53,46 @@ class Keeper:
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     worse: int = 0
     """Validations in a row that were no better."""
+    start: list[float | None] | None = None
+    """What the first that was offered reached on each item, where that is known; None of an item: unknown."""
 
-    def offer(self, step: int, value: float, metrics: dict[str, float]) -> bool:
-        """Takes the weights of `step` as those to keep if `value` is above all values before; whether it did."""
+    def offer(
+        self, step: int, value: float, metrics: dict[str, float], each: Sequence[float | None] | None = None
+    ) -> bool:
+        """Takes the weights of `step` as those to keep if `value` is above all values before; whether it did.
+
+        Args:
+            each: what `value` is the mean of, where items are few and noisy. Then the start is left for weights alone
+                that are above it by more than a standard error, item by item: the best of several that are equal would
+                always look better.
+        """
         self.worse += 1
         if not value > self.value:  # a value that is no number is no better
             return False
+        if self.step is None:
+            self.start = None if each is None else list(each)
+        elif each is not None and self.start is not None and not clearly_above(each, self.start):
+            return False
         self.step, self.value, self.metrics, self.worse = step, value, metrics, 0
         return True
+
+
+def validated(measured: Mapping[str, float], began: float) -> dict[str, float]:
+    """What metrics.jsonl has of a validation that began so, by `time.perf_counter`.
+
+    Its seconds stand apart: `tokens_per_second` and `seconds_...` are of the update alone.
+    """
+    seconds = time.perf_counter() - began
+    return {f"validation_{key}": value for key, value in measured.items()} | {"validation_seconds": seconds}
+
+
+def clearly_above(ours: Sequence[float | None], theirs: Sequence[float | None]) -> bool:
+    """Whether the mean of the differences of what both know is above their standard error; of one: above 0."""
+    pairs = zip(ours, theirs, strict=True)
+    differences = np.array([one - other for one, other in pairs if one is not None and other is not None])
+    if len(differences) < 2:
+        return bool((differences > 0).any())
+    return bool(differences.mean() > differences.std(ddof=1) / len(differences) ** 0.5)
 
 
 def facts(config: StageConfig, base: Base) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 `policy_step` has the paper's step. Added here, since the paper is silent: scores are centred by the reference's mean,
 the value head starts at the first rollout's mean return, a completion without end token pays a penalty, and the weights
-with the best reward on held-out prompts are kept. Not included: dropout, several epochs without `clip`.
+with the best reward on held-out prompts are kept and reported on other ones. An update in which no completion has a
+score is skipped. Not included: dropout, several epochs without `clip`.
 """
 
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -18,10 +20,8 @@ from torch import Tensor
 
 from perlhf.config.addresses import check_addresses
 from perlhf.config.stages import PolicyConfig
-from perlhf.data import order
 from perlhf.data.records import Prompt
 from perlhf.errors import Interrupted, RewardFunctionError, ServiceError
-from perlhf.method import advantages
 from perlhf.model import saved
 from perlhf.model.base import Base
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
@@ -30,26 +30,25 @@ from perlhf.rollout.scorers import load_scorers
 from perlhf.runs.run import Run, open_run
 from perlhf.system.machine import peak_memory_bytes
 from perlhf.training import loop, optim
+from perlhf.training.held_out import centre_of, nothing_scored, two_parts, validate
 from perlhf.training.loop import Keeper
 from perlhf.training.policy_step import (
     POLICY,
     VALUE,
+    At,
     Centre,
     Optimizers,
     Setup,
     Step,
-    each_completion,
-    logprobs_of_all,
     policy_step,
-    raw_scores,
-    sample_completions,
-    score,
 )
 
 CONSTANT_UPDATES = 3
 """Updates after which a reward that never varied is told."""
 NEGATIVE_KL = -1e-3
 """Nats a completion below which it is told: more than rounding."""
+SKIPPED_IN_A_ROW = 5
+"""So many updates without a single score end the run: what scores is broken, or scores none of these prompts."""
 
 
 @dataclass
@@ -61,6 +60,10 @@ class PolicyState:
     """Of the scorers that see held-out prompts."""
     before: dict[str, float]
     """How the reference does on held-out prompts."""
+    learned: int = 0
+    """Updates so far that weren't skipped."""
+    skipped: int = 0
+    """Updates in a row, up to now, in which no completion had a score."""
     tokens: int = 0
     """Sampled so far."""
     stopped: str | None = None
@@ -73,7 +76,8 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
     Raises:
         StaleSamplerError: the sampler didn't use the current adapter.
         DivergenceError: a loss or gradient isn't finite; the last checkpoint is kept.
-        RewardFunctionError, ServiceError: a reward failed; what was learned is kept, and the same command goes on.
+        RewardFunctionError, ServiceError: a reward failed, gave the reference no score at all, or none in several
+            updates in a row; what was learned is kept, and the same command goes on.
         Interrupted: a signal asked for it; likewise.
         DataError, ConfigError, ModelError, AdapterError, RunError: as the parts say.
     """
@@ -87,11 +91,9 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         model, optimizers = setup.model, _optimizers(setup)
         validation = _validation(setup)
         step, keeper, saved_state = loop.restore(run, model, optimizers)
-        if saved_state:
-            state = _state(saved_state)
-        else:
-            state = _before(setup, validation, run)
-            keeper.offer(0, *_at_the_start(setup, validation, state))
+        state = _state(saved_state, step, setup) if saved_state else _before(setup, validation, run, keeper)
+        setup, validation = _on_level(setup, state.centre), _on_level(validation, state.validation_centre)
+        if not saved_state:
             loop.save(run, 0, model, optimizers, keeper, asdict(state))
         oddities = _Oddities(config)
         if step < config.updates and state.stopped is None:
@@ -100,7 +102,8 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
             while step < config.updates and state.stopped is None:
                 step += 1
                 try:
-                    done = policy_step(setup, optimizers, state.centre, step)
+                    done = policy_step(setup, optimizers, state.centre, At(step, state.learned + 1))
+                    _count(done, state, step, config)
                 except (Interrupted, RewardFunctionError, ServiceError):  # the reward's; nothing was learned since
                     loop.save(run, step - 1, model, optimizers, keeper, asdict(state))
                     raise
@@ -110,7 +113,7 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
                 if config.max_kl is not None and values["kl"] > config.max_kl:
                     state.stopped = f"KL {values['kl']:.3g} exceeded max_kl {config.max_kl:g} at update {step}"
                 if step % config.validate_every == 0 or state.stopped:
-                    values |= _validate(validation, keeper, state, step, config)
+                    values |= _validate(validation, keeper, state, step)
                 run.log(step, values)
                 oddities.note(done, step)
                 due = step % config.save_every == 0 or step == config.updates
@@ -120,12 +123,12 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
                 loop.stop_if_asked(run, step, config.updates)
         if step % config.validate_every and state.stopped is None:
             # The end, of which checkpoints know nothing (`loop.check_goes_on`).
-            run.amend(step, _validate(validation, keeper, state, step, config))
+            run.amend(step, _validate(validation, keeper, state, step))
         loop.restore_best(run.path, step, keeper, model.adapters[POLICY])
         saved.save_adapter(model, POLICY, run.path / "adapter", setup.encoder)
         if VALUE in model.adapters:
             saved.save_adapter(model, VALUE, run.path / "value", setup.encoder)
-        result = _result(setup, step, keeper, state)
+        result = _result(setup, step, keeper, state, _reached(validation, keeper, state, step))
         run.finish(result)
         oddities.note_result(result)
         return run.result()
@@ -140,8 +143,9 @@ def _open(config: PolicyConfig, base: Base) -> Setup:
     if config.baseline == "value":
         new_adapter(model, VALUE, "value", config, start=reference)
     sides = loop.read_sides(config, ("prompt",))
-    chosen = order.choose(sides.validation, config.validation_prompts, config.seed)
-    prompts, held_out = cast(Sequence[Prompt], sides.train), cast(list[Prompt], chosen)
+    prompts = cast(Sequence[Prompt], sides.train)
+    choosing, others = two_parts(len(sides.validation), config)
+    held_out, reported_on = (cast(list[Prompt], [sides.validation[i] for i in part]) for part in (choosing, others))
     scorers = load_scorers(
         model,
         config.reward,
@@ -155,7 +159,7 @@ def _open(config: PolicyConfig, base: Base) -> Setup:
     if (count := len(sides.train)) < config.prompts_per_update:
         several = f"an update's {config.prompts_per_update} (prompts_per_update) hold some more than once"
         print(f"warning: there are only {count} training prompts: {several}", file=sys.stderr)
-    return Setup(config, model, encoder, scorers, prompts, held_out, reference)
+    return Setup(config, model, encoder, scorers, prompts, held_out, reference, reported_on)
 
 
 def _optimizers(setup: Setup) -> Optimizers:
@@ -176,79 +180,88 @@ def _validation(setup: Setup) -> Setup:
     return replace(setup, scorers=load_scorers(*given, prompts=prompts, timeout_seconds=limit))
 
 
-def _before(setup: Setup, validation: Setup, run: Run) -> PolicyState:
-    """The state before the first update: what centres the scores, and how the reference does on held-out prompts."""
+def _before(setup: Setup, validation: Setup, run: Run, keeper: Keeper) -> PolicyState:
+    """The state before the first update: what centres the scores, and how the reference does on held-out prompts.
+
+    Offers the start to the keeper: it does as its reference, unless it goes on from another run.
+
+    Raises:
+        RewardFunctionError: none of the reference's completions has a score.
+    """
     with run.progress(2, 0, "reference") as bar:
         centre = centre_of(setup)
-        validation_centre = centre if validation is setup else centre_of(validation)
+        validation_centre = centre if validation is setup else centre_of(validation, "validation_reward")
         bar.advance()
-        before = validate(validation, validation_centre, setup.reference, 0)
+        on_level = _on_level(validation, validation_centre)
+        start = before = validate(on_level, validation.held_out, validation_centre, setup.reference, 0)
+        if setup.config.start is not None:
+            start = validate(on_level, validation.held_out, validation_centre, POLICY, 0)
         bar.advance()
-    return PolicyState(centre, validation_centre, before)
+    if not {"score"} <= before.metrics.keys() & start.metrics.keys():
+        key = "validation_reward" if setup.config.validation_reward else "reward"
+        raise nothing_scored(len(setup.held_out), "of the held-out prompts", setup.config, key)
+    keeper.offer(0, start.metrics["reward"], start.metrics, start.rewards)
+    return PolicyState(centre, validation_centre, before.metrics)
 
 
-def _state(saved_state: dict[str, Any]) -> PolicyState:
-    """As a checkpoint has it."""
-    first, second = (Centre(**saved_state[key]) for key in ("centre", "validation_centre"))
-    return PolicyState(first, second, *(saved_state[key] for key in ("before", "tokens", "stopped")))
+def _on_level(setup: Setup, centre: Centre) -> Setup:
+    return replace(setup, scorers=centre.level(setup.scorers))
 
 
-def _at_the_start(setup: Setup, validation: Setup, state: PolicyState) -> tuple[float, dict[str, float]]:
-    """How the policy does before it learns: as its reference, unless it goes on from another run."""
-    held_out = state.before
-    if setup.config.start is not None:
-        held_out = validate(validation, state.validation_centre, POLICY, 0)
-    return held_out["reward"], held_out
+def _state(saved_state: dict[str, Any], step: int, setup: Setup) -> PolicyState:
+    """As a checkpoint has it. One of an earlier version knows of no update that was skipped; a run that began before
+    rewards were brought to one level goes on as it began.
+    """
+    centres = {key: Centre(**saved_state[key]) for key in ("centre", "validation_centre")}
+    if centres["centre"].members is None and setup.scorers.levels_matter:
+        what = f"this run began with combine: {setup.config.combine} of scores as they are, and goes on so"
+        print(f"note: {what}; a new run brings each reward to its own level first", file=sys.stderr)
+    return PolicyState(**{"learned": step, **saved_state, **centres})
 
 
-def _validate(
-    validation: Setup, keeper: Keeper, state: PolicyState, step: int, config: PolicyConfig
-) -> dict[str, float]:
+def _count(done: Step, state: PolicyState, step: int, config: PolicyConfig) -> None:
+    """Notes whether an update learned, and tells of one that didn't.
+
+    Raises:
+        RewardFunctionError: it is the last of `SKIPPED_IN_A_ROW` without a single score.
+    """
+    if done.scored.given.any():
+        state.learned, state.skipped = state.learned + 1, 0
+        return
+    count, sources = len(done.scored.scores), ", ".join(config.reward)
+    if state.skipped + 1 == SKIPPED_IN_A_ROW:
+        which = f"of update {step}, the {SKIPPED_IN_A_ROW}th such in a row,"
+        raise nothing_scored(count, which, config, "reward")
+    state.skipped += 1
+    print(f"note: update {step} is skipped: none of {count} completions got a score from {sources}", file=sys.stderr)
+
+
+def _validate(validation: Setup, keeper: Keeper, state: PolicyState, step: int) -> dict[str, float]:
     """How the policy does on held-out prompts, as metrics.jsonl has it.
 
-    Offers the step's weights to the keeper, and stops the run where `patience` is used up.
-
-    Where the KL exceeded `max_kl`, weights that stayed below it go first.
+    Offers the step's weights to the keeper, unless no completion has a score, and stops the run where `patience` is
+    used up. Where the KL exceeded `max_kl`, weights that stayed below it go first.
     """
-    held_out = validate(validation, state.validation_centre, POLICY, step)
-    if state.stopped is None or not keeper.step:
-        keeper.offer(step, held_out["reward"], held_out)
+    began = time.perf_counter()
+    found, config = validate(validation, validation.held_out, state.validation_centre, POLICY, step), validation.config
+    if "reward" in found.metrics and (state.stopped is None or not keeper.step):
+        keeper.offer(step, found.metrics["reward"], found.metrics, found.rewards)
     if state.stopped is None and config.patience is not None and keeper.worse >= config.patience:
         times = f"{config.patience} times in a row, at update {step}"
         state.stopped = f"held-out reward was no better {times}"
-    return {f"validation_{key}": value for key, value in held_out.items()}
+    return loop.validated(found.metrics, began)
 
 
-def centre_of(setup: Setup) -> Centre:
-    """Mean and deviation of the reference's scores on `centre_prompts` training prompts, one completion each."""
-    config = setup.config
-    numbers = order.cycle(len(setup.prompts), min(config.centre_prompts, len(setup.prompts)), 1, config.seed)
-    prompts = [setup.prompts[i] for i in numbers]
-    rollout = sample_completions(setup, prompts, setup.reference, 1, 0, numbers)
-    raw = raw_scores(setup, rollout, prompts, 0)
-    raw = raw[~np.isnan(raw)]
-    std = float(raw.std())
-    penalty = std if config.missing_end_penalty is None else config.missing_end_penalty
-    return Centre(float(raw.mean()), std, penalty)
-
-
-def validate(setup: Setup, centre: Centre, adapter: str | None, done: int) -> dict[str, float]:
-    """One completion of each held-out prompt with draws that never change: score, KL, reward, length, end rate.
-
-    Scores are means over the completions that have one. `done` is the number of updates so far.
-    """
-    config = setup.config
-    rollout = sample_completions(setup, setup.held_out, adapter, 1, -1, range(len(setup.held_out)))
-    scored = score(setup, rollout, setup.held_out, centre, done)
-    known = logprobs_of_all(setup, each_completion(rollout, setup), adapter)
-    kl = advantages.completion_kl(known.old_logprobs, known.ref_logprobs, known.mask).mean().item()
-    return {
-        "score": float(scored.scores[scored.given].mean()),
-        "kl": kl,
-        "reward": float((1 - config.kl_coef) * scored.paid[scored.given].mean() - config.kl_coef * kl),
-        "completion_tokens": known.mask.sum(-1).float().mean().item(),
-        "end_rate": float(np.mean(rollout.ended)),
-    }
+def _reached(validation: Setup, keeper: Keeper, state: PolicyState, step: int) -> tuple[dict[str, float], ...]:
+    """How the reference and what is kept do on the prompts that didn't choose it; else on those that did."""
+    if not validation.reported_on:
+        return state.before, keeper.metrics
+    draws, centre = len(validation.held_out), state.validation_centre
+    given = validation, validation.reported_on, centre
+    before = validate(*given, validation.reference, step, draws).metrics
+    if keeper.step == 0 and validation.config.start is None:
+        return before, before
+    return before, validate(*given, POLICY, step, draws).metrics
 
 
 def _values(done: Step) -> dict[str, float]:
@@ -257,12 +270,15 @@ def _values(done: Step) -> dict[str, float]:
     gap = (_padded(rollout.sampler_logprobs, known.mask) - known.old_logprobs)[known.mask].abs()
     lengths = known.mask.sum(-1).float()
     seconds = sum(value for key, value in done.values.items() if key.startswith("seconds_"))
-    unscored = int((~scored.given).sum())
+    given, paid = scored.given, dict[str, float]()
+    if not given.all():
+        paid["unscored"] = float((~given).sum())
+    if given.any():
+        paid["score_mean"] = float(scored.scores[given].mean())
+        paid["score_std"] = float(scored.scores[given].std())
+        paid["reward_mean"] = done.rewards.sum(-1)[torch.from_numpy(given)].mean().item()
     return {
-        **({"unscored": float(unscored)} if unscored else {}),
-        "score_mean": float(scored.scores[scored.given].mean()),
-        "score_std": float(scored.scores[scored.given].std()),
-        "reward_mean": done.rewards.sum(-1)[torch.from_numpy(scored.given)].mean().item(),
+        **paid,
         "kl": done.kl.mean().item(),
         "entropy": known.entropy[known.mask].mean().item(),
         "completion_tokens": lengths.mean().item(),
@@ -311,9 +327,9 @@ class _Oddities:
 
     def note(self, done: Step, step: int) -> None:
         """Looks at an update of this session."""
-        scores, kl = done.scored.scores[done.scored.given], done.kl.mean().item()
-        self._low, self._high = min(self._low, float(scores.min())), max(self._high, float(scores.max()))
-        self._updates += 1
+        scores, kl = done.scored.scores[done.scored.given].tolist(), done.kl.mean().item()
+        self._low, self._high = min([self._low, *scores]), max([self._high, *scores])
+        self._updates += bool(scores)
         seen_enough = self._updates == CONSTANT_UPDATES or (step == self._config.updates and self._updates > 1)
         if seen_enough and self._low == self._high:
             what = f"all scores of {self._updates} updates are {self._low:g}"
@@ -326,7 +342,8 @@ class _Oddities:
     def note_result(self, result: Mapping[str, Any]) -> None:
         """Looks at what is kept."""
         if result["kl"] < NEGATIVE_KL:
-            what = f"the KL of what is kept is {result['kl']:.3g}, estimated from {result['validation_prompts']}"
+            count = result["reported_prompts"] or result["validation_prompts"]
+            what = f"the KL of what is kept is {result['kl']:.3g}, estimated from {count}"
             self._tell("kl", f"{what} completions: chance brought it below 0, so take it as about 0")
 
     def _tell(self, key: str, text: str) -> None:
@@ -335,18 +352,24 @@ class _Oddities:
             print(f"note: {text}", file=sys.stderr)
 
 
-def _result(setup: Setup, step: int, keeper: Keeper, state: PolicyState) -> dict[str, Any]:
+def _result(
+    setup: Setup, step: int, keeper: Keeper, state: PolicyState, reached: tuple[dict[str, float], ...]
+) -> dict[str, Any]:
     """What result.json has."""
+    before, after = reached
     adapters = [setup.model.adapters[name] for name in (POLICY, VALUE) if name in setup.model.adapters]
     return {
         "updates": step,
         "stopped": state.stopped,
         "best_step": keeper.step,
-        "before": state.before,
-        "after": keeper.metrics,
-        "score_before": state.before["score"],
-        "score_after": keeper.metrics["score"],
-        "kl": keeper.metrics["kl"],
+        "skipped": step - state.learned,
+        "before": before,
+        "after": after,
+        "score_before": before.get("score"),
+        "score_after": after.get("score"),
+        "kl": after["kl"],
+        "reported_prompts": len(setup.reported_on),
+        "chosen_by": {"before": state.before, "after": keeper.metrics},
         "validation_prompts": len(setup.held_out),
         "centre": asdict(state.centre),
         "tokens": state.tokens,

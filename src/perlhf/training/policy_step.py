@@ -8,7 +8,7 @@ micro-batch tells its own advantages.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from perlhf.config.stages import PolicyConfig
 from perlhf.data import order
 from perlhf.data.records import Prompt
-from perlhf.errors import RewardFunctionError
 from perlhf.method import advantages
 from perlhf.method.losses import policy_loss, value_loss
 from perlhf.method.packing import Batch, batches, completed, join_rows, microbatches, rows_of
@@ -43,7 +42,10 @@ class Setup:
     scorers: Scorers
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
+    """Held-out prompts that choose the checkpoint to keep."""
     reference: str | None
+    reported_on: Sequence[Prompt] = ()
+    """Held-out prompts that choose nothing: what is kept is reported on them."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ class Centre:
     mean: float
     std: float
     penalty: float
+    members: list[list[float]] | None = None
+    """Mean and deviation of each reward's own scores, where combining them needs these (`Scorers.on_level`)."""
+
+    def level(self, scorers: Scorers) -> Scorers:
+        """The scorers with their members at the levels that were found before training."""
+        if self.members is None:
+            return scorers
+        return replace(scorers, levels=tuple((mean, deviation) for mean, deviation in self.members))
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class Scored:
 
     rollout: Rollout
     scores: NDArray[np.float64]
-    """Raw [batch], before centring and penalty; nan where no source gave one."""
+    """As the rewards combine [batch], before centring and penalty; nan where no source gave one."""
     paid: NDArray[np.float64]
     """Centred, missing ends penalised: [batch]; 0 where there is no score."""
 
@@ -84,6 +94,16 @@ class Known:
 
 
 @dataclass(frozen=True)
+class At:
+    """Which update it is, both from 1."""
+
+    step: int
+    """Of the run: keys what is drawn."""
+    number: int
+    """Of those that learn, updates without any score left out: what warm-ups and schedules go by."""
+
+
+@dataclass(frozen=True)
 class Step:
     """What one step did: completions, their rewards [batch, time] and numbers for metrics.jsonl."""
 
@@ -96,16 +116,16 @@ class Step:
     values: dict[str, float]
 
 
-def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, step: int) -> Step:
-    """Samples completions of the step's prompts, scores them and learns from them; `step` counts from 1.
+def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, at: At) -> Step:
+    """Samples completions of the step's prompts, scores them and learns from them: nothing, where none has a score.
 
     Raises:
         StaleSamplerError: the sampler didn't use the current adapter.
         DivergenceError: a loss, gradient or KL isn't finite or has exploded.
-        RewardFunctionError, ServiceError: a reward failed, or gave no completion a score; nothing was learned.
+        RewardFunctionError, ServiceError: a reward failed; nothing was learned.
         Interrupted: a stop was asked while a reward was waited for; nothing was learned.
     """
-    config, began = setup.config, time.perf_counter()
+    config, step, began = setup.config, at.step, time.perf_counter()
     numbers = order.cycle(len(setup.prompts), config.prompts_per_update, step, config.seed)
     prompts = [setup.prompts[i] for i in numbers]
     rollout = sample_completions(setup, prompts, POLICY, config.completions_per_prompt, step, numbers)
@@ -113,10 +133,13 @@ def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, step: int)
     sampled = time.perf_counter()
     scored = score(setup, rollout, prompts, centre, step - 1)
     scored_at = time.perf_counter()
-    if laid_out := whole_prompts(rollout, config, setup.model.device):
-        known, rewards, values = one_pass(setup, optimizers, scored, laid_out, step)
+    if not scored.given.any():
+        known = logprobs_of_all(setup, each_completion(rollout, setup), POLICY)
+        rewards, values = torch.zeros_like(known.old_logprobs), dict[str, float]()
+    elif laid_out := whole_prompts(rollout, config, setup.model.device):
+        known, rewards, values = one_pass(setup, optimizers, scored, laid_out, at)
     else:
-        known, rewards, values = two_passes(setup, optimizers, scored, each_completion(rollout, setup), step)
+        known, rewards, values = two_passes(setup, optimizers, scored, each_completion(rollout, setup), at)
     times = {"seconds_sample": sampled - began, "seconds_score": scored_at - sampled}
     kl = advantages.completion_kl(known.old_logprobs, known.ref_logprobs, known.mask)
     return Step(
@@ -125,20 +148,20 @@ def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, step: int)
 
 
 def two_passes(
-    setup: Setup, optimizers: Optimizers, scored: Scored, laid_out: Sequence[Batch], step: int
+    setup: Setup, optimizers: Optimizers, scored: Scored, laid_out: Sequence[Batch], at: At
 ) -> tuple[Known, Tensor, dict[str, float]]:
     """A pass for the log-probabilities that advantages need, then `steps_per_rollout` passes that learn."""
     config, values = setup.config, dict[str, float]()
     known = logprobs_of_all(setup, laid_out, POLICY)
-    check_kl(known, step)
+    check_kl(known, at.step)
     paid, price = torch.from_numpy(scored.paid).float().to(setup.model.device), config.kl_coef
     rewards = advantages.token_rewards(paid, known.old_logprobs, known.ref_logprobs, known.mask, kl_coef=price)
     returns = advantages.returns_to_go(rewards)
     given = torch.from_numpy(scored.given).to(setup.model.device)
     mask = known.mask & given[:, None]
-    if VALUE in optimizers and step == 1:
+    if VALUE in optimizers and at.number == 1:
         start_value(setup.model, returns[mask].mean().item())
-    warming_up = VALUE in optimizers and step <= config.value.warmup_updates
+    warming_up = VALUE in optimizers and at.number <= config.value.warmup_updates
     advantage = torch.zeros_like(rewards)
     for number in range(config.steps_per_rollout):
         # Values first: the pass that learns them gives those of the advantages too, since no weight moves before the
@@ -150,12 +173,12 @@ def two_passes(
             advantage = advantage_of(config, mask, rewards, returns, predicted)
         if not warming_up:
             losses["policy_loss"], losses["clipped"] = policy_pass(setup, laid_out, known, advantage, mask)
-        values |= step_on(setup, optimizers, losses, advantage, mask, step, warming_up)
+        values |= step_on(setup, optimizers, losses, advantage, mask, at, warming_up)
     return known, rewards, values
 
 
 def one_pass(
-    setup: Setup, optimizers: Optimizers, scored: Scored, laid_out: Sequence[Batch], step: int
+    setup: Setup, optimizers: Optimizers, scored: Scored, laid_out: Sequence[Batch], at: At
 ) -> tuple[Known, Tensor, dict[str, float]]:
     """The pass that tells the old log-probabilities learns from them, too: on-policy they are the same ones.
 
@@ -183,9 +206,9 @@ def one_pass(
         )
     *columns, rewards, advantage = (join_rows(laid_out, tensors) for tensors in zip(*parts, strict=True))
     known = Known(*columns)
-    check_kl(known, step)
+    check_kl(known, at.step)
     mask = known.mask & all_given[:, None]
-    return known, rewards, step_on(setup, optimizers, losses, advantage, mask, step, warming_up=False)
+    return known, rewards, step_on(setup, optimizers, losses, advantage, mask, at, warming_up=False)
 
 
 def advantage_of(config: PolicyConfig, mask: Tensor, rewards: Tensor, returns: Tensor, values: Tensor | None) -> Tensor:
@@ -243,26 +266,34 @@ def step_on(
     losses: dict[str, float],
     advantage: Tensor,
     mask: Tensor,
-    step: int,
+    at: At,
     warming_up: bool,
 ) -> dict[str, float]:
     """The optimisers' step on the gradients that are there, unless a loss isn't finite; numbers for metrics.jsonl."""
     for key, value in losses.items():
-        loop.check_bounded(key, value, step)
+        loop.check_bounded(key, value, at.step)
     values = losses | {"clipped": losses["clipped"] / max(1, int(mask.sum()))}
     values["advantage_std"] = advantage[mask].std(correction=0).item()
-    return values | optimise(setup, optimizers, step, warming_up)
+    return values | optimise(setup, optimizers, at.number, warming_up)
 
 
-def optimise(setup: Setup, optimizers: Optimizers, step: int, warming_up: bool) -> dict[str, float]:
-    """Clips and steps each adapter that learns now; the gradients' norms and the learning rates."""
+def optimise(setup: Setup, optimizers: Optimizers, number: int, warming_up: bool) -> dict[str, float]:
+    """Clips and steps each adapter that learns now; the gradients' norms and the learning rates.
+
+    The policy's schedule begins where the value no longer learns alone: it counts the policy's own updates.
+
+    Args:
+        number: of the update, among those that learn.
+    """
     config = setup.config
+    alone = config.value.warmup_updates if VALUE in optimizers else 0
     peaks = {POLICY: config.learning_rate, VALUE: config.value_learning_rate}
     out: dict[str, float] = {}
     for name, optimizer in optimizers.items():
         if name == POLICY and warming_up:
             continue
-        rate = optim.learning_rate_at(step, config.updates, peaks[name], config.optim)
+        before = alone if name == POLICY else 0
+        rate = optim.learning_rate_at(number - before, config.updates - before, peaks[name], config.optim)
         norm = loop.optimiser_step(optimizer, setup.model.adapters[name], rate, config.optim.max_grad_norm)
         prefix = "" if name == POLICY else "value_"
         out |= {f"{prefix}grad_norm": norm, f"{prefix}learning_rate": rate}
@@ -301,33 +332,25 @@ def sample_completions(
     )
 
 
-def raw_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], done: int) -> NDArray[np.float64]:
-    """Scores [batch] as the scorers give them, nan where none gave one; each prompt has equally many completions.
+def member_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], done: int) -> NDArray[np.float64]:
+    """Scores [members, batch], nan where one gave none; each prompt has equally many completions.
 
     Args:
         done: updates before this rollout, for functions that ask.
 
     Raises:
-        RewardFunctionError: no completion has a score.
-        ServiceError, Interrupted: as the scorers say.
+        RewardFunctionError, ServiceError, Interrupted: as the scorers say.
     """
     config, samples = setup.config, len(rollout.completions) // len(prompts)
     records, state = [record for record in prompts for _ in range(samples)], TrainerState(done, config.updates)
     given = rollout.prompts, rollout.completions, records, config.microbatch_tokens, config.packing, state
-    raw = setup.scorers.scores(setup.model, setup.encoder, *given, ends=rollout.ends)
-    if np.isnan(raw).all():
-        raise RewardFunctionError(
-            f"none of {len(raw)} completions got a score: all that is named in reward returned None for them",
-            allowed="a score of at least one of them",
-            hint="add a reward that scores these prompts, or more prompts to an update",
-        )
-    return raw
+    return setup.scorers.members(setup.model, setup.encoder, *given, ends=rollout.ends)
 
 
 @torch.no_grad()
 def score(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre, done: int) -> Scored:
     """What each completion is paid: its score less the reference's mean, and less the penalty where no end came."""
-    raw = raw_scores(setup, rollout, prompts, done)
+    raw = setup.scorers.combined(member_scores(setup, rollout, prompts, done))
     paid = raw - centre.mean - np.where(rollout.ended, 0.0, centre.penalty)
     return Scored(rollout, raw, np.where(np.isnan(raw), 0.0, paid))
 

@@ -20,7 +20,7 @@ from perlhf.data.records import Comparison, Rating, Record
 from perlhf.data.splits import check_labels
 from perlhf.data.store import COMPARISON, NO_LABEL, RATING, Records, hold
 from perlhf.errors import DataError
-from perlhf.method import metrics
+from perlhf.method import linear_probe, metrics
 from perlhf.method.losses import bradley_terry, rating_cross_entropy
 from perlhf.method.packing import Batch, Tokens, batches
 from perlhf.model import saved
@@ -31,7 +31,7 @@ from perlhf.model.model import Model
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
 from perlhf.rollout.scorers import score_batches
 from perlhf.runs.run import Run, open_run
-from perlhf.training import linear_probe, loop, optim
+from perlhf.training import loop, optim
 from perlhf.training.loop import Keeper
 
 NAME = "reward_0"
@@ -46,6 +46,20 @@ class Item:
     weight: float
     margin: float
     group: str
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of the training records, which are comparisons and which ratings: together 1."""
+
+    comparisons: float
+    ratings: float
+
+    @classmethod
+    def of(cls, records: Records) -> "Shares":
+        """Those of `records`."""
+        compared = int((records.facts.kind == COMPARISON).sum())
+        return cls(compared / len(records), (len(records) - compared) / len(records))
 
 
 def train_reward(config: RewardConfig) -> dict[str, Any]:
@@ -70,6 +84,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         loop.check_test_side(encoder, sides)
         validation = cache(lambda: _validation(held_out, config, model))
         weights, balance = class_weights(train, config.class_weight)
+        shares = Shares.of(train.records)
         adapter = _start(model, encoder, config, train)
         plan = loop.updates_of(config, train.records)
         optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
@@ -80,7 +95,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         if step < plan.total:
             loop.check_goes_on(run, step, keeper, config.validate_every)
         if config.head_start == "probe" and keeper.step is None and step == 0:
-            _start_head(run, model, adapter, train, weights, config)
+            _start_head(run, model, adapter, train, weights, shares, config)
             run.log(0, _validate(keeper, 0, model, validation(), config))
             loop.save(run, 0, model, optimizers, keeper, {"tokens": 0})
         with run.progress(plan.total, step, "reward") as bar:
@@ -92,6 +107,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
                     optimizers[NAME],
                     [train[i] for i in plan[step - 1]],
                     weights,
+                    shares,
                     step,
                     plan.total,
                     config,
@@ -138,21 +154,30 @@ def _item(record: Comparison | Rating, examples: list[Example]) -> Item:
 
 
 def class_weights(items: loop.Encoded[Item], how: str) -> tuple[dict[bool, float], dict[str, int]]:
-    """Loss weight of up and down ratings (`balanced`: n / (2 n_class)) and their numbers.
+    """Loss weight of up and down ratings (`balanced`: n / (2 n_class), each counted by its weight), and their numbers.
 
     Raises:
-        DataError: all ratings are up, or all are down.
+        DataError: all ratings are up, or all are down, or all of one label have weight 0.
     """
     labels = _labels(items.records)
     up = sum(labels)
     balance = {"up": up, "down": len(labels) - up, "comparisons": len(items) - len(labels)}
-    if labels and up in (0, len(labels)):
-        raise DataError(
-            f"all {len(labels)} ratings are {'up' if up else 'down'}", hint="a reward model needs both labels"
-        )
-    if not labels or how == "none":
+    if not labels:
         return {True: 1.0, False: 1.0}, balance
-    return {True: len(labels) / (2 * up), False: len(labels) / (2 * (len(labels) - up))}, balance
+    weight = label_weights(items.records)
+    if not all(weight.values()):
+        counted = "ratings that have a weight" if 0 < up < len(labels) else f"{len(labels)} ratings"
+        hint = "a reward model needs both labels"
+        raise DataError(f"all {counted} are {'up' if weight[True] else 'down'}", hint=hint)
+    if how == "none":
+        return {True: 1.0, False: 1.0}, balance
+    whole = sum(weight.values())
+    return {label: whole / (2 * weight[label]) for label in (True, False)}, balance
+
+
+def label_weights(records: Records) -> dict[bool, float]:
+    """The weights of the ratings up and down, added up: their numbers where all weights are 1."""
+    return {label: float(records.facts.weight[records.labels == int(label)].sum()) for label in (True, False)}
 
 
 def _labels(records: Records) -> list[bool]:
@@ -202,17 +227,22 @@ def _start(model: Model, encoder: Encoder, config: RewardConfig, train: loop.Enc
     if config.sft is not None:
         start = load_sft(model, config.sft, encoder)
     adapter = new_adapter(model, NAME, "reward", config, start=start)
-    labels = _labels(train.records)
-    if labels and config.class_weight == "none":
-        up = sum(labels)
+    weight = label_weights(train.records)
+    if any(weight.values()) and config.class_weight == "none":
         assert adapter.bias is not None
-        adapter.bias.data.fill_(float(np.log(up / (len(labels) - up))))
+        adapter.bias.data.fill_(float(np.log(weight[True] / weight[False])))
     return adapter
 
 
 @torch.no_grad()
 def _start_head(
-    run: Run, model: Model, adapter: Adapter, train: loop.Encoded[Item], weight: dict[bool, float], config: RewardConfig
+    run: Run,
+    model: Model,
+    adapter: Adapter,
+    train: loop.Encoded[Item],
+    weight: dict[bool, float],
+    shares: Shares,
+    config: RewardConfig,
 ) -> None:
     """Fits the head (and its constant bias) on the states before the first update: `linear_probe`."""
     assert adapter.score_head is not None and adapter.bias is not None
@@ -228,7 +258,12 @@ def _start_head(
             bar.advance()
     labels = [item.label for item in items]
     weights = [
-        item.weight * (config.comparison_weight if item.label is None else config.rating_weight * weight[item.label])
+        item.weight
+        * (
+            config.comparison_weight / shares.comparisons
+            if item.label is None
+            else config.rating_weight / shares.ratings * weight[item.label]
+        )
         for item in items
     ]
     probe = linear_probe.fit(states, labels, [item.group for item in items], weights)
@@ -242,15 +277,19 @@ def _update(
     optimizer: torch.optim.AdamW,
     items: Sequence[Item],
     class_weight: dict[bool, float],
+    shares: Shares,
     step: int,
     total: int,
     config: RewardConfig,
 ) -> dict[str, float]:
-    """One optimiser step on `items`, in micro-batches whose losses add up to the update's."""
+    """One optimiser step on `items`, in micro-batches whose losses add up to the update's.
+
+    Divisors are what an update of this size has of a kind on average. Its own numbers would weigh the one rating among
+    sixteen records like the fifteen comparisons, and nothing where there is none: more the smaller the update is.
+    """
     began = time.perf_counter()
     torch.manual_seed(order.keyed_seed(config.seed, "dropout", step))
-    compared = sum(item.label is None for item in items)
-    rated = len(items) - compared
+    compared, rated = len(items) * shares.comparisons, len(items) * shares.ratings
     sums = {"loss": 0.0, "right": 0.0, "count": 0.0, "tokens": 0.0}
     for batch in laid_out(items, config, model):
         scores = model.scores(batch, NAME, dropout=config.adapter.dropout > 0)
@@ -301,9 +340,10 @@ def _validate(
     keeper: Keeper, step: int, model: Model, validation: tuple[list[Item], list[Batch]], config: RewardConfig
 ) -> dict[str, float]:
     """Offers the weights of `step` to the keeper; the metrics of held-out items, as metrics.jsonl has them."""
+    began = time.perf_counter()
     measured = evaluate_items(model, *validation)
     keeper.offer(step, _quality(measured, config), measured)
-    return {f"validation_{key}": value for key, value in measured.items()}
+    return loop.validated(measured, began)
 
 
 def _quality(measured: dict[str, float], config: RewardConfig) -> float:

@@ -22,6 +22,7 @@ from perlhf.model.model import Model
 from perlhf.model.open import load_start, new_adapter, open_model, with_day
 from perlhf.runs.run import open_run
 from perlhf.training import loop, optim
+from perlhf.training.loop import Keeper
 
 NAME = "sft"
 
@@ -70,19 +71,15 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
                 items = [train[i] for i in plan[step - 1]]
                 values = _update(model, adapter, optimizers[NAME], items, step, plan.total, config)
                 tokens += int(values["tokens"])
-                improved = False
                 if step % config.validate_every == 0:
-                    loss = values["validation_loss"] = validation_loss(model, validation())
-                    improved = keeper.offer(step, -loss, {"loss": loss})
+                    values |= _validate(keeper, step, model, validation())
                 run.log(step, values)
-                if improved or step % config.save_every == 0 or step == plan.total or run.stop_requested:
+                if keeper.step == step or step % config.save_every == 0 or step == plan.total or run.stop_requested:
                     loop.save(run, step, model, optimizers, keeper, {"tokens": tokens})
                 bar.advance()
                 loop.stop_if_asked(run, step, plan.total)
         if step % config.validate_every:  # the end, of which checkpoints know nothing (`loop.check_goes_on`)
-            loss = validation_loss(model, validation())
-            keeper.offer(step, -loss, {"loss": loss})
-            run.amend(step, {"validation_loss": loss})
+            run.amend(step, _validate(keeper, step, model, validation()))
         loop.restore_best(run.path, step, keeper, adapter)
         saved.save_adapter(model, NAME, run.path / "adapter", encoder)
         result = {
@@ -107,6 +104,14 @@ def validation_loss(model: Model, laid_out: Sequence[Batch]) -> float:
     for batch in laid_out:
         total -= model.logprobs(batch, NAME).logprobs.double().sum().item()
     return total / sum(len(batch.targets) for batch in laid_out)
+
+
+def _validate(keeper: Keeper, step: int, model: Model, laid_out: Sequence[Batch]) -> dict[str, float]:
+    """Offers the weights of `step` to the keeper; the loss of held-out items, as metrics.jsonl has it."""
+    began = time.perf_counter()
+    loss = validation_loss(model, laid_out)
+    keeper.offer(step, -loss, {"loss": loss})
+    return loop.validated({"loss": loss}, began)
 
 
 def laid_out(items: Sequence[Item], config: SftConfig, model: Model) -> list[Batch]:

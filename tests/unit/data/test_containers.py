@@ -464,8 +464,10 @@ def test_authors_splits_of_files(tmp_path: Path, capfd: pytest.CaptureFixture[st
 def test_all_files_are_read_where_none_or_each_is_held_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("held/dev.jsonl", "held/test.jsonl", "open/train.jsonl", "open/ratings.jsonl"):
         put(tmp_path / name, json.dumps({"prompt": name}))
-    assert len(read(tmp_path / "held")) == len(read(tmp_path / "open")) == 2
+    assert len(read(tmp_path / "open")) == 2
     assert capfd.readouterr().err == ""
+    assert len(read(tmp_path / "held")) == 2
+    assert "all its files are named as held out (dev, test), and are read" in capfd.readouterr().err
 
 
 def test_where_none_says_training_the_held_out_are_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -485,6 +487,9 @@ def test_a_link_to_a_file_of_the_directory_is_not_read_again(tmp_path: Path, cap
     (found,) = find(str(tmp_path / "set"))
     assert found.name.endswith("set/b/real.jsonl")
     assert "a.jsonl is a link to another of its files" in capfd.readouterr().err
+    pattern = f"{tmp_path}/set/**/*.jsonl"
+    assert [file.name for file in find(pattern)] == [f"{tmp_path}/set/b/real.jsonl"]
+    assert f"{pattern}: a.jsonl is a link" in capfd.readouterr().err
 
 
 def test_empty_parts_of_a_directory_are_left_out_and_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

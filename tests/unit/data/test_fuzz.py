@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perlhf.config.stages import LayoutConfig, RatingsConfig
-from perlhf.data.read import FORMATS, read_all
+from perlhf.data.read import read_all
+from perlhf.data.readers.formats import FORMATS
 from perlhf.data.tools import validate
 from perlhf.errors import DataError
 

@@ -176,6 +176,116 @@ def test_openai_fine_tuning(tmp_path: Path) -> None:
     assert shown.tools == ({"type": "function", "function": {"name": "f"}},)
 
 
+# ---- Which answers of a conversation are learned ---------------------------------------------------------------------
+
+ALL = LayoutConfig(turns="all")
+WHY, TALK = said("user", "Why?"), "conversations have earlier answers"
+TALKED = ("Is it open?", "Until nine.", "Why?", "Go away.")
+
+
+def warned(tmp_path: Path, *rows: dict[str, Any], rules: LayoutConfig | None = None) -> tuple[str, ...]:
+    """What is told of rows that can all be read, groups too few to split left out."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = validate([str(tmp_path / "a.jsonl")], rules=rules)
+    assert found.ok and not found.skipped
+    return tuple(line for line in found.warnings if "groups" not in line and "repeat" not in line)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASKED, GOOD, WHY, POOR]},
+        {
+            "conversations": turns(
+                ("human", "Is it open?"), ("gpt", "Until nine."), ("human", "Why?"), ("gpt", "Go away.")
+            )
+        },
+        {"instruction": "Why?", "output": "Go away.", "history": [["Is it open?", "Until nine."]]},
+        {"query": "Why?", "response": "Go away.", "history": [["Is it open?", "Until nine."]]},
+    ],
+)
+def test_each_answer_of_a_conversation_is_learned_where_that_is_asked_for(tmp_path: Path, row: dict[str, Any]) -> None:
+    last = Demonstration((ASKED, GOOD, WHY), "Go away.", "is it open", source="a.jsonl:1")
+    assert reading(tmp_path, row).records == [last]
+    (line,) = warned(tmp_path, row, {"messages": [ASKED, GOOD]})
+    assert line.startswith(f"1 {TALK}") and "`data.turns: all`" in line
+    first = Demonstration((ASKED,), "Until nine.", "is it open", source="a.jsonl:1")
+    assert reading(tmp_path, row, rules=ALL).records == [first, last]
+    assert warned(tmp_path, row, rules=ALL) == ()
+
+
+def test_a_message_of_weight_0_and_a_greeting_are_never_learned(tmp_path: Path) -> None:
+    hello = said("assistant", "Hello!")
+    weighed = [hello, ASKED, POOR | {"weight": 0}, WHY, GOOD | {"weight": 1}, WHY, said("assistant", " "), WHY, GOOD]
+    found = reading(tmp_path, {"messages": weighed}, rules=ALL).records
+    assert [len(record.prompt) for record in found] == [4, 8]
+    assert found[0].prompt == (hello, ASKED, POOR, WHY)
+    assert warned(tmp_path, {"messages": [hello, ASKED, POOR | {"weight": 0}, WHY, GOOD]}) == ()
+    ignored = reading(
+        tmp_path, {"messages": [ASKED, GOOD | {"train": "false"}, WHY, GOOD | {"weight": "1"}]}, rules=ALL
+    )
+    assert len(ignored.records) == 1
+    half = refused(tmp_path, {"messages": [ASKED, GOOD | {"weight": 0.5}]}, "a message has the weight 0.5")
+    assert "column 'weight'" in (half.hint or "")
+
+
+def test_a_verdict_is_on_the_last_answer(tmp_path: Path) -> None:
+    row = {"messages": [ASKED, GOOD, WHY, POOR], "label": False}
+    assert TALK not in str(warned(tmp_path, row))
+    for rules in (None, ALL):
+        assert one(tmp_path, row, "trl", rules) == Rating(
+            (ASKED, GOOD, WHY), "Go away.", False, "is it open", source="a.jsonl:1"
+        )
+
+
+def test_a_verdict_inside_a_message_is_not_imitated(tmp_path: Path) -> None:
+    for key, content, ours in (("rating", 1, "rating"), ("label", "bad", "label"), ("stars", "2", "rating")):
+        row = {"messages": [ASKED, POOR | {key: content}]}
+        error = refused(tmp_path, row, f"a message holds {key!r}")
+        assert f"{{{ours}: messages.-1.{key}}}" in (error.hint or "")
+        rules = STARS.model_copy(update={"columns": {ours: f"messages.-1.{key}"}})
+        assert one(tmp_path, row, "trl", rules).label is False
+    refused(tmp_path, {"conversations": [*turns(("human", "a")), {"from": "gpt", "value": "b", "score": 3}]}, "'score'")
+
+
+def test_an_empty_verdict_is_told(tmp_path: Path) -> None:
+    talk = {"conversations": turns(("human", "a"), ("gpt", "b"))}
+    for row in ({"prompt": "a", "completion": "b"}, talk, {"instruction": "a", "output": "b"}):
+        for name, content in (("label", None), ("rating", None), ("kto_tag", "")):
+            lines = warned(tmp_path, row | {"label": True}, row | {name: content})
+            assert "1 answers have an empty label or rating and are read as demonstrations" in lines, (row, name)
+    assert (
+        warned(tmp_path, {"prompt": "a", "label": None}, {"prompt": "a", "chosen": "b", "rejected": "c", "label": None})
+        == ()
+    )
+
+
+@pytest.mark.parametrize("name", ["input", "context"])
+@pytest.mark.parametrize("answer", [{"completion": "c"}, {"chosen": "c", "rejected": "d"}, {"response": "c"}])
+def test_what_stands_beside_the_prompt_is_told_and_can_be_asked(
+    tmp_path: Path, name: str, answer: dict[str, Any]
+) -> None:
+    row = {"prompt": "Translate.", name: "Hallo"} | answer
+    (line,) = warned(tmp_path, row, row | {name: ""})
+    assert line.startswith(f"1 rows have {name!r} beside 'prompt'")
+    columns = line.split("{")[1].split("}")[0]
+    rules = LayoutConfig(columns=dict(part.split(": ") for part in columns.split(", ")))
+    assert one(tmp_path, row, "alpaca", rules).prompt == "Translate.\nHallo"
+
+
+def test_an_instructions_input_is_asked_whatever_judges_the_answers(tmp_path: Path) -> None:
+    asked = {"instruction": "Translate.", "input": "Hallo"}
+    pair = asked | {"output_1": "hi", "output_2": "no", "preference": 1}
+    graded = asked | {"completions": [graded_answer("hi", "5"), graded_answer("no", "1")]}
+    for row, layout, margin in ((pair, "arena", 0.0), (graded, "ultrafeedback", 4.0)):
+        assert one(tmp_path, row, layout) == Comparison(
+            "Translate.\nHallo", "hi", "no", "translate hallo", margin=margin, source="a.jsonl:1"
+        )
+    row = {"prompt": "Translate.", "context": "Hallo", "response_a": "hi", "response_b": "no", "winner": "a"}
+    assert warned(tmp_path, row)[0].startswith("1 rows have 'context' beside 'prompt'")
+    assert one(tmp_path, row, "arena", LayoutConfig(columns={"instruction": "prompt"})).prompt == "Translate.\nHallo"
+
+
 # ---- Grades and preferences -----------------------------------------------------------------------------------------
 
 
@@ -420,3 +530,16 @@ def test_winners_of_one_column_each(tmp_path: Path, first: Any, second: Any, cho
     row = {"prompt": "q", "response_a": "a", "response_b": "b", "winner_model_a": first, "winner_model_b": second}
     assert one(tmp_path, row, "arena").chosen == chosen
     refused(tmp_path, row | {"winner_model_a": True, "winner_model_b": True}, "winner_model_a and winner_model_b are")
+
+
+@pytest.mark.parametrize("written", ["5 stars", "5-star", "5/5", "5 out of 5", "5 / 5 stars", "5.0"])
+def test_grades_written_with_their_scale(tmp_path: Path, written: str) -> None:
+    row = {"prompt": "a", "completion": "b", "rating": written}
+    assert one(tmp_path, row, "trl", STARS).label is True
+    refused(tmp_path, row | {"rating": "five of many"}, "rating is 'five of many'", rules=STARS)
+
+
+def test_answers_of_stack_exchange(tmp_path: Path) -> None:
+    answers = [{"text": "Until nine.", "pm_score": 3, "selected": True}, {"text": "Go away.", "pm_score": 0}]
+    found = one(tmp_path, {"qid": 1, "question": "Is it open?", "answers": answers}, "ultrafeedback")
+    assert found == Comparison("Is it open?", "Until nine.", "Go away.", "is it open", margin=3.0, source="a.jsonl:1")

@@ -1,6 +1,8 @@
 import gzip
 import hashlib
 import json
+import re
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +33,18 @@ from data_rows import (
     note,
     panda,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from perlhf.config.stages import LayoutConfig, RatingsConfig
+from perlhf.data import read as data_read
+from perlhf.data.containers.tfrecord import crc32c, read_examples
 from perlhf.data.fields import group_key, prompt_group
-from perlhf.data.read import FORMATS, Reading, detect, read_all
-from perlhf.data.readers.dialogs import COFFEE_GREETING
-from perlhf.data.readers.tfrecord import crc32c, read_examples
-from perlhf.data.records import Comparison, Demonstration, Rating, Text
+from perlhf.data.files import DataFile
+from perlhf.data.read import Reading, read_all
+from perlhf.data.readers.formats import FORMATS, detect
+from perlhf.data.readers.published.dialogs import COFFEE_GREETING
+from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Text
 from perlhf.data.tools import validate
 from perlhf.errors import DataError
 
@@ -78,7 +85,7 @@ def test_formats_are_told_apart_by_their_first_row(name: str) -> None:
 
 
 def test_every_format_states_its_rule() -> None:
-    assert len({one.name for one in FORMATS}) == len(FORMATS) == 30
+    assert len({one.name for one in FORMATS}) == len(FORMATS) == 31
     assert all("Group:" in (one.reader.__doc__ or "") or one.name in ("trl", "feedbackqa-ratings") for one in FORMATS)
 
 
@@ -208,6 +215,28 @@ def test_oasst_ranks_become_pairs_without_synthetic_replies(tmp_path: Path) -> N
         Comparison(deeper, "a", "b", group, margin=1.0, source="a.jsonl:1"),
     ]
     assert found.skipped == {"a synthetic reply": 2}
+
+
+def oasst_messages(node: dict[str, Any], parent: str | None = None, number: str = "m") -> list[dict[str, Any]]:
+    """The rows of a tree as the hub has them, replies first, where a rank is a float since others are null."""
+    replies = node.get("replies") or []
+    below = [row for at, reply in enumerate(replies) for row in oasst_messages(reply, number, f"{number}.{at}")]
+    rank = node.get("rank")
+    row = {name: part for name, part in node.items() if name != "replies"} | {"message_id": number, "parent_id": parent}
+    return [*below, row | {"message_tree_id": "m", "rank": None if rank is None else float(rank), "lang": "en"}]
+
+
+def test_oasst_messages_one_a_row_are_put_together(tmp_path: Path) -> None:
+    tree = reading(tmp_path, OASST_ROW)
+    rows = oasst_messages(OASST_ROW["prompt"])
+    flat = reading(tmp_path, *rows)
+    assert flat.formats == {"a.jsonl": "oasst-messages"}
+    where = f"a.jsonl:{len(rows)}"  # of the first prompt
+    assert flat.records == [replace(record, source=where) for record in tree.records if isinstance(record, Comparison)]
+    assert flat.skipped == tree.skipped
+    assert validate([str(tmp_path / "a.jsonl")]).records == {"comparison": 2}
+    alone = reading(tmp_path, rows[0] | {"parent_id": "gone"})
+    assert (alone.records, alone.skipped) == ([], {"a message whose parent isn't in the file": 1})
 
 
 def test_pandalm_majority(tmp_path: Path) -> None:
@@ -576,3 +605,60 @@ def test_hh_without_the_line_breaks_that_begin_it(tmp_path: Path, blank: str) ->
 )
 def test_trls_columns_go_before_other_layouts(row: dict[str, Any]) -> None:
     assert detect(row) == "trl"
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=0x2FF), max_size=40))
+@settings(max_examples=300)
+def test_groups_of_ascii_texts_are_what_groups_of_all_texts_are(text: str) -> None:
+    """ASCII takes a fast way; the words after a letter beyond it take the other."""
+    slow = " ".join(re.sub(r"[^\w\s]", "", text.lower()).split()) or text.strip()
+    assert group_key(text) == slow
+    ascii_part = "".join(mark for mark in text if mark.isascii())
+    assert group_key(ascii_part + " \u00e9") == f"{group_key(ascii_part + ' x').removesuffix('x')}\u00e9"
+
+
+def test_a_row_counts_with_all_its_records_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is refused half-way, and rows after it, whatever the reader had already given."""
+
+    def reader(rows: Any) -> Any:
+        for where, row in rows:
+            for text in row["texts"]:
+                if text == "bad":
+                    raise DataError("bad", where=where)
+                yield Prompt(text, "g", source=where)
+
+    rows: list[tuple[str, Any]] = [
+        ("f:1", {"texts": ["a", "b"]}),
+        ("f:2", DataError("no JSON", where="f:2")),
+        ("f:3", {"texts": ["c", "bad", "d"]}),
+        ("f:4", {"texts": ["bad"]}),
+        ("f:5", {"texts": ["e", " ", "f"]}),
+        ("f:6", {"texts": []}),
+        ("f:7", {"texts": ["g"]}),
+    ]
+
+    def damaged() -> Any:
+        yield from rows
+        raise DataError("the gzip file is truncated", where="f")
+
+    monkeypatch.setattr(data_read.files, "rows_or_errors", lambda _file: damaged())
+    monkeypatch.setattr(data_read, "reader_of", lambda *_: reader)
+    outcomes = list(data_read.records_or_problems(DataFile("f", None), "hh"))
+    found = [one.where if isinstance(one, DataError) else getattr(one, "prompt", None) for one in outcomes]
+    assert found == ["a", "b", "f:2", "f:3", "f:4", "f:5", "g", "f"]
+
+
+def test_rows_are_never_in_memory_all_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    peaks = []
+    for count in (1000, 4000):
+        rows = (
+            (f"f:{number}", {"prompt": f"{number}" + "x" * 2000, "completion": "y", "label": True})
+            for number in range(count)
+        )
+        monkeypatch.setattr(data_read.files, "rows_or_errors", lambda _file, rows=rows: rows)
+        tracemalloc.start()
+        for outcome in data_read.records_or_problems(DataFile("f", None), "trl"):
+            assert isinstance(outcome, Rating)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]

@@ -1,5 +1,4 @@
 import json
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,8 @@ from data_rows import graded
 
 from perlhf.config.stages import DataConfig
 from perlhf.data import tools
-from perlhf.data.files import DataFile
 from perlhf.data.read import read
-from perlhf.data.records import Prompt, Rating
+from perlhf.data.records import Prompt
 from perlhf.data.tools import convert, formats, inspect, split, validate
 from perlhf.errors import DataError, StorageError
 
@@ -64,53 +62,6 @@ def test_validate_whole_file_readers_and_damaged_files(tmp_path: Path) -> None:
     assert [str(problem.where).split("/")[-1] for problem in found.problems] == ["a.jsonl:2", "b.jsonl.gz"]
     with pytest.raises(DataError, match="nothing has this name"):
         validate(["nowhere.jsonl"])
-
-
-def test_a_row_counts_with_all_its_records_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is refused half-way, and rows after it, whatever the reader had already given."""
-
-    def reader(rows: Any) -> Any:
-        for where, row in rows:
-            for text in row["texts"]:
-                if text == "bad":
-                    raise DataError("bad", where=where)
-                yield Prompt(text, "g", source=where)
-
-    rows: list[tuple[str, Any]] = [
-        ("f:1", {"texts": ["a", "b"]}),
-        ("f:2", DataError("no JSON", where="f:2")),
-        ("f:3", {"texts": ["c", "bad", "d"]}),
-        ("f:4", {"texts": ["bad"]}),
-        ("f:5", {"texts": ["e", " ", "f"]}),
-        ("f:6", {"texts": []}),
-        ("f:7", {"texts": ["g"]}),
-    ]
-
-    def damaged() -> Any:
-        yield from rows
-        raise DataError("the gzip file is truncated", where="f")
-
-    monkeypatch.setattr(tools.files, "rows_or_errors", lambda _file: damaged())
-    monkeypatch.setattr(tools.read, "reader_of", lambda *_: reader)
-    outcomes = list(tools._records_or_problems(DataFile("f", None), "trl"))
-    found = [one.where if isinstance(one, DataError) else getattr(one, "prompt", None) for one in outcomes]
-    assert found == ["a", "b", "f:2", "f:3", "f:4", "f:5", "g", "f"]
-
-
-def test_rows_are_never_in_memory_all_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    peaks = []
-    for count in (1000, 4000):
-        rows = (
-            (f"f:{number}", {"prompt": f"{number}" + "x" * 2000, "completion": "y", "label": True})
-            for number in range(count)
-        )
-        monkeypatch.setattr(tools.files, "rows_or_errors", lambda _file, rows=rows: rows)
-        tracemalloc.start()
-        for outcome in tools._records_or_problems(DataFile("f", None), "trl"):
-            assert isinstance(outcome, Rating)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_parquet_in_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

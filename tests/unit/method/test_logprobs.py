@@ -63,6 +63,38 @@ def test_bfloat16_is_as_near_as_the_slow_twin() -> None:
     torch.testing.assert_close(grad.float(), slope, atol=0.06, rtol=0.02)
 
 
+def confident(probability: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States along their tokens' rows of the head, so long that each token has about `probability`."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(300, 64, generator=generator).to(dtype).double()
+    targets = torch.arange(12)
+    rows = weight[targets] / weight[targets].norm(dim=-1, keepdim=True)
+    low, high = torch.zeros(12, 1, dtype=torch.float64), torch.full((12, 1), 64.0, dtype=torch.float64)
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = torch.softmax(middle * rows @ weight.t(), -1).gather(-1, targets[:, None])
+        low, high = torch.where(found < probability, middle, low), torch.where(found < probability, high, middle)
+    return (low * rows).to(dtype), weight.to(dtype), targets
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.99, 0.9999])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04)])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_gradient_of_confident_tokens(probability: float, dtype: torch.dtype, limit: float, temperature: float) -> None:
+    """Against float64 of the same numbers, relative to the gradient's own size, however small that is."""
+    states, weight, targets = confident(probability, dtype)
+    exact = (temperature * states.double()).requires_grad_()
+    all_of_them = torch.log_softmax(exact @ weight.double().t() / temperature, -1)
+    wanted = all_of_them.gather(-1, targets[:, None]).squeeze(-1)
+    assert wanted.exp().mean().item() == pytest.approx(probability, abs=1e-3)
+    (slope,) = torch.autograd.grad(wanted.sum(), exact)
+    coarse = (temperature * states).requires_grad_()
+    found, _ = head.token_logprobs(coarse, weight, targets, temperature)
+    (grad,) = torch.autograd.grad(found.sum(), coarse)
+    error = (grad.double() - slope).norm(dim=-1) / slope.norm(dim=-1)
+    assert error.median() < limit
+
+
 def test_extreme_logits_stay_finite() -> None:
     states, weight = torch.tensor([[1.0]], requires_grad=True), torch.tensor([[-1e4], [1e4]])
     logprobs, entropy = head.token_logprobs(states, weight, torch.tensor([0]), 1.0)

@@ -76,6 +76,18 @@ class TestBradleyTerry:
         loss, _ = compare(row(LN3), row(0), label_smoothing=0.1)
         assert loss.item() == pytest.approx(0.9 * RIGHT + 0.1 * WRONG)
 
+    def test_the_swapped_pair_has_its_margin_on_its_own_side(self) -> None:
+        # gap 2 ln 3, margin ln 3: sigmoid(ln 3) = 3/4 as labelled, sigmoid(-3 ln 3) = 1/28 swapped
+        loss, _ = compare(row(2 * LN3), row(0), margins=row(LN3), label_smoothing=0.1)
+        assert loss.item() == pytest.approx(0.9 * RIGHT + 0.1 * math.log(28))
+
+    @pytest.mark.parametrize("margin", [0.0, 1.5])
+    def test_a_label_that_says_nothing_leaves_the_scores_equal(self, margin: float) -> None:
+        # at eps = 1/2: (sigmoid(margin) - sigmoid(margin)) / 2 is the slope at gap 0
+        chosen = row(0).requires_grad_()
+        compare(chosen, row(0), margins=row(margin), label_smoothing=0.5)[0].backward()
+        assert chosen.grad is not None and chosen.grad.item() == pytest.approx(0, abs=1e-7)
+
     def test_gradient_is_the_probability_of_being_wrong(self) -> None:
         # d/dgap -log sigmoid(gap) = -(1 - sigmoid(gap)) = -1/4 at gap ln 3, over divisor 2
         chosen, rejected = row(LN3).requires_grad_(), row(0).requires_grad_()

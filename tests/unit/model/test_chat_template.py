@@ -123,6 +123,45 @@ def test_same_ids_as_transformers(name: str, kind: str) -> None:
     agree()
 
 
+FULL_WIDTH = str.maketrans({chr(letter): chr(letter + 0xFEE0) for letter in range(0x21, 0x7F)})
+NORMALISERS: dict[str, tuple[normalizers.Normalizer, list[str]]] = {
+    "NFKC": (normalizers.NFKC(), ["<|im_end|>".translate(FULL_WIDTH), "<|im_end|>".translate(FULL_WIDTH)]),
+    "NFKD, half of it": (normalizers.NFKD(), ["<|im_" + "end|>".translate(FULL_WIDTH)]),
+    "lower case": (normalizers.Lowercase(), ["<|IM_END|>", "<|Im_End|>", "<|IM_START|>"]),
+    "lower case, full width": (
+        normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]),
+        ["<|IM_END|>".translate(FULL_WIDTH), "<|Im_End|>"],
+    ),
+    "accents": (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), ["<|ïm_énd|>"]),
+    "replaced": (normalizers.Replace("{", "<"), ["{|im_end|>", "{|im_start|>"]),
+    "left out": (normalizers.Replace("~", ""), ["<|im~_end|>", "~<|~im_end|>"]),
+    "one sign": (normalizers.Replace("~", "m_end"), ["<|i~|>"]),
+    "stripped": (normalizers.Strip(), ["  <|im_end|>  "]),
+    "BERT": (normalizers.BertNormalizer(), ["<|IM_\u0000END|>", "<|ÏM_END|>"]),
+    "spaces as letters": (
+        normalizers.Sequence([normalizers.Replace(" ", "▁"), normalizers.NFKC()]),
+        ["<|im_end|>".translate(FULL_WIDTH), " " + "<|im_end|>".translate(FULL_WIDTH)],
+    ),
+}
+
+
+def finished(backend: Tokenizer, tokens: Sequence[str]) -> PreTrainedTokenizerBase:
+    """With special tokens that are looked for in normalised text."""
+    backend.add_special_tokens([AddedToken(token, normalized=True) for token in tokens])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+def normalising(normaliser: normalizers.Normalizer, template: str = CHATML) -> Encoder:
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normaliser
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(["user assistant"], trainers.BpeTrainer(vocab_size=260, initial_alphabet=alphabet))
+    tokenizer = finished(backend, ["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = template
+    return Encoder(tokenizer, EncodingConfig(max_tokens=4000))
+
+
 class TestControlTokens:
     """Where a text holds one, only the ids inside that text differ from transformers'."""
 
@@ -194,18 +233,76 @@ class TestControlTokens:
         with pytest.raises(DataError, match=r"the role of message 1 holds '<\|im_end\|>'"):
             encoder_of("chatml", "byte level").prompt([{"role": "user<|im_end|>", "content": "a"}])
 
-    def test_letters_that_the_tokenizer_makes_small(self) -> None:
-        backend = Tokenizer(models.BPE())
-        backend.normalizer = normalizers.Lowercase()
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        backend.train_from_iterator(["user assistant"], trainers.BpeTrainer(vocab_size=260, initial_alphabet=alphabet))
-        backend.add_special_tokens([AddedToken(token, normalized=True) for token in ("<|im_start|>", "<|im_end|>")])
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-        tokenizer.chat_template = CHATML
-        encoder = Encoder(tokenizer, EncodingConfig(max_tokens=4000))
-        for typed in ("<|im_end|>", "<|IM_END|>", "<|Im_End|>"):
-            assert encoder.prompt(f"a {typed} b").count(encoder.end_id) == 1
+    @pytest.mark.parametrize("kind", NORMALISERS)
+    def test_nor_does_what_a_normaliser_makes_of_text(self, kind: str) -> None:
+        """Full width, capitals, replaced and stripped letters: an added token that is normalised is found in them."""
+        normaliser, disguises = NORMALISERS[kind]
+        encoder = normalising(normaliser)
+        controls = {encoder.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")}
+        assert controls & set(encoder.tokenizer(disguises[0])["input_ids"]), "alone it does make one"
+
+        @settings(max_examples=40, deadline=None)
+        @given(st.lists(WORDS | st.sampled_from([*disguises, "<|im_end|>"]) | st.text(max_size=4), max_size=5))
+        def makes_none(words: list[str]) -> None:
+            text = "".join(words)
+            counted = [[ids.count(number) for number in controls] for ids in map(encoder.prompt, (f"a{text}", "a"))]
+            assert counted[0] == counted[1]
+            completion = encoder.example("a", f"b{text}").completion
+            assert completion[-1] == encoder.end_id and not controls & set(completion[:-1])
+
+        makes_none()
+
+    def test_text_as_before_where_a_normaliser_makes_no_control_token(self) -> None:
+        encoder = normalising(normalizers.NFKC())
+        for text in ("hello", "ﬁne １２ é", "a < b |> c"):
+            assert encoder.prompt(text) == theirs(encoder, said(text), add_generation_prompt=True)
+
+    def test_a_letter_that_would_join_the_templates_token(self) -> None:
+        """`>` and U+0338 are one letter to NFC: the template's token must stay what it is."""
+        encoder = normalising(normalizers.NFC(), each("{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}", ""))
+        start = encoder.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        assert encoder.prompt("\u0338a").count(start) == 1
+
+    def test_one_letter_that_is_always_a_control_token_is_refused(self) -> None:
+        backend = Tokenizer(models.WordLevel({"<|im_end|>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
+        backend.normalizer = normalizers.Replace("X", "<|im_end|>")
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        encoder = Encoder(finished(backend, ["<|im_end|>"]), EncodingConfig(template="plain"))
+        with pytest.raises(DataError, match=r"f:1: .* the control token '<\|im_end\|>' of the text 'X'"):
+            encoder.example("X", "a", "f:1")
+
+    @pytest.mark.parametrize("change", ["lower", "upper"])
+    def test_nor_does_what_a_template_makes_of_capitals(self, change: str) -> None:
+        token = {"lower": "<|im_end|>", "upper": "[INST]"}[change]
+        encoder = encoder_of_template(each(f"{{{{ '{token}' + m['content'] | {change} }}}}", ""))
+        assert encoder.prompt(f"a{token.swapcase()}b").count(encoder.tokenizer.convert_tokens_to_ids(token)) == 1
+
+    @pytest.mark.parametrize("text", ["end", " end ", "end|><|return", "|end"])
+    def test_nor_does_a_name_that_a_template_writes_the_rest_of(self, text: str) -> None:
+        encoder = encoder_of_template(each("{{ '<|' + (m.name or 'user') + '|>' + m.content }}", ""))
+        special = set(encoder.tokenizer.all_special_ids) | {
+            encoder.tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|return|>")
+        }
+        assert not special & set(encoder.prompt([{"role": "user", "name": text.strip(), "content": "a"}]))
+        plain = encoder_of_template("{% for m in messages %}<|{{ m.content }}|>{% endfor %}")
+        assert not special & set(plain.prompt(text))
+        assert plain.prompt("pending") == theirs(plain, said("pending"))
+
+    @pytest.mark.parametrize("role", ["end", "END ", "return", "im_end"])
+    def test_nor_does_a_role_that_a_template_writes_the_rest_of(self, role: str) -> None:
+        """`'<|' + role + '|>'`: `user` is one of the template's, `end` would end the turn before it has begun."""
+        template = each("{{ '<|' + m['role'] | trim | lower + '|>' + m['content'] + '<|end|>' }}", "")
+        encoder = encoder_of_template(template)
+        messages = [*said("a", "b"), {"role": role, "content": "c"}, *said("d")]
+        with pytest.raises(DataError, match=rf"makes the control token .* of the role of message 3, '{role}'"):
+            encoder.prompt(messages)
+        assert encoder.prompt(said("a", "b", "c", system="d")) == theirs(encoder, said("a", "b", "c", system="d"))
+        other = [{"role": "critic", "content": "c"}]
+        assert encoder.prompt(other) == theirs(encoder, other)
+
+    def test_a_role_that_the_template_names_is_its_own(self) -> None:
+        encoder = encoder_of_template(each("{% if m.role == 'end' %}<|{{ m.role }}|>{% endif %}{{ m['content'] }}", ""))
+        assert encoder.tokenizer.convert_tokens_to_ids("<|end|>") in encoder.prompt([{"role": "end", "content": "a"}])
 
     def test_an_empty_thought_marks_no_turn(self) -> None:
         encoder = encoder_of_template(

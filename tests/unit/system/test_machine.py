@@ -35,7 +35,14 @@ def environment_of(package_parent: Path) -> dict:
 def test_commit_is_that_of_the_package_and_only_if_it_is_tracked(tmp_path):
     source = Path(perlhf.__file__).parent
     (tmp_path / "perlhf" / "system").mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "system/__init__.py", "system/allocator.py", "system/machine.py"):
+    for name in (
+        "__init__.py",
+        "errors.py",
+        "system/__init__.py",
+        "system/allocator.py",
+        "system/machine.py",
+        "system/threads.py",
+    ):
         shutil.copy(source / name, tmp_path / "perlhf" / name)
     outside = environment_of(tmp_path)
     assert (outside["commit"], outside["uncommitted_changes"]) == (None, None)

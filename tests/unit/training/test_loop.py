@@ -1,11 +1,14 @@
 """What the stages share: encoding, which adapter starts from what, an optimiser step, saving and restoring."""
 
+import contextlib
 import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import answers, apart, digest, open_encoder, open_model, randomise
@@ -16,6 +19,7 @@ from perlhf.data.splits import split_of
 from perlhf.data.store import hold
 from perlhf.data.tools import validate
 from perlhf.errors import AdapterError, ConfigError, DataError, DivergenceError
+from perlhf.method import linear_probe
 from perlhf.model.encoding.encode import TooLong
 from perlhf.model.model import Model
 from perlhf.model.open import new_adapter
@@ -344,6 +348,50 @@ class TestSaved:
         assert [keeper.offer(step, value, {"v": value}) for step, value in offers] == [True, False, False, True, False]
         assert keeper == Keeper(3, 0.75, {"v": 0.75}, worse=1)
 
+    def test_the_start_is_left_for_what_is_above_it_by_more_than_a_standard_error(self) -> None:
+        keeper, start = Keeper(), [0.0, 10.0, 20.0, None]
+        assert keeper.offer(0, 10.0, {}, start)
+        # Differences 3, -1, 1: mean 1, deviation 2, standard error 2 / sqrt(3) = 1.155. What the mean gains by an item
+        # that the start has no number for says nothing.
+        assert not keeper.offer(1, 99.0, {}, [3.0, 9.0, 21.0, 99.0])
+        # 3, 0, 1.5: mean 1.5, deviation 1.5, standard error 0.866
+        assert keeper.offer(2, 11.5, {}, [3.0, 10.0, 21.5, None])
+        assert keeper.offer(3, 11.6, {}, [2.9, 10.1, 21.8, 1.0]), "among later ones the best is kept"
+        assert not keeper.offer(4, 11.6, {}, [2.9, 10.1, 21.8, 1.0])
+        assert (keeper.step, keeper.worse, keeper.start) == (3, 1, start)
+
+    def test_one_item_has_no_standard_error(self) -> None:
+        assert loop.clearly_above([1.0, None], [0.5, 3.0]) and not loop.clearly_above([0.5], [0.5])
+        assert not loop.clearly_above([None], [0.5])
+
+    @pytest.mark.parametrize(("gain", "kept", "shown", "reported"), [(0.0, 0.55, 0.20, 0.0), (0.5, 1.0, 0.17, 0.41)])
+    def test_what_choosing_adds_where_nothing_changes(
+        self, gain: float, kept: float, shown: float, reported: float
+    ) -> None:
+        """Six validations of a policy that gains `gain` deviations by even steps, on prompts that deviate by 1.
+
+        `kept`: the most runs that leave the start; `shown`: what those that choose show too much; `reported`: the
+        gain on prompts that didn't choose.
+        """
+        draw, trials = np.random.default_rng(0), 2000
+        before, left, excess, others = np.zeros(trials), np.zeros(trials), np.zeros(trials), np.zeros(trials)
+        for trial in range(trials):
+            few, more, true = draw.normal(size=(7, 16)), draw.normal(size=(7, 32)), np.linspace(0, gain, 7)
+            old, keeper = Keeper(), Keeper()
+            for step in range(7):
+                old.offer(step, few[step].mean() + true[step], {})
+                values = more[step] + true[step]
+                keeper.offer(step, values.mean(), {}, values.tolist())
+            assert old.step is not None and keeper.step is not None
+            before[trial] = old.value - true[old.step]
+            left[trial], excess[trial] = keeper.step > 0, keeper.value - true[keeper.step]
+            others[trial] = true[keeper.step] + draw.normal(0, 64**-0.5) - draw.normal(0, 64**-0.5)
+        if not gain:
+            assert before.mean() == pytest.approx(0.34, abs=0.02), "the mean of the largest of seven, over sqrt(16)"
+        assert left.mean() < kept or gain
+        assert excess.mean() == pytest.approx(shown, abs=0.03)
+        assert others.mean() == pytest.approx(reported, abs=0.03)
+
     def test_no_best_yet(self, model: Model, tmp_path: Path) -> None:
         adapter = model.add_adapter("sft", "sft", rank=2)
         before = digest(model, "sft")
@@ -377,10 +425,66 @@ class TestRewardItems:
     def test_class_weights(self, tiny_base: Path) -> None:
         items, _ = reward_stage.encode_items(open_encoder(tiny_base), self.RECORDS)
         balance = {"up": 1, "down": 2, "comparisons": 1}
-        # n / (2 n_class): 3 / 2 and 3 / 4
-        assert reward_stage.class_weights(items, "balanced") == ({True: 1.5, False: 0.75}, balance)
+        # n / (2 n_class), weights counted: 2.5 / (2 * 0.5) and 2.5 / (2 * 2)
+        assert reward_stage.class_weights(items, "balanced") == ({True: 2.5, False: 0.625}, balance)
         assert reward_stage.class_weights(items, "none") == ({True: 1.0, False: 1.0}, balance)
         assert reward_stage.class_weights(items[1:2], "balanced")[0] == {True: 1.0, False: 1.0}
+
+    def test_class_weights_and_bias_count_weights(self, model: Model, tiny_base: Path) -> None:
+        weights = {True: (3.0, 0.5), False: (0.25, 0.75)}
+        records = [
+            Rating("hi", f"{label} {weight}", label, "g", weight=weight)
+            for label, own in weights.items()
+            for weight in own
+        ]
+        items, _ = reward_stage.encode_items(open_encoder(tiny_base), records)
+        balance = {"up": 2, "down": 2, "comparisons": 0}
+        # 4.5 in all, 3.5 up and 1 down: 4.5 / (2 * 3.5) and 4.5 / (2 * 1)
+        balanced = {True: pytest.approx(9 / 14), False: pytest.approx(9 / 4)}
+        assert reward_stage.class_weights(items, "balanced") == (balanced, balance)
+        adapter = reward_stage._start(model, open_encoder(tiny_base), RewardConfig(), items)
+        assert adapter.bias is not None and adapter.bias.item() == pytest.approx(math.log(3.5))
+
+    def test_the_probe_weighs_kinds_as_training_does(
+        self, model: Model, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One comparison of weight 2 among four records counts 2 * 4, ratings 4 / 3 of their own."""
+        encoder, seen = open_encoder(tiny_base), list[Any]()
+        items, _ = reward_stage.encode_items(encoder, self.RECORDS)
+        config = RewardConfig(head_start="probe")
+        adapter = reward_stage._start(model, encoder, config, items)
+        found = linear_probe.Probe(np.zeros(64), 0.0, 1.0, 0.5)
+        monkeypatch.setattr(linear_probe, "fit", lambda *given: (seen.extend(given[3]), found)[1])
+        bar = SimpleNamespace(advance=lambda: None)
+        run: Any = SimpleNamespace(progress=lambda *_: contextlib.nullcontext(bar))
+        shares, equal = reward_stage.Shares.of(items.records), {True: 1.0, False: 1.0}
+        reward_stage._start_head(run, model, adapter, items, equal, shares, config)
+        assert sorted(seen) == pytest.approx([2 / 3, 4 / 3, 4 / 3, 8])
+
+    def test_ratings_of_one_label_without_weight_are_refused(self, tiny_base: Path) -> None:
+        records = [Rating("hi", "yes", True, "g"), Rating("hi", "no", False, "g", weight=0.0)]
+        items, _ = reward_stage.encode_items(open_encoder(tiny_base), records)
+        with pytest.raises(DataError, match="all ratings that have a weight are up"):
+            reward_stage.class_weights(items, "none")
+
+    @pytest.mark.parametrize("sizes", [[16, 16], [12, 11, 9], [4] * 8, [1] * 32])
+    def test_a_rare_kind_weighs_the_same_however_large_updates_are(
+        self, model: Model, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+    ) -> None:
+        """Four ratings among 32 records: what an epoch's updates pay for them, added up by the records of each."""
+        pairs = [Comparison("hi", f"yes {n}", "no", "g") for n in range(28)]
+        rated = [Rating("hi", f"so {n}", n % 2 == 0, "g") for n in range(4)]
+        mixed = [record for n in range(4) for record in (*pairs[7 * n : 7 * n + 7], rated[n])]
+        items, _ = reward_stage.encode_items(open_encoder(tiny_base), mixed)
+        monkeypatch.setattr(loop, "optimiser_step", lambda *_: 0.0)  # scores stay 0, and each loss ln 2
+        adapter = model.add_adapter(reward_stage.NAME, "reward", rank=4)
+        config, shares = RewardConfig(comparison_weight=0.0), reward_stage.Shares.of(items.records)
+        paid = start = 0.0
+        for size in sizes:
+            part = [items[i] for i in range(int(start), int(start) + size)]
+            given: Any = model, adapter, None, part, {True: 1.0, False: 1.0}, shares, 1, 9, config
+            paid, start = paid + size / 32 * reward_stage._update(*given)["loss"], start + size
+        assert paid == pytest.approx(math.log(2))
 
     @pytest.mark.parametrize("how", ["none", "balanced"])
     def test_ratings_that_are_all_equal_are_refused(self, tiny_base: Path, how: str) -> None:
@@ -388,7 +492,7 @@ class TestRewardItems:
         with pytest.raises(DataError, match="all 2 ratings are down"):
             reward_stage.class_weights(items, how)
 
-    @pytest.mark.parametrize(("how", "bias"), [("none", math.log(1 / 2)), ("balanced", 0.0)])
+    @pytest.mark.parametrize(("how", "bias"), [("none", math.log(0.5 / 2)), ("balanced", 0.0)])
     def test_the_bias_starts_at_the_log_odds(self, model: Model, tiny_base: Path, how: str, bias: float) -> None:
         encoder = open_encoder(tiny_base)
         items, _ = reward_stage.encode_items(encoder, self.RECORDS)

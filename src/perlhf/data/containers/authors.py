@@ -1,4 +1,4 @@
-"""The splits that a set's authors made: which of them are read.
+"""The splits and configurations that a set's authors made: which of them are read.
 
 Rule: where some names say training (`train`, `train_sft`, `training`) and others say that they are held out (`test`,
 `validation`, `valid`, `val`, `dev`, `eval`, `heldout`, alone or as a word of the name), only those for training are
@@ -11,8 +11,10 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
+
+import yaml
 
 from perlhf.errors import DataError, nearest
 
@@ -121,6 +123,48 @@ def no_splits(where: str, split: str) -> DataError:
 def matches(name: str, wanted: str) -> bool:
     """True when a split is asked for by its name or by the side that its name says."""
     return name == wanted or (wanted in _SIDES and side_of(name) == wanted)
+
+
+def configs(directory: Path) -> dict[str, Any]:
+    """The configurations that the head of a hub set's README lists."""
+    try:
+        text = (directory / "README.md").read_text(encoding="utf-8")
+        head = text.removeprefix("---").partition("\n---")[0]
+        listed = (yaml.safe_load(head) or {}).get("configs") if "configs:" in head else None
+        return {str(entry["config_name"]): entry for entry in listed or ()}
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def files_of_config(directory: Path, where: str, config: str, inside: Iterable[Path]) -> set[Path]:
+    """Those files of a directory that a configuration has: as the README says, else those of the folder of that name.
+
+    Raises:
+        DataError: there is no such configuration, or none of its files is here.
+    """
+    listed = configs(directory)
+    folders = sorted(part.name for part in directory.iterdir() if part.is_dir() and not part.name.startswith("."))
+    known = list(listed) or folders
+    if config not in known:
+        near = nearest(config, known)
+        raise DataError(
+            f"no configuration is called {config!r}",
+            where=f"{where}: data.config",
+            allowed=", ".join(known) or "none: the directory has no folders",
+            hint=f"did you mean {near!r}?" if near else None,
+        )
+    entry = listed.get(config, {})
+    if "data_files" in entry:
+        given = entry["data_files"] if isinstance(entry["data_files"], list) else [entry["data_files"]]
+        paths = [one.get("path") if isinstance(one, dict) else one for one in given]
+        patterns = [str(one) for path in paths for one in (path if isinstance(path, list) else [path]) if one]
+        found = {match for pattern in patterns for match in directory.glob(pattern.lstrip("/"))} & {*inside}
+    else:
+        folder = directory / str(entry.get("data_dir", config)).strip("./")
+        found = {file for file in inside if file.is_relative_to(folder)}
+    if not found:
+        raise DataError(f"the configuration {config!r} has no data file here", where=where, hint="download it whole")
+    return found
 
 
 def _asked(names: Sequence[str], split: str, where: str) -> list[str]:

@@ -1,1 +1,1 @@
-"""Readers of published layouts, one module for each family. `perlhf.data.read` chooses among them."""
+"""Readers of layouts: formats.py lists them; people's own files become rows for trl.py, published/ has the others."""

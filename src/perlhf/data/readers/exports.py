@@ -10,9 +10,11 @@ from typing import Any
 
 from perlhf.config.stages import LayoutConfig
 from perlhf.data.fields import Row, Skipped, items, label_of, mapping, message, text, value
-from perlhf.data.readers.layouts import Made, by_columns, pair_of, side_of
+from perlhf.data.readers.columns import COLUMNS
+from perlhf.data.readers.judged import pair_of, side_of
+from perlhf.data.readers.layouts import by_columns
 from perlhf.data.readers.messages import listed
-from perlhf.data.readers.trl import COLUMNS, trl
+from perlhf.data.readers.trl import Made, trl
 from perlhf.data.records import Record
 from perlhf.errors import DataError
 

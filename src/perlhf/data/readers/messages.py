@@ -62,7 +62,9 @@ def messages(conversation: Any, column: str, where: str) -> tuple[Message, ...]:
 
 def listed(content: Any) -> Any:
     """A list that a cell of a CSV file holds as JSON, or as Python prints it; anything else as it is."""
-    if not isinstance(content, str) or not content.lstrip()[:2].startswith(("[{", "[ ", "[\n", "{")):
+    if not isinstance(content, str) or not _may_begin(content, "[{"):
+        return content
+    if not content.lstrip()[:2].startswith(("[{", "[ ", "[\n", "{")):
         return content
     if not re.search(r"['\"](?:role|from)['\"]", content):
         return content
@@ -94,7 +96,7 @@ def transcript(content: str) -> tuple[Message, ...] | None:
     Where nowhere a blank line precedes the assistant, one line break does; `### Human: ... ### Assistant: ...` needs
     none. A last `Assistant:` with nothing after it, where the answer belongs, is no turn. None for any other text.
     """
-    if not _BEGINS.match(content):
+    if not _may_begin(content, "HUS#") or not _BEGINS.match(content):
         return None
     if "\r" in content:
         content = content.replace("\r\n", "\n")
@@ -117,6 +119,12 @@ def transcript(content: str) -> tuple[Message, ...] | None:
     return tuple(turns[:-1] if turns[-1] == message("assistant", "") else turns)
 
 
+def _may_begin(content: str, marks: str) -> bool:
+    """Whether the first character is one of `marks` or white space: what most texts are told apart by."""
+    first = content[:1]
+    return first in marks or first.isspace()
+
+
 def _system_before(content: str) -> tuple[str, str]:
     """The text after a first `System:`, and what follows it from the first turn on."""
     match = _SYSTEM.match(content)
@@ -125,6 +133,8 @@ def _system_before(content: str) -> tuple[str, str]:
 
 def transcript_prompt(content: str) -> tuple[Message, ...] | None:
     """The turns of a prompt that is surely a transcript: it asks for the assistant's turn, or begins as HH's do."""
+    if not _may_begin(content, "HUS#"):
+        return None
     surely = content.rstrip().endswith(("Assistant:", "ASSISTANT:")) or content.startswith(
         ("\n\nHuman:", "\r\n\r\nHuman:")
     )

@@ -16,7 +16,8 @@ from perlhf.config.stages import EncodingConfig
 from perlhf.data.records import Message, Text, Tools, content_of
 from perlhf.errors import ConfigError, DataError
 from perlhf.method.packing import Span, Tokens
-from perlhf.model.encoding.chat_template import TEXT_ROLE, ChatTemplate
+from perlhf.model.encoding.chat_template import ChatTemplate
+from perlhf.model.encoding.templates import TEXT_ROLE
 
 THOUGHT = "<think>"
 CUT_PARTS = 8

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from perlhf.data.containers.tfrecord import message_fields
 from perlhf.data.fields import Row, Skipped, first_value, group_key, items, parse_json, utf8
-from perlhf.data.readers.tfrecord import message_fields
 from perlhf.data.records import Comparison, Demonstration, Record
 from perlhf.errors import DataError
 

@@ -174,6 +174,31 @@ def oasst(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
                 yield from _ranked_pairs(prompt, replies, group, where)
 
 
+def oasst_messages(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
+    """OpenAssistant's messages as the hub has them, one a row: put together to trees, which are read as `oasst`.
+
+    Rule: a message is a reply to the one that its `parent_id` names; one whose parent isn't in the file is skipped with
+    all replies to it. The rest is as of `oasst`. Group: first prompt of the tree.
+    """
+    found: dict[str, Row] = {}
+    for where, row in rows:
+        number = text(row, "message_id", where)
+        if number in found:
+            raise DataError(f"message_id {number!r:.60} occurs twice", where=where, allowed="one row of each message")
+        if row.get("parent_id") is not None:
+            text(row, "parent_id", where)
+        found[number] = where, row | {"replies": []}
+    trees: list[Row] = []
+    for where, row in found.values():
+        if row.get("parent_id") is None:
+            trees.append((where, {"prompt": row}))
+        elif row["parent_id"] in found:
+            found[row["parent_id"]][1]["replies"].append(row)
+        else:
+            yield Skipped("a message whose parent isn't in the file", where)
+    yield from oasst(trees)
+
+
 def _taskmaster_turn(turn: Any, where: str) -> Message:
     turn = mapping(turn, "a turn", where)
     role = choice(turn, "role", tuple(_TASKMASTER_ROLES), where)
@@ -330,6 +355,8 @@ def _ranked_pairs(
 
 def _rank(reply: dict[str, Any], where: str) -> int:
     rank = reply["rank"]
+    if isinstance(rank, float) and rank.is_integer():  # as a column with nulls has it
+        rank = int(rank)
     if isinstance(rank, bool) or not isinstance(rank, int) or abs(rank) > 10**6:
         wrong_type(rank, "rank", "a small whole number", where)
     return rank

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from perlhf.errors import DataError
-from perlhf.training.linear_probe import STRENGTHS, Floats, _held_out_loss, _regression, fit
+from perlhf.method.linear_probe import STRENGTHS, Floats, _held_out_loss, _regression, fit
 
 
 def some_states(count: int, width: int, seed: int = 0) -> Floats:

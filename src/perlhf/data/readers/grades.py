@@ -1,0 +1,104 @@
+"""Grades of answers, and what becomes of them: labels, comparisons of answers to one prompt, or nothing."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+from perlhf.config.stages import LayoutConfig
+from perlhf.data.fields import Skipped, number
+from perlhf.data.readers.columns import is_number
+from perlhf.data.readers.messages import without_nulls
+from perlhf.data.records import Comparison, Demonstration, Rating, Record
+from perlhf.errors import DataError
+
+_STARS = re.compile(r"(\d+(?:\.\d+)?) *(?:-? ?stars?|(?:/|out of|of) *\d+(?: stars?)?)", re.IGNORECASE)
+
+
+class NoRule(DataError):
+    """A file of grades without a rule that says what they become: the same for each of its rows."""
+
+
+def grade_of(verdict: Any, where: str) -> float:
+    """A grade as a number: given as one, as text of one (`5 stars`, `3/5`), or as a list, whose mean counts."""
+    if isinstance(verdict, list) and verdict:
+        return math.fsum(grade_of(part, where) for part in verdict) / len(verdict)
+    if isinstance(verdict, Mapping):
+        inside = without_nulls(verdict, where)
+        verdict = inside.get("rating", inside.get("value", verdict))
+    if isinstance(verdict, str):
+        stars = _STARS.fullmatch(verdict.strip())
+        verdict = float(verdict) if is_number(verdict) else float(stars[1]) if stars else verdict
+    if isinstance(verdict, bool) or not isinstance(verdict, int | float):
+        raise DataError(
+            f"rating is {verdict!r:.60}, which is no grade",
+            where=where,
+            allowed="a number, or true and false",
+            hint="`data.grades: ignore` reads the answers without their grades",
+        )
+    return number({"rating": verdict}, "rating", 0.0, where)
+
+
+def no_rule(grades: list[float], where: str) -> NoRule:
+    low, high = min(grades), max(grades)
+    up, down = low + 0.75 * (high - low), low + 0.25 * (high - low)
+    if all(grade == int(grade) for grade in grades):
+        up, down = math.ceil(up), math.floor(down)
+    known = down < up
+    rule = f"data.ratings: {{up: {up:g}, down: {down:g}}}" if known else "data.ratings: {up: ..., down: ...}"
+    typed = f"--data.ratings.up {up:g} --data.ratings.down {down:g}" if known else "--data.ratings.up, .down"
+    return NoRule(
+        f"the answers have grades ({low:g} to {high:g}), and nothing says what becomes of them",
+        where=where,
+        allowed="`data.ratings` (which are a thumbs up and which a thumbs down), or `data.grades: comparisons` "
+        "(of answers to one prompt) or `ignore`",
+        hint=f"{rule} in a recipe, {typed} on the command line",
+    )
+
+
+def by_rule(grade: float, rating: Rating, rules: LayoutConfig) -> Rating | Skipped:
+    assert rules.ratings is not None
+    if grade >= rules.ratings.up:
+        return rating
+    if rules.ratings.down is None or grade <= rules.ratings.down:
+        return labelled(rating, False)
+    return Skipped("a grade between ratings.down and ratings.up", rating.source)
+
+
+def labelled(rating: Rating, label: bool) -> Rating:
+    return Rating(
+        rating.prompt,
+        rating.completion,
+        label,
+        rating.group,
+        rating.weight,
+        rating.annotator,
+        rating.source,
+        rating.tools,
+    )
+
+
+def ungraded(rating: Rating) -> Demonstration:
+    return Demonstration(rating.prompt, rating.completion, rating.group, rating.weight, rating.source, rating.tools)
+
+
+def compared(answers: list[tuple[float, Rating]]) -> Iterator[Record | Skipped]:
+    """Every pair of answers to one prompt with different grades; the margin is the difference."""
+    if len(answers) < 2:
+        yield Skipped("a graded answer whose prompt has no other", answers[0][1].source)
+    for first, second in combinations(answers, 2):
+        (high, better), (low, worse) = (first, second) if first[0] >= second[0] else (second, first)
+        if math.isclose(high, low):
+            yield Skipped("equal grades", better.source)
+        else:
+            yield Comparison(
+                better.prompt,
+                better.completion,
+                worse.completion,
+                better.group,
+                weight=better.weight,
+                margin=high - low,
+                source=better.source,
+                tools=better.tools,
+            )

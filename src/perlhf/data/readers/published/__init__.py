@@ -1,0 +1,1 @@
+"""Readers of published sets, each with a rule of its own."""
