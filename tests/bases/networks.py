@@ -56,7 +56,7 @@ def configuration(family: str) -> PreTrainedConfig:
         window = had is None and "window" in key
         numeric = isinstance(had, int | float) and not isinstance(had, bool)
         if hasattr(standard, key) and not isinstance(getattr(kind, key, None), property) and not window:
-            if numeric or had is None and key != "n_inner":
+            if numeric or (had is None and key != "n_inner"):
                 given[key] = value
     if hasattr(standard, "qk_rope_head_dim"):  # latent attention has widths of its own, and a key for each head
         given = {key: value for key, value in given.items() if key != "head_dim"} | {"num_key_value_heads": 4}

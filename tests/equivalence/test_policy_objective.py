@@ -372,7 +372,7 @@ class TestAtOnce:
             prepare(stage)
             trained = optimizers(stage)
             if at_once:
-                batches = policy_step.whole_prompts(rollout(), stage.config, stage.model.device)
+                batches = policy_step.whole_prompts(rollout(), stage)
                 assert batches is not None and len(batches) == (1 if max_tokens > 25 else 2)
                 told, rewards, values = policy_step.one_pass(stage, trained, score(stage), batches, At(2, 2))
             else:
@@ -385,7 +385,7 @@ class TestAtOnce:
 
     def test_kl_is_exactly_zero_at_step_0(self, tiny_base: Path) -> None:
         stage = new_stage(tiny_base, baseline="leave_one_out")
-        batches = policy_step.whole_prompts(rollout(), stage.config, stage.model.device)
+        batches = policy_step.whole_prompts(rollout(), stage)
         assert batches is not None
         told, _, _ = policy_step.one_pass(stage, optimizers(stage), score(stage), batches, At(1, 1))
         assert torch.equal(told.old_logprobs, told.ref_logprobs)
@@ -405,7 +405,7 @@ class TestAtOnce:
     ) -> None:
         options: dict[str, Any] = {"baseline": "leave_one_out", **changed}
         stage = new_stage(tiny_base, **options)
-        assert policy_step.whole_prompts(rollout(), stage.config, stage.model.device) is None
+        assert policy_step.whole_prompts(rollout(), stage) is None
 
 
 class TestAdvantages:
@@ -479,7 +479,7 @@ class TestUnscored:
         )
         scored = policy_step.score(stage, part, stage.prompts[: len(part.prompt_states)], self.CENTRE, 1)
         trained = optimizers(stage)
-        if laid_out := policy_step.whole_prompts(part, stage.config, stage.model.device):
+        if laid_out := policy_step.whole_prompts(part, stage):
             policy_step.one_pass(stage, trained, scored, laid_out, At(2, 2))
         else:
             policy_step.two_passes(stage, trained, scored, policy_step.each_completion(part, stage), At(2, 2))

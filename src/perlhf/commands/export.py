@@ -343,7 +343,7 @@ def _measure_scores(
     """Scores as plain transformers reads them from the files, against those of `perlhf score`."""
     adapter = model.adapters[run.stage]
     assert adapter.bias is not None
-    budget, packing = run.config.microbatch_tokens, run.config.packing
+    budget, packing = run.config.microbatch_tokens, model.packing(run.config.packing)
     scored, _ = score_records(model, encoder, records, run.stage, budget, packing)
     tokenizer = elsewhere.tokenizer_of(directory)
     wanted: list[float] = []

@@ -189,7 +189,7 @@ class StageConfig(Frozen):
     optim: OptimConfig = OptimConfig()
     """Optimiser."""
     packing: Literal["auto", "none", "tree"] = "auto"
-    """`tree` computes a shared prefix once and pads nothing; `none` pads each sequence (the slow twin)."""
+    """`tree` computes a shared prefix once and pads nothing; `none` pads sequences; `auto`: `tree` where a base can."""
     tokens_per_microbatch: Positive | None = None
     """Computed tokens in one forward pass; null takes 1024, or encoding.max_tokens if that is more."""
     checkpoint_every: Positive | None = None

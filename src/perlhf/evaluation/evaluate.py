@@ -88,7 +88,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     records = load(config.data, ("comparison", "rating", "demonstration"), "all")
     model, encoder = run.open(config.device)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens
-    scores, _ = score_records(model, encoder, records, run.stage, budget, run.config.packing)
+    scores, _ = score_records(model, encoder, records, run.stage, budget, model.packing(run.config.packing))
     rows: list[dict[str, Any]] = []
     for record, line, reached in zip(records, jsonl_lines(records), scores, strict=True):
         names = ("score_chosen", "score_rejected") if isinstance(record, Comparison) else ("score",)

@@ -296,7 +296,7 @@ def _kl(setting: Setting, adapter: str | None, rollout: Rollout, temperature: fl
     model, kl = setting.model, np.zeros(len(rollout.completions))
     examples = [[completed(p, c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
     budget = setting.config.tokens_per_microbatch or setting.policy.microbatch_tokens
-    for batch in batches(examples, budget, setting.policy.packing, model.device):
+    for batch in batches(examples, budget, model.packing(setting.policy.packing), model.device):
         now = model.logprobs(batch, adapter, temperature=temperature).logprobs
         reference = model.logprobs(batch, setting.reference, temperature=temperature).logprobs
         kl[list(batch.sequences)] = advantages.completion_kl(now, reference, batch.completion_mask).cpu().numpy()

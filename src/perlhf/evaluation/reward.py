@@ -71,7 +71,7 @@ def evaluate_reward(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
     trained_on, held_out = both_sides(run, config, KINDS)
     model, encoder = run.open(config.device)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens
-    scored, counts = score_records(model, encoder, held_out, run.stage, budget, run.config.packing)
+    scored, counts = score_records(model, encoder, held_out, run.stage, budget, model.packing(run.config.packing))
     pairs = [(record, scores) for record, scores in zip(held_out, scored, strict=True) if scores is not None]
     records = [record for record, _ in pairs]
     test, train = Judged.of(records), Judged.of(trained_on)

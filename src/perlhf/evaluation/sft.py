@@ -67,7 +67,7 @@ def _losses(
     """Mean negative log-probability of a completion token in nats, and its exponential, with intervals."""
     nats, tokens = np.zeros(len(examples)), np.array([len(example.completion) for example in examples], dtype=float)
     budget = config.tokens_per_microbatch or trained.microbatch_tokens
-    laid_out = batches([[example.tokens] for example in examples], budget, trained.packing, model.device)
+    laid_out = batches([[example.tokens] for example in examples], budget, model.packing(trained.packing), model.device)
     with progress(len(laid_out), "loss of the base" if adapter is None else "loss") as bar:
         for batch in laid_out:
             logprobs = model.logprobs(batch, adapter).logprobs

@@ -184,7 +184,7 @@ def _check_vocabulary(base: Base, tokenizer: PreTrainedTokenizerBase, config: Pr
 
 
 def load_base(base: Base, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
-    """The frozen network: evaluation mode, no gradients, sdpa attention. `Model` verifies its forward pass.
+    """The frozen network: evaluation mode, no gradients. `Model` verifies its forward pass.
 
     Raises:
         ModelError: unsupported architecture, no or unreadable safetensors, or missing weights.
@@ -197,7 +197,6 @@ def load_base(base: Base, dtype: torch.dtype, device: str | torch.device) -> Pre
             base.directory,
             config=config,
             dtype=dtype,
-            attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

@@ -208,6 +208,9 @@ def open_model(config: StageConfig, base: Base, beside: Path | None = None) -> t
     """
     tokenizer = _tokenizer(base, beside)
     model = Model.load(base, config.dtype, config.device, vocabulary(tokenizer))
+    if model.way.packing == "none":
+        what = "its sequences are computed in rows, shared prefixes once for each, which is slower"
+        print(f"note: this base is no tree of prefixes: {model.way.why}; {what}", file=sys.stderr)
     return model, Encoder(tokenizer, config.encoding, end_ids(base))
 
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from perlhf.config.addresses import REWARD_KEY, filled, is_address, shown
 from perlhf.data.records import Prompt
 from perlhf.errors import ConfigError, DataError, RewardFunctionError, ServiceError
-from perlhf.method.packing import Batch, Ids, Packing, batches, completed
+from perlhf.method.packing import Batch, Ids, batches, completed
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import load_earlier
@@ -95,7 +95,7 @@ class Scorers:
         completions: Sequence[Ids],
         records: Sequence[Prompt],
         max_tokens: int,
-        packing: Packing = "tree",
+        packing: Literal["auto", "tree", "none"] = "auto",
         state: TrainerState = TrainerState(),  # noqa: B008 -- it is frozen
         ends: Ends | None = None,
     ) -> NDArray[np.float64]:
@@ -113,7 +113,7 @@ class Scorers:
             # The end token may be one too many for the context: then the prompt loses its first one.
             given = [p if len(p) + len(c) <= encoder.max_tokens else p[1:] for p, c in zip(prompts, whole, strict=True)]
             examples = [[completed(p, c)] for p, c in zip(given, whole, strict=True)]
-            laid_out = batches(examples, max_tokens, packing, model.device)
+            laid_out = batches(examples, max_tokens, model.packing(packing), model.device)
             members += [[score for (score,) in score_batches(model, laid_out, name)] for name in self.adapters]
         if self.functions:
             decoded = [ends.text(ids) for ids in completions]

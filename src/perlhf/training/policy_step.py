@@ -20,7 +20,7 @@ from perlhf.data import order
 from perlhf.data.records import Prompt
 from perlhf.method import advantages
 from perlhf.method.losses import policy_loss, value_loss
-from perlhf.method.packing import Batch, batches, completed, join_rows, microbatches, rows_of
+from perlhf.method.packing import Batch, Packing, batches, completed, join_rows, microbatches, rows_of
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.rollout.functions import TrainerState
@@ -46,6 +46,11 @@ class Setup:
     reference: str | None
     reported_on: Sequence[Prompt] = ()
     """Held-out prompts that choose nothing: what is kept is reported on them."""
+
+    @property
+    def packing(self) -> Packing:
+        """How the network computes sequences together."""
+        return self.model.packing(self.config.packing)
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, at: At) ->
     if not scored.given.any():
         known = logprobs_of_all(setup, each_completion(rollout, setup), POLICY)
         rewards, values = torch.zeros_like(known.old_logprobs), dict[str, float]()
-    elif laid_out := whole_prompts(rollout, config, setup.model.device):
+    elif laid_out := whole_prompts(rollout, setup):
         known, rewards, values = one_pass(setup, optimizers, scored, laid_out, at)
     else:
         known, rewards, values = two_passes(setup, optimizers, scored, each_completion(rollout, setup), at)
@@ -343,7 +348,7 @@ def member_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], don
     """
     config, samples = setup.config, len(rollout.completions) // len(prompts)
     records, state = [record for record in prompts for _ in range(samples)], TrainerState(done, config.updates)
-    given = rollout.prompts, rollout.completions, records, config.microbatch_tokens, config.packing, state
+    given = rollout.prompts, rollout.completions, records, config.microbatch_tokens, setup.packing, state
     return setup.scorers.members(setup.model, setup.encoder, *given, ends=rollout.ends)
 
 
@@ -366,24 +371,25 @@ def completions_in(mask: Tensor) -> int:
 def each_completion(rollout: Rollout, setup: Setup) -> list[Batch]:
     """Micro-batches of prompts with their completions."""
     examples = [[completed(p, c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
-    return batches(examples, setup.config.microbatch_tokens, setup.config.packing, setup.model.device)
+    return batches(examples, setup.config.microbatch_tokens, setup.packing, setup.model.device)
 
 
-def whole_prompts(rollout: Rollout, config: PolicyConfig, device: torch.device) -> list[Batch] | None:
+def whole_prompts(rollout: Rollout, setup: Setup) -> list[Batch] | None:
     """Micro-batches that hold all completions of their prompts, so that each tells its own advantages.
 
     None where it takes all completions to tell them (a value adapter, normalisation, several steps a rollout) or where
     those of one prompt don't fit.
     """
+    config = setup.config
     if config.baseline == "value" or config.advantage_norm != "none" or config.steps_per_rollout > 1:
         return None
     samples = len(rollout.completions) // len(rollout.prompt_states)
     rows = [completed(p, c) for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
     examples = [rows[at : at + samples] for at in range(0, len(rows), samples)]
     for example in examples:
-        if len(microbatches([[row.ids] for row in example], config.microbatch_tokens, config.packing)) > 1:
+        if len(microbatches([[row.ids] for row in example], config.microbatch_tokens, setup.packing)) > 1:
             return None
-    return batches(examples, config.microbatch_tokens, config.packing, device)
+    return batches(examples, config.microbatch_tokens, setup.packing, setup.model.device)
 
 
 @torch.no_grad()

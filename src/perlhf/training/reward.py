@@ -192,7 +192,8 @@ def _validation(held_out: loop.Encoded[Item], config: RewardConfig, model: Model
 
 def laid_out(items: Sequence[Item], config: RewardConfig, model: Model) -> list[Batch]:
     """The items in micro-batches."""
-    return batches([item.sequences for item in items], config.microbatch_tokens, config.packing, model.device)
+    packing = model.packing(config.packing)
+    return batches([item.sequences for item in items], config.microbatch_tokens, packing, model.device)
 
 
 def evaluate_items(model: Model, items: Sequence[Item], laid_out: Sequence[Batch]) -> dict[str, float]:

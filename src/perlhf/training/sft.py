@@ -116,7 +116,8 @@ def _validate(keeper: Keeper, step: int, model: Model, laid_out: Sequence[Batch]
 
 def laid_out(items: Sequence[Item], config: SftConfig, model: Model) -> list[Batch]:
     """The items in micro-batches."""
-    return batches([[item.tokens] for item in items], config.microbatch_tokens, config.packing, model.device)
+    packing = model.packing(config.packing)
+    return batches([[item.tokens] for item in items], config.microbatch_tokens, packing, model.device)
 
 
 def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[loop.Encoded[Item], dict[str, int]]:

@@ -119,6 +119,7 @@ def test_attention_of_other_networks(kind: str, replaced: bool) -> None:
     with torch.no_grad():
         expected = network(ids).logits
         modules.fuse(network)
+        modules.fuse_attention(network)
         found = network(ids).logits
     assert (SelfAttention in [type(module) for module in network.modules()]) == replaced
     assert torch.equal(found, expected)
