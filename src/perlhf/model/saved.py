@@ -9,7 +9,6 @@ Reward and value adapters are sequence-classification adapters whose head is `ba
 bias is the one thing that peft doesn't see, so its scores are ours up to that constant.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -28,19 +27,21 @@ from perlhf.errors import AdapterError, ModelError
 from perlhf.method import lora
 from perlhf.method.lora import LowRank
 from perlhf.model.adapter import Adapter
-from perlhf.model.base import Base
+from perlhf.model.base import Base, changed_files
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.runs.earlier import ADAPTER_CONFIG as CONFIG
 from perlhf.runs.earlier import ADAPTER_DETAILS as DETAILS
+from perlhf.runs.earlier import ADAPTER_FILES
+from perlhf.runs.earlier import ADAPTER_TENSORS as TENSORS
+from perlhf.runs.earlier import ADAPTER_WEIGHTS as FULL_WEIGHTS
 from perlhf.system.files import directory_atomic, sealed, sha256, storage_error, unsealed
 
-TENSORS, FULL_WEIGHTS, _PICKLED = "adapter_model.safetensors", "full_weights.safetensors", "adapter_model.bin"
+_PICKLED = "adapter_model.bin"
 ENCODING = ("system", "template_sha256", "template_kwargs", "end_token")
 """What of the encoding must agree wherever an adapter is used."""
 _PREFIX, _HEAD = "base_model.model.", "score.weight"
 _FORMAT = 2
-_OURS = {CONFIG, TENSORS, DETAILS, FULL_WEIGHTS}
 _KNOWN = frozenset(  # keys of PEFT's configuration; these are read,
     "alpha_pattern base_model_name_or_path bias init_lora_weights layers_to_transform lora_alpha lora_dropout "
     "modules_to_save peft_type r rank_pattern target_modules task_type use_rslora "
@@ -57,13 +58,13 @@ class SavedAdapter:
 
     Args:
         adapter: on the CPU, float32, with nothing beneath it.
-        base: fingerprint {"name", "sha256"} of the base it was trained on; "" where unknown (made by other tools).
+        base: fingerprint of the base it was trained on (`Base.fingerprint`); "" where unknown (made by other tools).
         encoding: how records became tokens (the `encoding` section of its recipe); {} where unknown.
         targets: module names (or path endings) that have a pair, as PEFT is told them; empty for full tuning.
     """
 
     adapter: Adapter
-    base: dict[str, str]
+    base: dict[str, Any]
     encoding: dict[str, Any] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
 
@@ -198,12 +199,12 @@ def read_adapter(directory: Path, name: str = "adapter") -> SavedAdapter:
     return SavedAdapter(adapter, details["base"], details["encoding"], targets)
 
 
-def check_base(saved: SavedAdapter, fingerprint: dict[str, str]) -> None:
+def check_base(saved: SavedAdapter, fingerprint: dict[str, Any]) -> None:
     """Refuses an adapter that was trained on another base.
 
-    The SHA-256 of the weights decides. Adapters of other tools record a name only: it is right where it leads to the
-    same weights, wrong where it leads to others, and where it leads nowhere on this machine a note on standard error
-    says that nothing is known.
+    The SHA-256 of the weights decides, and where both sides have them those of configuration and tokenizer. Adapters of
+    other tools record a name only: it is right where it leads to the same weights, wrong where it leads to others, and
+    where it leads nowhere on this machine a note on standard error says that nothing is known.
 
     Raises:
         AdapterError: with both names.
@@ -216,6 +217,7 @@ def check_base(saved: SavedAdapter, fingerprint: dict[str, str]) -> None:
             what = f"note: the adapter names {name} as its base, which isn't here; taken to be {fingerprint['name']}"
             print(what, file=sys.stderr)
     if digest in ("", fingerprint["sha256"]):
+        _check_settings(saved, fingerprint)
         return
     theirs = f"{name} (SHA-256 {digest[:12]})"
     ours = f"{fingerprint['name']} (SHA-256 {fingerprint['sha256'][:12]})"
@@ -225,11 +227,11 @@ def check_base(saved: SavedAdapter, fingerprint: dict[str, str]) -> None:
     raise AdapterError(f"the adapter is for base {theirs}, not for {ours}", where="base", allowed=name, hint=hint)
 
 
-def files_hash(directory: Path) -> str:
-    """SHA-256 over the names and bytes of an adapter directory's files, those apart that are nothing to the adapter."""
-    files = [directory / name for name in sorted(_OURS) if (directory / name).is_file()]
-    lines = [f"{file.name}:{sha256(file)}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def _check_settings(saved: SavedAdapter, fingerprint: dict[str, Any]) -> None:
+    if changed := changed_files(saved.base, fingerprint):
+        what = f"{changed[0]} of base {fingerprint['name']} isn't the one that the adapter was trained with"
+        hint = "put it back, or train the adapter again; commands that read a run take --accept-changes"
+        raise AdapterError(what, where="base", allowed="the same configuration, tokenizer and weights", hint=hint)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], target: Path) -> None:
@@ -475,4 +477,4 @@ def _damaged(path: Path, why: str) -> AdapterError:
 def _strangers(directory: Path) -> list[str]:
     if not directory.is_dir():
         return [directory.name]
-    return sorted(entry.name for entry in directory.iterdir() if entry.name not in {*_OURS, "README.md"})
+    return sorted(entry.name for entry in directory.iterdir() if entry.name not in {*ADAPTER_FILES, "README.md"})
