@@ -40,10 +40,10 @@ def average(config: AverageConfig) -> dict[str, Any]:
         StorageError: it can't be written.
     """
     runs = [read_run(path, ("reward",)) for path in config.runs]
-    _check_output(config.output)
-    mean = _mean(runs)
     for run in runs:
         check_own(run.path, "runs")
+    _check_output(config.output)
+    mean = _mean(runs)
     hashes = {str(run.path): files_hash(run.adapter) for run in runs}
     result: dict[str, Any] = {"stage": "reward", "tuning": runs[0].config.tuning, "averaged": hashes}
     known = [run for run in runs if not run.foreign]

@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -307,7 +308,7 @@ def _empty_split(split: str, config: DataConfig, groups: int) -> DataError:
 
 def _path_hash(path: str, config: DataConfig, named: str) -> str:
     if read.is_builtin(path):
-        return _records_hash(read.read(path))
+        return _embedded_hash(path)
     data_files = files.find(path, choice=read.choice_of(config))
     if any(file.path is None for file in data_files):
         return _records_hash(read.stream(path, config.format, rules=config))
@@ -315,6 +316,12 @@ def _path_hash(path: str, config: DataConfig, named: str) -> str:
     names = [there + file.name.removeprefix(here) for file in data_files]
     hashes = [(name, _file_hash(file.path)) for name, file in zip(names, data_files, strict=True) if file.path]
     return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == named else _sha256_of(json.dumps(hashes).encode())
+
+
+@cache
+def _embedded_hash(path: str) -> str:
+    """A second of work, for what stays the same while a process lives."""
+    return _records_hash(read.read(path))
 
 
 def _prefixes(path: str, named: str) -> tuple[str, str]:
