@@ -9,6 +9,7 @@ import pytest
 from toy import command, write_feedback
 
 from perlhf.commands.cli import main
+from perlhf.kernels import cpu
 from perlhf.rollout.functions import source_hash
 
 SHORT = ("--updates", "1", "--prompts-per-update", "2", "--completions-per-prompt", "2")
@@ -216,3 +217,23 @@ def test_an_average_takes_runs_of_the_same_data(perlhf, place: Path):
     assert main(command("reward", Path("base"), "feedback/ratings.jsonl", Path("later"), *options)) == 0
     done = perlhf("average", "reward", "later", "--output", "mixed")
     assert done.code == 2 and "feedback/ratings.jsonl was changed between" in done.err
+
+
+def test_the_manifest_says_what_kernels_were_used_and_a_change_is_told(
+    perlhf, place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A compiler that is there and fails was once taken for one that had compiled."""
+    arguments = command("sft", Path("base"), "feedback/demonstrations.jsonl", Path("kernels"))
+    with monkeypatch.context() as patched:
+        patched.setattr(cpu, "compiler", lambda: (shutil.which("false"), "compiled"))
+        cpu._load.cache_clear()
+        try:
+            assert perlhf(*arguments).code == 0
+        finally:
+            cpu._load.cache_clear()
+    manifest = json.loads((place / "kernels" / "manifest.json").read_text("utf-8"))
+    assert manifest["kernels"].startswith("off (false could not compile")
+    done = perlhf(*arguments, "--max-updates", "4", "--epochs", "2")
+    assert done.code == 0 and f'note: kernels is {cpu.state()!r} but was "off (false could' in done.err, done.err
+    manifest = json.loads((place / "kernels" / "manifest.json").read_text("utf-8"))
+    assert manifest["sessions"][-1]["changed"]["key"] == "kernels"

@@ -6,6 +6,7 @@ Splits are made by group, so that no conversation is on two sides.
 import hashlib
 import itertools
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -22,6 +23,7 @@ from perlhf.data.readers.judged import TIE
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
 from perlhf.data.store import NO_LABEL, PROMPT, Facts, Records, count_groups, hold, warnings
 from perlhf.errors import DataError, nearest
+from perlhf.system.files import directory_atomic, write_atomic
 from perlhf.system.hashes import hash_of
 from perlhf.system.progress import counted
 
@@ -137,6 +139,52 @@ def sides_of(facts: Facts, config: DataConfig) -> NDArray[np.intp]:
     position = facts.group.astype(np.float64) / 2**64
     held_out = np.where(position < config.test + config.validation, SPLITS.index("validation"), SPLITS.index("train"))
     return np.where(position < config.test, SPLITS.index("test"), held_out)
+
+
+def check_sides(output: Path, paths: Sequence[str]) -> None:
+    """Refuses to write the sides of a split where those of another one would stay beside them, or be what is split.
+
+    Raises:
+        DataError: `output` is a file, holds an earlier split among other files, or is where the records are from.
+    """
+    if output.exists() and not output.is_dir():
+        raise DataError("the output is a file", where=str(output), allowed="a directory")
+    old = _old_sides(output)
+    if not old:
+        return
+    inside = [path for path in paths if output.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)]
+    others = sorted(entry.name for entry in output.iterdir() if entry.name not in old)
+    if inside or others:
+        why = f"{inside[0]} is read from it" if inside else f"{others[0]} is there, too"
+        raise DataError(
+            f"it holds {', '.join(old)} of an earlier split, and {why}",
+            where=str(output),
+            allowed="a new directory, or one that holds a split and nothing else, which is replaced",
+            hint="name another --output",
+        )
+
+
+def write_sides(output: Path, sides: Iterable[tuple[str, Iterable[bytes]]], paths: Sequence[str]) -> None:
+    """Writes SIDE.jsonl for each side. A directory that holds another split is replaced as a whole, which is told.
+
+    Raises:
+        DataError: as `check_sides`; StorageError: the files can't be written.
+    """
+    check_sides(output, paths)
+    old = _old_sides(output)
+    if output.is_dir() and not old and any(output.iterdir()):
+        for side, lines in sides:
+            write_atomic(output / f"{side}.jsonl", lines)
+        return
+    with directory_atomic(output) as temporary:
+        for side, lines in sides:
+            write_atomic(temporary / f"{side}.jsonl", lines)
+    if old:
+        print(f"note: {', '.join(old)} in {output} were of an earlier split and are replaced", file=sys.stderr)
+
+
+def _old_sides(output: Path) -> list[str]:
+    return [f"{side}.jsonl" for side in SPLITS if (output / f"{side}.jsonl").exists()]
 
 
 def content_hash(config: DataConfig, named: Sequence[str] | None = None) -> dict[str, str]:

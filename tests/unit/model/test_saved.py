@@ -370,7 +370,7 @@ def test_missing_and_damaged_files(tmp_path: Path, model: LlamaForCausalLM) -> N
     (tmp_path / "a" / "adapter_model.bin").rename(tmp_path / "a" / "adapter_model.safetensors")
     for number in (0, "many", None):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"r": number}))
-        with pytest.raises(AdapterError, match="no rank, alpha or dropout"):
+        with pytest.raises(AdapterError, match="r is 0"):
             read_adapter(tmp_path / "a")
 
 
