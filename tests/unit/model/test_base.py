@@ -402,3 +402,43 @@ def test_models_of_the_right_size_load_with_the_same_logits(tiny_base: Path) -> 
     with torch.no_grad():
         found = base.load_base(Base(tiny_base), torch.float32, "cpu")(ids).logits
         torch.testing.assert_close(found, by_hand(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("config.json", "vocab_size", "x"),
+        ("config.json", "max_position_embeddings", []),
+        ("config.json", "num_attention_heads", 0),
+        ("config.json", "rope_parameters", 3),
+        ("tokenizer.json", "model", None),
+        ("tokenizer.json", "added_tokens", [3]),
+        ("tokenizer_config.json", "model_max_length", {"x": 1}),
+        ("tokenizer_config.json", "tokenizer_class", 1.5),
+        ("generation_config.json", "eos_token_id", "x"),
+        ("generation_config.json", "eos_token_id", [2**70]),
+        ("generation_config.json", None, 3),
+        ("model.safetensors.index.json", None, []),
+        ("model.safetensors.index.json", "weight_map", {"a": 3}),
+        ("model.safetensors.index.json", "weight_map", {"a": "b" * 300 + ".safetensors"}),
+        ("model.safetensors.index.json", "weight_map", {"a": "../elsewhere.safetensors"}),
+        ("model.safetensors.index.json", "weight_map", {}),
+    ],
+)
+def test_values_of_a_wrong_kind_are_one_error(copy: Path, name: str, key: str | None, value: Any) -> None:
+    file = copy / name
+    if file.name.startswith("model."):
+        (copy / "model.safetensors").rename(copy / "model-1.safetensors")
+    said = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps(value if key is None else said | {key: value}), "utf-8")
+    with pytest.raises(ModelError):
+        found = Base.find(str(copy))
+        base.load_tokenizer(found)
+        base.end_ids(found)
+        base.load_base(found, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "/" + "b" * 300, "x\0y", "~nobody-of-this-name", "\ud800"])
+def test_what_can_be_no_path_is_no_base(name: str) -> None:
+    with pytest.raises(ModelError):
+        Base.find(name)
