@@ -92,7 +92,7 @@ CHANGES = {
     "chat_template.jinja of base base was changed": change_template,
     "config.json of base base was changed": change_config,
     "generation_config.json of base base was changed": change_ends,
-    "its own adapter was replaced": replace_adapter,
+    "its own adapter was changed": replace_adapter,
     "the data in feedback/prompts.jsonl were changed": change_data,
 }
 EVALUATE = ("evaluate", "policy", "--prompts", "2", "--split", "all", "--bootstrap", "10", "--device", "cpu")
@@ -143,7 +143,7 @@ def test_a_replaced_adapter_is_built_on_by_nothing(perlhf, place: Path):
     policy = command("policy", Path("base"), "feedback/prompts.jsonl", Path("new"), *SHORT, "--reward", "reward")
     for arguments in (policy, ("average", "reward", "twin", "--output", "mean"), ("score", "reward", "feedback")):
         done = perlhf(*arguments)
-        assert done.code == 2 and "its own adapter was replaced" in done.err, (arguments, done.err)
+        assert done.code == 2 and "its own adapter was changed" in done.err, (arguments, done.err)
 
 
 def test_a_run_is_not_continued_on_another_tokenizer(perlhf, place: Path):

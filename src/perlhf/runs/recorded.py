@@ -38,7 +38,7 @@ def own_changes(run: Path) -> list[str]:
     made, directory = read_manifest(run).get(ADAPTER), adapter_of(run)
     if not isinstance(made, str) or directory is None or files_hash(directory) == made:
         return []
-    return ["its own adapter was replaced"]
+    return ["its own adapter was changed"]
 
 
 def check_own(run: Path, key: str) -> None:
