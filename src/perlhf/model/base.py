@@ -406,7 +406,7 @@ def _name_of(path: Path) -> str:
     return str(path)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
