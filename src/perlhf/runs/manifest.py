@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from perlhf.errors import RunError
 from perlhf.runs import places
 from perlhf.runs.evaluations import EVALUATION, mapping
+from perlhf.system.before_torch import waiting
 from perlhf.system.files import (
     TEMPORARY,
     damaged,
@@ -29,7 +30,6 @@ from perlhf.system.files import (
     write_json,
 )
 from perlhf.system.machine import environment
-from perlhf.system.threads import waiting
 
 LOCK, CONFIG, MANIFEST, RESULT = ".lock", "config.yaml", "manifest.json", "result.json"
 FORMAT = 2

@@ -494,11 +494,12 @@ def test_an_adapter_whose_numbers_are_none_is_refused(model, tmp_path, value):
 
 
 def test_an_adapter_says_which_file_of_its_base_was_changed(model):
-    recorded = BASE | {"files": {"tokenizer.json": "aa", "config.json": "bb"}}
+    files_then = {"tokenizer.json": "aa", "config.json": "bb"}
+    recorded = BASE | {"files": files_then}
     saved = replace(adapter(model), base=recorded)
     check_base(saved, recorded)
     for name, changed in (("tokenizer.json", {"tokenizer.json": "cc", "config.json": "bb"}), ("new.json", None)):
-        files = changed or recorded["files"] | {"new.json": "dd"}
+        files = changed or files_then | {"new.json": "dd"}
         with pytest.raises(AdapterError, match=f"{name} of base"):
             check_base(saved, BASE | {"files": files})
     check_base(saved, BASE)
