@@ -56,9 +56,8 @@ def ours(turns: Iterator[None]) -> None:
 
     for _ in turns:
         began = time.perf_counter()
-        stage._update(
-            model, adapter, optimizer, items[:PAIRS], {True: 1.0, False: 1.0}, stage.Shares(1.0, 0.0), 1, 10, config
-        )
+        given = {True: 1.0, False: 1.0}, stage.Shares(1.0, 0.0), 1, 10, config
+        stage._update(model, adapter, optimizer, items[:PAIRS], *given)
         _tell(_tokens(items[:PAIRS]), began)
 
 

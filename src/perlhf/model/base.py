@@ -334,7 +334,7 @@ def _ways(name: str, pulled: bool = False) -> str:
     if pulled:
         return f"check the name, the network and your hub login; or give {directory}"
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):  # a path: nothing that could be pulled
-        return f"give {directory}"
+        return f"give {directory}; `perlhf pull` fetches {SMOLLM2.name}, which is the default"
     if "/" not in name or Path(name).parent.is_dir():
         return f"give {directory}; or, if it is a model of the hub: perlhf pull {name}"
     return f"perlhf pull {name}; or give {directory}"

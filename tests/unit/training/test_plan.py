@@ -163,7 +163,7 @@ def test_a_missing_base_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PERLHF_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="perlhf pull nobody/nothing"):
         plan(SftConfig(base="nobody/nothing"))
-    with pytest.raises(ModelError, match="perlhf pull no such base!"):
+    with pytest.raises(ModelError, match="perlhf pull` fetches"):
         plan(SftConfig(base="no such base!"))
 
 
