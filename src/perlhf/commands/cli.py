@@ -19,7 +19,7 @@ from perlhf.config.recipe import read_recipe
 from perlhf.errors import ConfigError, PerlhfError, nearest
 from perlhf.runs import places
 from perlhf.runs.manifest import MANIFEST
-from perlhf.system import allocator, console, unforeseen
+from perlhf.system import before_torch, console, unforeseen
 from perlhf.system.waiting import end_with_parent
 
 COMMANDS: Mapping[str, Command[Any]] = {
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments is None:
             if _computes(sys.argv[1:]):
-                allocator.restart(sys.orig_argv[1:])
+                before_torch.restart(sys.orig_argv[1:])
             end_with_parent()
         code = _dispatch(_as_text(sys.argv[1:] if arguments is None else arguments))
         if sys.stdout is not None:

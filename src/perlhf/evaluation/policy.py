@@ -23,7 +23,7 @@ from perlhf.method.packing import batches, completed
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, load_earlier, load_sft
-from perlhf.rollout.functions import TrainerState, importable
+from perlhf.rollout.functions import TrainerState
 from perlhf.rollout.local import Rollout
 from perlhf.rollout.scorers import Scorers, load_scorers
 from perlhf.runs.evaluations import Evaluation, Measured, Measures, WinRate, mapping
@@ -133,8 +133,6 @@ def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, Sequence
     if policy.sft is not None:
         reference = load_sft(model, policy.sft, encoder)
     answers = run.stage if config.adapter is None else _load_answering(model, config.adapter, encoder)
-    if run.started_in is not None:
-        importable(run.started_in)  # where its reward functions were found
     scorers = _scorers(config, run, model, encoder, records)
     prompts = [encoder.cut_prompt(record.prompt, policy.max_completion_tokens, record.tools) for record in records]
     stop = config.stop or policy.stop

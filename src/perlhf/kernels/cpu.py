@@ -55,8 +55,8 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def state() -> str:
-    """What stands in a run's manifest: `compiled`, or why not; before they were wanted, what is to be expected."""
-    return _load()[1] if _load.cache_info().currsize else compiler()[1]
+    """What stands in a run's manifest: `compiled`, or why not; `not used` before they were wanted, as on a GPU."""
+    return _load()[1] if _load.cache_info().currsize else "not used"
 
 
 def library() -> ctypes.CDLL | None:

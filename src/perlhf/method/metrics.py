@@ -295,17 +295,18 @@ def verdicts(
         margin: as `verdict`.
         noise: between seeds.
     """
-    unless: Verdict = "undecided" if noise else "undecided: one seed"
-    said = dict.fromkeys(differences, unless)
+    said: dict[str, Verdict] = {}
+    for side in differences:
+        said[side] = "undecided" if noise else "undecided: one seed"
     left = dict(differences) if noise else {}
     while left:
         at = 1 - (1 - level) / len(left)
-        found = {side: verdict(*interval(points, at), margin) for side, points in left.items()}
-        decided = {side: what for side, what in found.items() if what != "undecided"}
-        if not decided:
+        found: dict[str, Verdict] = {side: verdict(*interval(points, at), margin) for side, points in left.items()}
+        still = {side: points for side, points in left.items() if found[side] == "undecided"}
+        if len(still) == len(left):
             break
-        said |= decided
-        left = {side: points for side, points in left.items() if side not in decided}
+        said |= found
+        left = still
     return said
 
 

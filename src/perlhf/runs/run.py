@@ -22,7 +22,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from perlhf.errors import ConfigError, PerlhfError, RunError
+from perlhf.runs.earlier import adapter_of, files_hash
 from perlhf.runs.manifest import (
+    ADAPTER,
     MANIFEST,
     RESULT,
     check_is_run_directory,
@@ -234,10 +236,13 @@ class Run:
         return path
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Ends the run: the manifest gets times and peaks, then result.json is written, last of all files.
+        """Ends the run: the manifest gets times, peaks and the adapter's hash, then result.json is written, last of all
+        files.
 
         `stage`, `seconds` and `peak_memory_bytes` are added to the result unless given.
         """
+        if (adapter := adapter_of(self.path)) is not None:
+            self._manifest[ADAPTER] = files_hash(adapter)
         self._record_session()
         measured = {"stage": self._stage, "seconds": round(self.seconds, 3)}
         measured["peak_memory_bytes"] = self._manifest["peak_memory_bytes"]

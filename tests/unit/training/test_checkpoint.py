@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ from kills import killed_at
 from perlhf.config.stages import SftConfig
 from perlhf.errors import CheckpointError, StorageError
 from perlhf.runs.run import open_run
+from perlhf.system.files import sealed
 from perlhf.training import checkpoint
 
 
@@ -248,3 +250,32 @@ def test_killed_at_any_write_a_complete_checkpoint_is_newest_and_steps_never_go_
     metrics = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert metrics == list(range(1, last + 1)), "no line is lost, doubled or half-written"
     assert sorted(int(file.stem) for file in (run / "rollouts").iterdir()) == list(range(1, last + 1))
+
+
+def test_a_renamed_checkpoint_is_not_that_of_another_step(tmp_path):
+    """Taken for step 40, it would skip twenty updates."""
+    save(tmp_path, 10)
+    directory = save(tmp_path, 20)
+    directory.rename(directory.with_name("00000040"))
+    with pytest.raises(CheckpointError, match="named for step 40, but holds the checkpoint of step 20") as error:
+        checkpoint.load(tmp_path)
+    assert "allowed: 00000020" in str(error.value) and "step 10 is still good" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"step": "20", "files": {}, "state": {}}, {"step": 20, "files": [], "state": {}}, {"step": 20}]
+)
+def test_a_sealed_state_of_something_else_is_named(tmp_path, said):
+    directory = save(tmp_path, 20)
+    (directory / "state.json").write_bytes(sealed(said))
+    with pytest.raises(CheckpointError, match="not what a checkpoint's state says"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_file_that_holds_no_tensors_is_named(tmp_path):
+    directory = save(tmp_path, 20)
+    (directory / "policy.safetensors").write_bytes(b"x" * 40)
+    said = {"step": 20, "files": {"policy.safetensors": hashlib.sha256(b"x" * 40).hexdigest()}, "state": {}}
+    (directory / "state.json").write_bytes(sealed(said))
+    with pytest.raises(CheckpointError, match="no file of tensors"):
+        checkpoint.load(tmp_path)
