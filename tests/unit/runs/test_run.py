@@ -273,6 +273,7 @@ def test_a_closed_terminal_asks_to_stop_and_what_is_printed_then_goes_nowhere(tm
     ours, terminal = os.openpty()
 
     def train():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests run under nohup
         os.setsid()
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
         for descriptor in (0, 1, 2):
