@@ -164,6 +164,7 @@ def match(linear: Sequence[str], targets: str | tuple[str, ...], layers: str = "
             f"adapter targets '{targets}' match no linear layer of the base",
             where="adapter.targets",
             allowed=f"names among {', '.join(last) or '(the base has no nn.Linear)'}",
+            hint="--adapter.targets all" if last else None,
         )
     if layers == "all":
         return matched

@@ -253,8 +253,7 @@ def open_model(config: StageConfig, base: Base, beside: Path | None = None) -> t
     tokenizer = _tokenizer(base, beside)
     model = Model.load(base, config.dtype, config.device, vocabulary(tokenizer))
     if model.way.packing == "none":
-        what = "its sequences are computed in rows, shared prefixes once for each, which is slower"
-        print(f"note: this base is no tree of prefixes: {model.way.why}; {what}", file=sys.stderr)
+        print(f"note: no tree of prefixes, but rows, which are slower: {model.way.why}", file=sys.stderr)
     return model, Encoder(tokenizer, config.encoding, end_ids(base))
 
 

@@ -194,7 +194,9 @@ def _refused(path: Path) -> RunError:
 
 
 def _bound(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in FREE_KEYS}
+    bound = {key: value for key, value in settings.items() if key not in FREE_KEYS}
+    # On the base of a run they are one: `auto` is `tree` where there can be one, and else `tree` never began.
+    return bound | ({"packing": "tree"} if bound.get("packing") == "auto" else {})
 
 
 def _grew(before: int | None, now: int | None) -> bool:
