@@ -105,3 +105,20 @@ def check_sampling(model: Model, merged: Any, tokens: int = 10) -> None:
         for _ in range(tokens):
             whole.append(int(merged(torch.tensor([whole]), use_cache=False).logits[0, -1].argmax()))
         assert rollout.completions[2 * number : 2 * number + 2] == [whole[len(prompt) :]] * 2
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama4_text", "mamba", "qwen3_next"])
+def test_in_bfloat16_both_ways_are_near(family: str) -> None:
+    """Some networks keep their residuals in float32: heads are of the base's dtype all the same."""
+    network = networks.network(family, size=1.0)
+    plain = copy.deepcopy(network).requires_grad_(False)
+    plain.set_attn_implementation("eager")
+    model = Model(network.bfloat16(), {"name": family, "sha256": ""})
+    batch = pack(
+        [[completed(prompt, answer)] for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)], model.packing("auto")
+    )
+    found = model.logprobs(batch, None, temperature=TEMPERATURE).logprobs[batch.completion_mask]
+    assert float((found - of_answers(plain)).abs().max()) < 0.1
+    draws = torch.zeros(2, 3, dtype=torch.float64)
+    settings: Any = {"adapter": None, "ends": Ends(()), "temperature": 1.0, "max_completion_tokens": 3}
+    assert sample(model, [LONG, SHORT], draws=draws, **settings).tokens == 6

@@ -83,7 +83,7 @@ class RmsNorm(nn.Module):
         if not torch.is_grad_enabled():
             # Without the cost of a graph's node, which shows where there are few rows.
             own_kernel = cpu.usable(x, self.weight)
-            plain = x.dtype == torch.float32 and not own_kernel
+            plain = x.dtype == self.weight.dtype == torch.float32 and not own_kernel
             if plain or (x.device.type == "cuda" and current_call().sampling):
                 return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
             return _normed(x, self.weight, self.eps, own_kernel=own_kernel)[0]

@@ -256,7 +256,7 @@ class Model:
         def forward(ids: Tensor, state: Any) -> tuple[Tensor, Any]:
             given = {} if state is None else {name: state}
             output = self._run(adapter, input_ids=ids, use_cache=self.way.reuses_cache, **given)
-            return output.last_hidden_state, getattr(output, name, None)
+            return output.last_hidden_state.to(self.dtype), getattr(output, name, None)
 
         return forward
 
@@ -300,7 +300,7 @@ class Model:
             # A four-dimensional mask is passed on as it is: the tree's attention needs none and no [T, T] one is built.
             inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
             inputs |= {"position_ids": batch.positions, "tree": tree_attention.Tree(batch.nodes, self.way.sights)}
-        states = self._run(adapter, dropout=dropout, **inputs).last_hidden_state
+        states = self._run(adapter, dropout=dropout, **inputs).last_hidden_state.to(self.dtype)
         return states.reshape(-1, states.shape[-1])
 
     def _head(self, states: Tensor, adapter: str) -> Tensor:

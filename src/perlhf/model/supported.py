@@ -264,7 +264,7 @@ def _shape_of(network: PreTrainedModel, ids: Tensor, states: Tensor) -> Logits:
         logits = network(input_ids=ids, use_cache=False).logits.float()
     finally:
         hook.remove()
-    given, plain = raw[0].float(), head(states).float()
+    given, plain = raw[0].float(), head(states.to(raw[0].dtype)).float()
     before_head = float((given * plain).sum() / plain.square().sum())
     if _distance(plain * before_head, given) > 5e-3:
         raise _differs(network, "its output layer isn't given the last hidden state")
