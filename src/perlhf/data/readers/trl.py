@@ -80,7 +80,8 @@ def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Ite
     `weight` 0); `prompt` alone a prompt, with all other columns for reward
     functions. Text may be a string (a single user message), a list of chat messages, or JSON of one. Whole
     conversations in `chosen` and `rejected` are split where they part: what is common is the prompt, the turns that
-    follow are the answers; one that repeats the prompt loses it. Texts without `prompt` are split after the lines
+    follow are the answers; one that repeats the prompt loses it, and a prompt that is their last question alone becomes
+    what they begin with. Texts without `prompt` are split after the lines
     (else, as TRL does, the words) that both begin with. A prompt that is a transcript (`Human: ... Assistant:`) becomes
     turns. `system` becomes the system message; `tools` and other keys of messages go to the chat template. A `rating`
     (`stars`, `score`, `reward`) beside a completion needs `data.ratings` or `data.grades`. `margin`, or the difference
@@ -196,7 +197,7 @@ def _completion(row: dict[str, Any], where: str) -> Outcome:
     answer = listed_answer(row, "completion", where)
     prompt = without_answer(prompt_of(row, where), (answer,))
     refuse_misspelt(row, ("label", "weight"), where)
-    return _judged(row, prompt, answer_to(answer, row["prompt"], prompt, where), where)
+    return _judged(row, *answer_to(answer, row["prompt"], prompt, where), where)
 
 
 def _conversation(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
