@@ -3,6 +3,7 @@
 `where` is always `file:line` (JSON lines, TSV) or `file[index]` (arrays, Parquet, TFRecord).
 """
 
+import ast
 import json
 import math
 import re
@@ -38,6 +39,9 @@ _DOWN |= {"unsatisfied", "dissatisfied", "not safe", "not good", "not correct", 
 """Words between which `_` and `-` are read as spaces."""
 
 
+TIE, EQUAL_GRADES, EQUAL_MEANS = "tie", "equal grades", "equal mean grades"
+TIES = (TIE, EQUAL_GRADES, EQUAL_MEANS)
+"""Why a comparison without a preference is skipped; `data.ties: error` refuses it instead."""
 _MARKS = re.compile(r"[^\w\s]")
 _ASCII_MARKS = bytes(code for code in range(128) if _MARKS.match(chr(code)))
 _LOWERED = bytes(ord(" " if chr(code).isspace() else chr(code).lower()) for code in range(128)) + bytes(128)
@@ -106,14 +110,42 @@ def text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 def mapping(content: Any, what: str, where: str) -> dict[str, Any]:
     """`content` as an object with text keys, else a DataError that calls it `what`."""
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    found = decoded(content)
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         wrong_type(content, what, "an object", where)
+    return found
+
+
+def decoded(content: Any) -> Any:
+    """A list or an object that text holds as JSON, or as Python prints it; anything else as it is.
+
+    Cells of CSV files are text, and some tools write what JSON lines could hold as text, too.
+    """
+    if not isinstance(content, str) or not (begun := content.lstrip()).startswith(("[", "{")):
+        return content
+    for decode in (json.loads, ast.literal_eval):
+        try:
+            found = decode(begun)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            continue
+        return found if isinstance(found, list | dict) else content
     return content
+
+
+def numeric(content: Any) -> Any:
+    """The number that text holds, as in cells of CSV files; anything else as it is."""
+    if not isinstance(content, str):
+        return content
+    try:
+        found = float(content)
+    except ValueError:
+        return content
+    return int(found) if found.is_integer() and abs(found) < 2**53 else found if math.isfinite(found) else content
 
 
 def items(row: Mapping[str, Any], key: str, where: str) -> list[Any]:
     """A column that must hold a list."""
-    elements = value(row, key, where)
+    elements = decoded(value(row, key, where))
     if not isinstance(elements, list):
         wrong_type(elements, f"column {key!r}", "a list", where)
     return elements
@@ -138,8 +170,10 @@ def utf8(encoded: Any, where: str) -> str:
 
 
 def choice(row: Mapping[str, Any], key: str, allowed: Sequence[Any], where: str) -> Any:
-    """A column that must hold one of `allowed` (booleans don't pass as 0 and 1)."""
+    """A column that must hold one of `allowed` (booleans don't pass as 0 and 1), numbers perhaps as text."""
     content = value(row, key, where)
+    if isinstance(content, str) and not any(isinstance(option, str) for option in allowed):
+        content = numeric(content)
     if isinstance(content, bool) or not any(
         content == option for option in allowed if type(content) in (type(option), float)
     ):
@@ -148,8 +182,8 @@ def choice(row: Mapping[str, Any], key: str, allowed: Sequence[Any], where: str)
 
 
 def number(row: Mapping[str, Any], key: str, default: float, where: str, least: float = -math.inf) -> float:
-    """An optional column that must hold a finite number of at least `least`."""
-    amount = row.get(key, default)
+    """An optional column that must hold a finite number of at least `least`, perhaps as text."""
+    amount = numeric(row.get(key, default))
     if isinstance(amount, bool) or not isinstance(amount, int | float):
         wrong_type(amount, f"column {key!r}", "a number", where)
     if not -1e300 < amount < 1e300 or amount < least:

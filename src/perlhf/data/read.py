@@ -10,7 +10,7 @@ from typing import Any, Literal
 from perlhf.config.stages import LayoutConfig
 from perlhf.data import files
 from perlhf.data.containers.authors import tell
-from perlhf.data.fields import Row, Skipped, Told, checked
+from perlhf.data.fields import TIES, Row, Skipped, Told, checked
 from perlhf.data.files import BUILTIN, Choice, DataFile
 from perlhf.data.readers.columns import folded, slip_of
 from perlhf.data.readers.formats import (
@@ -23,7 +23,6 @@ from perlhf.data.readers.formats import (
     detect,
     format_of,
 )
-from perlhf.data.readers.judged import TIE
 from perlhf.data.records import Comparison, Record
 from perlhf.errors import DataError, nearest
 from perlhf.system.progress import counted
@@ -140,7 +139,7 @@ def settled(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
         DataError: `ties: error`, and this is one.
     """
     equal = isinstance(found, Comparison) and found.chosen == found.rejected
-    tie = isinstance(found, Skipped) and found.reason == TIE
+    tie = isinstance(found, Skipped) and found.reason in TIES
     if not equal and not tie:
         return found
     if rules.ties == "error":

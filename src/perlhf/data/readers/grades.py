@@ -7,13 +7,18 @@ from itertools import combinations
 from typing import Any
 
 from perlhf.config.stages import LayoutConfig
-from perlhf.data.fields import Skipped, number
-from perlhf.data.readers.columns import is_number
+from perlhf.data.fields import EQUAL_GRADES, Skipped, decoded, number
+from perlhf.data.readers.columns import given, is_number, optional_number
 from perlhf.data.readers.messages import without_nulls
 from perlhf.data.records import Comparison, Demonstration, Rating, Record
 from perlhf.errors import DataError
 
 _STARS = re.compile(r"(\d+(?:\.\d+)?) *(?:-? ?stars?|(?:/|out of|of) *\d+(?: stars?)?)", re.IGNORECASE)
+
+
+_TIED = ("status", "winner", "preference", "verdict")
+"""Columns beside `chosen` and `rejected` that may say that there is no preference."""
+_TIE_WORDS = ("tie", "ties", "tied", "draw", "equal", "tie (bothbad)", "tie (bothgood)")
 
 
 class NoRule(DataError):
@@ -38,6 +43,42 @@ def grade_of(verdict: Any, where: str) -> float:
             hint="`data.grades: ignore` reads the answers without their grades",
         )
     return number({"rating": verdict}, "rating", 0.0, where)
+
+
+def margin_of(row: Mapping[str, Any], where: str) -> float | None:
+    """By how much `chosen` was preferred to `rejected`: 0.0 where nothing says so, None for a tie.
+
+    It is `margin`, else the difference of the sides' scores (`score_chosen` and `score_rejected`), else that of two
+    ratings, which are those of `generations` in their order where both texts are among them, else the verdict's. Equal
+    scores are a tie, and so is one that a column calls so. Where scores say the opposite of the verdict, the difference
+    is below 0.
+    """
+    if any(isinstance(row.get(name), str) and row[name].strip().lower() in _TIE_WORDS for name in _TIED):
+        return None
+    if given(row, "margin"):
+        return optional_number(row, "margin", 0.0, where)
+    if given(row, "score_chosen") and given(row, "score_rejected"):
+        by = optional_number(row, "score_chosen", 0.0, where) - optional_number(row, "score_rejected", 0.0, where)
+        return by or None
+    ratings = next((found for name in ("rating", "scores") if (found := _two_numbers(row.get(name)))), None)
+    if ratings is None:
+        return 0.0
+    by, answers = ratings[0] - ratings[1], decoded(row.get("generations"))
+    if answers == [row["rejected"], row["chosen"]]:
+        by = -by
+    elif answers != [row["chosen"], row["rejected"]]:
+        by = abs(by)
+    return by or None
+
+
+def _two_numbers(content: Any) -> tuple[float, float] | None:
+    parts = decoded(content)
+    if not isinstance(parts, list) or len(parts) != 2:
+        return None
+    if any(isinstance(part, bool) or not (is_number(part) or isinstance(part, int | float)) for part in parts):
+        return None
+    first, second = map(float, parts)
+    return (first, second) if math.isfinite(first - second) else None
 
 
 def no_rule(grades: list[float], where: str) -> NoRule:
@@ -90,7 +131,7 @@ def compared(answers: list[tuple[float, Rating]]) -> Iterator[Record | Skipped]:
     for first, second in combinations(answers, 2):
         (high, better), (low, worse) = (first, second) if first[0] >= second[0] else (second, first)
         if math.isclose(high, low):
-            yield Skipped("equal grades", better.source)
+            yield Skipped(EQUAL_GRADES, better.source)
         else:
             yield Comparison(
                 better.prompt,

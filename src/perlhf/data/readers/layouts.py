@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from perlhf.config.stages import LayoutConfig
-from perlhf.data.fields import Row, Skipped, message, text, value
+from perlhf.data.fields import Row, Skipped, decoded, message, text, value
 from perlhf.data.readers.answers import INSTRUCTION, after_history, instruction_of
 from perlhf.data.readers.judged import VERDICTS, pair_of, pair_row
 from perlhf.data.readers.messages import listed, messages
@@ -73,7 +73,7 @@ def by_columns(row: dict[str, Any], where: str) -> Made:
 
 def _sharegpt_row(row: dict[str, Any], where: str) -> Made:
     column = next((name for name in ("conversations", "conversation") if name in row), "conversations")
-    turns = listed(value(row, column, where))
+    turns = decoded(value(row, column, where))
     if isinstance(turns, list) and all(isinstance(turn, dict) and {"input", "output"} <= turn.keys() for turn in turns):
         turns = [message(*part) for turn in turns for part in _exchange(turn, where, turn is turns[-1])]
     rest = without(row, column)

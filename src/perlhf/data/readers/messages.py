@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perlhf.data.fields import mapping, message, refuse_surrogates, text, wrong_type
+from perlhf.data.fields import decoded, mapping, message, refuse_surrogates, text, wrong_type
 from perlhf.data.records import Message, Text
 from perlhf.errors import DataError, nearest
 
@@ -147,7 +147,7 @@ def tools(content: Any, where: str) -> tuple[Mapping[str, Any], ...] | None:
         if not content.strip():
             return None
         try:
-            content = json.loads(content)
+            content = found if (found := decoded(content)) is not content else json.loads(content)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"column 'tools' is not valid JSON: {error}", where=where, allowed="a list of tools, or JSON of one"

@@ -9,6 +9,7 @@ from typing import Any
 
 from perlhf.config.stages import LayoutConfig
 from perlhf.data.fields import (
+    TIE,
     Row,
     Skipped,
     Told,
@@ -44,7 +45,7 @@ from perlhf.data.readers.columns import (
     refuse_misspelt,
     refuse_unreadable,
 )
-from perlhf.data.readers.grades import by_rule, compared, grade_of, labelled, no_rule, ungraded
+from perlhf.data.readers.grades import by_rule, compared, grade_of, labelled, margin_of, no_rule, ungraded
 from perlhf.data.readers.messages import (
     as_messages,
     completion,
@@ -61,9 +62,8 @@ _EARLIER = "conversations have earlier answers, of which only the last is traine
 _UNFILLED = "answers have an empty label or rating and are read as demonstrations"
 _UNUSED = "rows have {name!r} beside 'prompt', which isn't asked (`data.columns: {{{names}}}` asks both)"
 _VERDICTS = ("label", "rating", *OTHER_NAMES["label"], *OTHER_NAMES["rating"])
-_BESIDE = frozenset(
-    ("system", "tools", "group", "source", "weight", "margin", "annotator", "score_chosen", "score_rejected")
-)
+_BESIDE = frozenset(("system", "tools", "group", "source", "weight", "margin", "annotator"))
+_BESIDE |= {"score_chosen", "score_rejected", "rating", "scores", "status", "winner", "preference", "verdict"}
 """What a comparison may have beside its texts."""
 _USED_BY_PROMPTS = {*COLUMNS, "system", *OTHER_NAMES["system"], "tools", "functions"}
 
@@ -85,7 +85,8 @@ def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Ite
     (else, as TRL does, the words) that both begin with. A prompt that is a transcript (`Human: ... Assistant:`) becomes
     turns. `system` becomes the system message; `tools` and other keys of messages go to the chat template. A `rating`
     (`stars`, `score`, `reward`) beside a completion needs `data.ratings` or `data.grades`. `margin`, or the difference
-    of `score_chosen` and `score_rejected`. Optional: `weight`, `annotator`, `group` (default: the first user turn). A
+    of `score_chosen` and `score_rejected`, or of the two numbers of a `rating`: equal ones are a tie (`data.ties`), as
+    is what a `status` or `winner` calls one. Optional: `weight`, `annotator`, `group` (default: the first user turn). A
     null counts as absent; other columns are ignored, unless one looks like the misspelt name of one that is missing.
     """
     rules = rules or LayoutConfig()
@@ -145,7 +146,7 @@ def read_row(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
     whole, row = row, our_columns(row)
     refuse_unreadable(row, where)
     if "chosen" in row or "rejected" in row:
-        return checked(_comparison(row, where), where)
+        return _comparison(row, where)
     if "completion" in row or ("label" in row and "messages" not in row):
         return _completion(row, where)
     if "messages" in row and ("prompt" not in row or is_answered(row, where)):
@@ -159,7 +160,7 @@ def read_row(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
     return checked(Prompt(_with_system(prompt, row, where), group, source, _tools(row, where), columns), where)
 
 
-def _comparison(row: dict[str, Any], where: str) -> Comparison:
+def _comparison(row: dict[str, Any], where: str) -> Outcome:
     chosen, rejected = listed_answer(row, "chosen", where), listed_answer(row, "rejected", where)
     refuse_misspelt(row, ("prompt", "weight", "margin"), where)
     if "prompt" not in row and "messages" in row and not (isinstance(chosen, list) and isinstance(rejected, list)):
@@ -177,18 +178,22 @@ def _comparison(row: dict[str, Any], where: str) -> Comparison:
         value(row, "prompt", where, COLUMNS)
         raise AssertionError("a column that is missing is an error")
     if _BESIDE.isdisjoint(row):
-        return Comparison(prompt, chosen, rejected, prompt_group(prompt), source=where)
-    return Comparison(
+        return checked(Comparison(prompt, chosen, rejected, prompt_group(prompt), source=where), where)
+    margin = margin_of(row, where)
+    if margin is None:
+        return Skipped(TIE, where)
+    comparison = Comparison(
         _with_system(prompt, row, where),
         chosen,
         rejected,
         _group(row, prompt, where),
         weight=optional_number(row, "weight", 1.0, where, least=0.0),
-        margin=_margin(row, where),
+        margin=margin,
         annotator=_annotator(row, where),
         source=_source(row, where),
         tools=_tools(row, where),
     )
+    return checked(comparison, where)
 
 
 def _completion(row: dict[str, Any], where: str) -> Outcome:
@@ -320,13 +325,6 @@ def _with_system(prompt: Text, row: dict[str, Any], where: str) -> Text:
 
 def _tools(row: dict[str, Any], where: str) -> tuple[Mapping[str, Any], ...] | None:
     return tools(row["tools"], where) if "tools" in row else None
-
-
-def _margin(row: dict[str, Any], where: str) -> float:
-    """`margin`, else the difference of the sides' scores."""
-    if not given(row, "margin") and given(row, "score_chosen") and given(row, "score_rejected"):
-        return optional_number(row, "score_chosen", 0.0, where) - optional_number(row, "score_rejected", 0.0, where)
-    return optional_number(row, "margin", 0.0, where)
 
 
 def _may_be_grade(name: str, content: Any) -> bool:
