@@ -31,7 +31,7 @@ _UP |= {
     "pass",
     "passed",
 }
-_UP |= {"t", "chosen", "preferred", "helpful", "harmless", "safe", "satisfied"}
+_UP |= {"t", "chosen", "preferred", "helpful", "harmless", "unharmful", "not harmful", "safe", "satisfied"}
 _DOWN = {"false", "no", "n", "0", "0.0", "-1", "-1.0", "down", "thumbs down", "thumbsdown", "thumb down", "👎", "bad"}
 _DOWN |= {"negative", "neg", "dislike", "disliked", "downvote", "downvoted", "reject", "rejected", "undesirable"}
 _DOWN |= {"incorrect", "fail", "failed", "f", "dispreferred", "unhelpful", "not helpful", "harmful", "unsafe"}

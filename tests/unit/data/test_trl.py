@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from perlhf.config.stages import LayoutConfig
 from perlhf.data.read import read, read_all
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
 from perlhf.errors import DataError
@@ -325,7 +326,6 @@ def test_more_names_of_grades_are_not_imitated(tmp_path: Path, name: str) -> Non
     [
         ("is_correct", False, False),
         ("helpful", "True", True),
-        ("is_safe", False, False),
         ("thumbs_down", True, False),
         ("thumbs_down", 1, False),
         ("label", "thumbs-up", True),
@@ -391,3 +391,68 @@ def test_earlier_exchanges_beside_a_prompt(tmp_path: Path) -> None:
 def test_a_response_and_a_rejected_one_make_a_comparison(tmp_path: Path, name: str) -> None:
     found = records(tmp_path, {"prompt": "Hi!", "response": "Yes", name: "No"})
     assert found == [Comparison("Hi!", "Yes", "No", "hi", source="a.jsonl:1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "mapping", "label"),
+    [
+        ("response_harm_label", "harmful", {"label": "response_harm_label"}, False),
+        ("response_harm_label", "unharmful", {"label": "response_harm_label"}, True),
+        ("is_safe", False, {"label": "is_safe"}, False),
+        ("is_safe", 1, {"label": "is_safe"}, True),
+        ("is_harmful", True, {"is_bad": "is_harmful"}, False),
+        ("is_harmful", "harmful", {"label": "is_harmful"}, False),
+        ("is_toxic", False, {"is_bad": "is_toxic"}, None),
+    ],
+)
+def test_a_judgement_of_safety_is_no_verdict_unless_it_is_named(
+    tmp_path: Path, name: str, content: Any, mapping: dict[str, str], label: bool | None
+) -> None:
+    row = {"prompt": "Hi!", "response": "Yes", "prompt_harm_label": "harmful", "is_safety": 1, name: content}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+
+    def found(**rules: Any) -> Any:
+        return read_all("a.jsonl", root=tmp_path, rules=LayoutConfig(**rules)).records
+
+    with pytest.raises(DataError, match=f"an answer has '{name}'") as caught:
+        found()
+    (ours, theirs), *_ = mapping.items()
+    assert f"`data.columns: {{{ours}: {theirs}}}`" in str(caught.value.hint)
+    answer = Demonstration("Hi!", "Yes", "hi", source="a.jsonl:1")
+    verdict = answer if label is None else Rating("Hi!", "Yes", label, "hi", source="a.jsonl:1")
+    assert found(columns=mapping) == [verdict]
+    assert found(grades="ignore") == [answer]
+
+
+def test_a_verdict_beside_a_judgement_of_safety_counts(tmp_path: Path) -> None:
+    labelled, compared, other, asked = records(
+        tmp_path,
+        {"prompt": "Hi!", "completion": "Yes", "is_safe": False, "label": True},
+        {"prompt": "Hi!", "chosen": "Yes", "rejected": "No", "is_safe": False},
+        {"prompt": "Hi!", "completion": "Yes", "safety": "fire", "prompt_harm_label": "harmful", "is_safe": None},
+        {"prompt": "Hi!", "is_safe": False},
+    )
+    assert labelled.label and compared.chosen == "Yes" and isinstance(other, Demonstration)
+    assert asked.columns == {"is_safe": False}
+
+
+@pytest.mark.parametrize(("name", "hint"), [("safety", "{rating: safety}"), ("toxic", "`data.grades: ignore`")])
+def test_a_grade_of_safety(tmp_path: Path, name: str, hint: str) -> None:
+    with pytest.raises(DataError, match=f"an answer has '{name}'") as caught:
+        records(tmp_path, {"prompt": "Hi!", "completion": "Yes", name: 0.5})
+    assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("rejected", [" No", "Human: Hi! Assistant: No"])
+def test_a_transcript_on_one_line(tmp_path: Path, rejected: str) -> None:
+    (found,) = records(tmp_path, {"prompt": "Human: Hi! Assistant:", "chosen": " Yes", "rejected": rejected})
+    assert found == Comparison((HI,), "Yes", "No", "hi", source="a.jsonl:1")
+    longer = {"prompt": "User: Hi! Assistant: Yes User: The Human: a play? Assistant: ", "completion": "No"}
+    (found,) = records(tmp_path, longer)
+    assert found.prompt == (HI, YES, {"role": "user", "content": "The Human: a play?"})
+
+
+@pytest.mark.parametrize("prompt", ["Human: Hi! Human: Ho! Assistant:", "Human: Hi!Assistant:", "Ask an Assistant:"])
+def test_no_transcript_on_one_line(tmp_path: Path, prompt: str) -> None:
+    (found,) = records(tmp_path, {"prompt": prompt, "completion": "Yes"})
+    assert found.prompt == prompt

@@ -106,3 +106,15 @@ def test_calls_that_a_template_writes_where_the_content_is_null(content: str | N
     assert text_of(mended, mended.prompt([ASKED, *called, result])) == (
         '<|user|>Hi there<|assistant|><tool_call>find{"what": "hub"}</tool_call></s><|tool|>7<|assistant|>'
     )
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "byte level"])
+def test_no_space_is_put_before_an_answer_that_begins_with_a_line_break(kind: str) -> None:
+    """The prompt ends with a line break, the answer begins with one, and the tokenizer joins them."""
+    template = EMPTY_THOUGHT.replace("{% if not enable_thinking %}", "{% if false %}")
+    coded = encoder(template, kind)
+    example = coded.example([ASKED], "Hello")
+    text = text_of(coded, [*example.prompt, *example.completion])
+    assert text.endswith("<think>\n\n</think>\n\nHello<|im_end|>")
+    alone = coded.chat.tokenised_after("\n\nHello", rendered=True)
+    assert text_of(coded, [*coded.chat.tokenised("\n"), *alone]).strip(" ") == "\n\n\nHello"

@@ -7,7 +7,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
-from perlhf.data.fields import number
+from perlhf.data.fields import label_of, number
 from perlhf.errors import DataError
 
 COLUMNS = (
@@ -57,11 +57,15 @@ YES_OR_NO = (
     "is_positive",
     "is_preferred",
     "is_desirable",
-    "is_safe",
 )
 """Columns that are a label where they hold true or false."""
 AGAINST = ("thumbs_down", "thumb_down", "disliked", "downvoted", "is_bad")
 """Columns that are a thumbs down where they hold true."""
+SAFE = ("is_safe", "safe", "safety", "safety_label", "is_response_safe", "response_safety")
+"""Columns beside an answer that say whether it is safe, which is no verdict on how good it is."""
+HARMFUL = ("is_harmful", "harmful", "is_unsafe", "unsafe", "is_toxic", "toxic", "is_response_harmful")
+"""Columns that say the opposite, where they hold true or false."""
+_ABOUT_PROMPTS = ("prompt", "question", "query", "instruction", "input", "user")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _FOLDED = {*COLUMNS, *ALSO, *(other for others in OTHER_NAMES.values() for other in others), *QUESTIONS} | {
     *(name for pair in _SCORES for name in pair),
@@ -162,6 +166,29 @@ def refuse_unreadable(row: dict[str, Any], where: str) -> None:
 def _watched(names: tuple[str, ...]) -> bool:
     """Whether one of these columns may have to be refused."""
     return not {*_MEDIA, "chat_template_kwargs", "completions"}.isdisjoint(names)
+
+
+def safety_of(row: dict[str, Any]) -> tuple[str, str | None] | None:
+    """A column that says whether an answer is safe, and what of `data.columns` makes it a verdict; None without one."""
+    for name in _safety_columns(tuple(row)):
+        content = row[name]
+        label, harm = label_of(content), name.lower() in HARMFUL
+        word = isinstance(content, str) and ("harm" in content.lower() or "safe" in content.lower())
+        if label is not None:  # a word says what it means, whatever its column is called
+            return name, f"is_bad: {name}" if harm and not word else f"label: {name}"
+        if is_number(content) or isinstance(content, int | float):
+            return name, None if harm else f"rating: {name}"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _safety_columns(names: tuple[str, ...]) -> tuple[str, ...]:
+    def judges(name: str) -> bool:
+        word = name.lower()
+        labelled = word.endswith(("harm_label", "safety_label", "toxicity_label", "harmfulness_label"))
+        return (word in SAFE or word in HARMFUL or labelled) and not word.startswith(_ABOUT_PROMPTS)
+
+    return tuple([name for name in names if judges(name)])
 
 
 def refuse_misspelt(row: dict[str, Any], names: tuple[str, ...], where: str) -> None:

@@ -98,6 +98,17 @@ def no_rule(grades: list[float], where: str) -> NoRule:
     )
 
 
+def no_rule_for_safety(name: str, content: Any, mapping: str | None, where: str) -> NoRule:
+    """The error for a judgement of safety that nothing makes a verdict."""
+    typed = f"`data.columns: {{{mapping}}}` (--data.columns '{{{mapping}}}') makes it the verdict; " if mapping else ""
+    return NoRule(
+        f"an answer has {name!r} ({content!r:.30}), a judgement of its safety, and nothing says what becomes of it",
+        where=where,
+        allowed="a verdict (`label`, `rating`) beside it, or a rule: harmful answers would be imitated otherwise",
+        hint=f"{typed}`data.grades: ignore` imitates all answers",
+    )
+
+
 def by_rule(grade: float, rating: Rating, rules: LayoutConfig) -> Rating | Skipped:
     assert rules.ratings is not None
     if grade >= rules.ratings.up:

@@ -44,8 +44,18 @@ from perlhf.data.readers.columns import (
     our_columns,
     refuse_misspelt,
     refuse_unreadable,
+    safety_of,
 )
-from perlhf.data.readers.grades import by_rule, compared, grade_of, labelled, margin_of, no_rule, ungraded
+from perlhf.data.readers.grades import (
+    by_rule,
+    compared,
+    grade_of,
+    labelled,
+    margin_of,
+    no_rule,
+    no_rule_for_safety,
+    ungraded,
+)
 from perlhf.data.readers.messages import (
     as_messages,
     completion,
@@ -84,7 +94,8 @@ def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Ite
     what they begin with. Texts without `prompt` are split after the lines
     (else, as TRL does, the words) that both begin with. A prompt that is a transcript (`Human: ... Assistant:`) becomes
     turns. `system` becomes the system message; `tools` and other keys of messages go to the chat template. A `rating`
-    (`stars`, `score`, `reward`) beside a completion needs `data.ratings` or `data.grades`. `margin`, or the difference
+    (`stars`, `score`, `reward`) beside a completion needs `data.ratings` or `data.grades`, a judgement of its safety
+    (`is_safe`, `response_harm_label`) a name in `data.columns`. `margin`, or the difference
     of `score_chosen` and `score_rejected`, or of the two numbers of a `rating`: equal ones are a tie (`data.ties`), as
     is what a `status` or `winner` calls one. Optional: `weight`, `annotator`, `group` (default: the first user turn). A
     null counts as absent; other columns are ignored, unless one looks like the misspelt name of one that is missing.
@@ -148,7 +159,7 @@ def read_row(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
     if "chosen" in row or "rejected" in row:
         return _comparison(row, where)
     if "completion" in row or ("label" in row and "messages" not in row):
-        return _completion(row, where)
+        return _completion(row, where, rules)
     if "messages" in row and ("prompt" not in row or is_answered(row, where)):
         return _conversation(row, where, rules)
     refuse_misspelt(row, ("chosen", "rejected", "completion", "label", "messages"), where)
@@ -196,13 +207,13 @@ def _comparison(row: dict[str, Any], where: str) -> Outcome:
     return checked(comparison, where)
 
 
-def _completion(row: dict[str, Any], where: str) -> Outcome:
+def _completion(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
     if "prompt" not in row and "messages" in row:
         row = row | {"prompt": row["messages"]}
     answer = listed_answer(row, "completion", where)
     prompt = without_answer(prompt_of(row, where), (answer,))
     refuse_misspelt(row, ("label", "weight"), where)
-    return _judged(row, *answer_to(answer, row["prompt"], prompt, where), where)
+    return _judged(row, *answer_to(answer, row["prompt"], prompt, where), where, rules)
 
 
 def _conversation(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
@@ -222,14 +233,14 @@ def _conversation(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outco
         return Skipped("every assistant message has the weight 0", where)
     if any(flag in turn for turn in turns for flag in _LEARNED):
         turns = tuple({key: part for key, part in turn.items() if key not in _LEARNED} for turn in turns)
-    outcome = _judged(row, turns[:last], completion(turns[last : last + 1]), where)
+    outcome = _judged(row, turns[:last], completion(turns[last : last + 1]), where, rules)
     asked = next((at for at, turn in enumerate(turns) if turn["role"] == "user"), last)
     earlier = [at for at in earlier if at > asked and not is_blank(turns[at : at + 1])]
     if not earlier or not isinstance(outcome, Demonstration):
         return outcome
     if rules.turns == "last":
         return [outcome, Told(_EARLIER, where)]
-    answered = (_judged(row, turns[:at], completion(turns[at : at + 1]), where) for at in earlier)
+    answered = (_judged(row, turns[:at], completion(turns[at : at + 1]), where, rules) for at in earlier)
     return [*(one for one in answered if isinstance(one, Demonstration)), outcome]
 
 
@@ -251,7 +262,7 @@ def _is_learned(turn: Message, where: str) -> bool:
     return all(verdicts.values())
 
 
-def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Outcome:
+def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str, rules: LayoutConfig) -> Outcome:
     """A demonstration, or a rating where the row says what somebody thought of the answer."""
     group, weight = _group(row, prompt, where), optional_number(row, "weight", 1.0, where, least=0.0)
     prompt, source, schemas = _with_system(prompt, row, where), _source(row, where), _tools(row, where)
@@ -286,6 +297,8 @@ def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Outc
         grade = grade_of(verdict, where)
         checked(rated, where)
         return grade, rated
+    if rules.grades != "ignore" and (safety := safety_of(row)) is not None:
+        raise no_rule_for_safety(safety[0], row[safety[0]], safety[1], where)
     if not isinstance(answer, str):
         _refuse_verdict_inside(answer[-1], where)
     return checked(Demonstration(prompt, answer, group, weight, source, schemas), where)

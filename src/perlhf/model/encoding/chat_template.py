@@ -135,9 +135,15 @@ class ChatTemplate:
                 return self.tokenised(text)
             return self._control.ids(self._control.marked(text))
 
-        # What SentencePiece puts before the beginning goes with the line break.
-        line_break, ids = self.tokenised("\n"), ids_of(f"\n{text}")
-        return ids[len(line_break) :] if ids[: len(line_break)] == line_break else ids_of(text)
+        # What SentencePiece puts before the beginning goes with the anchor; a line break may join one of the text.
+        for anchor in ("\n", ".", "a"):
+            before, ids = self.tokenised(anchor), ids_of(f"{anchor}{text}")
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+            alone = ids_of(text)
+            if self.tokenizer.decode(alone, clean_up_tokenization_spaces=False) == text:
+                return alone
+        return ids_of(text)
 
     def control_token_in(self, content: Any) -> str | None:
         """The first control token that a person typed in messages, tools or text."""
