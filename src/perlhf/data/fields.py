@@ -61,6 +61,10 @@ class Told(Skipped):
     """Not a row that is left out, but what is told of one that was read: a sentence about so many of them."""
 
 
+class MissingColumn(DataError):
+    """A row lacks a column that its others ask for."""
+
+
 def group_key(text: str) -> str:
     """Lower-cased, punctuation-free words of `text`; the text itself where nothing else is left (`?!`)."""
     if not text.isascii():
@@ -89,7 +93,7 @@ def value(row: Mapping[str, Any], key: str, where: str, known: Sequence[str] = (
     """The value of a column that must be there; a missing one is reported with the nearest name that isn't `known`."""
     if key not in row:
         near = nearest(key, [name for name in row if name not in known])
-        raise DataError(
+        raise MissingColumn(
             f"column {key!r} is missing",
             where=where,
             allowed=f"found columns {', '.join(map(repr, row)) or 'none'}",

@@ -1,8 +1,10 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from perlhf.config.stages import LayoutConfig
 from perlhf.data.read import read, read_all
@@ -456,3 +458,47 @@ def test_a_transcript_on_one_line(tmp_path: Path, rejected: str) -> None:
 def test_no_transcript_on_one_line(tmp_path: Path, prompt: str) -> None:
     (found,) = records(tmp_path, {"prompt": prompt, "completion": "Yes"})
     assert found.prompt == prompt
+
+
+CHAT = [{"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "Yes"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"prompt": "Hi! TL;DR:", "label": "Yes."}, Demonstration),
+        ({"inputs": "Hi!", "targets": "Yes", "language": "en"}, Demonstration),
+        ({"trajectory": "Hi!", "chosen": "Yes", "rejected": "No"}, Comparison),
+        ({"trajectory": CHAT[:1], "chosen": "Yes", "rejected": "No"}, Comparison),
+        ({"id": "1", "system_prompt": "Be kind.", "question": "Hi!", "response": "Yes"}, Demonstration),
+        ({"context": [HI], "original_response": "No", "edited_response": "Yes", "feedback": ["f"]}, Demonstration),
+        ({"id": "0", "data": ["Hi!", "Yes"]}, Demonstration),
+        ({"id": "0", "dialog": [HI, YES]}, Demonstration),
+        ({"id": "0", "dialog": CHAT}, Demonstration),
+        ({"question": "Hi!", "answer": "Yes", "label": True}, Rating),
+        ({"question": "Hi!", "completion": "Yes", "label": True}, Rating),
+        ({"prompt": "Hi!", "answer": "Yes", "label": 1}, Rating),
+        ({"Question": "Hi!", "Response": "Yes", "Id": 1}, Demonstration),
+        ({"question": "Hi!", "level": 2}, Prompt),
+    ],
+)
+def test_other_names_are_read_as_the_error_says(tmp_path: Path, row: dict[str, Any], kind: type) -> None:
+    with pytest.raises(DataError, match=r"column '(prompt|completion)' is missing") as caught:
+        records(tmp_path, row)
+    named = {name.lower() for name in re.findall(r"'(\w+)'", str(caught.value.allowed))}
+    assert named == {name.lower() for name in row}
+    typed = re.search(r"--data.columns '(\{.*?\})'", str(caught.value.hint))
+    assert typed, caught.value.hint
+    rules = LayoutConfig(columns=yaml.safe_load(typed[1]))
+    (found,) = read_all("a.jsonl", root=tmp_path, rules=rules).records
+    assert isinstance(found, kind)
+    answer: Any = getattr(found, "completion", getattr(found, "chosen", "Yes"))
+    assert str(answer).removesuffix(".") == "Yes" and "Hi!" in str(found.prompt)
+
+
+def test_texts_in_turn_are_a_conversation(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": ["Hi!", "No", "Hi!", "Yes"], "source": "forum"}))
+    (found,) = read_all("a.jsonl", root=tmp_path).records
+    assert found == Demonstration((HI, NO, HI), "Yes", "hi", source="forum")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": ["Hi!"]}))
+    assert read_all("a.jsonl", root=tmp_path).skipped == {"a conversation that doesn't end with an answer": 1}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from perlhf.data.fields import items, message, text, value, wrong_type
-from perlhf.data.readers.columns import ALSO, COLUMNS, QUESTIONS
+from perlhf.data.readers.columns import ALSO, COLUMNS
 from perlhf.data.readers.messages import as_messages, completion, listed, messages, transcript, transcript_prompt
 from perlhf.data.records import Message, Text, content_of
 from perlhf.errors import DataError
@@ -237,20 +237,6 @@ def _without_transcript(answer: Any, asked: Any, prompt: Text) -> Any:
 
 def prompt_of(row: dict[str, Any], where: str) -> Text:
     """The prompt: text, or messages where the file has a list, JSON of one or a transcript."""
-    if "prompt" not in row and (near := next((name for name in QUESTIONS if name in row), None)):
-        answers = {"completion", "chosen"} & set(row)
-        raise DataError(
-            "column 'prompt' is missing",
-            where=where,
-            allowed=f"found columns {', '.join(map(repr, row))}",
-            hint=f"`data.columns: {{prompt: {near}}}` reads {near!r} as the prompt"
-            + (
-                ""
-                if answers
-                else f", `{{prompt: {near}, completion: ...}}` another column as the answer too, and "
-                f"`{{prompt: {near}, chosen: ..., rejected: ...}}` two as the better and the other one"
-            ),
-        )
     prompt = listed(value(row, "prompt", where, COLUMNS))
     if isinstance(prompt, str):
         turns = transcript_prompt(prompt)

@@ -7,10 +7,10 @@ from itertools import combinations
 from typing import Any
 
 from perlhf.config.stages import LayoutConfig
-from perlhf.data.fields import EQUAL_GRADES, Skipped, decoded, number
-from perlhf.data.readers.columns import given, is_number, optional_number
+from perlhf.data.fields import EQUAL_GRADES, Skipped, decoded, label_of, number, numeric
+from perlhf.data.readers.columns import OTHER_NAMES, given, is_number, optional_number
 from perlhf.data.readers.messages import without_nulls
-from perlhf.data.records import Comparison, Demonstration, Rating, Record
+from perlhf.data.records import Comparison, Demonstration, Message, Rating, Record
 from perlhf.errors import DataError
 
 _STARS = re.compile(r"(\d+(?:\.\d+)?) *(?:-? ?stars?|(?:/|out of|of) *\d+(?: stars?)?)", re.IGNORECASE)
@@ -19,6 +19,10 @@ _STARS = re.compile(r"(\d+(?:\.\d+)?) *(?:-? ?stars?|(?:/|out of|of) *\d+(?: sta
 _TIED = ("status", "winner", "preference", "verdict")
 """Columns beside `chosen` and `rejected` that may say that there is no preference."""
 _TIE_WORDS = ("tie", "ties", "tied", "draw", "equal", "tie (bothbad)", "tie (bothgood)")
+
+
+VERDICTS = ("label", "rating", *OTHER_NAMES["label"], *OTHER_NAMES["rating"])
+"""Columns that say what somebody thought of an answer."""
 
 
 class NoRule(DataError):
@@ -95,6 +99,43 @@ def no_rule(grades: list[float], where: str) -> NoRule:
         allowed="`data.ratings` (which are a thumbs up and which a thumbs down), or `data.grades: comparisons` "
         "(of answers to one prompt) or `ignore`",
         hint=f"{rule} in a recipe, {typed} on the command line",
+    )
+
+
+def refuse_order(ranking: list[Any], where: str) -> None:
+    """Raises DataError for a ranking that says something else as the ranks of answers than as their order."""
+    places = [numeric(place) for place in ranking]
+    first = min((place for place in places if isinstance(place, int)), default=0)
+    if sorted(map(str, places)) == sorted(map(str, range(first, first + len(places)))) and any(
+        places[place - first] != number for number, place in enumerate(places, first)
+    ):
+        raise DataError(
+            f"column 'ranking' is {ranking!r:.60}: the rank of each answer, or the answers from best to worst",
+            where=where,
+            allowed="a ranking that means the same in both ways, or a column 'ranks'",
+            hint="`data.columns: {ranks: ranking}` reads the rank of each answer, the lowest being the best",
+        )
+
+
+def refuse_verdict_inside(turn: Message, where: str) -> None:
+    """Raises DataError where a message holds what somebody thought of it: it would be imitated whatever that is."""
+    said = {name: turn[name] for name in VERDICTS if name in turn}
+    name = next((name for name, part in said.items() if label_of(part) is not None or may_be_grade("", part)), None)
+    if name is not None:
+        ours = (
+            "label" if label_of(turn[name]) is not None and name not in ("rating", *OTHER_NAMES["rating"]) else "rating"
+        )
+        raise DataError(
+            f"a message holds {name!r}, a verdict on itself ({turn[name]!r:.30})",
+            where=where,
+            allowed="a verdict in a column beside the messages",
+            hint=f"`data.columns: {{{ours}: messages.-1.{name}}}`, of ShareGPT's turns `conversations.-1.{name}`",
+        )
+
+
+def may_be_grade(name: str, content: Any) -> bool:
+    return (
+        name == "rating" or is_number(content) or (isinstance(content, int | float) and not isinstance(content, bool))
     )
 
 

@@ -22,6 +22,7 @@ from perlhf.data.fields import (
     wrong_type,
 )
 from perlhf.data.readers.answers import INSTRUCTION, instruction_of
+from perlhf.data.readers.grades import refuse_order
 from perlhf.data.readers.messages import listed, messages
 from perlhf.data.readers.trl import Made, made_rows, trl, without
 from perlhf.data.records import Record
@@ -172,24 +173,9 @@ def _with_grades(answers: list[Any], row: dict[str, Any], where: str) -> list[An
             allowed="one of each answer",
         )
     if name == "ranking":
-        _refuse_order(grades, where)
+        refuse_order(grades, where)
     key = "rank" if name.startswith("rank") else "rating"
     return [{"text": answer, key: grade} for answer, grade in zip(answers, grades, strict=True)]
-
-
-def _refuse_order(ranking: list[Any], where: str) -> None:
-    """Raises DataError for a ranking that says something else as the ranks of answers than as their order."""
-    places = [numeric(place) for place in ranking]
-    first = min((place for place in places if isinstance(place, int)), default=0)
-    if sorted(map(str, places)) == sorted(map(str, range(first, first + len(places)))) and any(
-        places[place - first] != number for number, place in enumerate(places, first)
-    ):
-        raise DataError(
-            f"column 'ranking' is {ranking!r:.60}: the rank of each answer, or the answers from best to worst",
-            where=where,
-            allowed="a ranking that means the same in both ways, or a column 'ranks'",
-            hint="`data.columns: {ranks: ranking}` reads the rank of each answer, the lowest being the best",
-        )
 
 
 def _grade_of(answer: dict[str, Any], where: str) -> float | None:

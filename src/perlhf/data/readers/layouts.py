@@ -24,7 +24,8 @@ def sharegpt(rows: Iterable[Row], rules: LayoutConfig | None = None) -> Iterator
     conversation that doesn't end with one is skipped (`data.turns: all` makes a demonstration of each). `chosen` and
     `rejected` (a turn, text, or the whole conversation) make a comparison with the turns as prompt, without an answer
     that they end with; `kto_tag` or `label` a rating. `system` and `tools` may stand beside the turns, which may be
-    messages with `role` and `content`, or `input` and `output`. Group: first user turn.
+    messages with `role` and `content`, pairs of `input` and `output`, or texts of the user and the assistant in
+    turn. Group: first user turn.
     """
     yield from trl(made_rows(rows, _sharegpt_row), rules)
 
@@ -76,6 +77,8 @@ def _sharegpt_row(row: dict[str, Any], where: str) -> Made:
     turns = decoded(value(row, column, where))
     if isinstance(turns, list) and all(isinstance(turn, dict) and {"input", "output"} <= turn.keys() for turn in turns):
         turns = [message(*part) for turn in turns for part in _exchange(turn, where, turn is turns[-1])]
+    if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):  # as in LIMA
+        turns = [message(("user", "assistant")[at % 2], str(turn)) for at, turn in enumerate(turns)]
     rest = without(row, column)
     if "chosen" in row and "rejected" in row:
         return rest if "prompt" in row else rest | {"prompt": _unanswered(turns, row, column, where)}

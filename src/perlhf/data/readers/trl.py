@@ -10,6 +10,7 @@ from typing import Any
 from perlhf.config.stages import LayoutConfig
 from perlhf.data.fields import (
     TIE,
+    MissingColumn,
     Row,
     Skipped,
     Told,
@@ -45,15 +46,19 @@ from perlhf.data.readers.columns import (
     refuse_misspelt,
     refuse_unreadable,
     safety_of,
+    with_mapping,
 )
 from perlhf.data.readers.grades import (
+    VERDICTS,
     by_rule,
     compared,
     grade_of,
     labelled,
     margin_of,
+    may_be_grade,
     no_rule,
     no_rule_for_safety,
+    refuse_verdict_inside,
     ungraded,
 )
 from perlhf.data.readers.messages import (
@@ -71,7 +76,7 @@ _LEARNED = ("weight", "loss", "train")
 _EARLIER = "conversations have earlier answers, of which only the last is trained (`data.turns: all` trains each)"
 _UNFILLED = "answers have an empty label or rating and are read as demonstrations"
 _UNUSED = "rows have {name!r} beside 'prompt', which isn't asked (`data.columns: {{{names}}}` asks both)"
-_VERDICTS = ("label", "rating", *OTHER_NAMES["label"], *OTHER_NAMES["rating"])
+_MISSING = ("column 'prompt' is missing", "column 'completion' is missing")
 _BESIDE = frozenset(("system", "tools", "group", "source", "weight", "margin", "annotator"))
 _BESIDE |= {"score_chosen", "score_rejected", "rating", "scores", "status", "winner", "preference", "verdict"}
 """What a comparison may have beside its texts."""
@@ -145,7 +150,7 @@ def _told(row: dict[str, Any], outcome: Outcome, where: str) -> Iterator[Told]:
 
 def _unfilled(row: Mapping[str, Any]) -> list[str]:
     """Columns of a verdict that a row has and leaves empty."""
-    return [name for name in _VERDICTS if row.get(name, "given") in (None, "")]
+    return [name for name in VERDICTS if row.get(name, "given") in (None, "")]
 
 
 def read_row(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
@@ -154,8 +159,18 @@ def read_row(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
     Raises:
         DataError: a column is missing, misspelt or holds something else.
     """
-    whole, row = row, our_columns(row)
-    refuse_unreadable(row, where)
+    ours = our_columns(row)
+    refuse_unreadable(ours, where)
+    try:
+        return _record(ours, row, where, rules)
+    except MissingColumn as error:
+        if error.what not in _MISSING:
+            raise
+        raise with_mapping(error, row, where) from error
+
+
+def _record(row: dict[str, Any], whole: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
+    """What a row is; `whole` has the file's own names of columns."""
     if "chosen" in row or "rejected" in row:
         return _comparison(row, where)
     if "completion" in row or ("label" in row and "messages" not in row):
@@ -287,7 +302,7 @@ def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str, rules: 
         feedback = next((row[name] for name in YES_OR_NO if _is_boolean(row.get(name))), None)
     if feedback is not None:
         return checked(labelled(rated, label_of(feedback) is True), where)
-    graded = next((name for name in ("rating", *GRADES) if given(row, name) and _may_be_grade(name, row[name])), None)
+    graded = next((name for name in ("rating", *GRADES) if given(row, name) and may_be_grade(name, row[name])), None)
     if graded is not None:
         verdict = row[graded]
         if isinstance(verdict, bool) or (isinstance(verdict, str) and not is_number(verdict)):
@@ -300,24 +315,8 @@ def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str, rules: 
     if rules.grades != "ignore" and (safety := safety_of(row)) is not None:
         raise no_rule_for_safety(safety[0], row[safety[0]], safety[1], where)
     if not isinstance(answer, str):
-        _refuse_verdict_inside(answer[-1], where)
+        refuse_verdict_inside(answer[-1], where)
     return checked(Demonstration(prompt, answer, group, weight, source, schemas), where)
-
-
-def _refuse_verdict_inside(turn: Message, where: str) -> None:
-    """Raises DataError where a message holds what somebody thought of it: it would be imitated whatever that is."""
-    said = {name: turn[name] for name in _VERDICTS if name in turn}
-    name = next((name for name, part in said.items() if label_of(part) is not None or _may_be_grade("", part)), None)
-    if name is not None:
-        ours = (
-            "label" if label_of(turn[name]) is not None and name not in ("rating", *OTHER_NAMES["rating"]) else "rating"
-        )
-        raise DataError(
-            f"a message holds {name!r}, a verdict on itself ({turn[name]!r:.30})",
-            where=where,
-            allowed="a verdict in a column beside the messages",
-            hint=f"`data.columns: {{{ours}: messages.-1.{name}}}`, of ShareGPT's turns `conversations.-1.{name}`",
-        )
 
 
 def _with_system(prompt: Text, row: dict[str, Any], where: str) -> Text:
@@ -338,12 +337,6 @@ def _with_system(prompt: Text, row: dict[str, Any], where: str) -> Text:
 
 def _tools(row: dict[str, Any], where: str) -> tuple[Mapping[str, Any], ...] | None:
     return tools(row["tools"], where) if "tools" in row else None
-
-
-def _may_be_grade(name: str, content: Any) -> bool:
-    return (
-        name == "rating" or is_number(content) or (isinstance(content, int | float) and not isinstance(content, bool))
-    )
 
 
 def _is_boolean(content: Any) -> bool:
