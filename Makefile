@@ -1,6 +1,6 @@
 # `make demo` and `make test` set everything up; nothing is reinstalled unless pyproject.toml or constraints.txt change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench results reproduce format docs clean
+.PHONY: help demo test check bench results reproduce fuzz soak format docs clean
 
 # The first interpreter that is new enough; `make demo PYTHON=/path/to/python` names another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
+SOAK_ARGS ?=
 export NO_MKDOCS_2_WARNING := 1
 
 help:
@@ -20,6 +22,8 @@ help:
 	@echo "make bench    speed and memory beside TRL, PEFT and full tuning, into benchmarks/bench.json"
 	@echo "make results  tables and plots of docs/results from the numbers kept there, without training"
 	@echo "make reproduce  runs the comparisons of docs/results anew, and says beforehand how long that takes"
+	@echo "make fuzz     damaged files of each kind, given to the commands (FUZZ_ARGS='--kind recipes --cases 5000')"
+	@echo "make soak     kills, full disks and signals, for hours if wanted; goes on where it was stopped"
 	@echo "make format   format the code and mend what ruff can"
 	@echo "make docs     write the generated pages and build the documentation into build/site"
 	@echo "make clean    remove .venv and everything that was built (runs/ stays)"
@@ -48,6 +52,12 @@ results: $(VENV)/.installed
 reproduce: $(VENV)/.installed-bench
 	$(BIN)/perlhf pull
 	$(BIN)/python scripts/results.py reproduce
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python scripts/fuzz.py $(FUZZ_ARGS)
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python scripts/soak.py $(SOAK_ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix-only .

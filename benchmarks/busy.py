@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from perlhf.system import allocator
-from perlhf.system.threads import SHORT, VARIABLES
+from perlhf.system import before_torch
+from perlhf.system.before_torch import SHORT_SPIN, SPIN_VARIABLES
 
 SIDES: dict[str, dict[str, str]] = {
-    "short": SHORT,
+    "short": SHORT_SPIN,
     "default": {"KMP_BLOCKTIME": "200"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "none": {"GOMP_SPINCOUNT": "0"},
     "long": {"GOMP_SPINCOUNT": "50000"},
-    "one thread": SHORT | {"OMP_NUM_THREADS": "1"},
+    "one thread": SHORT_SPIN | {"OMP_NUM_THREADS": "1"},
     "trl": {"KMP_BLOCKTIME": "200"},
 }
 """What each has in its environment; `default` and `trl` have what OpenMP does by itself, `short` is ours."""
@@ -56,7 +56,8 @@ def ours(turns: Iterator[None]) -> None:
 
     for _ in turns:
         began = time.perf_counter()
-        stage._update(model, adapter, optimizer, items[:PAIRS], {True: 1.0, False: 1.0}, 1, 10, config)
+        given = {True: 1.0, False: 1.0}, stage.Shares(1.0, 0.0), 1, 10, config
+        stage._update(model, adapter, optimizer, items[:PAIRS], *given)
         _tell(_tokens(items[:PAIRS]), began)
 
 
@@ -118,9 +119,9 @@ class Side:
 
     def __init__(self, name: str):
         self.name = name
-        preloaded = allocator.find(os.environ)
-        bare = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-        own = SIDES[name] | (allocator.variables(preloaded) if preloaded else {})
+        preloaded = before_torch.find(os.environ)
+        bare = {key: value for key, value in os.environ.items() if key not in SPIN_VARIABLES}
+        own = SIDES[name] | (before_torch.variables(preloaded) if preloaded else {})
         command = [sys.executable, __file__, "--side", name]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=bare | own

@@ -19,7 +19,7 @@ import harness
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.method.packing import Packing, Tokens, completed, pack
 from perlhf.model.base import Base
-from perlhf.system import allocator
+from perlhf.system import before_torch
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 BATCHES = (1, 2, 4, 8, 16)
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file that gets the numbers")
     parser.add_argument("--plot", type=Path, help="SVG or PNG that gets the curves")
     arguments = parser.parse_args()
-    allocator.restart(sys.orig_argv[1:])
+    before_torch.restart(sys.orig_argv[1:])
     curves = measure(arguments.repeats)
     found = {"machine": harness.machine(None), "tokens_per_second": curves}
     print(json.dumps(found))

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perlhf.system import allocator
+from perlhf.system import before_torch
 from perlhf.system.machine import version
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -136,7 +136,7 @@ def machine(threads: int | None) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": memory,
         "threads": threads or os.cpu_count(),
-        "allocator": allocator.expected(),
+        "allocator": before_torch.expected(),
     }
 
 
@@ -171,8 +171,8 @@ def _work(benchmark: Benchmark, side: str, threads: int | None) -> dict[str, Any
 
 def _in_process(name: str, side: str, threads: int | None) -> dict[str, Any]:
     words = [sys.executable, sys.argv[0], name, "--side", side, *(["--threads", str(threads)] if threads else [])]
-    preloaded = allocator.find(os.environ)
-    environment = os.environ | (allocator.variables(preloaded) if preloaded else {})
+    preloaded = before_torch.find(os.environ)
+    environment = os.environ | (before_torch.variables(preloaded) if preloaded else {})
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(

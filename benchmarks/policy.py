@@ -212,7 +212,7 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
 def _steps(stage: Any, count: int) -> list[dict[str, float]]:
     """Seconds of each policy step, whole and by part."""
     from perlhf.training import optim
-    from perlhf.training.policy_step import POLICY, VALUE, Centre, policy_step
+    from perlhf.training.policy_step import POLICY, VALUE, At, Centre, policy_step
 
     rates = {POLICY: LEARNING_RATE, VALUE: LEARNING_RATE}
     adapters = {name: stage.model.adapters[name] for name in rates if name in stage.model.adapters}
@@ -220,7 +220,7 @@ def _steps(stage: Any, count: int) -> list[dict[str, float]]:
     steps = []
     for step in range(1, count + 1):
         began = time.perf_counter()
-        done = policy_step(stage, optimizers, Centre(0.0, 1.0, 1.0), step)
+        done = policy_step(stage, optimizers, Centre(0.0, 1.0, 1.0), At(step, step))
         parts = {key: value for key, value in done.values.items() if key.startswith("seconds_")}
         steps.append({"seconds": time.perf_counter() - began} | parts)
         assert "grad_norm" in done.values, "the policy did not learn"

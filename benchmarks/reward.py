@@ -38,10 +38,10 @@ def ours(recipe: str, packing: Literal["tree", "none"] = "tree", tuning: Literal
     optimizer = optim.build({reward_stage.NAME: (adapter.trainable_by_name(), LEARNING_RATE)}, config.optim)[
         reward_stage.NAME
     ]
-    weights = {True: 1.0, False: 1.0}
+    weights, shares = {True: 1.0, False: 1.0}, reward_stage.Shares(1.0, 0.0)
 
     def update(numbers: Sequence[int]) -> None:
-        reward_stage._update(model, adapter, optimizer, [items[i] for i in numbers], weights, 1, 10, config)
+        reward_stage._update(model, adapter, optimizer, [items[i] for i in numbers], weights, shares, 1, 10, config)
 
     timed = updates[1:] or updates
     update(updates[0][:PAIRS_PER_UPDATE])

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from perlhf.comparison.results import mean_with_interval, tested_by
+from perlhf.comparison.results import mean_with_spread, tested_by
 from perlhf.method.metrics import seed_noise
 from perlhf.runs.read import read_runs, summarise
 
@@ -35,7 +35,7 @@ def main() -> None:
     found["seed_noise"] = None if noise is None else asdict(noise)
     first, second = ([run.value for run in tested[name]] for name in ("first", "second"))
     groups = tested["first"][0].groups
-    found["difference"] = asdict(mean_with_interval(first, second, groups, noise, arguments.bootstrap, 0))
+    found["difference"] = asdict(mean_with_spread(first, second, groups, noise, arguments.bootstrap, 0)[0])
     print(json.dumps(found))
 
 

@@ -22,10 +22,9 @@ from perlhf.config.stages import RewardConfig
 from perlhf.data.records import Rating
 from perlhf.data.splits import load
 from perlhf.evaluation import baselines
-from perlhf.method import metrics
+from perlhf.method import linear_probe, metrics
 from perlhf.model.base import Base
 from perlhf.model.open import open_model
-from perlhf.method import linear_probe
 from perlhf.training.reward import encode_items, laid_out
 
 FOLDS = 5

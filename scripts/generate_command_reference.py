@@ -26,7 +26,8 @@ In a recipe the dots are nesting (`adapter:` with `rank: 4` beneath it). `null` 
 `--encoding.drop-long` or `--encoding.no-drop-long`.
 
 Exit codes: 0 done, 2 a mistake in a recipe, option, file or run directory, 3 training had to stop (a loss that is not
-finite, or a sampler that did not use the adapter), 130 interrupted.
+finite, or a sampler that did not use the adapter), 70 a mistake of perlhf's own (its traceback is in a file that the
+message names), 130 interrupted.
 """
 
 

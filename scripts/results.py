@@ -4,6 +4,8 @@ keep RUNS NAME     the comparison in RUNS goes to docs/results/NAME; numbers of 
                    adapters), and what the rollouts of policies on the embedded set scored, the gold score included, go
                    into docs/results/cells.tar.gz, whose SHA-256 is written to docs/results/commands.yaml
 restore NAME RUNS  the reverse: `perlhf compare --output RUNS` then goes on after the kept cells
+conclude           quality, differences and verdicts of docs/results/NAME/compare.json again, from the kept cells, as
+                   today's rules for intervals and verdicts have them
 tables             tables and plots from docs/results, between the markers of docs/results/index.md
 reproduce          says how long the kept cells took, then runs the commands of docs/results/commands.yaml, in which
                    every result's are written; what is finished below runs/ isn't made again
@@ -24,10 +26,13 @@ from typing import Any
 
 import yaml
 
+from perlhf.comparison.results import conclude
+from perlhf.config.comparison import CompareConfig
+from perlhf.config.recipe import load_recipe
 from perlhf.data.coffee_bar.gold import RULES, gold, gold_rules
 from perlhf.errors import PerlhfError
 from perlhf.runs.words import duration
-from perlhf.system.files import read_json, write_atomic
+from perlhf.system.files import read_json, write_atomic, write_json
 from results_kept import MARKER, Kept, commands, finished, machine, manifest_of, pack, unpack
 from results_tables import tables
 
@@ -120,6 +125,28 @@ def restore(name: str, runs: Path) -> None:
                 shutil.copyfile(source, target)
 
 
+def again() -> None:
+    """Concludes every kept comparison anew; what was tried and what it cost stays as it was."""
+    for name in commands(KEPT.results):
+        file = KEPT.results / name / "compare.json"
+        if file.exists():
+            config = load_recipe(file.with_name("compare.yaml"), CompareConfig)
+            found = {stage: _concluded(stage, part, config, name) for stage, part in read_json(file).items()}
+            write_json(file, found)
+
+
+def _concluded(stage: Any, part: Mapping[str, Any], config: CompareConfig, name: str) -> dict[str, Any]:
+    """A stage's part of compare.json: the sides' seeds at the rates that were chosen."""
+    runs: dict[str, list[Path]] = {}
+    for side, reached in part["sides"].items():
+        start = f"{stage}-{side}-lr{reached['learning_rate']:g}-seed"
+        runs[side] = [KEPT.cells / name / f"{start}{one['seed']}" for one in reached["seeds"]]
+    diverged = {side: reached["diverged"] for side, reached in part["sides"].items()}
+    also = tuple(path for path in config.also_test if Path(path).name in part["elsewhere"])
+    config = config.model_copy(update={"also_test": also})
+    return {**part, **conclude(stage, runs, config, diverged)}
+
+
 def reproduce() -> None:
     """Runs the commands of every result, in the order of the file."""
     total = 0.0
@@ -166,7 +193,7 @@ def _run(command: list[str]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("keep", "restore", "tables", "reproduce"))
+    parser.add_argument("what", choices=("keep", "restore", "conclude", "tables", "reproduce"))
     parser.add_argument("names", nargs="*", help="as above")
     arguments = parser.parse_args()
     wanted = {"keep": 2, "restore": 2}.get(arguments.what, 0)
@@ -179,6 +206,8 @@ def main() -> None:
                 keep(Path(arguments.names[0]), arguments.names[1])
             case "restore":
                 restore(arguments.names[0], Path(arguments.names[1]))
+            case "conclude":
+                again()
             case "tables":
                 tables(KEPT)
             case "reproduce":

@@ -7,13 +7,13 @@
 
 The functions, the configuration models (`...Config`), the records and the errors (`...Error`) are those of the table
 below. Everything is imported on first use, so that `import perlhf` is instant and needs no torch. Imported before
-torch, it has torch's threads sleep sooner when they have nothing to do (`perlhf.system.threads`).
+torch, it has torch's threads sleep sooner when they have nothing to do (`perlhf.system.before_torch`).
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from perlhf.system.threads import spin_shortly
+from perlhf.system.before_torch import spin_shortly
 
 if TYPE_CHECKING:
     from perlhf.commands.average import average

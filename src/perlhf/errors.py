@@ -1,12 +1,17 @@
 """Error model: a user mistake raises a `PerlhfError`, a broken internal invariant is an `assert`.
 
 A `PerlhfError` says what failed, where (file:line or key), what is allowed and what to try. The command line prints it
-without a traceback and exits with its `exit_code` (2 for bad input). Each class also inherits the matching built-in, so
+without a traceback and exits with its `exit_code` (2 for bad input); anything else that reaches it is a mistake of
+perlhf's own, with exit code 70 and the traceback in a file. Each class also inherits the matching built-in, so
 that library users can catch `ValueError` or `OSError` as usual.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys or can't show: control characters, marks that turn text's direction, half surrogate pairs."""
 
 
 class PerlhfError(Exception):
@@ -30,11 +35,11 @@ class PerlhfError(Exception):
         hint: str | None = None,
     ):
         self.what, self.where, self.allowed, self.hint = what, where, allowed, hint
-        lines = [f"{where}: {what}" if where else what]
+        lines = [f"{visible(where)}: {visible(what, lines=True)}" if where else visible(what, lines=True)]
         if allowed:
-            lines.append(f"  allowed: {allowed}")
+            lines.append(f"  allowed: {visible(allowed, lines=True)}")
         if hint:
-            lines.append(f"  try: {hint}")
+            lines.append(f"  try: {visible(hint, lines=True)}")
         super().__init__("\n".join(lines))
 
 
@@ -90,6 +95,19 @@ class StaleSamplerError(PerlhfError, RuntimeError):
     """The sampler did not use the adapter that is being trained: a mistake of perlhf's own."""
 
     exit_code = 4
+
+
+def visible(text: str, lines: bool = False) -> str:
+    """Text of a file, or a file's name, as it can be printed: what a terminal would obey is shown as an escape.
+
+    Args:
+        lines: line breaks and tabs stay.
+    """
+    return _HIDDEN.sub(lambda found: found[0] if lines and found[0] in "\n\t" else _escape(found[0]), text)
+
+
+def _escape(sign: str) -> str:
+    return sign.encode("unicode_escape").decode() if sign < "\ud800" else f"\\u{ord(sign):04x}"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

@@ -445,8 +445,8 @@ def test_an_earlier_run_that_was_trained_anew_is_noticed(stage, tiny_base, feedb
     assert done.code == 0
     other, done = stage("sft", "--seed", "9", run="other")
     assert done.code == 0
-    shutil.rmtree(copy / "adapter")
-    shutil.copytree(other / "adapter", copy / "adapter")
+    shutil.rmtree(copy)
+    shutil.copytree(other, copy)
     _, done = stage("reward", "--sft", str(copy))
     refused(done, "adapters")
 
@@ -470,8 +470,10 @@ def test_a_full_copy_with_a_part_missing(stage):
     whole = details.read_text()
     details.write_text(json.dumps({key: value for key, value in json.loads(whole).items() if key != "base"}))
     _, done = stage("policy", "--sft", str(run), "--tuning", "full")
+    refused(done, "its own adapter was changed since it was trained")
+    _, done = stage("policy", "--sft", str(run / "adapter"), "--tuning", "full")
     refused(done, "perlhf.json", "changed after saving")
     details.write_text(whole)
     (run / "adapter" / "full_weights.safetensors").unlink()
-    _, done = stage("policy", "--sft", str(run), "--tuning", "full")
+    _, done = stage("policy", "--sft", str(run / "adapter"), "--tuning", "full")
     refused(done, "no full_weights.safetensors in it")

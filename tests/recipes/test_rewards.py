@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from perlhf.model import saved
 from perlhf.model.base import Base, load_tokenizer
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.rollout.scorers import load_scorers, score_batches
+from perlhf.rollout.scorers import Scorers, load_scorers, score_batches
 
 
 def score_ids(
@@ -51,6 +52,10 @@ def ids_of(encoder: Encoder, prompts: list[str], completions: list[str]) -> tupl
     return [list(e.prompt) for e in examples], [list(e.completion) for e in examples]
 
 
+def scores_of(rewards: Scorers, *given) -> np.ndarray:
+    return rewards.combined(rewards.members(*given))
+
+
 def records(prompts: Sequence[Text]) -> list[Prompt]:
     return [Prompt(prompt, "group") for prompt in prompts]
 
@@ -61,7 +66,7 @@ def test_a_reward_run_scores_polite_above_rude(model, encoder, reward_run):
     assert not any(t.requires_grad for t in model.adapters["reward_0"].tensors().values())
     prompts = [f"a tea please {number}" for number in (70, 71, 72)] * 2
     texts = [*GOOD, *BAD]
-    scores = rewards.scores(model, encoder, *ids_of(encoder, prompts, texts), records(prompts), 2048)
+    scores = scores_of(rewards, model, encoder, *ids_of(encoder, prompts, texts), records(prompts), 2048)
     assert scores.shape == (6,)
     assert scores[:3].min() > scores[3:].max()
 
@@ -88,15 +93,15 @@ def test_the_score_is_the_head_on_the_last_state_plus_the_label_prior(model, enc
 def test_a_cut_completion_is_scored_as_if_it_ended(model, encoder, reward_run):
     rewards = load_scorers(model, [str(reward_run)], "mean", encoder)
     prompts, completions = ids_of(encoder, ["one tea", "one tea"], [GOOD[0], BAD[0]])
-    whole = rewards.scores(model, encoder, prompts, completions, records(["one tea"] * 2), 2048)
-    cut = rewards.scores(model, encoder, prompts, [ids[:-1] for ids in completions], records(["one tea"] * 2), 2048)
+    whole = scores_of(rewards, model, encoder, prompts, completions, records(["one tea"] * 2), 2048)
+    cut = scores_of(rewards, model, encoder, prompts, [ids[:-1] for ids in completions], records(["one tea"] * 2), 2048)
     np.testing.assert_array_equal(cut, whole)
     # At its last token, where nothing was learned, the score would be another.
     at_last = score_ids(model, prompts, [ids[:-1] for ids in completions], "reward_0", 2048)
     assert np.abs(at_last - whole).max() > 1e-2
     # A prompt and completion that fill the context exactly: the prompt makes room for the end token.
     full = Encoder(encoder.tokenizer, encoder.config.model_copy(update={"max_tokens": len(prompts[0]) + 3}))
-    (found,) = rewards.scores(model, full, prompts[:1], [completions[0][:3]], records(["one tea"]), 2048)
+    (found,) = scores_of(rewards, model, full, prompts[:1], [completions[0][:3]], records(["one tea"]), 2048)
     (expected,) = score_ids(model, [prompts[0][1:]], [[*completions[0][:3], encoder.end_id]], "reward_0", 2048)
     assert found == expected
 
@@ -114,9 +119,8 @@ def test_adapters_see_the_sampled_ids_and_functions_their_text(model, encoder, r
     assert [*letters, encoder.end_id] != encoded
     prompt = encoder.prompt("one tea")
     messages = [{"role": "user", "content": "one tea"}]
-    scores = rewards.scores(
-        model, encoder, [prompt, prompt], [[*letters, encoder.end_id], encoded], records([messages, "one tea"]), 2048
-    )
+    completions = [[*letters, encoder.end_id], encoded]
+    scores = scores_of(rewards, model, encoder, [prompt] * 2, completions, records([messages, "one tea"]), 2048)
     import seen_reward  # pyright: ignore[reportMissingImports] -- written above
 
     assert seen_reward.SEEN == [([messages, "one tea"], ["the", "the"])]
@@ -138,7 +142,7 @@ def test_a_fully_tuned_reward_run_is_a_reward(stage, model, encoder):
     assert done.code == 0
     rewards = load_scorers(model, [str(full)], "mean", encoder)
     prompts = ["a tea please 70"] * 6
-    scores = rewards.scores(model, encoder, *ids_of(encoder, prompts, [*GOOD, *BAD]), records(prompts), 2048)
+    scores = scores_of(rewards, model, encoder, *ids_of(encoder, prompts, [*GOOD, *BAD]), records(prompts), 2048)
     assert scores[:3].min() > scores[3:].max()
     run, done = stage("policy", "--updates", "1", "--reward", str(full))
     assert done.code == 0
@@ -165,7 +169,43 @@ def test_the_same_reward_run_twice_is_its_own_mean(tiny_base, feedback, reward_r
         assert main(command("policy", tiny_base, feedback / "prompts.jsonl", tmp_path / name, *options)) == 0
         scores[name] = [row["score"] for row in read_lines(tmp_path / name / "rollouts" / "00000001.jsonl")]
     assert torch.tensor(scores["twice"]).std() > 0
-    np.testing.assert_allclose(scores["twice"], scores["once"], atol=1e-9)
+    offset = np.subtract(scores["once"], scores["twice"])  # the mean that both members are centred by
+    np.testing.assert_allclose(offset, offset[0], atol=1e-9)
+
+
+def test_a_reward_adapter_of_nan_is_named_wherever_it_scores(perlhf, stage, model, encoder, reward_run, tmp_path):
+    broken, adapter = tmp_path / "broken", saved.load_adapter(model, reward_run / "adapter", "broken", encoder)
+    shutil.copytree(reward_run, broken)
+    assert adapter.score_head is not None
+    adapter.score_head.data.fill_(float("nan"))
+    saved.save_adapter(model, "broken", broken / "adapter", encoder)
+    data = write_rows(tmp_path / "rows.jsonl", ratings())
+    run, done = stage("policy", "--updates", "1", "--reward", str(reward_run))
+    assert done.code == 0
+    for asked in (
+        ("score", str(broken), str(data), "--output", str(tmp_path / "scores.jsonl")),
+        ("evaluate", str(broken)),
+        ("evaluate", str(run), "--prompts", "3", "--reward", str(broken)),
+        ("evaluate", str(run), "--prompts", "3", "--best-of", "2", "--reward", str(broken)),
+    ):
+        done = perlhf(*asked)
+        assert done.code == 2 and f"{broken / 'adapter'}: adapter" in done.err, done.err
+        assert "gives scores that are not finite" in done.err and "Traceback" not in done.err
+    assert not (tmp_path / "scores.jsonl").exists() and not (broken / "evaluation.json").exists()
+    _, done = stage("policy", "--updates", "1", "--reward", str(broken), run="paid")
+    assert done.code == 2 and f"{broken / 'adapter'}: adapter 'reward_0' gives scores" in done.err
+
+
+def test_a_policy_adapter_of_nan_is_named_where_it_answers(perlhf, stage, model, encoder, reward_run):
+    run, done = stage("policy", "--updates", "1", "--reward", str(reward_run))
+    adapter = saved.load_adapter(model, run / "adapter", "answers", encoder)
+    next(iter(adapter.pairs.values())).b.data.fill_(float("nan"))
+    saved.save_adapter(model, "answers", run / "adapter", encoder)
+    done = perlhf("evaluate", str(run), "--prompts", "3")
+    assert done.code == 2 and f"{run / 'adapter'}: adapter 'policy' gives states that are not finite" in done.err
+
+
+BOTH = ("written_rewards:length", "written_rewards:of_ten")
 
 
 class TestWholeRuns:
@@ -344,6 +384,27 @@ def wide(prompts, completions):
             f"error: {key.removeprefix('--').replace('-', '_')}: none of 4 completions of the ref"
         )
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+    def test_members_levels_are_those_of_training(self, policy, perlhf, tmp_path):
+        """The smaller of length and of_ten, which is always 10: both are 0 at the mean of the reference."""
+        run = tmp_path / "run"
+        assert policy("run", "--reward", *BOTH, "--combine", "min", "--updates", "1").code == 0
+        (mean, deviation), constant = read_json(run / "result.json")["centre"]["members"]
+        assert deviation > 0 and constant == [10, 0]
+
+        def check(mean):
+            assert perlhf("evaluate", str(run), "--prompts", "3", "--best-of", "2").code == 0
+            for row in read_json(run / "evaluation.json")["samples"]:
+                assert row["score_after"] == pytest.approx(min(len(row["after"]) - mean, 0))
+            return read_json(run / "evaluation.json")["samples"]
+
+        for row in read_lines(run / "rollouts" / "00000001.jsonl"):
+            assert row["score"] == pytest.approx(min(len(row["completion"]) - mean, 0))
+        samples = check(mean)
+        result = read_json(run / "result.json")
+        del result["centre"]["members"]  # as of a run before they were recorded
+        (run / "result.json").write_text(json.dumps(result))
+        check(np.mean([len(row["before"]) for row in samples]))
 
     def test_weights(self, policy, perlhf, tmp_path):
         sources = ("--reward", "written_rewards:length", "written_rewards:of_ten")

@@ -453,9 +453,14 @@ def test_reward_adapters_combine(stage, reward_run, other_reward_run):
     one, two = scores["one"], scores["two"]
     assert np.abs(one - two).max() > 1e-2
     np.testing.assert_allclose(scores["mean"], (one + two) / 2, atol=1e-6)
-    np.testing.assert_allclose(scores["min"], np.minimum(one, two), atol=1e-6)
+    members = [json.loads((run.parent / how / "result.json").read_text())["centre"]["members"] for how in scores]
+    assert members[:3] == [None] * 3 and members[3] == members[4]
+    centres, (mine, others) = [[mean for mean, _ in members[3]], [deviation for _, deviation in members[3]]]
+    common = (mine + others) / 2
+    one, two = ((s - c) * common / d for s, c, d in zip((one, two), centres, (mine, others), strict=True))
+    np.testing.assert_allclose(scores["min"], np.minimum(one, two), atol=1e-5)
     # The population deviation of two is half their distance.
-    np.testing.assert_allclose(scores["mean_minus_std"], (one + two) / 2 - np.abs(one - two) / 2, atol=1e-6)
+    np.testing.assert_allclose(scores["mean_minus_std"], (one + two) / 2 - np.abs(one - two) / 2, atol=1e-5)
 
 
 @pytest.fixture

@@ -149,6 +149,18 @@ def test_tables_and_plots_are_those_of_the_tracked_archive(
     assert not [file.name for file in before if before[file] != after[file]], "run `make results`"
 
 
+def test_a_tracked_comparison_is_what_todays_rules_conclude(script: dict[str, Any]) -> None:
+    """One of two sides and one seed each; `python scripts/results.py conclude` does all of them."""
+    kept, name = script["keep"].__globals__["KEPT"], "hh-labels-62"
+    shutil.copytree(SCRIPTS.parent / "docs" / "results", kept.results, dirs_exist_ok=True)
+    script["unpack"]()
+    before = json.loads((kept.results / name / "compare.json").read_text())
+    script["again"].__globals__["commands"] = lambda results: {name: []}
+    script["again"]()
+    after = json.loads((kept.results / name / "compare.json").read_text())
+    assert after == before and after["reward"]["sides"]["r8-attention"]["verdict"] == "undecided: one seed"
+
+
 def test_rules_of_the_gold_score_are_kept(tmp_path: Path, script: dict[str, Any]) -> None:
     row = {"group": "a", "prompt": ORDER, "before": BAD, "after": GOOD, "gold_before": 0, "gold_after": 1}
     for seed in (0, 1):

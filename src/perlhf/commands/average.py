@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from perlhf.config.commands import AverageConfig
 from perlhf.config.stages import RewardConfig
-from perlhf.errors import AdapterError, ConfigError
+from perlhf.errors import AdapterError, ConfigError, RunError
 from perlhf.method import lora
 from perlhf.model.adapter import Adapter
 from perlhf.model.open import FinishedRun, read_run
-from perlhf.model.saved import ENCODING, SavedAdapter, files_hash, read_adapter, write_adapter
-from perlhf.runs.manifest import RESULT, first_difference, start_or_continue
+from perlhf.model.saved import ENCODING, SavedAdapter, read_adapter, write_adapter
+from perlhf.runs.earlier import files_hash
+from perlhf.runs.evaluations import mapping
+from perlhf.runs.manifest import ADAPTER, MANIFEST, RESULT, first_difference, read_manifest, start_or_continue
+from perlhf.runs.recorded import check_own
 from perlhf.system.files import directory_atomic, write_json
 
 
@@ -37,6 +40,8 @@ def average(config: AverageConfig) -> dict[str, Any]:
         StorageError: it can't be written.
     """
     runs = [read_run(path, ("reward",)) for path in config.runs]
+    for run in runs:
+        check_own(run.path, "runs")
     _check_output(config.output)
     mean = _mean(runs)
     hashes = {str(run.path): files_hash(run.adapter) for run in runs}
@@ -45,13 +50,15 @@ def average(config: AverageConfig) -> dict[str, Any]:
     if not known:
         write_adapter(config.output, mean)
         return result | ({"rank": mean.adapter.rank} if mean.adapter.pairs else {})
-    settings = _settings(known, config.output)
+    settings, data = _settings(known, config.output), _data(known)
     if mean.adapter.pairs:
         settings["adapter"] |= {"rank": mean.adapter.rank, "alpha": mean.adapter.alpha}
         result["rank"] = mean.adapter.rank
     with directory_atomic(config.output) as temporary:
         write_adapter(temporary / "adapter", mean)
-        start_or_continue(temporary, "reward", settings, {"base": mean.base, "adapters": hashes})
+        start_or_continue(temporary, "reward", settings, {"base": mean.base, "adapters": hashes, "data": data})
+        manifest = read_manifest(temporary) | {ADAPTER: files_hash(temporary / "adapter")}
+        write_json(temporary / MANIFEST, manifest)
         write_json(temporary / RESULT, result)
     return result
 
@@ -128,6 +135,21 @@ def _traits(run: FinishedRun, member: SavedAdapter) -> dict[str, Any]:
         "layers": dict.fromkeys(sorted(member.adapter.pairs), "adapted"),
         "data": run.config.data.model_dump(mode="json", exclude={"paths"}),
     }
+
+
+def _data(runs: Sequence[FinishedRun]) -> dict[str, str]:
+    """SHA-256 of the data by path, as the runs recorded it; of paths alone that lead there from here, too.
+
+    Raises:
+        RunError: two of them learned from other content under the same path.
+    """
+    found: dict[str, str] = {}
+    for run in runs:
+        for path, digest in mapping(mapping(read_manifest(run.path).get("facts")).get("data")).items():
+            if path in run.config.data.paths and found.setdefault(path, digest) != digest:
+                what, hint = f"{path} was changed between the training of these runs", "train them on the same data"
+                raise RunError(what, where=str(run.path), hint=hint)
+    return found
 
 
 def _settings(runs: Sequence[FinishedRun], output: Path) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None, tuple[str, ..
         ends: Sequence[int] = end_ids(base)
         encoding = EncodingConfig(template="tokenizer" if tokenizer.chat_template else "plain")
     else:
-        run = read_run(config.run, ("policy", "sft"), Given(config.base))
+        run = read_run(config.run, ("policy", "sft"), Given(config.base, accept_changes=config.accept_changes))
+        run.check()
         if isinstance(run.config, PolicyConfig):
             stop, temperature = stop or run.config.stop, run.config.temperature
         model, encoder = run.open(config.device)

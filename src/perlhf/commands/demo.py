@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from perlhf.config.commands import DemoConfig, EvaluateConfig
@@ -28,6 +29,7 @@ from perlhf.data import tools
 from perlhf.data.order import keyed_seed
 from perlhf.data.records import Rating
 from perlhf.data.splits import load
+from perlhf.errors import visible
 from perlhf.evaluation.evaluate import evaluate
 from perlhf.model.base import pick_device, pick_dtype, pull
 from perlhf.reports.findings import direction
@@ -57,7 +59,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     began = time.monotonic()
     pull(config.base)
     dtype, reason = pick_dtype("auto", pick_device(config.device))
-    console.print(f"[bold]perlhf demo[/bold]: simulated coffee-bar feedback, real training of {config.base}. {reason}")
+    base = escape(visible(config.base))
+    console.print(f"[bold]perlhf demo[/bold]: simulated coffee-bar feedback, real training of {base}. {reason}")
     sft, reward, policy = stages(config)
     results: dict[str, Any] = {"sft": train_sft(sft), "reward": train_reward(reward)}
     true_labels = DataConfig(paths=("builtin:coffee-bar/rating",))  # also for the control
@@ -201,15 +204,18 @@ def _print_summary(
         console.print("[green]The gold score rose clearly: the intervals don't overlap.[/green]")
     else:
         console.print("[red]The gold score did NOT rise clearly: its interval is not above the one before.[/red]")
-    console.print(f"report: {page}", soft_wrap=True)
+    console.print(f"report: {visible(str(page))}", soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def _print_sample(console: Console, sample: dict[str, Any]) -> None:
     prompt = sample["prompt"]
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    console.print(f"\n[bold]customer[/bold] {text}", highlight=False)
+    console.print(f"\n[bold]customer[/bold] {escape(visible(text, lines=True))}", highlight=False, emoji=False)
     for when in ("before", "after"):
-        console.print(f"  {when} (gold {sample[f'gold_{when}']:.2f}): {sample[when]}", highlight=False, markup=False)
+        shown = visible(sample[when], lines=True)
+        console.print(
+            f"  {when} (gold {sample[f'gold_{when}']:.2f}): {shown}", highlight=False, markup=False, emoji=False
+        )
 
 
 def _interval(value: dict[str, Any]) -> str:

@@ -61,8 +61,9 @@ def export(config: ExportConfig) -> dict[str, Any]:
         AdapterError, ModelError, DataError: as the parts say.
         StorageError: it can't be written.
     """
-    run = read_run(config.run, given=Given(config.base, config.data))
+    run = read_run(config.run, given=Given(config.base, config.data, accept_changes=config.accept_changes))
     _check_output(config)
+    run.check(data=config.format == "merged" and config.data is None)
     details = _export_peft(run, config) if config.format == "peft" else _export_merged(run, config)
     for key, value in details.items():
         print(f"{key}: {value}")

@@ -9,6 +9,7 @@ from perlhf.config.commands import DataInspectConfig
 from perlhf.data.read import read
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record
 from perlhf.data.splits import kind_of
+from perlhf.errors import visible
 from perlhf.model.base import Base, end_ids, load_tokenizer
 from perlhf.model.encoding.encode import Encoder, Example
 
@@ -25,16 +26,19 @@ def show(config: DataInspectConfig, console: Console | None = None) -> None:
     assert config.base is not None
     base = Base.find(config.base)
     encoder = Encoder(load_tokenizer(base), config.encoding, end_ids(base))
-    console = console or Console(soft_wrap=True)
+    console = console or Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     ends = ", ".join(_shown(encoder, [number])[0] for number in encoder.end_ids)
-    console.print(f"\ntokens of {config.base}, at most {encoder.max_tokens} a record; an answer ends with {ends}")
+    console.print(
+        f"\ntokens of {visible(config.base)}, at most {encoder.max_tokens} a record; an answer ends with {ends}"
+    )
     colours = {"prompt": PROMPT, "trained": TRAINED, "read before the score": READ, "scored here": SCORED}
     console.print(Text("  ").join(Text(what, style) for what, style in colours.items()))
     seen: set[str] = set()
     for record in (record for path in config.paths for record in read(path, config.format, rules=config)):
         if kind_of(record) not in seen:
             seen.add(kind_of(record))
-            console.print(f"\n{kind_of(record)} ({record.source or 'embedded'}), group {record.group!r:.60}")
+            source = visible(record.source or "embedded")
+            console.print(f"\n{kind_of(record)} ({source}), group {visible(f'{record.group!r:.60}')}")
             for title, line in _lines(encoder, record):
                 console.print(Text(f"{title}\n  ") + line)
 
@@ -94,4 +98,4 @@ def _shown(encoder: Encoder, ids: Sequence[int]) -> list[str]:
     texts = [str(encoder.tokenizer.decode([number], clean_up_tokenization_spaces=False)) for number in ids]
     names = [str(encoder.tokenizer.convert_ids_to_tokens(number)) for number in ids]
     shown = [name if not text or "\ufffd" in text else text for text, name in zip(texts, names, strict=True)]
-    return [text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") for text in shown]
+    return [visible(text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")) for text in shown]

@@ -1,5 +1,6 @@
 """What the command line prints: results, plans, data summaries and errors, as tables."""
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from perlhf.errors import visible
+
 if TYPE_CHECKING:  # plan.py reads data, which help and errors have no use for
     from perlhf.training.plan import Plan
 
 
 def error(message: str) -> None:
-    """One message on standard error."""
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    """One message on standard error; nothing where that can't be written."""
+    text = Text.assemble(("error: ", "bold red"), visible(message, lines=True))
+    with contextlib.suppress(OSError, ValueError):  # a terminal that was closed, a full disk
+        Console(stderr=True).print(text, soft_wrap=True)
+
+
+def said(text: object) -> None:
+    """One line on standard output, such as the path of what was written."""
+    print(visible(str(text)))
 
 
 def result(title: str, values: Mapping[str, Any]) -> None:
@@ -52,7 +62,7 @@ def cells(settings: BaseModel, rows: Sequence[Sequence[str]]) -> None:
     columns = ("stage", "side", "learning rates", "seeds", "memory", "runs")
     table = Table(*columns, title=f"compare: plan of {total} runs; nothing was trained", title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(visible(cell)) for cell in row))
     Console().print(table)
 
 
@@ -81,15 +91,16 @@ def validation(
         error(str(problem))
     console = Console(stderr=True)
     for warning in warnings:
-        console.print(Text.assemble(("warning: ", "bold yellow"), warning), soft_wrap=True)
+        console.print(Text.assemble(("warning: ", "bold yellow"), visible(warning, lines=True)), soft_wrap=True)
     counts = {"files": files, "records": records, "skipped": skipped, "problems": len(problems)}
     _table("validation", ((key, _shown(key, value)) for key, value in _flat(counts)))
 
 
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    table = Table(title=title, title_justify="left", show_header=False)
+    # Text, since a path may look like markup.
+    table = Table(title=Text(visible(title)), title_justify="left", show_header=False)
     for key, value in rows:
-        table.add_row(Text(key), Text(value))
+        table.add_row(Text(visible(key)), Text(visible(value)))
     Console().print(table)
 
 

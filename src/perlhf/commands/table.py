@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from perlhf.errors import visible
 from perlhf.runs.read import Summary, read_runs, summarise
 from perlhf.runs.words import count, duration, interval, memory, number
 from perlhf.system.files import storage_errors, write_json
@@ -74,5 +75,5 @@ def _framed(title: str, columns: dict[str, list[str]]) -> Table:
         made.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
     for cells in zip(*columns.values(), strict=True):
         # Text, since a run's name may look like markup.
-        made.add_row(*(Text(cell) for cell in cells))
+        made.add_row(*(Text(visible(cell)) for cell in cells))
     return made

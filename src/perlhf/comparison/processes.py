@@ -14,15 +14,21 @@ from typing import Any
 
 from perlhf.system.files import storage_errors
 from perlhf.system.machine import available_cores
+from perlhf.system.waiting import PARENT
 
 MESSAGE_LINES = 20
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Processes:
-    """Runs perlhf's commands, `jobs` at a time; when we are interrupted or ended, they save and end first."""
+    """Runs perlhf's commands, `jobs` at a time; when we are interrupted or ended, they save and end first.
+
+    When we are killed, they find the pipe closed whose other end we have, and save and end as well.
+    """
 
     def __init__(self, jobs: int):
         self.jobs = jobs
+        self._alive, self._ours = os.pipe()
         self._pool = ThreadPoolExecutor(jobs)
         self._running: set[subprocess.Popen[str]] = set()
         self._ending = False
@@ -60,6 +66,8 @@ class Processes:
             for child in self._running:
                 child.send_signal(signal.SIGINT)
         self._pool.shutdown(cancel_futures=True)
+        for descriptor in (self._alive, self._ours):
+            os.close(descriptor)
 
     @contextmanager
     def _started(self, arguments: Sequence[str], output: Any) -> Iterator["subprocess.Popen[str]"]:
@@ -67,11 +75,13 @@ class Processes:
             if self._ending:
                 raise KeyboardInterrupt
             child = subprocess.Popen(
-                [sys.executable, "-m", "perlhf", *arguments],
+                # -P: else a file of the working directory, such as yaml.py, would be run as a library.
+                [sys.executable, "-P", "-m", "perlhf", *arguments],
                 stdout=output,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=environment_of(self.jobs),
+                env=environment_of(self.jobs) | {PARENT: str(self._alive)},
+                pass_fds=(self._alive,),
                 start_new_session=True,  # a terminal's Ctrl-C reaches it through `end` alone, once
             )
             self._running.add(child)
@@ -93,18 +103,19 @@ def environment_of(jobs: int) -> dict[str, str]:
 
 @contextmanager
 def processes(jobs: int) -> Iterator[Processes]:
-    """Processes for a while, whatever ends it; SIGTERM ends it as Ctrl-C does."""
+    """Processes for a while, whatever ends it; SIGTERM and a closed terminal end it as Ctrl-C does."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     running = Processes(jobs)
     in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if in_main else None
+    heard = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN] if in_main else []
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield running
     finally:
         with contextlib.suppress(KeyboardInterrupt):  # a second one; they are ending already
             running.end()
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -11,7 +11,7 @@ import numpy as np
 from perlhf.config.comparison import CompareConfig, StageName
 from perlhf.errors import RunError
 from perlhf.method import metrics
-from perlhf.method.metrics import SeedNoise, Statistic
+from perlhf.method.metrics import Floats, SeedNoise, Statistic
 from perlhf.reports import findings
 from perlhf.runs.evaluations import EVALUATION, Measured, finite, mapping, read_evaluation
 from perlhf.runs.manifest import first_difference
@@ -30,6 +30,7 @@ WORDS = {
     "better": "{verb} better than {other}",
     "worse": "{verb} worse than {other}",
     "undecided": "can't be told from {other}",
+    "undecided: one seed": "can't be told from {other} with one seed a side",
 }
 
 
@@ -60,8 +61,12 @@ class Compared:
 
     def measure(self, values: Sequence[Statistic], others: Sequence[Statistic] = ()) -> Measured:
         """The mean of one metric a seed, less that of `others`, on all records, with its interval."""
+        return self.spread(values, others)[0]
+
+    def spread(self, values: Sequence[Statistic], others: Sequence[Statistic] = ()) -> tuple[Measured, Floats]:
+        """As `measure`, and the points that the interval is of."""
         first, config = self.tested[self.reference][0], self.config
-        return mean_with_interval(values, others, first.groups, self.noise, config.bootstrap, config.seeds[0])
+        return mean_with_spread(values, others, first.groups, self.noise, config.bootstrap, config.seeds[0])
 
 
 def evaluation_of(path: str) -> str:
@@ -91,9 +96,10 @@ def conclude(
     first = tested[reference][0]
     noise = _seed_noise(tested)
     compared = Compared(tested, reference, noise, config, diverged or {})
-    sides = {side: _side_of(files[side], files[reference], side, compared) | _against(side, compared) for side in files}
+    against = _against(compared)
+    sides = {side: _side_of(files[side], files[reference], side, compared) | against[side] for side in files}
     baselines = _reached_by_baselines(files[reference][0], first.metric)
-    said = sentence(first.metric, reference, sides, config.margin, one_seed=noise is None)
+    said = sentence(first.metric, reference, sides, config.margin)
     return {
         "stage": stage,
         "metric": first.metric,
@@ -133,13 +139,14 @@ def _elsewhere(files: Mapping[str, Sequence[RunFiles]], path: str, compared: Com
     first, noise = tested[compared.reference][0], _seed_noise(tested)
     there = replace(compared, tested=tested, noise=noise)
     baselines = _reached_by_baselines(evaluated[compared.reference][0], first.metric)
+    against = _against(there)
     return {
         "metric": first.metric,
         "records": len(first.groups),
         "groups": len(set(first.groups)),
         "groups_seen_in_training": seen,
         "seed_noise": None if noise is None else asdict(noise),
-        "sides": {side: {"quality": _quality_of(side, there), **_against(side, there)} for side in files},
+        "sides": {side: {"quality": _quality_of(side, there), **against[side]} for side in files},
         "baselines": {name: asdict(metric) for name, metric in baselines.items()},
     }
 
@@ -177,10 +184,8 @@ def _unlike(files: Mapping[str, Sequence[RunFiles]]) -> list[str]:
     return list(machines) if len(machines) > 1 else []
 
 
-def sentence(
-    metric: str, reference: str, sides: Mapping[str, Mapping[str, Any]], margin: float, one_seed: bool = False
-) -> str:
-    """The verdicts in words, those that agree together; `one_seed`: how far seeds differ is in none of them."""
+def sentence(metric: str, reference: str, sides: Mapping[str, Mapping[str, Any]], margin: float) -> str:
+    """The verdicts in words, those that agree together."""
     said: dict[str, list[str]] = {}
     for side, reached in sides.items():
         if side != reference:
@@ -192,8 +197,7 @@ def sentence(
         + (f" (within {number(margin)})" if what == "equivalent" else "")
         for what, names in said.items()
     ]
-    seeds = " with one seed a side (others may turn it round)" if one_seed else ""
-    return f"By {metric} on test groups{seeds}, {'; '.join(parts)}."
+    return f"By {metric} on test groups, {'; '.join(parts)}."
 
 
 def _reached_by_baselines(run: RunFiles, metric: str) -> dict[str, Measured]:
@@ -309,15 +313,15 @@ def _over_seeds(reached: Sequence[Measured | None], many: bool) -> dict[str, flo
     return asdict(Measured(statistics.fmean(metric.value for metric in known)))
 
 
-def mean_with_interval(
+def mean_with_spread(
     values: Sequence[Statistic],
     others: Sequence[Statistic],
     groups: Sequence[str],
     noise: SeedNoise | None,
     resamples: int,
     seed: int,
-) -> Measured:
-    """Mean metric of some runs on all records, minus that of `others` (none: of `values` alone), with its interval.
+) -> tuple[Measured, Floats]:
+    """Mean metric of some runs on all records, minus that of `others` (none: of `values` alone), and what it may be.
 
     Args:
         values, others: of each run, the metric of any records; all were tested on the same ones.
@@ -325,21 +329,25 @@ def mean_with_interval(
     """
     everything = np.arange(len(groups))
     means = [statistics.fmean(value(everything) for value in side) for side in (values, others) if side]
-    interval = metrics.seeds_interval(values, others, groups, noise, resamples, seed)
-    return Measured(means[0] - sum(means[1:]), *interval)
+    points = metrics.seeds_spread(values, others, groups, noise, resamples, seed)
+    return Measured(means[0] - sum(means[1:]), *metrics.interval(points)), points
 
 
-def _against(side: str, compared: Compared) -> dict[str, Any]:
-    """The difference in quality from the reference, and what it says: nothing where seeds of either diverged."""
-    reference = compared.reference
-    if side == reference:
-        return {"difference": None, "verdict": "reference"}
-    own, others = ([tested.value for tested in compared.tested[name]] for name in (side, reference))
-    difference = compared.measure(own, others)
-    assert difference.low is not None and difference.high is not None
-    lost = compared.diverged.get(side, 0) + compared.diverged.get(reference, 0)
-    said = "undecided" if lost else metrics.verdict(difference.low, difference.high, compared.config.margin)
-    return {"difference": asdict(difference), "verdict": said}
+def _against(compared: Compared) -> dict[str, dict[str, Any]]:
+    """Each side's difference in quality from the reference, and its verdict: none where seeds of either diverged."""
+    reference, lost = compared.reference, compared.diverged
+    others = [tested.value for tested in compared.tested[reference]]
+    against: dict[str, dict[str, Any]] = {reference: {"difference": None, "verdict": "reference"}}
+    points: dict[str, Floats] = {}
+    for side, tested in compared.tested.items():
+        if side != reference:
+            difference, found = compared.spread([own.value for own in tested], others)
+            against[side] = {"difference": asdict(difference), "verdict": "undecided"}
+            if not lost.get(side, 0) and not lost.get(reference, 0):
+                points[side] = found
+    for side, said in metrics.verdicts(points, compared.config.margin, compared.noise).items():
+        against[side]["verdict"] = said
+    return against
 
 
 def _learned(run: RunFiles, metric: str) -> list[tuple[float, float]]:

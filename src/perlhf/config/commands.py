@@ -50,6 +50,8 @@ class EvaluateConfig(Frozen):
     """Cluster-bootstrap resamples over groups."""
     seed: int = 0
     """Of sampling and bootstrap."""
+    accept_changes: bool = False
+    """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     tokens_per_microbatch: Positive | None = None
@@ -93,6 +95,8 @@ class ScoreConfig(Frozen):
     """Of the base; `run` is that of the run, or what the hardware is faster in."""
     output: Path | None = None
     """JSON lines to write; null prints."""
+    accept_changes: bool = False
+    """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     tokens_per_microbatch: Positive | None = None
@@ -116,6 +120,8 @@ class ChatConfig(Frozen):
     """Strings that end an answer, which is shown without them; none takes those of the run."""
     message: str | None = None
     """Answer this one message and exit."""
+    accept_changes: bool = False
+    """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     seed: int = 0
@@ -139,6 +145,8 @@ class ExportConfig(Frozen):
     """Records on which the export is measured; null takes the run's own, held out for validation."""
     base: str | None = None
     """The network: where it is now, if not where the run's configuration says; what peft's directories adapt."""
+    accept_changes: bool = False
+    """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 

@@ -209,6 +209,7 @@ _SCALARS = (
     ("int", r"^[-+]?[0-9]{1,18}$", list("-+0123456789")),
     ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
 )
+_COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq", "!")
 for _name, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), _first)
 
@@ -295,25 +296,41 @@ def _value(node: yaml.Node, key: Key, path: Path, lines: dict[Key, int], seen: s
     if id(node) in seen:
         raise ConfigError("anchors and aliases are not used in recipes", where=where, hint="write the value out")
     seen.add(id(node))
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTIONS:
+        tag = node.tag.removeprefix("tag:yaml.org,2002:")
+        raise ConfigError(f"unknown YAML tag {tag!r}", where=where, allowed="lists and mappings without tags")
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, key, path, lines, seen)
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*key, index)] = _line(item)
         return [_value(item, (*key, index), path, lines, seen) for index, item in enumerate(node.value)]
-    match node.tag.removeprefix("tag:yaml.org,2002:"):
+    return _scalar(node, where)
+
+
+def _scalar(node: yaml.Node, where: str) -> Any:
+    """A scalar's value; a tag that is written out (`!!int x`) has to fit what is there."""
+    tag = node.tag.removeprefix("tag:yaml.org,2002:")
+    if tag == "str":
+        if unfit := re.search("[\0\ud800-\udfff]", node.value):
+            raise ConfigError(
+                f"the text {node.value!r} holds {unfit[0]!r}, which no file can", where=where, allowed="text"
+            )
+        return node.value
+    pattern = next((pattern for name, pattern, _ in _SCALARS if name == tag), None)
+    if pattern is None:
+        raise ConfigError(f"unknown YAML tag {tag!r}", where=where, allowed="text, numbers, true, false, null")
+    if not re.match(pattern, node.value):
+        raise ConfigError(f"{node.value!r} is no YAML {tag}", where=where, hint="leave the tag out")
+    match tag:
         case "null":
             return None
         case "bool":
             return node.value.lower() == "true"
         case "int":
             return int(node.value)
-        case "float":
+        case _:
             return float(node.value)
-        case "str":
-            return node.value
-        case tag:
-            raise ConfigError(f"unknown YAML tag {tag!r}", where=where, allowed="text, numbers, true, false, null")
 
 
 def _mapping(node: yaml.MappingNode, key: Key, path: Path, lines: dict[Key, int], seen: set[int]) -> dict[str, Any]:

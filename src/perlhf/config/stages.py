@@ -174,7 +174,7 @@ class StageConfig(Frozen):
     """Dtype of the base; `auto` is bfloat16 where the hardware is faster in it, else float32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    threads: Positive | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """CPU threads; null leaves it to torch. Bit-equal resume needs the same number."""
     seed: int = 0
     """All randomness is keyed by this."""

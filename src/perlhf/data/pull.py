@@ -4,11 +4,15 @@ A set is whole or absent: files gather in a temporary directory that is renamed 
 with the SHA-256 of each file as it arrived, so that a second pull can tell that everything is there.
 """
 
+import errno
 import http.client
 import json
+import lzma
 import os
 import shutil
 import stat
+import struct
+import sys
 import tarfile
 import urllib.error
 import urllib.parse
@@ -21,6 +25,7 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from perlhf.data import files
 from perlhf.errors import DataError, nearest
 from perlhf.system.files import directory_atomic, sha256
 
@@ -29,6 +34,20 @@ ADDRESS = "https://raw.githubusercontent.com"
 
 MANIFEST = "MANIFEST.json"
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    OverflowError,
+)
+_NAMES_REFUSED = (None, errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+"""What the system says to a name that can't be; None for packed bytes that can't be unpacked."""
 _BLOCK = 1 << 16
 _TIMEOUT_SECONDS = 60
 
@@ -36,7 +55,8 @@ _TIMEOUT_SECONDS = 60
 def sources() -> dict[str, dict[str, Any]]:
     """The sets that can be pulled:
 
-    {name: {repository, commit, licence, files: {local path: path in the repository}}}.
+    {name: {repository, commit, licence, files: {local path: path in the repository}}}, and where it is known
+    sha256: {local path: SHA-256 of the file}.
     """
     return json.loads(resources.files("perlhf.data").joinpath("sources.json").read_text(encoding="utf-8"))
 
@@ -50,7 +70,8 @@ def pull(name: str, output: Path, source: Path | None = None, address: str | Non
         address: where downloads begin instead of ADDRESS or $PERLHF_DATA_ADDRESS.
 
     Raises:
-        DataError: unknown name, no connection, an unsafe archive, or a file that differs from its SHA-256.
+        DataError: unknown name, no connection, an unsafe archive, a file that differs from its SHA-256, or one that
+            holds no data.
         StorageError: the place can't be written. Nothing half-written is left in any of these cases.
     """
     known = sources()
@@ -68,6 +89,12 @@ def pull(name: str, output: Path, source: Path | None = None, address: str | Non
     with directory_atomic(target) as stage:
         if source is None:
             entries = _download(known[name], stage, address or os.environ.get("PERLHF_DATA_ADDRESS") or ADDRESS)
+            if unknown := [entry["file"] for entry in entries if entry["file"] not in known[name].get("sha256", {})]:
+                print(
+                    f"note: no SHA-256 is known beforehand of {len(unknown)} files of {name} (such as {unknown[0]}); "
+                    f"those of the files that came are in {target / MANIFEST}",
+                    file=sys.stderr,
+                )
         else:
             entries = _copy(name, source, stage)
         for entry in entries:
@@ -100,13 +127,17 @@ def safe_extract(archive: Path, directory: Path) -> list[Path]:
             # The filter alone would refuse what leaves the directory, but write an absolute name below it.
             opened.extractall(directory, inside, filter="data")
             return [directory / member.name for member in inside]
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
+    except DataError:
+        raise
+    except (*_DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NAMES_REFUSED:
+            raise  # a full disk, no permission
         raise DataError(f"the archive is damaged: {error}", where=archive.name, hint="download it again") from error
 
 
 def _place(directory: Path, member: str, archive: Path, regular: bool) -> Path:
     parts = PurePosixPath(member.replace("\\", "/"))
-    if not regular or parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+    if not regular or parts.is_absolute() or ".." in parts.parts or not parts.parts or ":" in parts.parts[0]:
         raise DataError(
             f"the archive holds {member!r}, which would be written outside its directory"
             if regular
@@ -121,7 +152,7 @@ def _place(directory: Path, member: str, archive: Path, regular: bool) -> Path:
 def _download(known: dict[str, Any], stage: Path, address: str) -> list[dict[str, Any]]:
     entries = []
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -133,6 +164,9 @@ def _download(known: dict[str, Any], stage: Path, address: str) -> list[dict[str
             place = stage / local
             place.parent.mkdir(parents=True, exist_ok=True)
             _download_one(url, place, progress)
+            if (pinned := known.get("sha256", {}).get(local)) is not None:
+                _check_hash(place, pinned, url, "the published file's")
+            _check_plausible(place, url)
             published = {"source": known["repository"], "commit": known["commit"], "path": path}
             arrived = {"file": local, "bytes": place.stat().st_size, "sha256": sha256(place), "address": url}
             entries.append(arrived | published)
@@ -163,6 +197,25 @@ def _download_one(url: str, place: Path, progress: Progress) -> None:
     if expected is not None and (received := place.stat().st_size) != expected:
         raise DataError(
             f"the download ended after {received} of {expected} bytes", where=url, hint="run the command again"
+        )
+
+
+def _check_plausible(place: Path, url: str) -> None:
+    """Refuses what is no data: an empty file, an empty list, a page that says that there is nothing."""
+    if place.name.endswith(_ARCHIVES):
+        return  # unpacked later, which a damaged one doesn't survive
+    what, first = None, None
+    try:
+        first = next(files.rows(files.DataFile(place.name, place)), None)
+    except DataError as error:
+        what = error.what
+    if what is None and (first is None or not first[1]):
+        what = "it has no rows"
+    if what is not None:
+        raise DataError(
+            f"what came is no data: {what}",
+            where=url,
+            hint="open the address in a browser, try again later, or take a local copy with --source DIR",
         )
 
 
@@ -228,11 +281,11 @@ def _check_present(target: Path) -> Path:
     return target
 
 
-def _check_hash(place: Path, expected: str, where: str) -> None:
+def _check_hash(place: Path, expected: str, where: str, whose: str = "as MANIFEST.json says") -> None:
     if (actual := sha256(place)) != expected:
         raise DataError(
             f"the SHA-256 is {actual}",
             where=where,
-            allowed=f"{expected}, as MANIFEST.json says",
+            allowed=f"{expected}, {whose}",
             hint="the file was changed or damaged; copy it again",
         )

@@ -230,6 +230,22 @@ def reader_of(name: str, file: DataFile, rules: LayoutConfig | None = None) -> R
     return partial(format.reader, stories=_stories(file)) if name in NEED_STORIES else format.reader
 
 
+def beside(path: str, format: str, rules: LayoutConfig) -> list[Path]:
+    """Files that are read besides those that `path` names: SQuALITY's stories, and splits whose rows are left out.
+
+    Raises:
+        DataError: nothing has that name, or a file is damaged.
+    """
+    found: list[Path] = []
+    for file in [] if is_builtin(path) else files.find(path, choice=choice_of(rules)):
+        found += [other.path for other in file.after if other.path]
+        if (stories := _stories_file(file)) is not None and stories != file.path:
+            first = None if format != "auto" else next(renamed(files.rows(file), rules, file.name), None)
+            if (detect(first[1]) if first else format) in NEED_STORIES:
+                found.append(stories)
+    return found
+
+
 def choice_of(rules: LayoutConfig) -> Choice:
     """What is read of a set with configurations, authors' splits or revisions."""
     return Choice(rules.config, rules.split, rules.revision)
@@ -255,13 +271,18 @@ def builtin_kinds(path: str) -> tuple[Kind, ...]:
     return kinds[path]
 
 
-def _stories(file: DataFile) -> dict[str, dict[str, Any]]:
+def _stories_file(file: DataFile) -> Path | None:
+    """Where the stories of a file of judgements are, in SQuALITY's own layout or beside it."""
     folder = file.path.parent if file.path else Path()
     places = [
         near / name for near in (folder, folder.parent / "v1-3" / "txt") for name in ("test.jsonl", "test.jsonl.gz")
     ]
-    stories_file = next((place for place in places if place.is_file()), None)
-    if stories_file is None or file.path is None:
+    return next((place for place in places if place.is_file()), None) if file.path else None
+
+
+def _stories(file: DataFile) -> dict[str, dict[str, Any]]:
+    stories_file = _stories_file(file)
+    if stories_file is None:
         raise DataError(
             "the stories that these judgements are about are missing",
             where=file.name,

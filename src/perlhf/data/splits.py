@@ -4,9 +4,12 @@ Splits are made by group, so that no conversation is on two sides.
 """
 
 import hashlib
+import itertools
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +23,8 @@ from perlhf.data.readers.judged import TIE
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
 from perlhf.data.store import NO_LABEL, PROMPT, Facts, Records, count_groups, hold, warnings
 from perlhf.errors import DataError, nearest
-from perlhf.system.files import sha256
+from perlhf.system.files import directory_atomic, write_atomic
+from perlhf.system.hashes import hash_of
 from perlhf.system.progress import counted
 
 Split = Literal["train", "validation", "test"]
@@ -137,9 +141,74 @@ def sides_of(facts: Facts, config: DataConfig) -> NDArray[np.intp]:
     return np.where(position < config.test, SPLITS.index("test"), held_out)
 
 
-def content_hash(config: DataConfig) -> dict[str, str]:
-    """SHA-256 by path: of a file's bytes, a directory's names and hashes, the records of a hub name or embedded set."""
-    return {path: _path_hash(path, config) for path in config.paths}
+def check_sides(output: Path, paths: Sequence[str]) -> None:
+    """Refuses to write the sides of a split where those of another one would stay beside them, or be what is split.
+
+    Raises:
+        DataError: `output` is a file, holds an earlier split among other files, or is where the records are from.
+    """
+    if output.exists() and not output.is_dir():
+        raise DataError("the output is a file", where=str(output), allowed="a directory")
+    old = _old_sides(output)
+    if not old:
+        return
+    inside = [path for path in paths if output.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)]
+    others = sorted(entry.name for entry in output.iterdir() if entry.name not in old)
+    if inside or others:
+        why = f"{inside[0]} is read from it" if inside else f"{others[0]} is there, too"
+        raise DataError(
+            f"it holds {', '.join(old)} of an earlier split, and {why}",
+            where=str(output),
+            allowed="a new directory, or one that holds a split and nothing else, which is replaced",
+            hint="name another --output",
+        )
+
+
+def write_sides(output: Path, sides: Iterable[tuple[str, Iterable[bytes]]], paths: Sequence[str]) -> None:
+    """Writes SIDE.jsonl for each side. A directory that holds another split is replaced as a whole, which is told.
+
+    Raises:
+        DataError: as `check_sides`; StorageError: the files can't be written.
+    """
+    check_sides(output, paths)
+    old = _old_sides(output)
+    if output.is_dir() and not old and any(output.iterdir()):
+        for side, lines in sides:
+            write_atomic(output / f"{side}.jsonl", lines)
+        return
+    with directory_atomic(output) as temporary:
+        for side, lines in sides:
+            write_atomic(temporary / f"{side}.jsonl", lines)
+    if old:
+        print(f"note: {', '.join(old)} in {output} were of an earlier split and are replaced", file=sys.stderr)
+
+
+def _old_sides(output: Path) -> list[str]:
+    return [f"{side}.jsonl" for side in SPLITS if (output / f"{side}.jsonl").exists()]
+
+
+def content_hash(config: DataConfig, named: Sequence[str] | None = None) -> dict[str, str]:
+    """SHA-256 by path: of a file's bytes, a directory's names and hashes, the records of a hub name or embedded set.
+
+    Args:
+        named: what the paths are called in the result, and in the names of a directory's files: where a run's
+            configuration, written in another working directory, gives them.
+
+    Raises:
+        DataError: a path leads nowhere, or a file can't be read.
+    """
+    names = config.paths if named is None else named
+    return {name: _path_hash(path, config, name) for path, name in zip(config.paths, names, strict=True)}
+
+
+def hashes_beside(config: DataConfig) -> dict[str, str]:
+    """SHA-256 by name of the files that readers read besides those of `content_hash` (`read.beside`).
+
+    Raises:
+        DataError: as `content_hash`.
+    """
+    found = [file for path in config.paths for file in read.beside(path, config.format, config)]
+    return {f"{file.parent.name}/{file.name}": _file_hash(file) for file in found}
 
 
 def check_labels(records: Records, config: DataConfig) -> None:
@@ -285,14 +354,29 @@ def _empty_split(split: str, config: DataConfig, groups: int) -> DataError:
     )
 
 
-def _path_hash(path: str, config: DataConfig) -> str:
+def _path_hash(path: str, config: DataConfig, named: str) -> str:
     if read.is_builtin(path):
-        return _records_hash(read.read(path))
+        return _embedded_hash(path)
     data_files = files.find(path, choice=read.choice_of(config))
     if any(file.path is None for file in data_files):
         return _records_hash(read.stream(path, config.format, rules=config))
-    hashes = [(file.name, _file_hash(file.path)) for file in data_files if file.path]
-    return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == path else _sha256_of(json.dumps(hashes).encode())
+    here, there = _prefixes(path.rstrip("/"), named.rstrip("/"))
+    names = [there + file.name.removeprefix(here) for file in data_files]
+    hashes = [(name, _file_hash(file.path)) for name, file in zip(names, data_files, strict=True) if file.path]
+    return hashes[0][1] if len(hashes) == 1 and hashes[0][0] == named else _sha256_of(json.dumps(hashes).encode())
+
+
+@cache
+def _embedded_hash(path: str) -> str:
+    """A second of work, for what stays the same while a process lives."""
+    return _records_hash(read.read(path))
+
+
+def _prefixes(path: str, named: str) -> tuple[str, str]:
+    """What comes before the part that both end with."""
+    pairs = zip(reversed(path), reversed(named), strict=False)
+    same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return path[: len(path) - same], named[: len(named) - same]
 
 
 def _records_hash(records: Iterable[Record]) -> str:
@@ -309,7 +393,7 @@ def _file_hash(path: Path) -> str:
         hashes = [(part.relative_to(path).as_posix(), _file_hash(part)) for part in inside]
         return _sha256_of(json.dumps(hashes).encode())
     try:
-        return sha256(path)
+        return hash_of(path)
     except OSError as error:
         raise DataError(
             f"can't be read: {error.strerror}", where=str(path), hint="check the file's permissions"

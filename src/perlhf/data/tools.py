@@ -26,7 +26,7 @@ from perlhf.data.records import (
     content_of,
     text_of,
 )
-from perlhf.data.splits import SPLITS, kind_of, oddities, sides_of
+from perlhf.data.splits import SPLITS, check_sides, kind_of, oddities, sides_of, write_sides
 from perlhf.data.store import (
     Facts,
     Records,
@@ -156,10 +156,12 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
         {side: {"records": n, "groups": n}} of the written sides.
 
     Raises:
-        DataError: a file or row is wrong, or a side is empty; nothing is written then.
+        DataError: a file or row is wrong, a side is empty, or the sides of an earlier split are in the way
+            (`splits.write_sides`); nothing is written then.
         StorageError: the files can't be written.
     """
     every = (r for path in config.paths for r in read.stream(path, config.format, rules=config))
+    check_sides(output, config.paths)
     records = hold(every, config.split_seed)
     sides = sides_of(records.facts, config)
     shares = {"train": 1.0, "validation": config.validation, "test": config.test}
@@ -173,10 +175,10 @@ def split(config: DataConfig, output: Path) -> dict[str, dict[str, int]]:
                 allowed="at least one group on each side",
                 hint="change data.validation, data.test or data.split_seed, or give more data",
             )
-    with storage_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-    for side, members in wanted.items():
-        write_atomic(output / f"{side}.jsonl", jsonl_lines(counted(members, f"writing {side}.jsonl", len(members))))
+    lines = (
+        (side, jsonl_lines(counted(members, f"writing {side}.jsonl", len(members)))) for side, members in wanted.items()
+    )
+    write_sides(output, lines, config.paths)
     return {side: {"records": len(members), "groups": count_groups(members.facts)} for side, members in wanted.items()}
 
 

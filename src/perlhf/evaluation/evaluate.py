@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from perlhf.config.commands import EvaluateConfig, ScoreConfig
+from perlhf.config.stages import PolicyConfig
 from perlhf.data.records import Comparison
 from perlhf.data.splits import load
 from perlhf.data.tools import jsonl_lines
@@ -20,6 +21,7 @@ from perlhf.evaluation.policy import evaluate_policy
 from perlhf.evaluation.reward import evaluate_reward, score_records
 from perlhf.evaluation.sft import evaluate_sft
 from perlhf.model.open import FinishedRun, Given, read_run
+from perlhf.rollout.functions import code_of, importable
 from perlhf.runs.earlier import is_adapter
 from perlhf.runs.evaluations import EVALUATION, Evaluation, read_evaluation, write_evaluation
 from perlhf.system.files import storage_errors, strict_json, write_atomic
@@ -35,8 +37,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         StorageError: the result can't be written.
     """
     reward = config.reward if is_adapter(config.run) else ()
-    run = read_run(config.run, given=Given(config.base, config.data, config.encoding, config.dtype, reward))
+    given = Given(config.base, config.data, config.encoding, config.dtype, reward, config.accept_changes)
+    run = read_run(config.run, given=given)
     _check_asked(run, config)
+    changed = _changed(run, config)
     match run.stage:
         case "sft":
             evaluation = evaluate_sft(run, config)
@@ -51,9 +55,23 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         )
     if config.data is not None:  # not the run's own
         evaluation = replace(evaluation, data=list(config.data.paths))
+    if changed:
+        evaluation = replace(evaluation, changed=changed)
     path = config.output or config.run / EVALUATION
     write_evaluation(path, evaluation)
     return read_evaluation(path)
+
+
+def _changed(run: FinishedRun, config: EvaluateConfig) -> list[str]:
+    """What isn't as the run recorded it, of all that its evaluation reads (`FinishedRun.check`)."""
+    if not isinstance(run.config, PolicyConfig) or run.foreign:
+        return run.check(data=True)
+    if run.started_in is not None:
+        importable(run.started_in)  # where its reward functions were found
+    own = not config.reward or bool(config.best_of)
+    return run.check(
+        data=True, runs=("sft", "reward") if own else ("sft",), code=code_of(run.config.reward) if own else None
+    )
 
 
 def _check_asked(run: FinishedRun, config: EvaluateConfig) -> None:
@@ -84,7 +102,10 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         DataError, ModelError, AdapterError: as the parts say.
         StorageError: the rows can't be written; nothing half-written is left.
     """
-    run = read_run(config.run, ("reward",), Given(config.base, config.data, config.encoding, config.dtype))
+    accept = config.accept_changes
+    given = Given(config.base, config.data, config.encoding, config.dtype, accept_changes=accept)
+    run = read_run(config.run, ("reward",), given)
+    run.check()
     records = load(config.data, ("comparison", "rating", "demonstration"), "all")
     model, encoder = run.open(config.device)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens

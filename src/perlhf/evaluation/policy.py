@@ -23,10 +23,12 @@ from perlhf.method.packing import batches, completed
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, load_earlier, load_sft
-from perlhf.rollout.functions import TrainerState, importable
+from perlhf.rollout.functions import TrainerState
 from perlhf.rollout.local import Rollout
 from perlhf.rollout.scorers import Scorers, load_scorers
-from perlhf.runs.evaluations import Evaluation, Measured, Measures, WinRate
+from perlhf.runs.evaluations import Evaluation, Measured, Measures, WinRate, mapping
+from perlhf.runs.manifest import RESULT
+from perlhf.system.files import read_json
 from perlhf.system.progress import Progress
 
 JUDGED = 8
@@ -70,6 +72,8 @@ class Answers:
     """One completion of each prompt, in the order of the prompts; each array is float64 [prompt]."""
 
     texts: list[str]
+    members: NDArray[np.float64]
+    """Of each source of scores: [members, prompt]."""
     scores: NDArray[np.float64]
     tokens: NDArray[np.float64]
     ended: NDArray[np.float64]
@@ -81,10 +85,12 @@ class Answers:
 def evaluate_policy(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
     """The evaluation of a policy run."""
     setting, trained_on = _set_up(run, config)
-    sides = [setting.reference, setting.policy_adapter]
     at_one = setting.temperature != 1
-    with progress((len(sides) + at_one) * len(setting.sampling.batches), "answers") as bar:
-        before, after = (_answers(setting, adapter, bar) for adapter in sides)
+    with progress((2 + at_one) * len(setting.sampling.batches), "answers") as bar:
+        before = _answers(setting, setting.reference, bar)
+        setting = replace(setting, scorers=setting.scorers.on_level(before.members))
+        before = replace(before, scores=setting.scorers.combined(before.members))
+        after = _answers(setting, setting.policy_adapter, bar)
         # A KL at another temperature than that of the samples would be no expectation under the policy: sample again.
         kl_at_one = _kl_at_one(setting, setting.policy_adapter, bar) if at_one else after.kl
     assert kl_at_one is not None
@@ -105,7 +111,7 @@ def evaluate_policy(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
         change={key: setting.mean(values) for key, values in changes.items()},
         win_rate=by_judge or by_score,
         win_rate_by_score=by_judge and by_score,
-        best_of=_best_of(setting, before) if config.best_of else None,
+        best_of=_best_of(setting, before, run) if config.best_of else None,
         temperature=setting.temperature,
         max_completion_tokens=setting.policy.max_completion_tokens,
         reward=list(sources),
@@ -127,9 +133,7 @@ def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, Sequence
     if policy.sft is not None:
         reference = load_sft(model, policy.sft, encoder)
     answers = run.stage if config.adapter is None else _load_answering(model, config.adapter, encoder)
-    if run.started_in is not None:
-        importable(run.started_in)  # where its reward functions were found
-    scorers = _scorers(config, policy, model, encoder, records)
+    scorers = _scorers(config, run, model, encoder, records)
     prompts = [encoder.cut_prompt(record.prompt, policy.max_completion_tokens, record.tools) for record in records]
     stop = config.stop or policy.stop
     sampling = Sampling(model, encoder, prompts, policy.max_completion_tokens, config.seed, stop)
@@ -139,13 +143,32 @@ def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, Sequence
 
 
 def _scorers(
-    config: EvaluateConfig, policy: PolicyConfig, model: Model, encoder: Encoder, records: Sequence[Prompt]
+    config: EvaluateConfig, run: FinishedRun, model: Model, encoder: Encoder, records: Sequence[Record]
 ) -> Scorers:
-    """What scores both sides: the sources asked for, or those of the run with their weights."""
-    sources, weights = (config.reward, None) if config.reward else (policy.reward, policy.reward_weights)
+    """What scores both sides: the run's own, or what was asked for, whose levels its reference's answers will tell."""
+    if not config.reward:
+        return _learned_from(config, run, model, encoder, records, "reward")
+    policy = run.config
+    assert isinstance(policy, PolicyConfig)
     seconds = config.reward_timeout_seconds or policy.reward_timeout_seconds
-    given = model, sources, policy.combine, encoder
-    return load_scorers(*given, prompts=records, weights=weights, timeout_seconds=seconds)
+    given = model, config.reward, policy.combine, encoder
+    return load_scorers(*given, prompts=_prompts(records), timeout_seconds=seconds)
+
+
+def _learned_from(
+    config: EvaluateConfig, run: FinishedRun, model: Model, encoder: Encoder, records: Sequence[Record], name: str
+) -> Scorers:
+    """What the policy was paid by, weights and levels included; adapters are called `name`_0, .."""
+    policy = run.config
+    assert isinstance(policy, PolicyConfig)
+    scorers = load_scorers(
+        *(model, policy.reward, policy.combine, encoder, name),
+        prompts=_prompts(records),
+        weights=policy.reward_weights,
+        timeout_seconds=config.reward_timeout_seconds or policy.reward_timeout_seconds,
+    )
+    members = None if run.foreign else mapping(read_json(run.path / RESULT).get("centre")).get("members")
+    return scorers if members is None else replace(scorers, levels=tuple((mean, std) for mean, std in members))
 
 
 def _load_answering(model: Model, directory: Path, encoder: Encoder) -> str:
@@ -163,10 +186,11 @@ def _prompts(records: Sequence[Any]) -> list[Prompt]:
 def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
     """Completions under `adapter` with everything that is measured of each."""
     config, policy, count = setting.config, setting.policy, len(setting.records)
-    texts, scores, tokens, ended, kl = [""] * count, np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count)
+    texts, tokens, ended, kl = [""] * count, np.zeros(count), np.zeros(count), np.zeros(count)
+    members = np.zeros((setting.scorers.count, count))
     for batch in setting.sampling.batches:
         rollout = setting.sampling.answer(batch, adapter, setting.temperature)
-        scores[batch] = setting.scorers.scores(
+        members[:, batch] = setting.scorers.members(
             setting.model,
             setting.encoder,
             rollout.prompts,
@@ -183,7 +207,8 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
             texts[i] = setting.sampling.text(ids)
         bar.advance()
     golden = _golden(setting, range(count), texts)
-    return Answers(texts, scores, tokens, ended, kl if setting.temperature else None, golden)
+    scores = setting.scorers.combined(members)
+    return Answers(texts, members, scores, tokens, ended, kl if setting.temperature else None, golden)
 
 
 def _golden(setting: Setting, numbers: Sequence[int], texts: Sequence[str]) -> NDArray[np.float64] | None:
@@ -194,7 +219,7 @@ def _golden(setting: Setting, numbers: Sequence[int], texts: Sequence[str]) -> N
     return np.array([gold(setting.records[i].prompt, text) for i, text in zip(numbers, texts, strict=True)])
 
 
-def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
+def _best_of(setting: Setting, before: Answers, run: FinishedRun) -> dict[str, Any]:
     """For each n: the reference's best of n answers by what the policy learned from, scored as the policy is.
 
     The first of the n is the answer `before`. No policy that chooses among n answers is further from the reference than
@@ -203,15 +228,10 @@ def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
     config, policy, most = setting.config, setting.policy, max(setting.config.best_of)
     chooser = setting.scorers
     if config.reward:
-        seconds = config.reward_timeout_seconds or policy.reward_timeout_seconds
-        chooser = load_scorers(
-            *(setting.model, policy.reward, policy.combine, setting.encoder, "chooser"),
-            prompts=setting.records,
-            weights=policy.reward_weights,
-            timeout_seconds=seconds,
-        )
+        chooser = _learned_from(config, run, setting.model, setting.encoder, setting.records, "chooser")
     shape = len(setting.records), most
-    chosen_by, scores, tokens = (np.zeros(shape) for _ in range(3))
+    of_chooser, of_scorers = np.zeros((chooser.count, *shape)), np.zeros((setting.scorers.count, *shape))
+    tokens = np.zeros(shape)
     golden = np.zeros(shape) if before.gold is not None else None
     at_once = max(1, ROWS // most)
     batches = [batch[at : at + at_once] for batch in setting.sampling.batches for at in range(0, len(batch), at_once)]
@@ -224,16 +244,20 @@ def _best_of(setting: Setting, before: Answers) -> dict[str, Any]:
                 [setting.records[i] for i in numbers],
                 config.tokens_per_microbatch or policy.microbatch_tokens,
             )
-            chosen_by[batch] = chooser.scores(*given, ends=rollout.ends).reshape(-1, most)
-            scores[batch] = chosen_by[batch]
+            of_chooser[:, batch] = chooser.members(*given, ends=rollout.ends).reshape(-1, len(batch), most)
             if config.reward:
-                scores[batch] = setting.scorers.scores(*given, ends=rollout.ends).reshape(-1, most)
+                of_scorers[:, batch] = setting.scorers.members(*given, ends=rollout.ends).reshape(-1, len(batch), most)
             tokens[batch] = np.reshape([len(ids) for ids in rollout.completions], (-1, most))
             if golden is not None:
                 of_batch = _golden(setting, numbers, [setting.sampling.text(ids) for ids in rollout.completions])
                 assert of_batch is not None
                 golden[batch] = of_batch.reshape(-1, most)
             bar.advance()
+    chooser = chooser.on_level(of_chooser[:, :, 0])  # of a run that didn't record it
+    chosen_by = chooser.combined(of_chooser.reshape(chooser.count, -1)).reshape(shape)
+    scores = chosen_by
+    if config.reward:
+        scores = setting.scorers.combined(of_scorers.reshape(setting.scorers.count, -1)).reshape(shape)
     return {str(n): _best_of_first(n, setting, before, chosen_by, scores, tokens, golden) for n in config.best_of}
 
 
@@ -246,17 +270,22 @@ def _best_of_first(
     tokens: NDArray[np.float64],
     golden: NDArray[np.float64] | None,
 ) -> dict[str, Any]:
-    """Means of the best of the first n answers; arrays are [prompt, answer]."""
-    # An answer that what chooses left out is never the best; where it left all out, the first stands for them.
+    """Means of the best of the first n answers; arrays are [prompt, answer].
+
+    An answer that what chooses left out is never the best. A prompt all of whose answers it left out has no best one:
+    it is in no mean, and counted as `unscored`.
+    """
+    has_best = ~np.isnan(chosen_by[:, :n]).all(1)
     rows, best = np.arange(len(scores)), np.nan_to_num(chosen_by[:, :n], nan=-np.inf).argmax(1)
     reached = scores[rows, best]
     points = _points(reached, before.scores)
-    points[best == 0] = 0.5  # the same answer, which another batch may score otherwise in the last bits
+    # The same answer, which another batch may score otherwise in the last bits.
+    points[(best == 0) & ~np.isnan(points)] = 0.5
     columns = {"score": reached, "chosen_by": chosen_by[rows, best], "tokens": tokens[rows, best], "win_rate": points}
     if golden is not None:
         columns["gold"] = golden[rows, best]
-    measures = {key: setting.mean(values) for key, values in columns.items()}
-    return {**measures, "kl_at_most": float(np.log(n) - (n - 1) / n)}
+    measures = {key: setting.mean(np.where(has_best, values, np.nan)) for key, values in columns.items()}
+    return {**measures, "kl_at_most": float(np.log(n) - (n - 1) / n), "unscored": int((~has_best).sum())}
 
 
 @torch.no_grad()

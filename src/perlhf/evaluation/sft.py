@@ -18,6 +18,7 @@ from perlhf.method.packing import batches
 from perlhf.model.encoding.encode import Encoder, Example
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun
+from perlhf.rollout.local import check_finite
 from perlhf.runs.evaluations import Evaluation, Measured, Measures
 from perlhf.training import loop
 
@@ -70,6 +71,7 @@ def _losses(
     with progress(len(laid_out), "loss of the base" if adapter is None else "loss") as bar:
         for batch in laid_out:
             logprobs = model.logprobs(batch, adapter).logprobs
+            check_finite(model, adapter, logprobs, "log-probabilities")
             nats[list(batch.examples)] = -logprobs.double().sum(-1).cpu().numpy()
             bar.advance()
     loss = measure(_per_token(nats, tokens), groups, config)

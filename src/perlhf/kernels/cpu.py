@@ -5,17 +5,19 @@ processor, and kept in the cache; where there is none, callers compute the same 
 twin in the tests.
 """
 
+import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perlhf.kernels.call import calling, current_call
+from perlhf.system.files import sha256, sync, working_directory
 from perlhf.system.machine import cache_dir
 
 FEW_ROWS = 64
@@ -52,8 +55,8 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def state() -> str:
-    """What stands in a run's manifest: `compiled`, or why not; before they were wanted, what is to be expected."""
-    return _load()[1] if _load.cache_info().currsize else compiler()[1]
+    """What stands in a run's manifest: `compiled`, or why not; `not used` before they were wanted, as on a GPU."""
+    return _load()[1] if _load.cache_info().currsize else "not used"
 
 
 def library() -> ctypes.CDLL | None:
@@ -158,7 +161,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _compiled(compiler: str, threads: str) -> Path:
-    """The library of the kernels, compiled where it isn't in the cache.
+    """The library of the kernels, compiled where the cache has none that is whole and our own.
+
+    Its name ends with its SHA-256: one that was cut off or changed isn't loaded, which would end the process or run
+    what somebody else wrote, but made anew.
 
     Args:
         threads: `-fopenmp` runs them on torch's own threads, where its library has what this compiler asks for;
@@ -172,17 +178,44 @@ def _compiled(compiler: str, threads: str) -> Path:
     sources = sorted(SOURCES.iterdir())
     key = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
     key.update("\0".join((compiler, _version(compiler), _processor(), *flags)).encode())
-    where = cache_dir() / "kernels" / f"{key.hexdigest()[:32]}.so"
-    if not where.is_file():
-        _compile([compiler, *flags], [source for source in sources if source.suffix == ".cpp"], where)
-    return where
+    directory = _own_directory(cache_dir())
+    for library in sorted(directory.glob(f"{key.hexdigest()[:32]}-*.so")):
+        if _is_own(library.lstat(), stat.S_ISREG) and library.stem.endswith(f"-{sha256(library)}"):
+            return library
+        library.unlink()
+    return _compile(
+        [compiler, *flags], [source for source in sources if source.suffix == ".cpp"], directory, key.hexdigest()[:32]
+    )
 
 
-def _compile(command: Sequence[str], sources: Sequence[Path], where: Path) -> None:
-    """Writes the library; processes that compile at one time don't disturb each other."""
-    where.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=where.parent) as directory:
-        objects = [str(Path(directory, source.stem + ".o")) for source in sources]
+def _own_directory(cache: Path) -> Path:
+    """Where the libraries are: a directory that only this user, or root, can write to, since what is there is run.
+
+    Raises:
+        OSError: there is none, and none can be made.
+    """
+    names = ("kernels", f"kernels-{os.geteuid()}")
+    for directory in (cache / name for name in names):
+        cache.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        status = directory.lstat()
+        if status.st_uid == os.geteuid() and stat.S_ISDIR(status.st_mode) and status.st_mode & 0o022:
+            directory.chmod(0o700)  # made where others of the user's group may write, too
+        if _is_own(directory.lstat(), stat.S_ISDIR):
+            return directory
+    raise PermissionError(errno.EPERM, "it belongs to somebody else", str(cache / names[0]))
+
+
+def _is_own(status: os.stat_result, is_kind: Callable[[int], bool]) -> bool:
+    """Whether it is no link, and neither made nor to be changed by anybody but this user or root."""
+    return is_kind(status.st_mode) and status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
+
+
+def _compile(command: Sequence[str], sources: Sequence[Path], directory: Path, key: str) -> Path:
+    """Writes the library and returns it; processes that compile at one time don't disturb each other."""
+    with working_directory(directory) as work:
+        objects = [str(work / f"{source.stem}.o") for source in sources]
         running = [
             subprocess.Popen([*command, "-c", str(source), "-o", to], stderr=subprocess.DEVNULL)
             for source, to in zip(sources, objects, strict=True)
@@ -191,10 +224,15 @@ def _compile(command: Sequence[str], sources: Sequence[Path], where: Path) -> No
         if any(codes):
             raise subprocess.CalledProcessError(1, command[0])
         # Linked without the compiler's own thread library: torch has loaded one, and two would fight for the cores.
-        built = str(Path(directory, "built.so"))
+        built = work / "built.so"
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        subprocess.run([command[0], "-shared", *undefined, *objects, "-o", built], check=True, capture_output=True)
-        os.replace(built, where)
+        subprocess.run([command[0], "-shared", *undefined, *objects, "-o", str(built)], check=True, capture_output=True)
+        built.chmod(0o755)
+        sync(built)
+        library = directory / f"{key}-{sha256(built)}.so"
+        os.replace(built, library)
+        sync(directory)
+    return library
 
 
 def _version(compiler: str) -> str:

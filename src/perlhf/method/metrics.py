@@ -8,8 +8,9 @@ Scores are logits: above 0 means thumbs up. Labels are bools. Nothing here knows
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -20,10 +21,14 @@ from perlhf.errors import DataError
 Floats = NDArray[np.float64]
 Statistic = Callable[[NDArray[np.intp]], float]
 """The value of a metric for an array of record indices."""
-Verdict = Literal["equivalent", "better", "worse", "undecided"]
+Verdict = Literal["equivalent", "better", "worse", "undecided", "undecided: one seed"]
 
 MAX_UNDEFINED_SHARE = 0.1
 """With more resamples than this share undefined, an interval would describe only the lucky ones: it is (nan, nan)."""
+LEVEL = 0.95
+"""Of intervals, and of all verdicts about one reference together."""
+POINTS = 20_000
+"""Of a distribution whose quantiles are intervals: enough for those of a fraction of 1 - LEVEL."""
 
 
 # Metrics
@@ -136,9 +141,11 @@ def cluster_bootstrap(
     groups: Sequence[str],
     resamples: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
+    level: float = LEVEL,
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic when whole groups, not records, are the independent draws.
+    """Interval of a statistic when whole groups, not records, are the independent draws.
+
+    The percentile interval, its quantiles moved outwards as Student's distribution asks (`spread`).
 
     Args:
         statistic: value for an array of record indices; an index comes as often as its group was drawn.
@@ -148,23 +155,50 @@ def cluster_bootstrap(
         (low, high). Resamples where the statistic is not finite or raises `DataError` (as `auc` does on one class) are
         left out; if they are more than `MAX_UNDEFINED_SHARE`, or there are fewer than two groups: (nan, nan).
     """
+    return interval(spread(statistic, groups, resamples, seed), level)
+
+
+def spread(statistic: Statistic, groups: Sequence[str], resamples: int = 1000, seed: int = 0) -> Floats:
+    """What a statistic may be with other groups: ascending [POINTS]; empty where `cluster_bootstrap` has no interval.
+
+    Resamples of few groups vary too little: the percentile interval of a mean of 5 normal groups holds the truth in
+    84 % of cases, of 10 in 90 %, of 20 in 93 %. So the quantile p of the resamples stands where Student's distribution
+    has it, at p' = Phi(sqrt(n / (n - 1)) t(p, n - 1)) for n groups (Hesterberg, arXiv 1411.5279, "expanded
+    percentile"). That gives 91, 94 and 95 %, and never leaves what resamples reached: with 5 groups it is still short.
+    """
     places: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         places.setdefault(group, []).append(index)
-    if len(places) < 2:
-        return float("nan"), float("nan")
+    if (count := len(places)) < 2:
+        return np.zeros(0)
     members = [np.array(places[group], dtype=np.intp) for group in sorted(places)]
     generator = np.random.default_rng(seed)
     values = np.array(
         [
             _value_or_nan(statistic, np.concatenate([members[index] for index in drawn]))
-            for drawn in generator.integers(len(members), size=(resamples, len(members)))
+            for drawn in generator.integers(count, size=(resamples, count))
         ]
     )
     defined = values[np.isfinite(values)]
     if len(defined) < (1 - MAX_UNDEFINED_SHARE) * resamples:
+        return np.zeros(0)
+    return np.quantile(defined, _expanded(count))
+
+
+@cache
+def _expanded(groups: int) -> Floats:
+    """Where the quantiles of `POINTS` equal parts are looked for among resamples of so many groups, at least two."""
+    from scipy.special import ndtr, stdtrit
+
+    students = stdtrit(groups - 1, (np.arange(POINTS) + 0.5) / POINTS)
+    return ndtr(math.sqrt(groups / (groups - 1)) * students)
+
+
+def interval(points: Floats, level: float = LEVEL) -> tuple[float, float]:
+    """The middle share `level` of a distribution, as `spread` gives it; (nan, nan) of an empty one."""
+    if not len(points):
         return float("nan"), float("nan")
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(points, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -174,7 +208,7 @@ def paired_bootstrap(
     groups: Sequence[str],
     resamples: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
+    level: float = LEVEL,
 ) -> tuple[float, float]:
     """Interval of `first - second` where both see the same resample, so that what they share cancels.
 
@@ -211,40 +245,69 @@ def seed_noise(values: Iterable[Sequence[float]]) -> SeedNoise | None:
     return SeedNoise(math.sqrt(squares / degrees), degrees)
 
 
-def seeds_interval(
+def seeds_spread(
     first: Sequence[Statistic],
     second: Sequence[Statistic],
     groups: Sequence[str],
     noise: SeedNoise | None,
     resamples: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Interval of the mean of `first` over its seeds, minus that of `second` (none: of `first` alone).
+) -> Floats:
+    """What the mean of `first` over its seeds, minus that of `second` (none: `first` alone), may be: [POINTS].
 
-    Every resample draws groups, the same for both sides, so that what they share cancels, and adds what other seeds
-    would have changed: deviation * sqrt(1 / seeds of first + 1 / seeds of second) * t, t drawn from Student's
-    distribution. Drawing from two or three seeds again instead never leaves what they reached, and covers far less than
-    it says.
+    Every resample draws groups, the same for both sides, so that what they share cancels (`spread`). To that comes what
+    other seeds would have changed: deviation * sqrt(1 / seeds of first + 1 / seeds of second) * t, t drawn from
+    Student's distribution. Drawing from two or three seeds again instead never leaves what they reached, and covers far
+    less than it says.
 
     Args:
         first, second: for each seed, the value for an array of record indices.
         groups: group of each record, [n].
-        noise: between seeds; None, and the interval is over groups alone.
+        noise: between seeds; None, and only groups vary.
 
     Returns:
-        (low, high), as `cluster_bootstrap`.
+        Points of the distribution; none where `cluster_bootstrap` has no interval.
     """
-    generator = np.random.default_rng(seed + 1)
     sides = [side for side in (first, second) if side]
-    width = noise.deviation * math.sqrt(sum(1 / len(side) for side in sides)) if noise else 0.0
 
-    def drawn(indices: NDArray[np.intp]) -> float:
+    def over_seeds(indices: NDArray[np.intp]) -> float:
         means = [float(np.mean([value(indices) for value in side])) for side in sides]
-        moved = width * generator.standard_t(noise.degrees) if noise else 0.0
-        return means[0] - sum(means[1:]) + moved
+        return means[0] - sum(means[1:])
 
-    return cluster_bootstrap(drawn, groups, resamples, seed, level)
+    points = spread(over_seeds, groups, resamples, seed)
+    if noise is None or not len(points):
+        return points
+    width = noise.deviation * math.sqrt(sum(1 / len(side) for side in sides))
+    return points + width * np.random.default_rng(seed + 1).standard_t(noise.degrees, len(points))
+
+
+def verdicts(
+    differences: Mapping[str, Floats], margin: float, noise: SeedNoise | None, level: float = LEVEL
+) -> dict[str, Verdict]:
+    """What several sides' differences from one reference say, wrong about any of them in 1 - level of cases (Holm).
+
+    A side is decided by its interval (`verdict`) at 1 - (1 - level) / sides that are left undecided, until no further
+    one is. So an interval at `level` that excludes 0 may belong to an undecided side. Without a side of several seeds
+    nobody knows what another seed would have given: all are `undecided: one seed`.
+
+    Args:
+        differences: of each side, points of its distribution, as `seeds_spread` gives them.
+        margin: as `verdict`.
+        noise: between seeds.
+    """
+    said: dict[str, Verdict] = {}
+    for side in differences:
+        said[side] = "undecided" if noise else "undecided: one seed"
+    left = dict(differences) if noise else {}
+    while left:
+        at = 1 - (1 - level) / len(left)
+        found: dict[str, Verdict] = {side: verdict(*interval(points, at), margin) for side, points in left.items()}
+        still = {side: points for side, points in left.items() if found[side] == "undecided"}
+        if len(still) == len(left):
+            break
+        said |= found
+        left = still
+    return said
 
 
 def verdict(low: float, high: float, margin: float) -> Verdict:

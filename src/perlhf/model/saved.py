@@ -9,7 +9,6 @@ Reward and value adapters are sequence-classification adapters whose head is `ba
 bias is the one thing that peft doesn't see, so its scores are ours up to that constant.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -28,27 +27,22 @@ from perlhf.errors import AdapterError, ModelError
 from perlhf.method import lora
 from perlhf.method.lora import LowRank
 from perlhf.model.adapter import Adapter
-from perlhf.model.base import Base
+from perlhf.model.base import Base, changed_files
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
+from perlhf.model.peft_config import Shape, check_plain, patterns, settings_of, targets_of, wrong
 from perlhf.runs.earlier import ADAPTER_CONFIG as CONFIG
 from perlhf.runs.earlier import ADAPTER_DETAILS as DETAILS
+from perlhf.runs.earlier import ADAPTER_FILES
+from perlhf.runs.earlier import ADAPTER_TENSORS as TENSORS
+from perlhf.runs.earlier import ADAPTER_WEIGHTS as FULL_WEIGHTS
 from perlhf.system.files import directory_atomic, sealed, sha256, storage_error, unsealed
 
-TENSORS, FULL_WEIGHTS, _PICKLED = "adapter_model.safetensors", "full_weights.safetensors", "adapter_model.bin"
+_PICKLED = "adapter_model.bin"
 ENCODING = ("system", "template_sha256", "template_kwargs", "end_token")
 """What of the encoding must agree wherever an adapter is used."""
 _PREFIX, _HEAD = "base_model.model.", "score.weight"
 _FORMAT = 2
-_OURS = {CONFIG, TENSORS, DETAILS, FULL_WEIGHTS}
-_KNOWN = frozenset(  # keys of PEFT's configuration; these are read,
-    "alpha_pattern base_model_name_or_path bias init_lora_weights layers_to_transform lora_alpha lora_dropout "
-    "modules_to_save peft_type r rank_pattern target_modules task_type use_rslora "
-    # and these have no effect on what an adapter computes, given its tensors
-    "auto_mapping ensure_weight_tying eva_config exclude_modules inference_mode layers_pattern megatron_core "
-    "peft_version qalora_group_size revision runtime_config".split()
-)
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's weights as well
 
 
 @dataclass(frozen=True)
@@ -57,13 +51,13 @@ class SavedAdapter:
 
     Args:
         adapter: on the CPU, float32, with nothing beneath it.
-        base: fingerprint {"name", "sha256"} of the base it was trained on; "" where unknown (made by other tools).
+        base: fingerprint of the base it was trained on (`Base.fingerprint`); "" where unknown (made by other tools).
         encoding: how records became tokens (the `encoding` section of its recipe); {} where unknown.
         targets: module names (or path endings) that have a pair, as PEFT is told them; empty for full tuning.
     """
 
     adapter: Adapter
-    base: dict[str, str]
+    base: dict[str, Any]
     encoding: dict[str, Any] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
 
@@ -92,9 +86,32 @@ def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | No
     check_base(saved, model.fingerprint)
     _check_encoding(saved.encoding, encoder, directory)
     adapter = saved.adapter
+    adapter.source = directory
+    _check_fits(model, adapter, directory)
     if adapter.weights:  # optimisers know their parameters by the order
         adapter.weights = {path: adapter.weights[path] for path, _ in model.base.named_parameters()}
     return model.adopt(adapter)
+
+
+def _check_fits(model: Model, adapter: Adapter, directory: Path) -> None:
+    """Refuses a head of another width, and whole weights of another network; pairs are `Model.adopt`'s matter."""
+    head = adapter.score_head
+    if head is not None and head.shape != (1, model.hidden_size):
+        what, allowed = f"the score head is {list(head.shape)}", f"[1, {model.hidden_size}]"
+        raise AdapterError(what, where=str(directory), allowed=allowed, hint="use the base it was trained on")
+    if (head is not None) != (adapter.role in ("reward", "value")):
+        raise AdapterError(
+            f"a {adapter.role} adapter with{'' if head is not None else 'out'} a head", where=str(directory)
+        )
+    if not adapter.weights:
+        return
+    expected = {path: weight.shape for path, weight in model.base.named_parameters()}
+    for path in [*expected, *adapter.weights]:
+        there = adapter.weights.get(path)
+        if path not in expected or there is None or there.shape != expected[path]:
+            raise AdapterError(
+                f"'{path}' isn't the base's", where=str(directory), hint="use the base it was trained on"
+            )
 
 
 def with_those_beneath(model: Model, name: str) -> Adapter:
@@ -139,14 +156,15 @@ def write_adapter(directory: Path, saved: SavedAdapter, base_name: str | None = 
         file = temporary / (FULL_WEIGHTS if full else TENSORS)
         write_tensors(file, tensors, directory)
         if not full:
-            (temporary / CONFIG).write_text(json.dumps(_peft_config(saved, base_name), indent=2) + "\n", "utf-8")
+            settings = settings_of(adapter, saved.targets, base_name or saved.base.get("name") or None)
+            (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         details = {
             "format": _FORMAT,
             "tuning": "full" if full else "lora",
             "role": adapter.role,
             "rank": adapter.rank,
             "alpha": adapter.alpha,
-            **_patterns(adapter),
+            **patterns(adapter),
             "bias": 0.0 if adapter.bias is None else adapter.bias.item(),
             "base": saved.base,
             "encoding": saved.encoding,
@@ -178,9 +196,9 @@ def read_adapter(directory: Path, name: str = "adapter") -> SavedAdapter:
         adapter.weights = {key.removeprefix("base."): nn.Parameter(tensor) for key, tensor in tensors.items()}
         return SavedAdapter(adapter, details["base"], details["encoding"])
     config = _read_json(directory / CONFIG)
-    _check_plain(config, str(directory / CONFIG))
+    check_plain(config, directory / CONFIG)
     tensors = _read_tensors(directory / TENSORS, None if details is None else details["sha256"])
-    shape = _Shape.of(directory / CONFIG, config)
+    shape = Shape.of(directory / CONFIG, config)
     if details is not None and not shape.agrees(details):
         raise _damaged(directory / CONFIG, f"rank or alpha were changed after saving: {DETAILS} has others")
     head = tensors.pop(_PREFIX + _HEAD, None)
@@ -193,16 +211,16 @@ def read_adapter(directory: Path, name: str = "adapter") -> SavedAdapter:
     adapter = Adapter(name, details["role"], shape.rank, alpha, shape.dropout)
     adapter = _with_head(adapter, head, details["bias"])
     adapter.pairs = _pairs(tensors, shape, directory / TENSORS)
-    targets = _targets(config, adapter)
+    targets = targets_of(config, adapter)
     return SavedAdapter(adapter, details["base"], details["encoding"], targets)
 
 
-def check_base(saved: SavedAdapter, fingerprint: dict[str, str]) -> None:
+def check_base(saved: SavedAdapter, fingerprint: dict[str, Any]) -> None:
     """Refuses an adapter that was trained on another base.
 
-    The SHA-256 of the weights decides. Adapters of other tools record a name only: it is right where it leads to the
-    same weights, wrong where it leads to others, and where it leads nowhere on this machine a note on standard error
-    says that nothing is known.
+    The SHA-256 of the weights decides, and where both sides have them those of configuration and tokenizer. Adapters of
+    other tools record a name only: it is right where it leads to the same weights, wrong where it leads to others, and
+    where it leads nowhere on this machine a note on standard error says that nothing is known.
 
     Raises:
         AdapterError: with both names.
@@ -215,6 +233,7 @@ def check_base(saved: SavedAdapter, fingerprint: dict[str, str]) -> None:
             what = f"note: the adapter names {name} as its base, which isn't here; taken to be {fingerprint['name']}"
             print(what, file=sys.stderr)
     if digest in ("", fingerprint["sha256"]):
+        _check_settings(saved, fingerprint)
         return
     theirs = f"{name} (SHA-256 {digest[:12]})"
     ours = f"{fingerprint['name']} (SHA-256 {fingerprint['sha256'][:12]})"
@@ -224,11 +243,11 @@ def check_base(saved: SavedAdapter, fingerprint: dict[str, str]) -> None:
     raise AdapterError(f"the adapter is for base {theirs}, not for {ours}", where="base", allowed=name, hint=hint)
 
 
-def files_hash(directory: Path) -> str:
-    """SHA-256 over the names and bytes of an adapter directory's files, those apart that are nothing to the adapter."""
-    files = [directory / name for name in sorted(_OURS) if (directory / name).is_file()]
-    lines = [f"{file.name}:{sha256(file)}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def _check_settings(saved: SavedAdapter, fingerprint: dict[str, Any]) -> None:
+    if changed := changed_files(saved.base, fingerprint):
+        what = f"{changed[0]} of base {fingerprint['name']} isn't the one that the adapter was trained with"
+        hint = "put it back, or train the adapter again; commands that read a run take --accept-changes"
+        raise AdapterError(what, where="base", allowed="the same configuration, tokenizer and weights", hint=hint)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], target: Path) -> None:
@@ -257,42 +276,6 @@ def _zeros(adapter: Adapter, example: LowRank) -> LowRank:
     return LowRank(nn.Parameter(a), nn.Parameter(b), 1.0)
 
 
-def _patterns(adapter: Adapter) -> dict[str, dict[str, float]]:
-    """PEFT's `rank_pattern` and `alpha_pattern`: the layers whose pair has another rank or alpha than the adapter."""
-    ranks = {path: len(pair.a) for path, pair in adapter.pairs.items()}
-    alphas = {path: pair.scale * ranks[path] for path, pair in adapter.pairs.items()}
-    other_ranks = {_literally(path): rank for path, rank in ranks.items() if rank != adapter.rank}
-    other_alphas = {_literally(path): alpha for path, alpha in alphas.items() if not math.isclose(alpha, adapter.alpha)}
-    named = {"rank_pattern": other_ranks, "alpha_pattern": other_alphas}
-    return {key: pattern for key, pattern in named.items() if pattern}
-
-
-def _literally(path: str) -> str:
-    """A path as a pattern that matches nothing else (PEFT lets anything precede a pattern)."""
-    return "^" + re.escape(path)
-
-
-def _peft_config(saved: SavedAdapter, base_name: str | None) -> dict[str, Any]:
-    adapter, classifier = saved.adapter, saved.adapter.score_head is not None
-    for path in adapter.pairs:
-        assert any(path == end or path.endswith(f".{end}") for end in saved.targets), f"{path} is no target"
-    alpha = int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha
-    return {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if classifier else "CAUSAL_LM",
-        "base_model_name_or_path": base_name or saved.base.get("name") or None,
-        "r": adapter.rank,
-        "lora_alpha": alpha,
-        **_patterns(adapter),
-        "lora_dropout": adapter.dropout,
-        "target_modules": sorted(saved.targets),
-        "modules_to_save": ["score"] if classifier else None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-
-
 def _read_details(directory: Path) -> dict[str, Any] | None:
     """What perlhf.json says, as it was written; None for a directory of other tools, which have no such file."""
     file = directory / DETAILS
@@ -301,81 +284,17 @@ def _read_details(directory: Path) -> dict[str, Any] | None:
             what = f"{FULL_WEIGHTS} without {DETAILS}: copied in part, or made by an earlier version of perlhf"
             raise AdapterError(what, where=str(directory), hint="copy the directory again, or train again")
         return None
-    format = _read_json(file).get("format")
+    said = _read_json(file)
+    format = said.get("format")
     if format != _FORMAT:
         what = f"format {format}, of another version of perlhf"
         raise AdapterError(what, where=str(file), allowed=f"format {_FORMAT}", hint="train the adapter again")
     try:
-        return unsealed(file)
-    except ValueError as error:
+        details = unsealed(file)
+    except (ValueError, OSError) as error:
         raise _damaged(file, str(error)) from error
-
-
-def _check_plain(config: dict[str, Any], where: str) -> None:
-    """Refuses every setting that isn't known to be plain LoRA, those of later peft versions included."""
-    allowed = "plain LoRA on linear layers"
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"peft_type is {config.get('peft_type')}", where=where, allowed="LORA")
-    if config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_CLS"):
-        raise AdapterError(f"task_type is {config['task_type']}", where=where, allowed="CAUSAL_LM or SEQ_CLS")
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"bias: {config['bias']} isn't supported", where=where, allowed="none")
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-        what = f"init_lora_weights: {config['init_lora_weights']} changes the base's weights"
-        raise AdapterError(what, where=where, allowed=allowed, hint="convert it to plain LoRA with peft first")
-    extra = set(config.get("modules_to_save") or ()) - {"score", "classifier"}
-    if extra:
-        raise AdapterError(f"modules_to_save has {sorted(extra)[0]}", where=where, allowed="score")
-    for key in sorted(config.keys() - _KNOWN):
-        if config[key]:
-            raise AdapterError(f"{key}: {config[key]} isn't supported", where=where, allowed=allowed)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Rank, alpha and dropout as PEFT's configuration has them, of the adapter and of layers that a pattern names."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    rslora: bool
-    ranks: dict[str, int]
-    alphas: dict[str, float]
-
-    @classmethod
-    def of(cls, file: Path, config: dict[str, Any]) -> "_Shape":
-        """Raises AdapterError, which names the file, where a number is missing or none."""
-        try:
-            rank, alpha = int(config["r"]), float(config["lora_alpha"])
-            dropout = float(config.get("lora_dropout") or 0)
-            ranks = {str(key): int(value) for key, value in (config.get("rank_pattern") or {}).items()}
-            alphas = {str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
-            for pattern in (*ranks, *alphas):
-                re.compile(pattern)
-            if (least := min((rank, *ranks.values()))) < 1:
-                raise ValueError(f"r is {least}")
-        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-            raise _damaged(file, f"no rank, alpha or dropout: {error}") from error
-        return cls(rank, alpha, dropout, bool(config.get("use_rslora")), ranks, alphas)
-
-    def agrees(self, details: dict[str, Any]) -> bool:
-        """Whether these are the numbers that perlhf.json has."""
-        theirs = (details["rank"], details["alpha"], details.get("rank_pattern", {}), details.get("alpha_pattern", {}))
-        return (self.rank, self.alpha, self.ranks, self.alphas) == theirs
-
-    def rank_of(self, path: str) -> int:
-        """The rank of the layer's pair."""
-        return self.ranks.get(_matching(self.ranks, path), self.rank)
-
-    def scale(self, path: str) -> float:
-        """alpha / rank of the layer's pair, alpha / sqrt(rank) of rsLoRA."""
-        rank, alpha = self.rank_of(path), self.alphas.get(_matching(self.alphas, path), self.alpha)
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
-
-
-def _matching(patterns: Mapping[str, Any], path: str) -> str:
-    """The first pattern that names the layer, in PEFT's own way (`peft.utils.other.get_pattern_key`); else ""."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), "")
+    _check_details(file, details)
+    return details
 
 
 def _read_tensors(file: Path, expected: str | None) -> dict[str, Tensor]:
@@ -389,9 +308,42 @@ def _read_tensors(file: Path, expected: str | None) -> dict[str, Tensor]:
         raise _damaged(file, f"its SHA-256 is not the one in {DETAILS}")
     try:
         # safetensors gives another order in every process; optimisers know their parameters by it.
-        return dict(sorted(load_file(file).items()))
-    except SafetensorError as error:
+        tensors = dict(sorted(load_file(file).items()))
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _damaged(file, str(error)) from error
+    _check_tensors(file, tensors)
+    return tensors
+
+
+def _check_details(file: Path, details: dict[str, Any]) -> None:
+    """Refuses values of a wrong kind."""
+    full = details.get("tuning") == "full"
+    base, role = details.get("base"), details.get("role")
+    names = [base.get("name"), base.get("sha256")] if isinstance(base, dict) else [None]
+    kinds = {
+        "tuning": details.get("tuning") in ("lora", "full"),
+        "role": role in ("sft", "reward", "policy", "value"),
+        "bias": type(details.get("bias")) in (int, float) and math.isfinite(details["bias"]),
+        "base": all(isinstance(name, str) for name in names),
+        "encoding": isinstance(details.get("encoding"), dict),
+        "sha256": isinstance(details.get("sha256"), str),
+        "rank": full or "rank" in details,
+        "alpha": full or "alpha" in details,
+    }
+    for key, fits in kinds.items():
+        if not fits:
+            raise wrong(file, f"{key} is {details.get(key)!r:.100}", "what perlhf writes there")
+
+
+def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses numbers that aren't: of such an adapter every score and probability would be none, too."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            kind = "values that aren't finite" if tensor.is_floating_point() else f"{tensor.dtype} values"
+            hint = "train or export the adapter again"
+            raise AdapterError(
+                f"{name} has {kind}", where=str(file), allowed="finite floating-point numbers", hint=hint
+            )
 
 
 def _with_head(adapter: Adapter, head: Tensor | None, bias: float) -> Adapter:
@@ -401,7 +353,7 @@ def _with_head(adapter: Adapter, head: Tensor | None, bias: float) -> Adapter:
     return adapter
 
 
-def _pairs(tensors: dict[str, Tensor], shape: _Shape, where: Path) -> dict[str, LowRank]:
+def _pairs(tensors: dict[str, Tensor], shape: Shape, where: Path) -> dict[str, LowRank]:
     """Pairs by module path; every tensor must belong to one of the right shape."""
     a_end, b_end = ".lora_A.weight", ".lora_B.weight"
     paths = [name[len(_PREFIX) : -len(a_end)] for name in tensors if name.startswith(_PREFIX) and name.endswith(a_end)]
@@ -425,13 +377,6 @@ def _pairs(tensors: dict[str, Tensor], shape: _Shape, where: Path) -> dict[str, 
     if not pairs:
         raise AdapterError("no lora_A and lora_B in it", where=str(where))
     return pairs
-
-
-def _targets(config: dict[str, Any], adapter: Adapter) -> list[str]:
-    """The listed module names; full paths where peft chose modules by a pattern or by layer."""
-    names = config.get("target_modules")
-    everywhere = config.get("layers_to_transform") is None and not config.get("exclude_modules")
-    return sorted(names) if isinstance(names, list) and everywhere else sorted(adapter.pairs)
 
 
 def _details_of_peft(config: dict[str, Any], head: Tensor | None) -> dict[str, Any]:
@@ -460,7 +405,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(f"no {path.name} in it", where=str(path.parent), allowed="an adapter directory") from error
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(value, dict):
         raise _damaged(path, "it is no JSON object")
@@ -474,4 +419,4 @@ def _damaged(path: Path, why: str) -> AdapterError:
 def _strangers(directory: Path) -> list[str]:
     if not directory.is_dir():
         return [directory.name]
-    return sorted(entry.name for entry in directory.iterdir() if entry.name not in {*_OURS, "README.md"})
+    return sorted(entry.name for entry in directory.iterdir() if entry.name not in {*ADAPTER_FILES, "README.md"})

@@ -70,12 +70,18 @@ def over(part: Mapping[str, Any]) -> str:
 
 def _over(part: Mapping[str, Any]) -> str:
     if noise := part["seed_noise"]:
+        others = len(part["sides"]) - 1
+        several = f" Verdicts hold for all {others} differences together (Holm), intervals for each alone."
         return (
             "95 % intervals of quality and differences over groups and seeds: seeds differ by "
             f"{number(noise['deviation'])} (standard deviation, "
             f"{noise['degrees']} degrees of freedom), which is taken to be so for every side."
+            f"{several if others > 1 else ''}"
         )
-    return "95 % intervals over groups alone: no side has a second seed, and how far seeds differ isn't in them."
+    return (
+        "95 % intervals over groups alone: no side has a second seed, and how far seeds differ isn't in them, so that "
+        "there is no verdict."
+    )
 
 
 def columns(part: Mapping[str, Any]) -> list[str]:
@@ -103,13 +109,12 @@ def rows(part: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         known = [words(start["quality"]), "–", "start", "–", *(words(start[key]) for key in score)]
         table.append((start["name"], [*known, *["–"] * (len(columns(part)) - len(known))]))
     for side, reached in part["sides"].items():
-        one_seed = ["one seed"] if reached["difference"] and part["seed_noise"] is None else []
         answers = [words(reached[key]) for key in ("change", *score, "win_rate", "kl")] if start else []
         others = [there["sides"][side] for there in (part.get("elsewhere") or {}).values()]
         cells = [
             words(reached["quality"]),
             words(reached["difference"]),
-            ", ".join([reached["verdict"], *_warnings(reached), *one_seed]),
+            ", ".join([reached["verdict"], *_warnings(reached)]),
             *answers,
             *(cell for there in others for cell in _there(there)),
             f"{memory(reached['peak_memory_bytes'])}, {_percent(reached['memory_share'])}",

@@ -7,6 +7,7 @@ work as they are (huggingface.co/docs/trl: "Using a custom reward function").
 
 import asyncio
 import copy
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -26,10 +27,11 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
-from perlhf.config.addresses import shown
+from perlhf.config.addresses import is_address, shown
 from perlhf.data.records import Text
 from perlhf.errors import ConfigError, PerlhfError, RewardFunctionError, nearest
 from perlhf.method.packing import Ids
+from perlhf.system.hashes import hash_of
 from perlhf.system.waiting import finish
 
 PROVIDED = ("prompts", "completions", "completion_ids", "trainer_state")
@@ -121,6 +123,41 @@ def load_function(name: str, key: str = "reward", columns: AbstractSet[str] = fr
         return call.made(asked)
 
     return score
+
+
+def source_hash(name: str, key: str = "reward") -> str:
+    """SHA-256 of the code that `module:function` runs: the files of its module, of the module that defines the
+    function, and of all modules of the user's own that these name. What is imported inside a function isn't seen.
+
+    Raises:
+        ConfigError, RewardFunctionError: the module can't be imported.
+    """
+    module_name, _, attribute = name.partition(":")
+    module = _imported(module_name, key)
+    found: dict[str, Path] = {}
+    waiting = [module, sys.modules.get(getattr(getattr(module, attribute, None), "__module__", None) or "")]
+    while waiting:
+        one = waiting.pop()
+        file = getattr(one, "__file__", None)
+        # Of a library the file that was named, without all that it needs: its version is in the manifest.
+        if one is None or one.__name__ in found or not file or not (_is_users(file) or one is module):
+            continue
+        found[one.__name__] = Path(file)
+        for value in list(vars(one).values()):
+            origin = value if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            waiting.append(origin if isinstance(origin, ModuleType) else sys.modules.get(str(origin)))
+    lines = [f"{name}:{hash_of(found[name])}\n" for name in sorted(found) if found[name].is_file()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def code_of(sources: Iterable[str], key: str = "reward") -> dict[str, str]:
+    """`source_hash` of the functions among sources of rewards, by their names; a service's code isn't here.
+
+    Raises:
+        ConfigError, RewardFunctionError: a module that can't be imported.
+    """
+    named = [source for source in sources if ":" in source and not is_address(source) and not Path(source).exists()]
+    return {source: source_hash(source, key) for source in dict.fromkeys(named)}
 
 
 def importable(directory: Path) -> None:

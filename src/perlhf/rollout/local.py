@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perlhf.errors import DivergenceError, StaleSamplerError
+from perlhf.errors import AdapterError, DivergenceError, StaleSamplerError
 from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.method.packing import Ids
 from perlhf.model.encoding.encode import Encoder
@@ -147,11 +147,15 @@ def sample(
         draws: uniform numbers [prompt * sample, max_completion_tokens] (`uniforms`).
         ends: what ends a completion.
         temperature: 0 takes the most likely token; its log-probabilities are then at temperature 1.
+
+    Raises:
+        AdapterError, DivergenceError: as `check_finite`, of the prompts' states.
     """
     assert draws.shape[1] >= max_completion_tokens, "a draw for each token"
     samples = len(draws) // len(prompts)
     held = model.hold(adapter)
     prompt_states, cache = model.prefill(prompts, held)
+    check_finite(model, adapter, prompt_states, "states")
     completions: list[list[int]] = [[] for _ in draws]
     logprobs: list[list[float]] = [[] for _ in draws]
     draws = draws[:, :max_completion_tokens]
@@ -182,9 +186,13 @@ def stream(
         draws: uniform numbers [max_completion_tokens].
         ends: what ends it; a stop string is yielded, since its tokens may hold more.
         temperature: 0 takes the most likely token.
+
+    Raises:
+        AdapterError, DivergenceError: as `sample`.
     """
     held = model.hold(adapter)
     states, cache = model.prefill([prompt], held)
+    check_finite(model, adapter, states, "states")
     for _, token, _, _ in _tokens(model, held, states, cache, draws[None], ends, temperature):
         if token not in ends.ids:
             yield token
@@ -272,14 +280,7 @@ def probe(model: Model, rollout: Rollout, adapter: str | None) -> None:
 
     Raises:
         StaleSamplerError: the sampler used other weights.
-        DivergenceError: the adapter's states aren't finite.
     """
-    if not torch.isfinite(rollout.prompt_states).all():
-        raise DivergenceError(
-            f"adapter '{adapter}' gives states that are not finite",
-            allowed="finite numbers",
-            hint="lower optim.learning_rate; the last checkpoint is kept",
-        )
     unique = [
         ids for i, ids in enumerate(rollout.prompts) if i % (len(rollout.prompts) // len(rollout.prompt_states)) == 0
     ]
@@ -294,6 +295,25 @@ def probe(model: Model, rollout: Rollout, adapter: str | None) -> None:
         allowed="equal versions and bit-equal states on the same batch layout",
         hint="sync the sampler's weights before every rollout",
     )
+
+
+def check_finite(model: Model, adapter: str | None, values: Tensor, what: str) -> None:
+    """Raises for an adapter's (or the base's) numbers that aren't finite: they would end as null, or as chance tokens.
+
+    Raises:
+        AdapterError: the adapter was loaded, so that its files are to blame.
+        DivergenceError: it is the one that is trained.
+    """
+    if torch.isfinite(values).all():
+        return
+    source = None if adapter is None else model.adapters[adapter].source
+    said = "the base" if adapter is None else f"adapter '{adapter}'"
+    if adapter is None or source is not None:
+        where = None if source is None else str(source)
+        hint = "its weights aren't finite, or too large: train or fetch it again"
+        raise AdapterError(f"{said} gives {what} that are not finite", where=where, allowed="finite numbers", hint=hint)
+    hint = "lower optim.learning_rate; the last checkpoint is kept"
+    raise DivergenceError(f"{said} gives {what} that are not finite", allowed="finite numbers", hint=hint)
 
 
 def draw(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

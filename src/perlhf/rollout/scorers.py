@@ -4,7 +4,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,18 +14,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from perlhf.config.addresses import REWARD_KEY, filled, is_address, shown
 from perlhf.data.records import Prompt
-from perlhf.errors import ConfigError, DataError, DivergenceError, ServiceError
+from perlhf.errors import ConfigError, DataError, RewardFunctionError, ServiceError
 from perlhf.method.packing import Batch, Ids, Packing, batches, completed
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import load_earlier
 from perlhf.rollout.functions import Asked, Scorer, TrainerState, checked, load_function
-from perlhf.rollout.local import Ends
+from perlhf.rollout.local import Ends, check_finite
 from perlhf.runs.earlier import adapter_of
 from perlhf.system.http import Service, all_answers
 from perlhf.system.waiting import finish, together_or_none
 
 Combine = Literal["mean", "min", "mean_minus_std"]
+Level = tuple[float, float]
+"""Mean and population standard deviation of one member's scores of the reference's answers."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,53 @@ class Scorers:
     """Of the sources, in the order of the configuration; None combines them as `how` says."""
     order: tuple[int, ...] = ()
     """Where each of the adapters and then each function stands among the sources, for `weights`."""
+    names: tuple[str, ...] = ()
+    """The sources, in the order of the configuration."""
+    levels: tuple[Level, ...] | None = None
+    """Of the members (adapters, then functions), for `centred`; None: scores combine as they are."""
 
-    def scores(
+    @property
+    def count(self) -> int:
+        """Number of members."""
+        return len(self.adapters) + len(self.functions)
+
+    @property
+    def levels_matter(self) -> bool:
+        """Whether an offset of one member would change the order of the combined scores."""
+        return self.how != "mean" and self.weights is None and self.count > 1
+
+    def combined(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
+        """One score per completion, float64 [batch], from the members' [members, batch]; nan where none gave one."""
+        if self.weights is not None:
+            return weighted(table[np.argsort(self.order)], self.weights)
+        return combine(table if self.levels is None else centred(table, self.levels), self.how)
+
+    def on_level(self, table: NDArray[np.float64], key: str = "reward") -> "Scorers":
+        """These scorers with the levels that the members have in their scores [members, answers] of the reference.
+
+        The same scorers where nothing depends on the members' levels: one member, a mean or a weighted sum, levels that
+        are known already.
+
+        Raises:
+            RewardFunctionError: a member gave none of the answers a score.
+        """
+        if self.levels is not None or not self.levels_matter:
+            return self
+        found: list[Level] = []
+        for number, row in enumerate(table):
+            given = row[~np.isnan(row)]
+            if not len(given):
+                name = self.names[self.order[number]] if self.names else f"member {number}"
+                raise RewardFunctionError(
+                    f"{name} gave none of {len(row)} answers of the reference a score, so that its level isn't known",
+                    where=key,
+                    allowed=f"with combine: {self.how}, a score of at least one of them",
+                    hint="more prompts (centre_prompts, or --prompts of evaluate), or combine: mean",
+                )
+            found.append((float(given.mean()), float(given.std())))
+        return replace(self, levels=tuple(found))
+
+    def members(
         self,
         model: Model,
         encoder: Encoder,
@@ -52,7 +99,7 @@ class Scorers:
         state: TrainerState = TrainerState(),  # noqa: B008 -- it is frozen
         ends: Ends | None = None,
     ) -> NDArray[np.float64]:
-        """One combined score per completion, float64 [batch]; nan where no source gave one.
+        """Scores float64 [members, batch] of each member, adapters before functions; nan where it gave none.
 
         Reward adapters see the sampled ids as they are, but a completion that was cut gets the end token: they never
         learned from a state before it, and score such states at random (docs/experiments.md). Functions and services
@@ -68,16 +115,11 @@ class Scorers:
             examples = [[completed(p, c)] for p, c in zip(given, whole, strict=True)]
             laid_out = batches(examples, max_tokens, packing, model.device)
             members += [[score for (score,) in score_batches(model, laid_out, name)] for name in self.adapters]
-            if not np.isfinite(members).all():  # it would be taken for one that wasn't given
-                raise DivergenceError("a reward model's score isn't finite", hint="train the reward model again")
         if self.functions:
             decoded = [ends.text(ids) for ids in completions]
             texts, columns = [record.prompt for record in records], [record.columns for record in records]
             members += function_scores(self.functions, Asked(texts, decoded, list(completions), columns, state))
-        table = np.array(members, dtype=float)
-        if self.weights is None:
-            return combine(table, self.how)
-        return weighted(table[np.argsort(self.order)], self.weights)
+        return np.array(members, dtype=float)
 
 
 def _closing(completion: Sequence[int], encoder: Encoder) -> int:
@@ -103,10 +145,17 @@ def function_scores(functions: Sequence[Scorer], asked: Asked) -> list[list[floa
 def score_batches(
     model: Model, laid_out: Sequence[Batch], adapter: str, done: Callable[[], None] = lambda: None
 ) -> list[list[float]]:
-    """Scores of each example's sequences, in the order of the examples; calls `done` after each batch."""
+    """Scores of each example's sequences, in the order of the examples; calls `done` after each batch.
+
+    Raises:
+        AdapterError, DivergenceError: a score isn't finite (`perlhf.rollout.local.check_finite`); nan would be
+            taken for one that wasn't given.
+    """
     scores: dict[int, list[float]] = {}
     for batch in laid_out:
-        flat = model.scores(batch, adapter).tolist()
+        found = model.scores(batch, adapter)
+        check_finite(model, adapter, found, "scores")
+        flat = found.tolist()
         ends = (*batch.first[1:], len(flat))
         scores |= {i: flat[at:end] for i, at, end in zip(batch.examples, batch.first, ends, strict=True)}
         done()
@@ -156,7 +205,8 @@ def load_scorers(
                 hint="train it with perlhf reward",
             )
     chosen = None if weights is None else tuple(weights)
-    return Scorers(tuple(adapters.values()), tuple(functions.values()), how, chosen, (*adapters, *functions))
+    order = (*adapters, *functions)
+    return Scorers(tuple(adapters.values()), tuple(functions.values()), how, chosen, order, tuple(sources))
 
 
 def load_functions(
@@ -236,6 +286,30 @@ def combine(scores: ArrayLike, how: Combine) -> NDArray[np.float64]:
                 return table.mean(axis=0) - table.std(axis=0) if whole else np.nanmean(table, 0) - np.nanstd(table, 0)
             case _:
                 raise ConfigError(f"unknown value {how!r}", where="combine", allowed="mean, min, mean_minus_std")
+
+
+def centred(scores: ArrayLike, levels: Sequence[Level]) -> NDArray[np.float64]:
+    """Members' scores less what each of them gives the reference's answers, spread alike.
+
+    (score - mean of the member) * (mean deviation of all members / deviation of the member)
+
+    Bradley-Terry leaves a reward model's zero free, and nothing makes two models spread alike. As they are, the one
+    with the lowest zero is the minimum of nearly all answers, and deviations between members are those of their zeros.
+    Here 0 is as good as the reference, to every member. A member that doesn't vary isn't spread, and isn't in the mean
+    deviation.
+
+    Members that give the reference 0 and 2 (mean 1, deviation 1), and 100 and 106 (mean 103, deviation 3), have the
+    mean deviation 2. An answer that they score 2 and 103 gets 2 and 0: minimum 0, mean less deviation 1 - 1 = 0.
+
+    Args:
+        scores: float [members, completions]; nan stays nan.
+        levels: of each member.
+    """
+    means, deviations = np.array(levels, dtype=float).T
+    vary = deviations > 0
+    common = deviations[vary].mean() if vary.any() else 1.0
+    factors = np.where(vary, common / np.where(vary, deviations, 1.0), 1.0)
+    return (np.asarray(scores, dtype=float) - means[:, None]) * factors[:, None]
 
 
 def weighted(scores: ArrayLike, weights: Sequence[float]) -> NDArray[np.float64]:

@@ -3,15 +3,20 @@
 Wherever a run is named, a directory that holds an adapter in PEFT's layout may be named instead.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from perlhf.config.stages import StageConfig
 from perlhf.errors import RunError
 from perlhf.runs.manifest import MANIFEST
+from perlhf.system.hashes import hash_of
 
 ADAPTER_CONFIG, ADAPTER_DETAILS = "adapter_config.json", "perlhf.json"
 """Files of an adapter directory: peft's, and what perlhf adds."""
+ADAPTER_TENSORS, ADAPTER_WEIGHTS = "adapter_model.safetensors", "full_weights.safetensors"
+"""Its tensors, as peft has them, and those of a run with `tuning: full`."""
+ADAPTER_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_DETAILS, ADAPTER_TENSORS, ADAPTER_WEIGHTS})
 
 
 def adapter_of(path: Path) -> Path | None:
@@ -47,6 +52,13 @@ def is_adapter(path: Path) -> bool:
     if (path / MANIFEST).exists():
         return False
     return (path / ADAPTER_CONFIG).is_file() or (path / ADAPTER_DETAILS).is_file()
+
+
+def files_hash(directory: Path) -> str:
+    """SHA-256 over the names and bytes of an adapter directory's files, those apart that are nothing to the adapter."""
+    files = [directory / name for name in sorted(ADAPTER_FILES) if (directory / name).is_file()]
+    lines = [f"{file.name}:{hash_of(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def earlier_runs(config: StageConfig) -> dict[str, list[Path]]:

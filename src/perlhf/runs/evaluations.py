@@ -79,6 +79,8 @@ class Evaluation:
     records: dict[str, dict[str, list[Any]]] | None = None
     """Group and scores of every record of a reward run, column by column: what `compare` resamples."""
     samples: list[dict[str, Any]] = field(default_factory=list)
+    changed: list[str] | None = None
+    """What wasn't as the run recorded it any more, where that was accepted."""
     data: list[str] | None = None
     """Where the records are from, if that isn't the run's own data."""
 

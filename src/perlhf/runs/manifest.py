@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 
 from perlhf.errors import RunError
 from perlhf.runs import places
-from perlhf.runs.evaluations import EVALUATION
+from perlhf.runs.evaluations import EVALUATION, mapping
+from perlhf.system.before_torch import waiting
 from perlhf.system.files import (
     TEMPORARY,
     damaged,
@@ -29,13 +30,14 @@ from perlhf.system.files import (
     write_json,
 )
 from perlhf.system.machine import environment
-from perlhf.system.threads import waiting
 
 LOCK, CONFIG, MANIFEST, RESULT = ".lock", "config.yaml", "manifest.json", "result.json"
 FORMAT = 2
 """Number of what a run directory looks like; raised when older ones can't be continued or used any more."""
 TOTALS = ("updates", "max_updates", "epochs")
 """Keys that may grow: a run that has them goes on to what one that had them from the start would have become."""
+ADAPTER = "adapter_sha256"
+"""Key of the manifest of a finished run: of what it made (`runs.earlier.files_hash`)."""
 CHECKPOINTS = "checkpoints"
 """Directory of a run's checkpoints; a finished run needs none."""
 FREE_KEYS = ("checkpoint_every", "log", "reward_timeout_seconds", "run")
@@ -118,7 +120,8 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
     before, now = _bound(_read_yaml(path / CONFIG)), _bound(settings)
     grown = {key: now.get(key) for key in TOTALS if _grew(before.get(key), now.get(key))}
     _check_same(path / CONFIG, before | grown, now | grown, "configuration")
-    _check_same(path / MANIFEST, {"facts": manifest["facts"]}, {"facts": facts}, "data or base")
+    given = _as_far_as_recorded(manifest["facts"], facts)
+    _check_same(path / MANIFEST, {"facts": manifest["facts"]}, {"facts": given}, "data, base, adapter or code")
     if grown:
         _check_extends(path / CONFIG, before, grown)
         session |= {"extended": {key: {"before": before.get(key), "now": value} for key, value in grown.items()}}
@@ -223,6 +226,14 @@ def _reopen(path: Path) -> None:
         if (path / EVALUATION).exists():
             os.replace(path / EVALUATION, path / f"evaluation-of-{updates}-updates.json")
         (path / RESULT).unlink()
+
+
+def _as_far_as_recorded(recorded: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts without what an earlier version of perlhf, which began the run, didn't record."""
+    kept = {key: value for key, value in facts.items() if key in recorded or key not in ("beside", "code")}
+    if "files" not in mapping(recorded.get("base")) and "base" in kept:
+        kept["base"] = {key: value for key, value in kept["base"].items() if key != "files"}
+    return kept
 
 
 def _check_same(file: Path, recorded: dict[str, Any], given: dict[str, Any], what: str) -> None:

@@ -6,6 +6,7 @@ continues from.
 This module imports no torch; it only looks at it where it is already loaded.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -21,7 +22,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from perlhf.errors import ConfigError, PerlhfError, RunError
+from perlhf.runs.earlier import adapter_of, files_hash
 from perlhf.runs.manifest import (
+    ADAPTER,
     MANIFEST,
     RESULT,
     check_is_run_directory,
@@ -33,9 +36,10 @@ from perlhf.runs.manifest import (
 from perlhf.system.files import read_json, remove_leftovers, storage_errors, strict_json, write_atomic, write_json
 from perlhf.system.machine import cuda_peak_bytes, gpu_name, peak_memory_bytes, reset_peak_memory
 from perlhf.system.progress import Progress
-from perlhf.system.waiting import STOP_ASKED
+from perlhf.system.waiting import STOP_ASKED, leave_closed_terminal
 
 METRICS = "metrics.jsonl"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
@@ -44,8 +48,8 @@ def open_run(path: Path, stage: str, config: BaseModel, facts: dict[str, Any]) -
 
     A `PerlhfError` raised inside before anything was logged or saved leaves no run directory behind.
 
-    Inside, the first Ctrl-C or SIGTERM sets `Run.stop_requested`; Ctrl-C after that raises KeyboardInterrupt. Only the
-    main thread can have this; in another one signals stay as they are.
+    Inside, the first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) sets `Run.stop_requested`; Ctrl-C after that
+    raises KeyboardInterrupt. Only the main thread can have this; in another one signals stay as they are.
 
     Args:
         path: the run directory.
@@ -109,7 +113,7 @@ class Run:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether Ctrl-C or SIGTERM arrived: save a checkpoint and return."""
+        """Whether Ctrl-C, SIGTERM or SIGHUP arrived: save a checkpoint and return."""
         return self._signalled
 
     @property
@@ -232,10 +236,13 @@ class Run:
         return path
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Ends the run: the manifest gets times and peaks, then result.json is written, last of all files.
+        """Ends the run: the manifest gets times, peaks and the adapter's hash, then result.json is written, last of all
+        files.
 
         `stage`, `seconds` and `peak_memory_bytes` are added to the result unless given.
         """
+        if (adapter := adapter_of(self.path)) is not None:
+            self._manifest[ADAPTER] = files_hash(adapter)
         self._record_session()
         measured = {"stage": self._stage, "seconds": round(self.seconds, 3)}
         measured["peak_memory_bytes"] = self._manifest["peak_memory_bytes"]
@@ -295,8 +302,11 @@ class Run:
         if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signalled = True
-        # os.write, since a handler may interrupt a print.
-        os.write(2, b"\nstopping after this update; press Ctrl-C again to stop at once\n")
+        if number == signal.SIGHUP:
+            leave_closed_terminal()
+        with contextlib.suppress(OSError):
+            # os.write, since a handler may interrupt a print.
+            os.write(2, b"\nstopping after this update; press Ctrl-C again to stop at once\n")
 
 
 def _check_writers(log: dict[str, Any]) -> None:
@@ -316,7 +326,9 @@ def _signals(run: Run) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, run._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    # `nohup` has SIGHUP ignored, which stays.
+    heard = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP]
+    before = {number: signal.signal(number, run._on_signal) for number in heard}
     asked = STOP_ASKED.set(lambda: run.stop_requested)  # a service isn't waited for much longer then
     try:
         yield

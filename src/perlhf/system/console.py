@@ -5,6 +5,7 @@ import io
 import os
 import sys
 import unicodedata
+from typing import TextIO
 
 _NEAR = {"·": "-", "•": "*", "–": "-", "—": "-", "−": "-", "×": "x", "…": "...", "→": "->", "⏎": "\\n", "⇥": "\\t"}
 """Signs that we print ourselves, as ASCII."""
@@ -23,7 +24,7 @@ def show_anything() -> None:
             stream.reconfigure(errors="perlhf")
 
 
-def _open(stream: io.TextIOBase | None) -> io.TextIOBase:
+def _open(stream: TextIO | None) -> TextIO:
     return open(os.devnull, "w", encoding="utf-8") if stream is None else stream
 
 

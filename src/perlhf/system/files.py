@@ -1,18 +1,24 @@
 """Files: written complete or not at all (temporary name, fsync, rename), as JSON, and their SHA-256.
 
-A process killed half-way leaves only names that start with `TEMPORARY`; readers ignore them and `remove_leftovers`
-deletes them. Whatever the system refuses (disk full, no permission) becomes a `StorageError`, with the old content
-still in place.
+A process killed half-way leaves only names that start with `TEMPORARY`. Readers ignore them, and the next command that
+writes there deletes them: whoever writes one holds a lock on it, which the system drops when that process dies, so that
+what a living process writes stays. Whatever the system refuses (disk full, no permission) becomes a `StorageError`,
+with the old content still in place.
 """
 
+import contextlib
 import errno
+import fcntl
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +26,10 @@ from typing import Any
 from perlhf.errors import RunError, StorageError
 
 TEMPORARY = ".tmp-"
+_OURS = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{16}}-")
+"""What names of ours begin with; people have files whose names start with `.tmp-`, too."""
+_NAME_BYTES = 200
+"""Of a name, in the temporary one: a name may have 255 bytes."""
 
 
 @contextmanager
@@ -44,21 +54,32 @@ def write_atomic(path: Path, content: str | bytes | Iterable[bytes]) -> None:
     """Writes `path` (text as UTF-8, or parts as they come) so that a reader sees the old content or the new, never a
     part.
 
+    A file that is there keeps its permissions, a link stays and its target is written; a pipe or a device such as
+    `/dev/null` is written to. Half a surrogate pair, which UTF-8 can't hold, becomes JSON's escape for it.
+
     Raises:
         StorageError: it can't be written; the old file, if any, is untouched and nothing else is left.
     """
-    temporary = _temporary(path)
-    parts = [content.encode()] if isinstance(content, str) else [content] if isinstance(content, bytes) else content
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
+    parts = [content] if isinstance(content, bytes) else content
     with storage_errors(path):
-        try:
-            with open(temporary, "wb") as file:
+        before = _status(path)
+        if before is not None and _is_stream(path, before):
+            with open(path, "wb") as stream:
+                stream.writelines(parts)
+            return
+        target = _behind_links(path)
+        if before is not None and not stat.S_ISREG(before.st_mode):
+            raise OSError(errno.EISDIR if stat.S_ISDIR(before.st_mode) else errno.EINVAL, "it is no file")
+        with _temporary(target, _new_file) as (temporary, descriptor):
+            with open(descriptor, "wb", closefd=False) as file:
                 file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync(path.parent)
+            if before is not None:
+                _keep_owner_and_mode(descriptor, before)
+            os.fsync(descriptor)
+            os.replace(temporary, target)
+        sync(target.parent)
 
 
 def write_json(path: Path, value: object, indent: int | None = 2) -> None:
@@ -135,42 +156,93 @@ def unsealed(path: Path) -> dict[str, Any]:
 def directory_atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary directory beside `path` that becomes `path` when the block ends without an exception.
 
-    A directory that is already there is replaced. On an exception the temporary directory is deleted and `path` keeps
-    its content.
+    A directory that is already there is replaced and its permissions are kept; a link stays, and the directory that it
+    leads to is replaced. On an exception the temporary directory is deleted and `path` keeps its content.
 
     Raises:
-        StorageError: something can't be written.
+        StorageError: something can't be written, or there is a file.
     """
-    temporary = _temporary(path)
     with storage_errors(path):
-        try:
-            temporary.mkdir(parents=True)
+        before = _status(path)
+        if before is not None and not stat.S_ISDIR(before.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "a file is there")
+        target = _behind_links(path)
+        if _OURS.match(target.name):  # a temporary directory, which isn't there for anybody yet
+            yield target
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(target, _new_directory) as (temporary, descriptor):
             yield temporary
-            for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
-            remove_directory(path)
-            os.rename(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        _sync(path.parent)
+            for file in temporary.rglob("*"):
+                sync(file)
+            if before is not None:
+                _keep_owner_and_mode(descriptor, before)
+            os.fsync(descriptor)
+            remove_directory(target)
+            os.rename(temporary, target)
+        sync(target.parent)
+
+
+@contextmanager
+def working_directory(parent: Path) -> Iterator[Path]:
+    """Yields an empty directory inside `parent` for what is needed for a while; it is deleted at the end.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    with _temporary(parent / "work", _new_directory) as (temporary, _):
+        yield temporary
 
 
 def remove_directory(path: Path) -> None:
     """Deletes a directory if it is there; killed half-way it leaves a temporary name, never a part of `path`."""
-    if path.exists():
-        doomed = _temporary(path)
+    if not path.exists():
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        doomed = path.with_name(_temporary_name(path))
         os.rename(path, doomed)
         shutil.rmtree(doomed)
+    finally:
+        os.close(descriptor)
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Deletes what killed processes left directly inside `directory`; nobody may be writing there."""
+def remove_leftovers(directory: Path, ours_alone: bool = False) -> None:
+    """Deletes what killed processes left directly inside `directory`; what a living process writes there stays.
+
+    Args:
+        ours_alone: only names as this module makes them, in a directory that may hold files of other programs; else all
+            that start with `TEMPORARY`.
+
+    Raises:
+        OSError: one can't be deleted.
+    """
     for leftover in directory.glob(f"{TEMPORARY}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+        if ours_alone and not _OURS.match(leftover.name):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if leftover.is_symlink():
+                leftover.unlink()
+                continue
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            except BlockingIOError:
+                pass
+            finally:
+                os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Has the system write a file, or a directory's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _finite(value: object) -> object:
@@ -185,14 +257,79 @@ def _finite(value: object) -> object:
             return value
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
-
-
-def _sync(path: Path) -> None:
-    """Has the system write a file, or a directory's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _status(path: Path) -> os.stat_result | None:
+    """Of what the path leads to; None where nothing is there."""
     try:
-        os.fsync(descriptor)
-    finally:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _is_stream(path: Path, status: os.stat_result) -> bool:
+    """Whether it is written to as it is: a pipe, a device without blocks, or a name of the system's own for one."""
+    kind = status.st_mode
+    named = str(path).startswith(("/dev/std", "/dev/fd/"))  # of a stream that is redirected to a file
+    return stat.S_ISFIFO(kind) or stat.S_ISCHR(kind) or (stat.S_ISREG(kind) and named)
+
+
+def _behind_links(path: Path) -> Path:
+    """Where the path leads, which need not be there; itself, unless it is a link."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _keep_owner_and_mode(descriptor: int, before: os.stat_result) -> None:
+    with contextlib.suppress(PermissionError):  # only root gives files away
+        os.fchown(descriptor, before.st_uid, before.st_gid)
+    os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
+
+
+@contextmanager
+def _temporary(path: Path, new: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    """A new file or directory beside `path`, locked, with its descriptor; what is left of it at the end is deleted."""
+    _sweep_once(path.parent, os.getpid())
+    while True:
+        temporary = path.with_name(_temporary_name(path))
+        descriptor = new(temporary)
+        _lock(descriptor)
+        # Between the two lines above another process may have taken it for a leftover.
+        if os.path.lexists(temporary):
+            break
         os.close(descriptor)
+    try:
+        yield temporary, descriptor
+    finally:
+        if os.path.lexists(temporary):
+            shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _new_file(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def _new_directory(path: Path) -> int:
+    while True:
+        path.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # taken for a leftover
+            return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _lock(descriptor: int) -> None:
+    """Marks a temporary name as that of a living process; where a file system has no locks, nothing is swept either.
+
+    Only `remove_leftovers` can have the lock of a new name already, and gives it back at once.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+@functools.lru_cache(maxsize=256)
+def _sweep_once(directory: Path, process: int) -> None:
+    """Deletes what killed processes left beside a file that is about to be written; once for each process."""
+    with contextlib.suppress(OSError):  # it may be somebody else's
+        remove_leftovers(directory, ours_alone=True)
+
+
+def _temporary_name(path: Path) -> str:
+    shortened = os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])
+    return f"{TEMPORARY}{secrets.token_hex(8)}-{shortened}"

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from perlhf import __version__
-from perlhf.system import allocator
+from perlhf.system import before_torch
 
 COMPILED_PRODUCTS = 512
 """Kernels of bfloat16 products that a CPU run keeps."""
@@ -34,7 +34,7 @@ def environment() -> dict[str, Any]:
         **_commit(),
         "hardware": _hardware(),
         "threads": threads,
-        "allocator": allocator.in_use(),
+        "allocator": before_torch.in_use(),
         "kernels": native.state() if native else None,
     }
 

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from perlhf.errors import visible
 from perlhf.system.machine import peak_memory_bytes
 
 Item = TypeVar("Item")
@@ -77,7 +78,7 @@ class Progress:
     def __init__(
         self, total: int | None, start: int, description: str, memory: Callable[[], int], began: float | None = None
     ):
-        self._total, self._start, self._done, self._description = total, start, start, description
+        self._total, self._start, self._done, self._description = total, start, start, visible(description)
         self._memory = memory
         self._values: dict[str, float] = {}
         self._began = time.monotonic() if began is None else began
@@ -146,7 +147,7 @@ class Progress:
         grid = Table.grid(padding=(0, 1))
         elapsed = clock(time.monotonic() - self._began)
         bar = ProgressBar(total=self._total, completed=self._done, width=30)
-        grid.add_row(self._description, bar, self._count(), elapsed, f"ETA {clock(self.eta_seconds())}")
+        grid.add_row(Text(self._description), bar, self._count(), elapsed, f"ETA {clock(self.eta_seconds())}")
         return Group(grid, Text("  " + " · ".join(self._metrics()), style="dim"))
 
 

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import functools
 import os
+import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
@@ -23,6 +25,9 @@ _POLL_SECONDS = 0.1
 def _never() -> bool:
     return False
 
+
+PARENT = "PERLHF_PARENT_PIPE"
+"""Environment variable with the number of a pipe that is closed when the process that started this one ends."""
 
 STOP_ASKED: ContextVar[Callable[[], bool]] = ContextVar("STOP_ASKED", default=_never)
 """Whether a signal asked the open run to stop; `runs.run.open_run` sets it."""
@@ -53,6 +58,33 @@ def finish(coroutine: Coroutine[Any, Any, Result]) -> Result:
         raise ended_by
     assert result is not None
     return result[0]
+
+
+def end_with_parent() -> None:
+    """Where whoever started this process gave it a pipe: once that process has ended, however, this one gets SIGTERM.
+
+    A killed comparison ends its cells so, which save first; no system call for it is the same on Linux and macOS.
+    """
+    number = os.environ.pop(PARENT, None)
+    if number is None:
+        return
+    descriptor = int(number)
+    os.set_inheritable(descriptor, False)
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            os.read(descriptor, 1)  # nobody writes: it returns when the last end for writing is closed
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="perlhf-parent", daemon=True).start()
+
+
+def leave_closed_terminal() -> None:
+    """After SIGHUP: what would be printed on a terminal that was closed goes nowhere, instead of failing."""
+    for descriptor in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
 
 
 async def together_or_none(running: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:

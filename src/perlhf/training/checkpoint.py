@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from perlhf.errors import CheckpointError
@@ -102,7 +103,9 @@ def load(run_dir: Path, step: int | None = None) -> Checkpoint | None:
     try:
         said = _intact(directory)
     except CheckpointError as error:
-        raise CheckpointError(error.what, where=error.where, hint=_way_back(run_dir, step)) from error
+        raise CheckpointError(
+            error.what, where=error.where, allowed=error.allowed, hint=_way_back(run_dir, step)
+        ) from error
     tensors = {Path(name).stem: load_file(directory / name) for name in said["files"]}
     return Checkpoint(step=step, tensors=tensors, state=said["state"])
 
@@ -128,13 +131,26 @@ def _intact(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         what = f"the checkpoint's state is damaged: {error}"
         raise CheckpointError(what, where=str(directory / STATE_FILE)) from error
-    for name, expected in said["files"].items():
+    step, files = said.get("step"), said.get("files")
+    if type(step) is not int or not isinstance(files, dict) or not isinstance(said.get("state"), dict):
+        raise CheckpointError(
+            "not what a checkpoint's state says", where=str(directory / STATE_FILE), allowed="step, files and state"
+        )
+    if step != int(directory.name):
+        what = f"the directory is named for step {int(directory.name)}, but holds the checkpoint of step {step}"
+        raise CheckpointError(what, where=str(directory), allowed=f"{step:08d}")
+    for name, expected in files.items():
         file = directory / name
         if not file.is_file():
             raise CheckpointError("a file of the checkpoint is missing", where=str(file))
         if (actual := sha256(file)) != expected:
-            what = f"the checkpoint is damaged: SHA-256 {actual[:12]}… instead of {expected[:12]}…"
+            what = f"the checkpoint is damaged: SHA-256 {actual[:12]}… instead of {str(expected)[:12]}…"
             raise CheckpointError(what, where=str(file))
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"no file of tensors: {error}", where=str(file)) from error
     return said
 
 

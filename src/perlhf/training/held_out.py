@@ -17,7 +17,7 @@ from perlhf.training.policy_step import (
     Setup,
     each_completion,
     logprobs_of_all,
-    raw_scores,
+    member_scores,
     sample_completions,
     score,
 )
@@ -42,7 +42,8 @@ def two_parts(count: int, config: PolicyConfig) -> tuple[list[int], list[int]]:
 def centre_of(setup: Setup, key: SourcesKey = "reward") -> Centre:
     """Mean and deviation of the reference's scores on `centre_prompts` training prompts, one completion each.
 
-    Where the scores don't vary, a missing end token costs `PENALTY_WHERE_EQUAL`, and that is told.
+    Where rewards combine by more than their mean, each of them is brought to the level of its own scores first. Where
+    the scores don't vary, a missing end token costs `PENALTY_WHERE_EQUAL`, and that is told.
 
     Args:
         key: of the configuration, which names what scores.
@@ -54,18 +55,21 @@ def centre_of(setup: Setup, key: SourcesKey = "reward") -> Centre:
     numbers = order.cycle(len(setup.prompts), min(config.centre_prompts, len(setup.prompts)), 1, config.seed)
     prompts = [setup.prompts[i] for i in numbers]
     rollout = sample_completions(setup, prompts, setup.reference, 1, 0, numbers)
-    raw = raw_scores(setup, rollout, prompts, 0)
-    if np.isnan(raw).all():
-        raise nothing_scored(len(raw), "of the reference", config, key)
+    table = member_scores(setup, rollout, prompts, 0)
+    if np.isnan(table).all():
+        raise nothing_scored(len(prompts), "of the reference", config, key)
+    scorers = setup.scorers.on_level(table)
+    members = None if scorers.levels is None else [list(level) for level in scorers.levels]
+    raw = scorers.combined(table)
     raw = raw[~np.isnan(raw)]
     mean, std = float(raw.mean()), float(raw.std())
     if config.missing_end_penalty is not None:
-        return Centre(mean, std, config.missing_end_penalty)
+        return Centre(mean, std, config.missing_end_penalty, members)
     if std > LEAST_DEVIATION * max(1.0, abs(mean)):
-        return Centre(mean, std, std)
+        return Centre(mean, std, std, members)
     what = f"the scores of the reference's {len(raw)} completions are all {mean:g}: a missing end token"
     print(f"note: {what} costs {PENALTY_WHERE_EQUAL:g} (missing_end_penalty sets it)", file=sys.stderr)
-    return Centre(mean, std, PENALTY_WHERE_EQUAL)
+    return Centre(mean, std, PENALTY_WHERE_EQUAL, members)
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,18 @@ from torch import Tensor
 from perlhf.config.stages import RewardConfig, SftConfig, StageConfig
 from perlhf.data import order
 from perlhf.data.records import Record, completions_of
-from perlhf.data.splits import TIES, Splits, content_hash, oddities, read_splits
+from perlhf.data.splits import TIES, Splits, content_hash, hashes_beside, oddities, read_splits
 from perlhf.data.store import NO_LABEL, Records, count_groups
 from perlhf.errors import DataError, DivergenceError, Interrupted, RunError
-from perlhf.model import saved
+from perlhf.kernels import cpu
 from perlhf.model.adapter import Adapter
-from perlhf.model.base import Base
+from perlhf.model.base import Base, pick_device
 from perlhf.model.encoding.encode import Encoder, Example, TooLong
 from perlhf.model.encoding.lengths import to_tokenise
 from perlhf.model.model import Model
-from perlhf.runs.earlier import adapter_of, earlier_runs
+from perlhf.rollout.functions import code_of
+from perlhf.runs.earlier import adapter_of, earlier_runs, files_hash
+from perlhf.runs.recorded import check_own
 from perlhf.runs.run import Run
 from perlhf.system.progress import counted
 from perlhf.training import checkpoint, optim
@@ -96,15 +98,34 @@ def clearly_above(ours: Sequence[float | None], theirs: Sequence[float | None]) 
 
 
 def facts(config: StageConfig, base: Base) -> dict[str, Any]:
-    """What a run's result depends on besides its configuration; sets the threads, so that the manifest tells them."""
+    """What a run's result depends on besides its configuration (`runs.recorded`); sets the threads and compiles the
+    kernels, so that the manifest tells what is really used.
+
+    Raises:
+        RunError: an earlier run whose adapter was changed; DataError, ModelError: a file can't be read;
+        ConfigError, RewardFunctionError: a reward function's module can't be imported.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
-    recorded: dict[str, Any] = {"data": content_hash(config.data), "base": base.fingerprint}
+    if pick_device(config.device).type == "cpu":
+        cpu.library()
+    recorded: dict[str, Any] = {
+        "data": content_hash(config.data),
+        "beside": hashes_beside(config.data),
+        "base": base.fingerprint,
+    }
+    for key in ("reward", "validation_reward"):
+        if sources := getattr(config, key, ()):
+            recorded["code"] = recorded.get("code", {}) | code_of(sources, key)
     template = Path(config.encoding.template)
     if template.is_file():
         recorded["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
-    runs = [run for named in earlier_runs(config).values() for run in named]
-    adapters = {str(run): saved.files_hash(directory) for run in runs if (directory := adapter_of(run)) is not None}
+    earlier = earlier_runs(config)
+    for key, named in earlier.items():
+        for run in named:
+            check_own(run, key)
+    runs = [run for named in earlier.values() for run in named]
+    adapters = {str(run): files_hash(directory) for run in runs if (directory := adapter_of(run)) is not None}
     return recorded | ({"adapters": adapters} if adapters else {})
 
 

@@ -16,7 +16,7 @@ from perlhf.model.base import without_weights
 from perlhf.model.supported import target_paths
 from perlhf.rollout.scorers import load_functions
 from perlhf.runs.earlier import check_runs, earlier_runs, is_adapter
-from perlhf.system import allocator
+from perlhf.system import before_torch
 from perlhf.system.machine import cpu_computes_in_bf16
 from perlhf.training.loop import Sides, read_sides, tell, updates_of
 
@@ -32,8 +32,8 @@ OPTIMISER_BYTES = 16
 HEAD_CHUNK_TOKENS = 256
 """Tokens whose logits exist at one time, as in `logprobs.py`."""
 HOLES = 2.0
-"""What activations take where memory grows holes, in units of their size: under glibc's allocator (`allocator.py`), and
-in bfloat16 on a CPU."""
+"""What activations take where memory grows holes, in units of their size: under glibc's allocator, and in bfloat16 on a
+CPU."""
 
 COMPILED_BYTES = 480 * 2**20
 """What a run in bfloat16 on a CPU takes beside: kernels that oneDNN compiles for each shape, and its buffers (fitted to
@@ -86,7 +86,7 @@ def plan(config: Stage) -> Plan:
     records = count_records(sides)
     size, trainable = network.num_parameters(), trainable_parameters(config, network)
     dtype = dtype_in_force(config.dtype, config.device)
-    used = allocator.expected()
+    used = before_torch.expected()
     compiles = dtype == "bfloat16" and not config.device.startswith("cuda")
     memory = {
         "libraries": OVERHEAD_BYTES,

@@ -91,10 +91,9 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         model, optimizers = setup.model, _optimizers(setup)
         validation = _validation(setup)
         step, keeper, saved_state = loop.restore(run, model, optimizers)
-        if saved_state:
-            state = _state(saved_state, step)
-        else:
-            state = _before(setup, validation, run, keeper)
+        state = _state(saved_state, step, setup) if saved_state else _before(setup, validation, run, keeper)
+        setup, validation = _on_level(setup, state.centre), _on_level(validation, state.validation_centre)
+        if not saved_state:
             loop.save(run, 0, model, optimizers, keeper, asdict(state))
         oddities = _Oddities(config)
         if step < config.updates and state.stopped is None:
@@ -193,9 +192,10 @@ def _before(setup: Setup, validation: Setup, run: Run, keeper: Keeper) -> Policy
         centre = centre_of(setup)
         validation_centre = centre if validation is setup else centre_of(validation, "validation_reward")
         bar.advance()
-        start = before = validate(validation, validation.held_out, validation_centre, setup.reference, 0)
+        on_level = _on_level(validation, validation_centre)
+        start = before = validate(on_level, validation.held_out, validation_centre, setup.reference, 0)
         if setup.config.start is not None:
-            start = validate(validation, validation.held_out, validation_centre, POLICY, 0)
+            start = validate(on_level, validation.held_out, validation_centre, POLICY, 0)
         bar.advance()
     if not {"score"} <= before.metrics.keys() & start.metrics.keys():
         key = "validation_reward" if setup.config.validation_reward else "reward"
@@ -204,9 +204,18 @@ def _before(setup: Setup, validation: Setup, run: Run, keeper: Keeper) -> Policy
     return PolicyState(centre, validation_centre, before.metrics)
 
 
-def _state(saved_state: dict[str, Any], step: int) -> PolicyState:
-    """As a checkpoint has it; one of an earlier version knows of no update that was skipped."""
+def _on_level(setup: Setup, centre: Centre) -> Setup:
+    return replace(setup, scorers=centre.level(setup.scorers))
+
+
+def _state(saved_state: dict[str, Any], step: int, setup: Setup) -> PolicyState:
+    """As a checkpoint has it. One of an earlier version knows of no update that was skipped; a run that began before
+    rewards were brought to one level goes on as it began.
+    """
     centres = {key: Centre(**saved_state[key]) for key in ("centre", "validation_centre")}
+    if centres["centre"].members is None and setup.scorers.levels_matter:
+        what = f"this run began with combine: {setup.config.combine} of scores as they are, and goes on so"
+        print(f"note: {what}; a new run brings each reward to its own level first", file=sys.stderr)
     return PolicyState(**{"learned": step, **saved_state, **centres})
 
 

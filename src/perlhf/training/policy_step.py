@@ -8,7 +8,7 @@ micro-batch tells its own advantages.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,6 +55,14 @@ class Centre:
     mean: float
     std: float
     penalty: float
+    members: list[list[float]] | None = None
+    """Mean and deviation of each reward's own scores, where combining them needs these (`Scorers.on_level`)."""
+
+    def level(self, scorers: Scorers) -> Scorers:
+        """The scorers with their members at the levels that were found before training."""
+        if self.members is None:
+            return scorers
+        return replace(scorers, levels=tuple((mean, deviation) for mean, deviation in self.members))
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Scored:
 
     rollout: Rollout
     scores: NDArray[np.float64]
-    """Raw [batch], before centring and penalty; nan where no source gave one."""
+    """As the rewards combine [batch], before centring and penalty; nan where no source gave one."""
     paid: NDArray[np.float64]
     """Centred, missing ends penalised: [batch]; 0 where there is no score."""
 
@@ -324,8 +332,8 @@ def sample_completions(
     )
 
 
-def raw_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], done: int) -> NDArray[np.float64]:
-    """Scores [batch] as the scorers give them, nan where none gave one; each prompt has equally many completions.
+def member_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], done: int) -> NDArray[np.float64]:
+    """Scores [members, batch], nan where one gave none; each prompt has equally many completions.
 
     Args:
         done: updates before this rollout, for functions that ask.
@@ -336,13 +344,13 @@ def raw_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], done: 
     config, samples = setup.config, len(rollout.completions) // len(prompts)
     records, state = [record for record in prompts for _ in range(samples)], TrainerState(done, config.updates)
     given = rollout.prompts, rollout.completions, records, config.microbatch_tokens, config.packing, state
-    return setup.scorers.scores(setup.model, setup.encoder, *given, ends=rollout.ends)
+    return setup.scorers.members(setup.model, setup.encoder, *given, ends=rollout.ends)
 
 
 @torch.no_grad()
 def score(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre, done: int) -> Scored:
     """What each completion is paid: its score less the reference's mean, and less the penalty where no end came."""
-    raw = raw_scores(setup, rollout, prompts, done)
+    raw = setup.scorers.combined(member_scores(setup, rollout, prompts, done))
     paid = raw - centre.mean - np.where(rollout.ended, 0.0, centre.penalty)
     return Scored(rollout, raw, np.where(np.isnan(raw), 0.0, paid))
 

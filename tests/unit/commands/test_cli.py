@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -289,12 +288,10 @@ print(code, heavy, file=sys.stderr)
     ids=["help", "validation"],
 )
 def test_help_and_validation_import_nothing_heavy(arguments, code, tmp_path):
-    started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", NO_TORCH, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=60
+        [sys.executable, "-c", NO_TORCH, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
     assert done.stderr.splitlines()[-1] == f"{code} []"
-    assert time.monotonic() - started < 15, "about 0.4 s on an idle machine"
 
 
 HEARS_INTERRUPTS = """
@@ -315,7 +312,7 @@ def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path):
     )
     with pipe.open("w"):  # returns once the command reads the recipe
         process.send_signal(signal.SIGINT)
-        _, shown = process.communicate(timeout=60)
+        _, shown = process.communicate(timeout=300)
     assert process.returncode == 130
     assert shown == "error: interrupted\n"
 
@@ -329,12 +326,57 @@ def test_a_full_gpu_is_a_mistake_with_a_way_out(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "memory is full: CUDA out of memory" in said and "tokens_per_microbatch" in said and "GPU 0" not in said
     monkeypatch.setattr(cli, "_dispatch", lambda _: (_ for _ in ()).throw(RuntimeError("other")))
-    with pytest.raises(RuntimeError, match="other"):
-        cli.main(["reward"])
+    assert cli.main(["reward"]) == 70
+    assert "a mistake of perlhf's own, RuntimeError: other" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_quiet():
     command = f"{sys.executable} -m perlhf data formats | head -c 1; echo; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] in ("141", "0"), "0 where the pipe took everything before it was closed"
     assert done.stderr == ""
+
+
+def run(*arguments: str, **options):
+    return subprocess.run([*PERLHF, *arguments], stderr=subprocess.PIPE, text=True, timeout=300, **options)
+
+
+def test_an_output_on_a_full_disk_is_one_message():
+    with open("/dev/full", "w") as full:
+        done = run("data", "formats", stdout=full)
+    assert done.returncode == 2
+    assert (
+        done.stderr.startswith("error: can't read or write: No space left on device") and done.stderr.count("\n") == 2
+    )
+
+
+def test_closed_streams_are_no_mistake(tmp_path):
+    """What is opened next would get the number of a closed stream, and messages with it."""
+    for closed in (">&-", "2>&-", ">&- 2>&- <&-"):
+        path = tmp_path / "a.yaml"
+        path.write_text("seed: x\n")
+        command = f"{' '.join(PERLHF)} sft {path} {closed}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
+        assert path.read_text() == "seed: x\n"
+
+
+def test_words_that_are_not_utf8_are_refused(capsys):
+    assert "argument 3: '\\udcff' is not UTF-8" in fails(capsys, "sft", "--run", "\udcff")
+
+
+def test_paths_that_look_like_markup_or_hold_line_breaks(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No."}
+    for name in ("[/b].jsonl", "a\nb.jsonl", "\x1b[31m.jsonl", "[bold]", "c" * 249 + ".jsonl"):
+        output = Path(name)
+        if output.suffix:
+            Path("in.jsonl").write_text(json.dumps(row) + "\n")
+            assert main(["data", "convert", "in.jsonl", name]) == 0
+            assert main(["data", "inspect", name]) == 0
+            assert main(["data", "validate", name]) == 0
+        shown = capsys.readouterr()
+        assert "\x1b" not in shown.out + shown.err
+        assert main(["data", "split", "in.jsonl", "--output", name + "d", "--data.test", "0"]) in (0, 2)
+        shown = capsys.readouterr()
+        assert "\x1b" not in shown.out + shown.err and "mistake" not in shown.err

@@ -327,7 +327,7 @@ def test_what_the_page_admits(tmp_path: Path):
     runs = one_cell_a_side(tmp_path)
     found = conclude("reward", runs, config(tmp_path, margin=0.5))
     assert found["seed_noise"] is None and found["unlike"] == []
-    assert found["sides"]["r4-attention"]["verdict"] == "equivalent"
+    assert found["sides"]["r4-attention"]["verdict"] == "undecided: one seed"
     page = comparison.render({"reward": {**found, "tried": []}}, "a").decode()
     assert "over groups alone: no side has a second seed" in page and "diverged" not in page and "unlike" not in page
     path = runs["r4-attention"][0] / "manifest.json"
@@ -340,8 +340,8 @@ def test_what_the_page_admits(tmp_path: Path):
     write(path, json.loads(path.read_text()) | {"best_step": 0})
     found = conclude("reward", runs, config(tmp_path, margin=0.5, jobs=3))
     page = comparison.render({"reward": {**found, "tried": []}}, "a").decode()
-    assert "equivalent, 1 of 1 seeds kept the start untrained, one seed" in page
-    assert "on test groups with one seed a side (others may turn it round), r4-attention is equivalent" in page
+    assert "undecided: one seed, 1 of 1 seeds kept the start untrained" in page
+    assert "on test groups, r4-attention can&#39;t be told from full with one seed a side" in page
     assert "3 cells ran at a time" in page
     assert "of unlike cells: None, None threads, torch x" in page and "Quick 9, torch x" in page
 

@@ -227,3 +227,28 @@ def test_archives_are_unpacked(tmp_path: Path, name: str, content: bytes) -> Non
     assert (target / "x" / "a.json").read_bytes() == CONTENT
     (tmp_path / name).write_bytes(content)
     assert safe_extract(tmp_path / name, tmp_path / "here") == [tmp_path / "here" / "x" / "a.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"\n", b"<html>404</html>", b'[{"instruction": "Say.'])
+def test_what_is_no_data_is_refused(tmp_path: Path, published: Path, address: str, content: bytes) -> None:
+    (published / PANDALM["repository"] / PANDALM["commit"] / "data" / "testset-v1.json").write_bytes(content)
+    with pytest.raises(DataError, match="what came is no data"):
+        pull("pandalm", tmp_path / "out", address=address)
+    assert not (tmp_path / "out" / "pandalm").exists()
+
+
+def test_a_pinned_hash_is_checked_and_a_missing_one_is_told(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pull("pandalm", tmp_path / "out", address=address)
+    assert "no SHA-256 is known beforehand of 1 files of pandalm" in capsys.readouterr().err
+    for digest, fits in ((hashlib.sha256(CONTENT).hexdigest(), True), ("0" * 64, False)):
+        pinned = PANDALM | {"sha256": {"testset-v1.json": digest}}
+        monkeypatch.setattr("perlhf.data.pull.sources", lambda pinned=pinned: {"pandalm": pinned})
+        if fits:
+            pull("pandalm", tmp_path / "pinned", address=address)
+            assert "no SHA-256" not in capsys.readouterr().err
+        else:
+            with pytest.raises(DataError, match="the published file's"):
+                pull("pandalm", tmp_path / "other", address=address)
+    assert not (tmp_path / "other" / "pandalm").exists()

@@ -11,7 +11,16 @@ import pytest
 from perlhf.config.stages import DataConfig, RewardConfig
 from perlhf.data.read import read
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record
-from perlhf.data.splits import check_labels, content_hash, load, read_splits, record_hash, split_of
+from perlhf.data.splits import (
+    check_labels,
+    content_hash,
+    hashes_beside,
+    load,
+    read_splits,
+    record_hash,
+    split_of,
+    write_sides,
+)
 from perlhf.data.store import hold
 from perlhf.errors import DataError, RunError
 from perlhf.runs.run import open_run
@@ -274,3 +283,70 @@ def test_tools_go_along_when_records_serve_as_another_kind(tmp_path: Path) -> No
 def test_a_limit_goes_by_what_was_asked_not_by_other_columns() -> None:
     """Which prompts a limit keeps was settled before their other columns were kept."""
     assert record_hash(Prompt("a", "g", columns={"answer": 3})) == record_hash(Prompt("a", "g"))
+
+
+def lines(*sides: str) -> list[tuple[str, list[bytes]]]:
+    return [(side, [f"{side} now\n".encode()]) for side in sides]
+
+
+def test_an_earlier_split_is_replaced_as_a_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An old validation side beside a new training side would hold groups that are learned from."""
+    output = tmp_path / "out"
+    write_sides(output, lines("train", "validation", "test"), ())
+    assert capsys.readouterr().err == ""
+    write_sides(output, lines("train", "test"), ())
+    assert sorted(file.name for file in output.iterdir()) == ["test.jsonl", "train.jsonl"]
+    assert "train.jsonl, validation.jsonl, test.jsonl" in capsys.readouterr().err
+
+
+def test_an_earlier_split_among_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    write_sides(tmp_path, lines("train", "test"), ())
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(DataError, match=r"train\.jsonl, test\.jsonl of an earlier split, and notes\.txt"):
+        write_sides(tmp_path, lines("train"), ())
+    assert (tmp_path / "test.jsonl").read_text() == "test now\n"
+
+
+def test_what_is_split_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("the only copy")
+    for path in (tmp_path, tmp_path / "train.jsonl"):
+        with pytest.raises(DataError, match="is read from it"):
+            write_sides(tmp_path, lines("train", "test"), [str(path)])
+    assert (tmp_path / "train.jsonl").read_text() == "the only copy"
+    with pytest.raises(DataError, match="the output is a file"):
+        write_sides(tmp_path / "train.jsonl", lines("train"), ())
+
+
+def test_a_directory_is_hashed_by_the_names_that_a_configuration_gives_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the hash is the same from every working directory."""
+    for name in ("a", "b"):
+        (tmp_path / "data" / f"{name}.jsonl").parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "completion": "x"}) + "\n")
+    (tmp_path / "below").mkdir()
+    for paths in (("data",), ("data/",), ("./data",), ("data/*.jsonl",), ("data/a.jsonl", "data")):
+        monkeypatch.chdir(tmp_path)
+        there = content_hash(DataConfig(paths=paths))
+        assert list(there) == list(paths)
+        monkeypatch.chdir(tmp_path / "below")
+        assert content_hash(DataConfig(paths=tuple(f"../{path}" for path in paths)), paths) == there
+
+
+def test_the_stories_of_squality_have_a_hash(tmp_path: Path) -> None:
+    judged = tmp_path / "human" / "judged.jsonl"
+    judged.parent.mkdir()
+    judged.write_text(json.dumps({"passage-id": "1", "questions": []}) + "\n")
+    config = DataConfig(paths=(str(judged),))
+    assert hashes_beside(config) == {}
+    stories = tmp_path / "v1-3" / "txt" / "test.jsonl"
+    stories.parent.mkdir(parents=True)
+    stories.write_text("{}\n")
+    before = hashes_beside(config)
+    assert before == {"txt/test.jsonl": hashlib.sha256(b"{}\n").hexdigest()}
+    stories.write_text('{"x": 1}\n')
+    assert hashes_beside(config) != before and content_hash(config) == content_hash(config)
+    other = tmp_path / "human" / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    assert hashes_beside(DataConfig(paths=(str(other),))) == {}  # whose reader takes nothing of it

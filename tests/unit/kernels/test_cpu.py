@@ -2,11 +2,13 @@
 
 import ctypes
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forks import forked
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -248,3 +250,91 @@ def test_a_library_that_asks_for_other_threads_than_torchs(monkeypatch: pytest.M
     sizes = ctypes.c_int64(1), ctypes.c_int64(2), ctypes.c_float(0), ctypes.c_int(4)
     library.norm_float32(*(pointers(t.data_ptr()) for t in (x, weight, out, inverse)), *sizes)
     assert out.flatten().tolist() == pytest.approx([3 / 12.5**0.5, 4 / 12.5**0.5])
+
+
+SOURCE = '#include <cstdint>\nextern "C" int64_t answer() { return 42; }\n'
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache, and a source that is compiled in no time."""
+    (tmp_path / "cpp").mkdir()
+    (tmp_path / "cpp" / "answer.cpp").write_text(SOURCE)
+    monkeypatch.setattr(cpu, "SOURCES", tmp_path / "cpp")
+    monkeypatch.setenv("PERLHF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def built() -> Path:
+    path, _ = cpu.compiler()
+    assert path is not None
+    return cpu._compiled(path, "-fopenmp-simd")
+
+
+def answer(library: Path) -> int:
+    return ctypes.CDLL(str(library)).answer()
+
+
+def truncated(library: Path) -> None:
+    os.truncate(library, 4096)
+
+
+def changed(library: Path) -> None:
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+
+
+def linked(library: Path) -> None:
+    elsewhere = library.parents[1] / "other.so"
+    library.rename(elsewhere)
+    library.symlink_to(elsewhere)
+
+
+def writable(library: Path) -> None:
+    library.chmod(0o777)
+
+
+@pytest.mark.parametrize("damage", [truncated, changed, linked, writable], ids=lambda damage: damage.__name__)
+def test_a_library_that_is_not_whole_and_our_own_is_compiled_anew(cache: Path, damage: Callable[[Path], None]) -> None:
+    """A truncated one ended the process by SIGBUS, at each start; others would run what somebody else wrote."""
+    library = built()
+    before, made = library.read_bytes(), library.stat().st_mtime_ns
+    assert built() == library and library.stat().st_mtime_ns == made, "one that is whole is kept"
+    damage(library)
+    again = built()
+    assert again == library and not library.is_symlink() and library.read_bytes() == before
+    assert library.stat().st_mode & 0o777 == 0o755 and answer(library) == 42
+    assert [entry.name for entry in library.parent.iterdir()] == [library.name], "nothing is left of the compilation"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_library_or_a_directory_of_somebody_else_is_not_used(cache: Path) -> None:
+    library = built()
+    os.chown(library, 12345, 12345)
+    assert built() == library and library.stat().st_uid == 0
+    os.chown(library.parent, 12345, 12345)
+    elsewhere = built()
+    assert elsewhere.parent == cache / "kernels-0" and elsewhere.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_linked_directory_is_not_used_and_one_that_others_may_write_is_closed(cache: Path) -> None:
+    cache.mkdir()
+    (cache / "theirs").mkdir()
+    (cache / "kernels").symlink_to("theirs")
+    assert built().parent == cache / f"kernels-{os.geteuid()}" and not any((cache / "theirs").iterdir())
+    (cache / "kernels").unlink()
+    (cache / "kernels").mkdir()
+    (cache / "kernels").chmod(0o777)
+    assert built().parent == cache / "kernels" and (cache / "kernels").stat().st_mode & 0o777 == 0o700
+
+
+def test_what_a_killed_compilation_left_goes_with_the_next(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed() -> None:
+        monkeypatch.setattr(cpu.subprocess, "run", lambda *_, **__: os._exit(9))
+        monkeypatch.setattr(cpu, "_version", lambda _: "any")
+        built()
+
+    os.waitpid(forked(killed), 0)
+    assert [entry.name[:5] for entry in (cache / "kernels").iterdir()] == [".tmp-"]
+    assert list((cache / "kernels").iterdir()) != [built()] and len(list((cache / "kernels").iterdir())) == 1

@@ -129,11 +129,13 @@ def test_distinct_ngrams():
 
 def test_bootstrap_of_two_groups():
     # Means of the resamples are 0, 1/2, 1 with chances 1/4, 1/2, 1/4: quantiles 0.025 and 0.975 are 0 and 1,
-    # quantiles 0.3 and 0.7 are 1/2.
+    # quantiles 0.3 and 0.7 are 1/2. Of two groups, t at 0.45 is -0.158, times sqrt(2) -0.224: quantile 0.411 is 1/2;
+    # t at 0.3 is -0.727, -1.027 with the root: quantile 0.152 is 0.
     values = np.array([0.0, 0.0, 1.0, 1.0])
     groups = ["a", "a", "b", "b"]
     assert cluster_bootstrap(lambda indices: values[indices].mean(), groups) == (0, 1)
-    assert cluster_bootstrap(lambda indices: values[indices].mean(), groups, level=0.4) == (0.5, 0.5)
+    assert cluster_bootstrap(lambda indices: values[indices].mean(), groups, level=0.1) == (0.5, 0.5)
+    assert cluster_bootstrap(lambda indices: values[indices].mean(), groups, level=0.4) == (0, 1)
 
 
 def test_bootstrap_draws_whole_groups():

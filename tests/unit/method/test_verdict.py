@@ -5,9 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from perlhf.method.metrics import SeedNoise, seed_noise, seeds_interval, verdict
+from perlhf.method.metrics import SeedNoise, cluster_bootstrap, interval, seed_noise, seeds_spread, verdict, verdicts
 
 GROUPS = [f"g{number}" for number in range(20)]
+
+
+def seeds_interval(*given):
+    return interval(seeds_spread(*given))
 
 
 def constant(value: float):
@@ -85,6 +89,80 @@ def test_one_group_has_no_interval():
 )
 def test_verdict(low: float, high: float, expected: str):
     assert verdict(low, high, 0.02) == expected
+
+
+@pytest.mark.parametrize(("groups", "least", "most"), [(5, 0.87, 0.95), (10, 0.90, 0.97), (20, 0.92, 0.98)])
+def test_intervals_of_few_groups_hold_the_truth(groups: int, least: float, most: float):
+    """A mean of normal groups; percentiles alone hold it in 84, 90 and 93 % of cases."""
+    generator, names, held, alone = np.random.default_rng(3), [str(number) for number in range(groups)], 0, 0
+    for trial in range(300):
+        values = generator.normal(size=groups)
+        low, high = cluster_bootstrap(mean_of(values), names, 200, trial)
+        held += low < 0 < high
+        drawn = values[np.random.default_rng(trial).integers(groups, size=(200, groups))].mean(1)
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        alone += low < 0 < high
+    assert least < held / 300 < most and alone < held
+
+
+def trials(sides: int, seeds: int, apart: float, margin: float, count: int = 200):
+    """Verdicts of that many sides, each `apart` from its reference; seeds differ by 0.05, groups don't matter."""
+    generator = np.random.default_rng(4)
+    for trial in range(count):
+        found = {str(side): list(generator.normal(apart, 0.05, seeds)) for side in range(sides)}
+        reference = list(generator.normal(0, 0.05, seeds))
+        noise = seed_noise([reference, *found.values()])
+        others = [constant(value) for value in reference]
+        points = {
+            side: seeds_spread([constant(value) for value in own], others, GROUPS[:2], noise, 5, trial)
+            for side, own in found.items()
+        }
+        alone = [verdict(*interval(one), margin) for one in points.values()]
+        yield set(verdicts(points, margin, noise).values()), set(alone)
+
+
+def share(found: list, wanted: set) -> float:
+    return float(np.mean([bool(said & wanted) for said in found]))
+
+
+def test_a_difference_is_rarely_seen_where_there_is_none():
+    """Four sides like their reference, three seeds each: any is called better or worse in 5 % of cases at the most."""
+    corrected, alone = zip(*trials(sides=4, seeds=3, apart=0.0, margin=0.0), strict=True)
+    assert share(list(corrected), {"better", "worse"}) <= 0.07  # 0.05, and 1.6 standard errors
+    assert share(list(alone), {"better", "worse"}) > 0.09, "each by itself"
+
+
+def test_equivalence_is_rarely_seen_where_there_is_none():
+    """Two sides that differ by the margin: equivalent in 5 % of cases at the most; and seen where they are alike."""
+    corrected, _ = zip(*trials(sides=2, seeds=5, apart=0.1, margin=0.1), strict=True)
+    assert share(list(corrected), {"equivalent"}) <= 0.07
+    alike, _ = zip(*trials(sides=2, seeds=5, apart=0.0, margin=0.1), strict=True)
+    assert share(list(alike), {"equivalent"}) > 0.5
+    far, _ = zip(*trials(sides=2, seeds=5, apart=0.2, margin=0.1), strict=True)
+    assert share(list(far), {"better"}) > 0.8
+
+
+def test_one_seed_a_side_decides_nothing():
+    """Sides that are alike, of seeds that differ by 0.05: groups alone would call every single one better or worse."""
+    corrected, alone = zip(*trials(sides=2, seeds=1, apart=0.0, margin=0.01, count=50), strict=True)
+    assert all(said == {"undecided: one seed"} for said in corrected)
+    assert share(list(alone), {"better", "worse"}) > 0.9
+
+
+def test_holm_by_hand():
+    """Points from -1 to 1 around each middle: the interval at 1 - a reaches 1 - a each way.
+
+    Of three, 1 - 0.05 / 3 reaches 0.983: 1.0 is decided. Of two, 0.975 is reached: 0.98 is, at the second step. Then
+    0.95 is reached: 0.96 is. By itself 0.94 isn't.
+    """
+    points, noise = np.linspace(-1, 1, 100_001), SeedNoise(0.1, 4)
+    middles = {"a": 0.98, "b": 1.0, "c": 0.96}
+    assert set(verdicts({s: points + m for s, m in middles.items()}, 0.0, noise).values()) == {"better"}
+    found = verdicts({side: points + middle for side, middle in (middles | {"b": 0.0}).items()}, 0.0, noise)
+    assert set(found.values()) == {"undecided"}, "0.98 is below 0.983, so that no step is taken"
+    assert verdicts({"c": points - 0.96}, 0.0, noise) == {"c": "worse"}
+    assert verdicts({"c": points + 0.94}, 0.0, noise) == {"c": "undecided"}
+    assert verdicts({"c": np.zeros(0)}, 0.5, noise) == {"c": "undecided"}, "no interval"
 
 
 def test_no_margin_no_equivalence():

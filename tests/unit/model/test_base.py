@@ -120,26 +120,64 @@ def test_sharded_weights_must_all_be_there(copy: Path) -> None:
         Base.find(str(copy))
 
 
-def test_fingerprint_follows_the_weights(copy: Path, cache: Path) -> None:
+def test_fingerprint_follows_the_weights(copy: Path) -> None:
     weights = copy / "model.safetensors"
     expected = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert Base(copy).fingerprint == {"name": str(copy), "sha256": expected}
-    assert [path.read_text() for path in (cache / "fingerprints").iterdir()] == [expected]
-    assert Base(copy).fingerprint["sha256"] == expected
+    found = Base(copy).fingerprint
+    assert (found["name"], found["sha256"]) == (str(copy), expected)
     tensors = load_file(weights)
     tensors["model.norm.weight"] += 1
+    before = weights.stat()
     save_file(tensors, weights, metadata={"format": "pt"})
-    os.utime(weights, ns=(0, 12345))
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # of the same size and time
+    assert weights.stat().st_size == before.st_size
     changed = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert changed != expected and Base(copy).fingerprint["sha256"] == changed
 
 
-def test_fingerprint_is_computed_once(copy: Path, cache: Path) -> None:
-    expected = Base(copy).fingerprint
-    (entry,) = (cache / "fingerprints").iterdir()
-    assert entry.read_text() == expected["sha256"]
-    entry.write_text("f" * 64)
-    assert Base(copy).fingerprint["sha256"] == "f" * 64
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_fingerprint_follows_what_the_network_and_its_tokens_are_read_from(copy: Path, name: str) -> None:
+    before = Base(copy).fingerprint
+    file = copy / name
+    content = file.read_text("utf-8")
+    file.write_text(content.replace('"eos_token_id": 1', '"eos_token_id": 0').replace("im_end", "im_and"), "utf-8")
+    assert file.read_text("utf-8") != content
+    now = Base(copy).fingerprint
+    assert base.changed_files(before, now) == [name] and now["sha256"] == before["sha256"]
+    file.unlink()
+    assert base.changed_files(before, Base(copy).fingerprint) == [name]
+
+
+def test_fingerprint_does_not_follow_what_saving_again_changes(copy: Path) -> None:
+    before = Base(copy).fingerprint
+    for name in ("config.json", "tokenizer_config.json"):
+        said = json.loads((copy / name).read_text("utf-8")) | {"transformers_version": "99", "_name_or_path": "there"}
+        (copy / name).write_text(json.dumps(said, indent=7), "utf-8")
+    generation = {"transformers_version": "99", "temperature": 0.1, "eos_token_id": 1}
+    (copy / "generation_config.json").write_text(json.dumps(generation), "utf-8")
+    (copy / "README.md").write_text("text")
+    assert Base(copy).fingerprint == before
+    old = {"name": before["name"], "sha256": before["sha256"]}  # as earlier versions recorded it
+    assert base.changed_files(old, before) == base.changed_files(before, old) == []
+
+
+def test_one_file_of_weights_goes_before_shards_as_in_transformers(copy: Path) -> None:
+    before = Base(copy).fingerprint["sha256"]
+    shards = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(shards), "utf-8")
+    (copy / "model-00001-of-00001.safetensors").write_bytes(b"never read")
+    assert Base.find(str(copy)).fingerprint["sha256"] == before
+    base.load_base(Base(copy), torch.float32, "cpu")
+
+
+def test_a_base_with_an_adapter_in_it_is_refused(copy: Path, tmp_path: Path) -> None:
+    """transformers would load the base that the adapter names, and nobody would notice."""
+    (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "other")}), "utf-8")
+    with pytest.raises(ModelError, match=r"adapter_config\.json") as error:
+        Base.find(str(copy))
+    assert "move adapter_config.json away" in str(error.value)
 
 
 def test_fingerprint_needs_no_writable_cache(copy: Path, cache: Path) -> None:
@@ -351,7 +389,7 @@ def test_hub_names(hub: tuple[str, list[str]], tiny_base: Path, tmp_path: Path) 
     wanted = {file.name for file in tiny_base.iterdir()}
     assert set(names) == set(sent) == wanted and len(sent) == len(wanted)  # no pickles, nothing twice
     digest = hashlib.sha256((tiny_base / "model.safetensors").read_bytes()).hexdigest()
-    assert fingerprint == {"name": "some/model", "sha256": digest}
+    assert fingerprint == {"name": "some/model", "sha256": digest, "files": Base(tiny_base).fingerprint["files"]}
     assert "some/other could not be fetched" in unknown and "local directory" in unknown
 
 
@@ -364,3 +402,43 @@ def test_models_of_the_right_size_load_with_the_same_logits(tiny_base: Path) -> 
     with torch.no_grad():
         found = base.load_base(Base(tiny_base), torch.float32, "cpu")(ids).logits
         torch.testing.assert_close(found, by_hand(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("config.json", "vocab_size", "x"),
+        ("config.json", "max_position_embeddings", []),
+        ("config.json", "num_attention_heads", 0),
+        ("config.json", "rope_parameters", 3),
+        ("tokenizer.json", "model", None),
+        ("tokenizer.json", "added_tokens", [3]),
+        ("tokenizer_config.json", "model_max_length", {"x": 1}),
+        ("tokenizer_config.json", "tokenizer_class", 1.5),
+        ("generation_config.json", "eos_token_id", "x"),
+        ("generation_config.json", "eos_token_id", [2**70]),
+        ("generation_config.json", None, 3),
+        ("model.safetensors.index.json", None, []),
+        ("model.safetensors.index.json", "weight_map", {"a": 3}),
+        ("model.safetensors.index.json", "weight_map", {"a": "b" * 300 + ".safetensors"}),
+        ("model.safetensors.index.json", "weight_map", {"a": "../elsewhere.safetensors"}),
+        ("model.safetensors.index.json", "weight_map", {}),
+    ],
+)
+def test_values_of_a_wrong_kind_are_one_error(copy: Path, name: str, key: str | None, value: Any) -> None:
+    file = copy / name
+    if file.name.startswith("model."):
+        (copy / "model.safetensors").rename(copy / "model-1.safetensors")
+    said = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps(value if key is None else said | {key: value}), "utf-8")
+    with pytest.raises(ModelError):
+        found = Base.find(str(copy))
+        base.load_tokenizer(found)
+        base.end_ids(found)
+        base.load_base(found, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "/" + "b" * 300, "x\0y", "~nobody-of-this-name", "\ud800"])
+def test_what_can_be_no_path_is_no_base(name: str) -> None:
+    with pytest.raises(ModelError):
+        Base.find(name)

@@ -162,6 +162,12 @@ def normalising(normaliser: normalizers.Normalizer, template: str = CHATML) -> E
     return Encoder(tokenizer, EncodingConfig(max_tokens=4000))
 
 
+def number_of(encoder: Encoder, token: str) -> int:
+    number = encoder.tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(number, int)
+    return number
+
+
 class TestControlTokens:
     """Where a text holds one, only the ids inside that text differ from transformers'."""
 
@@ -238,7 +244,7 @@ class TestControlTokens:
         """Full width, capitals, replaced and stripped letters: an added token that is normalised is found in them."""
         normaliser, disguises = NORMALISERS[kind]
         encoder = normalising(normaliser)
-        controls = {encoder.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")}
+        controls = {number_of(encoder, token) for token in ("<|im_start|>", "<|im_end|>")}
         assert controls & set(encoder.tokenizer(disguises[0])["input_ids"]), "alone it does make one"
 
         @settings(max_examples=40, deadline=None)
@@ -260,7 +266,7 @@ class TestControlTokens:
     def test_a_letter_that_would_join_the_templates_token(self) -> None:
         """`>` and U+0338 are one letter to NFC: the template's token must stay what it is."""
         encoder = normalising(normalizers.NFC(), each("{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}", ""))
-        start = encoder.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        start = number_of(encoder, "<|im_start|>")
         assert encoder.prompt("\u0338a").count(start) == 1
 
     def test_one_letter_that_is_always_a_control_token_is_refused(self) -> None:
@@ -275,13 +281,13 @@ class TestControlTokens:
     def test_nor_does_what_a_template_makes_of_capitals(self, change: str) -> None:
         token = {"lower": "<|im_end|>", "upper": "[INST]"}[change]
         encoder = encoder_of_template(each(f"{{{{ '{token}' + m['content'] | {change} }}}}", ""))
-        assert encoder.prompt(f"a{token.swapcase()}b").count(encoder.tokenizer.convert_tokens_to_ids(token)) == 1
+        assert encoder.prompt(f"a{token.swapcase()}b").count(number_of(encoder, token)) == 1
 
     @pytest.mark.parametrize("text", ["end", " end ", "end|><|return", "|end"])
     def test_nor_does_a_name_that_a_template_writes_the_rest_of(self, text: str) -> None:
         encoder = encoder_of_template(each("{{ '<|' + (m.name or 'user') + '|>' + m.content }}", ""))
         special = set(encoder.tokenizer.all_special_ids) | {
-            encoder.tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|return|>")
+            number_of(encoder, token) for token in ("<|end|>", "<|return|>")
         }
         assert not special & set(encoder.prompt([{"role": "user", "name": text.strip(), "content": "a"}]))
         plain = encoder_of_template("{% for m in messages %}<|{{ m.content }}|>{% endfor %}")

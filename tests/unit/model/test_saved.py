@@ -18,6 +18,7 @@ from perlhf.method.lora import LowRank
 from perlhf.model.adapter import Adapter, Role
 from perlhf.model.base import Base
 from perlhf.model.saved import SavedAdapter, check_base, read_adapter, write_adapter
+from perlhf.system.files import sealed, unsealed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -370,7 +371,7 @@ def test_missing_and_damaged_files(tmp_path: Path, model: LlamaForCausalLM) -> N
     (tmp_path / "a" / "adapter_model.bin").rename(tmp_path / "a" / "adapter_model.safetensors")
     for number in (0, "many", None):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"r": number}))
-        with pytest.raises(AdapterError, match="no rank, alpha or dropout"):
+        with pytest.raises(AdapterError, match="r is "):
             read_adapter(tmp_path / "a")
 
 
@@ -426,3 +427,80 @@ def test_full_disk_leaves_the_old_adapter(tmp_path: Path, model: LlamaForCausalL
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     same(read_adapter(tmp_path / "a"), files)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def our_directory(model: LlamaForCausalLM, tmp_path: Path) -> Path:
+    write_adapter(tmp_path / "ours", adapter(model))
+    return tmp_path / "ours"
+
+
+def peft_directory(model: LlamaForCausalLM, tmp_path: Path) -> Path:
+    directory = our_directory(model, tmp_path)
+    (directory / "perlhf.json").unlink()
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", "4"),
+        ("r", True),
+        ("r", None),
+        ("lora_alpha", [8]),
+        ("lora_alpha", float("nan")),
+        ("lora_dropout", {"x": 1}),
+        ("lora_dropout", 2),
+        ("rank_pattern", ["q_proj"]),
+        ("rank_pattern", {"(": 2}),
+        ("alpha_pattern", {"q_proj": "x"}),
+        ("modules_to_save", 3),
+        ("modules_to_save", [3]),
+        ("target_modules", [3]),
+        ("task_type", {}),
+        ("init_lora_weights", []),
+        ("base_model_name_or_path", 3),
+    ],
+)
+def test_values_of_a_wrong_kind_in_pefts_configuration_name_their_key(model, tmp_path, key, value):
+    directory = peft_directory(model, tmp_path)
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(AdapterError, match=key) as error:
+        read_adapter(directory)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("role", "judge"), ("bias", "x"), ("bias", None), ("base", []), ("base", {"name": 3}), ("encoding", 1)],
+)
+def test_values_of_a_wrong_kind_in_our_own_file_name_their_key(model, tmp_path, key, value):
+    directory = our_directory(model, tmp_path)
+    said = unsealed(directory / "perlhf.json")
+    (directory / "perlhf.json").write_bytes(sealed(said | {key: value}))
+    with pytest.raises(AdapterError, match=f"{key} is"):
+        read_adapter(directory)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_whose_numbers_are_none_is_refused(model, tmp_path, value):
+    """Every score of it would be null."""
+    directory = peft_directory(model, tmp_path)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = value
+    save_file(tensors, directory / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="values that aren't finite"):
+        read_adapter(directory)
+
+
+def test_an_adapter_says_which_file_of_its_base_was_changed(model):
+    files_then = {"tokenizer.json": "aa", "config.json": "bb"}
+    recorded = BASE | {"files": files_then}
+    saved = replace(adapter(model), base=recorded)
+    check_base(saved, recorded)
+    for name, changed in (("tokenizer.json", {"tokenizer.json": "cc", "config.json": "bb"}), ("new.json", None)):
+        files = changed or files_then | {"new.json": "dd"}
+        with pytest.raises(AdapterError, match=f"{name} of base"):
+            check_base(saved, BASE | {"files": files})
+    check_base(saved, BASE)
+    check_base(replace(saved, base=BASE), recorded)  # made by an earlier version, which recorded no files

@@ -9,7 +9,7 @@ import pytest
 from perlhf.config.addresses import REWARD_KEY
 from perlhf.errors import ConfigError, DataError, PerlhfError, RewardFunctionError, ServiceError
 from perlhf.rollout.functions import Asked, Scorer
-from perlhf.rollout.scorers import combine, function_scores, http_reward, weighted
+from perlhf.rollout.scorers import Scorers, centred, combine, function_scores, http_reward, weighted
 
 
 def scored(scorer: Scorer, asked: Asked) -> list[float]:
@@ -126,6 +126,69 @@ def test_combine():
     assert combine(scores, "min").tolist() == [1, 0]
     # Population variances: (1 + 1 + 0) / 3 and (1 + 9 + 4) / 3.
     assert combine(scores, "mean_minus_std") == pytest.approx([2 - (2 / 3) ** 0.5, 3 - (14 / 3) ** 0.5])
+
+
+REFERENCE = np.array([[0.0, 2.0], [100.0, 106.0]])
+"""Means 1 and 103, deviations 1 and 3, whose mean is 2."""
+
+
+def nothing(asked: Asked) -> list[float]:
+    return []
+
+
+def members(how, names=("a", "b")) -> Scorers:
+    return Scorers((), (nothing,) * len(names), how, order=tuple(range(len(names))), names=names)
+
+
+def test_members_are_centred_and_spread_alike():
+    """(2 - 1) * 2 / 1 = 2 and (103 - 103) * 2 / 3 = 0; (1 - 1) * 2 = 0 and (109 - 103) * 2 / 3 = 4."""
+    answers = np.array([[2.0, 1.0], [103.0, 109.0]])
+    np.testing.assert_allclose(centred(answers, [(1.0, 1.0), (103.0, 3.0)]), [[2, 0], [0, 4]])
+    assert members("min").on_level(REFERENCE).levels == ((1.0, 1.0), (103.0, 3.0))
+    assert members("min").on_level(REFERENCE).combined(answers).tolist() == [0, 0]
+    # means 1 and 2, deviations 1 and 2
+    assert members("mean_minus_std").on_level(REFERENCE).combined(answers) == pytest.approx([0, 0])
+
+
+@pytest.mark.parametrize("how", ["min", "mean_minus_std"])
+def test_an_offset_of_one_member_changes_nothing(how):
+    reference, answers = np.random.default_rng(0).normal(size=(2, 3, 40))
+    moved = np.array([[0.0], [100.0], [0.0]])
+    alone = members(how, "abc").on_level(reference).combined(answers)
+    again = members(how, "abc").on_level(reference + moved).combined(answers + moved)
+    np.testing.assert_allclose(alone, again, atol=1e-9)
+    plain = combine(answers, how)
+    assert np.abs(np.diff(combine(answers + moved, how) - plain)).max() > 1, "as they are, the order changes"
+
+
+def test_one_member_is_no_longer_the_minimum_of_nearly_all_answers():
+    """Zeros 0, -1 and 3 of members that spread by 0.5: 0.92 of the minima are one member's, a third once centred."""
+    drawn = np.random.default_rng(1).normal(size=(2, 3, 1000)) * 0.5 + np.array([[0.0], [-1.0], [3.0]])
+    scorers = members("min", "abc").on_level(drawn[0])
+    assert scorers.levels is not None
+    before, after = (np.bincount(table.argmin(0)).max() for table in (drawn[1], centred(drawn[1], scorers.levels)))
+    assert before > 900 and after < 400
+
+
+def test_levels_are_left_alone_where_nothing_depends_on_them():
+    for scorers, table in (
+        (members("mean"), REFERENCE),
+        (members("min", "a"), REFERENCE[:1]),
+        (Scorers((), (nothing,) * 2, "mean", weights=(1.0, 1.0), order=(0, 1)), REFERENCE),
+    ):
+        assert scorers.on_level(table) is scorers
+    assert members("mean").combined(REFERENCE).tolist() == [50, 54]
+    known = members("min").on_level(REFERENCE)
+    assert known.on_level(REFERENCE + 7) is known, "found once, before training"
+
+
+def test_levels_of_members_that_do_not_vary_or_give_no_score():
+    """The second spreads by 0, so that the mean deviation is the first's alone; nan is left out of means."""
+    scorers = members("min").on_level(np.array([[0.0, 2.0, NAN], [5.0, 5.0, 5.0]]))
+    assert scorers.levels == ((1.0, 1.0), (5.0, 0.0))
+    np.testing.assert_array_equal(scorers.combined(np.array([[3.0, NAN], [6.0, NAN]])), [1, NAN])
+    with pytest.raises(RewardFunctionError, match=r"reward: b gave none of 2 answers of the reference.*\n.*min"):
+        members("min").on_level(np.array([[0.0, 2.0], [NAN, NAN]]))
 
 
 @pytest.mark.parametrize("how", ["mean", "min", "mean_minus_std"])

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from forks import forked
 
 from perlhf.config.stages import LogConfig, OptimConfig, RewardConfig, SftConfig
 from perlhf.errors import ConfigError, RunError, StorageError
@@ -264,6 +266,44 @@ def test_sigterm_asks_to_stop(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert run.stop_requested
+
+
+def test_a_closed_terminal_asks_to_stop_and_what_is_printed_then_goes_nowhere(tmp_path):
+    """Messages and progress on a terminal that is gone failed with EIO, before anything was saved."""
+    ours, terminal = os.openpty()
+
+    def train():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests run under nohup
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        for descriptor in (0, 1, 2):
+            os.dup2(terminal, descriptor)
+        os.close(terminal)
+        os.close(ours)
+        with opened(tmp_path / "run") as run:
+            os.write(1, b"x")
+            while not run.stop_requested:
+                time.sleep(0.01)
+            sys.stderr = open(2, "w", closefd=False)
+            print("after this update", file=sys.stderr, flush=True)
+            (tmp_path / "saved").touch()
+
+    child = forked(train)
+    os.close(terminal)
+    assert os.read(ours, 1) == b"x"
+    os.close(ours)  # the system sends SIGHUP
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "saved").exists()
+
+
+def test_nohup_stays(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with opened(tmp_path / "run") as run:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not run.stop_requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_other_threads_leave_signals_alone(tmp_path):

@@ -1,4 +1,11 @@
+import fcntl
+import os
+import shutil
+import threading
+from pathlib import Path
+
 import pytest
+from forks import forked
 
 from perlhf.errors import RunError, StorageError
 from perlhf.system.files import (
@@ -147,3 +154,160 @@ def test_any_changed_byte_breaks_the_seal(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ValueError):
             unsealed(file)
+
+
+# ---- what is not a plain file, and what was there -----------------------------------------------------------------
+
+
+def test_a_device_and_a_pipe_are_written_to_and_stay(tmp_path):
+    """As root, a rename would replace /dev/null by a file; a node of the same kind elsewhere shows it as well."""
+    null, pipe = Path("/dev/null"), tmp_path / "pipe"
+    before = null.stat()
+    write_atomic(null, "gone")
+    assert (null.stat().st_ino, null.stat().st_mode) == (before.st_ino, before.st_mode)
+    os.mkfifo(pipe)
+    heard: list[bytes] = []
+    reader = threading.Thread(target=lambda: heard.append(pipe.read_bytes()))
+    reader.start()
+    write_atomic(pipe, [b"all ", b"of it"])
+    reader.join()
+    assert heard == [b"all of it"] and pipe.is_fifo() and names(tmp_path) == ["pipe"]
+    with pytest.raises(StorageError, match="No space left") as caught:
+        write_atomic(Path("/dev/full"), "x")
+    assert caught.value.where == "/dev/full"
+
+
+@pytest.mark.parametrize("target", ["there", "not there yet"])
+def test_a_link_stays_and_its_target_is_written(tmp_path, target):
+    real, link = tmp_path / "elsewhere" / "a.txt", tmp_path / "link"
+    real.parent.mkdir()
+    if target == "there":
+        real.write_text("old")
+    link.symlink_to("elsewhere/a.txt")
+    write_atomic(link, "new")
+    assert link.is_symlink() and not real.is_symlink() and real.read_text() == "new"
+    assert names(tmp_path) == ["elsewhere", "link"] and names(real.parent) == ["a.txt"]
+
+
+def test_a_link_to_a_directory_stays_and_its_target_is_replaced(tmp_path):
+    real, link = tmp_path / "disk" / "adapter", tmp_path / "link"
+    real.mkdir(parents=True)
+    (real / "old").write_text("old")
+    link.symlink_to(real)
+    with directory_atomic(link) as temporary:
+        (temporary / "new").write_text("new")
+    assert link.is_symlink() and names(real) == ["new"] and names(real.parent) == ["adapter"]
+
+
+def test_what_is_written_over_a_temporary_directory_is_written_into_it(tmp_path):
+    """An export has its adapter written so; its lock would wait for itself, and its name be without one."""
+    with directory_atomic(tmp_path / "export") as outer:
+        with directory_atomic(outer) as inner:
+            assert inner == outer
+            (inner / "adapter").write_text("x")
+        remove_leftovers(tmp_path)
+        (outer / "details").write_text("x")
+    assert names(tmp_path / "export") == ["adapter", "details"] and names(tmp_path) == ["export"]
+
+
+def test_a_file_in_the_place_of_a_directory_is_kept(tmp_path):
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(StorageError, match="a file is there"), directory_atomic(tmp_path / "a"):
+        pass
+    assert (tmp_path / "a").read_text() == "mine" and names(tmp_path) == ["a"]
+
+
+def test_what_is_rewritten_keeps_its_permissions(tmp_path):
+    file, directory = tmp_path / "a", tmp_path / "d"
+    file.write_text("old")
+    directory.mkdir()
+    for mode in (0o600, 0o664, 0o755):
+        file.chmod(mode)
+        directory.chmod(mode | 0o700)
+        write_atomic(file, "new")
+        with directory_atomic(directory):
+            pass
+        assert (file.stat().st_mode & 0o777, directory.stat().st_mode & 0o777) == (mode, mode | 0o700)
+
+
+def test_half_a_surrogate_pair_is_written_as_json_escapes_it(tmp_path):
+    write_json(tmp_path / "a.json", {"text": "a\ud800b"}, indent=None)
+    assert (tmp_path / "a.json").read_bytes() == b'{"text": "a\\ud800b"}\n'
+    assert read_json(tmp_path / "a.json") == {"text": "a\ud800b"}
+
+
+def test_names_may_be_as_long_as_the_system_allows(tmp_path):
+    longest = "é" * 127 + "x"
+    write_atomic(tmp_path / longest, "x")
+    with directory_atomic(tmp_path / ("d" * 255)):
+        pass
+    assert sorted(len(os.fsencode(name)) for name in names(tmp_path)) == [255, 255]
+    with pytest.raises(StorageError, match="File name too long"):
+        write_atomic(tmp_path / (longest + "x"), "x")
+
+
+# ---- what killed processes left -----------------------------------------------------------------------------------
+
+
+def killed_while_writing(directory: Path) -> None:
+    """A process that ends, as by SIGKILL, with a file and a directory half-written."""
+
+    def parts():
+        yield b"half"
+        with directory_atomic(directory / "model") as temporary:
+            (temporary / "weights").write_text("half")
+            os._exit(9)
+
+    os.waitpid(forked(lambda: write_atomic(directory / "a.txt", parts())), 0)
+
+
+def test_what_a_killed_process_left_goes_when_something_is_written_there(tmp_path):
+    (tmp_path / ".tmp-of-somebody-else").write_text("kept")
+    killed_while_writing(tmp_path)
+    assert sum(name.startswith(".tmp-") for name in names(tmp_path)) == 3
+    write_atomic(tmp_path / "other.txt", "x")
+    assert names(tmp_path) == [".tmp-of-somebody-else", "other.txt"]
+
+
+def test_what_a_living_process_writes_is_never_swept(tmp_path):
+    ready, go_on = os.pipe(), os.pipe()
+
+    def parts():
+        os.write(ready[1], b"x")
+        os.read(go_on[0], 1)
+        yield b"whole"
+
+    child = forked(lambda: write_atomic(tmp_path / "a.txt", parts()))
+    os.read(ready[0], 1)
+    with directory_atomic(tmp_path / "d"):
+        remove_leftovers(tmp_path)
+        assert sum(name.startswith(".tmp-") for name in names(tmp_path)) == 2, "the child's file and our directory"
+    os.write(go_on[1], b"x")
+    os.waitpid(child, 0)
+    assert names(tmp_path) == ["a.txt", "d"] and (tmp_path / "a.txt").read_text() == "whole"
+
+
+def test_a_leftover_that_is_a_link_goes_without_its_target(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / ".tmp-x").symlink_to("mine")
+    os.mkfifo(tmp_path / ".tmp-pipe")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["mine"]
+
+
+def test_a_directory_that_is_deleted_is_locked_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    seen: list[bool] = []
+
+    def look(doomed):
+        descriptor = os.open(doomed, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            seen.append(True)
+        os.close(descriptor)
+        os.rmdir(doomed)
+
+    monkeypatch.setattr(shutil, "rmtree", look)
+    remove_directory(tmp_path / "old")
+    assert seen == [True] and names(tmp_path) == []

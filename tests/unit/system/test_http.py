@@ -158,7 +158,7 @@ def test_a_key_that_breaks_the_header_is_refused_unseen():
     assert "sk-1234" not in str(raised.value)
 
 
-@pytest.mark.parametrize("pause", [0.05, 10.0])
+@pytest.mark.parametrize("pause", [0.05, 60.0])
 def test_a_request_has_one_deadline_however_its_answer_drips(raw, pause):
     """One byte at a time, before and after the headers end; or none at all."""
     asked = []
@@ -172,7 +172,7 @@ def test_a_request_has_one_deadline_however_its_answer_drips(raw, pause):
     began = time.monotonic()
     with pytest.raises(ServiceError) as raised:
         post_json(raw(drip), {}, timeout_seconds=0.4, backoff_seconds=0)
-    assert 0.4 <= time.monotonic() - began < 2
+    assert 0.4 <= time.monotonic() - began < 45, "a whole answer takes more than 50"
     assert "no whole answer within 0.4 seconds; not asked again" in str(raised.value)
     assert raised.value.hint == "raise timeout_seconds, or see why the service is slow"
     assert len(asked) == 1, "a time-out was paid for, and is not tried again"
@@ -207,7 +207,7 @@ def test_an_endless_answer_is_left_early(raw, monkeypatch):
 def test_a_long_error_is_left_early(raw):
     def flood(connection: Connection) -> None:
         connection.sendall(b"HTTP/1.1 400 Bad\r\nContent-Length: 99999999\r\n\r\nwrong " + b"x" * 2**20)
-        time.sleep(5)
+        time.sleep(60)
 
     with pytest.raises(ServiceError, match="answered 400 wrong x"):
         post_json(raw(flood), {})
@@ -228,7 +228,7 @@ def test_brackets_in_text_are_not_depth(serve):
 
 def test_several_are_asked_at_once_and_come_in_order(serve):
     under_way, most, lock = [0], [0], threading.Lock()
-    both = threading.Barrier(2, timeout=5)
+    both = threading.Barrier(2, timeout=60)
 
     def answer(asked):
         with lock:
@@ -246,21 +246,21 @@ def test_several_are_asked_at_once_and_come_in_order(serve):
 
 def test_the_first_failure_cancels_the_rest(serve):
     release = threading.Event()
-    address = serve(lambda asked: ({}, 400) if asked.body == 0 else release.wait(5))
+    address = serve(lambda asked: ({}, 400) if asked.body == 0 else release.wait(60))
     began = time.monotonic()
     try:
         with pytest.raises(ServiceError, match="answered 400"):
             post_all(Service(address, address), [0, 1, 2, 3], at_once=2)
     finally:
         release.set()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 45
 
 
 class TestStopping:
     """Signals while a service is waited for."""
 
     def wait_for_nothing(self, raw, **limits: Any) -> float:
-        address = raw(lambda connection: time.sleep(10))
+        address = raw(lambda connection: time.sleep(60))
         began = time.monotonic()
         with pytest.raises((KeyboardInterrupt, Interrupted)):
             post_json(address, {}, **limits)
@@ -271,7 +271,7 @@ class TestStopping:
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()  # the handler runs in the main thread
         try:
-            assert self.wait_for_nothing(raw) < 2
+            assert self.wait_for_nothing(raw) < 45
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -279,7 +279,7 @@ class TestStopping:
         monkeypatch.setattr(waiting, "GRACE_SECONDS", 0.3)
         token = STOP_ASKED.set(lambda: True)
         try:
-            assert 0.3 <= self.wait_for_nothing(raw) < 2
+            assert 0.3 <= self.wait_for_nothing(raw) < 45
         finally:
             STOP_ASKED.reset(token)
 
@@ -290,10 +290,10 @@ class TestStopping:
         began = time.monotonic()
         try:
             with pytest.raises(Interrupted, match="run the same command to continue"):
-                post_json(address, {}, backoff_seconds=30)
+                post_json(address, {}, backoff_seconds=60)
         finally:
             STOP_ASKED.reset(token)
-        assert time.monotonic() - began < 2 and len(asked) == 1
+        assert time.monotonic() - began < 45 and len(asked) == 1
 
 
 def test_nobody_listening():
@@ -434,7 +434,7 @@ def test_text_that_never_ends_is_read_once(serve):
     address, began = serve(lambda _: b'"' + b'\\"' * 2**20), time.monotonic()
     with pytest.raises(ServiceError, match="no JSON"):
         post_json(address, {})
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 120, "a reader that goes back would take hours"
 
 
 def test_what_a_server_says_cannot_steer_the_terminal(serve):

@@ -39,9 +39,8 @@ def test_commit_is_that_of_the_package_and_only_if_it_is_tracked(tmp_path):
         "__init__.py",
         "errors.py",
         "system/__init__.py",
-        "system/allocator.py",
+        "system/before_torch.py",
         "system/machine.py",
-        "system/threads.py",
     ):
         shutil.copy(source / name, tmp_path / "perlhf" / name)
     outside = environment_of(tmp_path)

@@ -1,16 +1,19 @@
+import hashlib
 import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from kills import killed_at
 
+from perlhf.config.stages import SftConfig
 from perlhf.errors import CheckpointError, StorageError
+from perlhf.runs.run import open_run
+from perlhf.system.files import sealed
 from perlhf.training import checkpoint
 
 
@@ -215,66 +218,64 @@ def test_a_place_that_cannot_be_written(tmp_path):
         save(tmp_path, 10)
 
 
-KILLS = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-import torch
-from perlhf.training import checkpoint
-from perlhf.config.stages import SftConfig
-from perlhf.runs.run import open_run
-
-torch.set_num_threads(1)
-path, config = Path(sys.argv[1]), SftConfig(run=Path(sys.argv[1]))
-
-def train():
-    with open_run(path, "sft", config, {}) as run:
-        loaded = checkpoint.load(path)
-        step = loaded.step if loaded else 0
-        run.rewind(step if loaded else -1)
-        while True:
-            step += 1
-            run.write_rollout(step, [{"step": step}] * 50)
+def train(run_dir: Path, updates: int) -> None:
+    """Something like a run: it goes on from its checkpoint, and each update writes a rollout, a line, a checkpoint."""
+    with open_run(run_dir, "sft", SftConfig(run=run_dir), {}) as run:
+        loaded = checkpoint.load(run_dir)
+        first = loaded.step if loaded else 0
+        run.rewind(first if loaded else -1)
+        for step in range(first + 1, first + 1 + updates):
+            run.write_rollout(step, [{"step": step}] * 3)
             run.log(step, {"loss": float(step)})
-            checkpoint.save(path, step, {n: {"a": torch.full((50_000,), float(step))} for n in "xy"}, {"at": step})
+            tensors = {name: {"a": torch.full((50,), float(step))} for name in "xy"}
+            checkpoint.save(run_dir, step, tensors, {"at": step})
 
-moments, found, leftovers = random.Random(0), [], 0
-for _ in range(12):
-    child = os.fork()
-    if child == 0:
-        train()
-    time.sleep(moments.uniform(0.02, 0.25))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    leftovers += len(list(path.glob("**/.tmp-*")))
-    loaded = checkpoint.load(path)
-    if loaded:
+
+def test_killed_at_any_write_a_complete_checkpoint_is_newest_and_steps_never_go_back(tmp_path):
+    run, found, leftovers = tmp_path / "run", [0], 0
+    train(run, 1)
+    for count in range(1, 100, 2):
+        assert killed_at(count, lambda: train(run, 4)), "four updates are more than a hundred events"
+        leftovers += len(list(run.glob("**/.tmp-*")))
+        loaded = checkpoint.load(run)
+        assert loaded is not None
         values = {float(v) for n in "xy" for v in (loaded.tensors[n]["a"].min(), loaded.tensors[n]["a"].max())}
         assert values == {float(loaded.step)} and loaded.state == {"at": loaded.step}, (values, loaded)
-    found.append(loaded.step if loaded else 0)
-with open_run(path, "sft", config, {}) as run:
-    run.rewind(found[-1])
-print(json.dumps({"found": found, "leftovers": leftovers}))
-"""
-
-
-def test_killed_at_any_moment_a_complete_checkpoint_is_newest_and_steps_never_go_back(tmp_path):
-    run = tmp_path / "run"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(run)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout)
-    found = outcome["found"]
-    assert found == sorted(found) and found[-1] >= 5, found
-    assert outcome["leftovers"] > 0, "no kill came while something was being written"
+        found.append(loaded.step)
+    assert found == sorted(found) and found[-1] > 20, found
+    assert leftovers > 10, "kills came while something was being written"
+    train(run, 0)
     assert not list(run.glob("**/.tmp-*")), "cleaned when the run was opened again"
     last = found[-1]
     metrics = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert metrics == list(range(1, last + 1)), "no line is lost, doubled or half-written"
     assert sorted(int(file.stem) for file in (run / "rollouts").iterdir()) == list(range(1, last + 1))
+
+
+def test_a_renamed_checkpoint_is_not_that_of_another_step(tmp_path):
+    """Taken for step 40, it would skip twenty updates."""
+    save(tmp_path, 10)
+    directory = save(tmp_path, 20)
+    directory.rename(directory.with_name("00000040"))
+    with pytest.raises(CheckpointError, match="named for step 40, but holds the checkpoint of step 20") as error:
+        checkpoint.load(tmp_path)
+    assert "allowed: 00000020" in str(error.value) and "step 10 is still good" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"step": "20", "files": {}, "state": {}}, {"step": 20, "files": [], "state": {}}, {"step": 20}]
+)
+def test_a_sealed_state_of_something_else_is_named(tmp_path, said):
+    directory = save(tmp_path, 20)
+    (directory / "state.json").write_bytes(sealed(said))
+    with pytest.raises(CheckpointError, match="not what a checkpoint's state says"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_file_that_holds_no_tensors_is_named(tmp_path):
+    directory = save(tmp_path, 20)
+    (directory / "policy.safetensors").write_bytes(b"x" * 40)
+    said = {"step": 20, "files": {"policy.safetensors": hashlib.sha256(b"x" * 40).hexdigest()}, "state": {}}
+    (directory / "state.json").write_bytes(sealed(said))
+    with pytest.raises(CheckpointError, match="no file of tensors"):
+        checkpoint.load(tmp_path)

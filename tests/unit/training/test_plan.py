@@ -9,7 +9,7 @@ import pytest
 from perlhf.config.stages import DEFAULT_BASE, AdapterConfig, DataConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.errors import AdapterError, DataError, ModelError, RunError
 from perlhf.model.base import without_weights
-from perlhf.system import allocator
+from perlhf.system import before_torch
 from perlhf.training.loop import read_sides
 from perlhf.training.plan import (
     COMPILED_BYTES,
@@ -99,7 +99,7 @@ def test_limit_caps_each_split_and_an_empty_split_is_an_error(tmp_path: Path):
 
 
 def test_memory_parts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(allocator, "expected", lambda: "libtcmalloc.so")
+    monkeypatch.setattr(before_torch, "expected", lambda: "libtcmalloc.so")
     settings = RewardConfig(base=str(tiny_base), dtype="float32", data=DATA, tokens_per_microbatch=100)
     planned = plan(settings)
     parameters = planned.base_parameters
@@ -115,7 +115,7 @@ def test_memory_parts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
     # 256 x 272 logits, twice.
     sft = SftConfig(base=str(tiny_base), dtype="float32", data=DATA, tokens_per_microbatch=100)
     assert plan(sft).memory_bytes["activations"] == 100 * 2 * layer * 4 + 2 * 256 * 272 * 4
-    monkeypatch.setattr(allocator, "expected", lambda: "system")
+    monkeypatch.setattr(before_torch, "expected", lambda: "system")
     assert plan(settings).memory_bytes["activations"] == 2 * 100 * 2 * layer * 4
     full = plan(settings.model_copy(update={"tuning": "full"}))
     assert full.memory_bytes["adapters and optimiser"] == 16 * (parameters + 64)
@@ -163,7 +163,7 @@ def test_a_missing_base_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PERLHF_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="perlhf pull nobody/nothing"):
         plan(SftConfig(base="nobody/nothing"))
-    with pytest.raises(ModelError, match="perlhf pull no such base!"):
+    with pytest.raises(ModelError, match="perlhf pull` fetches"):
         plan(SftConfig(base="no such base!"))
 
 

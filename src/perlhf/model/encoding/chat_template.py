@@ -25,7 +25,16 @@ from perlhf.model.encoding.unrendered import Checks
 Ending = Literal["answer", "closed", "unfinished"]
 """Whether an answer is to follow, the conversation is over, or its last message is to be gone on with."""
 
-_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+_REFUSALS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 """What a template or transformers raises for a conversation that it can't render."""
 _PROBE = "Perlhfprobe"
 _SWITCHES = ("enable_thinking", "thinking")

@@ -1,7 +1,13 @@
-"""Another memory allocator, preloaded: under glibc's a training run's memory grows holes between its blocks, and pages
-are given back and asked for all the time.
+"""What must be set before torch is loaded: another memory allocator, and how long idle threads spin.
 
-Measured on a CPU (docs/performance.md): a reward update is an eighth faster and takes a third less memory.
+Under glibc's allocator a training run's memory grows holes between its blocks, and pages are given back and asked for
+all the time. Measured on a CPU (docs/performance.md), a reward update under another one is an eighth faster and takes a
+third less memory; it is preloaded, and the command restarted.
+
+A network of this size is thousands of short parallel regions a second. Between two of them a thread spins, by default
+for milliseconds, since waking costs some 10 microseconds. Alone on a machine that is the fastest; beside other jobs
+threads spin for one that isn't running, and take its core from it. A short spin is hardly slower on a quiet machine
+(docs/performance.md, "Beside other jobs").
 """
 
 import os
@@ -20,6 +26,11 @@ LIBRARIES = ("libtcmalloc_minimal.so*", "libtcmalloc.so*", "libjemalloc.so*")
 """In order of preference; Debian's packages are libtcmalloc-minimal4 and libjemalloc2."""
 JEMALLOC_OPTIONS = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 """Freed memory is kept: by default jemalloc gives it back and is no faster than glibc."""
+SHORT_SPIN = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
+"""GNU's library, which torch brings along on Linux, counts turns of a loop (a few tens of microseconds); LLVM's and
+Intel's count milliseconds, 200 by default."""
+SPIN_VARIABLES = ("OMP_WAIT_POLICY", *SHORT_SPIN)
+"""Whoever sets one of them has decided."""
 
 
 def find(environment: Mapping[str, str]) -> Path | None:
@@ -86,3 +97,14 @@ def expected(environment: Mapping[str, str] = os.environ) -> str:
     library = find(environment)
     used = in_use()
     return used if used != "system" or library is None else library.name
+
+
+def spin_shortly(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Sets `SHORT_SPIN`, unless the user set one of `SPIN_VARIABLES`, or torch is loaded and its library read them."""
+    if "torch" not in sys.modules and not any(name in environment for name in SPIN_VARIABLES):
+        environment.update(SHORT_SPIN)
+
+
+def waiting(environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:
+    """Those of `SPIN_VARIABLES` that are set, as a run's manifest tells them."""
+    return {name: environment[name] for name in SPIN_VARIABLES if name in environment}
