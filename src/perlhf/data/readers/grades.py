@@ -49,7 +49,7 @@ def grade_of(verdict: Any, where: str) -> float:
     return number({"rating": verdict}, "rating", 0.0, where)
 
 
-def margin_of(row: Mapping[str, Any], where: str) -> float | None:
+def margin_of(row: dict[str, Any], where: str) -> float | None:
     """By how much `chosen` was preferred to `rejected`: 0.0 where nothing says so, None for a tie.
 
     It is `margin`, else the difference of the sides' scores (`score_chosen` and `score_rejected`), else that of two
