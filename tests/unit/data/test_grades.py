@@ -29,6 +29,7 @@ def reading(tmp_path: Path, row: dict[str, Any], **rules: Any) -> Reading:
         (PAIR | {"scores": "[8.0, 8]"}, "tie"),
         (PAIR | {"rating": [8.0, 8.5], "status": "tie"}, "tie"),
         (PAIR | {"winner": "Tie"}, "tie"),
+        (PAIR | {"label": "tie"}, "tie"),
         (GRADED | {"scores": [3, 3]}, "equal grades"),
         (GRADED | {"ranks": [1, 1]}, "equal grades"),
     ],

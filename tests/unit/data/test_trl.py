@@ -454,6 +454,18 @@ def test_a_transcript_on_one_line(tmp_path: Path, rejected: str) -> None:
     assert found.prompt == (HI, YES, {"role": "user", "content": "The Human: a play?"})
 
 
+def test_dialogs_on_one_line(tmp_path: Path) -> None:
+    both = "Human: Hi! Assistant: Yes Human: Hi! Assistant: I say "
+    (found,) = records(tmp_path, {"chosen": f"{both}yes", "rejected": f"{both}no"})
+    assert found == Comparison((HI, YES, HI), "I say yes", "I say no", "hi", source="a.jsonl:1")
+
+
+def test_answers_that_nothing_grades_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (found,) = records(tmp_path, {"prompt": "Hi!", "responses": ["Yes", "No"]})
+    assert isinstance(found, Prompt)
+    assert "1 rows have several 'responses' and nothing that grades or ranks each" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("prompt", ["Human: Hi! Human: Ho! Assistant:", "Human: Hi!Assistant:", "Ask an Assistant:"])
 def test_no_transcript_on_one_line(tmp_path: Path, prompt: str) -> None:
     (found,) = records(tmp_path, {"prompt": prompt, "completion": "Yes"})

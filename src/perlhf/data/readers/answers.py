@@ -5,7 +5,15 @@ from typing import Any
 
 from perlhf.data.fields import items, message, text, value, wrong_type
 from perlhf.data.readers.columns import ALSO, COLUMNS
-from perlhf.data.readers.messages import as_messages, completion, listed, messages, transcript, transcript_prompt
+from perlhf.data.readers.messages import (
+    as_messages,
+    completion,
+    line_transcript,
+    listed,
+    messages,
+    transcript,
+    transcript_prompt,
+)
 from perlhf.data.records import Message, Text, content_of
 from perlhf.errors import DataError
 
@@ -180,6 +188,8 @@ def _checked_answer(turns: tuple[Message, ...], column: str, where: str) -> Text
 def parted_texts(chosen: str, rejected: str, row: dict[str, Any], where: str) -> tuple[Text, Text, Text]:
     """Two texts without a prompt: transcripts, or texts that begin with the same lines (else words)."""
     dialogs = transcript(chosen), transcript(rejected)
+    if not (dialogs[0] and dialogs[1]):
+        dialogs = line_transcript(chosen), line_transcript(rejected)
     if dialogs[0] and dialogs[1]:
         return parted(dialogs[0], dialogs[1], where)
     common = next(

@@ -16,7 +16,7 @@ from perlhf.errors import DataError
 _STARS = re.compile(r"(\d+(?:\.\d+)?) *(?:-? ?stars?|(?:/|out of|of) *\d+(?: stars?)?)", re.IGNORECASE)
 
 
-_TIED = ("status", "winner", "preference", "verdict")
+_TIED = ("status", "winner", "preference", "verdict", "label")
 """Columns beside `chosen` and `rejected` that may say that there is no preference."""
 _TIE_WORDS = ("tie", "ties", "tied", "draw", "equal", "tie (bothbad)", "tie (bothgood)")
 

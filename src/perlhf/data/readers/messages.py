@@ -140,24 +140,28 @@ def transcript_prompt(content: str) -> tuple[Message, ...] | None:
     )
     if not surely:
         return None
-    return transcript(content) or _transcript_of_a_line(content)
+    return transcript(content) or line_transcript(content)
 
 
-def _transcript_of_a_line(content: str) -> tuple[Message, ...] | None:
-    """The turns of a transcript whose line breaks are gone: each speaker follows a space. None where some are there."""
-    line = content.strip()
+def line_transcript(content: str) -> tuple[Message, ...] | None:
+    """The turns of a transcript whose line breaks are gone: each speaker follows a space. None where some are there.
+
+    The user and the assistant speak in turn, and the assistant last; a last `Assistant:` with nothing after it is no
+    turn.
+    """
+    line = content.strip() if _may_begin(content, "HU") else ""
     first = next((name for name in _HUMANS if line.startswith(f"{name}:")), None)
     if first is None or "\n" in line:
         return None
     answering = "ASSISTANT" if first.isupper() else "Assistant"
     _, *parts = re.split(rf"(?:^|\s)({first}|{answering}):(?=\s|$)", line)
+    if len(parts) % 4 or parts[::2] != [first, answering] * (len(parts) // 4):
+        return None
     turns = [
         message("assistant" if mark == answering else "user", part.strip())
         for mark, part in zip(parts[::2], parts[1::2], strict=True)
     ]
-    roles = [turn["role"] for turn in turns]
-    apart = all(role == ("user", "assistant")[at % 2] for at, role in enumerate(roles))
-    return tuple(turns[:-1]) if apart and roles[-1:] == ["assistant"] and not turns[-1]["content"] else None
+    return tuple(turns if turns[-1]["content"] else turns[:-1]) or None
 
 
 def tools(content: Any, where: str) -> tuple[Mapping[str, Any], ...] | None:

@@ -76,9 +76,12 @@ _LEARNED = ("weight", "loss", "train")
 _EARLIER = "conversations have earlier answers, of which only the last is trained (`data.turns: all` trains each)"
 _UNFILLED = "answers have an empty label or rating and are read as demonstrations"
 _UNUSED = "rows have {name!r} beside 'prompt', which isn't asked (`data.columns: {{{names}}}` asks both)"
+_UNGRADED = "rows have several {name!r} and nothing that grades or ranks each: they are read as prompts alone"
+_SEVERAL = ("responses", "completions", "generations")
+_TOLD = frozenset(("input", "context", *_SEVERAL))
 _MISSING = ("column 'prompt' is missing", "column 'completion' is missing")
 _BESIDE = frozenset(("system", "tools", "group", "source", "weight", "margin", "annotator"))
-_BESIDE |= {"score_chosen", "score_rejected", "rating", "scores", "status", "winner", "preference", "verdict"}
+_BESIDE |= {"score_chosen", "score_rejected", "rating", "scores", "status", "winner", "preference", "verdict", "label"}
 """What a comparison may have beside its texts."""
 _USED_BY_PROMPTS = {*COLUMNS, "system", *OTHER_NAMES["system"], "tools", "functions"}
 
@@ -114,7 +117,7 @@ def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Ite
             continue
         where, row = item
         outcome = read_row(row, where, rules)
-        if "input" in row or "context" in row or None in row.values() or "" in row.values():
+        if not _TOLD.isdisjoint(row) or None in row.values() or "" in row.values():
             yield from _told(row, outcome, where)
         if isinstance(outcome, list):
             yield from outcome
@@ -137,7 +140,12 @@ def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Ite
 
 def _told(row: dict[str, Any], outcome: Outcome, where: str) -> Iterator[Told]:
     """What users of a row may have meant otherwise."""
-    if isinstance(outcome, Prompt | Skipped):
+    if isinstance(outcome, Skipped):
+        return
+    if isinstance(outcome, Prompt):
+        name = next((name for name in _SEVERAL if isinstance(row.get(name), list) and len(row[name]) > 1), None)
+        if name is not None:
+            yield Told(_UNGRADED.format(name=name), where)
         return
     if "prompt" in row:
         for name in ("input", "context"):
