@@ -171,7 +171,7 @@ def test_the_exported_tokenizer_renders_prompts_as_in_training(runs: TinyRuns, e
 def test_a_policy_is_sampled_elsewhere_as_it_was_trained(runs: TinyRuns, tiny_base: Path, tmp_path: Path, format: Any):
     """At its temperature, from all tokens, whatever the base's own settings are."""
     base = shutil.copytree(tiny_base, tmp_path / "base")
-    bent = {"do_sample": False, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
+    bent = {"eos_token_id": 1, "do_sample": False, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
     (base / "generation_config.json").write_text(json.dumps(bent))
     run = shutil.copytree(runs.policy, tmp_path / "cold")
     said = (run / "config.yaml").read_text()
