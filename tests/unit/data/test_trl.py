@@ -317,7 +317,8 @@ def test_more_names_of_grades_are_not_imitated(tmp_path: Path, name: str) -> Non
         records(tmp_path, {"prompt": "Hi!", "completion": "No", name: 1})
     assert (
         caught.value.hint
-        == "data.ratings: {up: ..., down: ...} in a recipe, --data.ratings.up, .down on the command line"
+        == "data.ratings: {up: ..., down: ...} in a recipe, --data.ratings.up, .down on the command line "
+        "(without `data.` after `perlhf data`)"
     )  # one grade shows no scale
     (remark,) = records(tmp_path, {"prompt": "Hi!", "completion": "Yes", "quality": "checked by Ann"})
     assert isinstance(remark, Demonstration)

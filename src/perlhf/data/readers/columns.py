@@ -210,13 +210,21 @@ def with_mapping(error: DataError, row: dict[str, Any], where: str) -> DataError
     held = {name: content for name, content in row.items() if content is not None}
     mapping, hint = mapping_of(held), error.hint
     if mapping:
-        hint = f"`data.columns: {{{mapping}}}` (--data.columns '{{{mapping}}}') reads them so"
+        hint = f"{named_columns(mapping)} reads them so"
         if mapping.startswith("prompt") and "," not in mapping and held.keys().isdisjoint(("chosen", "completion")):
             hint += (
                 f", `{{{mapping}, completion: ...}}` another column as the answer too, and `{{{mapping}, chosen: ..., "
                 "rejected: ...}` two as the better and the other one"
             )
     return DataError(error.what, where=where, allowed=f"found columns {', '.join(map(repr, held))}", hint=hint)
+
+
+def named_columns(mapping: str) -> str:
+    """A setting of `data.columns`, as a recipe has it and as it is typed."""
+    return (
+        f"`data.columns: {{{mapping}}}` (typed: --data.columns '{{{mapping}}}', after `perlhf data` --columns "
+        f"'{{{mapping}}}')"
+    )
 
 
 def mapping_of(row: dict[str, Any]) -> str | None:

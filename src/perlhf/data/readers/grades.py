@@ -8,7 +8,7 @@ from typing import Any
 
 from perlhf.config.stages import LayoutConfig
 from perlhf.data.fields import EQUAL_GRADES, Skipped, decoded, label_of, number, numeric
-from perlhf.data.readers.columns import OTHER_NAMES, given, is_number, optional_number
+from perlhf.data.readers.columns import OTHER_NAMES, given, is_number, named_columns, optional_number
 from perlhf.data.readers.messages import without_nulls
 from perlhf.data.records import Comparison, Demonstration, Message, Rating, Record
 from perlhf.errors import DataError
@@ -98,7 +98,7 @@ def no_rule(grades: list[float], where: str) -> NoRule:
         where=where,
         allowed="`data.ratings` (which are a thumbs up and which a thumbs down), or `data.grades: comparisons` "
         "(of answers to one prompt) or `ignore`",
-        hint=f"{rule} in a recipe, {typed} on the command line",
+        hint=f"{rule} in a recipe, {typed} on the command line (without `data.` after `perlhf data`)",
     )
 
 
@@ -141,7 +141,7 @@ def may_be_grade(name: str, content: Any) -> bool:
 
 def no_rule_for_safety(name: str, content: Any, mapping: str | None, where: str) -> NoRule:
     """The error for a judgement of safety that nothing makes a verdict."""
-    typed = f"`data.columns: {{{mapping}}}` (--data.columns '{{{mapping}}}') makes it the verdict; " if mapping else ""
+    typed = f"{named_columns(mapping)} makes it the verdict; " if mapping else ""
     return NoRule(
         f"an answer has {name!r} ({content!r:.30}), a judgement of its safety, and nothing says what becomes of it",
         where=where,
