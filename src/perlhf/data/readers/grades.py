@@ -16,7 +16,7 @@ from perlhf.errors import DataError
 _STARS = re.compile(r"(\d+(?:\.\d+)?) *(?:-? ?stars?|(?:/|out of|of) *\d+(?: stars?)?)", re.IGNORECASE)
 
 
-_TIED = ("status", "winner", "preference", "verdict", "label")
+_TIED = frozenset(("status", "winner", "preference", "verdict", "label"))
 """Columns beside `chosen` and `rejected` that may say that there is no preference."""
 _TIE_WORDS = ("tie", "ties", "tied", "draw", "equal", "tie (bothbad)", "tie (bothgood)")
 
@@ -57,7 +57,8 @@ def margin_of(row: dict[str, Any], where: str) -> float | None:
     scores are a tie, and so is one that a column calls so. Where scores say the opposite of the verdict, the difference
     is below 0.
     """
-    if any(isinstance(row.get(name), str) and row[name].strip().lower() in _TIE_WORDS for name in _TIED):
+    said = () if _TIED.isdisjoint(row) else [row[name] for name in _TIED if isinstance(row.get(name), str)]
+    if any(word.strip().lower() in _TIE_WORDS for word in said):
         return None
     if given(row, "margin"):
         return optional_number(row, "margin", 0.0, where)
