@@ -103,7 +103,8 @@ excepted; one line or JSON value may have LONGEST Mi characters.
   messages in Parquet and Arrow, where all messages of a column have the same keys. Infinity is an error.
 - **Cells.** A cell of a CSV or TSV file is text, quoted as spreadsheets and pandas do; `weight` and `margin` are
   numbers. One that begins like a list of messages or tools, as JSON or as Python prints it, is read as that list, and
-  is an error where it can't be.
+  is an error where it can't be. Where a layout has a list, an object or a number, text of one is read as it, in JSON
+  lines, too.
 - **Odd JSON** that isn't read is one error that names its shape and what mends it: objects as Python prints them, a
   comma after each line or before a bracket, a list on each line, several lists that may be the rows, a web page, a PDF.
 
@@ -157,8 +158,9 @@ A label is true or false, 1 or 0 (or -1), yes or no, up or down, good or bad; nu
 `datasets`) are read as the names of the classes. A grade (`rating`, `stars`, `score`, `reward`, `helpfulness`) beside
 an answer is never ignored: without `data.ratings` or `data.grades` (`ignore` reads the answers as demonstrations) the
 file is one error that names a rule that fits. Grades between `down` and `up` are left out and counted; without `down`
-every grade below `up` is a thumbs down. Ties, and comparisons with the same text on both sides, teach no preference:
-they are left out and counted.
+every grade below `up` is a thumbs down. Ties (equal scores or grades among them), and comparisons with the same text on
+both sides, teach no preference: they are left out and counted. A judgement of safety beside an answer (`is_safe`,
+`response_harm_label`) is no verdict on how good it is: `data.columns: {label: is_safe}` makes it one.
 """
 
 FORMATS_HEAD = """## Formats

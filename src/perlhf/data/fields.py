@@ -3,6 +3,7 @@
 `where` is always `file:line` (JSON lines, TSV) or `file[index]` (arrays, Parquet, TFRecord).
 """
 
+import ast
 import json
 import math
 import re
@@ -30,7 +31,7 @@ _UP |= {
     "pass",
     "passed",
 }
-_UP |= {"t", "chosen", "preferred", "helpful", "harmless", "safe", "satisfied"}
+_UP |= {"t", "chosen", "preferred", "helpful", "harmless", "unharmful", "not harmful", "safe", "satisfied"}
 _DOWN = {"false", "no", "n", "0", "0.0", "-1", "-1.0", "down", "thumbs down", "thumbsdown", "thumb down", "👎", "bad"}
 _DOWN |= {"negative", "neg", "dislike", "disliked", "downvote", "downvoted", "reject", "rejected", "undesirable"}
 _DOWN |= {"incorrect", "fail", "failed", "f", "dispreferred", "unhelpful", "not helpful", "harmful", "unsafe"}
@@ -38,6 +39,9 @@ _DOWN |= {"unsatisfied", "dissatisfied", "not safe", "not good", "not correct", 
 """Words between which `_` and `-` are read as spaces."""
 
 
+TIE, EQUAL_GRADES, EQUAL_MEANS = "tie", "equal grades", "equal mean grades"
+TIES = (TIE, EQUAL_GRADES, EQUAL_MEANS)
+"""Why a comparison without a preference is skipped; `data.ties: error` refuses it instead."""
 _MARKS = re.compile(r"[^\w\s]")
 _ASCII_MARKS = bytes(code for code in range(128) if _MARKS.match(chr(code)))
 _LOWERED = bytes(ord(" " if chr(code).isspace() else chr(code).lower()) for code in range(128)) + bytes(128)
@@ -55,6 +59,10 @@ class Skipped:
 @dataclass(frozen=True, slots=True)
 class Told(Skipped):
     """Not a row that is left out, but what is told of one that was read: a sentence about so many of them."""
+
+
+class MissingColumn(DataError):
+    """A row lacks a column that its others ask for."""
 
 
 def group_key(text: str) -> str:
@@ -85,7 +93,7 @@ def value(row: Mapping[str, Any], key: str, where: str, known: Sequence[str] = (
     """The value of a column that must be there; a missing one is reported with the nearest name that isn't `known`."""
     if key not in row:
         near = nearest(key, [name for name in row if name not in known])
-        raise DataError(
+        raise MissingColumn(
             f"column {key!r} is missing",
             where=where,
             allowed=f"found columns {', '.join(map(repr, row)) or 'none'}",
@@ -106,14 +114,42 @@ def text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 def mapping(content: Any, what: str, where: str) -> dict[str, Any]:
     """`content` as an object with text keys, else a DataError that calls it `what`."""
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    found = decoded(content)
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         wrong_type(content, what, "an object", where)
+    return found
+
+
+def decoded(content: Any) -> Any:
+    """A list or an object that text holds as JSON, or as Python prints it; anything else as it is.
+
+    Cells of CSV files are text, and some tools write what JSON lines could hold as text, too.
+    """
+    if not isinstance(content, str) or not (begun := content.lstrip()).startswith(("[", "{")):
+        return content
+    for decode in (json.loads, ast.literal_eval):
+        try:
+            found = decode(begun)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            continue
+        return found if isinstance(found, list | dict) else content
     return content
+
+
+def numeric(content: Any) -> Any:
+    """The number that text holds, as in cells of CSV files; anything else as it is."""
+    if not isinstance(content, str):
+        return content
+    try:
+        found = float(content)
+    except ValueError:
+        return content
+    return int(found) if found.is_integer() and abs(found) < 2**53 else found if math.isfinite(found) else content
 
 
 def items(row: Mapping[str, Any], key: str, where: str) -> list[Any]:
     """A column that must hold a list."""
-    elements = value(row, key, where)
+    elements = decoded(value(row, key, where))
     if not isinstance(elements, list):
         wrong_type(elements, f"column {key!r}", "a list", where)
     return elements
@@ -138,8 +174,10 @@ def utf8(encoded: Any, where: str) -> str:
 
 
 def choice(row: Mapping[str, Any], key: str, allowed: Sequence[Any], where: str) -> Any:
-    """A column that must hold one of `allowed` (booleans don't pass as 0 and 1)."""
+    """A column that must hold one of `allowed` (booleans don't pass as 0 and 1), numbers perhaps as text."""
     content = value(row, key, where)
+    if isinstance(content, str) and not any(isinstance(option, str) for option in allowed):
+        content = numeric(content)
     if isinstance(content, bool) or not any(
         content == option for option in allowed if type(content) in (type(option), float)
     ):
@@ -148,8 +186,8 @@ def choice(row: Mapping[str, Any], key: str, allowed: Sequence[Any], where: str)
 
 
 def number(row: Mapping[str, Any], key: str, default: float, where: str, least: float = -math.inf) -> float:
-    """An optional column that must hold a finite number of at least `least`."""
-    amount = row.get(key, default)
+    """An optional column that must hold a finite number of at least `least`, perhaps as text."""
+    amount = numeric(row.get(key, default))
     if isinstance(amount, bool) or not isinstance(amount, int | float):
         wrong_type(amount, f"column {key!r}", "a number", where)
     if not -1e300 < amount < 1e300 or amount < least:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from perlhf.config.stages import LayoutConfig
 from perlhf.data import files
 from perlhf.data.containers.authors import tell
-from perlhf.data.fields import Row, Skipped, Told, checked
+from perlhf.data.fields import TIES, Row, Skipped, Told, checked
 from perlhf.data.files import BUILTIN, Choice, DataFile
 from perlhf.data.readers.columns import folded, slip_of
 from perlhf.data.readers.formats import (
@@ -23,7 +23,6 @@ from perlhf.data.readers.formats import (
     detect,
     format_of,
 )
-from perlhf.data.readers.judged import TIE
 from perlhf.data.records import Comparison, Record
 from perlhf.errors import DataError, nearest
 from perlhf.system.progress import counted
@@ -140,7 +139,7 @@ def settled(found: Record | Skipped, rules: LayoutConfig) -> Record | Skipped:
         DataError: `ties: error`, and this is one.
     """
     equal = isinstance(found, Comparison) and found.chosen == found.rejected
-    tie = isinstance(found, Skipped) and found.reason == TIE
+    tie = isinstance(found, Skipped) and found.reason in TIES
     if not equal and not tie:
         return found
     if rules.ties == "error":
@@ -179,7 +178,7 @@ def renamed(rows: Iterable[Row], rules: LayoutConfig, name: str) -> Iterator[Row
     rows = iter(rows)
     for where, row in rows:
         waiting.append((where, row))
-        missing = {ours: theirs for ours, theirs in missing.items() if not _found(row, theirs)[0]}
+        missing = {ours: theirs for ours, theirs in missing.items() if not _found(row, _spelt(theirs, row))[0]}
         if not missing or len(waiting) >= MAPPED_ROWS:
             break
     if missing:
@@ -193,9 +192,17 @@ def renamed(rows: Iterable[Row], rules: LayoutConfig, name: str) -> Iterator[Row
             hint=f"`data.columns: {{{ours}: {near}}}`" if near else None,
         )
     for where, row in chain(waiting, rows):
-        values = {ours: _found(row, theirs)[1] for ours, theirs in rules.columns.items()}
-        moved = set(rules.columns.values())
+        spelt = {ours: _spelt(theirs, row) for ours, theirs in rules.columns.items()}
+        values = {ours: _found(row, theirs)[1] for ours, theirs in spelt.items()}
+        moved = set(spelt.values())
         yield where, {key: content for key, content in row.items() if key not in moved} | values
+
+
+def _spelt(name: str, row: Mapping[str, Any]) -> str:
+    """A column as the row spells it: with capitals and spaces, where errors have called it by our letters."""
+    if name in row:
+        return name
+    return next((theirs for theirs, ours in folded(tuple(row)).items() if ours == name), name)
 
 
 def _found(row: Any, name: str) -> tuple[bool, Any]:

@@ -175,8 +175,10 @@ def checked(scores: object, count: int, where: str, said: Callable[[str], str] =
     Raises:
         RewardFunctionError: it names index and value, unless there are `count` finite numbers or None.
     """
-    if not isinstance(scores, Iterable) or isinstance(scores, str | bytes | Mapping):
-        raise RewardFunctionError(f"returned {type(scores).__name__}", where=where, allowed="a list of scores")
+    refused = isinstance(scores, str | bytes | bytearray | Mapping | AbstractSet)
+    if not isinstance(scores, Iterable) or refused or hasattr(scores, "iterrows"):  # a table gives its columns' names
+        what, allowed = f"returned {type(scores).__name__}", "a list of scores, in the order of the completions"
+        raise RewardFunctionError(what, where=where, allowed=allowed)
     unbounded = not hasattr(scores, "__len__")  # such as a generator, which may never end
     values = list(itertools.islice(scores, count + 1) if unbounded else scores)
     if len(values) != count:

@@ -1,9 +1,12 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from perlhf.config.stages import LayoutConfig
 from perlhf.data.read import read, read_all
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
 from perlhf.errors import DataError
@@ -314,7 +317,8 @@ def test_more_names_of_grades_are_not_imitated(tmp_path: Path, name: str) -> Non
         records(tmp_path, {"prompt": "Hi!", "completion": "No", name: 1})
     assert (
         caught.value.hint
-        == "data.ratings: {up: ..., down: ...} in a recipe, --data.ratings.up, .down on the command line"
+        == "data.ratings: {up: ..., down: ...} in a recipe, --data.ratings.up, .down on the command line "
+        "(without `data.` after `perlhf data`)"
     )  # one grade shows no scale
     (remark,) = records(tmp_path, {"prompt": "Hi!", "completion": "Yes", "quality": "checked by Ann"})
     assert isinstance(remark, Demonstration)
@@ -325,7 +329,6 @@ def test_more_names_of_grades_are_not_imitated(tmp_path: Path, name: str) -> Non
     [
         ("is_correct", False, False),
         ("helpful", "True", True),
-        ("is_safe", False, False),
         ("thumbs_down", True, False),
         ("thumbs_down", 1, False),
         ("label", "thumbs-up", True),
@@ -391,3 +394,124 @@ def test_earlier_exchanges_beside_a_prompt(tmp_path: Path) -> None:
 def test_a_response_and_a_rejected_one_make_a_comparison(tmp_path: Path, name: str) -> None:
     found = records(tmp_path, {"prompt": "Hi!", "response": "Yes", name: "No"})
     assert found == [Comparison("Hi!", "Yes", "No", "hi", source="a.jsonl:1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "mapping", "label"),
+    [
+        ("response_harm_label", "harmful", {"label": "response_harm_label"}, False),
+        ("response_harm_label", "unharmful", {"label": "response_harm_label"}, True),
+        ("is_safe", False, {"label": "is_safe"}, False),
+        ("is_safe", 1, {"label": "is_safe"}, True),
+        ("is_harmful", True, {"is_bad": "is_harmful"}, False),
+        ("is_harmful", "harmful", {"label": "is_harmful"}, False),
+        ("is_toxic", False, {"is_bad": "is_toxic"}, None),
+    ],
+)
+def test_a_judgement_of_safety_is_no_verdict_unless_it_is_named(
+    tmp_path: Path, name: str, content: Any, mapping: dict[str, str], label: bool | None
+) -> None:
+    row = {"prompt": "Hi!", "response": "Yes", "prompt_harm_label": "harmful", "is_safety": 1, name: content}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+
+    def found(**rules: Any) -> Any:
+        return read_all("a.jsonl", root=tmp_path, rules=LayoutConfig(**rules)).records
+
+    with pytest.raises(DataError, match=f"an answer has '{name}'") as caught:
+        found()
+    (ours, theirs), *_ = mapping.items()
+    assert f"`data.columns: {{{ours}: {theirs}}}`" in str(caught.value.hint)
+    answer = Demonstration("Hi!", "Yes", "hi", source="a.jsonl:1")
+    verdict = answer if label is None else Rating("Hi!", "Yes", label, "hi", source="a.jsonl:1")
+    assert found(columns=mapping) == [verdict]
+    assert found(grades="ignore") == [answer]
+
+
+def test_a_verdict_beside_a_judgement_of_safety_counts(tmp_path: Path) -> None:
+    labelled, compared, other, asked = records(
+        tmp_path,
+        {"prompt": "Hi!", "completion": "Yes", "is_safe": False, "label": True},
+        {"prompt": "Hi!", "chosen": "Yes", "rejected": "No", "is_safe": False},
+        {"prompt": "Hi!", "completion": "Yes", "safety": "fire", "prompt_harm_label": "harmful", "is_safe": None},
+        {"prompt": "Hi!", "is_safe": False},
+    )
+    assert labelled.label and compared.chosen == "Yes" and isinstance(other, Demonstration)
+    assert asked.columns == {"is_safe": False}
+
+
+@pytest.mark.parametrize(("name", "hint"), [("safety", "{rating: safety}"), ("toxic", "`data.grades: ignore`")])
+def test_a_grade_of_safety(tmp_path: Path, name: str, hint: str) -> None:
+    with pytest.raises(DataError, match=f"an answer has '{name}'") as caught:
+        records(tmp_path, {"prompt": "Hi!", "completion": "Yes", name: 0.5})
+    assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("rejected", [" No", "Human: Hi! Assistant: No"])
+def test_a_transcript_on_one_line(tmp_path: Path, rejected: str) -> None:
+    (found,) = records(tmp_path, {"prompt": "Human: Hi! Assistant:", "chosen": " Yes", "rejected": rejected})
+    assert found == Comparison((HI,), "Yes", "No", "hi", source="a.jsonl:1")
+    longer = {"prompt": "User: Hi! Assistant: Yes User: The Human: a play? Assistant: ", "completion": "No"}
+    (found,) = records(tmp_path, longer)
+    assert found.prompt == (HI, YES, {"role": "user", "content": "The Human: a play?"})
+
+
+def test_dialogs_on_one_line(tmp_path: Path) -> None:
+    both = "Human: Hi! Assistant: Yes Human: Hi! Assistant: I say "
+    (found,) = records(tmp_path, {"chosen": f"{both}yes", "rejected": f"{both}no"})
+    assert found == Comparison((HI, YES, HI), "I say yes", "I say no", "hi", source="a.jsonl:1")
+
+
+def test_answers_that_nothing_grades_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (found,) = records(tmp_path, {"prompt": "Hi!", "responses": ["Yes", "No"]})
+    assert isinstance(found, Prompt)
+    assert "1 rows have several 'responses' and nothing that grades or ranks each" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", ["Human: Hi! Human: Ho! Assistant:", "Human: Hi!Assistant:", "Ask an Assistant:"])
+def test_no_transcript_on_one_line(tmp_path: Path, prompt: str) -> None:
+    (found,) = records(tmp_path, {"prompt": prompt, "completion": "Yes"})
+    assert found.prompt == prompt
+
+
+CHAT = [{"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "Yes"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"prompt": "Hi! TL;DR:", "label": "Yes."}, Demonstration),
+        ({"inputs": "Hi!", "targets": "Yes", "language": "en"}, Demonstration),
+        ({"trajectory": "Hi!", "chosen": "Yes", "rejected": "No"}, Comparison),
+        ({"trajectory": CHAT[:1], "chosen": "Yes", "rejected": "No"}, Comparison),
+        ({"id": "1", "system_prompt": "Be kind.", "question": "Hi!", "response": "Yes"}, Demonstration),
+        ({"context": [HI], "original_response": "No", "edited_response": "Yes", "feedback": ["f"]}, Demonstration),
+        ({"id": "0", "data": ["Hi!", "Yes"]}, Demonstration),
+        ({"id": "0", "dialog": [HI, YES]}, Demonstration),
+        ({"id": "0", "dialog": CHAT}, Demonstration),
+        ({"question": "Hi!", "answer": "Yes", "label": True}, Rating),
+        ({"question": "Hi!", "completion": "Yes", "label": True}, Rating),
+        ({"prompt": "Hi!", "answer": "Yes", "label": 1}, Rating),
+        ({"Question": "Hi!", "Response": "Yes", "Id": 1}, Demonstration),
+        ({"question": "Hi!", "level": 2}, Prompt),
+    ],
+)
+def test_other_names_are_read_as_the_error_says(tmp_path: Path, row: dict[str, Any], kind: type) -> None:
+    with pytest.raises(DataError, match=r"column '(prompt|completion)' is missing") as caught:
+        records(tmp_path, row)
+    named = {name.lower() for name in re.findall(r"'(\w+)'", str(caught.value.allowed))}
+    assert named == {name.lower() for name in row}
+    typed = re.search(r"--data.columns '(\{.*?\})'", str(caught.value.hint))
+    assert typed, caught.value.hint
+    rules = LayoutConfig(columns=yaml.safe_load(typed[1]))
+    (found,) = read_all("a.jsonl", root=tmp_path, rules=rules).records
+    assert isinstance(found, kind)
+    answer: Any = getattr(found, "completion", getattr(found, "chosen", "Yes"))
+    assert str(answer).removesuffix(".") == "Yes" and "Hi!" in str(found.prompt)
+
+
+def test_texts_in_turn_are_a_conversation(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": ["Hi!", "No", "Hi!", "Yes"], "source": "forum"}))
+    (found,) = read_all("a.jsonl", root=tmp_path).records
+    assert found == Demonstration((HI, NO, HI), "Yes", "hi", source="forum")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": ["Hi!"]}))
+    assert read_all("a.jsonl", root=tmp_path).skipped == {"a conversation that doesn't end with an answer": 1}

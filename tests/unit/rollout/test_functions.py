@@ -17,6 +17,7 @@ from perlhf.system.waiting import finish
 
 REWARD = """
 import numpy as np
+import pandas
 import torch
 
 CONSTANT = 3
@@ -136,6 +137,11 @@ def test_syntax_error_names_file_and_line(here):
         ("0.5", "returned float"),
         ("'abc'", "returned str"),
         ("{0: 1, 1: 1, 2: 1}", "returned dict"),
+        ("{1.0, 2.0, 3.0}", "returned set"),
+        ("frozenset([1.0, 2.0, 3.0])", "returned frozenset"),
+        ("dict.fromkeys([1.0, 2.0, 3.0]).keys()", "returned dict_keys"),
+        ("bytearray(3)", "returned bytearray"),
+        ("pandas.DataFrame({1: [0], 2: [0], 3: [0]})", "returned DataFrame"),
     ],
 )
 def test_wrong_scores_are_named(here, returned, message):

@@ -4,13 +4,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from perlhf.data.fields import items, message, text, value, wrong_type
-from perlhf.data.readers.columns import ALSO, COLUMNS, QUESTIONS
-from perlhf.data.readers.messages import as_messages, completion, listed, messages, transcript, transcript_prompt
+from perlhf.data.readers.columns import ALSO, COLUMNS
+from perlhf.data.readers.messages import (
+    as_messages,
+    completion,
+    line_transcript,
+    listed,
+    messages,
+    transcript,
+    transcript_prompt,
+)
 from perlhf.data.records import Message, Text, content_of
 from perlhf.errors import DataError
 
 INSTRUCTION = ("instruction", "input", "context")
 _SAID = ("role", "content", "tool_calls", "reasoning_content")
+_SYSTEM = ("system", "developer")
 _REPEATED_WORDS = 4
 """Least words of a prompt that both answers repeat on their first line for it to be cut off."""
 
@@ -23,16 +32,10 @@ def after_prompt(asked: Any, prompt: Text, chosen: Any, rejected: Any, where: st
     sides = {"chosen": chosen, "rejected": rejected}
     whole = {name: messages(side, name, where) for name, side in sides.items() if not isinstance(side, str)}
     left = {name: _without_prompt(side, prompt) for name, side in whole.items()}
-    if len(left) == 2 and isinstance(prompt, str) and all(side[:1] and not _answers(side) for side in left.values()):
-        firsts = {content_of(next((m for m in side if m["role"] == "user"), {})).strip() for side in whole.values()}
-        if firsts == {prompt.strip()}:  # the conversation begins with a system message before this prompt
-            return parted(whole["chosen"], whole["rejected"], where)
-        raise DataError(
-            "the conversations in chosen and rejected begin with something else than the prompt",
-            where=where,
-            allowed="answers to the prompt, or conversations that begin with it",
-            hint="`data.columns: {system: prompt}` where the column holds a system message",
-        )
+    if len(left) == 2 and all(side[:1] and not _answers(side) for side in left.values()):
+        found = _whole_conversations(prompt, whole["chosen"], whole["rejected"], where)
+        if found is not None:
+            return found
     if len(left) == 2:
         shared = _shared(left["chosen"], left["rejected"])
         if shared:
@@ -48,12 +51,83 @@ def listed_answer(row: dict[str, Any], name: str, where: str) -> Any:
     return answer if isinstance(asked, str) and isinstance(listed(asked), str) else listed(answer)
 
 
-def answer_to(content: Any, asked: Any, prompt: Text, where: str) -> Text:
-    """A completion given as text, as assistant messages, or as the whole conversation."""
+def answer_to(content: Any, asked: Any, prompt: Text, where: str) -> tuple[Text, Text]:
+    """The prompt, and a completion given as text, as assistant messages, or as the whole conversation."""
     content = _without_transcript(content, asked, prompt)
     if isinstance(content, str):
-        return content
-    return _checked_answer(_without_prompt(messages(content, "completion", where), prompt), "completion", where)
+        return prompt, content
+    turns = messages(content, "completion", where)
+    left = _without_prompt(turns, prompt)
+    if left and not _answers(left):
+        end = _asked_until(turns, prompt, len(turns) - 1)
+        if end is not None:
+            return _with_system_of(prompt, turns[:end], where), _checked_answer(turns[end:], "completion", where)
+    return prompt, _checked_answer(left, "completion", where)
+
+
+def _whole_conversations(
+    prompt: Text, chosen: tuple[Message, ...], rejected: tuple[Message, ...], where: str
+) -> tuple[Text, Text, Text] | None:
+    """Conversations that repeat the prompt, split where they part; None where they go on from it.
+
+    What they repeat are its first turns, or, of a prompt that is the newest question alone, the last turns before they
+    part. An answer that the prompt ends with is neither of the two.
+
+    Raises:
+        DataError: they begin with something else than the prompt.
+    """
+    shared = _shared(chosen, rejected)
+    if all(_asked_until(side, prompt, shared) is not None for side in (chosen, rejected)):
+        common, *answers = parted(chosen, rejected, where)
+        return _with_system_of(prompt, as_messages(common), where), answers[0], answers[1]
+    first, begun = (
+        next((content_of(turn).strip() for turn in turns if turn["role"] == "user"), None)
+        for turns in (as_messages(prompt), chosen)
+    )
+    if not isinstance(prompt, str) and (first is None or first != begun):
+        return None
+    raise DataError(
+        "the conversations in chosen and rejected begin with something else than the prompt",
+        where=where,
+        allowed="answers to the prompt, or conversations that begin with it or have it as their last question",
+        hint="where the conversations say all, take out the column of the prompt"
+        + (
+            " (`data.columns: {unused: prompt}`); where it holds a system message: `data.columns: {system: prompt}`"
+            if isinstance(prompt, str)
+            else ""
+        ),
+    )
+
+
+def _asked_until(turns: Sequence[Message], prompt: Text, last: int) -> int | None:
+    """Where in a conversation that repeats the prompt its turns end; None where it doesn't.
+
+    Args:
+        last: where they end if they aren't the first ones.
+    """
+    begin = sum(turn["role"] in _SYSTEM for turn in turns[:1])
+    given = as_messages(prompt)
+    asked = given[sum(turn["role"] in _SYSTEM for turn in given[:1]) :]
+    asked = asked[:-1] if asked and asked[-1]["role"] == "assistant" else asked
+    for at in (begin, last - len(asked)) if asked else ():
+        end = at + len(asked)
+        if begin <= at and end < len(turns) and all(map(_same, turns[at:end], asked)):
+            return end
+    return None
+
+
+def _with_system_of(prompt: Text, turns: tuple[Message, ...], where: str) -> Text:
+    """Turns that take the place of a prompt, with its system message where they have none."""
+    first = as_messages(prompt)[0]
+    if first["role"] not in _SYSTEM or _same(first, turns[0]):
+        return turns
+    if turns[0]["role"] in _SYSTEM:
+        raise DataError(
+            "there is a system message in the prompt and another in the conversation that answers it",
+            where=where,
+            allowed="one of them, or the same text in both",
+        )
+    return (first, *turns)
 
 
 def _without_prompt(turns: tuple[Message, ...], prompt: Text) -> tuple[Message, ...]:
@@ -114,6 +188,8 @@ def _checked_answer(turns: tuple[Message, ...], column: str, where: str) -> Text
 def parted_texts(chosen: str, rejected: str, row: dict[str, Any], where: str) -> tuple[Text, Text, Text]:
     """Two texts without a prompt: transcripts, or texts that begin with the same lines (else words)."""
     dialogs = transcript(chosen), transcript(rejected)
+    if not (dialogs[0] and dialogs[1]):
+        dialogs = line_transcript(chosen), line_transcript(rejected)
     if dialogs[0] and dialogs[1]:
         return parted(dialogs[0], dialogs[1], where)
     common = next(
@@ -171,20 +247,6 @@ def _without_transcript(answer: Any, asked: Any, prompt: Text) -> Any:
 
 def prompt_of(row: dict[str, Any], where: str) -> Text:
     """The prompt: text, or messages where the file has a list, JSON of one or a transcript."""
-    if "prompt" not in row and (near := next((name for name in QUESTIONS if name in row), None)):
-        answers = {"completion", "chosen"} & set(row)
-        raise DataError(
-            "column 'prompt' is missing",
-            where=where,
-            allowed=f"found columns {', '.join(map(repr, row))}",
-            hint=f"`data.columns: {{prompt: {near}}}` reads {near!r} as the prompt"
-            + (
-                ""
-                if answers
-                else f", `{{prompt: {near}, completion: ...}}` another column as the answer too, and "
-                f"`{{prompt: {near}, chosen: ..., rejected: ...}}` two as the better and the other one"
-            ),
-        )
     prompt = listed(value(row, "prompt", where, COLUMNS))
     if isinstance(prompt, str):
         turns = transcript_prompt(prompt)

@@ -7,7 +7,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
-from perlhf.data.fields import number
+from perlhf.data.fields import label_of, number
 from perlhf.errors import DataError
 
 COLUMNS = (
@@ -44,6 +44,20 @@ _SCORES = (
 )
 QUESTIONS = ("question", "query", "instruction", "input", "problem")
 """Where comparisons without `prompt` have it."""
+_QUESTIONS = (*QUESTIONS, "inputs", "trajectory", "user", "user_input", "post", "text_input", "message", "context", "q")
+_ANSWERS = ("response", "output", "answer", "edited_response", "targets", "target", "outputs", "solution")
+_ANSWERS += (
+    "reply",
+    "generation",
+    "generated_text",
+    "model_output",
+    "text_output",
+    "summary",
+    "assistant",
+    "label",
+    "a",
+)
+"""What files call a question and its answer; they are not read as that, but an error says how they would be."""
 FEEDBACK = ("feedback", "vote", "liked", "accepted", "upvoted")
 """Columns that are a label where they hold one, and may be anything else (a remark)."""
 GRADES = ("user_rating", "human_rating", "rating_score", "human_score", "quality", "helpfulness", "star", "n_stars")
@@ -57,11 +71,15 @@ YES_OR_NO = (
     "is_positive",
     "is_preferred",
     "is_desirable",
-    "is_safe",
 )
 """Columns that are a label where they hold true or false."""
 AGAINST = ("thumbs_down", "thumb_down", "disliked", "downvoted", "is_bad")
 """Columns that are a thumbs down where they hold true."""
+SAFE = ("is_safe", "safe", "safety", "safety_label", "is_response_safe", "response_safety")
+"""Columns beside an answer that say whether it is safe, which is no verdict on how good it is."""
+HARMFUL = ("is_harmful", "harmful", "is_unsafe", "unsafe", "is_toxic", "toxic", "is_response_harmful")
+"""Columns that say the opposite, where they hold true or false."""
+_ABOUT_PROMPTS = ("prompt", "question", "query", "instruction", "input", "user")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _FOLDED = {*COLUMNS, *ALSO, *(other for others in OTHER_NAMES.values() for other in others), *QUESTIONS} | {
     *(name for pair in _SCORES for name in pair),
@@ -162,6 +180,75 @@ def refuse_unreadable(row: dict[str, Any], where: str) -> None:
 def _watched(names: tuple[str, ...]) -> bool:
     """Whether one of these columns may have to be refused."""
     return not {*_MEDIA, "chat_template_kwargs", "completions"}.isdisjoint(names)
+
+
+def safety_of(row: dict[str, Any]) -> tuple[str, str | None] | None:
+    """A column that says whether an answer is safe, and what of `data.columns` makes it a verdict; None without one."""
+    for name in _safety_columns(tuple(row)):
+        content = row[name]
+        label, harm = label_of(content), name.lower() in HARMFUL
+        word = isinstance(content, str) and ("harm" in content.lower() or "safe" in content.lower())
+        if label is not None:  # a word says what it means, whatever its column is called
+            return name, f"is_bad: {name}" if harm and not word else f"label: {name}"
+        if is_number(content) or isinstance(content, int | float):
+            return name, None if harm else f"rating: {name}"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _safety_columns(names: tuple[str, ...]) -> tuple[str, ...]:
+    def judges(name: str) -> bool:
+        word = name.lower()
+        labelled = word.endswith(("harm_label", "safety_label", "toxicity_label", "harmfulness_label"))
+        return (word in SAFE or word in HARMFUL or labelled) and not word.startswith(_ABOUT_PROMPTS)
+
+    return tuple([name for name in names if judges(name)])
+
+
+def with_mapping(error: DataError, row: dict[str, Any], where: str) -> DataError:
+    """The error for a missing `prompt` or `completion`, with the file's own names and what of `data.columns` helps."""
+    held = {name: content for name, content in row.items() if content is not None}
+    mapping, hint = mapping_of(held), error.hint
+    if mapping:
+        hint = f"{named_columns(mapping)} reads them so"
+        if mapping.startswith("prompt") and "," not in mapping and held.keys().isdisjoint(("chosen", "completion")):
+            hint += (
+                f", `{{{mapping}, completion: ...}}` another column as the answer too, and `{{{mapping}, chosen: ..., "
+                "rejected: ...}` two as the better and the other one"
+            )
+    return DataError(error.what, where=where, allowed=f"found columns {', '.join(map(repr, held))}", hint=hint)
+
+
+def named_columns(mapping: str) -> str:
+    """A setting of `data.columns`, as a recipe has it and as it is typed."""
+    return (
+        f"`data.columns: {{{mapping}}}` (typed: --data.columns '{{{mapping}}}', after `perlhf data` --columns "
+        f"'{{{mapping}}}')"
+    )
+
+
+def mapping_of(row: dict[str, Any]) -> str | None:
+    """What of `data.columns` makes a record of a row whose columns have other names; None where that isn't clear."""
+    listed = [name for name, content in row.items() if isinstance(content, list) and len(content) > 1]
+    turns = [name for name in listed if all(isinstance(part, str | dict) for part in row[name])]
+    question = "prompt" if "prompt" in row else next((name for name in _QUESTIONS if name in row), None)
+    answers = [
+        name for name in ("completion", *_ANSWERS) if name in row and name != question and _is_answer(name, row[name])
+    ]
+    if {"chosen", "rejected"} <= row.keys():
+        question = question or next(iter(turns), None)
+        return f"prompt: {question}" if question not in (None, "prompt") else None
+    if question is None:
+        return f"conversations: {turns[0]}" if len(turns) == 1 and not answers else None
+    answer = next(iter(answers), "completion") if "completion" not in row else "completion"
+    names = [f"{ours}: {name}" for ours, name in (("prompt", question), ("completion", answer)) if ours != name]
+    return ", ".join(names) or None
+
+
+def _is_answer(name: str, content: Any) -> bool:
+    if name == "label" and label_of(content) is not None:
+        return False
+    return bool(content) and isinstance(content, list | str)
 
 
 def refuse_misspelt(row: dict[str, Any], names: tuple[str, ...], where: str) -> None:

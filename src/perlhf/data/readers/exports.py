@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from perlhf.config.stages import LayoutConfig
-from perlhf.data.fields import Row, Skipped, items, label_of, mapping, message, text, value
+from perlhf.data.fields import Row, Skipped, decoded, items, label_of, mapping, message, text, value
 from perlhf.data.readers.columns import COLUMNS
 from perlhf.data.readers.judged import pair_of, side_of
 from perlhf.data.readers.layouts import by_columns
@@ -68,9 +68,9 @@ def _made(rows: Iterable[Row], make: Callable[[dict[str, Any], str], list[Made]]
 
 def _argilla_rows(row: dict[str, Any], where: str) -> list[Made]:
     fields = {name: content for name, content in row.items() if name in _OURS and content is not None}
-    if isinstance(row.get("fields"), dict):
+    if isinstance(decoded(row.get("fields")), dict):
         fields = mapping(row["fields"], "column 'fields'", where) | fields
-        answered = _nested_responses(row.get("responses"), where)
+        answered = _nested_responses(decoded(row.get("responses")), where)
     else:
         fields = {name: content for name, content in row.items() if _is_field(name, row)} | fields
         answered = _flat_responses(row, where)
@@ -113,8 +113,10 @@ def _flat_responses(row: dict[str, Any], where: str) -> dict[str, dict[str, Any]
     """What each annotator said, of `NAME.responses` with users and states, or of version 1's lists of objects."""
     said: dict[str, dict[str, Any]] = {}
     for name, content in row.items():
+        if name.endswith(".responses") or f"{name}-suggestion" in row:
+            content = decoded(content)
         if name.endswith(".responses") and isinstance(content, list):
-            users, states = row.get(f"{name}.users"), row.get(f"{name}.status")
+            users, states = decoded(row.get(f"{name}.users")), decoded(row.get(f"{name}.status"))
             for number, answer in enumerate(content):
                 if _at(states, number) in (None, "submitted"):
                     who = str(_at(users, number) or number)

@@ -6,15 +6,28 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from perlhf.config.stages import LayoutConfig
-from perlhf.data.fields import Row, Skipped, items, label_of, mapping, message, number, text, value, wrong_type
+from perlhf.data.fields import (
+    TIE,
+    Row,
+    Skipped,
+    decoded,
+    items,
+    label_of,
+    mapping,
+    message,
+    number,
+    numeric,
+    text,
+    value,
+    wrong_type,
+)
 from perlhf.data.readers.answers import INSTRUCTION, instruction_of
+from perlhf.data.readers.grades import refuse_order
 from perlhf.data.readers.messages import listed, messages
 from perlhf.data.readers.trl import Made, made_rows, trl, without
 from perlhf.data.records import Record
 from perlhf.errors import DataError
 
-TIE = "tie"
-"""Why a comparison without a preference is skipped; `data.ties: error` refuses it instead."""
 UNJUDGED = "two answers without a verdict"
 PAIRS = (
     ("conversation_a", "conversation_b"),
@@ -70,7 +83,8 @@ def ultrafeedback(rows: Iterable[Row], rules: LayoutConfig | None = None) -> Ite
     Rule: every pair of answers with different grades is a comparison whose margin is the difference; equal grades are
     skipped. The grade is `fine-grained_score`, else the mean rating of `annotations`, else `overall_score`, `score`,
     `rating` or StackExchange's `pm_score`. Answers with a `rank` (Nectar's `answers`) are graded by it, 1 being best.
-    Answers may also be a list of texts beside a list of `scores`, `ratings` or `ranks`. With `data.ratings` each answer
+    Answers may also be a list of texts beside a list of `scores`, `ratings`, `ranks`, or `ranking` where it says the
+    same as ranks and as an order of the answers. With `data.ratings` each answer
     is a rating instead. The binarized sets (`chosen`, `rejected`, scores of both) are read as `trl`.
     Group: first user turn.
     """
@@ -148,17 +162,20 @@ def _answers_row(row: dict[str, Any], where: str) -> list[Made]:
 
 def _with_grades(answers: list[Any], row: dict[str, Any], where: str) -> list[Any]:
     """Answers with their grades, where the file has texts in one list and grades or ranks in another."""
-    name = next((name for name in _LISTS if isinstance(row.get(name), list)), None)
-    if name is None or not all(isinstance(answer, str) for answer in answers):
+    lists = {name: found for name in _LISTS if isinstance(found := decoded(row.get(name)), list)}
+    if not lists or not all(isinstance(answer, str) for answer in answers):
         return answers
-    if len(row[name]) != len(answers):
+    name, grades = next(iter(lists.items()))
+    if len(grades) != len(answers):
         raise DataError(
-            f"there are {len(answers)} answers and {len(row[name])} {name}",
+            f"there are {len(answers)} answers and {len(grades)} {name}",
             where=where,
             allowed="one of each answer",
         )
+    if name == "ranking":
+        refuse_order(grades, where)
     key = "rank" if name.startswith("rank") else "rating"
-    return [{"text": answer, key: grade} for answer, grade in zip(answers, row[name], strict=True)]
+    return [{"text": answer, key: grade} for answer, grade in zip(answers, grades, strict=True)]
 
 
 def _grade_of(answer: dict[str, Any], where: str) -> float | None:
@@ -250,8 +267,9 @@ def pair_row(row: dict[str, Any], where: str) -> Made:
         return without(rest, "prompt") | whole if all(whole.values()) else Skipped("empty completion", where)
     if margin is not None and "margin" not in rest:
         rest["margin"] = margin
-    if "question" in rest and isinstance(rest["question"], dict):
-        rest["question"] = text(rest["question"], "full_text", where)
+    question = decoded(rest.get("question"))
+    if isinstance(question, dict) and (question is rest["question"] or "full_text" in question):
+        rest["question"] = text(question, "full_text", where)
     return rest | sides
 
 
@@ -265,7 +283,7 @@ def _judged_turns(row: dict[str, Any], name: str, several: bool, where: str) -> 
     side = listed(row[name])
     if isinstance(side, str):
         return side if side.strip() else None
-    turn = row.get("turn")
+    turn = numeric(row.get("turn"))
     if name.startswith("conversation") and isinstance(side, list) and isinstance(turn, int) and turn > 0:
         turns = messages(side, name, where)
         asked = [at for at, one in enumerate(turns) if one["role"] == "user"]
@@ -354,6 +372,8 @@ def _side(verdict: Any, name: str, row: dict[str, Any], pair: tuple[str, str], w
 
 def side_of(verdict: Any, row: Mapping[str, Any], pair: tuple[str, str]) -> Any:
     """0 or 1 for the first or second answer, None for a tie, "" for what is no verdict."""
+    if isinstance(verdict, str) and isinstance(found := numeric(verdict), int):
+        verdict = found  # of "1.0", as pandas writes a column with empty cells
     if isinstance(verdict, float) and verdict.is_integer():
         verdict = int(verdict)
     if isinstance(verdict, int) and not isinstance(verdict, bool):

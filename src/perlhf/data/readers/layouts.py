@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from perlhf.config.stages import LayoutConfig
-from perlhf.data.fields import Row, Skipped, message, text, value
+from perlhf.data.fields import Row, Skipped, decoded, message, text, value
 from perlhf.data.readers.answers import INSTRUCTION, after_history, instruction_of
 from perlhf.data.readers.judged import VERDICTS, pair_of, pair_row
 from perlhf.data.readers.messages import listed, messages
@@ -22,9 +22,10 @@ def sharegpt(rows: Iterable[Row], rules: LayoutConfig | None = None) -> Iterator
     Rule: human and user are the user, gpt the assistant, observation and tool a tool; a `function_call` is an
     assistant's tool call, its value JSON of a name and arguments. The last turn of gpt is the completion; a
     conversation that doesn't end with one is skipped (`data.turns: all` makes a demonstration of each). `chosen` and
-    `rejected` (a turn, or text) make a comparison with the turns as prompt; `kto_tag` or `label` a rating. `system` and
-    `tools` may stand beside the turns, which may also be messages with `role` and `content`, or `input` and `output`.
-    Group: first user turn.
+    `rejected` (a turn, text, or the whole conversation) make a comparison with the turns as prompt, without an answer
+    that they end with; `kto_tag` or `label` a rating. `system` and `tools` may stand beside the turns, which may be
+    messages with `role` and `content`, pairs of `input` and `output`, or texts of the user and the assistant in
+    turn. Group: first user turn.
     """
     yield from trl(made_rows(rows, _sharegpt_row), rules)
 
@@ -73,12 +74,14 @@ def by_columns(row: dict[str, Any], where: str) -> Made:
 
 def _sharegpt_row(row: dict[str, Any], where: str) -> Made:
     column = next((name for name in ("conversations", "conversation") if name in row), "conversations")
-    turns = listed(value(row, column, where))
+    turns = decoded(value(row, column, where))
     if isinstance(turns, list) and all(isinstance(turn, dict) and {"input", "output"} <= turn.keys() for turn in turns):
-        turns = [message(*part) for turn in turns for part in _exchange(turn, where)]
+        turns = [message(*part) for turn in turns for part in _exchange(turn, where, turn is turns[-1])]
+    if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):  # as in LIMA
+        turns = [message(("user", "assistant")[at % 2], str(turn)) for at, turn in enumerate(turns)]
     rest = without(row, column)
     if "chosen" in row and "rejected" in row:
-        return rest if "prompt" in row else rest | {"prompt": turns}
+        return rest if "prompt" in row else rest | {"prompt": _unanswered(turns, row, column, where)}
     rest = without(rest, "prompt", "messages")
     if "completion" in row:
         return rest | {"prompt": turns}
@@ -88,9 +91,20 @@ def _sharegpt_row(row: dict[str, Any], where: str) -> Made:
     return rest | {"messages": [dict(turn) for turn in built]}
 
 
-def _exchange(turn: dict[str, Any], where: str) -> list[tuple[str, str]]:
+def _unanswered(turns: Any, row: dict[str, Any], column: str, where: str) -> Any:
+    """The turns that `chosen` and `rejected` answer: without a last answer, whose place those take."""
+    built = [dict(turn) for turn in messages(turns, column, where)]
+    sides = [listed(row[name]) for name in ("chosen", "rejected")]
+    begins = [side if isinstance(side, str) else messages(side, "chosen", where)[:1] for side in sides]
+    answers = all(isinstance(begin, str) or (begin and begin[0]["role"] == "assistant") for begin in begins)
+    return built[:-1] if answers and len(built) > 1 and built[-1]["role"] == "assistant" else built
+
+
+def _exchange(turn: dict[str, Any], where: str, last: bool) -> list[tuple[str, str]]:
+    """A question and its answer, which the last one may lack."""
     system = [("system", text(turn, "system", where))] if turn.get("system") else []
-    return [*system, ("user", text(turn, "input", where)), ("assistant", text(turn, "output", where))]
+    asked = [*system, ("user", text(turn, "input", where))]
+    return asked if last and turn["output"] is None else [*asked, ("assistant", text(turn, "output", where))]
 
 
 def _alpaca_row(row: dict[str, Any], where: str) -> Made:

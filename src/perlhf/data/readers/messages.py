@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perlhf.data.fields import mapping, message, refuse_surrogates, text, wrong_type
+from perlhf.data.fields import decoded, mapping, message, refuse_surrogates, text, wrong_type
 from perlhf.data.records import Message, Text
 from perlhf.errors import DataError, nearest
 
@@ -138,7 +138,30 @@ def transcript_prompt(content: str) -> tuple[Message, ...] | None:
     surely = content.rstrip().endswith(("Assistant:", "ASSISTANT:")) or content.startswith(
         ("\n\nHuman:", "\r\n\r\nHuman:")
     )
-    return transcript(content) if surely else None
+    if not surely:
+        return None
+    return transcript(content) or line_transcript(content)
+
+
+def line_transcript(content: str) -> tuple[Message, ...] | None:
+    """The turns of a transcript whose line breaks are gone: each speaker follows a space. None where some are there.
+
+    The user and the assistant speak in turn, and the assistant last; a last `Assistant:` with nothing after it is no
+    turn.
+    """
+    line = content.strip() if _may_begin(content, "HU") else ""
+    first = next((name for name in _HUMANS if line.startswith(f"{name}:")), None)
+    if first is None or "\n" in line:
+        return None
+    answering = "ASSISTANT" if first.isupper() else "Assistant"
+    _, *parts = re.split(rf"(?:^|\s)({first}|{answering}):(?=\s|$)", line)
+    if len(parts) % 4 or parts[::2] != [first, answering] * (len(parts) // 4):
+        return None
+    turns = [
+        message("assistant" if mark == answering else "user", part.strip())
+        for mark, part in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return tuple(turns if turns[-1]["content"] else turns[:-1]) or None
 
 
 def tools(content: Any, where: str) -> tuple[Mapping[str, Any], ...] | None:
@@ -147,7 +170,7 @@ def tools(content: Any, where: str) -> tuple[Mapping[str, Any], ...] | None:
         if not content.strip():
             return None
         try:
-            content = json.loads(content)
+            content = found if (found := decoded(content)) is not content else json.loads(content)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"column 'tools' is not valid JSON: {error}", where=where, allowed="a list of tools, or JSON of one"

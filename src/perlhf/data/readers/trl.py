@@ -9,6 +9,8 @@ from typing import Any
 
 from perlhf.config.stages import LayoutConfig
 from perlhf.data.fields import (
+    TIE,
+    MissingColumn,
     Row,
     Skipped,
     Told,
@@ -43,8 +45,22 @@ from perlhf.data.readers.columns import (
     our_columns,
     refuse_misspelt,
     refuse_unreadable,
+    safety_of,
+    with_mapping,
 )
-from perlhf.data.readers.grades import by_rule, compared, grade_of, labelled, no_rule, ungraded
+from perlhf.data.readers.grades import (
+    VERDICTS,
+    by_rule,
+    compared,
+    grade_of,
+    labelled,
+    margin_of,
+    may_be_grade,
+    no_rule,
+    no_rule_for_safety,
+    refuse_verdict_inside,
+    ungraded,
+)
 from perlhf.data.readers.messages import (
     as_messages,
     completion,
@@ -60,10 +76,12 @@ _LEARNED = ("weight", "loss", "train")
 _EARLIER = "conversations have earlier answers, of which only the last is trained (`data.turns: all` trains each)"
 _UNFILLED = "answers have an empty label or rating and are read as demonstrations"
 _UNUSED = "rows have {name!r} beside 'prompt', which isn't asked (`data.columns: {{{names}}}` asks both)"
-_VERDICTS = ("label", "rating", *OTHER_NAMES["label"], *OTHER_NAMES["rating"])
-_BESIDE = frozenset(
-    ("system", "tools", "group", "source", "weight", "margin", "annotator", "score_chosen", "score_rejected")
-)
+_UNGRADED = "rows have several {name!r} and nothing that grades or ranks each: they are read as prompts alone"
+_SEVERAL = ("responses", "completions", "generations")
+_TOLD = frozenset(("input", "context", *_SEVERAL))
+_MISSING = ("column 'prompt' is missing", "column 'completion' is missing")
+_BESIDE = frozenset(("system", "tools", "group", "source", "weight", "margin", "annotator"))
+_BESIDE |= {"score_chosen", "score_rejected", "rating", "scores", "status", "winner", "preference", "verdict", "label"}
 """What a comparison may have beside its texts."""
 _USED_BY_PROMPTS = {*COLUMNS, "system", *OTHER_NAMES["system"], "tools", "functions"}
 
@@ -80,11 +98,14 @@ def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Ite
     `weight` 0); `prompt` alone a prompt, with all other columns for reward
     functions. Text may be a string (a single user message), a list of chat messages, or JSON of one. Whole
     conversations in `chosen` and `rejected` are split where they part: what is common is the prompt, the turns that
-    follow are the answers; one that repeats the prompt loses it. Texts without `prompt` are split after the lines
+    follow are the answers; one that repeats the prompt loses it, and a prompt that is their last question alone becomes
+    what they begin with. Texts without `prompt` are split after the lines
     (else, as TRL does, the words) that both begin with. A prompt that is a transcript (`Human: ... Assistant:`) becomes
     turns. `system` becomes the system message; `tools` and other keys of messages go to the chat template. A `rating`
-    (`stars`, `score`, `reward`) beside a completion needs `data.ratings` or `data.grades`. `margin`, or the difference
-    of `score_chosen` and `score_rejected`. Optional: `weight`, `annotator`, `group` (default: the first user turn). A
+    (`stars`, `score`, `reward`) beside a completion needs `data.ratings` or `data.grades`, a judgement of its safety
+    (`is_safe`, `response_harm_label`) a name in `data.columns`. `margin`, or the difference
+    of `score_chosen` and `score_rejected`, or of the two numbers of a `rating`: equal ones are a tie (`data.ties`), as
+    is what a `status` or `winner` calls one. Optional: `weight`, `annotator`, `group` (default: the first user turn). A
     null counts as absent; other columns are ignored, unless one looks like the misspelt name of one that is missing.
     """
     rules = rules or LayoutConfig()
@@ -96,7 +117,7 @@ def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Ite
             continue
         where, row = item
         outcome = read_row(row, where, rules)
-        if "input" in row or "context" in row or None in row.values() or "" in row.values():
+        if not _TOLD.isdisjoint(row) or None in row.values() or "" in row.values():
             yield from _told(row, outcome, where)
         if isinstance(outcome, list):
             yield from outcome
@@ -119,7 +140,12 @@ def trl(rows: Iterable[Row | Skipped], rules: LayoutConfig | None = None) -> Ite
 
 def _told(row: dict[str, Any], outcome: Outcome, where: str) -> Iterator[Told]:
     """What users of a row may have meant otherwise."""
-    if isinstance(outcome, Prompt | Skipped):
+    if isinstance(outcome, Skipped):
+        return
+    if isinstance(outcome, Prompt):
+        name = next((name for name in _SEVERAL if isinstance(row.get(name), list) and len(row[name]) > 1), None)
+        if name is not None:
+            yield Told(_UNGRADED.format(name=name), where)
         return
     if "prompt" in row:
         for name in ("input", "context"):
@@ -132,7 +158,7 @@ def _told(row: dict[str, Any], outcome: Outcome, where: str) -> Iterator[Told]:
 
 def _unfilled(row: Mapping[str, Any]) -> list[str]:
     """Columns of a verdict that a row has and leaves empty."""
-    return [name for name in _VERDICTS if row.get(name, "given") in (None, "")]
+    return [name for name in VERDICTS if row.get(name, "given") in (None, "")]
 
 
 def read_row(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
@@ -141,12 +167,22 @@ def read_row(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
     Raises:
         DataError: a column is missing, misspelt or holds something else.
     """
-    whole, row = row, our_columns(row)
-    refuse_unreadable(row, where)
+    ours = our_columns(row)
+    refuse_unreadable(ours, where)
+    try:
+        return _record(ours, row, where, rules)
+    except MissingColumn as error:
+        if error.what not in _MISSING:
+            raise
+        raise with_mapping(error, row, where) from error
+
+
+def _record(row: dict[str, Any], whole: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
+    """What a row is; `whole` has the file's own names of columns."""
     if "chosen" in row or "rejected" in row:
-        return checked(_comparison(row, where), where)
+        return _comparison(row, where)
     if "completion" in row or ("label" in row and "messages" not in row):
-        return _completion(row, where)
+        return _completion(row, where, rules)
     if "messages" in row and ("prompt" not in row or is_answered(row, where)):
         return _conversation(row, where, rules)
     refuse_misspelt(row, ("chosen", "rejected", "completion", "label", "messages"), where)
@@ -158,7 +194,7 @@ def read_row(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
     return checked(Prompt(_with_system(prompt, row, where), group, source, _tools(row, where), columns), where)
 
 
-def _comparison(row: dict[str, Any], where: str) -> Comparison:
+def _comparison(row: dict[str, Any], where: str) -> Outcome:
     chosen, rejected = listed_answer(row, "chosen", where), listed_answer(row, "rejected", where)
     refuse_misspelt(row, ("prompt", "weight", "margin"), where)
     if "prompt" not in row and "messages" in row and not (isinstance(chosen, list) and isinstance(rejected, list)):
@@ -176,27 +212,31 @@ def _comparison(row: dict[str, Any], where: str) -> Comparison:
         value(row, "prompt", where, COLUMNS)
         raise AssertionError("a column that is missing is an error")
     if _BESIDE.isdisjoint(row):
-        return Comparison(prompt, chosen, rejected, prompt_group(prompt), source=where)
-    return Comparison(
+        return checked(Comparison(prompt, chosen, rejected, prompt_group(prompt), source=where), where)
+    margin = margin_of(row, where)
+    if margin is None:
+        return Skipped(TIE, where)
+    comparison = Comparison(
         _with_system(prompt, row, where),
         chosen,
         rejected,
         _group(row, prompt, where),
         weight=optional_number(row, "weight", 1.0, where, least=0.0),
-        margin=_margin(row, where),
+        margin=margin,
         annotator=_annotator(row, where),
         source=_source(row, where),
         tools=_tools(row, where),
     )
+    return checked(comparison, where)
 
 
-def _completion(row: dict[str, Any], where: str) -> Outcome:
+def _completion(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
     if "prompt" not in row and "messages" in row:
         row = row | {"prompt": row["messages"]}
     answer = listed_answer(row, "completion", where)
     prompt = without_answer(prompt_of(row, where), (answer,))
     refuse_misspelt(row, ("label", "weight"), where)
-    return _judged(row, prompt, answer_to(answer, row["prompt"], prompt, where), where)
+    return _judged(row, *answer_to(answer, row["prompt"], prompt, where), where, rules)
 
 
 def _conversation(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outcome:
@@ -216,14 +256,14 @@ def _conversation(row: dict[str, Any], where: str, rules: LayoutConfig) -> Outco
         return Skipped("every assistant message has the weight 0", where)
     if any(flag in turn for turn in turns for flag in _LEARNED):
         turns = tuple({key: part for key, part in turn.items() if key not in _LEARNED} for turn in turns)
-    outcome = _judged(row, turns[:last], completion(turns[last : last + 1]), where)
+    outcome = _judged(row, turns[:last], completion(turns[last : last + 1]), where, rules)
     asked = next((at for at, turn in enumerate(turns) if turn["role"] == "user"), last)
     earlier = [at for at in earlier if at > asked and not is_blank(turns[at : at + 1])]
     if not earlier or not isinstance(outcome, Demonstration):
         return outcome
     if rules.turns == "last":
         return [outcome, Told(_EARLIER, where)]
-    answered = (_judged(row, turns[:at], completion(turns[at : at + 1]), where) for at in earlier)
+    answered = (_judged(row, turns[:at], completion(turns[at : at + 1]), where, rules) for at in earlier)
     return [*(one for one in answered if isinstance(one, Demonstration)), outcome]
 
 
@@ -245,7 +285,7 @@ def _is_learned(turn: Message, where: str) -> bool:
     return all(verdicts.values())
 
 
-def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Outcome:
+def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str, rules: LayoutConfig) -> Outcome:
     """A demonstration, or a rating where the row says what somebody thought of the answer."""
     group, weight = _group(row, prompt, where), optional_number(row, "weight", 1.0, where, least=0.0)
     prompt, source, schemas = _with_system(prompt, row, where), _source(row, where), _tools(row, where)
@@ -270,7 +310,7 @@ def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Outc
         feedback = next((row[name] for name in YES_OR_NO if _is_boolean(row.get(name))), None)
     if feedback is not None:
         return checked(labelled(rated, label_of(feedback) is True), where)
-    graded = next((name for name in ("rating", *GRADES) if given(row, name) and _may_be_grade(name, row[name])), None)
+    graded = next((name for name in ("rating", *GRADES) if given(row, name) and may_be_grade(name, row[name])), None)
     if graded is not None:
         verdict = row[graded]
         if isinstance(verdict, bool) or (isinstance(verdict, str) and not is_number(verdict)):
@@ -280,25 +320,11 @@ def _judged(row: dict[str, Any], prompt: Text, answer: Text, where: str) -> Outc
         grade = grade_of(verdict, where)
         checked(rated, where)
         return grade, rated
+    if rules.grades != "ignore" and (safety := safety_of(row)) is not None:
+        raise no_rule_for_safety(safety[0], row[safety[0]], safety[1], where)
     if not isinstance(answer, str):
-        _refuse_verdict_inside(answer[-1], where)
+        refuse_verdict_inside(answer[-1], where)
     return checked(Demonstration(prompt, answer, group, weight, source, schemas), where)
-
-
-def _refuse_verdict_inside(turn: Message, where: str) -> None:
-    """Raises DataError where a message holds what somebody thought of it: it would be imitated whatever that is."""
-    said = {name: turn[name] for name in _VERDICTS if name in turn}
-    name = next((name for name, part in said.items() if label_of(part) is not None or _may_be_grade("", part)), None)
-    if name is not None:
-        ours = (
-            "label" if label_of(turn[name]) is not None and name not in ("rating", *OTHER_NAMES["rating"]) else "rating"
-        )
-        raise DataError(
-            f"a message holds {name!r}, a verdict on itself ({turn[name]!r:.30})",
-            where=where,
-            allowed="a verdict in a column beside the messages",
-            hint=f"`data.columns: {{{ours}: messages.-1.{name}}}`, of ShareGPT's turns `conversations.-1.{name}`",
-        )
 
 
 def _with_system(prompt: Text, row: dict[str, Any], where: str) -> Text:
@@ -319,19 +345,6 @@ def _with_system(prompt: Text, row: dict[str, Any], where: str) -> Text:
 
 def _tools(row: dict[str, Any], where: str) -> tuple[Mapping[str, Any], ...] | None:
     return tools(row["tools"], where) if "tools" in row else None
-
-
-def _margin(row: dict[str, Any], where: str) -> float:
-    """`margin`, else the difference of the sides' scores."""
-    if not given(row, "margin") and given(row, "score_chosen") and given(row, "score_rejected"):
-        return optional_number(row, "score_chosen", 0.0, where) - optional_number(row, "score_rejected", 0.0, where)
-    return optional_number(row, "margin", 0.0, where)
-
-
-def _may_be_grade(name: str, content: Any) -> bool:
-    return (
-        name == "rating" or is_number(content) or (isinstance(content, int | float) and not isinstance(content, bool))
-    )
 
 
 def _is_boolean(content: Any) -> bool:

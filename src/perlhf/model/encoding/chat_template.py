@@ -37,6 +37,8 @@ _REFUSALS = (
 )
 """What a template or transformers raises for a conversation that it can't render."""
 _PROBE = "Perlhfprobe"
+_SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates open a thought in a prompt, or close it there."""
 
 
 class ChatTemplate:
@@ -142,9 +144,15 @@ class ChatTemplate:
                 return self.tokenised(text)
             return self._control.ids(self._control.marked(text))
 
-        # What SentencePiece puts before the beginning goes with the line break.
-        line_break, ids = self.tokenised("\n"), ids_of(f"\n{text}")
-        return ids[len(line_break) :] if ids[: len(line_break)] == line_break else ids_of(text)
+        # What SentencePiece puts before the beginning goes with the anchor; a line break may join one of the text.
+        for anchor in ("\n", ".", "a"):
+            before, ids = self.tokenised(anchor), ids_of(f"{anchor}{text}")
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+            alone = ids_of(text)
+            if self.tokenizer.decode(alone, clean_up_tokenization_spaces=False) == text:
+                return alone
+        return ids_of(text)
 
     def control_token_in(self, content: Any) -> str | None:
         """The first control token that a person typed in messages, tools or text."""
@@ -167,6 +175,17 @@ class ChatTemplate:
             return ""  # it takes no such conversation, and says so where one comes
         return after[-1] if after else ""
 
+    def header(self, messages: Sequence[Message], tools: Tools | None = None) -> str:
+        """What the template puts between the content of a prompt's last message and the answer; "" for nothing."""
+        if messages[-1]["role"] == "assistant":
+            return ""
+        try:
+            opened = self.rendered([*messages[:-1], {**messages[-1], "content": _PROBE}], "answer", tools)
+        except DataError:
+            return ""
+        after = _around_probes(opened)[1:]
+        return after[-1] if after else ""
+
     def added_after_call(self) -> list[int]:
         """The added tokens that the template puts after the arguments of an assistant's last call."""
         call = {"id": "perlhfcal", "type": "function", "function": {"name": "find", "arguments": {"what": _PROBE}}}
@@ -177,6 +196,22 @@ class ChatTemplate:
             return []
         after = _around_probes(rendered)[1:]
         return [self._visible[token] for token in self._any_added.findall(after[-1])] if after else []
+
+    def switch_for(
+        self, messages: Sequence[Message], before: Sequence[Message], answer: Sequence[Message], tools: Tools | None
+    ) -> str | None:
+        """What of `encoding.template_kwargs` makes the closed conversation begin as its prompt; None for nothing."""
+        for name in [name for name in _SWITCHES if re.search(rf"\b{name}\b", self.text)]:
+            for value in (True, False):
+                variables = {**self.config.template_kwargs, name: value}
+                try:
+                    opened = self._render([dict(m) for m in messages], "answer", tools, variables)
+                    closed = self._render([dict(m) for m in (*before, *answer)], "closed", tools, variables)
+                except DataError:
+                    continue
+                if closed.startswith(opened):
+                    return f"{name}: {str(value).lower()}"
+        return None
 
     # inside
 

@@ -232,29 +232,52 @@ class Encoder:
         self, messages: Sequence[Message], before: Sequence[Message], answer: Sequence[Message], tools: Tools | None
     ) -> list[int]:
         """Ids of a completion where the template, or the tokenizer, makes something else of its prompt afterwards."""
+        closed = self.chat.rendered([*before, *answer], "closed", tools)
+        opened = self.chat.rendered(messages, _ending(messages), tools)
+        goes_on = closed.startswith(opened)
         if len(answer) > 1:
             raise DataError(
-                "the chat template writes earlier turns differently once there are later ones",
+                "the tokenizer joins the end of earlier turns with what follows them"
+                if goes_on
+                else "the chat template writes earlier turns differently once there are later ones",
                 allowed="a completion of one turn",
                 hint="learn from each turn as a record of its own",
             )
-        self._tell("the chat template writes prompts differently once they are answered: completions stand after them")
-        closed = self.chat.rendered([*before, *answer], "closed", tools)
-        opened = self.chat.rendered(messages, _ending(messages), tools)
-        if closed.startswith(opened) and not self.chat.control_token_in(answer):
-            ids = self.chat.tokenised_after(closed[len(opened) :], rendered=True)
+        self._tell(
+            "the tokenizer joins the end of prompts with what follows: completions are tokenised by themselves"
+            if goes_on
+            else "the chat template writes prompts differently once they are answered: completions stand after them"
+        )
+        text, header = content_of(answer[0]), self.chat.header(messages, tools)
+        begin = len(opened) if goes_on else _answer_begins(closed, header, text)
+        typed = self.chat.control_token_in(answer)
+        if begin is not None and not typed:
+            whole, until = self.chat.tokenised(closed), self.chat.tokenised(closed[:begin])
+            joined = whole[: len(until)] != until
+            ids = self.chat.tokenised_after(closed[begin:], rendered=True) if joined else whole[len(until) :]
             return ids[: ids.index(self.end_id) + 1] if self.end_id in ids else [*ids, self.end_id]
-        if len(answer[0].keys() - {"role", "content"}) > 0:
-            keys = ", ".join(sorted(answer[0].keys() - {"role", "content"}))
+        keys = ", ".join(sorted(answer[0].keys() - {"role", "content"}))
+        switch = self.chat.switch_for(messages, before, answer, tools) if keys or THOUGHT in text else None
+        if keys:
             raise DataError(
-                f"the chat template doesn't say where a completion with {keys} begins", allowed="text alone"
+                f"the chat template doesn't say where a completion with {keys} begins",
+                allowed="text alone",
+                hint=f"with `encoding.template_kwargs: {{{switch}}}` prompts end where such completions begin"
+                if switch
+                else None,
             )
-        text = content_of(answer[0])
         if before != messages:
             text = text[len(content_of(messages[-1])) :]
         elif opened.rstrip().endswith(THOUGHT) and text.lstrip().startswith(THOUGHT):  # the prompt begins it already
             text = text.lstrip().removeprefix(THOUGHT)
             text = text.lstrip("\n") if opened.endswith("\n") else text
+        elif switch and text.lstrip().startswith(THOUGHT):
+            self._tell(
+                "completions begin a thought, and prompts end with one already: "
+                f"`encoding.template_kwargs: {{{switch}}}` leaves theirs alone"
+            )
+        elif begin is not None and (at := closed.find(text.strip(), begin)) >= 0:
+            text = closed[begin:at] + text.lstrip() if closed[begin:at].isspace() else text
         return [*self.chat.tokenised_after(text, rendered=False), self.end_id]
 
     def _tell(self, sentence: str) -> None:
@@ -267,6 +290,22 @@ class Encoder:
 def _ending(messages: Sequence[Message]) -> Any:
     """How a prompt ends: an assistant's turn is gone on with, after all others an answer is to come."""
     return "unfinished" if messages[-1]["role"] == "assistant" else "answer"
+
+
+def _answer_begins(closed: str, header: str, content: str) -> int | None:
+    """Where the last answer begins in a closed conversation: after the header, and before spaces of the template's own.
+
+    None where no header stands before it, such as for an answer that the template writes otherwise.
+    """
+    words, content = header.rstrip(), content.strip()
+    at = closed.rfind(content) if words and content else -1
+    while at >= 0:
+        before = closed[:at].rstrip()
+        if before.endswith(words):
+            spaces = header[len(words) :]
+            return len(before) + len(spaces) if closed[len(before) : at].startswith(spaces) else at
+        at = closed.rfind(content, 0, at + len(content) - 1)
+    return None
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -18,7 +18,12 @@ _MEANINGFUL = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 """Keys of a message, besides its content, that say something to the network."""
 _ALIASES = {"reasoning": "reasoning_content", "thinking": "reasoning_content"}
 """Names under which transformers gives a template the same thing."""
-_THOUGHT, _REASONING = "</think>", "the reasoning"
+_IS_NULL = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none\b")
+_NO_NULL = (
+    "it writes calls where the content `is none`, and transformers gives templates no null: in a copy of the template, "
+    "named as encoding.template: FILE, write `not message.content` instead (and `message.content` for `is not none`)"
+)
+_THOUGHT, _REASONING, _CALLS = "</think>", "the reasoning", "'tool_calls'"
 
 
 class Checks:
@@ -77,7 +82,8 @@ class Checks:
         for number in unseen:
             for what, changed in _changes(messages[number], last=number == len(messages) - 1):
                 if not self._differs([*messages[:number], changed, *messages[number + 1 :]], tools, rendered()):
-                    self._left_out(f"{what} {_place(messages, number)}", what != _REASONING)
+                    hint = _NO_NULL if what == _CALLS and _IS_NULL.search(self._template) else None
+                    self._left_out(f"{what} {_place(messages, number)}", what != _REASONING, hint)
             self._checked.add(kinds[number])
         roles = tuple(message["role"] for message in messages)
         if tools and roles not in self._checked:
@@ -134,7 +140,7 @@ class Checks:
         except DataError:
             return True
 
-    def _left_out(self, what: str, meaningful: bool) -> None:
+    def _left_out(self, what: str, meaningful: bool, hint: str | None = None) -> None:
         problem = f"the chat template leaves out {what}"
         if not meaningful or self._lenient:
             self._tell(problem)
@@ -142,7 +148,8 @@ class Checks:
         raise DataError(
             problem,
             allowed="what the template has a place for",
-            hint="name a template that renders it (encoding.template), or set encoding.unrendered: warn to go on "
+            hint=hint
+            or "name a template that renders it (encoding.template), or set encoding.unrendered: warn to go on "
             "without it",
         )
 
@@ -159,7 +166,7 @@ def _changes(message: Message, *, last: bool) -> Iterator[tuple[str, dict[str, A
     calls = message.get("tool_calls") or []
     for number, call in enumerate(calls):
         if (other := _renamed(call)) != call:
-            yield "'tool_calls'", {**message, "tool_calls": [*calls[:number], other, *calls[number + 1 :]]}
+            yield _CALLS, {**message, "tool_calls": [*calls[:number], other, *calls[number + 1 :]]}
     if not last:  # a template may strip the reasoning of earlier turns
         return
     for key in _MEANINGFUL[1:]:

@@ -18,8 +18,10 @@ from perlhf.data.fields import (
     is_blank,
     items,
     json_text,
+    label_of,
     mapping,
     message,
+    numeric,
     parse_json,
     prompt_group,
     text,
@@ -345,16 +347,21 @@ def _ranked_pairs(
     ranked = sorted(((_rank(reply, where), reply) for reply in replies), key=lambda pair: pair[0])
     for (best, chosen), (worst, rejected) in combinations(ranked, 2):
         texts = text(chosen, "text", where).strip(), text(rejected, "text", where).strip()
-        if chosen.get("synthetic") or rejected.get("synthetic"):
+        if _is_true(chosen, "synthetic") or _is_true(rejected, "synthetic"):
             yield Skipped("a synthetic reply", where)
-        elif chosen.get("deleted") or rejected.get("deleted") or best == worst or not all(texts):
+        elif _is_true(chosen, "deleted") or _is_true(rejected, "deleted") or best == worst or not all(texts):
             yield Skipped("a deleted or empty reply, or equal ranks", where)
         else:
             yield Comparison(prompt, *texts, group, margin=float(worst - best), source=where)
 
 
+def _is_true(reply: dict[str, Any], flag: str) -> bool:
+    content = reply.get(flag)
+    return label_of(content) is True if isinstance(content, str) else bool(content)
+
+
 def _rank(reply: dict[str, Any], where: str) -> int:
-    rank = reply["rank"]
+    rank = numeric(reply["rank"])
     if isinstance(rank, float) and rank.is_integer():  # as a column with nulls has it
         rank = int(rank)
     if isinstance(rank, bool) or not isinstance(rank, int) or abs(rank) > 10**6:

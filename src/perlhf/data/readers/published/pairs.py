@@ -8,6 +8,8 @@ from itertools import combinations
 from typing import Any
 
 from perlhf.data.fields import (
+    EQUAL_MEANS,
+    TIE,
     Row,
     Skipped,
     choice,
@@ -15,6 +17,7 @@ from perlhf.data.fields import (
     group_key,
     items,
     mapping,
+    number,
     text,
     utf8,
     value,
@@ -51,7 +54,7 @@ def pandalm(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
         )
         for_first, for_second = votes.count(1), votes.count(2)
         if max(for_first, for_second) < 2:
-            yield Skipped("tie" if votes.count(0) > 1 else "no majority", where)
+            yield Skipped(TIE if votes.count(0) > 1 else "no majority", where)
         elif not first or not second:
             yield Skipped("empty completion", where)
         else:
@@ -81,14 +84,13 @@ def shp(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
     for where, row in rows:
         prompt, post = text(row, "history", where).strip(), text(row, "post_id", where)
         first, second = (text(row, f"human_ref_{side}", where).strip() for side in "AB")
-        ratio = value(row, "score_ratio", where)
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-            wrong_type(ratio, "score_ratio", "a number", where)
+        value(row, "score_ratio", where)
+        ratio = number(row, "score_ratio", 0.0, where)
         chosen, rejected = (first, second) if choice(row, "labels", (0, 1), where) else (second, first)
         if not prompt or not chosen or not rejected:
             yield Skipped("empty prompt" if not prompt else "empty completion", where)
         else:
-            yield Comparison(prompt, chosen, rejected, post, margin=float(ratio), source=where)
+            yield Comparison(prompt, chosen, rejected, post, margin=ratio, source=where)
 
 
 def tldr(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
@@ -127,7 +129,7 @@ def feedbackqa(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
         for first, second in combinations(passages, 2):
             (high, chosen, where), (low, rejected, _) = (first, second) if first[0] >= second[0] else (second, first)
             if math.isclose(high, low):
-                yield Skipped("equal mean grades", where)
+                yield Skipped(EQUAL_MEANS, where)
             else:
                 yield Comparison(question, chosen, rejected, group_key(question), margin=high - low, source=where)
 
@@ -174,8 +176,8 @@ def squality_summaries(rows: Iterable[Row]) -> Iterator[Record | Skipped]:
     """SQuALITY stories: one demonstration per human reference summary. Group: the story."""
     for where, row in rows:
         passage = text(mapping(value(row, "metadata", where), "column 'metadata'", where), "passage_id", where)
-        for number, question in enumerate(items(row, "questions", where)):
-            prompt = _story_question(row, str(number), where)
+        for at, question in enumerate(items(row, "questions", where)):
+            prompt = _story_question(row, str(at), where)
             for response in items(mapping(question, "a question", where), "responses", where):
                 summary = text(mapping(response, "a response", where), "response_text", where).strip()
                 yield (
@@ -292,9 +294,9 @@ def _judged_summaries(
         passage = text(row, "passage-id", where)
         if passage not in stories:
             raise DataError(f"the story {passage!r} is not among the {len(stories)} stories of test.jsonl", where=where)
-        for number, summaries in mapping(value(row, "questions", where), "column 'questions'", where).items():
-            prompt = prompt_of(stories[passage], number, where)
-            summaries = mapping(summaries, f"question {number!r}", where)
+        for asked, summaries in mapping(value(row, "questions", where), "column 'questions'", where).items():
+            prompt = prompt_of(stories[passage], asked, where)
+            summaries = mapping(summaries, f"question {asked!r}", where)
             ranks = {name: _ranks(summaries, name, where) for name in _SYSTEMS}
             for system, other in combinations(_SYSTEMS, 2):
                 raters = [rater for rater in ranks[system] if rater in ranks[other]]
@@ -303,7 +305,7 @@ def _judged_summaries(
                     for rater in raters
                 )
                 if votes == 0:
-                    yield Skipped("tie", where)
+                    yield Skipped(TIE, where)
                     continue
                 winner, loser = (system, other) if votes > 0 else (other, system)
                 chosen, rejected = (text(summaries[name], "response", where).strip() for name in (winner, loser))
