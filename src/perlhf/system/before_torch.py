@@ -26,7 +26,7 @@ LIBRARIES = ("libtcmalloc_minimal.so*", "libtcmalloc.so*", "libjemalloc.so*")
 """In order of preference; Debian's packages are libtcmalloc-minimal4 and libjemalloc2."""
 JEMALLOC_OPTIONS = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 """Freed memory is kept: by default jemalloc gives it back and is no faster than glibc."""
-SHORT_SPIN = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
+SHORT_SPIN = {"GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "1"}
 """GNU's library, which torch brings along on Linux, counts turns of a loop (a few tens of microseconds); LLVM's and
 Intel's count milliseconds, 200 by default."""
 SPIN_VARIABLES = ("OMP_WAIT_POLICY", *SHORT_SPIN)
