@@ -301,6 +301,7 @@ class TestCache:
     def test_rows_and_prompts_that_end_leave_the_others(self, adapted: Model) -> None:
         prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 9]]
         states, kept = adapted.prefill(prompts, "policy")
+        assert isinstance(kept, kv_cache.KeyValueCache)
         kept.fork(2)
         tokens = torch.tensor([11, 12, 13, 14, 15, 16])
         adapted.decode(tokens, kept, "policy")

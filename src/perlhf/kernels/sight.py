@@ -29,7 +29,7 @@ class Sight:
     """From the last depth that is a multiple of this."""
 
     @classmethod
-    def of(cls, sees: Callable[..., Tensor]) -> "Sight | None":
+    def of(cls, sees: Callable[..., Any]) -> "Sight | None":
         """The sight that a mask function of transformers describes; None where it is none of these.
 
         Args:
@@ -108,7 +108,7 @@ def note(layer: int, given: Tensor | None) -> None:
     watch.layers[layer] = sight if watch.layers.get(layer, sight) == sight else None
 
 
-def _first_seen(sees: Callable[..., Tensor], depth: int) -> int | None:
+def _first_seen(sees: Callable[..., Any], depth: int) -> int | None:
     """Depth of the first token that is seen; None unless it and all up to `depth` are, and none after."""
     keys = torch.arange(depth + 3)
     seen = torch.as_tensor(sees(torch.tensor(0), torch.tensor(0), torch.tensor(depth), keys)).expand(len(keys))

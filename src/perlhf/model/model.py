@@ -26,6 +26,9 @@ from perlhf.model.base import Base, load_base, pick_device, pick_dtype
 from perlhf.model.rows import Forward, RowsCache
 from perlhf.model.supported import Way, choose_way, network_below, target_paths
 
+Cache = KeyValueCache | RowsCache
+"""What is kept of prompts and sampled tokens, by the way of the base."""
+
 
 @dataclass(frozen=True)
 class TokenLogprobs:
@@ -214,7 +217,7 @@ class Model:
         return Held(names, pairs, self._full_weights(chain))
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Ids], adapter: str | Held | None) -> tuple[Tensor, KeyValueCache | RowsCache]:
+    def prefill(self, prompts: Sequence[Ids], adapter: str | Held | None) -> tuple[Tensor, Cache]:
         """States of each prompt's last token [prompt, hidden] and the cache of them, to be forked."""
         if self.way.packing == "none":
             return RowsCache.of(prompts, self._own_forward(adapter), self.device, reused=self.way.reuses_cache)
@@ -223,7 +226,7 @@ class Model:
         return self._states(batch, adapter, cache=cache)[batch.ends], cache
 
     @torch.no_grad()
-    def decode(self, ids: Tensor, cache: KeyValueCache | RowsCache, adapter: str | Held | None) -> Tensor:
+    def decode(self, ids: Tensor, cache: Cache, adapter: str | Held | None) -> Tensor:
         """One more token [row] for each row of the cache; its states [row, hidden]."""
         with cpu.sampling():
             if isinstance(cache, RowsCache):

@@ -135,7 +135,7 @@ def choose_way(model: "Model") -> None:
         return
     except (ModelError, *_FAULTS) as error:
         why = error.what if isinstance(error, ModelError) else f"it doesn't take our attention ({error!r})"
-    network.set_attn_implementation(own)
+    network.set_attn_implementation(own or "eager")
     model.way = Way(
         "none", why.removeprefix(f"{type(network).__name__} can't be a base: "), logits=shape, uncalled=uncalled
     )

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perlhf.errors import AdapterError, DivergenceError, StaleSamplerError
-from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.method.packing import Ids
 from perlhf.model.encoding.encode import Encoder
-from perlhf.model.model import Held, Model
+from perlhf.model.model import Cache, Held, Model
 
 VOCAB_BLOCK = 256
 """Tokens whose probabilities are added up together before one of them is drawn."""
@@ -199,7 +198,7 @@ def stream(
 
 
 def _tokens(
-    model: Model, held: Held, states: Tensor, cache: KeyValueCache, draws: Tensor, ends: Ends, temperature: float
+    model: Model, held: Held, states: Tensor, cache: Cache, draws: Tensor, ends: Ends, temperature: float
 ) -> Iterator[tuple[int, int, float, bool]]:
     """Row, token, log-probability and whether it ends its completion, of every sampled token; end tokens too.
 
@@ -239,10 +238,10 @@ class Decoding:
 
     On a GPU, where launching a step's small kernels takes longer than running them, the first step runs as it is, the
     second is recorded as a graph, and all others replay it; rows that have ended stay until half of them have, since
-    the rest must then be recorded anew. On a CPU every step is `Model.decode`.
+    the rest must then be recorded anew. On a CPU, and where a base is computed in rows, every step is `Model.decode`.
     """
 
-    def __init__(self, model: Model, cache: KeyValueCache, held: Held):
+    def __init__(self, model: Model, cache: Cache, held: Held):
         self.model, self.cache, self.held = model, cache, held
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -251,7 +250,7 @@ class Decoding:
     def __call__(self, ids: Tensor) -> Tensor:
         """States [row, hidden] of one more token [row]; those of a step are overwritten by the next one."""
         self._steps += 1
-        if self._steps == 1 or ids.device.type != "cuda":
+        if self._steps == 1 or not self.cache.fixed:
             return self.model.decode(ids, self.cache, self.held)
         if self._graph is None:
             self._ids, graph = ids.clone(), torch.cuda.CUDAGraph()

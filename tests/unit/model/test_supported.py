@@ -91,7 +91,7 @@ def test_scaled_and_capped_logits_are_known() -> None:
 
 class Squared(LlamaForCausalLM):
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        output = super().forward(*inputs, **named)
+        output: Any = super().forward(*inputs, **named)
         output.logits = output.logits.square()
         return output
 
@@ -135,7 +135,7 @@ def test_windows_are_read_layer_by_layer() -> None:
 
 
 def test_layers_whose_weights_are_read_without_a_call_are_not_adapted() -> None:
-    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    small: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
     model = opened(MambaForCausalLM(MambaConfig(**small)))
     assert model.way.uncalled and all(path.endswith("dt_proj") for path in model.way.uncalled)
     assert {path.rpartition(".")[2] for path in model.targets("all")} == {"in_proj", "x_proj", "out_proj"}
