@@ -250,7 +250,7 @@ class Decoding:
     def __call__(self, ids: Tensor) -> Tensor:
         """States [row, hidden] of one more token [row]; those of a step are overwritten by the next one."""
         self._steps += 1
-        if self._steps == 1 or not self.cache.fixed:
+        if self._steps == 1 or not self.cache.fixed or ids.device.type != "cuda":
             return self.model.decode(ids, self.cache, self.held)
         if self._graph is None:
             self._ids, graph = ids.clone(), torch.cuda.CUDAGraph()
