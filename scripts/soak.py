@@ -148,7 +148,7 @@ class Soak:
     def _started(self, words: Sequence[str]) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "perlhf", *words]
         with (self.directory / "log").open("wb") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, cwd=self.directory)
+            return subprocess.Popen(command, stdout=log, stderr=log, cwd=self.directory / "inputs")
 
     def counted(self, name: str, words: list[str], draw: random.Random) -> str:
         """A fork that is killed at one of the writes and updates that the whole command has."""
