@@ -143,7 +143,7 @@ def test_nan_is_null_in_any_container(tmp_path: Path) -> None:
         ("a.json", "{\n 'prompt': 'a'\n}", "in single quotes", ":2", "json.dumps"),
         ("a.jsonl", '{"prompt": "a"},\n{"prompt": "b"},\n', "each line ends in a comma", ":1", "sed"),
         ("a.json", '[{"prompt": "a"},\n{"prompt": "b"},\n]', "comma before the closing bracket", ":3", "delete"),
-        ("a.json", '{"data": [\n{"prompt": "a",\n}]}', "comma before the closing bracket", ":3", "delete"),
+        ("a.json", '{"data": [\n{"prompt": "a",}]}', "comma before the closing bracket", ":2", "delete"),
         ("a.json", '{"prompt":\n"a"},\n{"prompt":\n"b"}', "a comma between objects", ":2", "put [ and ]"),
         ("a.jsonl", '{"prompt": "a\tb"}\n{"prompt": "c"}', "Invalid control character", ":1", "tab as \\t"),
         ("a.jsonl", "[1]\n[2]\n", "each line is a list", ":1", "messages"),

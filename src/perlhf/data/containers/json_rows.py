@@ -207,8 +207,9 @@ def _unfinished(line: str) -> bool:
 def _bad_json(error: json.JSONDecodeError, text: str, where: str, column: bool = False) -> DataError:
     what, hint = f"bad JSON: {error.msg.removesuffix(' at')}" + (f" at column {error.colno}" if column else ""), None
     before, after = text[max(0, error.pos - 200) : error.pos + 1], text[error.pos : error.pos + 200].lstrip()
-    trailing = re.search(r",\s*([\]}]?)$", before)
-    if trailing and (trailing.group(1) or after[:1] in ("]", "}")):
+    # Python 3.13 is at the comma, earlier versions are at the bracket.
+    trailing, bracket = re.search(r",\s*([\]}]?)$", before), after.removeprefix(",").lstrip()
+    if trailing and (trailing.group(1) or bracket[:1] in ("]", "}")):
         what = f"{what}: there is a comma before the closing bracket"
         hint = "delete that comma"
     elif after.startswith("'"):
