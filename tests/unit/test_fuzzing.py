@@ -5,7 +5,7 @@ from pathlib import Path
 import fuzz_targets
 import pytest
 
-CASES = {"recipes": 80, "data": 100, "archives": 200, "checkpoints": 15}
+CASES = {"recipes": 80, "data": 100, "archives": 200, "checkpoints": 15, "models": 40, "adapters": 40, "runs": 60}
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from perlhf.system.files import read_json, storage_errors, write_json
+from perlhf.system.files import damaged, read_json, storage_errors, write_json
 
 EVALUATION = "evaluation.json"
 
@@ -90,6 +90,24 @@ class Evaluation:
         return None if before is None or after is None else (before, after)
 
 
+_KINDS: dict[type | tuple[type, ...], set[str]] = {
+    str: {"kind", "split", "adapter"},
+    int: {
+        "n",
+        "groups",
+        "ratings",
+        "comparisons",
+        "groups_seen_in_training",
+        "max_completion_tokens",
+        "bootstrap",
+        "seed",
+    },
+    (int, float): {"temperature"},
+    list: {"calibration", "reward", "samples", "changed", "data"},
+    dict: {"counts", "best_of", "records"},
+}
+
+
 def read_evaluation(path: Path) -> Evaluation:
     """The evaluation in a file.
 
@@ -98,6 +116,10 @@ def read_evaluation(path: Path) -> Evaluation:
     """
     raw = read_json(path)
     given = {key.name: raw[key.name] for key in fields(Evaluation) if raw.get(key.name) is not None}
+    for kind, names in _KINDS.items():
+        for name in names & given.keys():
+            if not isinstance(given[name], kind) or isinstance(given[name], bool):
+                raise damaged(path, f"{name} is {given[name]!r:.80}")
     for name in {"metrics", "minus_bag_of_words", "before", "after", "change"} & given.keys():
         given[name] = _measures(given[name])
     if "baselines" in given:

@@ -111,6 +111,8 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
         write_json(path / MANIFEST, manifest)
         return manifest
     manifest = read_manifest(path)
+    if missing := next((key for key in ("stage", "facts", "sessions") if key not in manifest), None):
+        raise damaged(path / MANIFEST, f"it has no {missing}")
     if manifest["stage"] != stage:
         raise RunError(
             f"the directory holds a run of stage {manifest['stage']!r}, not {stage!r}",
@@ -159,6 +161,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     if version != FORMAT:
         raise damaged(path / MANIFEST, f"format {version!r} instead of {FORMAT}")
+    for key, kind in (("stage", str), ("facts", dict)):
+        if not isinstance(manifest.get(key, kind()), kind):
+            raise damaged(path / MANIFEST, f"{key} is a {type(manifest[key]).__name__}")
     return manifest
 
 

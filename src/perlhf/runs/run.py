@@ -33,7 +33,15 @@ from perlhf.runs.manifest import (
     start_or_continue,
     utc_now,
 )
-from perlhf.system.files import read_json, remove_leftovers, storage_errors, strict_json, write_atomic, write_json
+from perlhf.system.files import (
+    damaged,
+    read_json,
+    remove_leftovers,
+    storage_errors,
+    strict_json,
+    write_atomic,
+    write_json,
+)
 from perlhf.system.machine import cuda_peak_bytes, gpu_name, peak_memory_bytes, reset_peak_memory
 from perlhf.system.progress import Progress
 from perlhf.system.waiting import STOP_ASKED, leave_closed_terminal
@@ -157,11 +165,13 @@ class Run:
         """Adds values to the line of `step`, which is the last one: what was measured after its checkpoint was saved.
 
         Raises:
+            RunError: somebody took the line away.
             StorageError: metrics.jsonl can't be written; it stays as it was.
         """
         lines = _lines(self.path / METRICS)
-        last = json.loads(lines[-1])
-        assert last["step"] == step, f"step {last['step']} was logged last, not {step}"
+        last = json.loads(lines[-1]) if lines else {}
+        if last.get("step") != step:
+            raise damaged(self.path / METRICS, f"its last line isn't of update {step}")
         self._rewrite([*lines[:-1], (strict_json(last | values) + "\n").encode()])
         self._feed(step, values)
 

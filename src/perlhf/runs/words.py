@@ -52,5 +52,5 @@ def memory(size: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A whole number with thousands separators."""
-    return "–" if value is None else f"{value:,.0f}"
+    """A whole number with thousands separators; – for what is none, as in a damaged file."""
+    return f"{value:,.0f}" if isinstance(value, int | float) else "–"
