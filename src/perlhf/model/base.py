@@ -418,7 +418,7 @@ def _model_errors(base: Base, what: str) -> Iterator[None]:
     """What the libraries raise for a directory they can't read becomes one `ModelError`."""
     try:
         yield
-    except PerlhfError:
+    except (PerlhfError, MemoryError):  # full memory is told as that
         raise
     except BaseException as error:
         # Over files of any kind these libraries raise anything, a bare Exception and a panic of Rust's among it.
