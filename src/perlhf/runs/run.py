@@ -169,10 +169,10 @@ class Run:
             StorageError: metrics.jsonl can't be written; it stays as it was.
         """
         lines = _lines(self.path / METRICS)
-        last = json.loads(lines[-1]) if lines else {}
+        last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
         if last.get("step") != step:
             raise damaged(self.path / METRICS, f"its last line isn't of update {step}")
-        self._rewrite([*lines[:-1], (strict_json(last | values) + "\n").encode()])
+        self._rewrite([*lines[:-1], (strict_json({**last, **values}) + "\n").encode()])
         self._feed(step, values)
 
     def withdraw(self, step: int, prefix: str) -> None:
