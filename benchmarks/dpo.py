@@ -32,7 +32,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     from perlhf.config.stages import DataConfig
     from perlhf.data.records import Comparison
     from perlhf.data.splits import load
-    from perlhf.model.base import load_tokenizer, pick_device, pick_dtype
+    from perlhf.model.bases.loading import load_tokenizer, pick_device, pick_dtype
     from perlhf.model.encoding.encode import Encoder
     from perlhf.model.open import read_run
     from perlhf.system.machine import peak_memory_bytes

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.method.packing import Tokens, pack
-from perlhf.model.base import Base
+from perlhf.model.bases.found import Base
 from perlhf.model.model import Model
 from perlhf.rollout.local import Ends, sample, uniforms
 

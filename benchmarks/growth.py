@@ -18,7 +18,7 @@ from typing import Any
 import harness
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.method.packing import Packing, Tokens, completed, pack
-from perlhf.model.base import Base
+from perlhf.model.bases.found import Base
 from perlhf.system import before_torch
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)

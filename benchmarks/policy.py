@@ -35,7 +35,7 @@ def trl() -> Work:
     from transformers import AutoModelForCausalLM
     from trl import RLOOConfig, RLOOTrainer  # pyright: ignore[reportMissingImports]  of the extra `bench`
 
-    from perlhf.model.base import Base
+    from perlhf.model.bases.found import Base
 
     config, encoder, prompts, dtype = _problem()
     where = Base.find(config.base).directory
@@ -96,7 +96,7 @@ def generate(adapted: bool) -> Work:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from perlhf.model.base import Base
+    from perlhf.model.bases.found import Base
 
     config, encoder, prompts, dtype = _problem()
     network: Any = AutoModelForCausalLM.from_pretrained(Base.find(config.base).directory, dtype=dtype)
@@ -146,7 +146,8 @@ def _problem() -> tuple[Any, Any, list[Any], Any]:
     from perlhf.config.stages import OptimConfig, PolicyConfig, RewardConfig, ValueConfig
     from perlhf.data.records import Comparison, Prompt
     from perlhf.data.splits import load
-    from perlhf.model.base import Base, load_tokenizer, pick_device, pick_dtype
+    from perlhf.model.bases.found import Base
+    from perlhf.model.bases.loading import load_tokenizer, pick_device, pick_dtype
     from perlhf.model.encoding.encode import Encoder
 
     recipe = load_recipe(harness.REPOSITORY / "recipes" / "hh" / "reward.yaml", RewardConfig)
@@ -177,7 +178,7 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
     """What `perlhf policy` opens, with a new SFT adapter as reference and a reward adapter with a random head."""
     import torch
 
-    from perlhf.model.base import Base
+    from perlhf.model.bases.found import Base
     from perlhf.model.model import Model
     from perlhf.model.open import new_adapter, open_model
     from perlhf.rollout.scorers import Scorers

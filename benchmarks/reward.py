@@ -151,7 +151,7 @@ def matmul_share() -> Work:
     from torch import nn
 
     work = ours("hh")
-    from perlhf.model.base import Base
+    from perlhf.model.bases.found import Base
     from perlhf.model.open import open_model
 
     config = _config("hh")
@@ -194,7 +194,7 @@ def _examples(config: Any) -> tuple[Any, Any, list[Any], list[list[int]]]:
     from perlhf.data import order
     from perlhf.data.records import Comparison
     from perlhf.data.splits import load
-    from perlhf.model.base import Base
+    from perlhf.model.bases.found import Base
     from perlhf.model.open import open_model
     from perlhf.training.reward import encode_items
 
@@ -216,7 +216,7 @@ def _examples(config: Any) -> tuple[Any, Any, list[Any], list[list[int]]]:
 def classifier(config: Any, dtype: Any, pad_id: int) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    from perlhf.model.base import Base
+    from perlhf.model.bases.found import Base
 
     where = Base.find(config.base).directory
     network = AutoModelForSequenceClassification.from_pretrained(where, num_labels=1, dtype=dtype)

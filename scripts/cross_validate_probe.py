@@ -23,7 +23,7 @@ from perlhf.data.records import Rating
 from perlhf.data.splits import load
 from perlhf.evaluation import baselines
 from perlhf.method import linear_probe, metrics
-from perlhf.model.base import Base
+from perlhf.model.bases.found import Base
 from perlhf.model.open import open_model
 from perlhf.training.reward import encode_items, laid_out
 

@@ -50,9 +50,9 @@ def feedback_root() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The packaged SmolLM2-135M-Instruct, converted once into the cache."""
-    from perlhf.model import base
+    from perlhf.model.bases import found
 
-    return base.pull("smollm2-135m-instruct-q4_1", progress=False)
+    return found.pull("smollm2-135m-instruct-q4_1", progress=False)
 
 
 @pytest.fixture(scope="session")

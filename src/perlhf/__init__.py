@@ -61,7 +61,7 @@ if TYPE_CHECKING:
         StorageError,
     )
     from perlhf.evaluation.evaluate import evaluate, score
-    from perlhf.model.base import pull
+    from perlhf.model.bases.found import pull
     from perlhf.reports.page import write as report
     from perlhf.training.policy import train_policy as policy
     from perlhf.training.reward import train_reward as reward
@@ -88,7 +88,7 @@ _MODULES = {
     "errors": "AdapterError CheckpointError ConfigError DataError DivergenceError Interrupted ModelError PerlhfError "
     "RewardFunctionError RunError ServiceError StaleSamplerError StorageError",
     "evaluation.evaluate": "evaluate score",
-    "model.base": "pull",
+    "model.bases.found": "pull",
     "reports.page": "report:write",
     "training.policy": "policy:train_policy",
     "training.reward": "reward:train_reward",

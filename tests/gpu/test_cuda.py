@@ -9,7 +9,7 @@ from tiny_models import apart
 
 from perlhf.kernels.modules import AdaptedLinear
 from perlhf.method.packing import Batch, completed, pack
-from perlhf.model.base import Base
+from perlhf.model.bases.found import Base
 from perlhf.model.model import Model
 from perlhf.rollout.local import Decoding, Ends, Rollout, probe, sample, uniforms
 

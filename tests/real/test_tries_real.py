@@ -8,7 +8,8 @@ from perlhf.config.recipe import load_recipe
 from perlhf.config.stages import RewardConfig
 from perlhf.data.splits import load
 from perlhf.method.packing import lay_out
-from perlhf.model.base import Base, load_tokenizer
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import load_tokenizer
 from perlhf.model.encoding.encode import Encoder
 from perlhf.training.reward import encode_items
 

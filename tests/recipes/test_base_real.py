@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from perlhf.model import base
-from perlhf.model.base import Base
+from perlhf.model.bases import found, loading
+from perlhf.model.bases.found import Base
 from perlhf.system.files import sha256
 
 PARAMETERS = 134_515_008  # of SmolLM2-135M, embeddings tied
@@ -17,12 +17,12 @@ WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a45524
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2: Path) -> PreTrainedTokenizerBase:
-    return base.load_tokenizer(Base(smollm2))
+    return loading.load_tokenizer(Base(smollm2))
 
 
 @pytest.fixture(scope="module")
 def model(smollm2: Path) -> PreTrainedModel:
-    return base.load_base(Base(smollm2), torch.bfloat16, "cpu")
+    return loading.load_base(Base(smollm2), torch.bfloat16, "cpu")
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -93,5 +93,5 @@ def test_it_knows_some_facts(model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 def test_pull_again_is_instant(smollm2: Path) -> None:
     before = (smollm2 / "perlhf_base.json").stat().st_mtime_ns
-    assert base.pull("smollm2-135m-instruct-q4_1") == smollm2
+    assert found.pull("smollm2-135m-instruct-q4_1") == smollm2
     assert (smollm2 / "perlhf_base.json").stat().st_mtime_ns == before

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from perlhf.config.stages import EncodingConfig
-from perlhf.model.base import Base, load_tokenizer
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import load_tokenizer
 from perlhf.model.encoding.encode import Encoder
 
 SYSTEM = [1, 9690, 198, 47662, 30, 2, 198]  # <|im_start|> system \n Brief . <|im_end|> \n

@@ -20,7 +20,8 @@ from perlhf.data.records import Demonstration
 from perlhf.data.splits import load, split_of
 from perlhf.errors import AdapterError, ConfigError, RunError
 from perlhf.evaluation.evaluate import evaluate, score
-from perlhf.model.base import Base, load_tokenizer
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import load_tokenizer
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.open import read_run
 from perlhf.runs.evaluations import as_json

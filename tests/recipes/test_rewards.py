@@ -23,7 +23,8 @@ from perlhf.data.records import Prompt, Text
 from perlhf.errors import ConfigError
 from perlhf.method.packing import batches, completed
 from perlhf.model import saved
-from perlhf.model.base import Base, load_tokenizer
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import load_tokenizer
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.rollout.scorers import Scorers, load_scorers, score_batches

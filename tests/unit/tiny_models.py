@@ -10,7 +10,8 @@ from transformers import LlamaForCausalLM
 
 from perlhf.config.stages import EncodingConfig
 from perlhf.method.packing import Batch, Ids, Packing, Tokens, completed, pack
-from perlhf.model.base import Base, load_tokenizer
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import load_tokenizer
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from perlhf.config.commands import ChatConfig
 from perlhf.config.stages import DEFAULT_BASE, EncodingConfig, PolicyConfig
 from perlhf.data.records import Message
-from perlhf.model.base import Base, end_ids, load_tokenizer, vocabulary
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import end_ids, load_tokenizer, vocabulary
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import Given, read_run

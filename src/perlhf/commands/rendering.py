@@ -10,7 +10,8 @@ from perlhf.data.read import read
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record
 from perlhf.data.splits import kind_of
 from perlhf.errors import visible
-from perlhf.model.base import Base, end_ids, load_tokenizer
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import end_ids, load_tokenizer
 from perlhf.model.encoding.encode import Encoder, Example
 
 PROMPT, TRAINED, READ, SCORED = "dim", "bold green", "cyan", "bold black on magenta"

@@ -22,7 +22,8 @@ from perlhf.method.logprobs import token_logprobs
 from perlhf.method.lora import new_pair
 from perlhf.method.packing import Batch, Ids, Packing, Tokens, pack, spread
 from perlhf.model.adapter import Adapter, Role
-from perlhf.model.base import Base, load_base, pick_device, pick_dtype
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import load_base, pick_device, pick_dtype
 from perlhf.model.rows import Forward, RowsCache
 from perlhf.model.supported import Way, choose_way, network_below, target_paths
 

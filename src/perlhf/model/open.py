@@ -32,7 +32,8 @@ from perlhf.data.splits import content_hash, hashes_beside
 from perlhf.errors import AdapterError, ConfigError, ModelError, RunError
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
-from perlhf.model.base import Base, end_ids, load_tokenizer, template_depends_on_day, vocabulary
+from perlhf.model.bases.found import Base, template_depends_on_day
+from perlhf.model.bases.loading import end_ids, load_tokenizer, vocabulary
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.runs import places

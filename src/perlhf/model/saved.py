@@ -27,7 +27,7 @@ from perlhf.errors import AdapterError, ModelError
 from perlhf.method import lora
 from perlhf.method.lora import LowRank
 from perlhf.model.adapter import Adapter
-from perlhf.model.base import Base, changed_files
+from perlhf.model.bases.found import Base, changed_files
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.peft_config import Shape, check_plain, patterns, settings_of, targets_of, wrong

@@ -23,7 +23,8 @@ from perlhf.data.store import NO_LABEL, Records, count_groups
 from perlhf.errors import DataError, DivergenceError, Interrupted, RunError
 from perlhf.kernels import cpu
 from perlhf.model.adapter import Adapter
-from perlhf.model.base import Base, pick_device
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import pick_device
 from perlhf.model.encoding.encode import Encoder, Example, TooLong
 from perlhf.model.encoding.lengths import to_tokenise
 from perlhf.model.model import Model

@@ -12,7 +12,7 @@ from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftC
 from perlhf.data.records import Prompt
 from perlhf.kernels import cpu
 from perlhf.model import saved
-from perlhf.model.base import without_weights
+from perlhf.model.bases.loading import without_weights
 from perlhf.model.supported import target_paths
 from perlhf.rollout.scorers import load_functions
 from perlhf.runs.earlier import check_runs, earlier_runs, is_adapter

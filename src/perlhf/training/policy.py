@@ -23,7 +23,7 @@ from perlhf.config.stages import PolicyConfig
 from perlhf.data.records import Prompt
 from perlhf.errors import Interrupted, RewardFunctionError, ServiceError
 from perlhf.model import saved
-from perlhf.model.base import Base
+from perlhf.model.bases.found import Base
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
 from perlhf.rollout.local import Ends
 from perlhf.rollout.scorers import load_scorers

@@ -25,7 +25,7 @@ from perlhf.method.losses import bradley_terry, rating_cross_entropy
 from perlhf.method.packing import Batch, Tokens, batches
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
-from perlhf.model.base import Base
+from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder, Example
 from perlhf.model.model import Model
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from perlhf.config.stages import EncodingConfig
 from perlhf.data.records import Message, Text
 from perlhf.errors import ConfigError, DataError
-from perlhf.model.base import Base, load_tokenizer
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import load_tokenizer
 from perlhf.model.encoding.encode import Encoder, TooLong
 
 START, END, NEWLINE, SPACE = 0, 1, 200, 222

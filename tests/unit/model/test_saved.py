@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from perlhf.errors import AdapterError, PerlhfError, StorageError
 from perlhf.method.lora import LowRank
 from perlhf.model.adapter import Adapter, Role
-from perlhf.model.base import Base
+from perlhf.model.bases.found import Base
 from perlhf.model.saved import SavedAdapter, check_base, read_adapter, write_adapter
 from perlhf.system.files import sealed, unsealed
 

