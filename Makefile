@@ -1,6 +1,6 @@
 # `make demo` and `make test` set everything up; nothing is reinstalled unless pyproject.toml or constraints.txt change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench results reproduce fuzz soak format docs clean
+.PHONY: help demo test test-browser check bench results reproduce fuzz soak format docs clean
 
 # The first interpreter that is new enough; `make demo PYTHON=/path/to/python` names another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -18,6 +18,7 @@ export NO_MKDOCS_2_WARNING := 1
 help:
 	@echo "make demo     the whole pipeline on the embedded feedback: SFT, reward, policy, report.html"
 	@echo "make test     all tests"
+	@echo "make test-browser  the labelling page in a real Chromium"
 	@echo "make check    lint, formatting, types, import rules, documentation, wheel"
 	@echo "make bench    speed and memory beside TRL, PEFT and full tuning, into benchmarks/bench.json"
 	@echo "make results  tables and plots of docs/results from the numbers kept there, without training"
@@ -30,6 +31,17 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/perlhf demo $(DEMO_ARGS)
+
+# A browser, and axe-core, which looks for what shuts people out; both only for these tests.
+AXE := build/browser/node_modules/axe-core/axe.min.js
+
+test-browser: $(VENV)/.installed-dev $(AXE)
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[browser]'
+	$(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
+
+$(AXE):
+	npm install --silent --no-fund --no-audit --prefix build/browser axe-core@4.11.0
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

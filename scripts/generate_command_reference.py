@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, DATA_SUMMARY, summaries
+from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, DATA_SUMMARY, LABEL_COMMANDS, summaries
 from perlhf.config.command_line import DRY_RUN_HELP, Command
 from perlhf.config.recipe import describe, submodel
 
@@ -39,6 +39,8 @@ def reference() -> str:
     parts += [f"- [`perlhf data {name}`](#data-{name}): {text}" for name, text in summaries(DATA_COMMANDS).items()]
     parts.append("")
     parts += [_section(f"data {name}", command, "###") for name, command in DATA_COMMANDS.items()]
+    for name, command in LABEL_COMMANDS.items():
+        parts.append(_section("label", command, "##") if name == "label" else _section(f"label {name}", command, "###"))
     return "\n".join(parts).rstrip("\n") + "\n"
 
 

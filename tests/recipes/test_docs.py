@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from perlhf.commands.cli import COMMANDS, DATA_COMMANDS
+from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, LABEL_COMMANDS
 from perlhf.config.command_line import parse
 from perlhf.config.commands import EvaluateConfig
 from perlhf.config.recipe import submodel
@@ -93,6 +93,8 @@ def test_command_lines_parse(page, monkeypatch):
 
 def parses(words: list[str]) -> None:
     table, rest = (DATA_COMMANDS, words[1:]) if words[0] == "data" else (COMMANDS, words)
+    if words[0] == "label":
+        table, rest = LABEL_COMMANDS, words[1:] if words[1] in LABEL_COMMANDS else words
     assert rest[0] in table, words
     try:
         parse(table[rest[0]], rest[1:])
@@ -117,7 +119,7 @@ def test_every_result_says_what_made_it(monkeypatch):
 def test_commands_in_the_text_exist(page):
     for command in re.findall(r"`perlhf ([a-z]+(?: [a-z]+)?)", page.read_text(encoding="utf-8")):
         first, _, second = command.partition(" ")
-        assert first in {*COMMANDS, "data"}, command
+        assert first in {*COMMANDS, "data", "label"}, command
         assert first != "data" or not second or second in DATA_COMMANDS, command
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from perlhf import __version__
 from perlhf.commands import show
-from perlhf.config import commands, comparison, stages
+from perlhf.config import commands, comparison, labelling, stages
 from perlhf.config.command_line import Command, parse
 from perlhf.config.recipe import read_recipe
 from perlhf.errors import ConfigError, PerlhfError, nearest
@@ -44,6 +44,13 @@ DATA_COMMANDS: Mapping[str, Command[Any]] = {
     "split": Command("perlhf data split", commands.DataSplitConfig, ("data.paths",)),
     "convert": Command("perlhf data convert", commands.DataConvertConfig, ("path", "output")),
     "pull": Command("perlhf data pull", commands.DataPullConfig, ("name",)),
+}
+LABEL_COMMANDS: Mapping[str, Command[Any]] = {
+    "label": Command("perlhf label", labelling.LabelConfig, ("project",)),
+    "invite": Command("perlhf label invite", labelling.LabelInviteConfig, ("project", "name")),
+    "export": Command("perlhf label export", labelling.LabelExportConfig, ("project", "output")),
+    "import": Command("perlhf label import", labelling.LabelImportConfig, ("project", "source")),
+    "backup": Command("perlhf label backup", labelling.LabelBackupConfig, ("project", "output")),
 }
 COMPUTING = ("demo", "sft", "reward", "policy", "evaluate", "score", "chat")
 """Commands that run the network: worth a restart under another allocator."""
@@ -91,7 +98,7 @@ def _as_text(arguments: Sequence[str]) -> list[str]:
 
 def _named(arguments: Sequence[str]) -> str:
     """The command alone: its options may hold addresses with keys."""
-    known = {*COMMANDS, "data", *DATA_COMMANDS}
+    known = {*COMMANDS, "data", *DATA_COMMANDS, *LABEL_COMMANDS}
     return " ".join(["perlhf", *(word for word in arguments[:2] if word in known)])
 
 
@@ -117,7 +124,8 @@ def summaries(commands: Mapping[str, Command[Any]]) -> dict[str, str]:
 def top_level_help() -> str:
     """What `perlhf --help` prints."""
     entries = summaries(COMMANDS)
-    ordered = {name: DATA_SUMMARY if name == "data" else entries[name] for name in ("demo", "pull", "data", *entries)}
+    groups = {"data": DATA_SUMMARY, "label": summaries(LABEL_COMMANDS)["label"]}
+    ordered = {name: groups.get(name) or entries[name] for name in ("demo", "pull", "data", "label", *entries)}
     return overview("perlhf", "Align language models by training small adapters on one frozen base.", ordered)
 
 
@@ -149,6 +157,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if arguments and arguments[0] == "data":
         return _choose(arguments[1:], DATA_COMMANDS, data_help(), _run_data)
+    if arguments and arguments[0] == "label":
+        return _run_label(arguments[1:])
     return _choose(arguments, COMMANDS, top_level_help(), _run)
 
 
@@ -158,7 +168,7 @@ def _choose(arguments: list[str], commands: Mapping[str, Command[Any]], help_tex
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in commands:
-        names = [*commands, "data"] if commands is COMMANDS else list(commands)
+        names = [*commands, "data", "label"] if commands is COMMANDS else list(commands)
         kind = "option" if name.startswith("-") else "command"
         raise ConfigError(f"unknown {kind} {name!r}", allowed=", ".join(names), hint=nearest(name, names))
     return run(name, rest)
@@ -257,6 +267,50 @@ def _make(name: str, settings: BaseModel) -> None:
             show.said(settings.output)
         case _:
             raise AssertionError(f"no branch for {name}")
+
+
+def label_help() -> str:
+    """What `perlhf label --help` prints."""
+    about = "Open a page on which people judge answers; what they say becomes records."
+    entries = {"PROJECT": "Open the page of this project.", **summaries(LABEL_COMMANDS)}
+    del entries["label"]
+    usage = "usage: perlhf label PROJECT [--option value ...]\n       perlhf label COMMAND PROJECT ..."
+    lines = [f"  {name:<10}{summary}" for name, summary in entries.items()]
+    more = "`perlhf label COMMAND --help` and `perlhf label PROJECT --help` list options."
+    return "\n".join([usage, "", about, "", *lines, "", more])
+
+
+def _run_label(arguments: list[str]) -> int:
+    """`perlhf label PROJECT`, or `perlhf label NAME PROJECT`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(label_help())
+        return 0 if arguments else 2
+    name = arguments[0] if arguments[0] in LABEL_COMMANDS else "label"
+    words = arguments if name == "label" else arguments[1:]
+    if {"-h", "--help"} & set(words):
+        words = ["--help"]  # which lists what was typed already, too
+    settings, _ = parse(LABEL_COMMANDS[name], words)
+    try:
+        from perlhf.labelling import project
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"labelling needs {error.name}, which isn't installed", hint="pip install 'perlhf[label]'"
+        ) from error
+    match settings:
+        case labelling.LabelConfig():
+            project.serve(settings)
+        case labelling.LabelInviteConfig():
+            show.said(project.invite(settings))
+        case labelling.LabelExportConfig():
+            show.result(f"label export: {settings.output}", project.export(settings))
+        case labelling.LabelImportConfig():
+            show.said(f"{project.take(settings):,} new labels")
+        case labelling.LabelBackupConfig():
+            project.back_up(settings)
+            show.said(settings.output)
+        case _:
+            raise AssertionError(f"no branch for {name}")
+    return 0
 
 
 def _run_data(name: str, arguments: list[str]) -> int:

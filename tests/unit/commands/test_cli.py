@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from perlhf import __version__
 from perlhf.commands import cli
-from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, evaluated_data, main
+from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, LABEL_COMMANDS, evaluated_data, main
 from perlhf.config import stages
 from perlhf.config.command_line import parse
 from perlhf.config.recipe import submodel
@@ -59,11 +59,13 @@ def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 ALL = [(name,) for name in COMMANDS] + [("data", name) for name in DATA_COMMANDS]
+ALL += [("label", name) for name in LABEL_COMMANDS if name != "label"] + [("label", "PROJECT")]
 
 
 @pytest.mark.parametrize("words", ALL, ids=" ".join)
 def test_help_has_every_option_with_its_docstring(words, capsys):
-    command = COMMANDS[words[0]] if len(words) == 1 else DATA_COMMANDS[words[1]]
+    group = {"data": DATA_COMMANDS, "label": LABEL_COMMANDS}.get(words[0], COMMANDS)
+    command = group[words[-1] if words[-1] in group else words[0]]
     text = plain(help_of(capsys, *words))
     for name, docstring in leaves(command.model):
         assert docstring, f"{command.model.__name__}.{name} has no docstring"
@@ -82,11 +84,14 @@ def test_overviews_and_version(capsys):
     assert capsys.readouterr().out == f"perlhf {__version__}\n"
     assert main(["--help"]) == 0
     listed = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.M)
-    assert listed == "demo pull data sft reward policy evaluate score chat compare table report average export".split()
+    named = "demo pull data label sft reward policy evaluate score chat compare table report average export"
+    assert listed == named.split()
     assert main([]) == 2
     assert capsys.readouterr().out.startswith("usage: perlhf COMMAND")
     assert main(["data", "-h"]) == 0
     assert "usage: perlhf data COMMAND" in capsys.readouterr().out
+    assert main(["label", "-h"]) == 0
+    assert "usage: perlhf label PROJECT" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""Configuration of labelling: what people are asked, and in which order."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from perlhf.config.stages import Fraction, Frozen, LayoutConfig, Positive
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class QuestionsConfig(LayoutConfig):
+    """Where questions come from, and in which order they are asked."""
+
+    paths: Annotated[tuple[str, ...], Field(min_length=1)] = ("builtin:coffee-bar/comparison",)
+    """Files, directories, hub names or `builtin:coffee-bar`: comparisons, ratings, or prompts with `completions`."""
+    limit: Positive | None = None
+    """Ask at most this many questions, chosen by a hash."""
+    random_share: Share = 1.0
+    """Share of questions whose place in the order is random whatever the others' is, so that evaluation is unbiased."""
+    overlap: Share = 0.0
+    """Share of questions that two people answer, so that agreement is known."""
+    tests: tuple[str, ...] = ()
+    """Records with known verdicts that are asked like others, to see who answers them rightly."""
+    test_share: Fraction = 0.05
+    """Share of a labeller's questions that are such hidden tests."""
+    seed: int = 0
+    """Of the order, of which side stands left, and of what is asked twice."""
+
+
+class ProjectConfig(Frozen):
+    """A labelling project: `project.yaml` in its directory."""
+
+    title: Annotated[str, Field(min_length=1, max_length=200)] = "Which answer is better?"
+    """Heading of the page."""
+    instructions: str = "Read the conversation and both answers. Choose the answer that you would rather be given."
+    """What people are to go by (Markdown), always one key away."""
+    kind: Literal["comparison", "rating", "scale"] = "comparison"
+    """`comparison` of two answers, thumbs for one (`rating`), or 1 to 5 on each of the `criteria` (`scale`)."""
+    criteria: tuple[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_ -]{0,39}$")], ...] = ()
+    """For `scale`: names of what is graded, such as `[helpful, honest]`."""
+    up: Annotated[float, Field(gt=1, le=5)] = 4.0
+    """For `scale`: a mean grade of at least this is exported as a thumbs up, any other as a thumbs down."""
+    questions: QuestionsConfig = QuestionsConfig()
+    """What is asked."""
+    lease_minutes: Positive = 30
+    """A question that is open on somebody's page is given to nobody else for so long."""
+    redact: bool = False
+    """Mask mail addresses, phone numbers and card numbers before anything is shown or stored."""
+
+    @model_validator(mode="after")
+    def _criteria_fit(self) -> "ProjectConfig":
+        if (self.kind == "scale") != bool(self.criteria):
+            raise ValueError("criteria belong to kind: scale, and kind: scale needs at least one")
+        if len(set(self.criteria)) != len(self.criteria):
+            raise ValueError("criteria has a name twice")
+        return self
+
+
+class LabelConfig(Frozen):
+    """Open a page on which people judge answers; what they say is kept in PROJECT/labels.sqlite."""
+
+    project: Path
+    """Directory of the project; one without project.yaml gets one with these settings."""
+    settings: ProjectConfig = ProjectConfig()
+    """For a new project: what is asked. A project that exists is changed in its project.yaml."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Any but this machine's own needs a link for each labeller (`perlhf label invite`)."""
+    port: Port = 8765
+    """Port to listen at; 0 takes a free one."""
+    allow_hosts: tuple[str, ...] = ()
+    """Further names under which browsers may ask for the page, such as that of a proxy."""
+
+
+class LabelInviteConfig(Frozen):
+    """Make a link for one labeller (or anew for one who lost it); it is shown once and kept as a hash."""
+
+    project: Path
+    """Directory of the project."""
+    name: Annotated[str, Field(min_length=1, max_length=60)]
+    """Who gets it: seen by the project's owner alone."""
+    owner: bool = False
+    """The link also opens the owner's page: progress, agreement, labellers."""
+    address: str = "http://127.0.0.1:8765"
+    """How labellers reach the page."""
+
+
+class LabelExportConfig(Frozen):
+    """Write what people said as records that `perlhf data validate` and every stage read."""
+
+    project: Path
+    """Directory of the project."""
+    output: Path
+    """Directory to write."""
+    format: Literal["jsonl", "datasets"] = "jsonl"
+    """`jsonl` files, or a directory that `datasets.load_from_disk` opens."""
+    overlap: Literal["all", "majority"] = "all"
+    """Of questions with several labels: `all`, each with weight 1/n, or the `majority`, where there is one."""
+    without: tuple[str, ...] = ()
+    """Names of labellers whose labels are left out."""
+
+
+class LabelImportConfig(Frozen):
+    """Take labels of an export (of this project or another copy of it) into a project."""
+
+    project: Path
+    """Directory of the project."""
+    source: Path
+    """Directory that `perlhf label export` wrote."""
+
+
+class LabelBackupConfig(Frozen):
+    """Copy a project's labels into a file, also while the page is in use."""
+
+    project: Path
+    """Directory of the project."""
+    output: Path
+    """File to write."""

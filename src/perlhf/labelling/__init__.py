@@ -1,0 +1,1 @@
+"""Labelling: people judge answers on a page; what they say becomes records."""

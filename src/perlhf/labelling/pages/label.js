@@ -1,0 +1,181 @@
+// Keys, sending, and what waits to be sent. Each answer has a key of its own, so that one that is sent twice is stored
+// once; it stays in the browser's storage until the server has said that it is on the disk.
+"use strict";
+
+const WAITING = "perlhf-waiting";
+const question = document.getElementById("question");
+const message = document.getElementById("message");
+const instructions = document.getElementById("instructions");
+let shownAt = performance.now();
+let marked = "";
+let sending = false;
+
+const task = () => question.querySelector("article");
+const say = (text, problem = false) => {
+  message.textContent = text;
+  message.classList.toggle("problem", problem);
+};
+
+function show(found) {
+  question.innerHTML = found.html; // made and escaped by the server's templates
+  const progress = document.getElementById("progress");
+  progress.max = found.wanted;
+  progress.value = found.done;
+  document.getElementById("count").textContent = `${found.done} of ${found.wanted}`;
+  shownAt = performance.now();
+  marked = "";
+  window.scrollTo(0, 0);
+  question.focus({ preventScroll: true });
+}
+
+async function ask(path, body) {
+  const options = body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } };
+  const response = await fetch(path, options);
+  const isJson = (response.headers.get("Content-Type") || "").startsWith("application/json");
+  return { status: response.status, content: isJson ? await response.json() : { problem: await response.text(), again: response.status === 429 } };
+}
+
+function lock(on) {
+  sending = on;
+  for (const button of question.querySelectorAll("button")) button.disabled = on;
+}
+
+async function deliver() {
+  const waiting = localStorage.getItem(WAITING);
+  if (waiting === null || sending) return;
+  lock(true);
+  let again = false;
+  try {
+    const { status, content } = await ask("/answer", JSON.parse(waiting));
+    if (status === 200) {
+      localStorage.removeItem(WAITING);
+      say("");
+      show(content);
+    } else if (content.again) {
+      say(`${content.problem} It is kept here and sent again.`, true);
+      again = true;
+    } else {
+      localStorage.removeItem(WAITING);
+      say(content.problem, true);
+    }
+  } catch {
+    say("The server can't be reached. Your answer is kept here and sent again.", true);
+    again = true;
+  } finally {
+    lock(false);
+  }
+  if (again) setTimeout(deliver, 2000);
+}
+
+function grades() {
+  const found = {};
+  for (const group of question.querySelectorAll(".grade")) {
+    const chosen = group.querySelector("input:checked");
+    if (chosen) found[group.dataset.criterion] = Number(chosen.value);
+  }
+  return found;
+}
+
+function answer(verdict) {
+  if (sending || localStorage.getItem(WAITING) !== null) return;
+  const missing = question.querySelectorAll(".grade").length - Object.keys(grades()).length;
+  if (verdict === "graded" && missing) {
+    say(`${missing} grade${missing > 1 ? "s are" : " is"} missing.`, true);
+    return;
+  }
+  const said = {
+    task: Number(task().dataset.task),
+    key: crypto.randomUUID ? crypto.randomUUID() : `${Date.now()}-${Math.random()}-${Math.random()}`,
+    verdict,
+    reason: document.getElementById("reason").value,
+    span: marked,
+    edit: document.getElementById("edit").value,
+    grades: verdict === "graded" ? grades() : {},
+    seconds: (performance.now() - shownAt) / 1000,
+  };
+  localStorage.setItem(WAITING, JSON.stringify(said));
+  deliver();
+}
+
+async function undo() {
+  if (sending) return;
+  lock(true);
+  try {
+    const { status, content } = await ask("/undo", {});
+    if (status === 200) {
+      show(content);
+      say("Your last answer was taken back.");
+    } else say(content.problem, true);
+  } catch {
+    say("The server can't be reached.", true);
+  } finally {
+    lock(false);
+  }
+}
+
+function differences() {
+  const button = document.getElementById("differences");
+  if (!button) return;
+  const on = button.getAttribute("aria-pressed") !== "true";
+  button.setAttribute("aria-pressed", String(on));
+  for (const view of question.querySelectorAll(".difference-view")) view.hidden = !on;
+  for (const view of question.querySelectorAll(".plain-view")) view.hidden = on;
+}
+
+function more() {
+  const details = document.getElementById("more");
+  if (!details) return;
+  details.open = true;
+  document.getElementById("reason").focus();
+}
+
+function grade(digit) {
+  const missing = [...question.querySelectorAll(".grade")].find((group) => !group.querySelector("input:checked"));
+  const chosen = missing && missing.querySelector(`input[value="${digit}"]`);
+  if (chosen) chosen.checked = true;
+  return Boolean(chosen);
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (!button) return;
+  if (button.dataset.verdict) answer(button.dataset.verdict);
+  else if (button.dataset.copy !== undefined) document.getElementById("edit").value = button.dataset.copy;
+  else if (button.id === "undo") undo();
+  else if (button.id === "differences") differences();
+  else if (button.id === "show-instructions") instructions.showModal();
+});
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || instructions.open || event.repeat) return;
+  const typing = event.target.closest("textarea, input:not([type=radio])");
+  if (typing) {
+    if (event.key === "Escape") question.focus();
+    return;
+  }
+  if (event.key === "Enter" && event.target.closest("button, summary, a")) return;
+  if (event.key.startsWith("Arrow") && event.target.closest("input, .conversation")) return;
+  if (event.key === "i" || event.key === "?") instructions.showModal();
+  else if (event.key === "u") undo();
+  else if (event.key === "d") differences();
+  else if (event.key === "e") more();
+  else if (/^[1-5]$/.test(event.key) && question.querySelector(".grade")) grade(event.key);
+  else {
+    const pressed = [...question.querySelectorAll("[data-keys]")].find((b) => b.dataset.keys.split(" ").includes(event.key));
+    if (!pressed) return;
+    answer(pressed.dataset.verdict);
+  }
+  event.preventDefault();
+});
+
+document.addEventListener("selectionchange", () => {
+  const selection = document.getSelection();
+  const inside = selection.anchorNode && selection.anchorNode.parentElement && selection.anchorNode.parentElement.closest(".answer");
+  const text = selection.toString().trim();
+  if (!inside || !text) return;
+  marked = text.slice(0, 20000);
+  const place = document.getElementById("span");
+  if (place) place.textContent = `“${marked.slice(0, 200)}”`;
+});
+
+deliver();

@@ -1,0 +1,117 @@
+"""How far a project is, and how well people agree, from what the store holds."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import krippendorff
+import numpy as np
+
+from perlhf.labelling.store import Label, Labeller
+
+_SIDES = ("first", "second")
+IDLE_SECONDS = 300.0
+"""Longer times are pauses: they count as this."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one person did."""
+
+    labeller: Labeller
+    labels: int
+    skipped: int
+    median_seconds: float
+    hours: float
+    agreement: float | None
+    """Share of the questions that others answered too on which they and this one said the same."""
+    compared: int
+    tests_right: int
+    tests: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of a project."""
+
+    labels: int
+    wanted: int
+    alpha: float | None
+    """Krippendorff's alpha over the questions that several people answered; None where there are fewer than two."""
+    several: int
+    """Such questions."""
+    verdicts: dict[str, int]
+    left: float | None
+    """Share of the choices between two answers that fell on the one that stood left: far from 0.5, sides matter."""
+    shares: list[Share]
+
+
+def progress(labels: Sequence[Label], people: Sequence[Labeller], done: tuple[int, int]) -> Progress:
+    """The numbers of the owner's page and of the data statement.
+
+    Args:
+        labels: all that stand, skips among them.
+        people: everybody.
+        done: labels so far and wanted.
+    """
+    judged = [label for label in labels if label.said.verdict != "skip"]
+    by_question: dict[str, list[Label]] = defaultdict(list)
+    for label in judged:
+        if label.question.known is None and not label.labeller.left_out:
+            by_question[label.question.key].append(label)
+    several = {key: found for key, found in by_question.items() if len({label.labeller.id for label in found}) > 1}
+    verdicts = Counter(label.said.verdict for label in judged if label.question.known is None)
+    sides = [(label.said.verdict == "first") != label.turned for label in judged if label.said.verdict in _SIDES]
+    left = sum(sides) / len(sides) if sides else None
+    shares = [_share(person, labels, several) for person in people]
+    return Progress(*done, agreement(list(several.values())), len(several), dict(verdicts), left, shares)
+
+
+def agreement(questions: Sequence[Sequence[Label]]) -> float | None:
+    """Krippendorff's alpha (Content Analysis, 2004): nominal for verdicts, interval for mean grades.
+
+    None where nothing was answered twice, or all said the same throughout, so that no chance agreement can be told.
+    """
+    graded = any(label.said.grades for labels in questions for label in labels)
+    people = sorted({label.labeller.id for labels in questions for label in labels})
+    if len(people) < 2:
+        return None
+    names = sorted({label.said.verdict for labels in questions for label in labels})
+    table = np.full((len(people), len(questions)), np.nan)
+    for column, labels in enumerate(questions):
+        for label in labels:
+            value = mean_grade(label) if graded else names.index(label.said.verdict)
+            table[people.index(label.labeller.id), column] = value
+    if len(np.unique(table[~np.isnan(table)])) < 2:
+        return None
+    return float(krippendorff.alpha(table, level_of_measurement="interval" if graded else "nominal"))
+
+
+def mean_grade(label: Label) -> float:
+    """Over the criteria."""
+    return sum(label.said.grades.values()) / len(label.said.grades)
+
+
+def _share(person: Labeller, labels: Sequence[Label], several: dict[str, list[Label]]) -> Share:
+    own = [label for label in labels if label.labeller.id == person.id]
+    judged = [label for label in own if label.said.verdict != "skip"]
+    tests = [label for label in judged if label.question.known is not None]
+    times = [min(label.seconds, IDLE_SECONDS) for label in own]
+    pairs = [
+        (mine.said.verdict == other.said.verdict)
+        for mine in judged
+        for other in several.get(mine.question.key, [])
+        if other.labeller.id != person.id
+    ]
+    return Share(
+        person,
+        len(judged) - len(tests),
+        len(own) - len(judged),
+        median(times) if times else 0.0,
+        sum(times) / 3600,
+        sum(pairs) / len(pairs) if pairs else None,
+        len(pairs),
+        sum(label.said.verdict == label.question.known for label in tests),
+        len(tests),
+    )

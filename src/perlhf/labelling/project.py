@@ -1,0 +1,172 @@
+"""A labelling project on disk, and what is done with it: opened as a page, invited to, exported, taken in, copied."""
+
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import uvicorn
+import yaml
+
+from perlhf.config.labelling import (
+    LabelBackupConfig,
+    LabelConfig,
+    LabelExportConfig,
+    LabelImportConfig,
+    LabelInviteConfig,
+    ProjectConfig,
+)
+from perlhf.config.recipe import load_recipe
+from perlhf.errors import ConfigError, RunError, StorageError, nearest
+from perlhf.labelling import records
+from perlhf.labelling.progress import progress
+from perlhf.labelling.questions import questions
+from perlhf.labelling.server import Page, application
+from perlhf.labelling.store import Store
+from perlhf.system.files import storage_errors, write_atomic
+
+PROJECT, LABELS = "project.yaml", "labels.sqlite"
+
+
+def serve(config: LabelConfig) -> None:
+    """Opens the page and answers until it is stopped.
+
+    Raises:
+        ConfigError: settings for a project that has its own, or the address isn't one of this machine's.
+        DataError: no questions.
+    """
+    project = _settings(config)
+    asked = questions(project)
+    store = Store(config.project / LABELS)
+    new = store.add(asked)
+    listening = _bound(config.host, config.port)
+    port = listening.getsockname()[1]
+    tokens = not _is_here(config.host)
+    hosts = frozenset(name for host in _names(config) for name in (host.lower(), f"{host.lower()}:{port}"))
+    shown = f"[{config.host}]" if ":" in config.host else config.host
+    done, wanted = store.progress()
+    print(f"{config.project}: {done:,} of {wanted:,} labels" + (f", {new:,} new questions" if new else ""))
+    print(f"http://{shown}:{port}/" + (" (labellers need links: perlhf label invite)" if tokens else ""), flush=True)
+    settings = uvicorn.Config(
+        application(Page(project, store, hosts, tokens)),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        timeout_graceful_shutdown=5,
+    )
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(settings).run([listening])
+    finally:
+        store.close()
+
+
+def invite(config: LabelInviteConfig) -> str:
+    """The link of one labeller.
+
+    Raises:
+        ConfigError: `address` is no address of a page.
+    """
+    if urlsplit(config.address).scheme not in ("http", "https"):
+        raise ConfigError(f"{config.address} is no address", where="address", allowed="http://NAME:PORT")
+    with _opened(config.project) as store:
+        return f"{config.address.rstrip('/')}/join?token={store.invite(config.name, config.owner)}"
+
+
+def export(config: LabelExportConfig) -> dict[str, int]:
+    """Writes a project's labels (`records.write`); returns how many lines each file has.
+
+    Raises:
+        ConfigError: a name of no labeller.
+    """
+    project = load_recipe(config.project / PROJECT, ProjectConfig)
+    with _opened(config.project) as store:
+        people = store.people()
+        names = [person.name for person in people]
+        for name in config.without:
+            if name not in names:
+                what, allowed = f"no labeller {name!r}", ", ".join(names) or "nobody has come yet"
+                raise ConfigError(what, where="without", allowed=allowed, hint=nearest(name, names))
+        said = store.labels(skips=True)
+        used = [one for one in said if not one.labeller.left_out and one.labeller.name not in config.without]
+        numbers = progress(used, people, store.progress())
+    datasets = config.format == "datasets"
+    return records.write(config.output, used, project, numbers, overlap=config.overlap, datasets=datasets)
+
+
+def take(config: LabelImportConfig) -> int:
+    """Takes an export's labels into the project; returns how many were new.
+
+    Raises:
+        DataError: it is no export.
+    """
+    labels = records.read(config.source)
+    with _opened(config.project) as store:
+        return store.take(labels)
+
+
+def back_up(config: LabelBackupConfig) -> None:
+    """Copies the labels into a file."""
+    with _opened(config.project) as store:
+        store.back_up(config.output)
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[Store]:
+    if not (directory / PROJECT).is_file():
+        hint = f"perlhf label {directory} makes one"
+        raise RunError(f"no labelling project: {PROJECT} is missing", where=str(directory), hint=hint)
+    store = Store(directory / LABELS)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _settings(config: LabelConfig) -> ProjectConfig:
+    """Those of the project; a new one is made of what was given."""
+    file = config.project / PROJECT
+    if file.is_file():
+        project = load_recipe(file, ProjectConfig)
+        if config.settings not in (ProjectConfig(), project):
+            raise ConfigError("the project has settings already", where=str(file), hint="change them in that file")
+        return project
+    with storage_errors(config.project):
+        config.project.mkdir(parents=True, exist_ok=True)
+    said = config.settings.model_dump(mode="json", exclude_defaults=True)
+    said = {"title": config.settings.title, "instructions": config.settings.instructions, **said}
+    write_atomic(file, yaml.safe_dump(said, allow_unicode=True, sort_keys=False))
+    return config.settings
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        hint = "--port 0 takes a free one" if port else "an address of this machine"
+        raise StorageError(
+            f"can't listen at {host}:{port}: {error.strerror or error}", where="port", hint=hint
+        ) from error
+    return listening
+
+
+def _names(config: LabelConfig) -> list[str]:
+    """Under which browsers may ask for the page."""
+    own = ["localhost", "127.0.0.1", "[::1]"] if _is_here(config.host) else []
+    return [*own, f"[{config.host}]" if ":" in config.host else config.host, *config.allow_hosts]
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,137 @@
+"""Questions: what records and rows with several answers ask of people, and in which order."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from perlhf.config.labelling import ProjectConfig
+from perlhf.data.read import read_all
+from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
+from perlhf.errors import DataError
+from perlhf.labelling.redact import redacted
+
+_LISTS = ("completions", "answers", "responses", "candidates", "generations")
+_PAIRS = (("a", "b"), ("1", "2"), ("0", "1"))
+_PAIR_NAMES = ("completion", "answer", "response", "output")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing that a person is asked."""
+
+    key: str
+    """A hash of what is asked; the same question is stored once."""
+    prompt: Text
+    answers: tuple[Text, ...]
+    """Two for a comparison, else one."""
+    group: str
+    source: str
+    place: float
+    """In [0, 1): questions are asked in this order."""
+    drawn: str = "random"
+    """`random`, or by what its place was chosen."""
+    wanted: int = 1
+    """Labels wanted, of as many people."""
+    known: str | None = None
+    """The right verdict of a hidden test."""
+
+
+def questions(project: ProjectConfig) -> list[Question]:
+    """All questions of a project, without those whose sides are equal.
+
+    Raises:
+        DataError: a file can't be read, or holds nothing that can be asked about.
+    """
+    rules = project.questions
+    found = list(_asked(_read(rules.paths, project), project, known=False))
+    tests = list(_asked(_read(rules.tests, project), project, known=True)) if rules.tests else []
+    known = {question.key for question in tests}
+    unique = {question.key: question for question in found if question.key not in known}
+    chosen = sorted(unique.values(), key=lambda question: question.place)[: rules.limit]
+    if not chosen:
+        needed = "two answers of one prompt" if project.kind == "comparison" else "an answer"
+        raise DataError(
+            f"nothing to ask: no row has {needed}",
+            where=", ".join(rules.paths),
+            allowed="comparisons, ratings, or prompts with a list `completions` (or `completion_a`, `completion_b`)",
+            hint="perlhf data inspect shows what the file holds",
+        )
+    return chosen + tests
+
+
+def uniform(*parts: object) -> float:
+    """A number in [0, 1) that depends on nothing else: the draw of a project's seed and these."""
+    digest = hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _read(paths: Sequence[str], project: ProjectConfig) -> Iterator[Record]:
+    for path in paths:
+        yield from read_all(path, project.questions.format, rules=project.questions).records
+
+
+def _asked(records: Iterable[Record], project: ProjectConfig, known: bool) -> Iterator[Question]:
+    rules = project.questions
+    for record in records:
+        for answers, verdict in _answers(record, project.kind):
+            prompt = record.prompt
+            if project.redact:
+                prompt, answers = _masked(prompt), tuple(map(_masked, answers))
+            if len(answers) == 2 and answers[0] == answers[1]:
+                continue
+            if known and verdict is None:
+                raise DataError("a hidden test has no verdict", where=record.source, allowed="comparisons or ratings")
+            key = hashlib.sha256(json.dumps([project.kind, prompt, answers], sort_keys=True).encode()).hexdigest()
+            question = Question(key, prompt, answers, record.group, record.source, uniform(rules.seed, "place", key))
+            wanted = 1 + (uniform(rules.seed, "overlap", key) < rules.overlap)
+            yield replace(question, wanted=wanted, known=verdict if known else None)
+
+
+def _answers(record: Record, kind: str) -> Iterator[tuple[tuple[Text, ...], str | None]]:
+    """Answers that stand in one question, and the verdict that the record gives."""
+    match record:
+        case Comparison() if kind == "comparison":
+            # By their texts alone, so that nothing shows which was chosen, and the same pair is the same question.
+            if uniform("side", record.chosen) < uniform("side", record.rejected):
+                yield (record.chosen, record.rejected), "first"
+            else:
+                yield (record.rejected, record.chosen), "second"
+        case Comparison():
+            yield (record.chosen,), None
+            yield (record.rejected,), None
+        case Rating() if kind != "comparison":
+            yield (record.completion,), "up" if record.label else "down"
+        case Demonstration() if kind != "comparison":
+            yield (record.completion,), None
+        case Prompt():
+            listed = _listed(record.columns)
+            together = list(combinations(listed, 2)) if kind == "comparison" else [(answer,) for answer in listed]
+            yield from ((answers, None) for answers in together)
+        case _:
+            return
+
+
+def _listed(columns: Mapping[str, Any]) -> list[Text]:
+    """Answers in a row's other columns."""
+    for name in _LISTS:
+        if isinstance(columns.get(name), list):
+            found: list[Any] = columns[name]
+            return [answer for answer in found if answer and isinstance(answer, str | list)]
+    for name in _PAIR_NAMES:
+        for pair in _PAIRS:
+            both = [columns.get(f"{name}{joint}{letter}") for letter in pair for joint in ("_", "")]
+            texts: list[Text] = [text for text in both if text and isinstance(text, str | list)]
+            if len(texts) == 2:
+                return texts
+    return []
+
+
+def _masked(text: Text) -> Text:
+    if isinstance(text, str):
+        return redacted(text)
+    return [
+        {**turn, "content": redacted(turn["content"]) if turn.get("content") else turn.get("content")} for turn in text
+    ]

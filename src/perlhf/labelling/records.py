@@ -1,0 +1,176 @@
+"""From labels to records that stages learn from, with a statement of how they came about; and back."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from perlhf.config.labelling import ProjectConfig
+from perlhf.data.records import Text
+from perlhf.errors import DataError
+from perlhf.labelling.progress import Progress, mean_grade
+from perlhf.labelling.store import Label, as_json, from_json
+from perlhf.system.files import directory_atomic, write_atomic
+
+LABELS, RECORDS, EDITS, STATEMENT = "labels.jsonl", "records.jsonl", "edits.jsonl", "statement.md"
+
+
+def labelled_rows(
+    labels: Sequence[Label], project: ProjectConfig, overlap: Literal["all", "majority"]
+) -> Iterator[tuple[dict[str, Any], Label]]:
+    """Rows of records that `perlhf data` reads, comparisons or ratings, each with a label that it comes from.
+
+    Labels of one question weigh 1 in all: with `all` each has 1/n, and a tie takes its share away; with `majority` the
+    most frequent verdict stands for all, and a question without one gives none. "About equal" and
+    "both bad" teach no preference: they are in labels.jsonl alone.
+    """
+    by_question: dict[str, list[Label]] = defaultdict(list)
+    for label in labels:
+        if label.question.known is None and label.said.verdict != "skip":
+            by_question[label.question.key].append(label)
+    for found in by_question.values():
+        verdicts = [_verdict(label, project) for label in found]
+        if overlap == "majority":
+            (most, number), *others = Counter(verdicts).most_common()
+            if others and others[0][1] == number:
+                continue
+            row = _row(found[0], most)
+            if row is not None:
+                yield row | {"annotator": "majority", "weight": 1.0}, found[0]
+            continue
+        for label, verdict in zip(found, verdicts, strict=True):
+            row = _row(label, verdict)
+            if row is not None:
+                yield row | {"annotator": label.labeller.pseudonym, "weight": 1 / len(found)}, label
+
+
+def edit_rows(labels: Iterable[Label]) -> Iterator[dict[str, Any]]:
+    """Better answers that labellers wrote, as demonstrations."""
+    for label in labels:
+        if label.said.edit.strip():
+            question = label.question
+            yield {"prompt": question.prompt, "completion": _like(question.answers[0], label.said.edit)} | {
+                "group": question.group
+            }
+
+
+def write(
+    output: Path,
+    labels: Sequence[Label],
+    project: ProjectConfig,
+    numbers: Progress,
+    *,
+    overlap: Literal["all", "majority"] = "all",
+    datasets: bool = False,
+) -> dict[str, int]:
+    """Writes a directory: records.jsonl, edits.jsonl where there are any, labels.jsonl (all that was said, to be taken
+    into another copy) and statement.md; returns how many lines each has.
+
+    Raises:
+        StorageError: it can't be written; nothing half-written is left.
+    """
+    records, edits = [row for row, _ in labelled_rows(labels, project, overlap)], list(edit_rows(labels))
+    with directory_atomic(output) as directory:
+        if datasets:
+            _as_dataset(labels, project, overlap).save_to_disk(str(directory))
+        else:
+            write_atomic(directory / RECORDS, _lines(records))
+        if edits:
+            write_atomic(directory / EDITS, _lines(edits))
+        write_atomic(directory / LABELS, "".join(as_json(label) + "\n" for label in labels))
+        write_atomic(directory / STATEMENT, statement(project, numbers, len(records), overlap))
+    return {"records": len(records), "edits": len(edits), "labels": len(labels)}
+
+
+def read(source: Path) -> list[Label]:
+    """The labels of a directory that `write` made.
+
+    Raises:
+        DataError: there is no such file, or a line isn't a label.
+    """
+    file = source / LABELS
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        hint = "give a directory that `perlhf label export` wrote"
+        raise DataError(f"the labels can't be read: {error}", where=str(file), hint=hint) from error
+    labels = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            labels.append(from_json(line))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(
+                f"no label: {error!r:.100}", where=f"{file}:{number}", allowed="lines as exported"
+            ) from error
+    return labels
+
+
+def statement(project: ProjectConfig, numbers: Progress, records: int, overlap: str) -> str:
+    """How the labels came about, in the words of a data statement (Bender and Friedman, TACL 2018)."""
+    used = [share for share in numbers.shares if share.labels and not share.labeller.left_out]
+    shares = sorted((share.labels for share in used), reverse=True)
+    most = f"{shares[0] / sum(shares):.0%} of them by one person" if shares else "none by anybody"
+    alpha = "not known" if numbers.alpha is None else f"{numbers.alpha:.2f}"
+    rules = project.questions
+    lines = [
+        f"# {project.title}",
+        "",
+        f"- What was asked: {project.kind} ({', '.join(rules.paths)}), blind, sides in random order.",
+        f"- Labels: {sum(shares)} of {len(used)} people, {most}; {records} records.",
+        f"- Time: {sum(share.hours for share in used):.2f} hours in all; "
+        f"medians of {', '.join(f'{share.median_seconds:.0f} s' for share in used) or 'nobody'} a question.",
+        f"- Agreement: Krippendorff's alpha {alpha} on {numbers.several} questions that several people answered.",
+        f"- Answers: {', '.join(f'{count} {name}' for name, count in sorted(numbers.verdicts.items())) or 'none'}.",
+        f"- Several labels of one question: {overlap}.",
+        f"- Order of questions: random for a share of {rules.random_share:g}.",
+        f"- Mail addresses, phone and card numbers were {'masked' if project.redact else 'not masked'}.",
+        "- Labellers are named by pseudonyms. Who they are, what they were paid and which languages they speak isn't"
+        " known here: add it.",
+        "",
+        "## What labellers were told",
+        "",
+        project.instructions,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(label: Label, project: ProjectConfig) -> str:
+    if label.said.verdict == "graded":
+        return "up" if mean_grade(label) >= project.up else "down"
+    return label.said.verdict
+
+
+def _row(label: Label, verdict: str) -> dict[str, Any] | None:
+    question = label.question
+    shared: dict[str, Any] = {"prompt": question.prompt, "group": question.group}
+    match verdict:
+        case "first" | "second":
+            first, second = question.answers
+            chosen, rejected = (first, second) if verdict == "first" else (second, first)
+            return shared | {"chosen": chosen, "rejected": rejected}
+        case "up" | "down":
+            return shared | {"completion": question.answers[0], "label": verdict == "up"}
+        case _:
+            return None
+
+
+def _like(answer: Text, text: str) -> Text:
+    return text if isinstance(answer, str) else [{"role": "assistant", "content": text}]
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _as_dataset(labels: Sequence[Label], project: ProjectConfig, overlap: Literal["all", "majority"]) -> Any:
+    """Records with who said it, when, after how long, and how its place in the order was drawn."""
+    import datasets
+
+    rows: list[dict[str, Any]] = []
+    for row, label in labelled_rows(labels, project, overlap):
+        when = datetime.fromtimestamp(label.stored, UTC).isoformat(timespec="seconds")
+        rows.append(row | {"labelled": when, "seconds": label.seconds, "drawn": label.question.drawn})
+    return datasets.Dataset.from_list(rows)

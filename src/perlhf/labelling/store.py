@@ -1,0 +1,495 @@
+"""What people were asked and what they said, in one SQLite file.
+
+An answer is acknowledged after its transaction is on the disk (WAL, `synchronous=FULL`). A label has a key that the
+page made: a page that sends an answer twice, because it never saw the acknowledgement, stores it once. Nothing is
+deleted: a label that is undone is kept with the time at which it was.
+"""
+
+import contextlib
+import hashlib
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event, exc
+
+from perlhf.errors import RunError, StorageError
+from perlhf.labelling.questions import Question, uniform
+from perlhf.system.files import write_atomic
+
+VERSION = 1
+_metadata = sa.MetaData()
+_project = sa.Table("project", _metadata, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
+_questions = sa.Table(
+    "questions",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("key", sa.Text, unique=True, nullable=False),
+    sa.Column("body", sa.JSON, nullable=False),
+    sa.Column("group", sa.Text, nullable=False),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("place", sa.Float, nullable=False),
+    sa.Column("drawn", sa.Text, nullable=False),
+    sa.Column("wanted", sa.Integer, nullable=False),
+    sa.Column("answered", sa.Integer, nullable=False, default=0),
+    sa.Column("known", sa.Text),
+)
+sa.Index("open_questions", _questions.c.place, sqlite_where=sa.text("answered < wanted AND known IS NULL"))
+_labellers = sa.Table(
+    "labellers",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.Text, unique=True, nullable=False),
+    sa.Column("pseudonym", sa.Text, unique=True, nullable=False),
+    sa.Column("token_hash", sa.Text, unique=True),
+    sa.Column("owner", sa.Boolean, nullable=False, default=False),
+    sa.Column("left_out", sa.Boolean, nullable=False, default=False),
+    sa.Column("since", sa.Float, nullable=False),
+)
+_tasks = sa.Table(
+    "tasks",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("question", sa.ForeignKey("questions.id"), nullable=False, index=True),
+    sa.Column("labeller", sa.ForeignKey("labellers.id"), nullable=False, index=True),
+    sa.Column("turned", sa.Boolean, nullable=False),
+    sa.Column("given", sa.Float, nullable=False),
+    sa.Column("finished", sa.Float),
+)
+_labels = sa.Table(
+    "labels",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("key", sa.Text, unique=True, nullable=False),
+    sa.Column("task", sa.ForeignKey("tasks.id"), nullable=False, index=True),
+    sa.Column("verdict", sa.Text, nullable=False),
+    sa.Column("said", sa.JSON, nullable=False),
+    sa.Column("seconds", sa.Float, nullable=False),
+    sa.Column("stored", sa.Float, nullable=False),
+    sa.Column("undone", sa.Float),
+)
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """One person."""
+
+    id: int
+    name: str
+    pseudonym: str
+    owner: bool = False
+    left_out: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question as one person sees it."""
+
+    id: int
+    question: Question
+    turned: bool
+    """The second answer stands left."""
+    given: float
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a person says to a task."""
+
+    verdict: str
+    """`first`, `second`, `equal`, `both_bad`; `up`, `down`; `graded`; `skip`."""
+    reason: str = ""
+    span: str = ""
+    """A marked part of an answer."""
+    edit: str = ""
+    """A better answer, written by the labeller."""
+    grades: dict[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass(frozen=True)
+class Label:
+    """A stored answer with its question and who gave it."""
+
+    key: str
+    question: Question
+    labeller: Labeller
+    said: Said
+    turned: bool
+    seconds: float
+    stored: float
+
+
+class Store:
+    """The labels of one project. Each call is one transaction; threads and processes may share the file.
+
+    Raises:
+        RunError: the file is no database of ours, or was written by a newer perlhf.
+        StorageError: it can't be written.
+    """
+
+    def __init__(self, path: Path, now: Any = time.time):
+        self.path, self._now = path, now
+        self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30.0})
+        event.listen(self._engine, "connect", _set_up)
+        with self._writing() as connection:
+            _metadata.create_all(connection)
+            found = connection.scalar(sa.select(_project.c.value).where(_project.c.key == "version"))
+            if found is None:
+                values = {"version": str(VERSION), "secret": secrets.token_hex(32), "salt": secrets.token_hex(16)}
+                connection.execute(sa.insert(_project), [{"key": k, "value": v} for k, v in values.items()])
+            elif int(found) > VERSION:
+                raise RunError(
+                    f"it was written by a newer perlhf (version {found} of the database)",
+                    where=str(path),
+                    allowed=f"version {VERSION}",
+                    hint="pip install --upgrade perlhf",
+                )
+        self.secret = self._setting("secret")
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        self._engine.dispose()
+
+    # questions
+
+    def add(self, questions: Iterable[Question]) -> int:
+        """Stores questions that aren't there yet; returns how many they were."""
+        rows = [
+            {
+                "key": q.key,
+                "body": {"prompt": q.prompt, "answers": q.answers},
+                "group": q.group,
+                "source": q.source,
+                "place": q.place,
+                "drawn": q.drawn,
+                "wanted": q.wanted,
+                "known": q.known,
+            }
+            for q in questions
+        ]
+        with self._writing() as connection:
+            before = self._count(connection)
+            for row in rows:
+                connection.execute(sa.insert(_questions).prefix_with("OR IGNORE").values(**row))
+            return self._count(connection) - before
+
+    def next_task(
+        self, labeller: Labeller, lease_seconds: float, test_share: float = 0.0, seed: int = 0
+    ) -> Task | None:
+        """The labeller's open task, or else the first question that nobody else has; None where none is left."""
+        with self._writing() as connection:
+            now = self._now()
+            unfinished = sa.select(_tasks.c.id).where(_tasks.c.labeller == labeller.id, _tasks.c.finished.is_(None))
+            waiting = connection.scalar(unfinished.order_by(_tasks.c.id).limit(1))
+            if waiting is not None:
+                connection.execute(sa.update(_tasks).where(_tasks.c.id == waiting).values(given=now))
+                return self._task(connection, waiting)
+            seen = sa.select(_tasks.c.question).where(_tasks.c.labeller == labeller.id)
+            number = connection.scalar(sa.select(sa.func.count()).where(_tasks.c.labeller == labeller.id)) or 0
+            found = None
+            if uniform(seed, "test", labeller.id, number) < test_share:
+                tests = sa.select(_questions.c.id).where(_questions.c.known.is_not(None), _questions.c.id.not_in(seen))
+                found = connection.scalar(tests.order_by(_questions.c.place).limit(1))
+            if found is None:
+                elsewhere = (
+                    sa.select(sa.func.count())
+                    .where(
+                        _tasks.c.question == _questions.c.id,
+                        _tasks.c.finished.is_(None),
+                        _tasks.c.given > now - lease_seconds,
+                    )
+                    .scalar_subquery()
+                )
+                open_ones = sa.select(_questions.c.id).where(
+                    sa.text("answered < wanted AND known IS NULL"),
+                    _questions.c.answered + elsewhere < _questions.c.wanted,
+                    _questions.c.id.not_in(seen),
+                )
+                found = connection.scalar(open_ones.order_by(_questions.c.place).limit(1))
+            if found is None:
+                return None
+            turned = uniform(self._setting("salt", connection), labeller.id, found) < 0.5
+            row = {"question": found, "labeller": labeller.id, "turned": turned, "given": now}
+            made = connection.execute(sa.insert(_tasks).values(**row)).inserted_primary_key
+            assert made is not None
+            return self._task(connection, made[0])
+
+    # labels
+
+    def say(self, labeller: Labeller, task: int, said: Said, key: str, seconds: float) -> bool:
+        """Stores an answer and returns after it is on the disk; False where this key, or this task, has one already.
+
+        Raises:
+            RunError: the task is none of the labeller's.
+        """
+        with self._writing() as connection:
+            row = connection.execute(sa.select(_tasks).where(_tasks.c.id == task)).one_or_none()
+            if row is None or row.labeller != labeller.id:
+                raise RunError("this question isn't yours", hint="load the page again")
+            again = connection.scalar(sa.select(_labels.c.id).where(_labels.c.key == key))
+            if again is not None or row.finished is not None:
+                return False
+            now = self._now()
+            content = {"reason": said.reason, "span": said.span, "edit": said.edit, "grades": said.grades}
+            values = {"key": key, "task": task, "verdict": said.verdict, "said": content, "stored": now}
+            connection.execute(sa.insert(_labels).values(**values, seconds=seconds))
+            connection.execute(sa.update(_tasks).where(_tasks.c.id == task).values(finished=now))
+            if said.verdict != "skip":
+                self._count_answer(connection, row.question, 1)
+            return True
+
+    def undo(self, labeller: Labeller) -> Task | None:
+        """Takes the labeller's last answer back; that question is open for them again. None where there is none."""
+        with self._writing() as connection:
+            last = connection.execute(
+                sa.select(_labels.c.id, _labels.c.verdict, _tasks.c.id, _tasks.c.question)
+                .join(_tasks, _tasks.c.id == _labels.c.task)
+                .where(_tasks.c.labeller == labeller.id, _labels.c.undone.is_(None))
+                .order_by(_labels.c.id.desc())
+                .limit(1)
+            ).one_or_none()
+            if last is None:
+                return None
+            label, verdict, task, question = last
+            now = self._now()
+            connection.execute(sa.update(_labels).where(_labels.c.id == label).values(undone=now))
+            # What was open meanwhile goes back to everybody.
+            mine = (_tasks.c.labeller == labeller.id, _tasks.c.finished.is_(None))
+            connection.execute(sa.delete(_tasks).where(*mine))
+            connection.execute(sa.update(_tasks).where(_tasks.c.id == task).values(finished=None, given=now))
+            if verdict != "skip":
+                self._count_answer(connection, question, -1)
+            return self._task(connection, task)
+
+    def labels(self, skips: bool = False) -> list[Label]:
+        """All labels that stand, in the order in which they were stored."""
+        joined = (
+            sa.select(_labels, _tasks.c.turned, _tasks.c.labeller, _tasks.c.question)
+            .join(_tasks, _tasks.c.id == _labels.c.task)
+            .where(_labels.c.undone.is_(None))
+            .order_by(_labels.c.id)
+        )
+        with self._reading() as connection:
+            people = {person.id: person for person in self._people(connection)}
+            asked = {row.id: _question(row) for row in connection.execute(sa.select(_questions))}
+            return [
+                Label(
+                    row.key,
+                    asked[row.question],
+                    people[row.labeller],
+                    Said(row.verdict, **row.said),
+                    row.turned,
+                    row.seconds,
+                    row.stored,
+                )
+                for row in connection.execute(joined)
+                if skips or row.verdict != "skip"
+            ]
+
+    def progress(self) -> tuple[int, int]:
+        """Labels so far, and labels that are wanted in all; hidden tests count in neither."""
+        with self._reading() as connection:
+            sums = sa.select(
+                sa.func.coalesce(sa.func.sum(sa.func.min(_questions.c.answered, _questions.c.wanted)), 0),
+                sa.func.coalesce(sa.func.sum(_questions.c.wanted), 0),
+            ).where(_questions.c.known.is_(None))
+            done, wanted = connection.execute(sums).one()
+            return int(done), int(wanted)
+
+    # people
+
+    def labeller(self, name: str) -> Labeller:
+        """The person of this name; made if there is none."""
+        with self._writing() as connection:
+            found = [person for person in self._people(connection) if person.name == name]
+            return found[0] if found else self._new_person(connection, name)
+
+    def person(self, number: int) -> Labeller | None:
+        """The person with this number."""
+        with self._reading() as connection:
+            return next((person for person in self._people(connection) if person.id == number), None)
+
+    def people(self) -> list[Labeller]:
+        """Everybody, in the order in which they came."""
+        with self._reading() as connection:
+            return self._people(connection)
+
+    def invite(self, name: str, owner: bool = False) -> str:
+        """A new token of this person, made if there is none; any older one no longer opens the page."""
+        token = secrets.token_urlsafe(24)
+        with self._writing() as connection:
+            found = [person for person in self._people(connection) if person.name == name]
+            person = found[0] if found else self._new_person(connection, name)
+            values = {"token_hash": _hashed(token), "owner": owner}
+            connection.execute(sa.update(_labellers).where(_labellers.c.id == person.id).values(**values))
+        return token
+
+    def by_token(self, token: str) -> Labeller | None:
+        """Whose token it is."""
+        with self._reading() as connection:
+            number = connection.scalar(sa.select(_labellers.c.id).where(_labellers.c.token_hash == _hashed(token)))
+            return next((person for person in self._people(connection) if person.id == number), None)
+
+    def leave_out(self, name: str, left_out: bool = True) -> None:
+        """Whether this person's labels are used."""
+        with self._writing() as connection:
+            connection.execute(sa.update(_labellers).where(_labellers.c.name == name).values(left_out=left_out))
+
+    def take(self, labels: Sequence[Label]) -> int:
+        """Stores labels of another copy; those that are here already stay as they are. Returns how many were new."""
+        new = 0
+        self.add([label.question for label in labels])
+        for label in labels:
+            with self._writing() as connection:
+                named = (label.labeller.name, label.labeller.pseudonym)
+                found = [person for person in self._people(connection) if {person.name, person.pseudonym} & {*named}]
+                person = found[0] if found else self._new_person(connection, label.labeller.name)
+                if connection.scalar(sa.select(_labels.c.id).where(_labels.c.key == label.key)) is not None:
+                    continue
+                question = connection.scalar(sa.select(_questions.c.id).where(_questions.c.key == label.question.key))
+                row = {"question": question, "labeller": person.id, "turned": label.turned}
+                times = {"given": label.stored - label.seconds, "finished": label.stored}
+                made = connection.execute(sa.insert(_tasks).values(**row, **times)).inserted_primary_key
+                assert made is not None
+                said = label.said
+                content = {"reason": said.reason, "span": said.span, "edit": said.edit, "grades": said.grades}
+                values = {"key": label.key, "task": made[0], "verdict": said.verdict, "said": content}
+                connection.execute(sa.insert(_labels).values(**values, seconds=label.seconds, stored=label.stored))
+                if said.verdict != "skip" and question is not None:
+                    self._count_answer(connection, question, 1)
+                new += 1
+        return new
+
+    def back_up(self, output: Path) -> None:
+        """A copy of the file as it is now, also while others write.
+
+        Raises:
+            StorageError: `output` can't be written; nothing half-written is left there.
+        """
+        with (
+            contextlib.closing(sqlite3.connect(self.path)) as here,
+            contextlib.closing(sqlite3.connect(":memory:")) as copy,
+        ):
+            here.backup(copy)
+            write_atomic(output, copy.serialize())
+
+    # inside
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        with _errors(self.path), self._engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield connection
+            connection.commit()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        with _errors(self.path), self._engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN")
+            yield connection
+
+    def _setting(self, key: str, connection: sa.Connection | None = None) -> str:
+        if connection is None:
+            with self._reading() as own:
+                return self._setting(key, own)
+        return str(connection.scalar(sa.select(_project.c.value).where(_project.c.key == key)))
+
+    def _task(self, connection: sa.Connection, number: int) -> Task:
+        joined = sa.select(_questions, _tasks.c.turned, _tasks.c.given).join(_tasks).where(_tasks.c.id == number)
+        row = connection.execute(joined).one()
+        return Task(number, _question(row), row.turned, row.given)
+
+    def _people(self, connection: sa.Connection) -> list[Labeller]:
+        rows = connection.execute(sa.select(_labellers).order_by(_labellers.c.id))
+        return [Labeller(row.id, row.name, row.pseudonym, row.owner, row.left_out) for row in rows]
+
+    def _new_person(self, connection: sa.Connection, name: str) -> Labeller:
+        row = {"name": name, "pseudonym": f"labeller-{secrets.token_hex(4)}", "since": self._now()}
+        made = connection.execute(sa.insert(_labellers).values(**row)).inserted_primary_key
+        assert made is not None
+        return Labeller(made[0], name, row["pseudonym"])
+
+    def _count(self, connection: sa.Connection) -> int:
+        return connection.scalar(sa.select(sa.func.count()).select_from(_questions)) or 0
+
+    def _count_answer(self, connection: sa.Connection, question: int, by: int) -> None:
+        more = {"answered": _questions.c.answered + by}
+        connection.execute(sa.update(_questions).where(_questions.c.id == question).values(more))
+
+
+def _question(row: Any) -> Question:
+    answers = tuple(row.body["answers"])
+    return Question(
+        row.key, row.body["prompt"], answers, row.group, row.source, row.place, row.drawn, row.wanted, row.known
+    )
+
+
+def _set_up(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # transactions are begun by us
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _hashed(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """What SQLite refuses, as one of our errors."""
+    try:
+        yield
+    except exc.DatabaseError as error:
+        reason = str(error.orig or error).splitlines()[0]
+        if "malformed" in reason or "not a database" in reason:
+            hint = "take a copy that `perlhf label backup` made"
+            raise RunError(f"the labels can't be read: {reason}", where=str(path), hint=hint) from error
+        raise StorageError(f"can't write: {reason}", where=str(path), hint="free some disk space") from error
+
+
+def as_json(label: Label) -> str:
+    """A label as one line, of which `from_json` makes it again."""
+    question = label.question
+    content: dict[str, Any] = {
+        "key": label.key,
+        "labeller": label.labeller.pseudonym,
+        "verdict": label.said.verdict,
+        "reason": label.said.reason,
+        "span": label.said.span,
+        "edit": label.said.edit,
+        "grades": label.said.grades,
+        "turned": label.turned,
+        "seconds": round(label.seconds, 3),
+        "stored": label.stored,
+        "question": {
+            "key": question.key,
+            "prompt": question.prompt,
+            "answers": question.answers,
+            "group": question.group,
+            "source": question.source,
+            "place": question.place,
+            "drawn": question.drawn,
+            "wanted": question.wanted,
+            "known": question.known,
+        },
+    }
+    return json.dumps(content, ensure_ascii=False)
+
+
+def from_json(line: str) -> Label:
+    """The label that `as_json` wrote.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is no such line.
+    """
+    row = json.loads(line)
+    asked = row["question"] | {"answers": tuple(row["question"]["answers"])}
+    said = Said(row["verdict"], row["reason"], row["span"], row["edit"], row["grades"])
+    person = Labeller(0, row["labeller"], row["labeller"])
+    return Label(row["key"], Question(**asked), person, said, row["turned"], row["seconds"], row["stored"])

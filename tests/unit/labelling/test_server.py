@@ -1,0 +1,241 @@
+"""The page over real HTTP: who may ask what, and what becomes of hostile texts."""
+
+import http.client
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import uvicorn
+
+from perlhf.config.labelling import ProjectConfig
+from perlhf.labelling.questions import Question
+from perlhf.labelling.server import BODY_BYTES, Limit, Page, application
+from perlhf.labelling.store import Store
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> [a](javascript:alert(3)) ![b](http://c/d.png)"
+
+
+@dataclass
+class Browser:
+    """Keeps its cookie, as a browser does."""
+
+    port: int
+    cookie: str = ""
+    host: str = ""
+    headers: dict[str, str] = field(default_factory=dict[str, str])
+
+    def ask(self, method: str, path: str, body: str | None = None, **headers: str) -> tuple[int, str, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        own = {"Host": self.host or f"127.0.0.1:{self.port}", "Origin": f"http://127.0.0.1:{self.port}"}
+        own |= {"Cookie": self.cookie} | {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, body, {name: value for name, value in own.items() if value})
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        if given := answer.headers.get("Set-Cookie"):
+            self.cookie = given.partition(";")[0]
+        connection.close()
+        return answer.status, text, answer.headers
+
+    def enter(self, name: str) -> "Browser":
+        assert self.ask("POST", "/name", f"name={quote(name)}")[0] == 303
+        return self
+
+    def say(self, **content: Any) -> tuple[int, Any]:
+        if "task" not in content:
+            found = re.search(r'data-task="(\d+)"', self.ask("GET", "/")[1])
+            assert found is not None
+            content["task"] = int(found.group(1))
+        whole = {"key": f"the-key-of-{content['task']}", "verdict": "first", "seconds": 1.0} | content
+        status, text, _ = self.ask("POST", "/answer", json.dumps(whole))
+        return status, json.loads(text)
+
+
+@dataclass
+class Served:
+    store: Store
+    port: int
+    page: Page
+
+    def browser(self) -> Browser:
+        return Browser(self.port)
+
+
+def serve(directory: Path, tokens: bool = False, **settings: Any) -> Iterator[Served]:
+    store = Store(directory / "labels.sqlite")
+    answers = (HOSTILE, "**second**") if settings.get("kind", "comparison") == "comparison" else (HOSTILE,)
+    store.add(Question(f"k{i}", HOSTILE, answers, HOSTILE, HOSTILE, i / 10) for i in range(5))
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen()
+    port = listening.getsockname()[1]
+    page = Page(ProjectConfig(title=HOSTILE[:100], **settings), store, frozenset({f"127.0.0.1:{port}"}), tokens)
+    server = uvicorn.Server(uvicorn.Config(application(page), log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        yield Served(store, port, page)
+    finally:
+        server.should_exit = True
+        thread.join()
+        store.close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    yield from serve(tmp_path)
+
+
+@pytest.fixture
+def with_tokens(tmp_path: Path) -> Iterator[Served]:
+    yield from serve(tmp_path, tokens=True)
+
+
+def test_answers_and_takes_back(served: Served) -> None:
+    ana = served.browser().enter("Ana")
+    status, found = ana.say(verdict="second", reason="why", edit="better")
+    assert (status, found["done"], found["wanted"]) == (200, 1, 5)
+    (label,) = served.store.labels()
+    assert (label.said.verdict, label.said.reason, label.said.edit) == ("second", "why", "better")
+    assert ana.ask("POST", "/undo", "{}")[0] == 200
+    assert served.store.labels() == []
+    assert ana.ask("POST", "/undo", "{}")[0] == 409
+
+
+def test_texts_are_text_in_every_field(served: Served) -> None:
+    ana = served.browser().enter(HOSTILE[:59])
+    pages = [ana.ask("GET", "/")[1]]
+    ana.say(reason=HOSTILE, span=HOSTILE, edit=HOSTILE)
+    pages += [ana.ask("GET", "/owner")[1], ana.ask("GET", "/next")[1]]
+    for page in pages:
+        assert "&lt;script&gt;" in page
+        tags = re.findall(r"<(script|img|a)\b[^>]*>", page)
+        assert "img" not in tags and tags.count("script") <= 1  # the page's own
+        assert not re.findall(r'(?:src|href|action)="(?!/|data:,)', page)
+
+
+def test_pages_load_nothing_from_elsewhere_and_run_their_own_script_alone(served: Served) -> None:
+    status, text, headers = served.browser().ask("GET", "/")
+    assert status == 200
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
+    assert not re.findall(r'(?:src|href|action)="(?!/|data:,)', text)
+    for name in ("label.css", "label.js"):
+        assert served.browser().ask("GET", f"/files/{name}")[0] == 200
+    for path in ("/files/server.py", "/files/..%2fserver.py", "/files/%2e%2e/server.py", "/docs", "/openapi.json"):
+        assert served.browser().ask("GET", path)[0] == 404
+
+
+def test_other_names_and_other_origins_are_refused(served: Served) -> None:
+    ana = served.browser().enter("Ana")
+    for host in ("evil.example", "evil.example:80", f"127.0.0.1.evil.example:{served.port}"):
+        assert ana.ask("GET", "/", Host=host)[0] == 421
+    for origin in ("http://evil.example", "null", ""):
+        assert ana.ask("POST", "/undo", "{}", Origin=origin)[0] == 403
+    assert ana.ask("PUT", "/answer", "{}")[0] == 405
+
+
+def test_a_cookie_that_was_not_given_opens_nothing(served: Served) -> None:
+    ana = served.browser().enter("Ana")
+    number, signature = ana.cookie.partition("=")[2].split(".")
+    for forged in (f"2.{signature}", f"{number}.", f"{number}.{'0' * 64}", "x.y", f"{number}.{signature}é"):
+        other = Browser(served.port, "perlhf-labeller=" + quote(forged))
+        assert other.ask("POST", "/answer", "{}")[0] == 403
+
+
+def test_without_a_link_nobody_comes_in(with_tokens: Served) -> None:
+    stranger = with_tokens.browser()
+    assert stranger.ask("GET", "/")[0] == 403
+    assert stranger.ask("POST", "/name", "name=Ana")[0] == 403
+    assert stranger.ask("GET", "/join?token=wrong")[0] == 403
+    token = with_tokens.store.invite("Ana")
+    ana = with_tokens.browser()
+    assert ana.ask("GET", f"/join?token={token}")[0] == 303
+    assert ana.ask("GET", "/")[0] == 200
+    assert ana.ask("GET", "/owner")[0] == 403
+    assert ana.ask("POST", "/owner/leave-out", "name=Ana")[0] == 403
+    owner = with_tokens.browser()
+    owner.ask("GET", f"/join?token={with_tokens.store.invite('Olga', owner=True)}")
+    assert owner.ask("GET", "/owner")[0] == 200
+    assert owner.ask("POST", "/owner/leave-out", "name=Ana&out=1")[0] == 303
+    assert [person.left_out for person in with_tokens.store.people()] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"verdict": "up"},
+        {"verdict": 1},
+        {"verdict": ["first"]},
+        {"task": "1"},
+        {"task": True},
+        {"task": 2**80},
+        {"task": 4711},
+        {"key": "short"},
+        {"key": None},
+        {"seconds": "1"},
+        {"reason": 1},
+        {"reason": "x" * 20_001},
+        {"grades": {"helpful": 3}},
+        {"grades": [1]},
+    ],
+)
+def test_what_no_page_sends_is_refused_and_stores_nothing(served: Served, content: dict[str, Any]) -> None:
+    status, found = served.browser().enter("Ana").say(**content)
+    assert status == 400 and found["problem"]
+    assert served.store.labels() == []
+
+
+def test_bodies_of_any_shape_are_refused(served: Served) -> None:
+    ana = served.browser().enter("Ana")
+    for body in (
+        "",
+        "[]",
+        "null",
+        "{",
+        '"x"',
+        "[" * 100_000,
+        "\ud83d".encode("utf-8", "surrogatepass").decode("latin-1"),
+    ):
+        assert ana.ask("POST", "/answer", body)[0] == 400
+    assert ana.ask("POST", "/answer", "x" * (BODY_BYTES + 1))[0] == 413
+    status, _ = ana.say(reason="half \ud83d a pair and \0", seconds=float("nan"))
+    assert status == 200
+    (label,) = served.store.labels()
+    assert label.said.reason == "half ? a pair and " and label.seconds == 0.0
+
+
+def test_a_full_disk_keeps_the_answer_on_the_page(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    from perlhf.errors import StorageError
+
+    def full(*_: Any) -> bool:
+        raise StorageError("can't write: database or disk is full")
+
+    ana = served.browser().enter("Ana")
+    with monkeypatch.context() as patched:
+        patched.setattr(served.store, "say", full)
+        status, found = ana.say()
+        assert status == 507 and found["again"] and "full" in found["problem"]
+    assert ana.say()[0] == 200
+
+
+def test_grades_of_all_criteria_are_needed(tmp_path: Path) -> None:
+    for served in serve(tmp_path, kind="scale", criteria=("helpful", "honest")):
+        ana = served.browser().enter("Ana")
+        assert ana.say(verdict="graded", grades={"helpful": 3})[0] == 400
+        assert ana.say(verdict="graded", grades={"helpful": 3, "honest": 6})[0] == 400
+        assert ana.say(verdict="graded", grades={"helpful": 3, "honest": 5})[0] == 200
+
+
+def test_too_many_requests_wait() -> None:
+    limit = Limit(rate=2, burst=3)
+    assert [limit.allows("Ana", 0.0) for _ in range(4)] == [True, True, True, False]
+    assert limit.allows("Bo", 0.0)
+    assert [limit.allows("Ana", 1.0) for _ in range(3)] == [True, True, False]
