@@ -93,6 +93,8 @@ class ScoreConfig(Frozen):
     """For directories of peft's: how records become tokens; null takes the chat template that comes with them."""
     dtype: Literal["run", "bfloat16", "float32"] = "run"
     """Of the base; `run` is that of the run, or what the hardware is faster in."""
+    explain: bool = False
+    """Also what moved each score: what each sentence adds, and the score as it grows token by token."""
     output: Path | None = None
     """JSON lines to write; null prints."""
     accept_changes: bool = False

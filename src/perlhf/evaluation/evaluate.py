@@ -8,18 +8,23 @@ A number that can't be computed (AUC of one class, an interval of one group) is 
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from perlhf.config.commands import EvaluateConfig, ScoreConfig
 from perlhf.config.stages import PolicyConfig
-from perlhf.data.records import Comparison
+from perlhf.data.records import Comparison, Record, completions_of
 from perlhf.data.splits import load
 from perlhf.data.tools import jsonl_lines
 from perlhf.errors import ConfigError
+from perlhf.evaluation.explain import explain
 from perlhf.evaluation.policy import evaluate_policy
 from perlhf.evaluation.reward import evaluate_reward, score_records
 from perlhf.evaluation.sft import evaluate_sft
+from perlhf.evaluation.shared import progress
+from perlhf.model.encoding.encode import Encoder
+from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, Given, read_run
 from perlhf.rollout.functions import code_of, importable
 from perlhf.runs.earlier import is_adapter
@@ -95,7 +100,8 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
 
     Returns:
         The rows that are also written as JSON lines (or printed): each record with TRL's column names and `score`, or
-        `score_chosen` and `score_rejected`; null for a record that the run's encoding.drop_long drops.
+        `score_chosen` and `score_rejected`; null for a record that the run's encoding.drop_long drops. With `explain`,
+        `explanation` (`explanation_chosen`, ...) too: `{"sentences": [{"text", "effect"}], "tokens": [[text, score]]}`.
 
     Raises:
         RunError: no finished reward run.
@@ -114,6 +120,8 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     for record, line, reached in zip(records, jsonl_lines(records), scores, strict=True):
         names = ("score_chosen", "score_rejected") if isinstance(record, Comparison) else ("score",)
         rows.append(json.loads(line) | dict(zip(names, reached or [None] * len(names), strict=True)))
+    if config.explain:
+        _explain(model, encoder, records, rows, run, budget)
     text = "".join(strict_json(row) + "\n" for row in rows)
     if config.output is None:
         print(text, end="")
@@ -122,3 +130,18 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
             config.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(config.output, text)
     return rows
+
+
+def _explain(
+    model: Model, encoder: Encoder, records: Sequence[Record], rows: list[dict[str, Any]], run: FinishedRun, budget: int
+) -> None:
+    """Adds to each row what moved its scores."""
+    asked = [(record.prompt, text, record.tools) for record in records for text in completions_of(record)]
+    with progress(len(asked), "explanations") as bar:
+        packing = model.packing(run.config.packing)
+        found = iter(explain(model, encoder, asked, run.stage, budget, packing, bar.advance))
+    for record, row in zip(records, rows, strict=True):
+        names = ("explanation_chosen", "explanation_rejected") if isinstance(record, Comparison) else ("explanation",)
+        for name in names:
+            explanation = next(found)
+            row[name] = explanation.row() if explanation is not None else None

@@ -194,6 +194,10 @@ class Model:
         """State of each sequence's last token, what the score head reads: [batch, hidden]."""
         return self._states(batch, adapter, dropout=dropout)[batch.ends]
 
+    def scores_at(self, batch: Batch, adapter: str, places: Tensor) -> Tensor:
+        """Scalar head on the states at these flat positions (`Batch.places`), float32 [places]."""
+        return self._head(self._states(batch, adapter)[places], adapter)
+
     def values(self, batch: Batch, adapter: str) -> Tensor:
         """Scalar head where each completion token is predicted, float32 [batch, time]; values[t] can't see t."""
         states = self._states(batch, adapter, dropout=False)[batch.predicting]

@@ -1,0 +1,81 @@
+"""How often `perlhf score --explain` names the sentence that is wrong, on the embedded set.
+
+Takes answers of held-out groups of a reward run's embedded feedback in which leaving out exactly one sentence raises
+the gold score by at least 0.1, and asks whether the reward model's own worst sentence is that one. Beside it: chance
+(one sentence of each answer at random), and the last sentence. Prints one JSON line.
+Run: python benchmarks/explain.py --run runs/demo/reward
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perlhf.config.stages import DataConfig
+from perlhf.data.coffee_bar.gold import gold
+from perlhf.data.records import Record, Text, completions_of, text_of
+from perlhf.data.splits import load
+from perlhf.evaluation.explain import explain, sentences
+from perlhf.method.metrics import cluster_bootstrap
+from perlhf.model.open import read_run
+
+RISE = 0.1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="a reward run on the embedded set")
+    parser.add_argument("--answers", type=int, default=400, help="at most so many with one wrong sentence")
+    arguments = parser.parse_args()
+    run = read_run(arguments.run, ("reward",))
+    own = run.config.data
+    chosen: list[tuple[Record, Text, int]] = []
+    for kind in ("rating", "comparison"):
+        data = DataConfig(paths=(f"builtin:coffee-bar/{kind}",), test=own.test, split_seed=own.split_seed)
+        for record in load(data, (kind,), "test"):
+            for completion in completions_of(record):
+                if (wrong := wrong_sentence(record.prompt, text_of(completion))) is not None:
+                    chosen.append((record, completion, wrong))
+    chosen = chosen[: arguments.answers]
+    model, encoder = run.open("cpu")
+    asked = [(record.prompt, completion, record.tools) for record, completion, _ in chosen]
+    found = explain(model, encoder, asked, run.stage, run.config.microbatch_tokens, model.packing("auto"))
+    rows: list[dict[str, Any]] = []
+    for (record, completion, wrong), explanation in zip(chosen, found, strict=True):
+        assert explanation is not None
+        count = len(sentences(text_of(completion)))
+        effects = [sentence.effect or 0.0 for sentence in explanation.sentences]
+        rows.append(
+            {
+                "group": record.group,
+                "named": explanation.worst == wrong,
+                "lowest": int(np.argmin(effects)) == wrong,
+                "chance": 1 / count,
+                "last": wrong == count - 1,
+            }
+        )
+    print(json.dumps({"answers": len(rows)} | {name: interval(rows, name) for name in rows[0] if name != "group"}))
+
+
+def wrong_sentence(prompt: Text, completion: str) -> int | None:
+    """Number of the one sentence without which the gold score is higher by `RISE`; None where none or several are."""
+    parts = sentences(completion)
+    if len(parts) < 2:
+        return None
+    whole = gold(prompt, completion)
+    without = ["".join(parts[:i] + parts[i + 1 :]).strip() for i in range(len(parts))]
+    raised = [i for i, text in enumerate(without) if gold(prompt, text) - whole >= RISE]
+    return raised[0] if len(raised) == 1 else None
+
+
+def interval(rows: list[dict[str, Any]], name: str) -> list[float]:
+    """Share and its 95 % interval over groups."""
+    values = np.array([float(row[name]) for row in rows])
+    low, high = cluster_bootstrap(lambda chosen: float(values[chosen].mean()), [row["group"] for row in rows])
+    return [round(float(number), 3) for number in (values.mean(), low, high)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""How long the labelling page takes to answer: 50 labellers who send 10 answers a second in all.
+
+Starts `perlhf label` on questions of the embedded set, lets labellers answer at their own pace (a Poisson stream each,
+the generator included in the load), and prints one JSON line: answers, the rate, and percentiles of the time
+from sending an answer to having the next question. Answers are acknowledged after fsync.
+Run: python benchmarks/labelling.py [--seconds 60]
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--labellers", type=int, default=50)
+    parser.add_argument("--rate", type=float, default=10.0, help="answers a second of all labellers")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        paths = ["--settings.questions.paths", "builtin:coffee-bar/comparison", "builtin:coffee-bar/rating"]
+        words = [sys.executable, "-m", "perlhf", "label", str(Path(directory) / "project"), "--port", "0"]
+        process = subprocess.Popen([*words, "--settings.kind", "rating", *paths], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        address = next(found.group() for line in process.stdout if (found := re.match(r"http://\S+", line)))
+        try:
+            times = asyncio.run(_everybody(address, arguments))
+        finally:
+            process.terminate()
+            process.wait()
+    percentiles = {f"p{q}_ms": round(float(np.percentile(times, q)) * 1000, 1) for q in (50, 90, 99, 100)}
+    print(json.dumps({"answers": len(times), "rate": round(len(times) / arguments.seconds, 2), **percentiles}))
+
+
+async def _everybody(address: str, arguments: argparse.Namespace) -> list[float]:
+    end = time.monotonic() + arguments.seconds
+    pause = arguments.labellers / arguments.rate
+    people = [_labeller(address, number, pause, end) for number in range(arguments.labellers)]
+    return [one for times in await asyncio.gather(*people) for one in times]
+
+
+async def _labeller(address: str, number: int, pause: float, end: float) -> list[float]:
+    draw, times = random.Random(number), []
+    host = urlsplit(address).netloc
+    reader, writer = await asyncio.open_connection(*host.rsplit(":", 1))
+    shared = f"Host: {host}\r\nOrigin: http://{host}\r\n"
+
+    async def ask(method: str, path: str, body: str = "", cookie: str = "") -> tuple[dict[str, str], str]:
+        head = f"{method} {path} HTTP/1.1\r\n{shared}Cookie: {cookie}\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write((head + body).encode())
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
+        return headers, (await reader.readexactly(int(headers["content-length"]))).decode()
+
+    headers, _ = await ask("POST", "/name", f"name=labeller+{number}")
+    cookie = headers["set-cookie"].partition(";")[0]
+    _, page = await ask("GET", "/", cookie=cookie)
+    while (found := re.search(r'data-task=\\?"(\d+)', page)) is not None:
+        await asyncio.sleep(draw.expovariate(1 / pause))
+        if time.monotonic() > end:
+            break
+        content: dict[str, Any] = {"task": int(found.group(1)), "verdict": draw.choice(["up", "down"]), "seconds": 1.0}
+        began = time.perf_counter()
+        _, page = await ask("POST", "/answer", json.dumps(content | {"key": f"{number}-{len(times)}-key"}), cookie)
+        times.append(time.perf_counter() - began)
+    writer.close()
+    return times
+
+
+if __name__ == "__main__":
+    main()
