@@ -56,6 +56,7 @@ def serve(config: LabelConfig) -> None:
         server_header=False,
         proxy_headers=False,
         lifespan="off",
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
     )
     try:
