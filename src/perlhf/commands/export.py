@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from perlhf.commands import elsewhere
+from perlhf.commands.show import said
 from perlhf.config.commands import ExportConfig
 from perlhf.config.stages import DataConfig, EncodingConfig, PolicyConfig
 from perlhf.data import order
@@ -67,9 +68,9 @@ def export(config: ExportConfig) -> dict[str, Any]:
     run.check(data=config.format == "merged" and config.data is None)
     details = _export_peft(run, config) if config.format == "peft" else _export_merged(run, config)
     for key, value in details.items():
-        print(f"{key}: {value}")
-    for note in _notes(run, config, details):
-        print(f"note: {note}")
+        said(f"{key}: {value}")
+    for sentence in _notes(run, config, details):
+        said(f"note: {sentence}")
     return details
 
 

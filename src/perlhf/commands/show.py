@@ -40,7 +40,7 @@ def nested(title: str, values: Mapping[str, Any]) -> None:
 
 def plan(settings: BaseModel, planned: "Plan") -> None:
     """The resolved configuration as YAML, then what it comes to."""
-    print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    _configuration(settings)
     rows = [(f"records, {split}", f"{count:,}") for split, count in planned.records.items()]
     rows.append(("updates", f"{planned.updates:,}"))
     rows.append(("learning rate", f"{planned.learning_rate:g}"))
@@ -57,7 +57,7 @@ def plan(settings: BaseModel, planned: "Plan") -> None:
 
 def cells(settings: BaseModel, rows: Sequence[Sequence[str]]) -> None:
     """The resolved configuration as YAML, then the runs of each side."""
-    print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    _configuration(settings)
     total = sum(int(row[-1]) for row in rows)
     columns = ("stage", "side", "learning rates", "seeds", "memory", "runs")
     table = Table(*columns, title=f"compare: plan of {total} runs; nothing was trained", title_justify="left")
@@ -94,6 +94,10 @@ def validation(
         console.print(Text.assemble(("warning: ", "bold yellow"), visible(warning, lines=True)), soft_wrap=True)
     counts = {"files": files, "records": records, "skipped": skipped, "problems": len(problems)}
     _table("validation", ((key, _shown(key, value)) for key, value in _flat(counts)))
+
+
+def _configuration(settings: BaseModel) -> None:
+    print(visible(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True), lines=True))
 
 
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> None:

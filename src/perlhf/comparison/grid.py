@@ -23,7 +23,7 @@ from perlhf.config.comparison import CompareConfig, Side, StageName
 from perlhf.config.stages import DataConfig, PolicyConfig, RewardConfig
 from perlhf.data.records import Prompt
 from perlhf.data.splits import check_labels, load
-from perlhf.errors import RunError
+from perlhf.errors import RunError, visible
 from perlhf.reports import comparison
 from perlhf.runs.earlier import check_runs, reward_runs
 from perlhf.runs.evaluations import EVALUATION, finite, mapping, read_evaluation
@@ -251,13 +251,13 @@ def _train(cell: Cell, config: CompareConfig, processes: Processes) -> None:
     run, failed = config.output / cell.name, config.output / FAILURES / f"{cell.name}.json"
     if failed.exists() or (run / RESULT).exists():
         return
-    print(f"cell {_place(cell, config)}: {cell.name}", file=sys.stderr)
+    print(visible(f"cell {_place(cell, config)}: {cell.name}"), file=sys.stderr)
     recipe = config.output / LOGS / f"{cell.name}.yaml"
     write_atomic(recipe, yaml.safe_dump(cell.recipe(config), sort_keys=False, allow_unicode=True))
     code, message = processes.perlhf([cell.stage, str(recipe)], config.output / LOGS / f"{cell.name}.log")
     if code == 3:
         write_json(failed, {"exit_code": code, "message": message})
-        print(f"  {cell.name} stopped, and counts as failed: {message}", file=sys.stderr)
+        print(visible(f"  {cell.name} stopped, and counts as failed: {message}", lines=True), file=sys.stderr)
     elif code:
         raise RunError(f"the cell stopped with exit code {code}: {message}", where=cell.name)
     else:

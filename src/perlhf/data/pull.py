@@ -12,7 +12,6 @@ import os
 import shutil
 import stat
 import struct
-import sys
 import tarfile
 import urllib.error
 import urllib.parse
@@ -27,6 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from perlhf.data import files
 from perlhf.errors import DataError, nearest
+from perlhf.system.console import note
 from perlhf.system.files import directory_atomic, sha256
 
 ADDRESS = "https://raw.githubusercontent.com"
@@ -90,10 +90,9 @@ def pull(name: str, output: Path, source: Path | None = None, address: str | Non
         if source is None:
             entries = _download(known[name], stage, address or os.environ.get("PERLHF_DATA_ADDRESS") or ADDRESS)
             if unknown := [entry["file"] for entry in entries if entry["file"] not in known[name].get("sha256", {})]:
-                print(
-                    f"note: no SHA-256 is known beforehand of {len(unknown)} files of {name} (such as {unknown[0]}); "
-                    f"those of the files that came are in {target / MANIFEST}",
-                    file=sys.stderr,
+                note(
+                    f"no SHA-256 is known beforehand of {len(unknown)} files of {name} (such as {unknown[0]}); "
+                    f"those of the files that came are in {target / MANIFEST}"
                 )
         else:
             entries = _copy(name, source, stage)

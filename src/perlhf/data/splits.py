@@ -6,7 +6,6 @@ Splits are made by group, so that no conversation is on two sides.
 import hashlib
 import itertools
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -23,6 +22,7 @@ from perlhf.data.readers.judged import TIE
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
 from perlhf.data.store import NO_LABEL, PROMPT, Facts, Records, count_groups, hold, warnings
 from perlhf.errors import DataError, nearest
+from perlhf.system.console import note
 from perlhf.system.files import directory_atomic, write_atomic
 from perlhf.system.hashes import hash_of
 from perlhf.system.progress import counted
@@ -180,7 +180,7 @@ def write_sides(output: Path, sides: Iterable[tuple[str, Iterable[bytes]]], path
         for side, lines in sides:
             write_atomic(temporary / f"{side}.jsonl", lines)
     if old:
-        print(f"note: {', '.join(old)} in {output} were of an earlier split and are replaced", file=sys.stderr)
+        note(f"{', '.join(old)} in {output} were of an earlier split and are replaced")
 
 
 def _old_sides(output: Path) -> list[str]:

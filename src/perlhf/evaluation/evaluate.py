@@ -7,7 +7,6 @@ A number that can't be computed (AUC of one class, an interval of one group) is 
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +28,7 @@ from perlhf.model.open import FinishedRun, Given, read_run
 from perlhf.rollout.functions import code_of, importable
 from perlhf.runs.earlier import is_adapter
 from perlhf.runs.evaluations import EVALUATION, Evaluation, read_evaluation, write_evaluation
+from perlhf.system.console import json_line, note
 from perlhf.system.files import storage_errors, strict_json, write_atomic
 
 
@@ -54,10 +54,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         case "policy":
             evaluation = evaluate_policy(run, config)
     if config.split in ("validation", "test") and (seen := evaluation.groups_seen_in_training):
-        print(
-            f"note: the run was trained on {seen} of these {evaluation.groups} groups; they aren't unseen",
-            file=sys.stderr,
-        )
+        note(f"the run was trained on {seen} of these {evaluation.groups} groups; they aren't unseen")
     if config.data is not None:  # not the run's own
         evaluation = replace(evaluation, data=list(config.data.paths))
     if changed:
@@ -122,10 +119,11 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         rows.append(json.loads(line) | dict(zip(names, reached or [None] * len(names), strict=True)))
     if config.explain:
         _explain(model, encoder, records, rows, run, budget)
-    text = "".join(strict_json(row) + "\n" for row in rows)
     if config.output is None:
-        print(text, end="")
+        for row in rows:
+            print(json_line(row))
     else:
+        text = "".join(strict_json(row) + "\n" for row in rows)
         with storage_errors(config.output.parent):
             config.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(config.output, text)

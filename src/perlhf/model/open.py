@@ -6,7 +6,6 @@ whoever reads it, or found beside the adapter.
 
 import datetime
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +40,7 @@ from perlhf.runs.earlier import adapter_of, earlier_runs, files_hash, is_adapter
 from perlhf.runs.evaluations import mapping
 from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_manifest
 from perlhf.runs.recorded import changes, own_changes
+from perlhf.system.console import note
 from perlhf.system.files import read_json
 
 StageName = Literal["sft", "reward", "policy"]
@@ -125,7 +125,7 @@ class FinishedRun:
             hint = "put back what was there, or train the run again; --accept-changes goes on with what is there now"
             raise RunError(f"{changed[0]} since the run was trained{rest}", where=str(self.path), hint=hint)
         for sentence in changed:
-            print(f"note: {self.path}: {sentence} since the run was trained", file=sys.stderr)
+            note(f"{self.path}: {sentence} since the run was trained")
         return changed
 
     def open(self, device: str) -> tuple[Model, Encoder]:
@@ -222,8 +222,8 @@ def load_earlier(model: Model, run: Path, name: str, encoder: Encoder, key: str 
     if not (directory / saved.DETAILS).is_file() and encoder.config.template == "tokenizer":
         beside, used = _template_beside(directory), encoder.tokenizer.chat_template
         if isinstance(beside, str) and isinstance(used, str) and beside.strip() != used.strip():
-            what = f"note: {directory} came with another chat template than the base's, which is used here"
-            print(f"{what}; encoding.template: {directory / _TEMPLATE} takes it", file=sys.stderr)
+            what = f"{directory} came with another chat template than the base's, which is used here"
+            note(f"{what}; encoding.template: {directory / _TEMPLATE} takes it")
     model.freeze(name)
     return adapter
 
@@ -254,7 +254,7 @@ def open_model(config: StageConfig, base: Base, beside: Path | None = None) -> t
     tokenizer = _tokenizer(base, beside)
     model = Model.load(base, config.dtype, config.device, vocabulary(tokenizer))
     if model.way.packing == "none":
-        print(f"note: no tree of prefixes, but rows, which are slower: {model.way.why}", file=sys.stderr)
+        note(f"no tree of prefixes, but rows, which are slower: {model.way.why}")
     return model, Encoder(tokenizer, config.encoding, end_ids(base))
 
 

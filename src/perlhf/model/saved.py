@@ -12,7 +12,6 @@ bias is the one thing that peft doesn't see, so its scores are ours up to that c
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ from perlhf.runs.earlier import ADAPTER_DETAILS as DETAILS
 from perlhf.runs.earlier import ADAPTER_FILES
 from perlhf.runs.earlier import ADAPTER_TENSORS as TENSORS
 from perlhf.runs.earlier import ADAPTER_WEIGHTS as FULL_WEIGHTS
+from perlhf.system.console import note
 from perlhf.system.files import directory_atomic, sealed, sha256, storage_error, unsealed
 
 _PICKLED = "adapter_model.bin"
@@ -230,8 +230,7 @@ def check_base(saved: SavedAdapter, fingerprint: dict[str, Any]) -> None:
         try:
             digest = Base.find(name).fingerprint["sha256"]
         except ModelError:
-            what = f"note: the adapter names {name} as its base, which isn't here; taken to be {fingerprint['name']}"
-            print(what, file=sys.stderr)
+            note(f"the adapter names {name} as its base, which isn't here; taken to be {fingerprint['name']}")
     if digest in ("", fingerprint["sha256"]):
         _check_settings(saved, fingerprint)
         return

@@ -5,7 +5,6 @@ A directory belongs to one stage, configuration and data. Any other is refused b
 
 import json
 import os
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from perlhf.errors import RunError
 from perlhf.runs import places
 from perlhf.runs.evaluations import EVALUATION, mapping
 from perlhf.system.before_torch import waiting
+from perlhf.system.console import note
 from perlhf.system.files import (
     TEMPORARY,
     damaged,
@@ -134,10 +134,7 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
     if difference := first_difference(recorded, here):
         key, then, now = difference
         session |= {"changed": {"key": key, "before": then, "now": now}}
-        print(
-            f"note: {key} is {now!r} but was {then!r} when this run started; the result may not be bit-equal",
-            file=sys.stderr,
-        )
+        note(f"{key} is {now!r} but was {then!r} when this run started; the result may not be bit-equal")
     manifest["sessions"].append(session)
     write_atomic(path / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_json(path / MANIFEST, manifest)

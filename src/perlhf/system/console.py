@@ -1,11 +1,17 @@
-"""Standard output and error on any terminal, pipe or file: what they can't show is replaced, and ends nothing."""
+"""Standard output and error on any terminal, pipe or file: what they can't show is replaced, and ends nothing; what a
+terminal would obey is never sent.
+"""
 
 import codecs
 import io
+import json
 import os
 import sys
 import unicodedata
 from typing import TextIO
+
+from perlhf.errors import visible
+from perlhf.system.files import strict_json
 
 _NEAR = {"·": "-", "•": "*", "–": "-", "—": "-", "−": "-", "×": "x", "…": "...", "→": "->", "⏎": "\\n", "⇥": "\\t"}
 """Signs that we print ourselves, as ASCII."""
@@ -22,6 +28,29 @@ def show_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a test's stand-in is none
             stream.reconfigure(errors="perlhf")
+
+
+def note(sentence: str) -> None:
+    """Something worth knowing, on standard error; it may hold text of files, such as names and records."""
+    _say(f"note: {sentence}")
+
+
+def warn(sentence: str) -> None:
+    """Something that is likely to be wrong, on standard error; as `note`."""
+    _say(f"warning: {sentence}")
+
+
+def json_line(value: object) -> str:
+    """Strict JSON for standard output: with escapes for all but ASCII where that isn't UTF-8, so that no letter is
+    lost, and where there is something that a terminal would obey.
+    """
+    line = strict_json(value)
+    plain = (sys.stdout.encoding or "utf-8").lower() in ("utf-8", "utf8") and visible(line) == line
+    return line if plain else json.dumps(json.loads(line))
+
+
+def _say(line: str) -> None:
+    print(visible(line, lines=True), file=sys.stderr, flush=True)
 
 
 def _open(stream: TextIO | None) -> TextIO:

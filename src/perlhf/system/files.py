@@ -7,6 +7,7 @@ with the old content still in place.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -26,8 +27,12 @@ from typing import Any
 from perlhf.errors import RunError, StorageError
 
 TEMPORARY = ".tmp-"
-_OURS = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{16}}-")
+_OLD = "old-"
+"""What begins the rest of such a name where a directory was put out of another's way: killed then, it is put back."""
+_OURS = re.compile(rf"{re.escape(TEMPORARY)}({_OLD})?[0-9a-f]{{16}}-")
 """What names of ours begin with; people have files whose names start with `.tmp-`, too."""
+_EXCHANGE, _FROM_HERE = 2, -100
+"""RENAME_EXCHANGE, which macOS calls RENAME_SWAP, and AT_FDCWD."""
 _NAME_BYTES = 200
 """Of a name, in the temporary one: a name may have 255 bytes."""
 
@@ -157,16 +162,19 @@ def directory_atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary directory beside `path` that becomes `path` when the block ends without an exception.
 
     A directory that is already there is replaced and its permissions are kept; a link stays, and the directory that it
-    leads to is replaced. On an exception the temporary directory is deleted and `path` keeps its content.
+    leads to is replaced. On an exception the temporary directory is deleted and `path` keeps its content. A reader sees
+    the old directory or the new one, never a part; where a file system can't exchange two directories there is a moment
+    with none, and the old one is put back by the next command that writes there, should the process be killed then.
 
     Raises:
         StorageError: something can't be written, or there is a file.
     """
     with storage_errors(path):
+        target = _behind_links(path)
+        _sweep_once(target.parent, os.getpid())
         before = _status(path)
         if before is not None and not stat.S_ISDIR(before.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "a file is there")
-        target = _behind_links(path)
         if _OURS.match(target.name):  # a temporary directory, which isn't there for anybody yet
             yield target
             return
@@ -178,8 +186,7 @@ def directory_atomic(path: Path) -> Iterator[Path]:
             if before is not None:
                 _keep_owner_and_mode(descriptor, before)
             os.fsync(descriptor)
-            remove_directory(target)
-            os.rename(temporary, target)
+            _put_in_place(temporary, target)
         sync(target.parent)
 
 
@@ -210,7 +217,8 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path, ours_alone: bool = False) -> None:
-    """Deletes what killed processes left directly inside `directory`; what a living process writes there stays.
+    """Deletes what killed processes left directly inside `directory`; what a living process writes there stays, and a
+    directory that was out of another's way is put back.
 
     Args:
         ours_alone: only names as this module makes them, in a directory that may hold files of other programs; else all
@@ -229,6 +237,8 @@ def remove_leftovers(directory: Path, ours_alone: bool = False) -> None:
             descriptor = os.open(leftover, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if leftover.name.startswith(TEMPORARY + _OLD):
+                    _put_back(leftover)
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             except BlockingIOError:
                 pass
@@ -243,6 +253,36 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Renames a directory to `target`; what was there is left under the temporary name, or deleted."""
+    if not os.path.lexists(target):
+        os.rename(temporary, target)
+    elif not _exchange(temporary, target):
+        with _temporary(target, _new_directory, _OLD) as (aside, _):
+            old = aside / target.name
+            os.rename(target, old)
+            try:
+                os.rename(temporary, target)
+            except OSError:
+                os.rename(old, target)
+                raise
+
+
+def _put_back(aside: Path) -> None:
+    """What `_put_in_place` had out of the way when its process was killed."""
+    for old in aside.iterdir():
+        if not os.path.lexists(place := aside.with_name(old.name)):
+            os.rename(old, place)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Whether the system gave each of two directories the other's name, at once."""
+    libc, names = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(other))
+    if hasattr(libc, "renameat2"):  # Linux
+        return libc.renameat2(_FROM_HERE, names[0], _FROM_HERE, names[1], _EXCHANGE) == 0
+    return hasattr(libc, "renamex_np") and libc.renamex_np(*names, _EXCHANGE) == 0  # macOS
 
 
 def _finite(value: object) -> object:
@@ -284,11 +324,11 @@ def _keep_owner_and_mode(descriptor: int, before: os.stat_result) -> None:
 
 
 @contextmanager
-def _temporary(path: Path, new: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+def _temporary(path: Path, new: Callable[[Path], int], kind: str = "") -> Iterator[tuple[Path, int]]:
     """A new file or directory beside `path`, locked, with its descriptor; what is left of it at the end is deleted."""
     _sweep_once(path.parent, os.getpid())
     while True:
-        temporary = path.with_name(_temporary_name(path))
+        temporary = path.with_name(_temporary_name(path, kind))
         descriptor = new(temporary)
         _lock(descriptor)
         # Between the two lines above another process may have taken it for a leftover.
@@ -330,6 +370,6 @@ def _sweep_once(directory: Path, process: int) -> None:
         remove_leftovers(directory, ours_alone=True)
 
 
-def _temporary_name(path: Path) -> str:
+def _temporary_name(path: Path, kind: str = "") -> str:
     shortened = os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])
-    return f"{TEMPORARY}{secrets.token_hex(8)}-{shortened}"
+    return f"{TEMPORARY}{kind}{secrets.token_hex(8)}-{shortened}"

@@ -1,6 +1,5 @@
 """Held-out prompts of a policy: which choose and which report, what centres scores, how an adapter does on them."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ from perlhf.data import order
 from perlhf.data.records import Prompt
 from perlhf.errors import RewardFunctionError
 from perlhf.method import advantages
+from perlhf.system.console import note
 from perlhf.training.policy_step import (
     Centre,
     Setup,
@@ -68,7 +68,7 @@ def centre_of(setup: Setup, key: SourcesKey = "reward") -> Centre:
     if std > LEAST_DEVIATION * max(1.0, abs(mean)):
         return Centre(mean, std, std, members)
     what = f"the scores of the reference's {len(raw)} completions are all {mean:g}: a missing end token"
-    print(f"note: {what} costs {PENALTY_WHERE_EQUAL:g} (missing_end_penalty sets it)", file=sys.stderr)
+    note(f"{what} costs {PENALTY_WHERE_EQUAL:g} (missing_end_penalty sets it)")
     return Centre(mean, std, PENALTY_WHERE_EQUAL, members)
 
 

@@ -4,7 +4,6 @@ resumed run is bit-equal.
 
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,6 +31,7 @@ from perlhf.rollout.functions import code_of
 from perlhf.runs.earlier import adapter_of, earlier_runs, files_hash
 from perlhf.runs.recorded import check_own
 from perlhf.runs.run import Run
+from perlhf.system.console import note, warn
 from perlhf.system.progress import counted
 from perlhf.training import checkpoint, optim
 
@@ -164,7 +164,7 @@ def read_sides(config: StageConfig, kinds: Sequence[str]) -> Sides:
 def tell(sides: Sides) -> None:
     """Says on standard error what is odd about the records, once nothing is left that could be an error instead."""
     for warning in sides.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
 
 
 def _left_out(found: Splits) -> Iterator[str]:
@@ -281,10 +281,9 @@ def note_slow_validation(config: SftConfig | RewardConfig, held_out: int) -> Non
     """Says so on standard error where a validation takes longer than the training between two of them."""
     between = config.validate_every * config.examples_per_update
     if held_out > SLOW_VALIDATION * between:
-        print(
-            f"note: {held_out} held-out records are validated every {config.validate_every} updates, which learn from "
-            f"{between}; with validation_examples: {between} it would be so many",
-            file=sys.stderr,
+        note(
+            f"{held_out} held-out records are validated every {config.validate_every} updates, which learn from "
+            f"{between}; with validation_examples: {between} it would be so many"
         )
 
 

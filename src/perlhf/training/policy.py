@@ -7,7 +7,6 @@ score is skipped. Not included: dropout, several epochs without `clip`.
 """
 
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from perlhf.model.open import load_sft, load_start, new_adapter, open_model, wit
 from perlhf.rollout.local import Ends
 from perlhf.rollout.scorers import load_scorers
 from perlhf.runs.run import Run, open_run
+from perlhf.system.console import note, warn
 from perlhf.system.machine import peak_memory_bytes
 from perlhf.training import loop, optim
 from perlhf.training.held_out import centre_of, nothing_scored, two_parts, validate
@@ -158,7 +158,7 @@ def _open(config: PolicyConfig, base: Base) -> Setup:
     loop.tell(sides)
     if (count := len(sides.train)) < config.prompts_per_update:
         several = f"an update's {config.prompts_per_update} (prompts_per_update) hold some more than once"
-        print(f"warning: there are only {count} training prompts: {several}", file=sys.stderr)
+        warn(f"there are only {count} training prompts: {several}")
     return Setup(config, model, encoder, scorers, prompts, held_out, reference, reported_on)
 
 
@@ -215,7 +215,7 @@ def _state(saved_state: dict[str, Any], step: int, setup: Setup) -> PolicyState:
     centres = {key: Centre(**saved_state[key]) for key in ("centre", "validation_centre")}
     if centres["centre"].members is None and setup.scorers.levels_matter:
         what = f"this run began with combine: {setup.config.combine} of scores as they are, and goes on so"
-        print(f"note: {what}; a new run brings each reward to its own level first", file=sys.stderr)
+        note(f"{what}; a new run brings each reward to its own level first")
     return PolicyState(**{"learned": step, **saved_state, **centres})
 
 
@@ -233,7 +233,7 @@ def _count(done: Step, state: PolicyState, step: int, config: PolicyConfig) -> N
         which = f"of update {step}, the {SKIPPED_IN_A_ROW}th such in a row,"
         raise nothing_scored(count, which, config, "reward")
     state.skipped += 1
-    print(f"note: update {step} is skipped: none of {count} completions got a score from {sources}", file=sys.stderr)
+    note(f"update {step} is skipped: none of {count} completions got a score from {sources}")
 
 
 def _validate(validation: Setup, keeper: Keeper, state: PolicyState, step: int) -> dict[str, float]:
@@ -349,7 +349,7 @@ class _Oddities:
     def _tell(self, key: str, text: str) -> None:
         if key not in self._told:
             self._told.add(key)
-            print(f"note: {text}", file=sys.stderr)
+            note(text)
 
 
 def _result(

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from forks import forked
+from kills import killed_at
 
 from perlhf.errors import RunError, StorageError
+from perlhf.system import files
 from perlhf.system.files import (
     directory_atomic,
     read_json,
@@ -215,6 +217,52 @@ def test_a_file_in_the_place_of_a_directory_is_kept(tmp_path):
     with pytest.raises(StorageError, match="a file is there"), directory_atomic(tmp_path / "a"):
         pass
     assert (tmp_path / "a").read_text() == "mine" and names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_kill_while_a_directory_is_replaced_loses_neither(tmp_path, monkeypatch, exchanges):
+    """At each write, and at each name that changes; the next command that writes there finds a whole directory."""
+    if not exchanges:  # a file system that can't, as some of networks
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    target, gone = tmp_path / "run" / "adapter", 0
+
+    def replace() -> None:
+        with directory_atomic(target) as temporary:
+            for name in ("a", "b"):
+                (temporary / name).write_text("new")
+
+    for count in range(1, 100):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        target.mkdir(parents=True)
+        for name in ("a", "b"):
+            (target / name).write_text("old")
+        killed = killed_at(count, replace)
+        gone += not target.exists()
+        os.waitpid(forked(lambda: write_atomic(target.parent / "other.txt", "x")), 0)
+        assert names(target.parent) == ["adapter", "other.txt"] and names(target) == ["a", "b"], f"event {count}"
+        assert len({file.read_text() for file in target.iterdir()}) == 1, f"half old, half new at event {count}"
+        if not killed:
+            break
+    else:
+        raise AssertionError("it never came to its end")
+    assert count > 5 and (gone == 0 if exchanges else gone > 0)
+
+
+def test_where_a_new_directory_can_not_be_put_in_place_the_old_one_stays(tmp_path, monkeypatch):
+    target, rename = tmp_path / "adapter", os.rename
+    target.mkdir()
+    (target / "old").write_text("old")
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+
+    def refuse(one, other):
+        if Path(other) == target and "old-" not in str(one):
+            raise PermissionError(13, "Permission denied")
+        rename(one, other)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(StorageError, match="Permission denied"), directory_atomic(target):
+        pass
+    assert names(target) == ["old"] and names(tmp_path) == ["adapter"]
 
 
 def test_what_is_rewritten_keeps_its_permissions(tmp_path):

@@ -9,7 +9,6 @@ name, a side (`test` also takes `test_sft`), several joined by `+`, or `all`. Wh
 import functools
 import hashlib
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 
 from perlhf.errors import DataError, nearest
+from perlhf.system.console import note
 
 _SIDES = {
     "train": ("train", "training", "trainset", "trn"),
@@ -84,7 +84,7 @@ def tell_left_out(where: str, taken: Sequence[str], left: Sequence[str]) -> None
 @functools.cache
 def tell(line: str) -> None:
     """One line on standard error, the same one once: a file is read for each side of a split."""
-    print(f"note: {line}", file=sys.stderr, flush=True)
+    note(line)
 
 
 def once(parts: Iterable[tuple[str, Iterable[Found]]], where: str) -> Iterator[Found]:

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.utils import logging
 
 from perlhf.config.stages import DEFAULT_BASE
-from perlhf.errors import ModelError, StorageError
+from perlhf.errors import ModelError, StorageError, visible
 from perlhf.system.files import sha256, storage_error, storage_errors
 from perlhf.system.machine import cache_dir
 
@@ -291,13 +291,13 @@ def _reporter(name: str, progress: bool) -> Iterator[Report]:
     """Shows steps on standard error: a spinner on a terminal, plain lines elsewhere, nothing without `progress`."""
     console = Console(file=sys.stderr, quiet=not progress, soft_wrap=True, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        yield lambda step: console.print(f"{name}: {step}")
+        yield lambda step: console.print(visible(f"{name}: {step}"))
         return
     with console.status(f"{name}: looking into the cache") as status:
 
         def report(step: str) -> None:
-            status.update(f"{name}: {step}")
+            status.update(visible(f"{name}: {step}"))
             if step.startswith("ready"):
-                console.print(f"{name}: {step}")
+                console.print(visible(f"{name}: {step}"))
 
         yield report

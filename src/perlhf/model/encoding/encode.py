@@ -5,7 +5,6 @@ template adds to them once it is answered, up to the end token that closes the l
 """
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from perlhf.errors import ConfigError, DataError
 from perlhf.method.packing import Span, Tokens
 from perlhf.model.encoding.chat_template import ChatTemplate
 from perlhf.model.encoding.templates import TEXT_ROLE
+from perlhf.system.console import note
 
 THOUGHT = "<think>"
 CUT_PARTS = 8
@@ -284,7 +284,7 @@ class Encoder:
         """Says it once, on standard error."""
         if sentence not in self._told:
             self._told.add(sentence)
-            print(f"note: {sentence}", file=sys.stderr)
+            note(sentence)
 
 
 def _ending(messages: Sequence[Message]) -> Any:
