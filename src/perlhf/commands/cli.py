@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.show_anything()
     try:
         if arguments is None:
+            console.restart_in_utf8(sys.orig_argv[1:])
             if _computes(sys.argv[1:]):
                 before_torch.restart(sys.orig_argv[1:])
             end_with_parent()

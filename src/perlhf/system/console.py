@@ -8,11 +8,14 @@ import json
 import os
 import sys
 import unicodedata
+from collections.abc import MutableMapping, Sequence
 from typing import TextIO
 
 from perlhf.errors import visible
 from perlhf.system.files import strict_json
 
+OUTPUT = "PERLHF_OUTPUT_ENCODING"
+"""Environment variable with the encoding of the output; set for the process that `restart_in_utf8` starts alone."""
 _NEAR = {"·": "-", "•": "*", "–": "-", "—": "-", "−": "-", "×": "x", "…": "...", "→": "->", "⏎": "\\n", "⇥": "\\t"}
 """Signs that we print ourselves, as ASCII."""
 
@@ -25,9 +28,21 @@ def show_anything() -> None:
     """
     codecs.register_error("perlhf", _replaced)
     sys.stdout, sys.stderr = _open(sys.stdout), _open(sys.stderr)
+    encoding = os.environ.pop(OUTPUT, None)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a test's stand-in is none
-            stream.reconfigure(errors="perlhf")
+            stream.reconfigure(encoding=encoding, errors="perlhf")
+
+
+def restart_in_utf8(arguments: Sequence[str], environment: MutableMapping[str, str] = os.environ) -> None:
+    """Starts the interpreter anew with `arguments` in UTF-8 mode where names of files are ASCII to it; else returns.
+
+    They are under the locale C with PYTHONUTF8=0: a name such as `größe`, whether typed or read in a recipe, would open
+    no file. What is printed stays ASCII.
+    """
+    if sys.getfilesystemencoding() == "ascii" and sys.executable:
+        environment[OUTPUT] = sys.stdout.encoding
+        os.execve(sys.executable, [sys.executable, "-X", "utf8", *arguments], environment)
 
 
 def note(sentence: str) -> None:

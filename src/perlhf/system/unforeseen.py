@@ -48,6 +48,9 @@ def said_of(error: Exception, command: str) -> tuple[str, int]:
         return f"{whose} is full: {first}\n  try: {hint}", StorageError.exit_code
     if isinstance(error, OSError) and error.errno is not None:
         return _refused(error)
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
+        hint = "run it with PYTHONUTF8=1, or under a locale of UTF-8"
+        return f"no file can be called {error.object!r} here: names are {error.encoding}\n  try: {hint}", 2
     return f"a mistake of perlhf's own, {type(error).__name__}: {_told(said)}\n  {_kept(error, command)}", SOFTWARE
 
 

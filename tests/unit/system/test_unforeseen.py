@@ -2,6 +2,7 @@
 
 import errno
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -66,3 +67,10 @@ def test_an_output_that_is_full_is_told_once(monkeypatch):
     monkeypatch.setattr("perlhf.system.unforeseen.discard_output", lambda: calls.append(True))
     message, code = said_of(raised(OSError(errno.ENOSPC, "full")), "perlhf")
     assert code == 2 and message.startswith("can't read or write: No space left on device") and calls == [True]
+
+
+def test_a_name_that_the_locale_has_no_letters_for(monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "latin-1")
+    message, code = said_of(raised(UnicodeEncodeError("latin-1", "tee ☕", 4, 5, "no")), "perlhf")
+    assert code == 2 and message.startswith("no file can be called 'tee ☕' here: names are latin-1\n  try: ")
+    assert said_of(raised(UnicodeEncodeError("ascii", "tee ☕", 4, 5, "no")), "perlhf")[1] == 70
