@@ -182,7 +182,7 @@ def _print_summary(
 ) -> None:
     table = Table(title=f"perlhf demo, {evaluation.n} unseen prompts, one seed, 95 % intervals over prompts")
     for column in ("", "before RL (SFT)", "after RL"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for name, label in (("gold", "mean gold score (rules)"), ("score", "mean reward-model score")):
         table.add_row(label, *map(_interval, summary[name].values()))
     table.add_row("KL to the SFT policy, nats a completion", "0", _interval(summary["kl"]))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from perlhf.errors import visible
@@ -60,9 +60,9 @@ def cells(settings: BaseModel, rows: Sequence[Sequence[str]]) -> None:
     _configuration(settings)
     total = sum(int(row[-1]) for row in rows)
     columns = ("stage", "side", "learning rates", "seeds", "memory", "runs")
-    table = Table(*columns, title=f"compare: plan of {total} runs; nothing was trained", title_justify="left")
+    table = _framed(f"compare: plan of {total} runs; nothing was trained", *columns)
     for row in rows:
-        table.add_row(*(Text(visible(cell)) for cell in row))
+        table.add_row(*map(_cell, row))
     Console().print(table)
 
 
@@ -73,9 +73,9 @@ def formats(readers: Iterable[Mapping[str, str]], sources: Mapping[str, Mapping[
         what = reader["rule"].partition(" Rule: ")[0].partition(" Group: ")[0]
         print(f"  {reader['name']:<22} {what} Gives {reader['gives']}.")
     print()
-    table = Table("set", "published by", "licence", title="perlhf data pull NAME", title_justify="left")
+    table = _framed("perlhf data pull NAME", "set", "published by", "licence")
     for name, source in sources.items():
-        table.add_row(Text(name), Text(str(source["repository"])), Text(str(source["licence"])))
+        table.add_row(*map(_cell, (name, str(source["repository"]), str(source["licence"]))))
     Console().print(table)
 
 
@@ -101,11 +101,20 @@ def _configuration(settings: BaseModel) -> None:
 
 
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    # Text, since a path may look like markup.
-    table = Table(title=Text(visible(title)), title_justify="left", show_header=False)
+    table = _framed(title)
     for key, value in rows:
-        table.add_row(Text(visible(key)), Text(visible(value)))
+        table.add_row(_cell(key), _cell(value))
     Console().print(table)
+
+
+def _framed(title: str, *columns: str) -> Table:
+    headers = (Column(name, overflow="fold") for name in columns)
+    return Table(*headers, title=_cell(title), title_justify="left", show_header=bool(columns))
+
+
+def _cell(text: str) -> Text:
+    """Text, since a path may look like markup; where it is too wide it goes on in the next line, and is never cut."""
+    return Text(visible(text), overflow="fold")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

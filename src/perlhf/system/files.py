@@ -165,6 +165,7 @@ def directory_atomic(path: Path) -> Iterator[Path]:
     leads to is replaced. On an exception the temporary directory is deleted and `path` keeps its content. A reader sees
     the old directory or the new one, never a part; where a file system can't exchange two directories there is a moment
     with none, and the old one is put back by the next command that writes there, should the process be killed then.
+    Files in it have the permissions of new files: safetensors makes its own for their owner alone.
 
     Raises:
         StorageError: something can't be written, or there is a file.
@@ -181,7 +182,9 @@ def directory_atomic(path: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(target, _new_directory) as (temporary, descriptor):
             yield temporary
+            allowed = stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o666  # what the umask leaves to a new file
             for file in temporary.rglob("*"):
+                _permit(file, allowed)
                 sync(file)
             if before is not None:
                 _keep_owner_and_mode(descriptor, before)
@@ -315,6 +318,12 @@ def _is_stream(path: Path, status: os.stat_result) -> bool:
 def _behind_links(path: Path) -> Path:
     """Where the path leads, which need not be there; itself, unless it is a link."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _permit(file: Path, allowed: int) -> None:
+    mode = file.lstat().st_mode
+    if stat.S_ISREG(mode) and mode & allowed != allowed:
+        file.chmod(stat.S_IMODE(mode) | allowed)
 
 
 def _keep_owner_and_mode(descriptor: int, before: os.stat_result) -> None:

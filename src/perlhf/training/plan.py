@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftConfig
-from perlhf.data.records import Prompt
+from perlhf.data.records import Prompt, completions_of
+from perlhf.errors import ModelError
 from perlhf.kernels import cpu
 from perlhf.model import saved
-from perlhf.model.bases.loading import without_weights
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import end_ids, load_tokenizer, without_weights
+from perlhf.model.encoding.encode import Encoder, TooLong
+from perlhf.model.encoding.lengths import telling
+from perlhf.model.open import with_day
 from perlhf.model.supported import target_paths
 from perlhf.rollout.scorers import load_functions
 from perlhf.runs.earlier import check_runs, earlier_runs, is_adapter
@@ -35,6 +40,8 @@ HOLES = 2.0
 """What activations take where memory grows holes, in units of their size: under glibc's allocator, and in bfloat16 on a
 CPU."""
 
+TRIED_RECORDS = 200
+"""Of each side: about a second of 200 long conversations, whatever else there is."""
 COMPILED_BYTES = 480 * 2**20
 """What a run in bfloat16 on a CPU takes beside: kernels that oneDNN compiles for each shape, and its buffers (fitted to
 whole runs, docs/performance.md)."""
@@ -70,6 +77,7 @@ def plan(config: Stage) -> Plan:
         ModelError: the base isn't here, or isn't supported.
         AdapterError: a target that matches no layer; an adapter of another tool that can't be taken.
         ConfigError, RewardFunctionError: a reward function that can't be imported or called, a service's address.
+        DataError, ConfigError, TooLong: what the encoder says of the records that are tried (`TRIED_RECORDS`).
     """
     network = without_weights(config.base)
     stage, kinds = _stage(config)
@@ -83,6 +91,7 @@ def plan(config: Stage) -> Plan:
         prompts = cast(Sequence[Prompt], sides.train)
         for key, sources in {"reward": config.reward, "validation_reward": config.validation_reward}.items():
             load_functions(sources, key, prompts)
+    _try_out(config, sides)
     records = count_records(sides)
     size, trainable = network.num_parameters(), trainable_parameters(config, network)
     dtype = dtype_in_force(config.dtype, config.device)
@@ -104,6 +113,27 @@ def plan(config: Stage) -> Plan:
     tell(sides)
     kernels = "not for a GPU" if config.device.startswith("cuda") else cpu.compiler()[1]
     return Plan(stage, records, updates, config.learning_rate, size, trainable, dtype, used, kernels, memory)
+
+
+def _try_out(config: Stage, sides: Sides) -> None:
+    """Encodes some records of each side that training encodes; none where the packaged base isn't here yet."""
+    try:
+        base = Base.find(config.base)
+    except ModelError:
+        return
+    config = with_day(config, base)
+    encoder = Encoder(load_tokenizer(base), config.encoding, end_ids(base))
+    of_policy = isinstance(config, PolicyConfig)
+    for records in (sides.train, sides.validation, None if of_policy else sides.test):
+        for record in (records[number] for number in telling(records, TRIED_RECORDS).tolist()) if records else ():
+            if of_policy:
+                encoder.cut_prompt(record.prompt, config.max_completion_tokens, record.tools)
+                continue
+            try:
+                encoder.examples(record.prompt, completions_of(record), record.source, record.tools)
+            except TooLong:
+                if not config.encoding.drop_long:
+                    raise
 
 
 def _stage(config: Stage) -> tuple[str, tuple[str, ...]]:

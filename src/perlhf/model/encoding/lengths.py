@@ -53,6 +53,16 @@ def to_tokenise(encoder: Encoder, records: Records) -> NDArray[np.intp]:
     return np.flatnonzero(wanted)
 
 
+def telling(records: Records, count: int) -> NDArray[np.intp]:
+    """Numbers of at most `count` records by which a template, or a limit of tokens, is tried before all are encoded:
+    the first of each shape (half of them at the most), and the longest."""
+    facts = records.facts
+    shapes = np.unique(facts.shape, return_index=True)[1][: max(1, count // 2)]
+    size = facts.prompt_bytes.astype(np.int64) + facts.completion_bytes
+    longest = np.argsort(-size, kind="stable")[: count - len(shapes)]
+    return np.union1d(shapes, longest)
+
+
 def _template_tokens(encoder: Encoder, record: Record) -> int | None:
     """Tokens of a record with one letter for each text; None where the encoder refuses it."""
     texts = [_one_letter(text) for text in (record.prompt, *completions_of(record))]
