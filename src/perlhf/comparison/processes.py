@@ -79,7 +79,8 @@ class Processes:
                 [sys.executable, "-P", "-m", "perlhf", *arguments],
                 stdout=output,
                 stderr=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 env=environment_of(self.jobs) | {PARENT: str(self._alive)},
                 pass_fds=(self._alive,),
                 start_new_session=True,  # a terminal's Ctrl-C reaches it through `end` alone, once

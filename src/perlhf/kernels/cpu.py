@@ -236,7 +236,8 @@ def _compile(command: Sequence[str], sources: Sequence[Path], directory: Path, k
 
 
 def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    command = [compiler, "--version"]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False).stdout
 
 
 def _processor() -> str:

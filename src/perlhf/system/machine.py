@@ -19,6 +19,9 @@ from perlhf.system import before_torch
 
 COMPILED_PRODUCTS = 512
 """Kernels of bfloat16 products that a CPU run keeps."""
+_PACKAGE = Path(__file__).parents[1]
+_RUN_NOTHING = ("-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
+_OTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -97,7 +100,7 @@ def free_memory_bytes(device: str) -> int | None:
         command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
         number = int(device.partition(":")[2] or 0)
         try:
-            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            lines = subprocess.run(command, capture_output=True, encoding="ascii", check=True).stdout.split()
             return int(lines[number]) * 2**20
         except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
             if device != "auto":
@@ -145,20 +148,27 @@ def _torch_version() -> str | None:
 
 def _commit() -> dict[str, Any]:
     """The commit of this package's source, if git tracks it there (an installed copy inside another checkout isn't)."""
-    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+    if {"site-packages", "dist-packages"} & set(_PACKAGE.parts) or _git(
+        "ls-files", "--error-unmatch", "__init__.py"
+    ) is None:
         return {"commit": None, "uncommitted_changes": None}
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": _git("diff", "--quiet", "HEAD", "--", ".") is None,
+        "uncommitted_changes": _git("diff", "--quiet", "--no-ext-diff", "--no-textconv", "HEAD", "--", ".") is None,
     }
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of git in this package's directory; None when git is missing or says no."""
-    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[1]), *arguments]
+    """Output of git in this package's directory; None when git is missing or says no.
+
+    The repository may be somebody else's: of the programs that its configuration names none is run, and another one
+    that the environment names, as in git's hooks, isn't asked.
+    """
+    command = ["git", "--no-optional-locks", *_RUN_NOTHING, "-C", str(_PACKAGE), *arguments]
+    known = {name: value for name, value in os.environ.items() if name not in _OTHER_REPOSITORY}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False, env=known)
+    except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 

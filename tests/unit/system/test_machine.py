@@ -32,9 +32,10 @@ def environment_of(package_parent: Path) -> dict:
     return json.loads(done.stdout)
 
 
-def test_commit_is_that_of_the_package_and_only_if_it_is_tracked(tmp_path):
+def package_in(directory: Path) -> None:
+    """A copy of what `environment` needs."""
     source = Path(perlhf.__file__).parent
-    (tmp_path / "perlhf" / "system").mkdir(parents=True)
+    (directory / "perlhf" / "system").mkdir(parents=True)
     for name in (
         "__init__.py",
         "errors.py",
@@ -42,7 +43,55 @@ def test_commit_is_that_of_the_package_and_only_if_it_is_tracked(tmp_path):
         "system/before_torch.py",
         "system/machine.py",
     ):
-        shutil.copy(source / name, tmp_path / "perlhf" / name)
+        shutil.copy(source / name, directory / "perlhf" / name)
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_no_program_of_a_repository_that_the_package_lies_in_is_run(tmp_path, tracked):
+    package_in(tmp_path)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", *(["perlhf"] if tracked else ["perlhf/errors.py"]))
+    git(tmp_path, "commit", "-q", "-m", "theirs")
+    trap, ran = tmp_path / "trap.sh", tmp_path / "ran"
+    trap.write_text(f'#!/bin/sh\necho "$0" >> "{ran}"\n')
+    trap.chmod(0o755)
+    (tmp_path / "hooks").mkdir()
+    shutil.copy(trap, tmp_path / "hooks" / "post-index-change")
+    for key, value in (("fsmonitor", trap), ("hooksPath", tmp_path / "hooks")):
+        git(tmp_path, "config", f"core.{key}", str(value))
+    git(tmp_path, "config", "diff.external", str(trap))
+    os.utime(tmp_path / "perlhf" / "__init__.py", (1, 1))
+    git(tmp_path, "status")
+    assert ran.read_text(), "the traps work"
+    ran.unlink()
+    assert (environment_of(tmp_path)["commit"] is not None) == tracked
+    assert not ran.exists()
+
+
+def test_git_is_asked_of_the_package_alone(tmp_path, monkeypatch):
+    """Not of the repository whose hook runs a command, nor where packages are installed."""
+    package_in(tmp_path / "site-packages")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "with what is installed")
+    assert environment_of(tmp_path / "site-packages")["commit"] is None
+    package_in(tmp_path / "own")
+    git(tmp_path / "own", "init", "-q")
+    git(tmp_path / "own", "add", ".")
+    git(tmp_path / "own", "commit", "-q", "-m", "package")
+    own = git(tmp_path / "own", "rev-parse", "HEAD")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert environment_of(tmp_path / "own")["commit"] == own
+
+
+def test_a_git_that_can_not_be_run(tmp_path, monkeypatch):
+    (tmp_path / "git").write_text("no program")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment()["commit"] is None
+
+
+def test_commit_is_that_of_the_package_and_only_if_it_is_tracked(tmp_path):
+    package_in(tmp_path)
     outside = environment_of(tmp_path)
     assert (outside["commit"], outside["uncommitted_changes"]) == (None, None)
     assert (outside["threads"], outside["versions"]["torch"]) == (None, torch.__version__), "told without loading it"

