@@ -139,7 +139,7 @@ class OptimConfig(Frozen):
     """AdamW and its schedule."""
 
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; null takes the stage's default for `tuning` (LoRA about ten times full)."""
+    """Peak rate, of a normalised step where `max_grad_norm` binds; null: default for `tuning` (LoRA ten times full)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after warm-up; linear and cosine end at 0."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0

@@ -1,6 +1,7 @@
 """What `perlhf data validate | inspect | split | convert | formats` do."""
 
 import json
+import re
 import tempfile
 from array import array
 from collections import Counter
@@ -37,6 +38,7 @@ from perlhf.data.store import (
     hold,
 )
 from perlhf.errors import DataError
+from perlhf.system.console import note
 from perlhf.system.files import storage_errors, write_atomic
 from perlhf.system.progress import counted
 
@@ -45,6 +47,9 @@ EXAMPLE_CHARACTERS = 400
 ROWS_AT_ONCE = 50_000
 """Rows of a Parquet file that are in memory at one time."""
 _OUTPUTS = (".jsonl", ".parquet")
+_BEGIN_HTML = re.compile(r"\s*<(p|pre|ul|ol|dl|blockquote|h[1-6]|table|div)\b[^<>]*>", re.IGNORECASE)
+_END_HTML = re.compile(r"</[a-z0-9]+>\s*$", re.IGNORECASE)
+"""Of a text that is HTML as a whole, as answers of StackExchange are; a text about HTML seldom begins and ends so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,7 @@ def validate(
     """
     check_format(format)
     tally, reading, problems, kinds = Tally(), read.Reading(), list[DataError](), Counter[str]()
-    count = 0
+    count = html = 0
     for path in paths:
         choice = read.choice_of(rules or LayoutConfig())
         data_files = [None] if read.is_builtin(path) else files.find(path, root, choice)
@@ -101,7 +106,8 @@ def validate(
                 else:
                     kinds[kind_of(outcome)] += 1
                     tally.add(outcome)
-    odd = (*reading.sentences(), *oddities(tally.facts(), reading.skipped))
+                    html += _holds_html(outcome)
+    odd = (*reading.sentences(), *oddities(tally.facts(), reading.skipped), *_of_html(html))
     return Validation(count, dict(kinds), reading.skipped, tuple(problems[:MAX_PROBLEMS]), odd)
 
 
@@ -112,7 +118,7 @@ def inspect(
     config: DataConfig | None = None,
     rules: LayoutConfig | None = None,
 ) -> dict[str, Any]:
-    """Summary of some files, ready for a table or JSON.
+    """Summary of some files, ready for a table or JSON; a note on standard error tells of records that hold HTML.
 
     Returns:
         formats (by file), records (by kind), skipped (by reason), groups, splits (records and groups, by `config`),
@@ -126,12 +132,16 @@ def inspect(
     reading, tally, kinds = read.Reading(), Tally(config.split_seed), Counter[str]()
     lengths = {"prompt": array("q"), "completion": array("q")}
     example: dict[str, Any] = {}
+    html = 0
     for record in (record for path in paths for record in read.stream(path, format, root, rules, reading)):
         tally.add(record)
         kinds[kind_of(record)] += 1
         lengths["prompt"].append(_length(record.prompt))
         lengths["completion"].extend(map(_length, completions_of(record)))
         example = example or _example(record)
+        html += _holds_html(record)
+    for sentence in _of_html(html):
+        note(sentence)
     facts = tally.facts()
     return {
         "formats": reading.formats,
@@ -304,6 +314,20 @@ def _written(text: Text, role: str, chat: bool) -> str | list[dict[str, str]]:
     if isinstance(text, str):
         return [{"role": role, "content": text}] if chat else text
     return [dict(message) for message in text]
+
+
+def _holds_html(record: Record) -> bool:
+    texts = (record.prompt, *completions_of(record))
+    return any(_is_html(text if isinstance(text, str) else content_of(text[-1])) for text in texts if text)
+
+
+def _is_html(text: str) -> bool:
+    return _BEGIN_HTML.match(text) is not None and _END_HTML.search(text, max(0, len(text) - 40)) is not None
+
+
+def _of_html(count: int) -> Iterator[str]:
+    if count:
+        yield f"{count:,} records hold texts that are HTML (such as <p>...</p>); they are learned as they stand"
 
 
 def _example(record: Record) -> dict[str, Any]:

@@ -40,8 +40,8 @@ HOLES = 2.0
 """What activations take where memory grows holes, in units of their size: under glibc's allocator, and in bfloat16 on a
 CPU."""
 
-TRIED_RECORDS = 200
-"""Of each side: about a second of 200 long conversations, whatever else there is."""
+TRIED_RECORDS = 64
+"""Of each side, however large it is: well under a second for long conversations."""
 COMPILED_BYTES = 480 * 2**20
 """What a run in bfloat16 on a CPU takes beside: kernels that oneDNN compiles for each shape, and its buffers (fitted to
 whole runs, docs/performance.md)."""

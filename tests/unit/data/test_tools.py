@@ -227,3 +227,24 @@ def test_columns_of_prompts_survive(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="can't be written as Parquet") as caught:
         convert(str(tmp_path / "c.jsonl"), tmp_path / "c.parquet")
     assert caught.value.hint == "write .jsonl"
+
+
+def test_records_that_hold_html_are_told_and_stay_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As StackExchange's answers; what only speaks of HTML isn't counted."""
+    answer, about = "<p>Use a list:</p>\n\n<pre><code>x = []\n</code></pre>\n", "Write `<p>text</p>`."
+    rows = [
+        {"prompt": "How?", "chosen": answer, "rejected": "No."},
+        {"prompt": "<p>How</p> do I close it?", "chosen": about, "rejected": "No."},
+        {"prompt": [{"role": "user", "content": " <h2 class='a'>How?</h2>"}], "chosen": about, "rejected": "Never."},
+        {"prompt": "Why?", "chosen": "<pre> is a tag", "rejected": "<b>No.</b>"},
+    ]
+    path = put(tmp_path / "a.jsonl", rows)
+    told = "2 records hold texts that are HTML (such as <p>...</p>); they are learned as they stand"
+    assert told in validate([path]).warnings
+    assert inspect([path])["records"] == {"comparison": 4}
+    assert capsys.readouterr().err == f"note: {told}\n"
+    assert [getattr(record, "chosen", None) for record in read(path)] == [answer, about, about, "<pre> is a tag"]
+    inspect([put(tmp_path / "b.jsonl", rows[1:2])])
+    assert not capsys.readouterr().err
