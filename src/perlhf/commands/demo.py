@@ -4,6 +4,7 @@ The feedback is simulated (perlhf/data/coffee_bar), the network and the training
 rules that the reward model never sees, so that the demo can say whether the policy became better or only scores higher.
 """
 
+import contextlib
 import json
 import time
 from dataclasses import asdict
@@ -29,7 +30,7 @@ from perlhf.data import tools
 from perlhf.data.order import keyed_seed
 from perlhf.data.records import Rating
 from perlhf.data.splits import load
-from perlhf.errors import visible
+from perlhf.errors import RunError, visible
 from perlhf.evaluation.evaluate import evaluate
 from perlhf.model.bases.found import pull
 from perlhf.model.bases.loading import pick_device, pick_dtype
@@ -37,7 +38,7 @@ from perlhf.reports.findings import direction
 from perlhf.reports.page import write as write_report
 from perlhf.runs.evaluations import EVALUATION, Evaluation, as_json, read_evaluation
 from perlhf.runs.read import STAGES
-from perlhf.system.files import write_atomic
+from perlhf.system.files import read_json, write_atomic
 from perlhf.training.policy import train_policy
 from perlhf.training.reward import train_reward
 from perlhf.training.sft import train_sft
@@ -165,10 +166,11 @@ def _evaluated(config: EvaluateConfig, results: dict[str, Any], stage: str) -> E
     path, settings = config.run / EVALUATION, config.run / "evaluation-settings.json"
     wanted = config.model_dump(mode="json") | {"seconds_of_run": results[stage]["seconds"]}
     if path.is_file() and settings.is_file() and path.stat().st_mtime <= settings.stat().st_mtime:
-        made = json.loads(settings.read_text(encoding="utf-8"))
-        if made["settings"] == wanted:
-            results[f"{stage} evaluation"] = {"seconds": made["seconds"]}
-            return read_evaluation(path)
+        with contextlib.suppress(RunError):  # damaged: made anew
+            made = read_json(settings)
+            if made.get("settings") == wanted and isinstance(made.get("seconds"), int | float):
+                results[f"{stage} evaluation"] = {"seconds": made["seconds"]}
+                return read_evaluation(path)
     began = time.monotonic()
     evaluation = evaluate(config)
     seconds = round(time.monotonic() - began, 3)

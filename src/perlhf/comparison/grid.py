@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
@@ -29,7 +30,15 @@ from perlhf.runs.earlier import check_runs, reward_runs
 from perlhf.runs.evaluations import EVALUATION, finite, mapping, read_evaluation
 from perlhf.runs.manifest import CHECKPOINTS, RESULT, first_difference
 from perlhf.runs.words import memory
-from perlhf.system.files import read_json, remove_directory, storage_errors, write_atomic, write_json
+from perlhf.system.files import (
+    damaged,
+    from_yaml,
+    read_json,
+    remove_directory,
+    storage_errors,
+    write_atomic,
+    write_json,
+)
 from perlhf.system.machine import free_memory_bytes
 
 RECIPE, FAILURES, LOGS = "compare.yaml", "failed", "logs"
@@ -228,8 +237,8 @@ def _claim(config: CompareConfig) -> int:
     with storage_errors(config.output):
         config.output.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            then = yaml.safe_load(path.read_text(encoding="utf-8"))
-            values["jobs"] = max(values["jobs"], then.get("jobs", 1))
+            then = _grid_of(path)
+            values["jobs"] = max(values["jobs"], then["jobs"])
             old, new = ({key: value for key, value in grid.items() if key not in MAY_GROW} for grid in (then, values))
             if difference := first_difference(old, new):
                 key, before, now = difference
@@ -245,6 +254,17 @@ def _claim(config: CompareConfig) -> int:
             (config.output / folder).mkdir(exist_ok=True)
     write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     return values["jobs"]
+
+
+def _grid_of(path: Path) -> dict[str, Any]:
+    """compare.yaml of the comparison that is continued."""
+    try:
+        grid = from_yaml(path.read_bytes())
+    except ValueError as error:
+        raise damaged(path, str(error)) from error
+    if not isinstance(grid, dict) or not isinstance(grid.setdefault("jobs", 1), int):
+        raise damaged(path, "it is no comparison")
+    return grid
 
 
 def _train(cell: Cell, config: CompareConfig, processes: Processes) -> None:

@@ -23,6 +23,7 @@ from perlhf.system.console import note
 from perlhf.system.files import (
     TEMPORARY,
     damaged,
+    from_yaml,
     read_json,
     storage_errors,
     strict_json,
@@ -269,8 +270,8 @@ def utc_now() -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_bytes())
-    except (FileNotFoundError, yaml.YAMLError) as error:
+        value = from_yaml(path.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
         raise damaged(path, str(error)) from error
     if not isinstance(value, dict):
         raise damaged(path, f"a {type(value).__name__} instead of a mapping")

@@ -4,7 +4,6 @@
 no result.json, one that was never evaluated no evaluation.json.
 """
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -12,18 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from perlhf.errors import ConfigError, RunError, nearest
 from perlhf.runs.evaluations import EVALUATION, Evaluation, Measured, finite, mapping, measured, read_evaluation
 from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT
-from perlhf.system.files import read_json
+from perlhf.system.files import from_json, from_yaml, read_json
 
 STAGES = ("sft", "reward", "policy")
 METRICS = "metrics.jsonl"
 _KEY_OF_STAGE = {"kl_coef": "policy", "class_weight": "reward", "epochs": "sft"}  # in this order: reward has epochs too
 NOT_EVALUATED = Evaluation()
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast, and not everywhere
 
 
 @dataclass(frozen=True)
@@ -147,9 +143,9 @@ def _check_is_run(path: Path) -> None:
 def _read_run(path: Path, name: str) -> RunFiles:
     config_text = _text(path / CONFIG) if (path / CONFIG).is_file() else ""
     try:
-        config = mapping(yaml.load(config_text, _LOADER))
-    except yaml.YAMLError as error:
-        raise RunError(f"not valid YAML: {error}", where=str(path / CONFIG)) from error
+        config = mapping(from_yaml(config_text))
+    except ValueError as error:
+        raise RunError(str(error), where=str(path / CONFIG)) from error
     manifest, result = (read_json(path / file) if (path / file).is_file() else {} for file in (MANIFEST, RESULT))
     evaluation = read_evaluation(path / EVALUATION) if (path / EVALUATION).is_file() else NOT_EVALUATED
     return RunFiles(
@@ -226,7 +222,7 @@ def _text(path: Path) -> str:
 
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = from_json(text)
     except ValueError as error:
         raise RunError(
             f"not valid JSON: {error}", where=where, hint="restore the file or run the stage again"

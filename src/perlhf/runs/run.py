@@ -35,6 +35,7 @@ from perlhf.runs.manifest import (
 )
 from perlhf.system.files import (
     damaged,
+    from_json,
     read_json,
     remove_leftovers,
     storage_errors,
@@ -362,8 +363,8 @@ def _lines(path: Path) -> list[bytes]:
 
 def _line_step(path: Path, number: int, line: bytes) -> int:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError) as error:
+        return int(from_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         hint = "delete the line and run the same command again"
         raise RunError(
             "not a line of metrics", where=f"{path}:{number}", allowed='{"step": ..., ...}', hint=hint
@@ -376,8 +377,8 @@ def _last_time(path: Path) -> float:
         return 0.0
     lines = path.read_bytes().split(b"\n")
     try:
-        return float(json.loads(lines[-2])["time_seconds"])
-    except (IndexError, ValueError, KeyError, TypeError):
+        return float(from_json(lines[-2])["time_seconds"])
+    except (IndexError, ValueError, KeyError, TypeError, OverflowError):
         return 0.0
 
 

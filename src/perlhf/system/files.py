@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from perlhf.errors import RunError, StorageError
 
 TEMPORARY = ".tmp-"
@@ -33,6 +35,11 @@ _OURS = re.compile(rf"{re.escape(TEMPORARY)}({_OLD})?[0-9a-f]{{16}}-")
 """What names of ours begin with; people have files whose names start with `.tmp-`, too."""
 _EXCHANGE, _FROM_HERE = 2, -100
 """RENAME_EXCHANGE, which macOS calls RENAME_SWAP, and AT_FDCWD."""
+MOST_NESTED = 1000
+"""libyaml overflows the stack, which ends the process, where YAML is nested some ten thousand deep."""
+_FAST_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast, and not everywhere
+_DEEPER = re.compile(r"^[ \t?:-]+", re.MULTILINE)
+"""What a line's nesting is at most as deep as, brackets apart."""
 _NAME_BYTES = 200
 """Of a name, in the temporary one: a name may have 255 bytes."""
 
@@ -108,12 +115,42 @@ def read_json(path: Path) -> dict[str, Any]:
         RunError: the file is missing, isn't JSON, or holds something else than an object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = from_json(path.read_bytes())
     except (FileNotFoundError, ValueError) as error:
         raise damaged(path, str(error)) from error
     if not isinstance(value, dict):
         raise damaged(path, f"a {type(value).__name__} instead of an object")
     return value
+
+
+def from_json(text: str | bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: it isn't JSON, or is nested so deeply that nobody wrote it.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def from_yaml(text: str | bytes) -> Any:
+    """What YAML says.
+
+    Raises:
+        ValueError: it isn't YAML, holds something else than its tags say (`!!bool maybe`), or is nested too deeply.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode()
+        nested = text.count("[") + text.count("{") + max(map(len, _DEEPER.findall(text)), default=0)
+        return yaml.load(text, _FAST_YAML if nested < MOST_NESTED else yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:  # of its readers of tags
+        raise ValueError(f"not valid YAML: a tag doesn't fit ({error})") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def damaged(path: Path, reason: str) -> RunError:
@@ -149,7 +186,7 @@ def unsealed(path: Path) -> dict[str, Any]:
         OSError: it can't be read.
     """
     content = path.read_bytes()
-    said = json.loads(content)
+    said = from_json(content)
     if isinstance(said, dict):
         said.pop("seal", None)
         if content == sealed(said):

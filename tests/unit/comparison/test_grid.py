@@ -404,6 +404,10 @@ def test_a_directory_belongs_to_one_comparison(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(KeyboardInterrupt):
             grid.compare(config(output, jobs=jobs, seeds=(5, 6, 7)))
         assert yaml.safe_load((output / "compare.yaml").read_text())["jobs"] == 2
+    for content in ("a: !!int x", "[1]", "jobs: many", "{", "[" * 10_000):
+        (output / "compare.yaml").write_text(content)
+        with pytest.raises(RunError, match=r"compare\.yaml: missing or damaged"):
+            grid.compare(config(output))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(RunError, match="isn't empty"):

@@ -64,6 +64,9 @@ def test_a_line_cut_off_at_the_end_is_dropped_and_a_damaged_one_named(tmp_path: 
         ("result.json", b"{", r"result\.json: missing or damaged"),
         ("evaluation.json", b"[]", "a list instead of an object"),
         ("config.yaml", b"a: [", "not valid YAML"),
+        ("config.yaml", b"a: !!bool maybe", "not valid YAML: a tag doesn't fit"),
+        ("config.yaml", b"[" * 100_000, "nested too deeply|not valid YAML"),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n{}\n", "metrics.jsonl:1: not valid JSON: nested too deeply"),
         ("metrics.jsonl", b"\xff\n", "invalid UTF-8 at byte 0"),
     ],
 )

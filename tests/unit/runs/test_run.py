@@ -132,12 +132,13 @@ def test_rewind_keeps_every_byte_of_what_stays(tmp_path):
     assert (path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+@pytest.mark.parametrize("line", [b"\0\0", b'{"step": Infinity}', b"[" * 100_000], ids=["zeros", "infinite", "deep"])
+def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
     path = tmp_path / "run"
     with opened(path) as run:
         run.log(1, {})
     with open(path / "metrics.jsonl", "ab") as file:
-        file.write(b'\x00\x00\n{"step": 3}\n')
+        file.write(line + b'\n{"step": 3}\n')
     with opened(path) as run, pytest.raises(RunError, match=r"metrics\.jsonl:2: not a line of metrics"):
         run.rewind(3)
 

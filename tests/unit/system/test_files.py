@@ -12,6 +12,8 @@ from perlhf.errors import RunError, StorageError
 from perlhf.system import files
 from perlhf.system.files import (
     directory_atomic,
+    from_json,
+    from_yaml,
     read_json,
     remove_directory,
     remove_leftovers,
@@ -374,3 +376,29 @@ def test_a_directory_that_is_deleted_is_locked_meanwhile(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", look)
     remove_directory(tmp_path / "old")
     assert seen == [True] and names(tmp_path) == []
+
+
+# ---- what files say -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["a: !!bool maybe", "a: !!int x", "a: !!timestamp x", "a: !!float z", "a: [", "a: !!python/name:os.x 1"]
+)
+def test_yaml_that_says_something_else_than_its_tags_is_one_error(text):
+    with pytest.raises(ValueError, match="not valid YAML"):
+        from_yaml(text)
+
+
+def test_what_is_nested_too_deeply_is_one_error(tmp_path):
+    deep = "[" * 100_000
+    for read, text in ((from_json, deep), *((from_yaml, part * 100_000) for part in ("[", "{a: ", "- ", "? "))):
+        with pytest.raises(ValueError):
+            read(text)
+    lines = "".join(f"{' ' * depth}a:\n" for depth in range(1200))
+    with pytest.raises(ValueError):
+        from_yaml(lines)
+    (tmp_path / "a.json").write_text(deep)
+    with pytest.raises(RunError, match="missing or damaged: nested too deeply"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        unsealed(tmp_path / "a.json")

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError, StorageError, visible
-from perlhf.system.files import directory_atomic, sha256, storage_error, storage_errors
+from perlhf.system.files import directory_atomic, from_json, sha256, storage_error, storage_errors
 from perlhf.system.machine import cache_dir
 
 MARKER = "perlhf_base.json"
@@ -87,7 +87,7 @@ SMOLLM2_CONFIG: dict[str, Any] = {
 def is_complete(directory: Path) -> bool:
     """Whether a pulled base has its marker, of this format, and every file at its recorded size."""
     try:
-        marker = json.loads((directory / MARKER).read_text("utf-8"))
+        marker = from_json((directory / MARKER).read_bytes())
         sizes = marker["files"].items()
         return marker["format"] == _FORMAT and all((directory / file).stat().st_size == size for file, size in sizes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -96,12 +96,16 @@ def is_complete(directory: Path) -> bool:
 
 def changed_since_pull(directory: Path, hash_of: Callable[[Path], str] = sha256) -> list[str]:
     """Files of a pulled base whose content isn't what it was when it was pulled; older pulls noted the weights alone.
+    The marker itself is the first where it says nothing of them.
 
     Raises:
         OSError: a file can't be read.
     """
-    marker = json.loads((directory / MARKER).read_text("utf-8"))
-    noted = {WEIGHTS: marker["sha256"]} | marker.get("hashes", {})
+    try:
+        marker = from_json((directory / MARKER).read_bytes())
+        noted = {WEIGHTS: marker["sha256"]} | marker.get("hashes", {})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [MARKER]
     return [name for name, expected in noted.items() if hash_of(directory / name) != expected]
 
 

