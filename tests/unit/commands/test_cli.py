@@ -385,3 +385,15 @@ def test_paths_that_look_like_markup_or_hold_line_breaks(tmp_path, monkeypatch, 
         assert main(["data", "split", "in.jsonl", "--output", name + "d", "--data.test", "0"]) in (0, 2)
         shown = capsys.readouterr()
         assert "\x1b" not in shown.out + shown.err and "mistake" not in shown.err
+
+
+def test_a_narrow_terminal_cuts_nothing(tmp_path, monkeypatch, capsys):
+    """What doesn't fit goes on in the next line; numbers and names ended in "..." instead."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "20")
+    Path("a-file-with-a-long-name.jsonl").write_text('{"prompt": "Tea?", "completion": "Yes."}\n')
+    assert main(["data", "inspect", "a-file-with-a-long-name.jsonl"]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 20
+    values = "".join(line.split("│")[2].strip() for line in shown.splitlines() if line.count("│") == 3)
+    assert "a-file-with-a-long-name.jsonl:1" in values

