@@ -157,6 +157,7 @@ def write_adapter(directory: Path, saved: SavedAdapter, base_name: str | None = 
         write_tensors(file, tensors, directory)
         if not full:
             settings = settings_of(adapter, saved.targets, base_name or saved.base.get("name") or None)
+            settings |= {} if base_name else {"revision": saved.base["revision"]} if "revision" in saved.base else {}
             (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         details = {
             "format": _FORMAT,
@@ -236,7 +237,8 @@ def check_base(saved: SavedAdapter, fingerprint: dict[str, Any]) -> None:
         return
     theirs = f"{name} (SHA-256 {digest[:12]})"
     ours = f"{fingerprint['name']} (SHA-256 {fingerprint['sha256'][:12]})"
-    hint = f"--base {name}, or train on {fingerprint['name']} again"
+    pinned = f"{name}@{saved.base['revision']}" if saved.base.get("revision") else name
+    hint = f"--base {pinned}, or train on {fingerprint['name']} again"
     if not saved.base.get("sha256"):
         hint += f"; if the two are the same, correct base_model_name_or_path in {CONFIG}"
     raise AdapterError(f"the adapter is for base {theirs}, not for {ours}", where="base", allowed=name, hint=hint)
@@ -380,7 +382,10 @@ def _pairs(tensors: dict[str, Tensor], shape: Shape, where: Path) -> dict[str, L
 
 def _details_of_peft(config: dict[str, Any], head: Tensor | None) -> dict[str, Any]:
     """What perlhf.json would say of an adapter of other tools, as far as it is known."""
-    base = {"name": config.get("base_model_name_or_path") or "", "sha256": ""}
+    name, revision = config.get("base_model_name_or_path") or "", config.get("revision")
+    if name and isinstance(revision, str) and revision not in ("", "main") and not Path(name).exists():
+        name = f"{name}@{revision}"
+    base = {"name": name, "sha256": ""}
     return {"role": "sft" if head is None else "reward", "bias": 0.0, "base": base, "encoding": {}}
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
+from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError
 from perlhf.kernels import tree_attention
 from perlhf.kernels.modules import match_targets
@@ -66,7 +67,8 @@ def check_supported(config: PreTrainedConfig) -> None:
     """
     reason = next(_unsupported(config), None)
     if reason:
-        raise ModelError(f"{config.model_type} can't be a base: {reason}", where="base", allowed=_ALLOWED)
+        what = f"{config.model_type} can't be a base: {reason}"
+        raise ModelError(what, where="base", allowed=_ALLOWED, hint=f"perlhf pull {DEFAULT_BASE}, which is a small one")
 
 
 def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:

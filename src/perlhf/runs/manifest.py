@@ -236,8 +236,11 @@ def _reopen(path: Path) -> None:
 def _as_far_as_recorded(recorded: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """Facts without what an earlier version of perlhf, which began the run, didn't record."""
     kept = {key: value for key, value in facts.items() if key in recorded or key not in ("beside", "code")}
-    if "files" not in mapping(recorded.get("base")) and "base" in kept:
-        kept["base"] = {key: value for key, value in kept["base"].items() if key != "files"}
+    if "base" in kept:
+        then = mapping(recorded.get("base"))
+        new = ("files", "revision") if "files" not in then else ("revision",)  # of other revisions, hashes decide
+        kept["base"] = {key: value for key, value in kept["base"].items() if key not in new}
+        kept["base"] |= {"revision": then["revision"]} if "revision" in then else {}
     return kept
 
 

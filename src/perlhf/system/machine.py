@@ -95,8 +95,11 @@ def gpu_name() -> str | None:
 
 
 def free_memory_bytes(device: str) -> int | None:
-    """What is free on the GPU if one is meant and there, else of the machine's memory; None for a GPU not seen."""
-    if device != "cpu":
+    """What is free on the GPU if one is meant and there, else of the machine's memory; None for a GPU not seen.
+
+    In a container it is what that has left. Apple's GPU shares the machine's memory.
+    """
+    if device not in ("cpu", "mps"):
         command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
         number = int(device.partition(":")[2] or 0)
         try:
@@ -105,7 +108,34 @@ def free_memory_bytes(device: str) -> int | None:
         except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
             if device != "auto":
                 return None
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *(limit - used for limit, used in _groups())])
+
+
+def memory_bytes() -> int:
+    """All memory that this process may ever have: the machine's, or what its container is allowed."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _groups())])
+
+
+def _groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
+    """Limit and use, in bytes, of each control group of Linux that this process is in and that has a limit.
+
+    Pages of files that can be dropped aren't counted as used.
+    """
+    try:
+        line = next(line for line in own.read_text("utf-8", errors="replace").splitlines() if line.startswith("0::/"))
+    except (OSError, StopIteration):
+        return []
+    inside = root / line.removeprefix("0::/")
+    found = []
+    for group in (inside, *inside.parents):
+        if not group.is_relative_to(root):
+            break
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            limit = int((group / "memory.max").read_text())
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))
+            found.append((limit, max(used, 0)))
+    return found
 
 
 def bound_compiled_products(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -6,6 +6,7 @@ with safetensors. supported.py says which networks can be one.
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionResolutionError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
 
 from perlhf.errors import ModelError, StorageError, nearest
 from perlhf.model.bases.packaged import (
@@ -33,6 +42,10 @@ _TEXT_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vo
 _UNWANTED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl")
 _ADAPTER, _GENERATION = "adapter_config.json", "generation_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_HUB_NAME = re.compile(r"(?P<repository>[\w.-]+(/[\w.-]+)?)(@(?P<revision>\w[\w./-]*))?")
+"""A repository, and after @ a branch, a tag or a commit; without one, its main branch as it was when it was fetched."""
+_CACHE_KEYS = "HF_HOME and HF_HUB_CACHE"
+_DIRECTORY = "a local directory with config.json, tokenizer and safetensors"
 # What the hub library's HTTP client raises: httpx or httpx2, by version.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
@@ -66,13 +79,14 @@ class Base:
 
         `name` is the packaged name, the hub id, or the directory as it was given; `sha256` is over the bytes of the
         safetensors files in name order; `files` has the SHA-256 of each other file that the network, its tokenizer,
-        chat template or end tokens are read from (`_settings_hash`).
+        chat template or end tokens are read from (`_settings_hash`). That of a hub repository has its commit as
+        `revision`, for people: the hashes decide what is the same base.
 
         Raises:
             ModelError: a file can't be read, or a pulled base isn't as it was pulled.
         """
         try:
-            digest = hash_of(*_weight_files(self.directory))
+            digest = hash_of(*weight_files(self.directory))
             files = {name: _settings_hash(self.directory / name) for name in _settings_files(self.directory)}
             pulled = self.directory.parent == cache_dir() / "bases"
             changed = changed_since_pull(self.directory, hash_of) if pulled else []
@@ -83,7 +97,8 @@ class Base:
         if changed:
             what, hint = f"{changed[0]} was changed since the base was pulled", f"perlhf pull {name} makes it anew"
             raise ModelError(what, where=str(self.directory), hint=hint)
-        return {"name": name, "sha256": digest, "files": files}
+        found = {"name": name, "sha256": digest, "files": files}
+        return found | ({"revision": self.directory.name} if _of_hub(self.directory) else {})
 
 
 def changed_files(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -130,13 +145,15 @@ def template_depends_on_day(base: Base, template: str) -> bool:
 
 def _snapshot(name: str, local_only: bool, progress: bool) -> Path:
     """A hub repository's snapshot in the hub cache: safetensors, configuration and tokenizer, never pickles."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    parts = _HUB_NAME.fullmatch(name)
+    if parts is None or name.startswith("."):
         raise ModelError(f"no such directory: {name}", where="base", hint=_ways(name))
     try:
         shown = contextlib.nullcontext() if progress else quiet()
         with disk_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)), shown:
             path = huggingface_hub.snapshot_download(
-                name,
+                parts["repository"],
+                revision=parts["revision"],
                 local_files_only=local_only,
                 allow_patterns=[*_MODEL_FILES, *_TEXT_FILES],
                 ignore_patterns=list(_UNWANTED),
@@ -144,9 +161,50 @@ def _snapshot(name: str, local_only: bool, progress: bool) -> Path:
     except (OSError, HFValidationError, RevisionResolutionError, _HTTP_ERROR) as error:
         if isinstance(error, StorageError):
             raise
-        what = "is not in the local hub cache" if local_only else f"could not be fetched: {first_line(error)}"
-        raise ModelError(f"base {name} {what}", where="base", hint=_ways(name, pulled=not local_only)) from error
+        what, hint = _not_here(name, error) if local_only else _not_fetched(name, error)
+        raise ModelError(f"base {name} {what}", where="base", hint=hint) from error
     return Path(path)
+
+
+def _not_here(name: str, error: Exception) -> tuple[str, str]:
+    """Why a repository isn't in the cache, and what to try."""
+    cache = huggingface_hub.constants.HF_HUB_CACHE
+    where = f"the local hub cache, {cache} ({_CACHE_KEYS} name another)"
+    if type(error).__name__ == "IncompleteSnapshotError":
+        return f"is only in part in {where}: fetching it was cut short", f"perlhf pull {name} fetches the rest"
+    return f"is not in {where}", _ways(name)
+
+
+def _not_fetched(name: str, error: Exception) -> tuple[str, str]:
+    """Why a repository couldn't be fetched, and what to try: by what the hub or the network said."""
+    repository = name.partition("@")[0]
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    token = huggingface_hub.get_token()
+    kept = f"the login's file ({huggingface_hub.constants.HF_TOKEN_PATH})"
+    login = f"HF_TOKEN=..., or `hf auth login`, which writes {kept}"
+    sent = "HF_TOKEN" if os.environ.get("HF_TOKEN") else kept
+    if huggingface_hub.constants.is_offline_mode():
+        cache = huggingface_hub.constants.HF_HUB_CACHE
+        what = f"is not in the hub cache, {cache}, and HF_HUB_OFFLINE forbids to fetch it"
+        return what, f"HF_HUB_OFFLINE=0 perlhf pull {name}; or {_CACHE_KEYS} of the cache that has it"
+    if isinstance(error, GatedRepoError):
+        page = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
+        if token is None:
+            return "is gated, and no token is set", f"accept its terms at {page}, then {login}"
+        return f"is gated, and the account of the token in {sent} has no access", f"accept its terms at {page}"
+    if isinstance(error, RevisionNotFoundError):
+        revision = name.partition("@")[2] or "main"
+        return f"has no revision {revision}", f"a branch, tag or commit of it: perlhf pull {repository}@REVISION"
+    if token is not None and status in (401, 403):
+        return f"could not be fetched: the hub refuses the token in {sent}", f"{login}; or none for public repositories"
+    if isinstance(error, RepositoryNotFoundError):
+        what = "is unknown to the hub" + ("" if token else ", or private: no token is set")
+        return what, f"check the name; a private repository needs {login}; or give {_DIRECTORY}"
+    if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, HfHubHTTPError):
+        cause = first_line(error.__cause__ or error)
+        endpoint = huggingface_hub.constants.ENDPOINT
+        return f"could not be fetched, {endpoint} can't be reached: {cause}", f"check the network; or give {_DIRECTORY}"
+    return f"could not be fetched: {first_line(error)}", _ways(name, pulled=True)
 
 
 def _local(name: str) -> Path | None:
@@ -162,14 +220,13 @@ def _ways(name: str, pulled: bool = False) -> str:
     """How to get a base, for messages."""
     if "/" not in name and (close := nearest(name, [SMOLLM2.name])):
         return f"did you mean {close}? (perlhf pull {close})"
-    directory = "a local directory with config.json, tokenizer and safetensors"
     if pulled:
-        return f"check the name, the network and your hub login; or give {directory}"
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):  # a path: nothing that could be pulled
-        return f"give {directory}; `perlhf pull` fetches {SMOLLM2.name}, which is the default"
+        return f"check the name, the network and your hub login; or give {_DIRECTORY}"
+    if name.startswith(".") or not _HUB_NAME.fullmatch(name):  # a path: nothing that could be pulled
+        return f"give {_DIRECTORY}; `perlhf pull` fetches {SMOLLM2.name}, which is the default"
     if "/" not in name or Path(name).parent.is_dir():
-        return f"give {directory}; or, if it is a model of the hub: perlhf pull {name}"
-    return f"perlhf pull {name}; or give {directory}"
+        return f"give {_DIRECTORY}; or, if it is a model of the hub: perlhf pull {name}"
+    return f"perlhf pull {name}; or give {_DIRECTORY}"
 
 
 def _check_directory(path: Path, name: str) -> Path:
@@ -190,7 +247,7 @@ def _check_directory(path: Path, name: str) -> Path:
             allowed="a model's directory without an adapter in it",
             hint=f"move {_ADAPTER} away if the weights are those of a whole model; an adapter is given as sft or start",
         )
-    missing = [file.name for file in _weight_files(path) if not file.is_file()]
+    missing = [file.name for file in weight_files(path) if not file.is_file()]
     if missing:
         raise ModelError(
             f"base {name} lacks {missing[0]}",
@@ -200,7 +257,7 @@ def _check_directory(path: Path, name: str) -> Path:
     return path
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The safetensors that transformers reads of a model directory, in name order: one file goes before shards."""
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").is_file() or not index.is_file():
@@ -232,10 +289,12 @@ def _settings_hash(file: Path) -> str:
 
 def _name_of(path: Path) -> str:
     """A hub snapshot's id; otherwise the directory as it was given."""
-    repository = path.parent.parent.name
-    if path.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
-    return str(path)
+    return path.parent.parent.name.removeprefix("models--").replace("--", "/") if _of_hub(path) else str(path)
+
+
+def _of_hub(path: Path) -> bool:
+    """Whether a directory is a snapshot in a cache of the hub's: named by its commit."""
+    return path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
 
 
 def first_line(error: BaseException) -> str:

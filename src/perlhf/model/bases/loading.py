@@ -2,27 +2,33 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.auto_factory import _get_model_class
 
 from perlhf.errors import ModelError, PerlhfError
-from perlhf.model.bases.found import Base, first_line
+from perlhf.model.bases.found import Base, first_line, weight_files
 from perlhf.model.bases.packaged import (
     SMOLLM2,
     SMOLLM2_CONFIG,
     quiet,
 )
+from perlhf.model.bases.text_model import is_multimodal, names_of_text, text_config
+from perlhf.model.bases.weights import Stored, fitted, names_in, open_weights, room_for
 from perlhf.model.supported import check_supported
 from perlhf.system.machine import bound_compiled_products, cpu_computes_in_bf16
 
@@ -99,27 +105,65 @@ def _check_vocabulary(base: Base, tokenizer: PreTrainedTokenizerBase, config: Pr
 def load_base(base: Base, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
     """The frozen network: evaluation mode, no gradients. `Model` verifies its forward pass.
 
+    Of a multimodal checkpoint it is the language model alone.
+
     Raises:
-        ModelError: unsupported architecture, no or unreadable safetensors, or missing weights.
+        ModelError: unsupported architecture, no or unreadable safetensors, missing weights, or no memory for them.
+    """
+    return load_network(base, AutoModelForCausalLM, dtype, device).requires_grad_(False)
+
+
+def load_network(
+    base: Base, auto: Any, dtype: torch.dtype, device: str | torch.device, **settings: Any
+) -> PreTrainedModel:
+    """The network that one of transformers' automatic classes makes of a base's configuration, in evaluation mode.
+
+    Args:
+        base: what is read.
+        auto: `AutoModelForCausalLM`, or another of its kind.
+        dtype: of its weights.
+        device: gets each tensor as it is read.
+        settings: of the configuration, such as `num_labels`, which make it a network with tensors of its own.
+
+    Raises:
+        ModelError: as `load_base`.
     """
     bound_compiled_products()
+    where, target = str(base.directory), torch.device(device)
     with quiet(), _model_errors(base, "model"):
         config = _config(base)
         check_supported(config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base.directory,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
+        weights = open_weights(weight_files(base.directory), dtype, target)
+        kept = _of_text(config, weights) if is_multimodal(_whole_config(base)) else weights
+        kind: Any = _get_model_class(config, auto._model_mapping)
+        for key, value in settings.items():
+            setattr(config, key, value)
+        with room_for(kept, dtype, target, where):
+            loaded: Any = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict={own: stored.tensor for own, stored in kept.items()},
+                dtype=dtype,
+                device_map=None if target.type == "cpu" else {"": target},
+                output_loading_info=True,
+            )
+        model, info = loaded
+        if model.can_generate() and (base.directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(base.directory, local_files_only=True)
+    if (missing := sorted(info["missing_keys"])) and not settings:
         what = f"the weights lack {len(missing)} tensors of {type(model).__name__}: {', '.join(missing[:3])}"
-        raise ModelError(what, where=str(base.directory))
-    return model.to(device).eval().requires_grad_(False)
+        raise ModelError(what, where=where)
+    model.config.name_or_path = where
+    return model.to(target).eval()
+
+
+def _of_text(config: PreTrainedConfig, weights: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The language model's tensors of a multimodal checkpoint, by their names in the network."""
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    names = names_of_text(weights.keys(), network)
+    return {own: fitted(weights[name], shapes.get(own, ())) for name, own in names.items()}
 
 
 def without_weights(name: str) -> PreTrainedModel:
@@ -183,6 +227,30 @@ def pick_dtype(dtype: str, device: str | torch.device) -> tuple[torch.dtype, str
 
 
 def _config(base: Base) -> PreTrainedConfig:
+    """Of the language model, which is all that is used of a multimodal checkpoint."""
+    whole = _whole_config(base)
+    return text_config(whole, names_in(weight_files(base.directory))) if is_multimodal(whole) else whole
+
+
+def _whole_config(base: Base) -> PreTrainedConfig:
+    """As config.json says it.
+
+    Raises:
+        ModelError: this transformers has no class for its model_type.
+    """
+    file = base.directory / "config.json"
+    said = json.loads(file.read_text("utf-8"))
+    kind = said.get("model_type") if isinstance(said, dict) else None
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+        release = f"transformers {transformers.__version__}, which is installed,"
+        newer = "pip install --upgrade transformers, if a newer one has it"
+        if said.get("auto_map"):
+            what = f"{kind} can't be a base: its code is in its own directory (auto_map), where none is ever run, and "
+            hint = f"a checkpoint of it in transformers' own layout (often named ...-hf); {newer}"
+            raise ModelError(f"{what}{release} has none for it", where=str(file), hint=hint)
+        saved = said.get("transformers_version")
+        by = f" (it was saved by {saved})" if isinstance(saved, str) else ""
+        raise ModelError(f"{release} doesn't know model_type {kind}{by}", where=str(file), hint=newer)
     return AutoConfig.from_pretrained(base.directory, local_files_only=True, trust_remote_code=False)
 
 
@@ -197,6 +265,11 @@ def _model_errors(base: Base, what: str) -> Iterator[None]:
         # Over files of any kind these libraries raise anything, a bare Exception and a panic of Rust's among it.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        message, where = f"the {what} can't be loaded: {first_line(error)}", str(base.directory)
+        where = str(base.directory)
+        if "trust_remote_code" in str(error):
+            message = f"the {what}'s code is in its own directory, where none is ever run"
+            hint = "a checkpoint of it in transformers' own layout (often named ...-hf)"
+            raise ModelError(message, where=where, hint=hint) from error
+        message = f"the {what} can't be loaded: {first_line(error)}"
         hint = "a directory with config.json, tokenizer and safetensors that this version of transformers can load"
         raise ModelError(message, where=where, allowed=hint) from error

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -211,9 +212,6 @@ def test_damaged_files_are_one_error(copy: Path) -> None:
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="tokenizer can't be loaded"):
         loading.load_tokenizer(Base(copy))
-    (copy / "config.json").write_text('{"model_type": "something-new"}')
-    with pytest.raises(ModelError, match="can't be loaded"):
-        loading.load_base(Base(copy), torch.float32, "cpu")
 
 
 def test_unsupported_architecture_is_refused_before_its_weights_are_read(copy: Path) -> None:
@@ -229,9 +227,19 @@ def test_code_in_a_directory_is_not_run(copy: Path, tmp_path: Path) -> None:
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ModelError, match="can't be loaded"):
+    with pytest.raises(ModelError, match="its code is in its own directory") as caught:
         loading.load_base(Base(copy), torch.float32, "cpu")
+    assert transformers.__version__ in caught.value.what and caught.value.hint
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_family_that_is_newer_than_transformers_names_its_version(copy: Path) -> None:
+    config = {"model_type": "something-new", "transformers_version": "99.1"}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="doesn't know model_type something-new") as caught:
+        loading.load_base(Base(copy), torch.float32, "cpu")
+    assert transformers.__version__ in caught.value.what and "saved by 99.1" in caught.value.what
+    assert "pip install --upgrade transformers" in str(caught.value.hint)
 
 
 def test_tokenizer_gets_padding_and_a_limit(copy: Path) -> None:
@@ -314,9 +322,24 @@ def hub(tiny_base: Path) -> Iterator[tuple[str, list[str]]]:
         def do_GET(self) -> None:
             self.answer(with_body=True)
 
+        def refuse(self, status: int, code: str, message: str) -> None:
+            self.send_response(status)
+            for key, value in {"X-Error-Code": code, "X-Error-Message": message, "Content-Length": "0"}.items():
+                self.send_header(key, value)
+            self.end_headers()
+
         def answer(self, with_body: bool) -> None:
             path, extra = self.path.split("?")[0], {}
-            if path == "/api/models/some/model/revision/main":
+            token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
+            if token == "hf_wrong":
+                return self.refuse(401, "", "Invalid credentials in Authorization header")
+            if "/some/gated" in path:
+                return self.refuse(403 if token else 401, "GatedRepo", "Access to model some/gated is restricted")
+            if "/some/other" in path:
+                return self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
+            if path == "/api/models/some/model/revision/v9":
+                return self.refuse(404, "RevisionNotFound", "Invalid rev id: v9")
+            if path in (f"/api/models/some/model/revision/{name}" for name in ("main", "v1")):
                 siblings = [{"rfilename": name} for name in files]
                 body = json.dumps({"id": "some/model", "sha": COMMIT, "siblings": siblings}).encode()
             elif path == f"/api/models/some/model/tree/{COMMIT}":
@@ -353,11 +376,14 @@ def _oid(data: bytes) -> str:
 
 
 FIND = """
-import json, sys
+import json, os, sys
 from perlhf.model.bases.found import Base, pull
 from perlhf.errors import ModelError
 for step in sys.argv[1:]:
     do, name = step.split(":")
+    if do == "token":
+        os.environ["HF_TOKEN"] = name
+        continue
     try:
         there = Base.find(name) if do == "find" else Base(pull(name, progress=False))
         path = there.directory
@@ -367,11 +393,12 @@ for step in sys.argv[1:]:
 """
 
 
-def find(address: str, home: Path, *steps: str) -> list:
+def find(address: str, home: Path, *steps: str, **more: str) -> list:
     """Results of `pull:NAME` and `find:NAME` in another process (the hub library reads its address at import)."""
     settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings | more
     done = subprocess.run(
-        [sys.executable, "-c", FIND, *steps], env=os.environ | settings, capture_output=True, text=True, check=False
+        [sys.executable, "-c", FIND, *steps], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -389,8 +416,37 @@ def test_hub_names(hub: tuple[str, list[str]], tiny_base: Path, tmp_path: Path) 
     wanted = {file.name for file in tiny_base.iterdir()}
     assert set(names) == set(sent) == wanted and len(sent) == len(wanted)  # no pickles, nothing twice
     digest = hashlib.sha256((tiny_base / "model.safetensors").read_bytes()).hexdigest()
-    assert fingerprint == {"name": "some/model", "sha256": digest, "files": Base(tiny_base).fingerprint["files"]}
-    assert "some/other could not be fetched" in unknown and "local directory" in unknown
+    files = Base(tiny_base).fingerprint["files"]
+    assert fingerprint == {"name": "some/model", "sha256": digest, "files": files, "revision": COMMIT}
+    assert "some/other is unknown to the hub, or private: no token is set" in unknown and "local directory" in unknown
+
+
+def test_revisions_and_what_the_hub_refuses(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    address, home = hub[0], tmp_path / "hf"
+    steps = ["find:some/model@v1", "pull:some/model@v1", "find:some/model@v1", "find:some/model", "pull:some/model@v9"]
+    steps += ["pull:some/gated", "token:hf_wrong", "pull:some/model", "token:hf_right", "pull:some/gated"]
+    said = find(address, home, *steps, "pull:some/other")
+    before, pulled, pinned, unpinned, unknown, no_token, wrong, no_access, private = said
+    assert "perlhf pull some/model@v1" in before and str(home) in before and "HF_HOME" in before
+    assert pulled == pinned and pinned[2]["name"] == "some/model" and pinned[2]["revision"] == COMMIT
+    assert "base some/model is not in the local hub cache" in unpinned  # the main branch wasn't fetched
+    assert "some/model@v9 has no revision v9" in unknown and "perlhf pull some/model@REVISION" in unknown
+    assert "some/gated is gated, and no token is set" in no_token and f"{address}/some/gated" in no_token
+    assert "HF_TOKEN" in no_token and str(home / "token") in no_token
+    assert "the hub refuses the token in HF_TOKEN" in wrong
+    assert "is gated, and the account of the token in HF_TOKEN has no access" in no_access
+    assert "some/other is unknown to the hub\n" in private
+    assert not any(token in json.dumps(said) for token in ("hf_wrong", "hf_right"))
+
+
+def test_a_hub_that_is_forbidden_or_gone_is_told_apart(tmp_path: Path) -> None:
+    """Nobody listens at port 9 of this machine."""
+    address = "http://127.0.0.1:9"
+    (offline,) = find(address, tmp_path, "pull:some/model", HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE forbids to fetch it" in offline and str(tmp_path / "hub") in offline
+    assert "HF_HUB_OFFLINE=0 perlhf pull some/model" in offline
+    (gone,) = find(address, tmp_path, "pull:some/model")
+    assert f"{address} can't be reached" in gone and "check the network" in gone
 
 
 def test_models_of_the_right_size_load_with_the_same_logits(tiny_base: Path) -> None:
