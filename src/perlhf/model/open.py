@@ -33,6 +33,7 @@ from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.bases.found import Base, template_depends_on_day
 from perlhf.model.bases.loading import end_ids, load_tokenizer, vocabulary
+from perlhf.model.bases.untrained import untrained_tokens
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.runs import places
@@ -255,7 +256,7 @@ def open_model(config: StageConfig, base: Base, beside: Path | None = None) -> t
     model = Model.load(base, config.dtype, config.device, vocabulary(tokenizer))
     if model.way.packing == "none":
         note(f"no tree of prefixes, but rows, which are slower: {model.way.why}")
-    return model, Encoder(tokenizer, config.encoding, end_ids(base))
+    return model, Encoder(tokenizer, config.encoding, end_ids(base), untrained_tokens(model.base, tokenizer))
 
 
 def with_day(config: Stage, base: Base) -> Stage:

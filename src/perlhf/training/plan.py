@@ -96,7 +96,8 @@ def plan(config: Stage) -> Plan:
     size, trainable = network.num_parameters(), trainable_parameters(config, network)
     dtype = dtype_in_force(config.dtype, config.device)
     used = before_torch.expected()
-    compiles = dtype == "bfloat16" and not config.device.startswith("cuda")
+    on_gpu = config.device.startswith(("cuda", "mps"))
+    compiles = dtype == "bfloat16" and not on_gpu
     memory = {
         "libraries": OVERHEAD_BYTES,
         "base": size * _size(dtype),
@@ -111,7 +112,7 @@ def plan(config: Stage) -> Plan:
         memory["compiled products"] = COMPILED_BYTES
     updates = count_updates(config, sides)
     tell(sides)
-    kernels = "not for a GPU" if config.device.startswith("cuda") else cpu.compiler()[1]
+    kernels = "not for a GPU" if on_gpu else cpu.compiler()[1]
     return Plan(stage, records, updates, config.learning_rate, size, trainable, dtype, used, kernels, memory)
 
 
@@ -196,9 +197,12 @@ def _frozen_adapters(config: Stage) -> int:
 
 
 def dtype_in_force(dtype: str, device: str) -> str:
-    """`auto` resolved, also for a device that isn't here: bfloat16 on CUDA or where the CPU is faster in it."""
+    """`auto` resolved, also for a device that isn't here: bfloat16 on CUDA or where the CPU is faster in it,
+    float32 on Apple's GPUs."""
     if dtype != "auto":
         return dtype
+    if device.startswith("mps"):
+        return "float32"
     return "bfloat16" if device.startswith("cuda") or cpu_computes_in_bf16()[0] else "float32"
 
 

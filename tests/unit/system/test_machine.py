@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import perlhf
+from perlhf.system import machine
 from perlhf.system.machine import (
     COMPILED_PRODUCTS,
     bound_compiled_products,
@@ -166,3 +167,24 @@ def test_free_memory_is_the_gpus_where_one_is_meant(tmp_path: Path, monkeypatch:
         own = free_memory_bytes(device)
         assert own is not None and 2**20 < own < environment()["hardware"]["memory_bytes"]
     assert free_memory_bytes("cuda") is None
+
+
+def test_memory_of_a_container_is_what_that_has_left(tmp_path: Path) -> None:
+    """Groups lie in one another; each may have a limit, and pages of files that can be dropped are free."""
+    inner = tmp_path / "cgroup" / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for group, limit, used in ((inner, "max", 5), (inner.parent, "1000", 700)):
+        (group / "memory.max").write_text(limit + "\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text("anon 300\ninactive_file 400\n")
+    own = tmp_path / "own"
+    own.write_text("12:cpu:/old\n0::/outer/inner\n")
+    assert machine._groups(tmp_path / "cgroup", own) == [(1000, 300)]
+    assert machine._groups(tmp_path / "cgroup", tmp_path / "none") == []
+    own.write_text("0::/../../etc\n")
+    assert machine._groups(tmp_path / "cgroup", own) == []
+
+
+def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_groups", lambda: [(1000, 300), (2000, 1900)])
+    assert free_memory_bytes("cpu") == free_memory_bytes("mps") == 100 and machine.memory_bytes() == 1000

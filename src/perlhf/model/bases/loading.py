@@ -184,19 +184,22 @@ def without_weights(name: str) -> PreTrainedModel:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """`auto` is the first CUDA device, else the CPU.
+    """`auto` is the first CUDA device, else the CPU; `mps`, Apple's GPU, is taken where it is named and there.
 
     Raises:
         ModelError: the named device isn't there.
     """
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    allowed = "auto, cpu" + "".join(f", cuda:{index}" for index in range(torch.cuda.device_count()))
+    mps = torch.backends.mps.is_available()
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] + (["mps"] if mps else [])
+    allowed = ", ".join(["auto", "cpu", *gpus])
     try:
         named = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"unknown device {device}", where="device", allowed=allowed) from error
-    if named.type not in ("cpu", "cuda") or (named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count()):
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}.get(named.type, 0)
+    if (named.index or 0) >= there:
         raise ModelError(f"device {device} isn't available here", where="device", allowed=allowed)
     return named
 
@@ -206,9 +209,12 @@ def pick_dtype(dtype: str, device: str | torch.device) -> tuple[torch.dtype, str
 
     Args:
         dtype: `auto`, `bfloat16` or `float32`; `auto` is bfloat16 where the hardware is faster in it.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
     """
-    if pick_device(device).type == "cuda":
+    kind = pick_device(device).type
+    if kind == "mps":
+        fast, why = False, "bfloat16 was never tried on Apple's GPUs"
+    elif kind == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         why = "this GPU computes in it" if fast else "this GPU has no bfloat16 instructions"
     else:

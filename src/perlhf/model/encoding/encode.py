@@ -5,7 +5,7 @@ template adds to them once it is answered, up to the end token that closes the l
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +54,21 @@ class Encoder:
     Args:
         network_ends: ids that the network itself ends an answer with (`model.base.end_ids`); each of them ends a
             completion that is sampled, beside the one that completions are trained to end with.
+        untrained: tokens that the network never learned (`model.bases.untrained`); of each that is met, it is told.
 
     Raises:
         ConfigError: a template that isn't there.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: EncodingConfig, network_ends: Sequence[int] = ()):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EncodingConfig,
+        network_ends: Sequence[int] = (),
+        untrained: Mapping[int, str] | None = None,
+    ):
         self.tokenizer, self.config = tokenizer, config
+        self._untrained = dict(untrained or {})
         self._told: set[str] = set()
         self.max_tokens = min(config.max_tokens, tokenizer.model_max_length)
         own_limit = tokenizer.init_kwargs.get("model_max_length") or self.max_tokens
@@ -86,7 +94,9 @@ class Encoder:
         """
         messages = self._messages(text)
         self.chat.check(messages, tools)
-        return self.chat.ids(messages, _ending(messages), tools)
+        ids = self.chat.ids(messages, _ending(messages), tools)
+        self._check_trained(ids)
+        return ids
 
     def examples(
         self, prompt: Text, completions: Sequence[Text], where: str = "", tools: Tools | None = None
@@ -107,6 +117,7 @@ class Encoder:
             answers = [self._answer(messages, ids, completion, tools) for completion in completions]
         except DataError as error:
             raise DataError(error.what, where=where or error.where, allowed=error.allowed, hint=error.hint) from error
+        self._check_trained(ids, *(answer for answer, _ in answers))
         longest = max(len(answer) for answer, _ in answers)
         room = self.max_tokens - longest
         if room < 1:
@@ -279,6 +290,16 @@ class Encoder:
         elif begin is not None and (at := closed.find(text.strip(), begin)) >= 0:
             text = closed[begin:at] + text.lstrip() if closed[begin:at].isspace() else text
         return [*self.chat.tokenised_after(text, rendered=False), self.end_id]
+
+    def _check_trained(self, *sequences: Sequence[int]) -> None:
+        """Tells of each token that is used and that the network never learned."""
+        met = self._untrained.keys() & {number for ids in sequences for number in ids} if self._untrained else ()
+        for number in sorted(met):
+            token = self.tokenizer.convert_ids_to_tokens(number)
+            self._tell(
+                f"records or their template use {token!r} ({number}), which the base never learned: its embedding "
+                f"{self._untrained[number]}, and no adapter trains it"
+            )
 
     def _tell(self, sentence: str) -> None:
         """Says it once, on standard error."""

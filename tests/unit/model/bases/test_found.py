@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -329,29 +329,13 @@ def hub(tiny_base: Path) -> Iterator[tuple[str, list[str]]]:
             self.end_headers()
 
         def answer(self, with_body: bool) -> None:
-            path, extra = self.path.split("?")[0], {}
+            path = self.path.split("?")[0]
             token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
-            if token == "hf_wrong":
-                return self.refuse(401, "", "Invalid credentials in Authorization header")
-            if "/some/gated" in path:
-                return self.refuse(403 if token else 401, "GatedRepo", "Access to model some/gated is restricted")
-            if "/some/other" in path:
-                return self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
-            if path == "/api/models/some/model/revision/v9":
-                return self.refuse(404, "RevisionNotFound", "Invalid rev id: v9")
-            if path in (f"/api/models/some/model/revision/{name}" for name in ("main", "v1")):
-                siblings = [{"rfilename": name} for name in files]
-                body = json.dumps({"id": "some/model", "sha": COMMIT, "siblings": siblings}).encode()
-            elif path == f"/api/models/some/model/tree/{COMMIT}":
-                tree = [{"type": "file", "path": n, "size": len(d), "oid": _oid(d)} for n, d in files.items()]
-                body = json.dumps(tree).encode()
-            elif path.startswith(f"/some/model/resolve/{COMMIT}/"):
-                name = path.split(f"{COMMIT}/")[1]
-                body, extra = files[name], {"ETag": f'"{_oid(files[name])}"', "X-Repo-Commit": COMMIT}
-                sent.extend([name] if with_body else [])
-            else:
-                self.send_error(404)
-                return
+            if (refusal := _refusal(path, token)) is not None:
+                return self.refuse(*refusal)
+            body, extra = _content(path, files)
+            if path.startswith("/some/model/resolve/") and with_body:
+                sent.append(path.split(f"{COMMIT}/")[1])
             self.send_response(200)
             for key, value in {"Content-Length": str(len(body)), **extra}.items():
                 self.send_header(key, value)
@@ -369,6 +353,29 @@ def hub(tiny_base: Path) -> Iterator[tuple[str, list[str]]]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def _content(path: str, files: Mapping[str, bytes]) -> tuple[bytes, dict[str, str]]:
+    """What the hub sends, and its headers."""
+    if path.startswith("/api/models/some/model/revision/"):
+        siblings = [{"rfilename": name} for name in files]
+        return json.dumps({"id": "some/model", "sha": COMMIT, "siblings": siblings}).encode(), {}
+    if path == f"/api/models/some/model/tree/{COMMIT}":
+        tree = [{"type": "file", "path": n, "size": len(d), "oid": _oid(d)} for n, d in files.items()]
+        return json.dumps(tree).encode(), {}
+    body = files[path.split(f"/some/model/resolve/{COMMIT}/")[1]]
+    return body, {"ETag": f'"{_oid(body)}"', "X-Repo-Commit": COMMIT}
+
+
+def _refusal(path: str, token: str) -> tuple[int, str, str] | None:
+    """Status, code and message with which the real hub refuses."""
+    if token == "hf_wrong":
+        return 401, "", "Invalid credentials in Authorization header"
+    if "/some/gated" in path:
+        return 403 if token else 401, "GatedRepo", "Access to model some/gated is restricted"
+    if "/some/other" in path:
+        return 404 if token else 401, "RepoNotFound", "Repository not found"
+    return (404, "RevisionNotFound", "Invalid rev id: v9") if path.endswith("/revision/v9") else None
 
 
 def _oid(data: bytes) -> str:
