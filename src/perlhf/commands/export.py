@@ -29,7 +29,7 @@ from perlhf.method.packing import Ids, Tokens, pack, pad
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.bases.found import Base
-from perlhf.model.bases.loading import end_ids, load_base, vocabulary
+from perlhf.model.bases.loading import end_ids, holds_more_than_text, load_base, load_network, vocabulary
 from perlhf.model.bases.packaged import SMOLLM2, disk_errors, quiet
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.encoding.templates import on_day, templates_of
@@ -125,7 +125,7 @@ def _export_merged(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
     records = _records(run, config)
     tokenizer = run.tokenizer()
     reward = adapter.score_head is not None
-    merged = _classifier(run.base.directory, model, dtype) if reward else load_base(run.base, dtype, model.device)
+    merged = _classifier(run.base, model, dtype) if reward else load_base(run.base, dtype, model.device)
     _merge(merged, adapter)
     _prepare(tokenizer, encoder, reward=reward, records=records)
     details: dict[str, Any] = {"format": "merged", "stage": run.stage, "base": model.fingerprint["name"]}
@@ -281,6 +281,11 @@ def _notes(run: FinishedRun, config: ExportConfig, details: dict[str, Any]) -> l
             f"base_model_name_or_path is {details['base_model_name_or_path']}, which is there on this machine alone; "
             "--base-name ID names the base as others find it"
         )
+    if config.format == "peft" and holds_more_than_text(run.base):
+        notes.append(
+            "the base is a multimodal checkpoint: other tools must load its text model under this adapter, not the "
+            "whole; --format merged writes a text model that they load as it is"
+        )
     if (share := details.get("error_over_deviation")) is not None and share > LOST:
         hint = "" if details["dtype"] == "float32" else "; --dtype float32 writes weights that aren't rounded"
         notes.append(f"the mean error of a score is {share:.1%} of the scores' deviation{hint}")
@@ -292,17 +297,12 @@ def _notes(run: FinishedRun, config: ExportConfig, details: dict[str, Any]) -> l
     return notes
 
 
-def _classifier(directory: Path, model: Model, dtype: torch.dtype) -> PreTrainedModel:
+def _classifier(base: Base, model: Model, dtype: torch.dtype) -> PreTrainedModel:
     """A second network, plain, with a classification head."""
-    with quiet():
-        try:
-            network = AutoModelForSequenceClassification.from_pretrained(
-                directory, num_labels=1, dtype=dtype, local_files_only=True, trust_remote_code=False
-            )
-        except ValueError as error:
-            name = type(model.base).__name__
-            hint = "--format peft"
-            raise ConfigError(f"transformers has no classifier beside {name}", where="format", hint=hint) from error
+    if AutoModelForSequenceClassification._model_mapping.get(type(model.base.config), None) is None:
+        name = type(model.base).__name__
+        raise ConfigError(f"transformers has no classifier beside {name}", where="format", hint="--format peft")
+    network: Any = load_network(base, AutoModelForSequenceClassification, dtype, model.device, num_labels=1)
     head = getattr(network, "score", None)
     if not isinstance(head, nn.Linear) or head.weight.shape != (1, model.hidden_size) or head.bias is not None:
         what = f"the head of {type(network).__name__} isn't one row without bias"

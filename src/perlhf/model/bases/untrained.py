@@ -23,11 +23,10 @@ bfloat16 included 0.01."""
 @torch.no_grad()
 def untrained_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Ids of added tokens that were never trained, with what shows it, as a clause after `its embedding`."""
-    weight: Any = getattr(network.get_input_embeddings(), "weight", None)
-    padding = getattr(network.get_input_embeddings(), "padding_idx", None)  # zero by torch's own rule
-    known = tokenizer.added_tokens_decoder
-    added = sorted(number for number in known if weight is not None and number < len(weight) and number != padding)
-    if not added or weight.ndim != 2 or weight.is_meta:
+    embedding: Any = network.get_input_embeddings()
+    weight, padding = embedding.weight, getattr(embedding, "padding_idx", None)  # whose row torch makes zero
+    added = sorted(n for n in tokenizer.added_tokens_decoder if n < len(weight) and n != padding)
+    if not added or weight.is_meta:
         return {}
     rows = weight[added].float()
     sample = weight[:: max(1, len(weight) // _SAMPLE)].float()
