@@ -169,7 +169,7 @@ class StageConfig(Frozen):
     run: Path
     """Run directory; running the same command again continues it."""
     base: str = DEFAULT_BASE
-    """The frozen network: a packaged name, a hub id (`ORG/NAME[@REVISION]`), or a directory (`perlhf pull` fetches it)."""
+    """The frozen network: a packaged name, a hub id (`ORG/NAME[@REVISION]`; `perlhf pull` gets it), or a directory."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the base; `auto` is bfloat16 where the hardware is faster in it, else float32."""
     device: str = "auto"

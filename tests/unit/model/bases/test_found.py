@@ -22,6 +22,8 @@ from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError
 from perlhf.model.bases import found, loading
 from perlhf.model.bases.found import Base
+from perlhf.system import hashes
+from perlhf.system.files import sha256
 from perlhf.system.machine import cache_dir, cpu_computes_in_bf16
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -179,6 +181,32 @@ def test_a_base_with_an_adapter_in_it_is_refused(copy: Path, tmp_path: Path) -> 
     with pytest.raises(ModelError, match=r"adapter_config\.json") as error:
         Base.find(str(copy))
     assert "move adapter_config.json away" in str(error.value)
+
+
+def test_a_pull_hashes_the_weights_so_that_no_later_command_reads_them(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All shards are one entry of the cache of hashes."""
+    shards = [copy / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    for shard, names in zip(shards, (sorted(tensors)[:3], sorted(tensors)[3:]), strict=True):
+        save_file({name: tensors[name] for name in names}, shard, metadata={"format": "pt"})
+        os.utime(shard, ns=(1, 1))
+    weight_map = {"a": shards[0].name, "b": shards[1].name}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    monkeypatch.setattr(found, "_snapshot", lambda *_, **__: copy)
+    monkeypatch.setattr(hashes, "SMALL_BYTES", 1)
+    monkeypatch.setattr(hashes, "GRANULARITY_NS", -1)
+    read: list[Path] = []
+    monkeypatch.setattr(hashes, "sha256", lambda *files: read.extend(files) or sha256(*files))
+    found.pull("some/model", progress=False)
+    assert [file for file in read if file in shards] == shards
+    read.clear()
+    before = Base(copy).fingerprint["sha256"]
+    assert read == []
+    shards[1].write_bytes(shards[1].read_bytes()[:-4] + b"\0\0\1\0")
+    assert Base(copy).fingerprint["sha256"] != before and [file for file in read if file in shards] == shards
 
 
 def test_fingerprint_needs_no_writable_cache(copy: Path, cache: Path) -> None:
