@@ -157,7 +157,8 @@ def write_adapter(directory: Path, saved: SavedAdapter, base_name: str | None = 
         write_tensors(file, tensors, directory)
         if not full:
             settings = settings_of(adapter, saved.targets, base_name or saved.base.get("name") or None)
-            settings |= {} if base_name else {"revision": saved.base["revision"]} if "revision" in saved.base else {}
+            if "revision" in saved.base and base_name in (None, saved.base["name"]):
+                settings["revision"] = saved.base["revision"]
             (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         details = {
             "format": _FORMAT,

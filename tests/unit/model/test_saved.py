@@ -504,3 +504,14 @@ def test_an_adapter_says_which_file_of_its_base_was_changed(model):
             check_base(saved, BASE | {"files": files})
     check_base(saved, BASE)
     check_base(replace(saved, base=BASE), recorded)  # made by an earlier version, which recorded no files
+
+
+def test_the_commit_of_a_hub_base_goes_with_the_adapter_and_comes_back(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """In the key that peft gives to transformers; where the base is named otherwise, nobody knows its commit."""
+    of_hub = replace(adapter(model), base={"name": "org/base", "sha256": "a" * 64, "files": {}, "revision": "b" * 40})
+    write_adapter(tmp_path / "ours", of_hub)
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["revision"] == "b" * 40
+    (tmp_path / "ours" / "perlhf.json").unlink()
+    assert read_adapter(tmp_path / "ours").base["name"] == "org/base@" + "b" * 40
+    write_adapter(tmp_path / "elsewhere", of_hub, "/models/base")
+    assert "revision" not in json.loads((tmp_path / "elsewhere" / "adapter_config.json").read_text())
