@@ -4,6 +4,7 @@
 forward uses it) and nowhere else.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_base, pick_device, pick_dtype
 from perlhf.model.rows import Forward, RowsCache
 from perlhf.model.supported import Way, choose_way, network_below, target_paths
+from perlhf.model.ways import recall, remember
 
 Cache = KeyValueCache | RowsCache
 """What is kept of prompts and sampled tokens, by the way of the base."""
@@ -58,12 +60,19 @@ class Model:
         fingerprint: name and hashes of the base, recorded with every adapter.
         vocabulary: tokens that the tokenizer has; null takes all rows of the embedding. The rows beyond, which padding
             has left, have probability 0 in sampling and in log-probabilities alike.
+        known: the way of other weights of the same configuration, which is seen to hold on these (`choose_way`).
 
     Raises:
         ModelError: its forward pass isn't what training assumes.
     """
 
-    def __init__(self, base: PreTrainedModel, fingerprint: dict[str, Any], vocabulary: int | None = None):
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        fingerprint: dict[str, Any],
+        vocabulary: int | None = None,
+        known: Way | None = None,
+    ):
         self.base = base.eval().requires_grad_(False)
         modules.fuse(self.base)
         self.fingerprint, self.vocabulary = fingerprint, vocabulary
@@ -77,7 +86,7 @@ class Model:
         self.hidden_size = int(base.config.get_text_config().hidden_size)
         tree_attention.register()
         self.way = Way()
-        choose_way(self)
+        choose_way(self, known)
         if self.way.packing == "tree":
             modules.fuse_attention(self.base)
 
@@ -90,7 +99,11 @@ class Model:
         """
         target = pick_device(device)
         chosen, _ = pick_dtype(dtype, target.type)
-        return cls(load_base(base, chosen, target), base.fingerprint, vocabulary)
+        network = load_base(base, chosen, target)
+        config = copy.deepcopy(network.config)  # what is computed with it is written into it
+        model = cls(network, base.fingerprint, vocabulary, recall(config, chosen, target))
+        remember(config, chosen, target, model.way)
+        return model
 
     # adapters
 

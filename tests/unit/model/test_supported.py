@@ -36,7 +36,7 @@ from perlhf.errors import ModelError
 from perlhf.kernels.sight import Sight
 from perlhf.method.logprobs import Logits
 from perlhf.model.model import Model
-from perlhf.model.supported import check_supported, decoder_and_head
+from perlhf.model.supported import Way, check_supported, decoder_and_head
 
 SMALL = {
     "vocab_size": 64,
@@ -141,6 +141,31 @@ def test_layers_whose_weights_are_read_without_a_call_are_not_adapted() -> None:
     assert {path.rpartition(".")[2] for path in model.targets("all")} == {"in_proj", "x_proj", "out_proj"}
 
 
+def llama(**changes: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**{**SMALL, **changes})).eval()
+
+
+def test_a_known_way_is_taken_where_it_holds_and_the_logits_are_those_of_the_weights() -> None:
+    said = Way("none", "somebody said so", logits=Logits(3.0))
+    assert Model(llama(), {}, known=said).way == Way("none", "somebody said so")
+    cohere = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.5, use_qk_norm=False)).eval()
+    assert Model(cohere, {}, known=Way()).way == Way(logits=Logits(0.5))
+
+
+def test_a_known_way_that_does_not_hold_is_as_if_nothing_were_known() -> None:
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
+    assert Model(bloom.eval(), {}, known=Way()).way.why == "its layers' masks are of no known form"
+    assert Model(llama(), {}, known=Way(uncalled=("model.layers.0.mlp.down",))).way == Way()
+    rwkv = RwkvForCausalLM(RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32))
+    assert not Model(rwkv.eval(), {}, known=Way("none", "said")).way.reuses_cache
+    acausal = llama()
+    for layer in acausal.model.layers:
+        attention: Any = layer.get_submodule("self_attn")
+        attention.is_causal = False
+    with pytest.raises(ModelError, match="attention is not causal"):
+        Model(acausal, {}, known=Way())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lost", ["position_ids", "tree", "sampled"])
 def test_what_is_not_handed_on_is_found_out(lost: str, dtype: torch.dtype) -> None:
@@ -149,6 +174,38 @@ def test_what_is_not_handed_on_is_found_out(lost: str, dtype: torch.dtype) -> No
     hand_on = model.model.forward
     model.model.forward = lambda *inputs, **named: hand_on(*inputs, **{k: v for k, v in named.items() if k != lost})
     assert opened(model.to(dtype)).way.packing == "none"
+
+
+@pytest.mark.parametrize(
+    "full",
+    [
+        torch.OutOfMemoryError("Tried to allocate 20.00 MiB"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["GPU", "broken GPU", "CPU"],
+)
+@pytest.mark.parametrize("where", ["tree", "sampled"])
+def test_full_memory_chooses_no_other_way(full: RuntimeError, where: str) -> None:
+    model: Any = LlamaForCausalLM(LlamaConfig(**SMALL))
+    hand_on = model.model.forward
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        if where in named:
+            raise full
+        return hand_on(*inputs, **named)
+
+    model.model.forward = forward
+    with pytest.raises(RuntimeError) as error:
+        opened(model)
+    assert error.value is full
+
+
+def test_weights_that_are_no_numbers_are_told() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model.model.layers[1].get_submodule("mlp.up_proj").weight.data[3, 5] = float("nan")
+    with pytest.raises(ModelError, match=r"its states aren't numbers in float32: were its weights damaged\?"):
+        opened(model)
 
 
 def test_head_of_decoder_gives_the_logits() -> None:
