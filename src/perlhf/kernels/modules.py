@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from perlhf.errors import AdapterError
 from perlhf.kernels import cpu, tree_attention
 from perlhf.kernels.call import HeldPair, current_call
-from perlhf.method.lora import LowRank, adapted_linear, joined, match
+from perlhf.method.lora import LowRank, adapted_linear, ends_with, joined, match
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
 KNOWN = ("config", "layer_idx", "head_dim", "scaling", "num_key_value_groups")
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Names of modules that choose experts, and of what they are made of, in networks that have some."""
+SHARED = ("shared_expert", "shared_experts", "shared_mlp")
+"""Names of modules beside the experts, that all tokens go through."""
 
 
 class AdaptedLinear(nn.Module):
@@ -162,12 +167,55 @@ def match_targets(
 ) -> list[str]:
     """Module paths that `targets` names in `layers`, in module order (`lora.match`).
 
+    Of a mixture of experts `attention` takes the projections that all tokens share, too, `all` the experts that are
+    linear layers; routers are never adapted.
+
     Args:
         modules: `named_modules()` of the base.
         skip: paths never adapted (the output head).
+
+    Raises:
+        AdapterError: a target that matches nothing, or names fused experts or a router.
     """
+    modules = list(modules)
     linear = [n for n, m in modules if is_linear(m) and n not in skip]
-    return match(linear, targets, layers)
+    fused, routers, shared = fused_experts(modules), [], []
+    if fused or any("experts" in path.split(".") for path in linear):
+        routers = [path for path, _ in modules if not {*path.split(".")}.isdisjoint(ROUTERS)]
+        linear = [path for path in linear if path not in routers]
+        shared = [path for path in linear if not {*path.split(".")}.isdisjoint(SHARED)]
+    for target in () if targets in ("all", "attention") else (targets,) if isinstance(targets, str) else targets:
+        if not any(ends_with(path, target) for path in linear):
+            hint = "--adapter.targets all"
+            if any(ends_with(path, target) for path in (*fused, *(path.rpartition(".")[0] for path in fused))):
+                what = f"adapter target '{target}' names experts that are fused into one tensor, which can't be adapted"
+                hint += " takes every layer beside them"
+                raise AdapterError(what, where="adapter.targets", allowed=_names(linear), hint=hint)
+            if any(ends_with(path, target) for path in routers):
+                what = f"adapter target '{target}' names a router, which chooses experts and is never adapted"
+                raise AdapterError(what, where="adapter.targets", allowed=_names(linear), hint=hint)
+    return match(linear, targets, layers, shared)
+
+
+def fused_experts(modules: Iterable[tuple[str, nn.Module]], targets: str | tuple[str, ...] = "all") -> list[str]:
+    """Paths of the weights that hold all experts of a layer, as far as `targets` would name them: no linear layers.
+
+    Args:
+        modules: `named_modules()` of the base.
+    """
+    found = []
+    for path, module in modules:
+        if "experts" in type(module).__name__.lower() and not isinstance(module, nn.Linear):
+            held = [name for name, weight in module.named_parameters(recurse=False) if weight.ndim > 2 and len(weight)]
+            found += [path if name == "weight" else f"{path}.{name}" for name in held]
+    if targets == "all":
+        return found
+    wanted = () if targets == "attention" else (targets,) if isinstance(targets, str) else targets
+    return [path for path in found if any(ends_with(path, target) for target in wanted)]
+
+
+def _names(linear: Sequence[str]) -> str:
+    return f"attention, all, or names among {', '.join(sorted({path.rpartition('.')[2] for path in linear}))}"
 
 
 @torch.no_grad()

@@ -35,7 +35,8 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("q_lora_rank kv_lora_rank moe_intermediate_size moe_hidden_size mamba_d_head".split(), 16),
     **dict.fromkeys("shared_expert_intermediate_size moe_shared_expert_intermediate_size mamba_head_dim".split(), 16),
     **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), 4),
-    **dict.fromkeys("mamba_dt_rank laurel_rank time_step_rank rotary_dim lora_rank mamba_n_heads".split(), 4),
+    **dict.fromkeys("mamba_dt_rank laurel_rank time_step_rank rotary_dim lora_rank".split(), 4),
+    **dict.fromkeys("mamba_n_heads mamba_num_heads".split(), 4),
     **dict.fromkeys(
         "num_experts_per_tok top_k_experts moe_topk num_experts_per_token moe_k mamba_num_heads".split(), 4
     ),

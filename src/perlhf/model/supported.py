@@ -34,8 +34,6 @@ _MIXED = ("full_attention", "sliding_attention", "chunked_attention")
 _TOLERANCE = 0.08
 """In bfloat16. On a CPU, SmolLM2-135M's states differ by up to 0.03 (2e-6 in float32) where all is well, by 0.1 with
 positions off by one, and by 0.4 for sampled tokens where positions are ignored."""
-_ROUTERS = ("gate", "router", "shared_expert_gate", "classifier")
-"""Last names of linear layers that choose experts."""
 FAULTS = (TypeError, ValueError, RuntimeError, LookupError, StopIteration, AttributeError, NotImplementedError)
 """What networks raise for arguments that they don't take."""
 
@@ -94,17 +92,15 @@ def network_below(model: PreTrainedModel) -> nn.Module:
 def target_paths(
     network: PreTrainedModel, targets: str | tuple[str, ...], layers: str = "all", uncalled: Sequence[str] = ()
 ) -> list[str]:
-    """Paths of the linear layers below the output head that `targets` names in `layers` (`lora.match`). Routers of
-    experts and layers whose weights are read without a call (`Way.uncalled`) are none of them.
+    """Paths of the linear layers below the output head that `targets` names in `layers` (`modules.match_targets`).
+    Layers whose weights are read without a call (`Way.uncalled`) are none of them.
 
     Raises:
-        AdapterError: a target that matches nothing.
+        AdapterError: a target that matches nothing, or names what is never adapted.
     """
     head = network.get_output_embeddings()
     skip = [path for path, module in network.named_modules() if module is head]
-    skip += [path for path, _ in network.named_modules() if path.rpartition(".")[2] in _ROUTERS]
-    skip = (*skip, *uncalled)
-    return match_targets(network.named_modules(), targets, skip, layers)
+    return match_targets(network.named_modules(), targets, (*skip, *uncalled), layers)
 
 
 @torch.no_grad()
@@ -199,7 +195,7 @@ class _NoWay(Exception):
 
 @contextmanager
 def _tried(what: str) -> Iterator[None]:
-    """What networks raise for arguments that they don't take is no way; full memory and a broken GPU stay what they are.
+    """What networks raise for arguments that they don't take is no way; full memory and a broken GPU are told as that.
 
     Raises:
         _NoWay: it says `what`, and the fault.
