@@ -47,6 +47,8 @@ def plan(settings: BaseModel, planned: "Plan") -> None:
     rows.append(("weights of the base", f"{planned.base_parameters:,} ({planned.dtype})"))
     for adapter, count in planned.trainable.items():
         rows.append((f"trainable, {adapter}", f"{count:,} ({count / planned.base_parameters:.2%})"))
+    rows.append(("way", planned.way))
+    rows += [("note", note) for note in planned.notes]
     hint = "system (libtcmalloc-minimal4 or libjemalloc2 would save memory)"
     rows.append(("allocator", hint if planned.allocator == "system" else planned.allocator))
     rows.append(("kernels of the CPU", planned.kernels))

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from perlhf.errors import ModelError
 from perlhf.kernels import cpu
+from perlhf.model.bases.found import first_line
 from perlhf.model.bases.packaged import quiet
 from perlhf.model.model import Model
 from perlhf.model.supported import FAULTS, Way
@@ -55,31 +57,26 @@ class Foretold:
     """None: nobody can tell."""
     source: str
     """How it was found, or why it can't be told."""
-    copy: PreTrainedModel | None
-    """The small copy, whose modules have the base's paths; None where there is none."""
+
+    @property
+    def uncalled(self) -> tuple[str, ...]:
+        """Layers that are never adapted, as far as that is known (`Way.uncalled`)."""
+        return self.way.uncalled if self.way else ()
 
 
 def foretell(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Foretold:
-    """The way of a base with this configuration.
-
-    Raises:
-        ModelError: no way goes through the small copy, and none was found before.
-    """
-    kept = recall(config, dtype, device)
+    """The way of a base with this configuration, loaded in a dtype onto a device."""
+    if kept := recall(config, dtype, device):
+        return Foretold(kept, KEPT)
     narrow = dict(_narrowed(config.to_dict()))
     try:
         network = _random(type(config).from_dict(narrow))
-    except (*FAULTS, ArithmeticError, AssertionError, ImportError) as error:  # of sizes that don't go together
-        reason = f"no small copy can be made of it ({error!r:.200})"
-        return Foretold(kept, KEPT if kept else f"{UNKNOWN}: {reason}", None)
-    if kept:
-        return Foretold(kept, KEPT, network)
-    try:
         with quiet(), cpu.off():
-            way = Model(network, {"name": "a small copy", "sha256": ""}).way
-    except ModelError as error:
-        return Foretold(None, f"{UNKNOWN}: of a small copy, {error.what}", network)
-    return Foretold(way, COPIED, network)
+            return Foretold(Model(network, {"name": "a small copy", "sha256": ""}).way, COPIED)
+    except (*FAULTS, ArithmeticError, AssertionError, ImportError, StrictDataclassError) as error:
+        # Of sizes that don't go together.
+        reason = error.what if isinstance(error, ModelError) else f"{type(error).__name__}: {first_line(error):.200}"
+        return Foretold(None, f"{UNKNOWN}, since a small copy of it doesn't compute ({reason})")
 
 
 def _random(config: PreTrainedConfig) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from perlhf.errors import AdapterError, ModelError
+from perlhf.errors import AdapterError
 from perlhf.kernels import cpu, modules, tree_attention
 from perlhf.kernels.call import HeldPair, Turns, calling, current_call
 from perlhf.kernels.kv_cache import KeyValueCache
@@ -26,7 +26,7 @@ from perlhf.model.adapter import Adapter, Role
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_base, pick_device, pick_dtype
 from perlhf.model.rows import Forward, RowsCache
-from perlhf.model.supported import Way, choose_way, network_below, target_paths
+from perlhf.model.supported import Packed, Way, choose_way, network_below, packing_of, target_paths
 from perlhf.model.ways import recall, remember
 
 Cache = KeyValueCache | RowsCache
@@ -187,17 +187,13 @@ class Model:
 
     # forward passes
 
-    def packing(self, asked: Literal["auto", "tree", "none"]) -> Packing:
+    def packing(self, asked: Packed) -> Packing:
         """How sequences are computed together, by what was asked for and what the network can.
 
         Raises:
             ModelError: a tree was asked for, which the network can't.
         """
-        if asked == "tree" and self.way.packing == "none":
-            raise ModelError(
-                f"this base can't be computed as a tree: {self.way.why}", where="packing", allowed="auto, none"
-            )
-        return self.way.packing if asked == "auto" else asked
+        return packing_of(self.way, asked)
 
     def scores(self, batch: Batch, adapter: str, *, dropout: bool = False) -> Tensor:
         """Scalar head on the state of each sequence's last token, float32 [batch]."""

@@ -9,7 +9,7 @@ computed in rows, by its own forward.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,30 @@ class Way:
     """Whether that cache can be repeated for many completions; else each step computes all tokens anew."""
     measured: bool = False
     """Whether `why` is a number that was too large on these weights: other weights might have another way."""
+
+
+Packed = Literal["auto", "tree", "none"]
+"""What can be asked for."""
+
+
+def packing_of(way: Way, asked: Packed) -> Packing:
+    """How sequences are computed together, by what was asked for and what a network can.
+
+    Raises:
+        ModelError: a tree was asked for, which it can't.
+    """
+    if asked == "tree" and way.packing == "none":
+        what = f"this base can't be computed as a tree: {way.why}"
+        raise ModelError(what, where="packing", allowed="auto, none")
+    return way.packing if asked == "auto" else asked
+
+
+def told(way: Way, asked: Packed) -> dict[str, str]:
+    """The way in force and why, as a manifest has it."""
+    packing = packing_of(way, asked)
+    if packing == "tree":
+        return {"packing": packing, "why": "it mixes tokens by attention alone, which a tree of prefixes can be given"}
+    return {"packing": packing, "why": way.why or "packing: none was asked for"}
 
 
 def check_supported(config: PreTrainedConfig) -> None:
