@@ -90,10 +90,14 @@ def _random(config: PreTrainedConfig) -> PreTrainedModel:
     return network
 
 
-def _narrowed(said: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """A configuration's values, widths among them made small, in lists of each layer's and nested ones, too."""
+def _narrowed(said: dict[str, Any], latent: bool = False) -> Iterator[tuple[str, Any]]:
+    """A configuration's values, widths among them made small, in lists of each layer's and nested ones, too.
+
+    Args:
+        latent: attention has widths of its own, which stay, and a key for each head.
+    """
+    latent = latent or "qk_rope_head_dim" in said
     heads = next((said[key] for key in ("num_attention_heads", "n_head", "n_heads") if said.get(key)), None)
-    latent = "qk_rope_head_dim" in said
     for key, value in said.items():
         if key == "quantization_config":
             continue
@@ -103,13 +107,14 @@ def _narrowed(said: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         if key == "head_dim" and latent:
             most = None
         if str(key).endswith("token_id"):
-            most = 255
-        yield key, _at_most(value, most)
+            most = _SIZES["vocab_size"] - 1
+        if key in ("short_factor", "long_factor") and isinstance(value, list) and not latent:
+            turned = int(_SIZES["head_dim"] * (said.get("partial_rotary_factor") or 1))
+            value = value[: turned // 2]  # one for each pair of a head's numbers that its position turns
+        yield key, dict(_narrowed(value, latent)) if isinstance(value, dict) else _at_most(value, most)
 
 
 def _at_most(value: Any, most: int | None) -> Any:
-    if isinstance(value, dict):
-        return dict(_narrowed(value))
     if isinstance(value, list | tuple):
         return [_at_most(one, most) for one in value]
     if most is None or isinstance(value, bool) or not isinstance(value, int):

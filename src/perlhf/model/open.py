@@ -303,8 +303,8 @@ def new_adapter(
             hint="perlhf export --format merged writes that run as a checkpoint that base can name",
         )
     shape: AdapterConfig = config.adapter
-    if config.tuning == "lora" and role != "value" and (note := left_out(model.base, shape)):
-        print(f"note: {note}", file=sys.stderr)
+    if config.tuning == "lora" and role != "value" and (unadapted := left_out(model.base, shape)):
+        note(unadapted)
     dropout = shape.dropout if role in ("sft", "reward") else 0.0
     if start is not None and same_shape(model.adapters[start], shape, config.tuning, model):
         adapter = model.copy_adapter(start, name, role)

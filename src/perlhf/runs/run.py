@@ -12,7 +12,6 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -34,6 +33,7 @@ from perlhf.runs.manifest import (
     start_or_continue,
     utc_now,
 )
+from perlhf.system import console
 from perlhf.system.files import (
     damaged,
     from_json,
@@ -199,8 +199,7 @@ class Run:
         if before == value:
             return
         if before is not None:
-            what = f"note: {key} is {value!r} but was {before!r} before; the result may not be bit-equal"
-            print(what, file=sys.stderr)
+            console.note(f"{key} is {value!r} but was {before!r} before; the result may not be bit-equal")
         self._manifest[key] = value
         write_json(self.path / MANIFEST, self._manifest)
 
