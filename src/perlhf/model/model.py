@@ -18,7 +18,7 @@ from perlhf.errors import AdapterError
 from perlhf.kernels import cpu, modules, tree_attention
 from perlhf.kernels.call import HeldPair, Turns, calling, current_call
 from perlhf.kernels.kv_cache import KeyValueCache
-from perlhf.kernels.modules import AdaptedLinear
+from perlhf.kernels.modules import AdaptedLinear, features, update_of
 from perlhf.method.logprobs import token_logprobs
 from perlhf.method.lora import new_pair
 from perlhf.method.packing import Batch, Ids, Packing, Tokens, pack, spread
@@ -136,7 +136,7 @@ class Model:
         else:
             generator = torch.Generator().manual_seed(seed)
             for path in self.targets(targets, layers):
-                adapter.pairs[path] = new_pair(self._adapted(path).weight, rank, alpha, dropout, generator)
+                adapter.pairs[path] = new_pair(self._adapted(path).dense(), rank, alpha, dropout, generator)
         adapter.add_head(self.hidden_size, self.device)
         self._register(adapter)
         return adapter
@@ -150,18 +150,17 @@ class Model:
 
     def adopt(self, adapter: Adapter) -> Adapter:
         """Adds an adapter read from disk; its paths must exist in the base."""
-        modules = dict(self.base.named_modules())
+        layers = dict(self.base.named_modules())
         for path, pair in adapter.pairs.items():
             if path in self._head_path:
                 raise AdapterError(
                     f"the adapter adapts the output head '{path}'", allowed="linear layers below the head"
                 )
-            layer = modules.get(path)
-            if not isinstance(layer, nn.Linear | AdaptedLinear):
+            expected = features(layers.get(path))
+            if expected is None:
                 raise AdapterError(
                     f"the adapter adapts '{path}', which the base lacks", hint="use the base it was trained on"
                 )
-            expected = (layer.in_features, layer.out_features)
             if (pair.a.shape[1], pair.b.shape[0]) != expected:
                 raise AdapterError(
                     f"shape {pair.a.shape[1]} -> {pair.b.shape[0]} at '{path}'",
@@ -365,7 +364,7 @@ class Model:
         merged = {n: w.detach().float().clone() for n, w in source}
         for adapter in chain:
             for path, pair in adapter.pairs.items():
-                merged[path + ".weight"] += pair.scale * (pair.b.float() @ pair.a.float())
+                merged[path + ".weight"] += update_of(self.base.get_submodule(path), pair)
         return merged
 
 
