@@ -158,6 +158,6 @@ def test_layers_that_keep_their_weights_the_other_way_round(gpt2: Path, tmp_path
         for name, weight in other.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.5)
-    other.save_pretrained(tmp_path / "theirs")
+    other.save_pretrained(str(tmp_path / "theirs"))
     saved.load_adapter(model, tmp_path / "theirs", "theirs")
     check_same(model, "theirs", other)

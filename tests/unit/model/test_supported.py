@@ -44,7 +44,7 @@ from perlhf.kernels.modules import fused_experts
 from perlhf.kernels.sight import Sight
 from perlhf.method.logprobs import Logits
 from perlhf.model.model import Model
-from perlhf.model.supported import Way, check_supported, decoder_and_head, target_paths
+from perlhf.model.supported import Way, check_supported, decoder_and_head, target_paths, told
 
 SMALL = {
     "vocab_size": 64,
@@ -122,6 +122,7 @@ def test_what_no_tree_can_be_made_of_is_computed_in_rows() -> None:
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
     model = opened(bloom)
     assert (model.way.packing, model.way.why) == ("none", "its layers' masks are of no known form")
+    assert told(model.way, "auto") == {"packing": "none", "why": "its layers' masks are of no known form"}
     assert model.packing("auto") == model.packing("none") == "none"
     with pytest.raises(ModelError, match="can't be computed as a tree") as error:
         model.packing("tree")
@@ -299,7 +300,7 @@ def test_full_memory_chooses_no_other_way(full: RuntimeError, where: str) -> Non
 
 def test_weights_that_are_no_numbers_are_told() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
-    model.model.layers[1].get_submodule("mlp.up_proj").weight.data[3, 5] = float("nan")
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 5] = float("nan")
     with pytest.raises(ModelError, match=r"its states aren't numbers in float32: were its weights damaged\?"):
         opened(model)
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import MambaConfig, MixtralConfig
@@ -126,7 +127,13 @@ def test_the_way_is_told_and_a_tree_that_cannot_be_is_refused(tiny_base: Path, t
 
 def test_experts_that_are_not_adapted_are_noted(tiny_base: Path, tmp_path: Path):
     base = Path(shutil.copytree(tiny_base, tmp_path / "experts"))
-    sizes = {"vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 1}
+    sizes: dict[str, Any] = {
+        "vocab_size": 272,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "eos_token_id": 1,
+    }
     MixtralConfig(**sizes, intermediate_size=32, num_local_experts=4).save_pretrained(base)
     settings = SftConfig(base=str(base), data=DATA, adapter=AdapterConfig(targets="all"))
     fused = "experts that are fused into one tensor are not adapted: gate_up_proj, down_proj (4 tensors)"
