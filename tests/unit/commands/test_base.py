@@ -11,7 +11,7 @@ from transformers import MambaConfig, MistralConfig, PreTrainedConfig, Qwen3Next
 from perlhf.commands.base import describe
 from perlhf.commands.cli import main
 from perlhf.config.commands import BaseConfig
-from perlhf.model import foretold
+from perlhf.model import foretold, ways
 from perlhf.model.bases.found import Base
 from perlhf.model.model import Model
 from perlhf.system import before_torch
@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PERLHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ways, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(before_torch, "expected", lambda: "libtcmalloc.so")
 
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from perlhf.kernels.sight import Sight
 from perlhf.method.logprobs import Logits
+from perlhf.model import ways
 from perlhf.model.foretold import COPIED, foretell
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PERLHF_CACHE", str(tmp_path))
+    monkeypatch.setattr(ways, "cache_dir", lambda: tmp_path)
 
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}

@@ -23,7 +23,7 @@ WAY = Way("tree", "", {0: Sight(window=7), 3: Sight(chunk=5)}, Logits(0.5, 30.0)
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PERLHF_CACHE", str(tmp_path))
+    monkeypatch.setattr(ways, "cache_dir", lambda: tmp_path)
 
 
 def config(**changes: Any) -> PreTrainedConfig:
