@@ -30,13 +30,15 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("hidden_size d_model n_embd dim embed_dim attention_hidden_size".split(), 32),
     **dict.fromkeys("embedding_size word_embed_proj_dim".split(), 32),
     **dict.fromkeys("intermediate_size ffn_dim n_inner ffn_hidden_size mamba_d_ssm intermediate_size_mlp".split(), 64),
+    "dff": 64,
     **dict.fromkeys("num_attention_heads n_head n_heads num_heads linear_num_value_heads".split(), 4),
     **dict.fromkeys("num_key_value_heads num_kv_heads n_head_kv linear_num_key_heads".split(), 2),
     **dict.fromkeys("head_dim global_head_dim swa_head_dim linear_key_head_dim linear_value_head_dim".split(), 8),
     **dict.fromkeys("hidden_size_per_layer_input index_head_dim".split(), 8),
     **dict.fromkeys("q_lora_rank kv_lora_rank moe_intermediate_size moe_hidden_size mamba_d_head".split(), 16),
     **dict.fromkeys("shared_expert_intermediate_size moe_shared_expert_intermediate_size mamba_head_dim".split(), 16),
-    **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), 4),
+    **dict.fromkeys("shared_intermediate_size expert_ffn_hidden_size".split(), 16),
+    **dict.fromkeys("zero_expert_num num_experts num_local_experts n_routed_experts moe_num_experts".split(), 4),
     **dict.fromkeys("mamba_dt_rank laurel_rank time_step_rank rotary_dim lora_rank".split(), 4),
     **dict.fromkeys("mamba_n_heads mamba_num_heads".split(), 4),
     **dict.fromkeys(
@@ -47,6 +49,8 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("mamba_d_state ssm_state_size state_size chunk_size mamba_chunk_size".split(), 8),
 }
 """At most so much, by configuration key."""
+_MOST = 2**26
+"""Parameters of a copy that is still small."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,15 @@ def foretell(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device)
 
 
 def _random(config: PreTrainedConfig) -> PreTrainedModel:
-    """A network with float32 random weights on the CPU."""
+    """A network with float32 random weights on the CPU.
+
+    Raises:
+        ValueError: it isn't small.
+    """
+    with quiet(), torch.device("meta"):
+        size = AutoModelForCausalLM.from_config(config).num_parameters()
+    if size > _MOST:
+        raise ValueError(f"it would have {size:,} parameters")
     with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

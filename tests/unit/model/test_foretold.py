@@ -19,7 +19,7 @@ from transformers import (
 
 from perlhf.kernels.sight import Sight
 from perlhf.method.logprobs import Logits
-from perlhf.model import ways
+from perlhf.model import foretold, ways
 from perlhf.model.foretold import COPIED, foretell
 
 CPU = torch.device("cpu")
@@ -66,3 +66,14 @@ def test_windows_caps_and_scales_are_those_of_the_configuration() -> None:
 def test_layers_that_are_not_called_have_the_paths_of_the_base() -> None:
     found = foretell(MambaConfig(num_hidden_layers=2), torch.float32, CPU)
     assert found.uncalled == tuple(f"backbone.layers.{layer}.mixer.dt_proj" for layer in (0, 1))
+
+
+def test_a_copy_that_would_be_large_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Embedding and head 256 x 32; of each layer four projections 32 x 32, an MLP of three 64 x 32, two norms; a norm.
+    size = 2 * 256 * 32 + 2 * (4 * 32 * 32 + 3 * 64 * 32 + 2 * 32) + 32
+    monkeypatch.setattr(foretold, "_MOST", size - 1)
+    found = foretell(LlamaConfig(num_hidden_layers=2), torch.float32, CPU)
+    assert found.way is None and found.uncalled == ()
+    assert found.source.endswith(f"doesn't compute (ValueError: it would have {size:,} parameters)")
+    monkeypatch.setattr(foretold, "_MOST", size)
+    assert foretell(LlamaConfig(num_hidden_layers=2), torch.float32, CPU).way is not None
