@@ -118,6 +118,8 @@ def _narrowed(said: dict[str, Any], latent: bool = False) -> Iterator[tuple[str,
             most = _SIZES["num_attention_heads"]
         if key == "head_dim" and latent:
             most = None
+        if key == "head_dim" and {"expand", "num_heads"} <= said.keys():  # heads of a recurrence (Mamba 2)
+            most = _SIZES["expand"] * _SIZES["hidden_size"] // _SIZES["num_heads"]
         if str(key).endswith("token_id"):
             most = _SIZES["vocab_size"] - 1
         if key in ("short_factor", "long_factor") and isinstance(value, list) and not latent:

@@ -12,6 +12,7 @@ from transformers import (
     GptOssConfig,
     JambaConfig,
     LlamaConfig,
+    Mamba2Config,
     MambaConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -43,6 +44,7 @@ LONGROPE |= {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
         (BloomConfig(n_layer=2), "none", "its layers' masks are of no known form"),
         (JambaConfig(num_hidden_layers=5), "none", "it has linear_attention layers"),
         (MambaConfig(num_hidden_layers=2), "none", "it has linear_attention layers"),
+        (Mamba2Config(num_hidden_layers=2), "none", "it has linear_attention layers"),
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else None,
 )
