@@ -17,7 +17,8 @@ from rich.text import Text
 from perlhf.errors import visible
 from perlhf.runs.read import Summary, read_runs, summarise
 from perlhf.runs.words import count, duration, interval, memory, number
-from perlhf.system.files import storage_errors, strict_json, write_json
+from perlhf.system.console import json_line
+from perlhf.system.files import storage_errors, write_json
 
 if TYPE_CHECKING:  # plan.py reads data, which help and errors have no use for
     from perlhf.training.plan import Plan
@@ -128,20 +129,20 @@ def tabulate(runs: Sequence[Path], output: Path | None = None) -> list[Summary]:
 def print_rows(rows: Sequence[Summary], console: Console) -> None:
     """Prints the rows: as one table, or where that is too wide as one of quality and one of costs."""
     columns = _columns(rows)
-    whole = _framed("runs", columns)
+    whole = _of_runs("runs", columns)
     unbounded = console.options.update(width=10_000)
     if Measurement.get(console, unbounded, whole).maximum <= console.width:
         console.print(whole)
         return
     costs = {name: columns[name] for name in columns if name in ("run", *_COSTS)}
-    console.print(_framed("quality", {name: columns[name] for name in columns if name not in _COSTS}))
-    console.print(_framed("costs", costs))
+    console.print(_of_runs("quality", {name: columns[name] for name in columns if name not in _COSTS}))
+    console.print(_of_runs("costs", costs))
 
 
 def base(facts: Mapping[str, Any], *, as_json: bool) -> None:
     """What `commands.base.describe` says of a base."""
     if as_json:
-        print(strict_json(facts, indent=2))
+        print(json_line(facts))
         return
     vocabulary, tokens = facts["vocabulary"], facts["end_tokens"]
     rows = [
@@ -243,7 +244,7 @@ def _columns(rows: Sequence[Summary]) -> dict[str, list[str]]:
     return {name: cells for name, cells in columns.items() if name in ("run", "stage") or set(cells) != {"–"}}
 
 
-def _framed(title: str, columns: dict[str, list[str]]) -> Table:
+def _of_runs(title: str, columns: dict[str, list[str]]) -> Table:
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in columns:
         text = name in _TEXTS
