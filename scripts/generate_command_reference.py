@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, DATA_SUMMARY, LABEL_COMMANDS, summaries
-from perlhf.config.command_line import DRY_RUN_HELP, Command
+from perlhf.config.command_line import FLAGS, Command
 from perlhf.config.recipe import describe, submodel
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
@@ -50,8 +50,8 @@ def _section(name: str, command: Command[Any], level: str) -> str:
     lines = [f"{level} {name}", "", command.about, ""]
     lines += [f"    {command.prog}{recipe}{' ' + words if words else ''} [--option value ...]", ""]
     rows = list(_rows(command.model, command.positionals))
-    if command.dry_run:
-        rows.append(("`--dry-run`", "switch", "", DRY_RUN_HELP))
+    if command.flag:
+        rows.append((f"`--{command.flag.replace('_', '-')}`", "switch", "", FLAGS[command.flag]))
     if rows:
         lines += ["| option | allowed | default | |", "|---|---|---|---|"]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]

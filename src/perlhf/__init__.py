@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from perlhf.commands.chat import chat
     from perlhf.commands.demo import demo
     from perlhf.commands.export import export
-    from perlhf.commands.table import tabulate as table
+    from perlhf.commands.show import tabulate as table
     from perlhf.comparison.grid import compare
     from perlhf.config.commands import (
         AverageConfig,
@@ -75,7 +75,7 @@ _MODULES = {
     "commands.chat": "chat",
     "commands.demo": "demo",
     "commands.export": "export",
-    "commands.table": "table:tabulate",
+    "commands.show": "table:tabulate",
     "comparison.grid": "compare",
     "config.commands": "AverageConfig ChatConfig DemoConfig EvaluateConfig ExportConfig ScoreConfig",
     "config.comparison": "CompareConfig",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from perlhf.method.packing import completed, pack
 from perlhf.model.model import Model
@@ -18,8 +19,8 @@ from perlhf.rollout.local import Ends, sample
 TREE = """
     afmoe apertus arcee aria_text axk1 beam biogpt bitnet cohere cohere2 cohere2_moe ctrl cwm deepseek_v2 deepseek_v3
     dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma2 gemma3_text gemma3n_text glm glm4
-    glm4_moe_lite gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared helium
-    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama
+    glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared
+    helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama
     llama4_text longcat_flash mellum minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral moshi
     nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3
     solar_open starcoder2 vaultgemma youtu
@@ -53,10 +54,15 @@ def adapted(family: str) -> tuple[Model, PreTrainedModel]:
         for tensor in model.adapters["policy"].tensors().values():
             tensor.copy_(torch.randn(tensor.shape, generator=draw) * 0.1)
         for path, pair in model.adapters["policy"].pairs.items():
-            merged.get_parameter(path + ".weight").add_(pair.scale * pair.b @ pair.a)
+            as_linear(merged, path, merged.get_parameter(path + ".weight")).add_(pair.scale * pair.b @ pair.a)
     own: Any = model.base.config._attn_implementation
     merged.set_attn_implementation("eager" if model.way.packing == "tree" else own)
     return model, merged.requires_grad_(True)
+
+
+def as_linear(network: Any, path: str, tensor: Tensor) -> Tensor:
+    """A layer's weight, or its gradient, as [out, in]: GPT-2 keeps it the other way round."""
+    return tensor.t() if isinstance(network.get_submodule(path), Conv1D) else tensor
 
 
 def of_answers(network: Any) -> Tensor:
@@ -88,7 +94,8 @@ def test_a_family_is_what_it_is_without_us(family: str) -> None:
         grads = torch.autograd.grad((found * WEIGHTS).sum(), a, allow_unused=True)
         for (path, pair), grad in zip(pairs.items(), grads, strict=True):
             weight = merged.get_parameter(path + ".weight")
-            wanted = pair.scale * pair.b.t() @ (torch.zeros_like(weight) if weight.grad is None else weight.grad)
+            grad_of_weight = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            wanted = pair.scale * pair.b.t() @ as_linear(merged, path, grad_of_weight)
             assert near(torch.zeros_like(pair.a) if grad is None else grad, wanted.detach(), 2e-3), path
     with torch.no_grad():
         check_sampling(model, merged)

@@ -1,15 +1,21 @@
 """The real peft on the tiny base: it opens our adapters and we open its, with the same logits and scores."""
 
+import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import END, START, answers, apart, random_ids, randomise, reference_logprobs
-from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from perlhf.commands import export
+from perlhf.config.stages import EncodingConfig
 from perlhf.errors import AdapterError
 from perlhf.model import saved
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import load_tokenizer
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 
@@ -117,3 +123,41 @@ def test_a_scoring_adapter_opens_as_sequence_classification(
         expected = torch.stack([theirs(torch.tensor([ids])).logits[0, 0] for ids in sequences])
     torch.testing.assert_close(ours - 1.25, expected, rtol=0, atol=1e-4)
     assert ours.std() > 0.1
+
+
+@pytest.fixture(scope="module")
+def gpt2(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose layers keep their weights as [in, out], with the tiny tokenizer."""
+    directory = Path(shutil.copytree(tiny_base, tmp_path_factory.mktemp("gpt2") / "base"))
+    ends = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": END}
+    config = GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, **ends)
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    return directory
+
+
+def test_layers_that_keep_their_weights_the_other_way_round(gpt2: Path, tmp_path: Path) -> None:
+    """Ours in peft, merged there and here, and peft's in ours."""
+    encoder = Encoder(load_tokenizer(Base(gpt2)), EncodingConfig(max_tokens=64))
+    model = Model.load(Base(gpt2), "float32", "cpu")
+    model.add_adapter("sft", "sft", rank=4, alpha=10.0, targets="all")
+    assert {path.rpartition(".")[2] for path in model.adapters["sft"].pairs} == {"c_attn", "c_proj", "c_fc"}
+    randomise(model, "sft")
+    saved.save_adapter(model, "sft", tmp_path / "ours", encoder)
+    plain = GPT2LMHeadModel.from_pretrained(gpt2, dtype=torch.float32).eval()
+    theirs = PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "ours")).eval()  # a warning is an error
+    check_same(model, "sft", theirs)
+    merged = copy.deepcopy(plain)
+    export._merge(merged, model.adapters["sft"])
+    check_same(model, "sft", merged)
+    for name, weight in theirs.merge_and_unload().named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), weight, rtol=0, atol=1e-5)
+    model.add_adapter("full", "sft", tuning="full", beneath="sft")
+    check_same(model, "full", merged)
+    other = get_peft_model(plain, LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn"], fan_in_fan_out=True)).eval()
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5)
+    other.save_pretrained(str(tmp_path / "theirs"))
+    saved.load_adapter(model, tmp_path / "theirs", "theirs")
+    check_same(model, "theirs", other)

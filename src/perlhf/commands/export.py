@@ -25,6 +25,7 @@ from perlhf.data.records import Record
 from perlhf.data.splits import load
 from perlhf.errors import AdapterError, ConfigError
 from perlhf.evaluation.reward import score_records
+from perlhf.kernels.modules import update_of
 from perlhf.method.packing import Ids, Tokens, pack, pad
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
@@ -321,7 +322,7 @@ def _merge(network: PreTrainedModel, adapter: Adapter) -> None:
         name = f"{path}.weight"
         if name not in parameters:
             raise AdapterError(f"{type(network).__name__} has no '{path}' to merge into", hint="--format peft")
-        parameters[name].copy_(parameters[name].float() + pair.scale * (pair.b.float() @ pair.a.float()))
+        parameters[name].copy_(parameters[name].float() + update_of(network.get_submodule(path), pair))
     if adapter.score_head is not None:
         parameters["score.weight"].copy_(adapter.score_head)
 

@@ -1,19 +1,30 @@
-"""What the command line prints: results, plans, data summaries and errors, as tables."""
+"""What the command line prints: results, plans, bases, runs side by side, data summaries and errors, as tables."""
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
 from perlhf.errors import visible
+from perlhf.runs.read import Summary, read_runs, summarise
+from perlhf.runs.words import count, duration, interval, memory, number
+from perlhf.system.console import json_line
+from perlhf.system.files import storage_errors, write_json
 
 if TYPE_CHECKING:  # plan.py reads data, which help and errors have no use for
     from perlhf.training.plan import Plan
+
+_TEXTS = ("run", "stage", "tuning", "targets", "metric")
+_COSTS = ("trainable", "time", "tokens/s", "peak memory")
 
 
 def error(message: str) -> None:
@@ -45,8 +56,10 @@ def plan(settings: BaseModel, planned: "Plan") -> None:
     rows.append(("updates", f"{planned.updates:,}"))
     rows.append(("learning rate", f"{planned.learning_rate:g}"))
     rows.append(("weights of the base", f"{planned.base_parameters:,} ({planned.dtype})"))
-    for adapter, count in planned.trainable.items():
-        rows.append((f"trainable, {adapter}", f"{count:,} ({count / planned.base_parameters:.2%})"))
+    for adapter, size in planned.trainable.items():
+        rows.append((f"trainable, {adapter}", f"{size:,} ({size / planned.base_parameters:.2%})"))
+    rows.append(("way", planned.way))
+    rows += [("note", note) for note in planned.notes]
     hint = "system (libtcmalloc-minimal4 or libjemalloc2 would save memory)"
     rows.append(("allocator", hint if planned.allocator == "system" else planned.allocator))
     rows.append(("kernels of the CPU", planned.kernels))
@@ -96,6 +109,80 @@ def validation(
     _table("validation", ((key, _shown(key, value)) for key, value in _flat(counts)))
 
 
+def tabulate(runs: Sequence[Path], output: Path | None = None) -> list[Summary]:
+    """Prints the table of `runs`, writes its rows as JSON to `output` if given, and returns them.
+
+    Raises:
+        ConfigError: a path that is no run directory.
+        RunError: a file of a run can't be read.
+        StorageError: `output` can't be written.
+    """
+    rows = [summarise(run) for run in read_runs(runs)]
+    if output is not None:
+        with storage_errors(output.parent):
+            output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, [asdict(row) for row in rows])
+    print_rows(rows, Console())
+    return rows
+
+
+def print_rows(rows: Sequence[Summary], console: Console) -> None:
+    """Prints the rows: as one table, or where that is too wide as one of quality and one of costs."""
+    columns = _columns(rows)
+    whole = _of_runs("runs", columns)
+    unbounded = console.options.update(width=10_000)
+    if Measurement.get(console, unbounded, whole).maximum <= console.width:
+        console.print(whole)
+        return
+    costs = {name: columns[name] for name in columns if name in ("run", *_COSTS)}
+    console.print(_of_runs("quality", {name: columns[name] for name in columns if name not in _COSTS}))
+    console.print(_of_runs("costs", costs))
+
+
+def base(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """What `commands.base.describe` says of a base."""
+    if as_json:
+        print(json_line(facts))
+        return
+    vocabulary, tokens = facts["vocabulary"], facts["end_tokens"]
+    rows = [
+        ("family", f"{facts['family']} ({facts['class']})"),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("layers", _counted(facts["layers"])),
+        ("way", facts["way"]["said"]),
+        ("dtype", facts["dtype"]["said"]),
+        ("quantisation", facts["quantisation"]),
+        ("context", f"{facts['context']:,} tokens" if facts["context"] else "its configuration names no limit"),
+        ("vocabulary", f"{vocabulary['rows']:,} rows, {vocabulary['tokens']:,} of them tokens"),
+        ("output head", "tied to the embedding" if vocabulary["tied"] else "its own weights"),
+        ("chat template", facts["chat_template"]),
+        ("an answer ends with", ", ".join(f"{token['text']} ({token['id']})" for token in tokens)),
+    ]
+    for name, adapted in facts["adapters"].items():
+        said = adapted.get("error")
+        if said is None:
+            share = adapted["parameters"] / facts["parameters"]
+            said = f"{_each(adapted['layers'])}: {adapted['parameters']:,} parameters at rank {adapted['rank']}"
+            said += f" ({share:.2%})"
+        rows.append((f"targets: {name}", said))
+    rows += [("note", note) for note in facts["notes"]]
+    rows.append(("memory, weights", _mebibytes(next(iter(facts["memory_bytes"].values()))["base"])))
+    rows += [(f"memory, {stage}", _mebibytes(parts["total"])) for stage, parts in facts["memory_bytes"].items()]
+    _table(f"{facts['base']}: nothing was loaded or trained", rows)
+
+
+def _counted(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{often} {name}" for name, often in numbers.items())
+
+
+def _each(numbers: Mapping[str, int]) -> str:
+    """Names by how often there is each: `q_proj, k_proj (30 each), gate_proj (29)`."""
+    groups: dict[int, list[str]] = {}
+    for name, often in numbers.items():
+        groups.setdefault(often, []).append(name)
+    return ", ".join(f"{', '.join(names)} ({size}{' each' if names[1:] else ''})" for size, names in groups.items())
+
+
 def _configuration(settings: BaseModel) -> None:
     print(visible(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True), lines=True))
 
@@ -136,3 +223,33 @@ def _shown(key: str, value: float | str) -> str:
 
 def _mebibytes(size: float) -> str:
     return f"{size / 2**20:,.0f} MiB"
+
+
+def _columns(rows: Sequence[Summary]) -> dict[str, list[str]]:
+    """The cells of each column; one that no run fills is left out."""
+    columns = {
+        "run": [row.name for row in rows],
+        "stage": [row.stage for row in rows],
+        "tuning": [row.tuning or "–" for row in rows],
+        "rank": ["–" if row.rank is None else str(row.rank) for row in rows],
+        "targets": [row.targets or "–" for row in rows],
+        "metric": [row.quality_name or "–" for row in rows],
+        "value": ["–" if row.quality is None else number(row.quality.value) for row in rows],
+        "95 % interval": [(row.quality and interval(row.quality)) or "–" for row in rows],
+        "trainable": [count(row.trainable_parameters) for row in rows],
+        "time": [duration(row.seconds) for row in rows],
+        "tokens/s": [count(row.tokens_per_second) for row in rows],
+        "peak memory": [memory(row.peak_memory_bytes) for row in rows],
+    }
+    return {name: cells for name, cells in columns.items() if name in ("run", "stage") or set(cells) != {"–"}}
+
+
+def _of_runs(title: str, columns: dict[str, list[str]]) -> Table:
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in columns:
+        text = name in _TEXTS
+        made.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+    for cells in zip(*columns.values(), strict=True):
+        # Text, since a run's name may look like markup.
+        made.add_row(*(Text(visible(cell)) for cell in cells))
+    return made

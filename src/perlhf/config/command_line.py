@@ -31,8 +31,12 @@ from perlhf.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 
-DRY_RUN = "dry_run"
-DRY_RUN_HELP = "Print the resolved plan (records, updates, trainable parameters, memory) and stop."
+DRY_RUN, JSON = "dry_run", "json"
+FLAGS = {
+    DRY_RUN: "Print the resolved plan (records, updates, trainable parameters, way, memory) and stop.",
+    JSON: "Print one JSON object instead of a table.",
+}
+"""Switches that are no part of a configuration, with their help."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class Command(Generic[Model]):
     model: type[Model]
     positionals: tuple[str, ...] = ()
     dry_run: bool = False
+    json: bool = False
+
+    @property
+    def flag(self) -> str | None:
+        """The one of `FLAGS` that the command has."""
+        return DRY_RUN if self.dry_run else JSON if self.json else None
 
     @property
     def about(self) -> str:
@@ -53,7 +63,7 @@ class Command(Generic[Model]):
 def parse(
     command: Command[Model], arguments: Sequence[str], defaults: Mapping[str, Any] | None = None
 ) -> tuple[Model, bool]:
-    """The configuration that a command line asks for, and whether it is a dry run.
+    """The configuration that a command line asks for, and whether its flag (`Command.flag`) was given.
 
     Args:
         command: what is typed.
@@ -70,9 +80,9 @@ def parse(
     if recipe:
         _check_recipe(command.model, recipe)
     values = _read_options(command, arguments, {**(defaults or {}), **(recipe.values if recipe else {})})
-    dry_run = bool(values.pop(DRY_RUN, False))
+    flag = bool(values.pop(command.flag, False)) if command.flag else False
     where = str(recipe.path) if recipe else command.prog
-    return validated(command.model, values, where=where), dry_run
+    return validated(command.model, values, where=where), flag
 
 
 def _is_recipe(argument: str) -> bool:
@@ -97,7 +107,7 @@ def _check_recipe(model: type[BaseModel], recipe: Recipe) -> None:
 
 def _read_options(command: Command[Any], arguments: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Values of all fields, as JSON would hold them: defaults overridden by options."""
-    mirror = _mirror(command.model, defaults, command.positionals, (DRY_RUN,) if command.dry_run else ())
+    mirror = _mirror(command.model, defaults, command.positionals, (command.flag,) if command.flag else ())
     # `null` is how a recipe writes it, and what the field docstrings say; tyro reads `None`.
     typed = ["None" if argument == "null" else argument for argument in arguments]
     parsed = tyro.cli(mirror, args=typed, prog=command.prog, description=_description(command))
@@ -155,7 +165,7 @@ def _mirror(
             item if len(item) > 2 else (item[0], item[1] | None, dataclasses.field(default=None)) for item in fields
         ]
     for flag in flags:
-        annotation = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=DRY_RUN_HELP)]
+        annotation = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=FLAGS[flag])]
         fields.append((flag, annotation, dataclasses.field(default=False)))
     required_first = sorted(fields, key=lambda item: len(item) > 2)
     return dataclasses.make_dataclass(model.__name__, required_first, frozen=True, namespace={"__doc__": model.__doc__})

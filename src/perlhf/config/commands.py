@@ -105,6 +105,17 @@ class ScoreConfig(Frozen):
     """Computed tokens in one forward pass; null takes what the run took."""
 
 
+class BaseConfig(Frozen):
+    """Tell about a base before anything is trained: its layers, the way through it, what would be adapted, memory."""
+
+    base: str = DEFAULT_BASE
+    """A packaged name, a hub id that was pulled, or a local directory."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of the base; `auto` is bfloat16 where the hardware is faster in it, else float32."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+
 class ChatConfig(Frozen):
     """Talk with a policy or SFT run."""
 

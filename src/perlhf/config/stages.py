@@ -128,7 +128,7 @@ class AdapterConfig(Frozen):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale numerator; with alpha / rank scaling the best learning rate hardly depends on rank."""
     targets: Literal["attention", "all"] | tuple[str, ...] = "attention"
-    """`attention` (q, k, v, o: the paper), `all` linear layers, or module names."""
+    """`attention` (q, k, v, o: the paper; beside experts what all tokens share), `all` linear layers, or names."""
     layers: Annotated[str, Field(pattern=r"^(all|last:[1-9][0-9]*)$")] = "all"
     """`all` layers of the network, or `last:N`: what lies below the last N is computed without a backward."""
     dropout: Fraction = 0.0

@@ -13,27 +13,39 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
+from perlhf.errors import AdapterError
 from perlhf.kernels import cpu, tree_attention
 from perlhf.kernels.call import HeldPair, current_call
-from perlhf.method.lora import LowRank, adapted_linear, joined, match
+from perlhf.method.lora import LowRank, adapted_linear, ends_with, joined, match
+from perlhf.system.unforeseen import memory_is_full
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
 KNOWN = ("config", "layer_idx", "head_dim", "scaling", "num_key_value_groups")
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Names of modules that choose experts, and of what they are made of, in networks that have some."""
+SHARED = ("shared_expert", "shared_experts", "shared_mlp")
+"""Names of modules beside the experts, that all tokens go through."""
 
 
 class AdaptedLinear(nn.Module):
-    """Replaces an `nn.Linear` of the base, under the adapters of the call. Without any it is that layer exactly.
+    """Replaces a linear layer of the base, under the adapters of the call. Without any it is that layer exactly.
 
     The adapters in `pairs` are deliberately not registered as parameters: the base's names and parameters stay its own.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear | Conv1D):
         super().__init__()
         self.weight = linear.weight
         self.bias: nn.Parameter | None = linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.transposed = isinstance(linear, Conv1D)
+        self.out_features, self.in_features = self.dense().shape
         self.pairs: dict[str, LowRank] = {}
+
+    def dense(self) -> Tensor:
+        """The base's weight, [out, in]: GPT-2 keeps it the other way round."""
+        return self.weight.t() if self.transposed else self.weight
 
     def hold(self, adapters: Sequence[str]) -> HeldPair | None:
         """These adapters' pairs converted once, for passes between which they don't change; None without any here."""
@@ -45,21 +57,21 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        call = current_call()
+        call, weight = current_call(), self.dense()
         held = call.held.get(self) if call.held is not None else None
         pairs = self._pairs(call.adapters) if call.held is None else []
-        if not pairs and self.bias is None and cpu.few_rows(x, self.weight):
-            return cpu.linear(x, self.weight, held.padded if held else None)
+        if not pairs and self.bias is None and cpu.few_rows(x, weight):
+            return cpu.linear(x, weight, held.padded if held else None)
         if held:
-            return adapted_linear(x, self.weight, self.bias, *held.pair)
+            return adapted_linear(x, weight, self.bias, *held.pair)
         if not pairs:
-            return F.linear(x, self.weight, self.bias)
-        dtype, top = self.weight.dtype, self.pairs.get(call.adapters[-1])
+            return F.linear(x, weight, self.bias)
+        dtype, top = weight.dtype, self.pairs.get(call.adapters[-1])
         if top is not None and top.dropout and call.dropout:
             keep = F.dropout(torch.ones_like(x), top.dropout)
             a, b = top.a.to(dtype), (top.b * top.scale).to(dtype)
             if len(pairs) == 1:
-                return adapted_linear(x, self.weight, self.bias, a, b, keep)
+                return adapted_linear(x, weight, self.bias, a, b, keep)
             # What lies beneath is frozen: its input isn't dropped.
             return self._adapted(x, pairs[:-1]) + F.linear(F.linear(x * keep, a), b)
         return self._adapted(x, pairs)
@@ -68,7 +80,7 @@ class AdaptedLinear(nn.Module):
         return [self.pairs[name] for name in adapters if name in self.pairs]
 
     def _adapted(self, x: Tensor, pairs: Sequence[LowRank]) -> Tensor:
-        return adapted_linear(x, self.weight, self.bias, *joined(pairs, self.weight.dtype))
+        return adapted_linear(x, self.dense(), self.bias, *joined(pairs, self.weight.dtype))
 
 
 class RmsNorm(nn.Module):
@@ -162,17 +174,62 @@ def match_targets(
 ) -> list[str]:
     """Module paths that `targets` names in `layers`, in module order (`lora.match`).
 
+    Of a mixture of experts `attention` takes the projections that all tokens share, too, `all` the experts that are
+    linear layers; routers are never adapted.
+
     Args:
         modules: `named_modules()` of the base.
         skip: paths never adapted (the output head).
+
+    Raises:
+        AdapterError: a target that matches nothing, or names fused experts or a router.
     """
+    modules = list(modules)
     linear = [n for n, m in modules if is_linear(m) and n not in skip]
-    return match(linear, targets, layers)
+    fused, routers, shared = fused_experts(modules), [], []
+    if fused or any("experts" in path.split(".") for path in linear):
+        routers = [path for path, _ in modules if not {*path.split(".")}.isdisjoint(ROUTERS)]
+        linear = [path for path in linear if path not in routers]
+        shared = [path for path in linear if not {*path.split(".")}.isdisjoint(SHARED)]
+    for target in () if targets in ("all", "attention") else (targets,) if isinstance(targets, str) else targets:
+        if not any(ends_with(path, target) for path in linear):
+            hint = "--adapter.targets all"
+            if any(ends_with(path, target) for path in (*fused, *(path.rpartition(".")[0] for path in fused))):
+                what = f"adapter target '{target}' names experts that are fused into one tensor, which can't be adapted"
+                hint += " takes every layer beside them"
+                raise AdapterError(what, where="adapter.targets", allowed=_names(linear), hint=hint)
+            if any(ends_with(path, target) for path in routers):
+                what = f"adapter target '{target}' names a router, which chooses experts and is never adapted"
+                raise AdapterError(what, where="adapter.targets", allowed=_names(linear), hint=hint)
+    return match(linear, targets, layers, shared)
+
+
+def fused_experts(modules: Iterable[tuple[str, nn.Module]], targets: str | tuple[str, ...] = "all") -> list[str]:
+    """Paths of the weights that hold all experts of a layer, as far as `targets` would name them: no linear layers.
+
+    Args:
+        modules: `named_modules()` of the base.
+    """
+    found = []
+    for path, module in modules:
+        if "experts" in type(module).__name__.lower() and not isinstance(module, nn.Linear):
+            held = [name for name, weight in module.named_parameters(recurse=False) if weight.ndim > 2 and len(weight)]
+            found += [path if name == "weight" else f"{path}.{name}" for name in held]
+    if targets == "all":
+        return found
+    wanted = () if targets == "attention" else (targets,) if isinstance(targets, str) else targets
+    return [path for path in found if any(ends_with(path, target) for target in wanted)]
+
+
+def _names(linear: Sequence[str]) -> str:
+    return f"attention, all, or names among {', '.join(sorted({path.rpartition('.')[2] for path in linear}))}"
 
 
 @torch.no_grad()
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes a linear layer and nothing more: routers of experts derive from it and do more."""
+    if type(module) is Conv1D:
+        return True
     if not isinstance(module, nn.Linear | AdaptedLinear):
         return False
     if type(module).forward in (nn.Linear.forward, Linear.forward, AdaptedLinear.forward) or module.weight.is_meta:
@@ -180,10 +237,30 @@ def is_linear(module: nn.Module) -> bool:
     x = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
     try:
         out: Any = module(x)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError) as error:
+        if memory_is_full(error):
+            raise
         return False
     expected = F.linear(x, module.weight, module.bias)
     return isinstance(out, Tensor) and out.shape == expected.shape and torch.allclose(out, expected, 1e-2, 1e-2)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight as [in, out]."""
+    return layer.transposed if isinstance(layer, AdaptedLinear) else isinstance(layer, Conv1D)
+
+
+def features(layer: nn.Module | None) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer; None of what is none."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear | AdaptedLinear) else None
+
+
+def update_of(layer: nn.Module, pair: LowRank) -> Tensor:
+    """What a pair adds to the layer's weight, float32, in the shape that the weight has."""
+    update = pair.scale * (pair.b.float() @ pair.a.float())
+    return update.t() if is_transposed(layer) else update
 
 
 def fuse(base: nn.Module) -> int:
@@ -334,7 +411,9 @@ def _same_attention(module: nn.Module, own: Any) -> bool:
         with torch.set_grad_enabled(graph), cpu.off():
             try:
                 expected = module(x, position_embeddings=(cos, sin), attention_mask=None)[0]
-            except (TypeError, RuntimeError):
+            except (TypeError, RuntimeError) as error:
+                if memory_is_full(error):
+                    raise
                 return False  # called otherwise, or positions turn a part of each head only
             equal.append(torch.equal(expected, own(x, (cos, sin))[0]))
     return all(equal)

@@ -131,7 +131,9 @@ def mean(pairs: Sequence[LowRank]) -> LowRank:
     return stacked([replace(pair, scale=pair.scale / len(pairs)) for pair in pairs])
 
 
-def match(linear: Sequence[str], targets: str | tuple[str, ...], layers: str = "all") -> list[str]:
+def match(
+    linear: Sequence[str], targets: str | tuple[str, ...], layers: str = "all", shared: Sequence[str] = ()
+) -> list[str]:
     """Those of the paths in `linear` that are adapted, in their order.
 
     Args:
@@ -139,6 +141,7 @@ def match(linear: Sequence[str], targets: str | tuple[str, ...], layers: str = "
         targets: `attention` (inside a module called `*attn*` or `*attention*`), `all`, or names that equal a path's end
             (`q_proj`, `layers.0.mlp.up_proj`).
         layers: `all` layers of the network, or `last:N`.
+        shared: paths among them that `attention` takes, too: what all tokens share beside experts.
 
     Raises:
         AdapterError: a name that matches nothing, with the nearest existing one; nothing in these layers.
@@ -147,18 +150,21 @@ def match(linear: Sequence[str], targets: str | tuple[str, ...], layers: str = "
     if targets == "all":
         matched = list(linear)
     elif targets == "attention":
-        matched = [p for p in linear if any("attn" in part or "attention" in part for part in p.split(".")[:-1])]
+        taken = {p for p in linear if any("attn" in part or "attention" in part for part in p.split(".")[:-1])}.union(
+            shared
+        )
+        matched = [path for path in linear if path in taken]
     else:
         wanted = (targets,) if isinstance(targets, str) else targets
         for target in wanted:
-            if not any(_ends(path, target) for path in linear):
+            if not any(ends_with(path, target) for path in linear):
                 raise AdapterError(
                     f"adapter target '{target}' matches no linear layer of the base",
                     where="adapter.targets",
                     allowed=f"attention, all, or names among {', '.join(last)}",
                     hint=nearest(target, last),
                 )
-        matched = [path for path in linear if any(_ends(path, target) for target in wanted)]
+        matched = [path for path in linear if any(ends_with(path, target) for target in wanted)]
     if not matched:
         raise AdapterError(
             f"adapter targets '{targets}' match no linear layer of the base",
@@ -175,7 +181,8 @@ def match(linear: Sequence[str], targets: str | tuple[str, ...], layers: str = "
     return uppermost
 
 
-def _ends(path: str, name: str) -> bool:
+def ends_with(path: str, name: str) -> bool:
+    """Whether a path is the name, or ends with it after a dot."""
     return path == name or path.endswith("." + name)
 
 

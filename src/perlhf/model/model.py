@@ -4,6 +4,7 @@
 forward uses it) and nowhere else.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from perlhf.errors import AdapterError, ModelError
+from perlhf.errors import AdapterError
 from perlhf.kernels import cpu, modules, tree_attention
 from perlhf.kernels.call import HeldPair, Turns, calling, current_call
 from perlhf.kernels.kv_cache import KeyValueCache
-from perlhf.kernels.modules import AdaptedLinear
+from perlhf.kernels.modules import AdaptedLinear, features, update_of
 from perlhf.method.logprobs import token_logprobs
 from perlhf.method.lora import new_pair
 from perlhf.method.packing import Batch, Ids, Packing, Tokens, pack, spread
@@ -25,7 +26,8 @@ from perlhf.model.adapter import Adapter, Role
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_base, pick_device, pick_dtype
 from perlhf.model.rows import Forward, RowsCache
-from perlhf.model.supported import Way, choose_way, network_below, target_paths
+from perlhf.model.supported import Packed, Way, choose_way, network_below, packing_of, target_paths
+from perlhf.model.ways import recall, remember
 
 Cache = KeyValueCache | RowsCache
 """What is kept of prompts and sampled tokens, by the way of the base."""
@@ -58,12 +60,19 @@ class Model:
         fingerprint: name and hashes of the base, recorded with every adapter.
         vocabulary: tokens that the tokenizer has; null takes all rows of the embedding. The rows beyond, which padding
             has left, have probability 0 in sampling and in log-probabilities alike.
+        known: the way of other weights of the same configuration, which is seen to hold on these (`choose_way`).
 
     Raises:
         ModelError: its forward pass isn't what training assumes.
     """
 
-    def __init__(self, base: PreTrainedModel, fingerprint: dict[str, Any], vocabulary: int | None = None):
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        fingerprint: dict[str, Any],
+        vocabulary: int | None = None,
+        known: Way | None = None,
+    ):
         self.base = base.eval().requires_grad_(False)
         modules.fuse(self.base)
         self.fingerprint, self.vocabulary = fingerprint, vocabulary
@@ -77,7 +86,7 @@ class Model:
         self.hidden_size = int(base.config.get_text_config().hidden_size)
         tree_attention.register()
         self.way = Way()
-        choose_way(self)
+        choose_way(self, known)
         if self.way.packing == "tree":
             modules.fuse_attention(self.base)
 
@@ -90,7 +99,11 @@ class Model:
         """
         target = pick_device(device)
         chosen, _ = pick_dtype(dtype, target.type)
-        return cls(load_base(base, chosen, target), base.fingerprint, vocabulary)
+        network = load_base(base, chosen, target)
+        config = copy.deepcopy(network.config)  # what is computed with it is written into it
+        model = cls(network, base.fingerprint, vocabulary, recall(config, chosen, target))
+        remember(config, chosen, target, model.way)
+        return model
 
     # adapters
 
@@ -123,7 +136,7 @@ class Model:
         else:
             generator = torch.Generator().manual_seed(seed)
             for path in self.targets(targets, layers):
-                adapter.pairs[path] = new_pair(self._adapted(path).weight, rank, alpha, dropout, generator)
+                adapter.pairs[path] = new_pair(self._adapted(path).dense(), rank, alpha, dropout, generator)
         adapter.add_head(self.hidden_size, self.device)
         self._register(adapter)
         return adapter
@@ -137,18 +150,17 @@ class Model:
 
     def adopt(self, adapter: Adapter) -> Adapter:
         """Adds an adapter read from disk; its paths must exist in the base."""
-        modules = dict(self.base.named_modules())
+        layers = dict(self.base.named_modules())
         for path, pair in adapter.pairs.items():
             if path in self._head_path:
                 raise AdapterError(
                     f"the adapter adapts the output head '{path}'", allowed="linear layers below the head"
                 )
-            layer = modules.get(path)
-            if not isinstance(layer, nn.Linear | AdaptedLinear):
+            expected = features(layers.get(path))
+            if expected is None:
                 raise AdapterError(
                     f"the adapter adapts '{path}', which the base lacks", hint="use the base it was trained on"
                 )
-            expected = (layer.in_features, layer.out_features)
             if (pair.a.shape[1], pair.b.shape[0]) != expected:
                 raise AdapterError(
                     f"shape {pair.a.shape[1]} -> {pair.b.shape[0]} at '{path}'",
@@ -174,17 +186,13 @@ class Model:
 
     # forward passes
 
-    def packing(self, asked: Literal["auto", "tree", "none"]) -> Packing:
+    def packing(self, asked: Packed) -> Packing:
         """How sequences are computed together, by what was asked for and what the network can.
 
         Raises:
             ModelError: a tree was asked for, which the network can't.
         """
-        if asked == "tree" and self.way.packing == "none":
-            raise ModelError(
-                f"this base can't be computed as a tree: {self.way.why}", where="packing", allowed="auto, none"
-            )
-        return self.way.packing if asked == "auto" else asked
+        return packing_of(self.way, asked)
 
     def scores(self, batch: Batch, adapter: str, *, dropout: bool = False) -> Tensor:
         """Scalar head on the state of each sequence's last token, float32 [batch]."""
@@ -356,7 +364,7 @@ class Model:
         merged = {n: w.detach().float().clone() for n, w in source}
         for adapter in chain:
             for path, pair in adapter.pairs.items():
-                merged[path + ".weight"] += pair.scale * (pair.b.float() @ pair.a.float())
+                merged[path + ".weight"] += update_of(self.base.get_submodule(path), pair)
         return merged
 
 

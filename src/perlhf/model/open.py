@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import ValidationError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perlhf.config.recipe import load_recipe
 from perlhf.config.stages import (
@@ -29,6 +29,7 @@ from perlhf.config.stages import (
 from perlhf.data import order
 from perlhf.data.splits import content_hash, hashes_beside
 from perlhf.errors import AdapterError, ConfigError, ModelError, RunError
+from perlhf.kernels.modules import fused_experts
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.bases.found import Base, template_depends_on_day
@@ -303,6 +304,8 @@ def new_adapter(
             hint="perlhf export --format merged writes that run as a checkpoint that base can name",
         )
     shape: AdapterConfig = config.adapter
+    if config.tuning == "lora" and role != "value" and (unadapted := left_out(model.base, shape)):
+        note(unadapted)
     dropout = shape.dropout if role in ("sft", "reward") else 0.0
     if start is not None and same_shape(model.adapters[start], shape, config.tuning, model):
         adapter = model.copy_adapter(start, name, role)
@@ -327,6 +330,15 @@ def new_adapter(
             adapter.score_head.data.copy_(earlier.score_head.data)
             adapter.bias.data.copy_(earlier.bias.data)
     return adapter
+
+
+def left_out(network: PreTrainedModel, shape: AdapterConfig) -> str | None:
+    """One line about the experts that an adapter's targets name and that can't be adapted; None without any."""
+    paths = fused_experts(network.named_modules(), shape.targets)
+    if not paths:
+        return None
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    return f"experts that are fused into one tensor are not adapted: {', '.join(names)} ({len(paths)} tensors)"
 
 
 def same_shape(adapter: Adapter, shape: AdapterConfig, tuning: str, model: Model) -> bool:

@@ -18,8 +18,8 @@ _KNOWN = frozenset(  # keys of PEFT's configuration; these are read,
     "alpha_pattern base_model_name_or_path bias init_lora_weights layers_to_transform lora_alpha lora_dropout "
     "modules_to_save peft_type r rank_pattern target_modules task_type use_rslora "
     # and these have no effect on what an adapter computes, given its tensors
-    "auto_mapping ensure_weight_tying eva_config exclude_modules inference_mode layers_pattern megatron_core "
-    "peft_version qalora_group_size revision runtime_config".split()
+    "auto_mapping ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode layers_pattern "
+    "megatron_core peft_version qalora_group_size revision runtime_config".split()
 )
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's weights as well
 
@@ -169,7 +169,6 @@ def settings_of(adapter: Adapter, targets: list[str], base_name: str | None) -> 
         "target_modules": sorted(targets),
         "modules_to_save": ["score"] if classifier else None,
         "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
     }
 

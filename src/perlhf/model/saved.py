@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from perlhf.errors import AdapterError, ModelError
+from perlhf.kernels.modules import is_transposed
 from perlhf.method import lora
 from perlhf.method.lora import LowRank
 from perlhf.model.adapter import Adapter
@@ -54,12 +55,14 @@ class SavedAdapter:
         base: fingerprint of the base it was trained on (`Base.fingerprint`); "" where unknown (made by other tools).
         encoding: how records became tokens (the `encoding` section of its recipe); {} where unknown.
         targets: module names (or path endings) that have a pair, as PEFT is told them; empty for full tuning.
+        transposed: whether layers of the base keep their weights as [in, out] (PEFT's `fan_in_fan_out`).
     """
 
     adapter: Adapter
     base: dict[str, Any]
     encoding: dict[str, Any] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
+    transposed: bool = False
 
 
 def save_adapter(model: Model, name: str, directory: Path, encoder: Encoder) -> None:
@@ -70,7 +73,8 @@ def save_adapter(model: Model, name: str, directory: Path, encoder: Encoder) -> 
     """
     adapter = with_those_beneath(model, name)
     targets = sorted(adapter.pairs)
-    write_adapter(directory, SavedAdapter(adapter, model.fingerprint, encoder.identity(), targets))
+    transposed = any(is_transposed(model.base.get_submodule(path)) for path in targets)
+    write_adapter(directory, SavedAdapter(adapter, model.fingerprint, encoder.identity(), targets, transposed))
 
 
 def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | None = None) -> Adapter:
@@ -156,7 +160,8 @@ def write_adapter(directory: Path, saved: SavedAdapter, base_name: str | None = 
         file = temporary / (FULL_WEIGHTS if full else TENSORS)
         write_tensors(file, tensors, directory)
         if not full:
-            settings = settings_of(adapter, saved.targets, base_name or saved.base.get("name") or None)
+            named = base_name or saved.base.get("name") or None
+            settings = settings_of(adapter, saved.targets, named) | {"fan_in_fan_out": saved.transposed}
             if "revision" in saved.base and base_name in (None, saved.base["name"]):
                 settings["revision"] = saved.base["revision"]
             (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
@@ -214,7 +219,8 @@ def read_adapter(directory: Path, name: str = "adapter") -> SavedAdapter:
     adapter = _with_head(adapter, head, details["bias"])
     adapter.pairs = _pairs(tensors, shape, directory / TENSORS)
     targets = targets_of(config, adapter)
-    return SavedAdapter(adapter, details["base"], details["encoding"], targets)
+    transposed = bool(config.get("fan_in_fan_out"))
+    return SavedAdapter(adapter, details["base"], details["encoding"], targets, transposed)
 
 
 def check_base(saved: SavedAdapter, fingerprint: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ computed in rows, by its own forward.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from perlhf.kernels.modules import match_targets
 from perlhf.kernels.sight import FULL, Sight, watching
 from perlhf.method.logprobs import PLAIN, Logits
 from perlhf.method.packing import Packing, pad
+from perlhf.system.unforeseen import memory_is_full
 
 if TYPE_CHECKING:
     from perlhf.model.model import Model
@@ -33,9 +35,7 @@ _MIXED = ("full_attention", "sliding_attention", "chunked_attention")
 _TOLERANCE = 0.08
 """In bfloat16. On a CPU, SmolLM2-135M's states differ by up to 0.03 (2e-6 in float32) where all is well, by 0.1 with
 positions off by one, and by 0.4 for sampled tokens where positions are ignored."""
-_ROUTERS = ("gate", "router", "shared_expert_gate", "classifier")
-"""Last names of linear layers that choose experts."""
-_FAULTS = (TypeError, ValueError, RuntimeError, LookupError, StopIteration, AttributeError, NotImplementedError)
+FAULTS = (TypeError, ValueError, RuntimeError, LookupError, StopIteration, AttributeError, NotImplementedError)
 """What networks raise for arguments that they don't take."""
 
 
@@ -57,6 +57,32 @@ class Way:
     """Linear layers whose weights the network reads without calling them: an adapter there would do nothing."""
     reuses_cache: bool = True
     """Whether that cache can be repeated for many completions; else each step computes all tokens anew."""
+    measured: bool = False
+    """Whether `why` is a number that was too large on these weights: other weights might have another way."""
+
+
+Packed = Literal["auto", "tree", "none"]
+"""What can be asked for."""
+
+
+def packing_of(way: Way, asked: Packed) -> Packing:
+    """How sequences are computed together, by what was asked for and what a network can.
+
+    Raises:
+        ModelError: a tree was asked for, which it can't.
+    """
+    if asked == "tree" and way.packing == "none":
+        what = f"this base can't be computed as a tree: {way.why}"
+        raise ModelError(what, where="packing", allowed="auto, none")
+    return way.packing if asked == "auto" else asked
+
+
+def told(way: Way, asked: Packed) -> dict[str, str]:
+    """The way in force and why, as a manifest has it."""
+    packing = packing_of(way, asked)
+    if packing == "tree":
+        return {"packing": packing, "why": "it mixes tokens by attention alone, which a tree of prefixes can be given"}
+    return {"packing": packing, "why": way.why or "packing: none was asked for"}
 
 
 def check_supported(config: PreTrainedConfig) -> None:
@@ -79,7 +105,7 @@ def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """
     head = model.get_output_embeddings()
     if head is None:
-        raise _differs(model, "it has no output layer")
+        raise _refusal(model, "it has no output layer")
     return network_below(model), head
 
 
@@ -92,63 +118,120 @@ def network_below(model: PreTrainedModel) -> nn.Module:
 def target_paths(
     network: PreTrainedModel, targets: str | tuple[str, ...], layers: str = "all", uncalled: Sequence[str] = ()
 ) -> list[str]:
-    """Paths of the linear layers below the output head that `targets` names in `layers` (`lora.match`). Routers of
-    experts and layers whose weights are read without a call (`Way.uncalled`) are none of them.
+    """Paths of the linear layers below the output head that `targets` names in `layers` (`modules.match_targets`).
+    Layers whose weights are read without a call (`Way.uncalled`) are none of them.
 
     Raises:
-        AdapterError: a target that matches nothing.
+        AdapterError: a target that matches nothing, or names what is never adapted.
     """
     head = network.get_output_embeddings()
     skip = [path for path, module in network.named_modules() if module is head]
-    skip += [path for path, _ in network.named_modules() if path.rpartition(".")[2] in _ROUTERS]
-    skip = (*skip, *uncalled)
-    return match_targets(network.named_modules(), targets, skip, layers)
+    return match_targets(network.named_modules(), targets, (*skip, *uncalled), layers)
 
 
 @torch.no_grad()
-def choose_way(model: "Model") -> None:
+def choose_way(model: "Model", known: Way | None = None) -> None:
     """Sets `model.way` by computing four short sequences in each way that training and sampling do.
 
-    1. logits come from head(last hidden state) by a scale and a cap;
+    1. all states are numbers, and logits come from head(last hidden state) by a scale and a cap;
     2. a later token changes no earlier state: two rows agree as far as they share a prefix;
     3. in a tree, where a shared prefix is computed once, position ids and our attention are obeyed;
     4. one more token, of which a cache has what comes before, is computed as in its row.
 
     Where 3 or 4 fails for a tree, the network's own forward and cache are tried, and then its forward alone.
 
+    Args:
+        known: the way of other weights of this configuration (`ways.recall`). 1 to 4 are seen to hold on these weights
+            all the same; what the code and the configuration alone decide isn't found out again: masks, layers that
+            aren't called, and ways that don't exist. Where it doesn't hold, it is as if nothing were known.
+
     Raises:
         ModelError: naming what differs in all ways.
     """
-    network, decoder = model.base, model.decoder
+    network = model.base
     probe = _probe(network, model.device)
-    states = _as_it_is(decoder, network, probe.ids)
-    uncalled = _uncalled(decoder, network, probe.ids)
-    own = network.config._attn_implementation
-    shape = _shape_of(network, probe.ids, states)
-    if _distance(states[2, :3], states[0, :3]) > _tolerance(model):
-        raise _differs(network, "a later token changes earlier logits, so attention is not causal")
+    own = network.config._attn_implementation or "eager"
     try:
-        network.set_attn_implementation(tree_attention.NAME)
-        model.way = Way(logits=shape, uncalled=uncalled, sights=_sights(network, decoder, probe.ids))
-        alike = _distance(decoder(input_ids=probe.ids, use_cache=False).last_hidden_state, states)
-        if alike > _tolerance(model):
-            raise _differs(network, f"by our attention its states are off by {alike:.1%}")
-        _verify(model, probe, states)
-        return
-    except (ModelError, *_FAULTS) as error:
-        why = error.what if isinstance(error, ModelError) else f"it doesn't take our attention ({error!r})"
-    network.set_attn_implementation(own or "eager")
-    model.way = Way(
-        "none", why.removeprefix(f"{type(network).__name__} can't be a base: "), logits=shape, uncalled=uncalled
-    )
+        states = _as_it_is(model.decoder, network, probe.ids)
+        if not states.isfinite().all():
+            raise _NoWay(f"its states aren't numbers in {model.dtype}: were its weights damaged?".replace("torch.", ""))
+        own = network.config._attn_implementation or own
+        shape = _shape_of(network, probe.ids, states)
+        if _far(states[2, :3], states[0, :3], _tolerance(model)):
+            raise _NoWay("a later token changes earlier logits, so attention is not causal")
+        if known is not None and _holds(model, replace(known, logits=shape), probe, states):
+            return
+        network.set_attn_implementation(own)
+        _search(model, Way(logits=shape, uncalled=_uncalled(model.decoder, network, probe.ids)), probe, states)
+    except _NoWay as none:
+        raise _refusal(network, none.why) from none
+
+
+def _search(model: "Model", plain: Way, probe: "_Probe", states: Tensor) -> None:
+    """Takes the first way that holds: the tree, rows with a cache of either name, rows that compute all tokens anew.
+
+    Raises:
+        _NoWay: none does.
+    """
+    network, own = model.base, model.base.config._attn_implementation or "eager"
+    try:
+        with _tried("it doesn't take our attention"):
+            network.set_attn_implementation(tree_attention.NAME)
+            model.way = replace(plain, sights=_sights(network, model.decoder, probe.ids))
+            alike = model.decoder(input_ids=probe.ids, use_cache=False).last_hidden_state
+        if off := _far(alike, states, _tolerance(model)):
+            raise _NoWay(f"by our attention its states are off by {off:.1%}", measured=True)
+        return _verify(model, probe, states)
+    except _NoWay as none:
+        rows = replace(plain, packing="none", why=none.why, measured=none.measured)
+    network.set_attn_implementation(own)
     for name in ("past_key_values", "cache_params"):
-        model.way = replace(model.way, cache_name=name)
+        model.way = replace(rows, cache_name=name)
         try:
             return _verify(model, probe, states)
-        except (ModelError, *_FAULTS):
+        except _NoWay:
             continue
-    model.way = replace(model.way, reuses_cache=False)
+    model.way = replace(rows, reuses_cache=False)
     _verify(model, probe, states)
+
+
+def _holds(model: "Model", known: Way, probe: "_Probe", states: Tensor) -> bool:
+    """Whether a known way is one of these weights, too; it is then taken."""
+    layers = dict(model.base.named_modules())
+    if not all(isinstance(layers.get(path), nn.Linear) for path in known.uncalled):
+        return False
+    try:
+        with _tried("it doesn't take our attention"):
+            if known.packing == "tree":
+                model.base.set_attn_implementation(tree_attention.NAME)
+        model.way = known
+        _verify(model, probe, states)
+    except _NoWay:
+        return False
+    return True
+
+
+class _NoWay(Exception):
+    """A network can't be computed in a way; `why` ends a sentence that names it."""
+
+    def __init__(self, why: str, *, measured: bool = False):
+        self.why, self.measured = why, measured
+        super().__init__(why)
+
+
+@contextmanager
+def _tried(what: str) -> Iterator[None]:
+    """What networks raise for arguments that they don't take is no way; full memory and a broken GPU are told as that.
+
+    Raises:
+        _NoWay: it says `what`, and the fault.
+    """
+    try:
+        yield
+    except FAULTS as error:
+        if memory_is_full(error) or isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+            raise
+        raise _NoWay(f"{what} ({error!r:.300})") from error
 
 
 @dataclass(frozen=True)
@@ -167,12 +250,18 @@ def _probe(network: PreTrainedModel, device: torch.device) -> _Probe:
 
 
 def _as_it_is(decoder: nn.Module, network: PreTrainedModel, ids: Tensor) -> Tensor:
-    """States by transformers alone; where its fast attention can't, by its plain one."""
+    """States by transformers alone; where its fast attention can't, by its plain one.
+
+    Raises:
+        _NoWay: neither can.
+    """
     try:
-        return decoder(input_ids=ids, use_cache=False).last_hidden_state
-    except _FAULTS:
-        network.set_attn_implementation("eager")
-        return decoder(input_ids=ids, use_cache=False).last_hidden_state
+        with _tried("its own forward fails"):
+            return decoder(input_ids=ids, use_cache=False).last_hidden_state
+    except _NoWay:
+        with _tried("its own forward fails"):
+            network.set_attn_implementation("eager")
+            return decoder(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def _uncalled(decoder: nn.Module, network: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
@@ -205,16 +294,16 @@ def _sights(network: PreTrainedModel, decoder: nn.Module, ids: Tensor) -> dict[i
     """How far back each layer sees.
 
     Raises:
-        ModelError: a layer mixes tokens otherwise.
+        _NoWay: a layer mixes tokens otherwise.
     """
     config = network.config.get_text_config()
     kinds = [kind for kind in getattr(config, "layer_types", None) or () if kind not in _MIXED]
     if kinds:
-        raise _differs(network, f"it has {kinds[0]} layers")
+        raise _NoWay(f"it has {kinds[0]} layers")
     with watching() as watch:
         decoder(input_ids=ids, use_cache=False)
     if not watch.layers or None in watch.layers.values():
-        raise _differs(network, "its layers' masks are of no known form")
+        raise _NoWay("its layers' masks are of no known form")
     return {layer: sight for layer, sight in watch.layers.items() if sight is not None and sight != FULL}
 
 
@@ -222,24 +311,21 @@ def _verify(model: "Model", probe: _Probe, states: Tensor) -> None:
     """Compares the states of prompts and of one sampled token with those of padded rows.
 
     Raises:
-        ModelError: they differ, or can't be computed.
+        _NoWay: they differ, or can't be computed.
     """
-    network, tolerance = model.base, _tolerance(model)
     obeyed = "position ids or a four-dimensional attention mask are not"
     if model.way.packing == "none":
         obeyed = "its own cache is not"
-    try:
+    with _tried(f"{obeyed} accepted"):
         shared, cache = model.prefill([row[:-1] for row in probe.sequences], None)
         cache.fork(2)
         last = torch.tensor([row[-1] for row in probe.sequences], device=model.device)
         sampled = model.decode(last.repeat_interleave(2), cache, None)[::2]
-    except _FAULTS as error:
-        raise _differs(network, f"{obeyed} accepted ({error!r})") from error
     for what, of, other, back in (("tree", "shared prefixes", shared, 2), ("cache", "sampled tokens", sampled, 1)):
         separate = torch.stack([row[len(ids) - back] for ids, row in zip(probe.sequences, states, strict=True)])
-        if (off := _distance(other, separate)) > tolerance:
+        if off := _far(other, separate, _tolerance(model)):
             reason = f"or our attention isn't handed its {what}: states of {of} are off by {off:.1%}"
-            raise _differs(network, f"{obeyed} obeyed, {reason}")
+            raise _NoWay(f"{obeyed} obeyed, {reason}", measured=True)
 
 
 def _tolerance(model: "Model") -> float:
@@ -250,7 +336,8 @@ def _shape_of(network: PreTrainedModel, ids: Tensor, states: Tensor) -> Logits:
     """What the network makes of the products of its head and states, told from large ones, which show a cap.
 
     Raises:
-        ModelError: neither a scale nor a cap.
+        ModelError: there is no head.
+        _NoWay: neither a scale nor a cap.
     """
     _, head = decoder_and_head(network)
     products: list[Tensor] = []
@@ -263,13 +350,14 @@ def _shape_of(network: PreTrainedModel, ids: Tensor, states: Tensor) -> Logits:
 
     hook = head.register_forward_hook(enlarge)
     try:
-        logits = network(input_ids=ids, use_cache=False).logits.float()
+        with _tried("its own forward fails"):
+            logits = network(input_ids=ids, use_cache=False).logits.float()
     finally:
         hook.remove()
     given, plain = raw[0].float(), head(states.to(raw[0].dtype)).float()
     before_head = float((given * plain).sum() / plain.square().sum())
-    if _distance(plain * before_head, given) > 5e-3:
-        raise _differs(network, "its output layer isn't given the last hidden state")
+    if _far(plain * before_head, given, 5e-3):
+        raise _NoWay("its output layer isn't given the last hidden state")
     before_head = 1.0 if abs(before_head - 1) < 1e-3 else before_head
     config = network.config.get_text_config()
     known = [getattr(config, name, None) for name in _NUMBERS]
@@ -281,18 +369,19 @@ def _shape_of(network: PreTrainedModel, ids: Tensor, states: Tensor) -> Logits:
         scale = float((inside * before * products[0]).sum() / (inside * products[0].square()).sum())
         near = [number for number in (1.0, *numbers) if scale and abs(number / scale - 1) < 0.005]
         shape = Logits(near[0] if near else scale, cap)
-        if _distance(shape.of(products[0]), logits) < 5e-3:
+        if not _far(shape.of(products[0]), logits, 5e-3):
             return replace(shape, scale=shape.scale * before_head)
-    raise _differs(network, "logits are not head(last hidden state) scaled or capped, but otherwise changed")
+    raise _NoWay("logits are not head(last hidden state) scaled or capped, but otherwise changed")
 
 
-def _distance(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of `expected`."""
+def _far(actual: Tensor, expected: Tensor, tolerance: float) -> float:
+    """Norm of the difference over the norm of `expected` where that is above `tolerance` or no number; else 0."""
     actual, expected = actual.float(), expected.float()
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
+    off = float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
+    return 0.0 if off <= tolerance else off
 
 
-def _differs(model: PreTrainedModel, what: str) -> ModelError:
+def _refusal(model: PreTrainedModel, what: str) -> ModelError:
     name = type(model).__name__
     return ModelError(f"{name} can't be a base: {what}", where="base", allowed=_ALLOWED)
 

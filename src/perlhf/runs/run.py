@@ -33,6 +33,7 @@ from perlhf.runs.manifest import (
     start_or_continue,
     utc_now,
 )
+from perlhf.system import console
 from perlhf.system.files import (
     damaged,
     from_json,
@@ -191,6 +192,16 @@ class Run:
             self._metrics = None
         path = self.path / METRICS
         write_atomic(path, b"".join(lines))
+
+    def note(self, key: str, value: dict[str, Any]) -> None:
+        """Adds to the manifest what is known only now, and says so where it was another before this session."""
+        before = self._manifest.get(key)
+        if before == value:
+            return
+        if before is not None:
+            console.note(f"{key} is {value!r} but was {before!r} before; the result may not be bit-equal")
+        self._manifest[key] = value
+        write_json(self.path / MANIFEST, self._manifest)
 
     def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Appends one line to metrics.jsonl, and feeds the progress bar and the optional writers.

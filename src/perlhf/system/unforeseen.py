@@ -41,7 +41,7 @@ def said_of(error: Exception, command: str) -> tuple[str, int]:
         command: what was run, without its options.
     """
     said = str(error)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in said for word in _FULL)):
+    if memory_is_full(error):
         whose = "the GPU's memory" if "CUDA" in said else "memory"
         hint = "lower tokens_per_microbatch, or jobs of a comparison; --dry-run estimates what a run needs"
         first = said.split(". ")[0].splitlines()[0] if said else "no room for more"
@@ -52,6 +52,12 @@ def said_of(error: Exception, command: str) -> tuple[str, int]:
         hint = "run it with PYTHONUTF8=1, or under a locale of UTF-8"
         return f"no file can be called {error.object!r} here: names are {error.encoding}\n  try: {hint}", 2
     return f"a mistake of perlhf's own, {type(error).__name__}: {_told(said)}\n  {_kept(error, command)}", SOFTWARE
+
+
+def memory_is_full(error: BaseException) -> bool:
+    """Whether that is what an error says: Python's own, or torch's RuntimeError of a CPU or a GPU."""
+    said = str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in said for word in _FULL))
 
 
 def _refused(error: OSError) -> tuple[str, int]:

@@ -6,7 +6,9 @@ hidden for a score head, hidden + 1 for a value head. Memory is an estimate (`_a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
 
 from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.data.records import Prompt, completions_of
@@ -14,11 +16,12 @@ from perlhf.errors import ModelError
 from perlhf.kernels import cpu
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
-from perlhf.model.bases.loading import end_ids, load_tokenizer, without_weights
+from perlhf.model.bases.loading import end_ids, load_tokenizer, pick_device, without_weights
 from perlhf.model.encoding.encode import Encoder, TooLong
 from perlhf.model.encoding.lengths import telling
-from perlhf.model.open import with_day
-from perlhf.model.supported import target_paths
+from perlhf.model.foretold import Foretold, foretell
+from perlhf.model.open import left_out, with_day
+from perlhf.model.supported import packing_of, target_paths
 from perlhf.rollout.scorers import load_functions
 from perlhf.runs.earlier import check_runs, earlier_runs, is_adapter
 from perlhf.system import before_torch
@@ -57,6 +60,10 @@ class Plan:
     learning_rate: float
     base_parameters: int
     trainable: dict[str, int]
+    way: str
+    """How sequences are computed together, why, and how that is known."""
+    notes: tuple[str, ...]
+    """What isn't as one might think."""
     dtype: str
     allocator: str
     kernels: str
@@ -93,27 +100,73 @@ def plan(config: Stage) -> Plan:
             load_functions(sources, key, prompts)
     _try_out(config, sides)
     records = count_records(sides)
-    size, trainable = network.num_parameters(), trainable_parameters(config, network)
     dtype = dtype_in_force(config.dtype, config.device)
-    used = before_torch.expected()
-    on_gpu = config.device.startswith(("cuda", "mps"))
-    compiles = dtype == "bfloat16" and not on_gpu
+    foretold = foretell_way(config, network)
+    if foretold.way is not None:
+        packing_of(foretold.way, config.packing)
+    trainable = trainable_parameters(config, network, foretold.uncalled)
+    note = left_out(network, config.adapter) if config.tuning == "lora" else None
+    updates = count_updates(config, sides)
+    tell(sides)
+    return Plan(
+        stage,
+        records,
+        updates,
+        config.learning_rate,
+        network.num_parameters(),
+        trainable,
+        way_in_words(foretold, config.packing),
+        () if note is None else (note,),
+        dtype,
+        before_torch.expected(),
+        "not for a GPU" if config.device.startswith(("cuda", "mps")) else cpu.compiler()[1],
+        memory_of(config, network, trainable),
+    )
+
+
+def foretell_way(config: Stage, network: "PreTrainedModel") -> Foretold:
+    """The way of the base on the stage's device, which need not be here."""
+    device = pick_device("auto") if config.device == "auto" else torch.device(config.device)
+    return foretell(network.config, getattr(torch, dtype_in_force(config.dtype, config.device)), device)
+
+
+def way_in_words(foretold: Foretold, asked: str = "auto") -> str:
+    """How sequences are computed together, and how that is known.
+
+    Args:
+        asked: `packing` of the stage.
+    """
+    way = foretold.way
+    if way is None:
+        return foretold.source
+    if way.packing == "none":
+        return f"rows, slower than a tree: {way.why} ({foretold.source})"
+    return "rows, as packing: none asks" if asked == "none" else f"tree of shared prefixes ({foretold.source})"
+
+
+def memory_of(config: Stage, network: "PreTrainedModel", trainable: dict[str, int]) -> dict[str, int]:
+    """Estimated bytes by what holds them.
+
+    Args:
+        network: the base, without weights.
+        trainable: parameters by adapter.
+    """
+    size, dtype = network.num_parameters(), dtype_in_force(config.dtype, config.device)
+    compiles = dtype == "bfloat16" and not config.device.startswith(("cuda", "mps"))
+    holes = HOLES if before_torch.expected() == "system" or compiles else 1.0
     memory = {
         "libraries": OVERHEAD_BYTES,
         "base": size * _size(dtype),
         "adapters and optimiser": sum(trainable.values()) * OPTIMISER_BYTES,
         "frozen adapters": _frozen_adapters(config) * next(iter(trainable.values())) * 4,
-        "activations": _activation_bytes(config, network, dtype, HOLES if used == "system" or compiles else 1.0),
+        "activations": _activation_bytes(config, network, dtype, holes),
     }
     if config.tuning == "full":
         # While they are used in another dtype than they are learned in, and while they are written to a file.
         memory["copies of the weights"] = size * (4 + (_size(dtype) if dtype != "float32" else 0))
     if compiles:
         memory["compiled products"] = COMPILED_BYTES
-    updates = count_updates(config, sides)
-    tell(sides)
-    kernels = "not for a GPU" if on_gpu else cpu.compiler()[1]
-    return Plan(stage, records, updates, config.learning_rate, size, trainable, dtype, used, kernels, memory)
+    return memory
 
 
 def _try_out(config: Stage, sides: Sides) -> None:
@@ -160,14 +213,18 @@ def count_updates(config: Stage, sides: Sides) -> int:
     return updates_of(config, sides.train).total
 
 
-def trainable_parameters(config: Stage, network: "PreTrainedModel") -> dict[str, int]:
+def trainable_parameters(config: Stage, network: "PreTrainedModel", uncalled: Sequence[str] = ()) -> dict[str, int]:
     """Trainable parameters of each adapter, head included.
+
+    Args:
+        uncalled: layers that are never adapted (`Way.uncalled`).
 
     Raises:
         AdapterError: a target that matches no linear layer.
     """
     hidden = int(network.config.get_text_config().hidden_size)
-    body = network.num_parameters() if config.tuning == "full" else lora_parameters(config.adapter, network)
+    full = config.tuning == "full"
+    body = network.num_parameters() if full else lora_parameters(config.adapter, network, uncalled)
     match config:
         case SftConfig():
             return {"sft": body}
@@ -179,13 +236,13 @@ def trainable_parameters(config: Stage, network: "PreTrainedModel") -> dict[str,
             return {"policy": body}
 
 
-def lora_parameters(adapter: AdapterConfig, network: "PreTrainedModel") -> int:
+def lora_parameters(adapter: AdapterConfig, network: "PreTrainedModel", uncalled: Sequence[str] = ()) -> int:
     """Sum of rank * (inputs + outputs) over the layers that `targets` names.
 
     Raises:
         AdapterError: a name that matches no linear layer.
     """
-    paths = target_paths(network, adapter.targets, adapter.layers)
+    paths = target_paths(network, adapter.targets, adapter.layers, uncalled)
     return adapter.rank * sum(sum(network.get_parameter(f"{path}.weight").shape) for path in paths)
 
 
@@ -216,16 +273,25 @@ def _activation_bytes(config: Stage, network: "PreTrainedModel", dtype: str, hol
     Per token and layer of an adapter on attention: three vectors of the hidden size (inputs of two norms and of the
     adapters), q, k, v and their mixture, and two of the feed-forward size (gate and up). Adapters on all linear layers
     and full tuning keep the inputs of the feed-forward layers as well. Layers below `adapter.layers` keep nothing.
+    Layers without heads (of a recurrence) count as four vectors of twice the hidden size in the place of q, k, v.
     """
     shape = network.config.get_text_config()
-    layers, hidden, heads = shape.num_hidden_layers, shape.hidden_size, shape.num_attention_heads
-    kv_heads = getattr(shape, "num_key_value_heads", None) or heads
-    head_size = getattr(shape, "head_dim", None) or hidden // heads
-    feed_forward = getattr(shape, "intermediate_size", None) or 4 * hidden
-    per_token = 3 * hidden + 2 * (heads + kv_heads) * head_size + 2 * feed_forward
+    layers, hidden = shape.num_hidden_layers, shape.hidden_size
+    heads = _most(getattr(shape, "num_attention_heads", None))
+    kv_heads = _most(getattr(shape, "num_key_value_heads", None)) or heads
+    head_size = _most(getattr(shape, "head_dim", None)) or hidden // (heads or 1)
+    feed_forward = _most(getattr(shape, "intermediate_size", None)) or 4 * hidden
+    mixed = 2 * (heads + kv_heads) * head_size if heads else 8 * hidden
+    per_token = 3 * hidden + mixed + 2 * feed_forward
     if config.tuning == "full" or config.adapter.targets != "attention":
         per_token += hidden + feed_forward
     if config.tuning == "lora" and config.adapter.layers != "all":
         layers = min(layers, int(config.adapter.layers.removeprefix("last:")))
     logits = 0 if isinstance(config, RewardConfig) else 2 * HEAD_CHUNK_TOKENS * shape.vocab_size * 4
     return int(config.microbatch_tokens * layers * per_token * _size(dtype) * holes) + logits
+
+
+def _most(said: Any) -> int:
+    """A number of a configuration, the largest where each layer has its own; 0 where there is none."""
+    numbers = said if isinstance(said, list | tuple) else [said]
+    return max((number for number in numbers if isinstance(number, int)), default=0)

@@ -24,6 +24,7 @@ from perlhf.errors import Interrupted, RewardFunctionError, ServiceError
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
+from perlhf.model.supported import told
 from perlhf.rollout.local import Ends
 from perlhf.rollout.scorers import load_scorers
 from perlhf.runs.run import Run, open_run
@@ -88,6 +89,7 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         if run.finished:
             return run.result()
         setup = _open(config, base)
+        run.note("way", told(setup.model.way, config.packing))
         model, optimizers = setup.model, _optimizers(setup)
         validation = _validation(setup)
         step, keeper, saved_state = loop.restore(run, model, optimizers)

@@ -29,6 +29,7 @@ from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder, Example
 from perlhf.model.model import Model
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
+from perlhf.model.supported import told
 from perlhf.rollout.scorers import score_batches
 from perlhf.runs.run import Run, open_run
 from perlhf.training import loop, optim
@@ -75,6 +76,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         if run.finished:
             return run.result()
         model, encoder = open_model(config, base)
+        run.note("way", told(model.way, config.packing))
         sides = loop.read_sides(config, ("comparison", "rating"))
         check_labels(sides.train, config.data)
         train, counts = encode_items(encoder, sides.train)

@@ -20,6 +20,7 @@ from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder, Example
 from perlhf.model.model import Model
 from perlhf.model.open import load_start, new_adapter, open_model, with_day
+from perlhf.model.supported import told
 from perlhf.runs.run import open_run
 from perlhf.training import loop, optim
 from perlhf.training.loop import Keeper
@@ -49,6 +50,7 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
         if run.finished:
             return run.result()
         model, encoder = open_model(config, base)
+        run.note("way", told(model.way, config.packing))
         sides = loop.read_sides(config, ("demonstration",))
         train, counts = encode_items(encoder, sides.train)
         held_out = loop.whole_groups(sides.validation, config.validation_examples, config.seed)

@@ -84,7 +84,7 @@ def test_overviews_and_version(capsys):
     assert capsys.readouterr().out == f"perlhf {__version__}\n"
     assert main(["--help"]) == 0
     listed = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.M)
-    named = "demo pull data label sft reward policy evaluate score chat compare table report average export"
+    named = "demo pull base data label sft reward policy evaluate score chat compare table report average export"
     assert listed == named.split()
     assert main([]) == 2
     assert capsys.readouterr().out.startswith("usage: perlhf COMMAND")
@@ -238,6 +238,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsy
     assert cells["updates"] == "6", "ceil(40 / 7)"
     # 30 layers of q and o (576 + 576), k and v (576 + 192), rank 8, and a head of 576.
     assert cells["trainable, reward"].startswith(f"{30 * 8 * (2 * 1152 + 2 * 768) + 576:,} ")
+    assert "tree of shared prefixes" in cells["way"]
     assert list(tmp_path.iterdir()) == []
 
 

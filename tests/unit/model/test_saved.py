@@ -270,7 +270,6 @@ def test_a_flipped_byte_is_found(tmp_path: Path, model: LlamaForCausalLM, tuning
     [
         ("use_dora", True),
         ("bias", "all"),
-        ("fan_in_fan_out", True),
         ("init_lora_weights", "pissa"),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [3]),

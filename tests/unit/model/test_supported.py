@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BloomConfig,
     BloomForCausalLM,
@@ -15,6 +17,9 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteMoeHybridConfig,
+    HunYuanMoEV1Config,
+    JetMoeConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -22,21 +27,24 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
     RwkvConfig,
     RwkvForCausalLM,
     T5Config,
     ViTConfig,
 )
 
-from perlhf.errors import ModelError
+from perlhf.errors import AdapterError, ModelError
+from perlhf.kernels.modules import fused_experts
 from perlhf.kernels.sight import Sight
 from perlhf.method.logprobs import Logits
 from perlhf.model.model import Model
-from perlhf.model.supported import check_supported, decoder_and_head
+from perlhf.model.supported import Way, check_supported, decoder_and_head, target_paths, told
 
 SMALL = {
     "vocab_size": 64,
@@ -114,6 +122,7 @@ def test_what_no_tree_can_be_made_of_is_computed_in_rows() -> None:
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
     model = opened(bloom)
     assert (model.way.packing, model.way.why) == ("none", "its layers' masks are of no known form")
+    assert told(model.way, "auto") == {"packing": "none", "why": "its layers' masks are of no known form"}
     assert model.packing("auto") == model.packing("none") == "none"
     with pytest.raises(ModelError, match="can't be computed as a tree") as error:
         model.packing("tree")
@@ -141,6 +150,119 @@ def test_layers_whose_weights_are_read_without_a_call_are_not_adapted() -> None:
     assert {path.rpartition(".")[2] for path in model.targets("all")} == {"in_proj", "x_proj", "out_proj"}
 
 
+def llama(**changes: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**{**SMALL, **changes})).eval()
+
+
+def test_a_known_way_is_taken_where_it_holds_and_the_logits_are_those_of_the_weights() -> None:
+    said = Way("none", "somebody said so", logits=Logits(3.0))
+    assert Model(llama(), {}, known=said).way == Way("none", "somebody said so")
+    cohere = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.5, use_qk_norm=False)).eval()
+    assert Model(cohere, {}, known=Way()).way == Way(logits=Logits(0.5))
+
+
+def test_a_known_way_that_does_not_hold_is_as_if_nothing_were_known() -> None:
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
+    assert Model(bloom.eval(), {}, known=Way()).way.why == "its layers' masks are of no known form"
+    assert Model(llama(), {}, known=Way(uncalled=("model.layers.0.mlp.down",))).way == Way()
+    rwkv = RwkvForCausalLM(RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32))
+    assert not Model(rwkv.eval(), {}, known=Way("none", "said")).way.reuses_cache
+    acausal = llama()
+    for layer in acausal.model.layers:
+        attention: Any = layer.get_submodule("self_attn")
+        attention.is_causal = False
+    with pytest.raises(ModelError, match="attention is not causal"):
+        Model(acausal, {}, known=Way())
+
+
+def shapes(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+EXPERTS: dict[str, Any] = {**SMALL, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+QKVO = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+QWEN2_MOE = Qwen2MoeConfig(**EXPERTS, num_experts=4, shared_expert_intermediate_size=16, mlp_only_layers=[0])
+
+
+def test_of_experts_attention_and_what_all_tokens_share_are_adapted() -> None:
+    network = shapes(QWEN2_MOE)
+    first, second = ([f"model.layers.{layer}.{path}" for path in QKVO] for layer in (0, 1))
+    shared = [f"model.layers.1.mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
+    dense = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert target_paths(network, "attention") == [*first, *second, *shared]
+    # The experts are fused here; `shared_expert_gate` and `gate` choose.
+    assert target_paths(network, "all") == [*first, *dense, *second, *shared]
+    fused = ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
+    assert fused_experts(network.named_modules()) == fused
+    # A name that dense layers have, too, takes those alone.
+    assert target_paths(network, ("down_proj",)) == [dense[2], shared[2]]
+    assert fused_experts(network.named_modules(), ("down_proj", "q_proj")) == fused[1:]
+
+
+def test_experts_that_are_linear_layers_are_among_all_and_alone_where_they_are_named() -> None:
+    llama = shapes(LlamaConfig(**SMALL, tie_word_embeddings=True))
+    layer: Any = llama.get_submodule("model.layers.1")
+    layer.mlp = nn.ModuleDict(
+        {"gate": nn.Linear(32, 2), "experts": nn.ModuleList([nn.ModuleDict({"w1": nn.Linear(32, 8)})] * 2)}
+    )
+    expert = ["model.layers.1.mlp.experts.0.w1"]  # both are one module here, which has one name
+    assert target_paths(llama, "all")[-1:] == expert and target_paths(llama, ("w1",)) == expert
+    assert not [path for path in target_paths(llama, "all") if path.endswith("mlp.gate")]
+    assert len(target_paths(llama, "attention")) == 8
+
+
+@pytest.mark.parametrize(
+    ("target", "what"),
+    [
+        ("gate_up_proj", "names experts that are fused into one tensor"),
+        ("experts", "names experts that are fused into one tensor"),
+        ("mlp.gate", "names a router"),
+        ("shared_expert_gate", "names a router"),
+    ],
+)
+def test_naming_what_is_never_adapted_says_why(target: str, what: str) -> None:
+    with pytest.raises(AdapterError, match=what) as error:
+        target_paths(shapes(QWEN2_MOE), ("q_proj", target))
+    assert f"'{target}'" in str(error.value) and "--adapter.targets all" in str(error.value)
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(error.value)
+
+
+def test_routers_by_any_name_are_left_alone_and_a_dense_network_has_none() -> None:
+    jetmoe = shapes(JetMoeConfig(**EXPERTS, num_local_experts=4, kv_channels=8))
+    assert not [path for path in target_paths(jetmoe, "all") if "router" in path]
+    assert not [path for path in target_paths(jetmoe, "attention") if "router" in path]
+    hunyuan = shapes(HunYuanMoEV1Config(**SMALL, num_experts=4, moe_topk=2, head_dim=8))
+    assert not [path for path in target_paths(hunyuan, "all") if path.endswith("wg")]
+    assert [path for path in target_paths(hunyuan, "attention") if "shared_mlp" in path]
+    granite = {
+        **SMALL,
+        "layer_types": ["attention"] * 2,
+        "shared_intermediate_size": 16,
+        "position_embedding_type": "rope",
+    }
+    dense = shapes(GraniteMoeHybridConfig(**granite, num_local_experts=0, mamba_n_heads=4, mamba_d_head=16))
+    assert target_paths(dense, "attention") == [f"model.layers.{layer}.{path}" for layer in (0, 1) for path in QKVO]
+
+
+def test_a_network_without_attention_names_what_to_try_and_all_takes_neither_head_nor_embedding() -> None:
+    small: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    mamba = shapes(MambaConfig(**small, tie_word_embeddings=False))
+    with pytest.raises(AdapterError, match="'attention' match no linear layer") as error:
+        target_paths(mamba, "attention")
+    assert error.value.hint == "--adapter.targets all"
+    assert {path.rpartition(".")[2] for path in target_paths(mamba, "all")} == {
+        "in_proj",
+        "x_proj",
+        "dt_proj",
+        "out_proj",
+    }
+    for tied in (False, True):
+        opt = shapes(OPTConfig(**{**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 16, "tie_word_embeddings": tied}))
+        ends = {path.rpartition(".")[2] for path in target_paths(opt, "all")}
+        assert ends == {"project_out", "project_in", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lost", ["position_ids", "tree", "sampled"])
 def test_what_is_not_handed_on_is_found_out(lost: str, dtype: torch.dtype) -> None:
@@ -149,6 +271,38 @@ def test_what_is_not_handed_on_is_found_out(lost: str, dtype: torch.dtype) -> No
     hand_on = model.model.forward
     model.model.forward = lambda *inputs, **named: hand_on(*inputs, **{k: v for k, v in named.items() if k != lost})
     assert opened(model.to(dtype)).way.packing == "none"
+
+
+@pytest.mark.parametrize(
+    "full",
+    [
+        torch.OutOfMemoryError("Tried to allocate 20.00 MiB"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["GPU", "broken GPU", "CPU"],
+)
+@pytest.mark.parametrize("where", ["tree", "sampled"])
+def test_full_memory_chooses_no_other_way(full: RuntimeError, where: str) -> None:
+    model: Any = LlamaForCausalLM(LlamaConfig(**SMALL))
+    hand_on = model.model.forward
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        if where in named:
+            raise full
+        return hand_on(*inputs, **named)
+
+    model.model.forward = forward
+    with pytest.raises(RuntimeError) as error:
+        opened(model)
+    assert error.value is full
+
+
+def test_weights_that_are_no_numbers_are_told() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 5] = float("nan")
+    with pytest.raises(ModelError, match=r"its states aren't numbers in float32: were its weights damaged\?"):
+        opened(model)
 
 
 def test_head_of_decoder_gives_the_logits() -> None:

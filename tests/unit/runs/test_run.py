@@ -103,6 +103,22 @@ def test_wall_time_adds_up_over_sessions_even_after_a_crash(tmp_path):
     assert ["ended" in session for session in manifest["sessions"]] == [True, False, True]
 
 
+def test_what_is_known_late_is_noted_and_told_where_it_was_another(tmp_path, capsys):
+    path = tmp_path / "sft"
+    tree, rows = {"packing": "tree", "why": "so"}, {"packing": "none", "why": "it has mamba layers"}
+    with opened(path) as run:
+        run.note("way", tree)
+        assert json.loads((path / "manifest.json").read_text())["way"] == tree
+    with opened(path) as run:
+        run.note("way", tree)
+    assert not capsys.readouterr().err
+    with opened(path) as run:
+        run.note("way", rows)
+    assert json.loads((path / "manifest.json").read_text())["way"] == rows
+    told = capsys.readouterr().err
+    assert told == f"note: way is {rows!r} but was {tree!r} before; the result may not be bit-equal\n"
+
+
 def test_rewind_drops_later_steps_and_a_half_written_line(tmp_path):
     path = tmp_path / "run"
     with opened(path) as run:

@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import MambaConfig, MixtralConfig
 
 from perlhf.config.stages import (
     DEFAULT_BASE,
@@ -105,6 +107,41 @@ def test_limit_caps_each_split_and_an_empty_split_is_an_error(tmp_path: Path):
     path.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "b"}) + "\n" for i in range(20)))
     untested = SftConfig(data=DataConfig(paths=(str(path),), validation=0.5, test=0))
     assert count_records(read_sides(untested, ("demonstration",)))["test"] == 0
+
+
+def test_the_way_is_told_and_a_tree_that_cannot_be_is_refused(tiny_base: Path, tmp_path: Path):
+    plain = SftConfig(base=str(tiny_base), dtype="float32", device="cpu", data=DATA)
+    assert plan(plain).way.startswith("tree of shared prefixes (as found ")
+    assert plan(plain.model_copy(update={"packing": "none"})).way == "rows, as packing: none asks"
+    mamba = Path(shutil.copytree(tiny_base, tmp_path / "mamba"))
+    MambaConfig(vocab_size=272, hidden_size=32, num_hidden_layers=2, eos_token_id=1).save_pretrained(mamba)
+    rows = plain.model_copy(update={"base": str(mamba), "adapter": AdapterConfig(rank=1, targets="all")})
+    found = plan(rows)
+    why = "rows, slower than a tree: it has linear_attention layers"
+    assert found.way == f"{why} (as found on a small copy with random weights)"
+    # In and out 32 -> 128, 64 -> 32, x_proj 64 -> 2 + 2 x 16; dt_proj's weight is read without a call.
+    assert found.trainable == {"sft": 2 * ((32 + 128) + (64 + 32) + (64 + 34))}
+    with pytest.raises(ModelError, match="can't be computed as a tree: it has linear_attention layers"):
+        plan(rows.model_copy(update={"packing": "tree"}))
+
+
+def test_experts_that_are_not_adapted_are_noted(tiny_base: Path, tmp_path: Path):
+    base = Path(shutil.copytree(tiny_base, tmp_path / "experts"))
+    sizes: dict[str, Any] = {
+        "vocab_size": 272,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "eos_token_id": 1,
+    }
+    MixtralConfig(**sizes, intermediate_size=32, num_local_experts=4).save_pretrained(base)
+    settings = SftConfig(base=str(base), data=DATA, adapter=AdapterConfig(targets="all"))
+    fused = "experts that are fused into one tensor are not adapted: gate_up_proj, down_proj (4 tensors)"
+    assert plan(settings).notes == (fused,)
+    assert plan(settings.model_copy(update={"adapter": AdapterConfig()})).notes == ()
+    named = settings.model_copy(update={"adapter": AdapterConfig(targets=("gate_up_proj",))})
+    with pytest.raises(AdapterError, match="'gate_up_proj' names experts that are fused"):
+        plan(named)
 
 
 def test_memory_parts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):

@@ -25,6 +25,7 @@ from perlhf.model.bases.found import Base, first_line, weight_files
 from perlhf.model.bases.packaged import (
     SMOLLM2,
     SMOLLM2_CONFIG,
+    is_complete,
     quiet,
 )
 from perlhf.model.bases.text_model import is_multimodal, names_of_text, text_config
@@ -182,7 +183,7 @@ def without_weights(name: str) -> PreTrainedModel:
     Raises:
         ModelError: the base isn't here, its configuration or tokenizer can't be read, or it isn't supported.
     """
-    packaged = name == SMOLLM2.name
+    packaged = name == SMOLLM2.name and not is_complete(SMOLLM2.directory)
     base = Base(SMOLLM2.directory) if packaged else Base.find(name)
     with quiet(), _model_errors(base, "model"), torch.device("meta"):
         config = LlamaConfig(**SMOLLM2_CONFIG) if packaged else _config(base)

@@ -1,4 +1,4 @@
-"""The table of runs."""
+"""What is printed: the table of runs, and what is known of a base."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import pytest
 from pipeline_runs import about, pipeline, write_run
 from rich.console import Console
 
-from perlhf.commands.table import print_rows, tabulate
+from perlhf.commands.show import print_rows, tabulate
 from perlhf.config.stages import AdapterConfig, RewardConfig
 from perlhf.errors import ConfigError, StorageError
 from perlhf.runs.read import Summary, read_runs, summarise
