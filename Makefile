@@ -1,6 +1,6 @@
-# `make demo` and `make test` set everything up; nothing is reinstalled unless pyproject.toml or constraints.txt change.
+# `make demo` and `make test` set everything up; nothing is reinstalled unless pyproject.toml or the constraints change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser check bench results reproduce fuzz soak format docs clean
+.PHONY: help demo test test-lowest test-browser check bench results reproduce fuzz soak format docs clean
 
 # The first interpreter that is new enough; `make demo PYTHON=/path/to/python` names another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -8,6 +8,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOWEST := .venv-lowest
+# What can differ between versions: the network, the sampler and PEFT's files, and six unlike families.
+FAMILIES := gemma2 llama4_text qwen3_next mamba gpt_oss deepseek_v3
+LOWEST_TESTS ?= tests/equivalence tests/bases/test_command_line.py $(foreach family,$(FAMILIES), \
+	"tests/bases/test_bases.py::test_a_family_is_what_it_is_without_us[$(family)]")
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -18,6 +23,7 @@ export NO_MKDOCS_2_WARNING := 1
 help:
 	@echo "make demo     the whole pipeline on the embedded feedback: SFT, reward, policy, report.html"
 	@echo "make test     all tests"
+	@echo "make test-lowest  equivalences and six families with the oldest versions that pyproject.toml allows"
 	@echo "make test-browser  the labelling page in a real Chromium"
 	@echo "make check    lint, formatting, types, import rules, documentation, wheel"
 	@echo "make bench    speed and memory beside TRL, PEFT and full tuning, into benchmarks/bench.json"
@@ -27,7 +33,7 @@ help:
 	@echo "make soak     kills, full disks and signals, for hours if wanted; goes on where it was stopped"
 	@echo "make format   format the code and mend what ruff can"
 	@echo "make docs     write the generated pages and build the documentation into build/site"
-	@echo "make clean    remove .venv and everything that was built (runs/ stays)"
+	@echo "make clean    remove .venv, .venv-lowest and everything that was built (runs/ stays)"
 
 demo: $(VENV)/.installed
 	$(BIN)/perlhf demo $(DEMO_ARGS)
@@ -45,6 +51,9 @@ $(AXE):
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest $(PYTEST_ARGS) $(LOWEST_TESTS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -81,11 +90,11 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --quiet --strict
 
 clean:
-	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist site src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
-$(BIN)/python:
+$(BIN)/python $(LOWEST)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; try: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 # setuptools comes from constraints.txt too, hence no build isolation.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
@@ -99,4 +108,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) install --progress-bar on --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt | $(LOWEST)/bin/python
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-lowest.txt setuptools
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --progress-bar on \
+		--constraint constraints-lowest.txt --no-build-isolation --editable . beartype hypothesis peft pytest tensorboard
 	@touch $@

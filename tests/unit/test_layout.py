@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import Specifier
 from packaging.utils import canonicalize_name
 
 import perlhf
@@ -77,8 +78,7 @@ def test_command_reference_is_up_to_date():
 
 def test_every_dependency_is_pinned_and_explained():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pinned = pins("constraints.txt")
     assert pinned["torch"] == "2.13.0"
     page = (REPOSITORY / "docs" / "dependencies.md").read_text(encoding="utf-8")
     explained = set(re.findall(r"[\w-]+", page))
@@ -89,6 +89,28 @@ def test_every_dependency_is_pinned_and_explained():
         assert name in pinned, f"{name} has no version in constraints.txt"
         assert requirement.specifier.contains(pinned[name]), f"constraints.txt: {name} {pinned[name]} against {text}"
         assert name in explained, f"docs/dependencies.md does not say what {name} is for"
+
+
+def test_the_lowest_versions_are_the_floors():
+    """`transformers>=5.20` is tried with a release of the 5.20 line, so that no floor is a guess."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lowest = pins("constraints-lowest.txt")
+    assert lowest["torch"] == pins("constraints.txt")["torch"]
+    tested = {"beartype", "hypothesis", "peft", "pytest", "setuptools", "tensorboard"}
+    extras = [text for text in project["optional-dependencies"]["dev"] if Requirement(text).name in tested]
+    assert len(extras) == len(tested)
+    for text in [*project["dependencies"], *extras]:
+        requirement = Requirement(text)
+        (floor,) = requirement.specifier
+        assert floor.operator == ">="
+        version = lowest[canonicalize_name(requirement.name)]
+        assert Specifier(f"=={floor.version}.*").contains(version), f"constraints-lowest.txt: {version} against {text}"
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package to version of a file of constraints."""
+    lines = (REPOSITORY / name).read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
 def test_documentation_code_runs():

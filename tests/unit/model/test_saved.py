@@ -20,7 +20,11 @@ from perlhf.model.bases.found import Base
 from perlhf.model.saved import SavedAdapter, check_base, read_adapter, write_adapter
 from perlhf.system.files import sealed, unsealed
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # Said of a base without a name, with huggingface-hub before 2.
+    pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning"),
+]
 
 BASE = {"name": "tiny/base", "sha256": "ab" * 32}
 TARGETS = ["k_proj", "o_proj", "q_proj", "v_proj"]
