@@ -66,11 +66,11 @@ def trl() -> Work:
     return Work(1, clock.seconds, {"dtype": str(dtype)})
 
 
-def sampling() -> Work:
+def sampling(quantize: str = "none") -> Work:
     """Our sampler with an active adapter."""
     from perlhf.rollout.local import Ends, sample, uniforms
 
-    stage = _stage("lora", "leave_one_out")
+    stage = _stage("lora", "leave_one_out", quantize=quantize)
     ids = [stage.encoder.prompt(prompt.prompt) for prompt in stage.prompts[:PROMPTS]]
 
     def draw(length: int) -> int:
@@ -128,15 +128,18 @@ def generate(adapted: bool) -> Work:
     return Work(tokens, time.perf_counter() - began, {"dtype": str(dtype)})
 
 
-def peak(shape: str) -> Work:
+def peak(shape: str, quantize: str = "none") -> Work:
     """A step with reference, policy, value and reward adapters; `shape` names a network with random weights."""
     if shape == "135m":
         stage, prompts = _stage("lora", "value"), PROMPTS
     else:
-        stage, prompts = _stage("lora", "value", _random_base(shape)), 1
+        stage, prompts = _stage("lora", "value", _random_base(shape, quantize)), 1
         stage.config = stage.config.model_copy(update={"prompts_per_update": 1, "max_completion_tokens": 32})
     (step,) = _steps(stage, 1)
-    details = {"parameters": sum(p.numel() for p in stage.model.base.parameters()), "dtype": str(stage.model.dtype)}
+    base = stage.model.base
+    parameters = sum(p.numel() for p in base.parameters() if p.is_floating_point())
+    parameters += sum(m.in_features * m.out_features for m in base.modules() if getattr(m, "quantised", None))
+    details = {"parameters": parameters, "dtype": str(stage.model.dtype)}
     return Work(prompts, step["seconds"], details | step)
 
 
@@ -174,7 +177,7 @@ def _problem() -> tuple[Any, Any, list[Any], Any]:
     return config, encoder, prompts, dtype
 
 
-def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) -> Any:
+def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None, quantize: str = "none") -> Any:
     """What `perlhf policy` opens, with a new SFT adapter as reference and a reward adapter with a random head."""
     import torch
 
@@ -185,7 +188,7 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None) 
     from perlhf.training.policy_step import POLICY, VALUE, Setup
 
     config, encoder, prompts, _ = _problem()
-    config = config.model_copy(update={"tuning": tuning, "baseline": baseline})
+    config = config.model_copy(update={"tuning": tuning, "baseline": baseline, "quantize": quantize})
     if network is None:
         model, _ = open_model(config, Base.find(config.base))
     else:
@@ -236,24 +239,59 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def _random_base(shape: str) -> Any:
-    """A Llama-like network in bfloat16 whose weights are made in place, so that no float32 copy ever exists."""
+def _random_base(shape: str, quantize: str = "none") -> Any:
+    """A Llama-like network in bfloat16 whose weights are made in place, so that no float32 copy ever exists.
+
+    With `quantize: nf4` each linear layer is quantised as it is made, by bitsandbytes as transformers does it while it
+    loads. Those of the first layer of the network are; the others are copies of them, which take the same memory.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=49152, tie_word_embeddings=shape == "1_7b", **SHAPES[shape])
     with torch.device("meta"):
         network: Any = LlamaForCausalLM(config)
-    network = network.to(torch.bfloat16).to_empty(device="cpu")
-    for name, parameter in network.named_parameters():
+    network = network.to(torch.bfloat16)
+    if quantize == "nf4":
+        _put_nf4(network)
+    for name, parameter in list(network.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        module, _, leaf = name.rpartition(".")
+        made = torch.nn.Parameter(torch.empty(parameter.shape, dtype=torch.bfloat16), requires_grad=False)
         if name.endswith("norm.weight"):
-            torch.nn.init.ones_(parameter)
+            torch.nn.init.ones_(made)
         else:
-            torch.nn.init.normal_(parameter, std=0.02)
-    rotary = network.model.rotary_emb
+            torch.nn.init.normal_(made, std=0.02)
+        setattr(network.get_submodule(module), leaf, made)
+    rotary = network.model.rotary_emb.to_empty(device="cpu")
     rotary.__init__(config)
     network.tie_weights()
     return network
+
+
+def _put_nf4(network: Any) -> None:
+    """Quantised layers with random weights in the place of the linear ones below the head."""
+    import copy
+
+    import torch
+
+    from perlhf.model.bases.quantised import loading_arguments, own_layers
+
+    settings = loading_arguments(network.config, "nf4", torch.bfloat16)["quantization_config"]
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    replace_with_bnb_linear(network, ["lm_head"], settings)
+    first: dict[str, Any] = {}
+    for name, module in network.model.layers.named_modules():
+        if type(module).__name__ != "Linear4bit":
+            continue
+        kind = name.partition(".")[2]
+        if kind not in first:
+            dense = torch.empty(module.out_features, module.in_features, dtype=torch.bfloat16).normal_(std=0.02)
+            first[kind] = type(module.weight)(dense, **module.weight.__dict__ | {"module": None}).to("cpu")
+        module.weight = copy.deepcopy(first[kind])
+    own_layers(network, torch.bfloat16)
 
 
 BENCHMARKS = (
@@ -272,9 +310,15 @@ BENCHMARKS = (
         "steps/s",
         {"LoRA": partial(ours, "lora", "value"), "full tuning": partial(ours, "full", "value")},
     ),
+    Benchmark(
+        "sampling_quantised",
+        "tokens/s",
+        {"nf4": partial(sampling, "nf4"), "whole": sampling, "int8": partial(sampling, "int8")},
+    ),
     Benchmark("policy_peak_memory", "prompts/s", {"perlhf": partial(peak, "135m")}, once=True),
     Benchmark("policy_peak_memory_1_7b", "prompts/s", {"perlhf": partial(peak, "1_7b")}, once=True),
     Benchmark("policy_peak_memory_7b", "prompts/s", {"perlhf": partial(peak, "7b")}, once=True),
+    Benchmark("policy_peak_memory_7b_nf4", "prompts/s", {"perlhf, nf4": partial(peak, "7b", "nf4")}, once=True),
 )
 
 if __name__ == "__main__":

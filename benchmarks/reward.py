@@ -25,14 +25,19 @@ PADDED_BATCH = 4
 RANK, LEARNING_RATE = 16, 1e-4
 
 
-def ours(recipe: str, packing: Literal["tree", "none"] = "tree", tuning: Literal["lora", "full"] = "lora") -> Work:
+def ours(
+    recipe: str,
+    packing: Literal["tree", "none"] = "tree",
+    tuning: Literal["lora", "full"] = "lora",
+    quantize: str = "none",
+) -> Work:
     """Our own updates; the first one (of pairs), or one on a few of the ratings, warms up."""
     from perlhf.method.packing import batches
     from perlhf.model.open import new_adapter
     from perlhf.training import optim
     from perlhf.training import reward as reward_stage
 
-    config = _config(recipe, packing=packing, tuning=tuning)
+    config = _config(recipe, packing=packing, tuning=tuning, quantize=quantize)
     model, _, items, updates = _examples(config)
     adapter = new_adapter(model, reward_stage.NAME, "reward", config)
     optimizer = optim.build({reward_stage.NAME: (adapter.trainable_by_name(), LEARNING_RATE)}, config.optim)[
@@ -308,6 +313,15 @@ BENCHMARKS = (
         "reward_lora_vs_full",
         "pairs/s",
         {"LoRA": partial(ours, "hh"), "full tuning": partial(ours, "hh", "tree", "full")},
+    ),
+    Benchmark(
+        "reward_quantised",
+        "pairs/s",
+        {
+            "nf4": partial(ours, "hh", quantize="nf4"),
+            "whole": partial(ours, "hh"),
+            "int8": partial(ours, "hh", quantize="int8"),
+        },
     ),
     Benchmark("matmul_share", "GFLOP/s", {"perlhf": matmul_share}),
 )

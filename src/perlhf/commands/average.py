@@ -111,7 +111,7 @@ def _check_alike(first: FinishedRun, expected: SavedAdapter, run: FinishedRun, m
 def _same_base(one: dict[str, str], other: dict[str, str]) -> bool:
     """By the weights, or, where a tool has recorded no more, by name."""
     if one["sha256"] and other["sha256"]:
-        return one["sha256"] == other["sha256"]
+        return one["sha256"] == other["sha256"] and one.get("quantize") == other.get("quantize")
     return one["name"] == other["name"]
 
 

@@ -3,6 +3,7 @@
 Nothing here uses perlhf's own tokens or network: what `export` measures is what the users of the files will get.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,9 @@ def readme(details: dict[str, Any], run: FinishedRun) -> str:
     if not reward and not merged:
         snippet = snippet.replace("import AutoModelForCausalLM, ", "import ").replace("AutoModel", "AutoPeftModel")
         snippet = "from peft import AutoPeftModelForCausalLM\n" + snippet.replace(', dtype="auto"', "")
+    if not merged and "quantization_config" in details:
+        snippet = _on_quantised(snippet, details["quantization_config"])
+        lines += ["It was trained on the base as bitsandbytes quantises it while loading, as below.", ""]
     bias = details.get("score_bias", 0.0)
     lines += ["```python", snippet.replace("SCORE_BIAS", repr(bias)), "```", ""]
     if reward:
@@ -147,6 +151,20 @@ def readme(details: dict[str, Any], run: FinishedRun) -> str:
         lines += [f"Answers end at {', '.join(map(repr, stop))} as well.", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in details.items()), ""]
     return "\n".join(lines)
+
+
+def _on_quantised(snippet: str, settings: dict[str, Any]) -> str:
+    """The same with a base that is quantised while it is loaded."""
+    given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    added = f"quantization = BitsAndBytesConfig({given})\n"
+    snippet = snippet.replace("\nmodel = ", f"\n{added}model = ").replace(
+        "import AutoTokenizer", "import AutoTokenizer, BitsAndBytesConfig"
+    )
+    return re.sub(
+        r"(Auto\w+\.from_pretrained\(\"DIRECTORY\"(, num_labels=1)?)\)\.eval",
+        r"\1, quantization_config=quantization).eval",
+        snippet,
+    )
 
 
 def _is_raw(encoder: Encoder, prompt: Text) -> bool:

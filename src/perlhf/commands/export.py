@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from perlhf.commands import elsewhere
 from perlhf.commands.show import said
@@ -23,17 +26,17 @@ from perlhf.config.stages import DataConfig, EncodingConfig, PolicyConfig
 from perlhf.data import order
 from perlhf.data.records import Record
 from perlhf.data.splits import load
-from perlhf.errors import AdapterError, ConfigError
+from perlhf.errors import ConfigError
 from perlhf.evaluation.reward import score_records
-from perlhf.kernels.modules import update_of
 from perlhf.method.packing import Ids, Tokens, pack, pad
 from perlhf.model import saved
-from perlhf.model.adapter import Adapter
 from perlhf.model.bases.found import Base
-from perlhf.model.bases.loading import end_ids, holds_more_than_text, load_base, load_network, vocabulary
+from perlhf.model.bases.loading import end_ids, holds_more_than_text, load_base, pick_dtype, vocabulary
 from perlhf.model.bases.packaged import SMOLLM2, disk_errors, quiet
+from perlhf.model.bases.quantised import bitsandbytes_settings
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.encoding.templates import on_day, templates_of
+from perlhf.model.merged import merged_network
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, Given, read_run
 from perlhf.system.files import directory_atomic, strict_json
@@ -101,6 +104,7 @@ def _export_peft(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
     tokenizer, encoder = run.tokenizer(), Encoder(run.tokenizer(), run.config.encoding, end_ids(run.base))
     details: dict[str, Any] = {"format": "peft", "stage": run.stage, "base": whole.base["name"]}
     details |= {"base_model_name_or_path": base_name(run, config), "rank": adapter.rank, "alpha": adapter.alpha}
+    details |= _quantised(run)
     if adapter.bias is not None:  # transformers' head has none: add it to the logit, or compare scores only
         details["score_bias"] = adapter.bias.item()
     _prepare(tokenizer, encoder, reward=adapter.score_head is not None, records=[])
@@ -126,11 +130,10 @@ def _export_merged(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
     records = _records(run, config)
     tokenizer = run.tokenizer()
     reward = adapter.score_head is not None
-    merged = _classifier(run.base, model, dtype) if reward else load_base(run.base, dtype, model.device)
-    _merge(merged, adapter)
+    merged = merged_network(model, adapter, run.base, dtype)
     _prepare(tokenizer, encoder, reward=reward, records=records)
     details: dict[str, Any] = {"format": "merged", "stage": run.stage, "base": model.fingerprint["name"]}
-    details |= {"dtype": str(dtype).removeprefix("torch."), "tuning": run.config.tuning}
+    details |= {"dtype": str(dtype).removeprefix("torch."), "tuning": run.config.tuning} | _quantised(run)
     if adapter.bias is not None:
         details["score_bias"] = adapter.bias.item()
         _fit_classifier(merged, tokenizer, adapter.bias.item())
@@ -298,33 +301,13 @@ def _notes(run: FinishedRun, config: ExportConfig, details: dict[str, Any]) -> l
     return notes
 
 
-def _classifier(base: Base, model: Model, dtype: torch.dtype) -> PreTrainedModel:
-    """A second network, plain, with a classification head."""
-    if AutoModelForSequenceClassification._model_mapping.get(type(model.base.config), None) is None:
-        name = type(model.base).__name__
-        raise ConfigError(f"transformers has no classifier beside {name}", where="format", hint="--format peft")
-    network: Any = load_network(base, AutoModelForSequenceClassification, dtype, model.device, num_labels=1)
-    head = getattr(network, "score", None)
-    if not isinstance(head, nn.Linear) or head.weight.shape != (1, model.hidden_size) or head.bias is not None:
-        what = f"the head of {type(network).__name__} isn't one row without bias"
-        raise ConfigError(what, where="format", hint="--format peft")
-    return network.to(model.device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def _merge(network: PreTrainedModel, adapter: Adapter) -> None:
-    """Adds the adapter to the network's weights, in float32, one weight at a time."""
-    parameters = dict(network.named_parameters())
-    for name, weight in adapter.weights.items():
-        if name in parameters:  # a classifier has no output head
-            parameters[name].copy_(weight)
-    for path, pair in adapter.pairs.items():
-        name = f"{path}.weight"
-        if name not in parameters:
-            raise AdapterError(f"{type(network).__name__} has no '{path}' to merge into", hint="--format peft")
-        parameters[name].copy_(parameters[name].float() + update_of(network.get_submodule(path), pair))
-    if adapter.score_head is not None:
-        parameters["score.weight"].copy_(adapter.score_head)
+def _quantised(run: FinishedRun) -> dict[str, Any]:
+    """How the base of the run was quantised while loading; {} where it wasn't."""
+    if run.config.quantize == "none":
+        return {}
+    dtype = str(pick_dtype(run.config.dtype, "auto")[0]).removeprefix("torch.")
+    settings = bitsandbytes_settings(run.config.quantize, dtype)
+    return {"quantize": run.config.quantize, "quantization_config": settings}
 
 
 def _records(run: FinishedRun, config: ExportConfig) -> list[Record]:
@@ -382,7 +365,8 @@ def _measure_logits(
 ) -> dict[str, Any]:
     """Merged files against the adapter's own forward: logits of the token after each prompt.
 
-    `share_lost` is the mean error over the mean change that the adapter makes to the base.
+    Relative errors are the largest and the mean one over the largest and the mean logit. `share_lost` is the mean error
+    over the mean change that the adapter makes to the base.
     """
     texts = [encoder.cut_prompt(record.prompt, 1, record.tools) for record in records]
     wanted, base = (_outputs(model, adapter, texts) for adapter in (run.stage, None))
@@ -397,6 +381,8 @@ def _measure_logits(
         "mean_logit_error": error.mean().item(),
         "largest_logit": wanted.abs().max().item(),
         "largest_logit_change_by_adapter": change.max().item(),
+        "largest_relative_error": (error.max() / wanted.abs().max()).item(),
+        "mean_relative_error": (error.mean() / wanted.abs().mean()).item(),
         "share_lost": (error.mean() / change.mean()).item() if change.any() else None,
         "texts_with_other_tokens": sum(
             list(ids[len(ids) - len(own) :]) != list(own) for ids, own in zip(others, texts, strict=True)

@@ -172,6 +172,9 @@ class StageConfig(Frozen):
     """The frozen network: a packaged name, a hub id (`ORG/NAME[@REVISION]`; `perlhf pull` gets it), or a directory."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the base; `auto` is bfloat16 where the hardware is faster in it, else float32."""
+    # Left out of what a run records unless it is set: a record without it is the same run.
+    quantize: Literal["none", "int8", "nf4"] = Field(default="none", exclude_if=lambda kind: kind == "none")
+    """Keep the base's linear layers in 8 or 4 bits, made so while loading (extra `quantized`); adapters are as ever."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
     threads: Annotated[int, Field(gt=0, le=1024)] | None = None
@@ -199,6 +202,15 @@ class StageConfig(Frozen):
     # Left out of what a run records unless it is set: a record without it is the same run.
     start: Path | None = Field(default=None, exclude_if=lambda run: run is None)
     """Run of the same stage (or a directory of peft's) whose adapter is trained on: a second stage after the first."""
+
+    @model_validator(mode="after")
+    def _whole_weights_are_tuned(self) -> "StageConfig":
+        if self.tuning == "full" and self.quantize != "none":
+            raise ValueError(
+                f"tuning: full learns all weights, which quantize: {self.quantize} keeps in few bits; "
+                "leave quantize out, or take tuning: lora"
+            )
+        return self
 
     @property
     def save_every(self) -> int:

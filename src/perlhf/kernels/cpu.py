@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from perlhf.system.machine import cache_dir
 FEW_ROWS = 64
 """Rows up to which a linear layer's own kernel is faster than oneDNN's."""
 BLOCK = 32
+BLOCK_4 = 64
+"""Weights of 4 bits that share a scale."""
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 VARIABLE = "PERLHF_KERNELS"
 """`off` in the environment computes with torch's operations alone."""
@@ -114,6 +116,36 @@ def linear(x: Tensor, weight: Tensor, pair: tuple[Tensor, Tensor] | None = None)
     a, b = pair or (weight, weight)
     out = x.new_empty(*x.shape[:-1], len(weight))
     call("linear", x, weight, a, b, out, x.numel() // x.shape[-1], *reversed(weight.shape), len(a) if pair else 0)
+    return out
+
+
+@dataclass(frozen=True)
+class FourBits:
+    """A weight of numbers of a table times a scale for each `BLOCK_4` of a row."""
+
+    packed: Tensor
+    """uint8, two numbers' places in the table to a byte, the first in its higher half."""
+    scales: Tensor
+    """float32, of all rows one after the other."""
+    table: Tensor
+    """16 numbers, float32."""
+    inputs: int
+    outputs: int
+
+
+def few_rows_4bit(x: Tensor, weight: FourBits) -> bool:
+    """Whether `linear_4bit` is there for these; in a call that samples alone."""
+    return (
+        current_call().sampling and usable(x) and x.numel() <= FEW_ROWS * x.shape[-1] and weight.inputs % BLOCK_4 == 0
+    )
+
+
+def linear_4bit(x: Tensor, weight: FourBits) -> Tensor:
+    """x W^T without gradients: [..., in] to [..., out], as `few_rows_4bit` wants it."""
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], weight.outputs)
+    shape = (x.numel() // weight.inputs, weight.inputs, weight.outputs)
+    call("four_bits", x, weight.packed, weight.scales, weight.table, out, *shape)
     return out
 
 

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from perlhf.errors import AdapterError
 from perlhf.kernels import cpu, tree_attention
 from perlhf.kernels.call import HeldPair, current_call
-from perlhf.method.lora import LowRank, adapted_linear, ends_with, joined, match
+from perlhf.kernels.quantised import QuantisedLinear, dtype_of
+from perlhf.method.lora import LowRank, adapted_linear, ends_with, joined, match, quantised_linear
 from perlhf.system.unforeseen import memory_is_full
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -39,12 +40,23 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.weight = linear.weight
         self.bias: nn.Parameter | None = linear.bias
+        self.quantised = linear.quantised if isinstance(linear, QuantisedLinear) else None
+        self._dtype = dtype_of(linear) if isinstance(linear, QuantisedLinear) else None
         self.transposed = isinstance(linear, Conv1D)
-        self.out_features, self.in_features = self.dense().shape
+        shape = features(linear)
+        assert shape is not None
+        self.in_features, self.out_features = shape
         self.pairs: dict[str, LowRank] = {}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, which isn't what a quantised weight is kept in."""
+        return self._dtype or self.weight.dtype
+
     def dense(self) -> Tensor:
-        """The base's weight, [out, in]: GPT-2 keeps it the other way round."""
+        """The base's weight, [out, in]: GPT-2 keeps it the other way round; a quantised one is read back."""
+        if self.quantised is not None:
+            return self.quantised.weight()
         return self.weight.t() if self.transposed else self.weight
 
     def hold(self, adapters: Sequence[str]) -> HeldPair | None:
@@ -52,26 +64,26 @@ class AdaptedLinear(nn.Module):
         pairs = self._pairs(adapters)
         if not pairs:
             return None
-        a, b = joined(pairs, self.weight.dtype)
+        a, b = joined(pairs, self.dtype)
         return HeldPair((a, b), cpu.padded(a, b))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        call, weight = current_call(), self.dense()
+        call, frozen = current_call(), self.quantised or self.dense()
         held = call.held.get(self) if call.held is not None else None
         pairs = self._pairs(call.adapters) if call.held is None else []
-        if not pairs and self.bias is None and cpu.few_rows(x, weight):
-            return cpu.linear(x, weight, held.padded if held else None)
+        if isinstance(frozen, Tensor) and not pairs and self.bias is None and cpu.few_rows(x, frozen):
+            return cpu.linear(x, frozen, held.padded if held else None)
         if held:
-            return adapted_linear(x, weight, self.bias, *held.pair)
+            return adapted_linear(x, frozen, self.bias, *held.pair)
         if not pairs:
-            return F.linear(x, weight, self.bias)
-        dtype, top = weight.dtype, self.pairs.get(call.adapters[-1])
+            return F.linear(x, frozen, self.bias) if isinstance(frozen, Tensor) else quantised_linear(x, frozen)
+        dtype, top = self.dtype, self.pairs.get(call.adapters[-1])
         if top is not None and top.dropout and call.dropout:
             keep = F.dropout(torch.ones_like(x), top.dropout)
             a, b = top.a.to(dtype), (top.b * top.scale).to(dtype)
             if len(pairs) == 1:
-                return adapted_linear(x, weight, self.bias, a, b, keep)
+                return adapted_linear(x, frozen, self.bias, a, b, keep)
             # What lies beneath is frozen: its input isn't dropped.
             return self._adapted(x, pairs[:-1]) + F.linear(F.linear(x * keep, a), b)
         return self._adapted(x, pairs)
@@ -80,7 +92,7 @@ class AdaptedLinear(nn.Module):
         return [self.pairs[name] for name in adapters if name in self.pairs]
 
     def _adapted(self, x: Tensor, pairs: Sequence[LowRank]) -> Tensor:
-        return adapted_linear(x, self.dense(), self.bias, *joined(pairs, self.weight.dtype))
+        return adapted_linear(x, self.quantised or self.dense(), self.bias, *joined(pairs, self.dtype))
 
 
 class RmsNorm(nn.Module):
@@ -232,7 +244,8 @@ def is_linear(module: nn.Module) -> bool:
         return True
     if not isinstance(module, nn.Linear | AdaptedLinear):
         return False
-    if type(module).forward in (nn.Linear.forward, Linear.forward, AdaptedLinear.forward) or module.weight.is_meta:
+    known = (nn.Linear.forward, Linear.forward, AdaptedLinear.forward, QuantisedLinear.forward)
+    if type(module).forward in known or module.weight.is_meta:
         return True
     x = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
     try:
@@ -310,14 +323,21 @@ def _twin(module: nn.Module) -> nn.Module | None:
 
 def _same(module: nn.Module, own: Any) -> bool:
     """Whether both give the same bits on a few random rows, with a graph and without."""
-    weight = next(module.parameters())
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 5, weight.shape[-1], generator=generator).to(weight)
+    x = _random(own.gate_proj if isinstance(own, GatedMlp) else module)
     equal = []
     for graph in (True, False):
         with torch.set_grad_enabled(graph), cpu.off():
             equal.append(torch.equal(module(x), own(x)))
     return all(equal)
+
+
+def _random(module: Any) -> Tensor:
+    """A few rows that the norm or linear layer takes: [1, 5, width]."""
+    weight: Tensor = module.weight
+    width, dtype = weight.shape[-1], weight.dtype
+    if isinstance(module, nn.Linear):
+        width, dtype = module.in_features, dtype_of(module)
+    return torch.randn(1, 5, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float, *, own_kernel: bool) -> tuple[Tensor, Tensor]:
@@ -401,11 +421,9 @@ def _is_llama_attention(module: nn.Module) -> bool:
 
 def _same_attention(module: nn.Module, own: Any) -> bool:
     """Whether both give the same bits on a few random rows, by torch's operations."""
-    weight = own.q_proj.weight
-    generator = torch.Generator().manual_seed(0)
-    x, cos, sin = (
-        torch.randn(1, 5, width, generator=generator).to(weight) for width in (weight.shape[1], *2 * [own.head_dim])
-    )
+    x = _random(own.q_proj)
+    generator = torch.Generator().manual_seed(1)
+    cos, sin = (torch.randn(1, 5, own.head_dim, generator=generator).to(x) for _ in range(2))
     equal = []
     for graph in (True, False):
         with torch.set_grad_enabled(graph), cpu.off():

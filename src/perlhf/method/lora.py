@@ -2,6 +2,7 @@
 
 y = x W^T + bias + sum_i (alpha_i / rank_i) (drop(x) A_i^T) B_i^T over the active adapters i. The low-rank path runs in
 the base's dtype on float32 master weights; the backward below saves only x and x A^T and never forms a gradient for W.
+W may be kept in few bits: it is then made anew for the gradient of each layer's input, and never kept.
 """
 
 import math
@@ -28,13 +29,25 @@ class LowRank:
     dropout: float = 0.0
 
 
+@dataclass(frozen=True)
+class Quantised:
+    """The frozen part of a layer whose weight W [outputs, inputs] is kept in few bits."""
+
+    product: Callable[[Tensor], Tensor]
+    """x W^T + bias for x [..., inputs], by the quantised layer's own forward; a new tensor."""
+    weight: Callable[[], Tensor]
+    """W in the base's dtype, made anew by each call."""
+    outputs: int
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor | Quantised, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None
     ) -> Tensor:
         y, low = _forward(x, weight, bias, a, b, keep)
-        ctx.save_for_backward(x, weight, a, b, low, keep)
+        ctx.quantised = weight if isinstance(weight, Quantised) else None
+        ctx.save_for_backward(x, None if isinstance(weight, Quantised) else weight, a, b, low, keep)
         return y
 
     @staticmethod
@@ -44,10 +57,12 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
         x, weight, a, b, low = cast(tuple[Tensor, ...], ctx.saved_tensors[:5])
         keep = cast(Tensor | None, ctx.saved_tensors[5])
-        grad = grads[0].reshape(-1, weight.shape[0])
+        grad = grads[0].reshape(-1, b.shape[0])
         grad_low = grad @ b
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
+            if ctx.quantised is not None:
+                weight = cast(Quantised, ctx.quantised).weight()
             if keep is None:
                 grad_x = (grad @ weight).addmm_(grad_low, a)
             else:
@@ -62,20 +77,21 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None
+    x: Tensor, weight: Tensor | Quantised, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The output and x a^T."""
     flat = x.reshape(-1, x.shape[-1])
     dropped = flat if keep is None else flat * keep.reshape(flat.shape)
     low = dropped @ a.t()
-    y = F.linear(flat, weight, bias).addmm_(low, b.t())
+    frozen = weight.product(flat) if isinstance(weight, Quantised) else F.linear(flat, weight, bias)
+    y = frozen.addmm_(low, b.t())
     # Not a view: some networks add to it in place.
-    return y.resize_(*x.shape[:-1], weight.shape[0]), low
+    return y.resize_(*x.shape[:-1], b.shape[0]), low
 
 
 def adapted_linear(
     x: Float[Tensor, "*batch inputs"],
-    weight: Float[Tensor, "outputs inputs"],
+    weight: Float[Tensor, "outputs inputs"] | Quantised,
     bias: Float[Tensor, " outputs"] | None,
     a: Float[Tensor, "rank inputs"],
     b: Float[Tensor, "outputs rank"],
@@ -83,7 +99,8 @@ def adapted_linear(
 ) -> Float[Tensor, "*batch outputs"]:
     """x W^T + bias + ((x * keep) a^T) b^T, with the scale already inside `b`; all in the dtype of `weight`.
 
-    `weight` and `bias` get no gradient. `keep` is the scaled dropout mask (0 or 1 / (1 - p)).
+    `weight` and `bias` get no gradient; a quantised weight has its bias inside. `keep` is the scaled dropout mask (0
+    or 1 / (1 - p)).
     """
     if not torch.is_grad_enabled():
         # Without the cost of a graph's node, which shows where there are few rows.
@@ -92,17 +109,36 @@ def adapted_linear(
     return apply(x, weight, bias, a, b, keep)
 
 
+def quantised_linear(x: Float[Tensor, "*batch inputs"], weight: Quantised) -> Float[Tensor, "*batch outputs"]:
+    """x W^T + bias of a layer without adapters, whose backward gives x its gradient and keeps nothing."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return weight.product(x)
+    apply = cast(Callable[..., Tensor], _QuantisedLinear.apply)  # pyright: ignore[reportUnknownMemberType]: untyped
+    return apply(x, weight)
+
+
+class _QuantisedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Quantised) -> Tensor:
+        ctx.weight = weight
+        return weight.product(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0] @ cast(Quantised, ctx.weight).weight(), None
+
+
 def new_pair(
-    weight: Float[Tensor, "outputs inputs"], rank: int, alpha: float, dropout: float, generator: torch.Generator
+    outputs: int, inputs: int, rank: int, alpha: float, dropout: float, generator: torch.Generator, device: torch.device
 ) -> LowRank:
-    """A zero update of the layer with this weight: A uniform in +-1/sqrt(inputs) (as PEFT), B = 0.
+    """A zero update of a layer from `inputs` to `outputs`: A uniform in +-1/sqrt(inputs) (as PEFT), B = 0.
 
     A is drawn on the CPU, so that devices agree.
     """
-    outputs, inputs = weight.shape
     a = (torch.rand(rank, inputs, generator=generator) * 2 - 1) * (1 / math.sqrt(inputs))
-    b = torch.zeros(outputs, rank, device=weight.device)
-    return LowRank(nn.Parameter(a.to(weight.device)), nn.Parameter(b), alpha / rank, dropout)
+    b = torch.zeros(outputs, rank, device=device)
+    return LowRank(nn.Parameter(a.to(device)), nn.Parameter(b), alpha / rank, dropout)
 
 
 def joined(

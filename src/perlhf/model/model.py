@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from perlhf.errors import AdapterError
+from perlhf.errors import AdapterError, ModelError
 from perlhf.kernels import cpu, modules, tree_attention
 from perlhf.kernels.call import HeldPair, Turns, calling, current_call
 from perlhf.kernels.kv_cache import KeyValueCache
@@ -25,6 +25,7 @@ from perlhf.method.packing import Batch, Ids, Packing, Tokens, pack, spread
 from perlhf.model.adapter import Adapter, Role
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_base, pick_device, pick_dtype
+from perlhf.model.bases.quantised import Quantize, identity, is_quantised
 from perlhf.model.rows import Forward, RowsCache
 from perlhf.model.supported import Packed, Way, choose_way, network_below, packing_of, target_paths
 from perlhf.model.ways import recall, remember
@@ -91,7 +92,14 @@ class Model:
             modules.fuse_attention(self.base)
 
     @classmethod
-    def load(cls, base: Base, dtype: str = "auto", device: str = "auto", vocabulary: int | None = None) -> "Model":
+    def load(
+        cls,
+        base: Base,
+        dtype: str = "auto",
+        device: str = "auto",
+        vocabulary: int | None = None,
+        quantize: Quantize = "none",
+    ) -> "Model":
         """The base's weights on `device`, without adapters.
 
         Raises:
@@ -99,9 +107,15 @@ class Model:
         """
         target = pick_device(device)
         chosen, _ = pick_dtype(dtype, target.type)
-        network = load_base(base, chosen, target)
+        network = load_base(base, chosen, target, quantize)
         config = copy.deepcopy(network.config)  # what is computed with it is written into it
-        model = cls(network, base.fingerprint, vocabulary, recall(config, chosen, target))
+        try:
+            model = cls(network, identity(base, quantize), vocabulary, recall(config, chosen, target))
+        except ModelError as error:
+            if quantize == "none" or not is_quantised(network):
+                raise
+            what = f"{type(network).__name__} doesn't compute with quantised layers: {error.what}"
+            raise ModelError(what, where="quantize", allowed="none", hint="leave quantize out") from error
         remember(config, chosen, target, model.way)
         return model
 
@@ -131,12 +145,17 @@ class Model:
         """
         adapter = Adapter(name, role, rank, alpha, dropout, beneath=beneath)
         if tuning == "full":
+            if is_quantised(self.base):
+                what = "tuning: full learns all weights, and those of this base are quantised"
+                raise AdapterError(what, where="tuning", allowed="lora", hint="or take a base with whole weights")
             adapter.rank, adapter.beneath = 0, None
             adapter.weights = {n: nn.Parameter(w) for n, w in self._merged(beneath).items()}
         else:
             generator = torch.Generator().manual_seed(seed)
             for path in self.targets(targets, layers):
-                adapter.pairs[path] = new_pair(self._adapted(path).dense(), rank, alpha, dropout, generator)
+                layer = self._adapted(path)
+                outputs, inputs = layer.out_features, layer.in_features
+                adapter.pairs[path] = new_pair(outputs, inputs, rank, alpha, dropout, generator, self.device)
         adapter.add_head(self.hidden_size, self.device)
         self._register(adapter)
         return adapter

@@ -33,7 +33,7 @@ from perlhf.kernels.modules import fused_experts
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.bases.found import Base, template_depends_on_day
-from perlhf.model.bases.loading import end_ids, load_tokenizer, vocabulary
+from perlhf.model.bases.loading import end_ids, load_tokenizer, quantisation_note, vocabulary
 from perlhf.model.bases.untrained import untrained_tokens
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
@@ -254,7 +254,9 @@ def open_model(config: StageConfig, base: Base, beside: Path | None = None) -> t
         beside: an adapter's directory whose own chat template and end token are used, if it has some.
     """
     tokenizer = _tokenizer(base, beside)
-    model = Model.load(base, config.dtype, config.device, vocabulary(tokenizer))
+    model = Model.load(base, config.dtype, config.device, vocabulary(tokenizer), config.quantize)
+    if (said := quantisation_note(base, model.base, config.quantize)) is not None:
+        note(said)
     if model.way.packing == "none":
         note(f"no tree of prefixes, but rows, which are slower: {model.way.why}")
     return model, Encoder(tokenizer, config.encoding, end_ids(base), untrained_tokens(model.base, tokenizer))

@@ -234,6 +234,10 @@ def check_base(saved: SavedAdapter, fingerprint: dict[str, Any]) -> None:
         AdapterError: with both names.
     """
     name, digest = saved.base.get("name", ""), saved.base.get("sha256", "")
+    then, here = saved.base.get("quantize", "none"), fingerprint.get("quantize", "none")
+    if digest and then != here:  # other tools don't say
+        what = f"the adapter was trained on the base with quantize: {then}, and here it is loaded with quantize: {here}"
+        raise AdapterError(what, where="quantize", allowed=then, hint=f"--quantize {then}, or train it again")
     if not digest and name not in ("", fingerprint["name"]):
         try:
             digest = Base.find(name).fingerprint["sha256"]

@@ -394,7 +394,5 @@ def _unsupported(config: PreTrainedConfig) -> Iterator[str]:
         yield "it attends to later tokens (is_decoder is false)"
     if config.get_text_config(decoder=True) is not config:
         yield "it joins several networks (a text model inside a multimodal one)"
-    if getattr(config, "quantization_config", None) is not None:
-        yield "its weights are quantized"
     if AutoModelForCausalLM._model_mapping.get(type(config), None) is None:
         yield "transformers has no causal language model for it"

@@ -23,12 +23,15 @@ _PACKAGE = Path(__file__).parents[1]
 _RUN_NOTHING = ("-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
 _OTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+IF_LOADED = ("bitsandbytes",)
+"""Packages that a run depends on where it uses them, and then has loaded them."""
 
 
 def environment() -> dict[str, Any]:
     """Versions, commit (None outside a git checkout), hardware and CPU threads (None before torch is loaded)."""
     versions = {"perlhf": __version__, "python": platform.python_version()}
-    versions |= {package: release for package in PACKAGES if (release := version(package))}
+    packages = (*PACKAGES, *(package for package in IF_LOADED if package in sys.modules))
+    versions |= {package: release for package in packages if (release := version(package))}
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch else None
     native: Any = sys.modules.get("perlhf.kernels.cpu")

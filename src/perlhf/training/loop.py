@@ -24,6 +24,7 @@ from perlhf.kernels import cpu
 from perlhf.model.adapter import Adapter
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import pick_device
+from perlhf.model.bases.quantised import identity
 from perlhf.model.encoding.encode import Encoder, Example, TooLong
 from perlhf.model.encoding.lengths import to_tokenise
 from perlhf.model.model import Model
@@ -113,7 +114,7 @@ def facts(config: StageConfig, base: Base) -> dict[str, Any]:
     recorded: dict[str, Any] = {
         "data": content_hash(config.data),
         "beside": hashes_beside(config.data),
-        "base": base.fingerprint,
+        "base": identity(base, config.quantize),
     }
     for key in ("reward", "validation_reward"):
         if sources := getattr(config, key, ()):

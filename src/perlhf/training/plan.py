@@ -17,6 +17,7 @@ from perlhf.kernels import cpu
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import end_ids, load_tokenizer, pick_device, without_weights
+from perlhf.model.bases.quantised import layer_bytes, weight_bytes
 from perlhf.model.encoding.encode import Encoder, TooLong
 from perlhf.model.encoding.lengths import telling
 from perlhf.model.foretold import Foretold, foretell
@@ -86,7 +87,7 @@ def plan(config: Stage) -> Plan:
         ConfigError, RewardFunctionError: a reward function that can't be imported or called, a service's address.
         DataError, ConfigError, TooLong: what the encoder says of the records that are tried (`TRIED_RECORDS`).
     """
-    network = without_weights(config.base)
+    network = without_weights(config.base, config.quantize, config.device)
     stage, kinds = _stage(config)
     for key, runs in earlier_runs(config).items():
         check_runs(key, runs)
@@ -117,7 +118,7 @@ def plan(config: Stage) -> Plan:
         trainable,
         way_in_words(foretold, config.packing),
         () if note is None else (note,),
-        dtype,
+        dtype if config.quantize == "none" else f"{dtype}, linear layers in {config.quantize}",
         before_torch.expected(),
         "not for a GPU" if config.device.startswith(("cuda", "mps")) else cpu.compiler()[1],
         memory_of(config, network, trainable),
@@ -156,7 +157,7 @@ def memory_of(config: Stage, network: "PreTrainedModel", trainable: dict[str, in
     holes = HOLES if before_torch.expected() == "system" or compiles else 1.0
     memory = {
         "libraries": OVERHEAD_BYTES,
-        "base": size * _size(dtype),
+        "base": weight_bytes(network, config.quantize, _size(dtype)),
         "adapters and optimiser": sum(trainable.values()) * OPTIMISER_BYTES,
         "frozen adapters": _frozen_adapters(config) * next(iter(trainable.values())) * 4,
         "activations": _activation_bytes(config, network, dtype, holes),
@@ -164,6 +165,8 @@ def memory_of(config: Stage, network: "PreTrainedModel", trainable: dict[str, in
     if config.tuning == "full":
         # While they are used in another dtype than they are learned in, and while they are written to a file.
         memory["copies of the weights"] = size * (4 + (_size(dtype) if dtype != "float32" else 0))
+    if read_back := layer_bytes(network, config.quantize, _size(dtype)):
+        memory["a layer read back"] = read_back
     if compiles:
         memory["compiled products"] = COMPILED_BYTES
     return memory

@@ -201,6 +201,54 @@ def test_linear_layers_of_few_rows(rows: int, inputs: int, outputs: int) -> None
     near(found, F.linear(x.float(), weight.float()) + F.linear(low, b.float()), torch.bfloat16)
 
 
+def four_bits(outputs: int, inputs: int) -> tuple[cpu.FourBits, Tensor]:
+    """A random weight of 4 bits, and what it is worked out to."""
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(0, 16, (outputs, inputs), generator=generator).to(torch.uint8)
+    table, scales = torch.linspace(-1, 1, 16), torch.rand(outputs * inputs // 64, generator=generator)
+    packed = (places[:, ::2] << 4) | places[:, 1::2]
+    weight = (table[places.long()].reshape(-1, 64) * scales[:, None]).reshape(outputs, inputs)
+    return cpu.FourBits(packed.contiguous(), scales, table, inputs, outputs), weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 4, 7, 64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 1), (128, 30), (576, 192)])
+def test_linear_layers_of_few_rows_and_four_bits(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, threads: int
+) -> None:
+    kept, weight = four_bits(outputs, inputs)
+    x = torch.randn(rows, 1, inputs).to(dtype)
+    with cpu.sampling():
+        assert cpu.few_rows_4bit(x, kept)
+        near(cpu.linear_4bit(x, kept), F.linear(x.float(), weight.to(dtype).float()), dtype)
+
+
+def test_four_bits_by_hand() -> None:
+    """Of 64 places, 0x0F is 0 and then 15: -1 and 1 by turns, times the scale 3; x has 1 first and 2 second."""
+    kept = cpu.FourBits(
+        torch.full((1, 32), 0x0F, dtype=torch.uint8), torch.tensor([3.0]), torch.linspace(-1, 1, 16), 64, 1
+    )
+    x = torch.zeros(1, 64)
+    x[0, :2] = torch.tensor([1.0, 2.0])
+    with cpu.sampling():
+        assert cpu.linear_4bit(x, kept).tolist() == [[3.0]]
+
+
+def test_what_the_kernel_of_four_bits_leaves_to_the_layer() -> None:
+    kept, _ = four_bits(2, 128)
+    x = torch.zeros(1, 128)
+    assert not cpu.few_rows_4bit(x, kept)  # what learns has the same bits with and without a graph
+    with cpu.sampling():
+        assert cpu.few_rows_4bit(x, kept)
+        assert not cpu.few_rows_4bit(torch.zeros(cpu.FEW_ROWS + 1, 128), kept)
+        assert not cpu.few_rows_4bit(x.double(), kept)
+        with cpu.off():
+            assert not cpu.few_rows_4bit(x, kept)
+    with cpu.sampling():
+        assert not cpu.few_rows_4bit(torch.zeros(1, 96), cpu.FourBits(kept.packed, kept.scales, kept.table, 96, 2))
+
+
 def test_what_the_kernel_of_few_rows_leaves_to_torch() -> None:
     x, weight = torch.zeros(4, 64).bfloat16(), torch.zeros(64, 64).bfloat16()
     assert not cpu.few_rows(x, weight), "a pass that learns has the same bits as one that doesn't"

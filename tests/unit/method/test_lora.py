@@ -115,14 +115,13 @@ def test_mean_by_hand() -> None:
 
 
 def test_new_pair_is_a_zero_update() -> None:
-    layer = nn.Linear(16, 3)
-    pair = new_pair(layer.weight, 4, 10.0, 0.1, torch.Generator().manual_seed(0))
+    pair = new_pair(3, 16, 4, 10.0, 0.1, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert pair.scale == 2.5 and pair.dropout == 0.1
     assert pair.a.shape == (4, 16) and pair.b.shape == (3, 4)
     assert not pair.b.any()
     # uniform in +-1/sqrt(16), so nearly 1/4 somewhere among 64 numbers, of both signs
     assert 0.22 < pair.a.abs().max() <= 0.25 and pair.a.min() < 0 < pair.a.max()
-    again = new_pair(layer.weight, 4, 10.0, 0.1, torch.Generator().manual_seed(0))
+    again = new_pair(3, 16, 4, 10.0, 0.1, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert torch.equal(pair.a, again.a)
     assert pair.a.dtype == pair.b.dtype == torch.float32
     assert math.isclose(pair.a.std().item(), 0.25 / math.sqrt(3), rel_tol=0.3)

@@ -64,7 +64,6 @@ SMALL = {
         (LlavaConfig(), "joins several networks"),
         (BertConfig(), "attends to later tokens"),
         (ViTConfig(), "no causal language model"),
-        (LlamaConfig.from_dict({"quantization_config": {"quant_method": "gguf"}}), "quantized"),
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else None,
 )

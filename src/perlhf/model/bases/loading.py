@@ -28,6 +28,7 @@ from perlhf.model.bases.packaged import (
     is_complete,
     quiet,
 )
+from perlhf.model.bases.quantised import check_quantised, load_quantised, method_of, note_of
 from perlhf.model.bases.text_model import is_multimodal, names_of_text, text_config
 from perlhf.model.bases.weights import Stored, fitted, names_in, open_weights, room_for
 from perlhf.model.supported import check_supported
@@ -113,14 +114,24 @@ def holds_more_than_text(base: Base) -> bool:
         return is_multimodal(_whole_config(base))
 
 
-def load_base(base: Base, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+def load_base(base: Base, dtype: torch.dtype, device: str | torch.device, quantize: str = "none") -> PreTrainedModel:
     """The frozen network: evaluation mode, no gradients. `Model` verifies its forward pass.
 
     Of a multimodal checkpoint it is the language model alone.
 
+    Args:
+        quantize: `int8` or `nf4` keeps its linear layers in few bits (`quantised`).
+
     Raises:
         ModelError: unsupported architecture, no or unreadable safetensors, missing weights, or no memory for them.
     """
+    with quiet(), _model_errors(base, "model"):
+        config = _config(base)
+        check_supported(config)
+        check_quantised(config, quantize, torch.device(device).type)
+        if quantize != "none" or method_of(config) is not None:
+            bound_compiled_products()
+            return load_quantised(base, config, quantize, dtype, torch.device(device))
     return load_network(base, AutoModelForCausalLM, dtype, device).requires_grad_(False)
 
 
@@ -177,7 +188,17 @@ def _of_text(config: PreTrainedConfig, weights: Mapping[str, Stored]) -> dict[st
     return {own: fitted(weights[name], shapes.get(own, ())) for name, own in names.items()}
 
 
-def without_weights(name: str) -> PreTrainedModel:
+def comes_quantised(base: Base) -> bool:
+    """Whether the checkpoint is quantised."""
+    return method_of(_config(base)) is not None
+
+
+def quantisation_note(base: Base, network: PreTrainedModel, quantize: str) -> str | None:
+    """What the user should know about how the weights of a loaded base are kept; None for nothing."""
+    return note_of(_config(base), network, quantize, network.dtype)
+
+
+def without_weights(name: str, quantize: str = "none", device: str = "auto") -> PreTrainedModel:
     """The network of a base on torch's meta device: modules and shapes. The packaged base need not be pulled for it.
 
     Raises:
@@ -188,6 +209,7 @@ def without_weights(name: str) -> PreTrainedModel:
     with quiet(), _model_errors(base, "model"), torch.device("meta"):
         config = LlamaConfig(**SMOLLM2_CONFIG) if packaged else _config(base)
         check_supported(config)
+        check_quantised(config, quantize, device)
         network = AutoModelForCausalLM.from_config(config)
     if not packaged:
         load_tokenizer(base)  # what it can't be trained with is said before anything is
