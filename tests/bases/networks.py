@@ -34,14 +34,102 @@ _GIVEN: dict[str, Any] = {
     **{"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "num_kv_shared_layers": 0},
 }
 """Sizes by configuration key; only keys that a configuration has are set."""
+_INDEXED: dict[str, Any] = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_topk": 4}
 _OWN: dict[str, dict[str, Any]] = {
+    "axk2": _INDEXED,
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {
+        "patch_in_forward": False,
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_hash_byte_group_size": [3],
+        "patcher_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "intermediate_size": 32,
+        },
+        "encoder_config": {
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "hidden_size_global": 32,
+            "intermediate_size": 64,
+        },
+        "decoder_config": {
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "hidden_size_global": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+        },
+        "global_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_top_k": 2},
+    },
+    "deepseek_v32": _INDEXED,
+    "deepseek_v4": {
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
+        + ["sliding_attention"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "partial_rotary_factor": 0.25,
+        "index_topk": 4,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "index_head_dim": 16,
+    },
+    "dots3_note_text": _INDEXED
+    | {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 12,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 8,
+        "head_dim": 12,
+    },
+    "falcon_h1": {},
     "falcon": {"new_decoder_architecture": True},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "glm_moe_dsa": _INDEXED,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "hy_v4": _INDEXED,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "num_local_experts": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},
+    "mimo_v2_flash": {"v_head_dim": 4, "num_key_value_heads": 2},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 8,
+    },
+    "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "recurrent", "attention"]},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "attention_hidden_size": 64, "n_mamba_heads": 2},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "n_mamba_heads": 4,
+        "num_key_value_heads": 4,
+        "attention_hidden_size": 64,
+    },
+    "zaya": {"num_experts_per_tok": 1, "sliding_window": WINDOW, "layer_types": ["hybrid", "hybrid_sliding"] * 2},
 }
 """What single families need beyond that."""
 
@@ -50,6 +138,7 @@ def configuration(family: str) -> PreTrainedConfig:
     """A small configuration with each of the family's kinds of layers."""
     kind: Any = CONFIG_MAPPING[family]
     standard = kind()
+    standard.allow_global_per_layer_attribute_access = True
     given = {}
     for key, value in _GIVEN.items():
         had = getattr(standard, key, None)

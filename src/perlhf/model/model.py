@@ -26,7 +26,7 @@ from perlhf.model.adapter import Adapter, Role
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_base, pick_device, pick_dtype
 from perlhf.model.rows import Forward, RowsCache
-from perlhf.model.supported import Packed, Way, choose_way, network_below, packing_of, target_paths
+from perlhf.model.supported import Packed, Way, choose_way, decoder_and_head, network_below, packing_of, target_paths
 from perlhf.model.ways import recall, remember
 
 Cache = KeyValueCache | RowsCache
@@ -83,12 +83,11 @@ class Model:
         self.adapters: dict[str, Adapter] = {}
         self._turns = Turns()
         self.dtype, self.device = base.dtype, base.device
-        self.hidden_size = int(base.config.get_text_config().hidden_size)
+        # What the output head reads: inside some networks are wider.
+        self.hidden_size = int(decoder_and_head(base)[1].weight.shape[1])
         tree_attention.register()
         self.way = Way()
         choose_way(self, known)
-        if self.way.packing == "tree":
-            modules.fuse_attention(self.base)
 
     @classmethod
     def load(cls, base: Base, dtype: str = "auto", device: str = "auto", vocabulary: int | None = None) -> "Model":
@@ -250,7 +249,7 @@ class Model:
                 position_ids=cache.positions()[:, None],
                 attention_mask=torch.zeros(1, 1, 1, 1, device=self.device),
                 use_cache=False,
-                sampled=cache,
+                cache=cache,
             ).last_hidden_state
         cache.advance()
         return states[:, -1]
@@ -276,7 +275,15 @@ class Model:
 
         return forward
 
-    def _run(self, adapter: str | Held | None, *, dropout: bool = False, **inputs: Any) -> Any:
+    def _run(
+        self,
+        adapter: str | Held | None,
+        *,
+        dropout: bool = False,
+        tree: tree_attention.Tree | None = None,
+        cache: KeyValueCache | None = None,
+        **inputs: Any,
+    ) -> Any:
         """The network's output below its head."""
         if isinstance(adapter, Held):
             names, pairs, weights = adapter.adapters, adapter.pairs, adapter.weights
@@ -286,7 +293,8 @@ class Model:
         inside = {n.removeprefix(self.prefix): w for n, w in weights.items() if n.startswith(self.prefix)}
         # Full weights stand in the network itself while it runs.
         turn = self._turns.alone() if inside else self._turns.shared()
-        with calling(replace(current_call(), adapters=names, dropout=dropout, held=pairs)), turn:
+        call = replace(current_call(), adapters=names, dropout=dropout, held=pairs, tree=tree, sampled=cache)
+        with calling(call), turn:
             if inside:
                 return functional_call(self.decoder, inside, kwargs=inputs)
             return self.decoder(**inputs)
@@ -310,13 +318,13 @@ class Model:
     ) -> Tensor:
         """States [rows * width, hidden] of all tokens; `cache` gets the keys and values."""
         inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
-        if cache is not None:
-            inputs["sampled"] = cache
+        tree = None
         if batch.nodes is not None:
             # A four-dimensional mask is passed on as it is: the tree's attention needs none and no [T, T] one is built.
             inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
-            inputs |= {"position_ids": batch.positions, "tree": tree_attention.Tree(batch.nodes, self.way.sights)}
-        states = self._run(adapter, dropout=dropout, **inputs).last_hidden_state.to(self.dtype)
+            inputs["position_ids"] = batch.positions
+            tree = tree_attention.Tree(batch.nodes, self.way.sights)
+        states = self._run(adapter, dropout=dropout, tree=tree, cache=cache, **inputs).last_hidden_state.to(self.dtype)
         return states.reshape(-1, states.shape[-1])
 
     def _head(self, states: Tensor, adapter: str) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedC
 
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError
-from perlhf.kernels import tree_attention
+from perlhf.kernels import modules, tree_attention
 from perlhf.kernels.modules import match_targets
 from perlhf.kernels.sight import FULL, Sight, watching
 from perlhf.method.logprobs import PLAIN, Logits
@@ -181,7 +181,7 @@ def _search(model: "Model", plain: Way, probe: "_Probe", states: Tensor) -> None
             alike = model.decoder(input_ids=probe.ids, use_cache=False).last_hidden_state
         if off := _far(alike, states, _tolerance(model)):
             raise _NoWay(f"by our attention its states are off by {off:.1%}", measured=True)
-        return _verify(model, probe, states)
+        return _verify_tree(model, probe, states)
     except _NoWay as none:
         rows = replace(plain, packing="none", why=none.why, measured=none.measured)
     network.set_attn_implementation(own)
@@ -205,7 +205,7 @@ def _holds(model: "Model", known: Way, probe: "_Probe", states: Tensor) -> bool:
             if known.packing == "tree":
                 model.base.set_attn_implementation(tree_attention.NAME)
         model.way = known
-        _verify(model, probe, states)
+        (_verify_tree if known.packing == "tree" else _verify)(model, probe, states)
     except _NoWay:
         return False
     return True
@@ -326,6 +326,22 @@ def _verify(model: "Model", probe: _Probe, states: Tensor) -> None:
         if off := _far(other, separate, _tolerance(model)):
             reason = f"or our attention isn't handed its {what}: states of {of} are off by {off:.1%}"
             raise _NoWay(f"{obeyed} obeyed, {reason}", measured=True)
+
+
+def _verify_tree(model: "Model", probe: _Probe, states: Tensor) -> None:
+    """`_verify` with our own attention modules, which stay where it holds; else with the network's.
+
+    Raises:
+        _NoWay: as `_verify`.
+    """
+    replaced = modules.fuse_attention(model.base)
+    try:
+        _verify(model, probe, states)
+    except _NoWay:
+        modules.put_back(model.base, replaced)
+        if not replaced:
+            raise
+        _verify(model, probe, states)
 
 
 def _tolerance(model: "Model") -> float:

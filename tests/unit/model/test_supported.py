@@ -11,10 +11,13 @@ from transformers import (
     BertConfig,
     BloomConfig,
     BloomForCausalLM,
+    CohereCompassTextConfig,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteMoeHybridConfig,
@@ -28,6 +31,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
+    OPTForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -38,11 +42,14 @@ from transformers import (
     T5Config,
     ViTConfig,
 )
+from transformers.models.cohere_compass.modeling_cohere_compass import CohereCompassForCausalLM
 
 from perlhf.errors import AdapterError, ModelError
+from perlhf.kernels.call import current_call
 from perlhf.kernels.modules import fused_experts
 from perlhf.kernels.sight import Sight
 from perlhf.method.logprobs import Logits
+from perlhf.method.packing import Tokens, completed, pack
 from perlhf.model.model import Model
 from perlhf.model.supported import Way, check_supported, decoder_and_head, target_paths, told
 
@@ -264,13 +271,41 @@ def test_a_network_without_attention_names_what_to_try_and_all_takes_neither_hea
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lost", ["position_ids", "tree", "sampled"])
-def test_what_is_not_handed_on_is_found_out(lost: str, dtype: torch.dtype) -> None:
-    """A network that drops the positions, the tree or the cache on the way to our attention is no tree."""
+def test_positions_that_are_not_handed_on_are_found_out(dtype: torch.dtype) -> None:
+    """A network that drops the positions on the way to our attention is no tree."""
     model: Any = LlamaForCausalLM(LlamaConfig(**SMALL))
-    hand_on = model.model.forward
+    hand_on, lost = model.model.forward, "position_ids"
     model.model.forward = lambda *inputs, **named: hand_on(*inputs, **{k: v for k, v in named.items() if k != lost})
     assert opened(model.to(dtype)).way.packing == "none"
+
+
+def test_the_score_head_reads_what_the_output_head_reads() -> None:
+    """OPT-350M widens its states inside only: they are of another width where it hands them out."""
+    small = {**SMALL, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 16}
+    model = opened(OPTForCausalLM(OPTConfig(**small)))
+    model.add_adapter("reward", "reward", rank=2)
+    batch = pack([[Tokens([5, 6, 7])]], model.packing("auto"))
+    assert model.hidden_size == 16 and model.scores(batch, "reward").shape == (1,)
+
+
+def test_attention_that_turns_half_of_each_head_or_nothing_is_replaced_by_one_that_does_so_too() -> None:
+    """GLM-4.5 turns half of each head; Cohere's newest turns none in its layers without a window."""
+    half = Glm4MoeConfig(
+        **SMALL | {"head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 2, "num_experts_per_tok": 1},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    )
+    turns: Any = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None}
+    kinds = ["sliding_attention", "full_attention"]
+    none = CohereCompassTextConfig(**SMALL, layer_types=kinds, sliding_window=3, rope_parameters=turns)
+    for network in (Glm4MoeForCausalLM(half), CohereCompassForCausalLM(none)):
+        ids = torch.arange(5, 15)[None]
+        expected = network.eval()(ids).logits
+        model = opened(network)
+        assert model.way.packing == "tree"
+        batch = pack([[completed([5], list(range(6, 15)))]], "tree")
+        found = model.logprobs(batch, None).logprobs[0]
+        wanted = torch.log_softmax(expected[0, :-1], -1)[torch.arange(9), ids[0, 1:]]
+        assert torch.allclose(found, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +323,7 @@ def test_full_memory_chooses_no_other_way(full: RuntimeError, where: str) -> Non
     hand_on = model.model.forward
 
     def forward(*inputs: Any, **named: Any) -> Any:
-        if where in named:
+        if getattr(current_call(), where) is not None:
             raise full
         return hand_on(*inputs, **named)
 
