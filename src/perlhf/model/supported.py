@@ -302,7 +302,9 @@ def _sights(network: PreTrainedModel, decoder: nn.Module, ids: Tensor) -> dict[i
         raise _NoWay(f"it has {kinds[0]} layers")
     with watching() as watch:
         decoder(input_ids=ids, use_cache=False)
-    if not watch.layers or None in watch.layers.values():
+    if not watch.layers:
+        raise _NoWay("it has no attention that transformers lets others compute")
+    if None in watch.layers.values():
         raise _NoWay("its layers' masks are of no known form")
     return {layer: sight for layer, sight in watch.layers.items() if sight is not None and sight != FULL}
 

@@ -128,8 +128,9 @@ def test_attention_to_later_tokens_is_found_out() -> None:
 def test_what_no_tree_can_be_made_of_is_computed_in_rows() -> None:
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
     model = opened(bloom)
-    assert (model.way.packing, model.way.why) == ("none", "its layers' masks are of no known form")
-    assert told(model.way, "auto") == {"packing": "none", "why": "its layers' masks are of no known form"}
+    why = "it has no attention that transformers lets others compute"
+    assert (model.way.packing, model.way.why) == ("none", why)
+    assert told(model.way, "auto") == {"packing": "none", "why": why}
     assert model.packing("auto") == model.packing("none") == "none"
     with pytest.raises(ModelError, match="can't be computed as a tree") as error:
         model.packing("tree")
@@ -170,7 +171,7 @@ def test_a_known_way_is_taken_where_it_holds_and_the_logits_are_those_of_the_wei
 
 def test_a_known_way_that_does_not_hold_is_as_if_nothing_were_known() -> None:
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
-    assert Model(bloom.eval(), {}, known=Way()).way.why == "its layers' masks are of no known form"
+    assert Model(bloom.eval(), {}, known=Way()).way.why == "it has no attention that transformers lets others compute"
     assert Model(llama(), {}, known=Way(uncalled=("model.layers.0.mlp.down",))).way == Way()
     rwkv = RwkvForCausalLM(RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32))
     assert not Model(rwkv.eval(), {}, known=Way("none", "said")).way.reuses_cache
