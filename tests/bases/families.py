@@ -8,7 +8,7 @@ TREE = """
     deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma2
     gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode
     gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense
-    hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama llama4_text longcat_flash
+    hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama longcat_flash
     mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral moshi nanochat
     nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_moe
     seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu
@@ -23,6 +23,7 @@ _ROWS = {
     "it has conv layers": "lfm2 lfm2_moe lfm3",
     "it has hybrid layers": "falcon_h1 zaya",
     "it has hybrid_sliding layers": "inkling2_text inkling_text",
+    "it scales scores by a token's place in the row": "llama4_text",
     "it has indexed_attention layers": "axk2 deepseek_v32 dots3_note_text glm_moe_dsa hy_v4",
     "it has linear_attention layers": """
         bailing_hybrid bamba falcon_mamba granitemoehybrid jamba kimi_linear mamba mamba2 minimax nemotron_h olmo_hybrid

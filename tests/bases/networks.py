@@ -36,7 +36,10 @@ _GIVEN: dict[str, Any] = {
     **{"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "num_kv_shared_layers": 0},
 }
 """Sizes by configuration key; only keys that a configuration has are set."""
-_INDEXED: dict[str, Any] = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_topk": 4}
+_INDEXED: dict[str, Any] = {
+    **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_topk": 4},
+    "index_n_heads": 16,  # the fewer, the more scores are 0, and equal ones are chosen by the row's length
+}
 _PART: dict[str, Any] = {**{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}}
 _OWN: dict[str, dict[str, Any]] = {
     "axk2": _INDEXED,
@@ -166,11 +169,8 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "olmo clipped": ("olmo", "clipped queries, keys and values", {"clip_qkv": 0.5}),
     "cohere norms": ("cohere", "norms of queries and keys", {"use_qk_norm": True}),
-    "llama4 temperature": (
-        "llama4_text",
-        "scores scaled by position",
-        {"attn_temperature_tuning": True, "floor_scale": 4, "attn_scale": 0.5},
-    ),
+    "llama4 untempered": ("llama4_text", "scores not scaled by position", {"attn_temperature_tuning": False}),
+    "llama4 tempered": ("llama4_text", "scores scaled by position", {"floor_scale": 4, "attn_scale": 0.5}),
     "falcon alibi": ("falcon", "ALiBi", {"alibi": True, "new_decoder_architecture": False}),
     "opt projected": ("opt", "states narrower outside", {"word_embed_proj_dim": 16}),
     "gpt2 scaled": ("gpt2", "scores divided by layer", {"scale_attn_by_inverse_layer_idx": True}),

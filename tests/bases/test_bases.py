@@ -90,7 +90,8 @@ def test_a_variant_is_what_it_is_without_us(variant: str) -> None:
     """Settings that real checkpoints of the main families have."""
     family, _, changes = networks.VARIANTS[variant]
     model, merged = adapted(networks.network(family, **changes))
-    assert model.way.packing == ("none" if family in families.ROWS else "tree"), model.way.why
+    rows = family in families.ROWS and variant != "llama4 untempered"
+    assert model.way.packing == ("none" if rows else "tree"), model.way.why
     check(model, merged)
 
 

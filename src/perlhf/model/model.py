@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from perlhf.errors import AdapterError
+from perlhf.errors import AdapterError, ModelError
 from perlhf.kernels import cpu, modules, tree_attention
 from perlhf.kernels.call import HeldPair, Turns, calling, current_call
 from perlhf.kernels.kv_cache import KeyValueCache
@@ -26,7 +26,16 @@ from perlhf.model.adapter import Adapter, Role
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_base, pick_device, pick_dtype
 from perlhf.model.rows import Forward, RowsCache
-from perlhf.model.supported import Packed, Way, choose_way, decoder_and_head, network_below, packing_of, target_paths
+from perlhf.model.supported import (
+    Packed,
+    Way,
+    choose_way,
+    decoder_and_head,
+    longest_alone,
+    network_below,
+    packing_of,
+    target_paths,
+)
 from perlhf.model.ways import recall, remember
 
 Cache = KeyValueCache | RowsCache
@@ -85,6 +94,8 @@ class Model:
         self.dtype, self.device = base.dtype, base.device
         # What the output head reads: inside some networks are wider.
         self.hidden_size = int(decoder_and_head(base)[1].weight.shape[1])
+        self.longest = longest_alone(base.config)
+        """Tokens of a sequence beyond which a result would depend on what is computed beside it; None without such."""
         tree_attention.register()
         self.way = Way()
         choose_way(self, known)
@@ -192,6 +203,21 @@ class Model:
             ModelError: a tree was asked for, which the network can't.
         """
         return packing_of(self.way, asked)
+
+    def check_length(self, tokens: int) -> None:
+        """Refuses sequences that would change what becomes of those beside them (`supported.longest_alone`).
+
+        Raises:
+            ModelError: there are too many tokens.
+        """
+        if self.longest is not None and tokens > self.longest:
+            what = f"a sequence of {tokens} tokens: beyond {self.longest} this base turns the positions of all rows"
+            raise ModelError(
+                f"{what} otherwise, so that results would depend on what is computed together",
+                where="base",
+                allowed=f"prompt and completion of at most {self.longest} tokens",
+                hint="lower encoding.max_tokens, and max_completion_tokens of a policy",
+            )
 
     def scores(self, batch: Batch, adapter: str, *, dropout: bool = False) -> Tensor:
         """Scalar head on the state of each sequence's last token, float32 [batch]."""
@@ -317,6 +343,7 @@ class Model:
         self, batch: Batch, adapter: str | Held | None, *, dropout: bool = False, cache: KeyValueCache | None = None
     ) -> Tensor:
         """States [rows * width, hidden] of all tokens; `cache` gets the keys and values."""
+        self.check_length(max(sum(length for _, length in spans) for spans in batch.spans))
         inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
         tree = None
         if batch.nodes is not None:

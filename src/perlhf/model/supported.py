@@ -97,6 +97,22 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise ModelError(what, where="base", allowed=_ALLOWED, hint=f"perlhf pull {DEFAULT_BASE}, which is a small one")
 
 
+def longest_alone(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which a sequence is computed as if it were alone; None without a limit.
+
+    LongRoPE and dynamic scaling turn all positions of a pass otherwise as soon as one of its rows is longer.
+    """
+    text: Any = config.get_text_config()
+    given = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for rope in (given, *(inner for inner in given.values() if isinstance(inner, dict))):
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings", text.max_position_embeddings))
+        if rope.get("rope_type") == "dynamic":
+            limits.append(text.max_position_embeddings)
+    return min(limits, default=None)
+
+
 def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """The network below the head (gives `last_hidden_state`) and the linear layer that makes logits of it.
 
@@ -300,6 +316,8 @@ def _sights(network: PreTrainedModel, decoder: nn.Module, ids: Tensor) -> dict[i
     kinds = [kind for kind in getattr(config, "layer_types", None) or () if kind not in _MIXED]
     if kinds:
         raise _NoWay(f"it has {kinds[0]} layers")
+    if getattr(config, "attn_temperature_tuning", None):  # shows beyond thousands of tokens only
+        raise _NoWay("it scales scores by a token's place in the row")
     with watching() as watch:
         decoder(input_ids=ids, use_cache=False)
     if not watch.layers:

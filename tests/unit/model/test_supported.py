@@ -23,6 +23,8 @@ from transformers import (
     GraniteMoeHybridConfig,
     HunYuanMoEV1Config,
     JetMoeConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -348,3 +350,30 @@ def test_head_of_decoder_gives_the_logits() -> None:
     with torch.no_grad():
         assert torch.equal(head(decoder(ids).last_hidden_state), model(ids).logits)
     assert head is model.lm_head and decoder is model.model
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_sequences_that_would_change_those_beside_them_are_refused(kind: str) -> None:
+    """Both turn all positions of a pass otherwise as soon as one row is longer than in pretraining."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"original_max_position_embeddings": 8, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    longest = 8 if kind == "longrope" else 12
+    config = LlamaConfig(**SMALL, max_position_embeddings=12, rope_parameters=rope)
+    model = opened(LlamaForCausalLM(config))
+    short, long = [Tokens([5] * 3)], [Tokens([6] * (longest + 1))]
+    alone = model.last_states(pack([short], "none"), None)
+    fits = [Tokens([6] * longest)]
+    assert torch.allclose(model.last_states(pack([short, fits], "none"), None)[0], alone[0], atol=1e-5)
+    for packing in ("tree", "none"):
+        with pytest.raises(ModelError, match=f"beyond {longest} this base turns the positions") as error:
+            model.last_states(pack([short, long], packing), None)
+        assert error.value.hint == "lower encoding.max_tokens, and max_completion_tokens of a policy"
+
+
+def test_scores_that_are_scaled_by_place_are_no_matter_for_a_tree() -> None:
+    """Llama 4 counts a token's place in the row, which shows after 8192 tokens: a probe of a few can't see it."""
+    small = {**SMALL, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1}
+    assert opened(Llama4ForCausalLM(Llama4TextConfig(**small))).way.packing == "none"
+    plain = Llama4TextConfig(**small, attn_temperature_tuning=False)
+    assert opened(Llama4ForCausalLM(plain)).way.packing == "tree"
