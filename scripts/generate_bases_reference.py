@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "bases"))
 
-import families  # noqa: E402
-import networks  # noqa: E402
+import families  # noqa: E402  # pyright: ignore[reportMissingImports]
+import networks  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 PAGE = ROOT / "docs" / "bases.md"
 
@@ -29,14 +29,14 @@ def page() -> str:
         "# Bases",
         "",
         f"transformers {version('transformers')} has {total + len(families.OTHERS)} types with a causal language "
-        f"model. {total} of them are decoder-only, and {tree + rows} of these ({(tree + rows) / total:.0%}) open: {tree} "
-        f"({tree / total:.0%}) as a tree of prefixes, where each token that sequences share is computed once, and "
+        f"model. {total} of them are decoder-only, and {tree + rows} of these ({(tree + rows) / total:.0%}) open: "
+        f"{tree} ({tree / total:.0%}) as a tree of prefixes, where each token that sequences share is computed once, and "
         f"{rows} in padded rows by their own forward, which gives the same and takes longer. What becomes of a network "
         "is found out by running a few tokens through it, not by its name: `perlhf base MODEL` says it of one.",
         "",
         "Each family below is tried by `tests/bases`, as a random network of some layers in float32, with a low-rank "
-        "adapter on each of its linear layers (`all`; `attention` is a part of them, and takes none where a network has "
-        "no attention). The plain network with the update added to its weights by hand must agree with:",
+        "adapter on each of its linear layers (`all`; `attention` is a part of them, and takes none where a "
+        "network has no attention). The plain network with the update added to its weights by hand must agree with:",
         "",
         "- scores, log-probabilities (to 0.001) and the gradients of all adapters (to 0.002 of their norm), of "
         "sequences that share prefixes, as a tree and in rows where both go;",

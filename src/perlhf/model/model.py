@@ -30,10 +30,10 @@ from perlhf.model.supported import (
     Packed,
     Way,
     choose_way,
-    decoder_and_head,
     longest_alone,
     network_below,
     packing_of,
+    states_width,
     target_paths,
 )
 from perlhf.model.ways import recall, remember
@@ -92,8 +92,7 @@ class Model:
         self.adapters: dict[str, Adapter] = {}
         self._turns = Turns()
         self.dtype, self.device = base.dtype, base.device
-        # What the output head reads: inside some networks are wider.
-        self.hidden_size = int(decoder_and_head(base)[1].weight.shape[1])
+        self.hidden_size = states_width(base)
         self.longest = longest_alone(base.config)
         """Tokens of a sequence beyond which a result would depend on what is computed beside it; None without such."""
         tree_attention.register()

@@ -125,6 +125,16 @@ def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return network_below(model), head
 
 
+def states_width(model: PreTrainedModel) -> int:
+    """Of the states that the output head reads: inside, some networks are wider.
+
+    Raises:
+        ModelError: there is no such head.
+    """
+    weight: Any = decoder_and_head(model)[1].weight
+    return int(weight.shape[1])
+
+
 def network_below(model: PreTrainedModel) -> nn.Module:
     """The part that turns tokens into states."""
     below = model.base_model
