@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "bases"))
 
-import families  # noqa: E402  # pyright: ignore[reportMissingImports]
-import networks  # noqa: E402  # pyright: ignore[reportMissingImports]
+import families  # noqa: E402
+import networks  # noqa: E402
 
 PAGE = ROOT / "docs" / "bases.md"
 
@@ -30,7 +30,7 @@ def page() -> str:
         "",
         f"transformers {version('transformers')} has {total + len(families.OTHERS)} types with a causal language "
         f"model. {total} of them are decoder-only, and {tree + rows} of these ({(tree + rows) / total:.0%}) open: "
-        f"{tree} ({tree / total:.0%}) as a tree of prefixes, where each token that sequences share is computed once, and "
+        f"{tree} ({tree / total:.0%}) as a tree of prefixes, where what sequences share is computed once, and "
         f"{rows} in padded rows by their own forward, which gives the same and takes longer. What becomes of a network "
         "is found out by running a few tokens through it, not by its name: `perlhf base MODEL` says it of one.",
         "",
