@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedC
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError
 from perlhf.kernels import modules, tree_attention
-from perlhf.kernels.modules import match_targets
+from perlhf.kernels.modules import features, match_targets
 from perlhf.kernels.sight import FULL, Sight, watching
 from perlhf.method.logprobs import PLAIN, Logits
 from perlhf.method.packing import Packing, pad
@@ -152,7 +152,18 @@ def target_paths(
     """
     head = network.get_output_embeddings()
     skip = [path for path, module in network.named_modules() if module is head]
+    skip += _of_shared_weights(network)
     return match_targets(network.named_modules(), targets, (*skip, *uncalled), layers)
+
+
+def _of_shared_weights(network: nn.Module) -> list[str]:
+    """Linear layers that have one weight between them (Zamba's blocks): an update of each can't be merged into it."""
+    paths: dict[int, list[str]] = {}
+    for path, module in network.named_modules():
+        weight = getattr(module, "weight", None)
+        if features(module) is not None and isinstance(weight, nn.Parameter):
+            paths.setdefault(id(weight), []).append(path)
+    return [path for same in paths.values() if len(same) > 1 for path in same]
 
 
 @torch.no_grad()
