@@ -20,7 +20,11 @@ TOLERANCE = 0.05
 """In log-probabilities, where the network itself loses less."""
 
 
-@pytest.mark.parametrize("family", [*families.TREE, *families.ROWS])
+NEVER = ("inkling2_text", "xlstm")
+"""Networks that fail by themselves where all of their weights are bfloat16."""
+
+
+@pytest.mark.parametrize("family", [name for name in (*families.TREE, *families.ROWS) if name not in NEVER])
 @torch.no_grad()
 def test_in_bfloat16_a_family_loses_what_it_loses_without_us(family: str) -> None:
     network = networks.network(family, size=1.0)

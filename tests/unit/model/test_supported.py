@@ -55,7 +55,7 @@ from perlhf.method.packing import Tokens, completed, pack
 from perlhf.model.model import Model
 from perlhf.model.supported import Way, check_supported, decoder_and_head, target_paths, told
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "num_hidden_layers": 2,
