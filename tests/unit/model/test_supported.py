@@ -284,7 +284,7 @@ def test_positions_that_are_not_handed_on_are_found_out(dtype: torch.dtype) -> N
 
 def test_the_score_head_reads_what_the_output_head_reads() -> None:
     """OPT-350M widens its states inside only: they are of another width where it hands them out."""
-    small = {**SMALL, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 16}
+    small: dict[str, Any] = {**SMALL, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 16}
     model = opened(OPTForCausalLM(OPTConfig(**small)))
     model.add_adapter("reward", "reward", rank=2)
     batch = pack([[Tokens([5, 6, 7])]], model.packing("auto"))
@@ -293,8 +293,10 @@ def test_the_score_head_reads_what_the_output_head_reads() -> None:
 
 def test_attention_that_turns_half_of_each_head_or_nothing_is_replaced_by_one_that_does_so_too() -> None:
     """GLM-4.5 turns half of each head; Cohere's newest turns none in its layers without a window."""
+    experts: dict[str, Any] = {"moe_intermediate_size": 16, "n_routed_experts": 2, "num_experts_per_tok": 1}
     half = Glm4MoeConfig(
-        **SMALL | {"head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 2, "num_experts_per_tok": 1},
+        **SMALL | experts,
+        head_dim=8,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     )
     turns: Any = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None}
@@ -373,7 +375,13 @@ def test_sequences_that_would_change_those_beside_them_are_refused(kind: str) ->
 
 def test_scores_that_are_scaled_by_place_are_no_matter_for_a_tree() -> None:
     """Llama 4 counts a token's place in the row, which shows after 8192 tokens: a probe of a few can't see it."""
-    small = {**SMALL, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1}
+    small: dict[str, Any] = {
+        **SMALL,
+        "head_dim": 8,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    }
     assert opened(Llama4ForCausalLM(Llama4TextConfig(**small))).way.packing == "none"
     plain = Llama4TextConfig(**small, attn_temperature_tuning=False)
     assert opened(Llama4ForCausalLM(plain)).way.packing == "tree"
