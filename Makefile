@@ -1,6 +1,6 @@
 # `make demo` and `make test` set everything up; nothing is reinstalled unless pyproject.toml or the constraints change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-browser check bench results reproduce fuzz soak format docs clean
+.PHONY: help demo test test-bases test-lowest test-browser check bench results reproduce fuzz soak format docs clean
 
 # The first interpreter that is new enough; `make demo PYTHON=/path/to/python` names another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -25,6 +25,7 @@ help:
 	@echo "make test     all tests"
 	@echo "make test-lowest  equivalences and six families with the oldest versions that pyproject.toml allows"
 	@echo "make test-browser  the labelling page in a real Chromium"
+	@echo "make test-bases  families of networks as bases: in float32, as in make test, and in bfloat16"
 	@echo "make check    lint, formatting, types, import rules, documentation, wheel"
 	@echo "make bench    speed and memory beside TRL, PEFT and full tuning, into benchmarks/bench.json"
 	@echo "make results  tables and plots of docs/results from the numbers kept there, without training"
@@ -54,6 +55,9 @@ test: $(VENV)/.installed-dev
 
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(PYTEST_ARGS) $(LOWEST_TESTS)
+
+test-bases: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -rP tests/bases tests/bases/all_in_bfloat16.py $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -87,6 +91,7 @@ format: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python scripts/generate_command_reference.py
 	$(BIN)/python scripts/generate_data_reference.py
+	$(BIN)/python scripts/generate_bases_reference.py
 	$(BIN)/mkdocs build --quiet --strict
 
 clean:

@@ -3,34 +3,26 @@ into its weights by hand.
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import families
 import networks
 import pytest
 import torch
-import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
+from perlhf.kernels.modules import is_transposed, update_of
 from perlhf.method.packing import completed, pack
+from perlhf.model import saved
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import load_base
+from perlhf.model.bases.packaged import quiet
 from perlhf.model.model import Model
+from perlhf.model.supported import network_below
 from perlhf.rollout.local import Ends, sample
 
-TREE = """
-    afmoe apertus arcee aria_text axk1 beam biogpt bitnet cohere cohere2 cohere2_moe ctrl cwm deepseek_v2 deepseek_v3
-    dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma2 gemma3_text gemma3n_text glm glm4
-    glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared
-    helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama
-    llama4_text longcat_flash mellum minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral moshi
-    nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3
-    solar_open starcoder2 vaultgemma youtu
-""".split()
-ROWS = """
-    bailing_hybrid bamba bloom codegen diffllama doge falcon falcon_mamba gpt_neo gpt_neox_japanese gptj
-    granitemoehybrid hrm_text inkling2_text inkling_text jamba lfm3 mamba mamba2 minimax mpt nemotron nemotron_h
-    olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next rwkv stablelm xglm xlstm
-""".split()
 TEMPERATURE = 0.7
 
 
@@ -44,28 +36,24 @@ PROMPTS = [LONG, LONG, SHORT, LONG[:9]]
 WEIGHTS = torch.linspace(0.5, 1.5, sum(map(len, ANSWERS)))
 
 
-def adapted(family: str) -> tuple[Model, PreTrainedModel]:
-    """A base with a random adapter on all linear layers, and the plain network with its update in the weights."""
-    if family not in CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {family}")
-    network = networks.network(family)
+def adapted(network: PreTrainedModel) -> tuple[Model, PreTrainedModel]:
+    """A base with random adapters on all linear layers, and the plain network with their update in the weights."""
     merged: Any = copy.deepcopy(network)
-    model = Model(network, {"name": family, "sha256": ""})
-    model.add_adapter("policy", "policy", rank=4, targets="all")
+    model = Model(network, {"name": type(network).__name__, "sha256": "0" * 64})
+    policy = model.add_adapter("policy", "policy", rank=4, targets="all")
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for tensor in model.adapters["policy"].tensors().values():
+        for tensor in policy.tensors().values():
             tensor.copy_(torch.randn(tensor.shape, generator=draw) * 0.1)
-        for path, pair in model.adapters["policy"].pairs.items():
-            as_linear(merged, path, merged.get_parameter(path + ".weight")).add_(pair.scale * pair.b @ pair.a)
+        reward = model.copy_adapter("policy", "reward", "reward")
+        assert reward.score_head is not None and reward.bias is not None
+        reward.score_head.copy_(torch.randn(reward.score_head.shape, generator=draw))
+        reward.bias.fill_(0.25)
+        for path, pair in policy.pairs.items():
+            merged.get_parameter(path + ".weight").add_(update_of(model.base.get_submodule(path), pair))
     own: Any = model.base.config._attn_implementation
     merged.set_attn_implementation("eager" if model.way.packing == "tree" else own)
     return model, merged.requires_grad_(True)
-
-
-def as_linear(network: Any, path: str, tensor: Tensor) -> Tensor:
-    """A layer's weight, or its gradient, as [out, in]: GPT-2 keeps it the other way round."""
-    return tensor.t() if isinstance(network.get_submodule(path), Conv1D) else tensor
 
 
 def of_answers(network: Any) -> Tensor:
@@ -77,29 +65,61 @@ def of_answers(network: Any) -> Tensor:
     return torch.cat(found)
 
 
+def last_states(network: Any) -> Tensor:
+    """What a score is read from, by plain passes."""
+    below, rows = network_below(network), [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    return torch.stack([below(torch.tensor([row]), use_cache=False).last_hidden_state[0, -1] for row in rows])
+
+
 def near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return float((found - expected).norm()) <= tolerance * (float(expected.norm()) + 1e-4)
 
 
-@pytest.mark.parametrize("family", [*TREE, *ROWS])
-def test_a_family_is_what_it_is_without_us(family: str) -> None:
-    model, merged = adapted(family)
-    assert model.way.packing == ("tree" if family in TREE else "none"), model.way.why
-    pairs = model.adapters["policy"].pairs
+@pytest.mark.parametrize("family", [*families.TREE, *families.ROWS])
+def test_a_family_is_what_it_is_without_us(family: str, tmp_path: Path) -> None:
+    model, merged = adapted(networks.network(family))
+    assert (model.way.packing, model.way.why) == (
+        ("tree", "") if family in families.TREE else ("none", families.ROWS[family])
+    )
+    check(model, merged)
+    check_saved(model, merged, tmp_path)
+
+
+@pytest.mark.parametrize("variant", networks.VARIANTS)
+def test_a_variant_is_what_it_is_without_us(variant: str) -> None:
+    """Settings that real checkpoints of the main families have."""
+    family, _, changes = networks.VARIANTS[variant]
+    model, merged = adapted(networks.network(family, **changes))
+    rows = family in families.ROWS and variant != "llama4 untempered"
+    assert model.way.packing == ("none" if rows else "tree"), model.way.why
+    check(model, merged)
+
+
+def check(model: Model, merged: Any) -> None:
+    """Scores, log-probabilities, gradients and sampled tokens, by all ways of the base."""
+    pairs, reward = model.adapters["policy"].pairs, model.adapters["reward"]
     expected = of_answers(merged)
     (expected * WEIGHTS).sum().backward()
+    with torch.no_grad():
+        assert reward.score_head is not None and reward.bias is not None
+        scores = last_states(merged).float() @ reward.score_head[0] + reward.bias
     examples = [[completed(prompt, answer)] for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
-    for packing in ("tree", "none") if family in TREE else ("none",):
+    for packing in ("tree", "none") if model.way.packing == "tree" else ("none",):
         batch = pack(examples, packing)
         found = model.logprobs(batch, "policy", temperature=TEMPERATURE).logprobs[batch.completion_mask]
         assert float((found - expected).detach().abs().max()) < 1e-3
-        a = [pair.a for pair in pairs.values()]
-        grads = torch.autograd.grad((found * WEIGHTS).sum(), a, allow_unused=True)
-        for (path, pair), grad in zip(pairs.items(), grads, strict=True):
+        tensors = [tensor for pair in pairs.values() for tensor in (pair.a, pair.b)]
+        grads = iter(torch.autograd.grad((found * WEIGHTS).sum(), tensors, allow_unused=True))
+        for path, pair in pairs.items():
             weight = merged.get_parameter(path + ".weight")
-            grad_of_weight = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            wanted = pair.scale * pair.b.t() @ as_linear(merged, path, grad_of_weight)
-            assert near(torch.zeros_like(pair.a) if grad is None else grad, wanted.detach(), 2e-3), path
+            wanted = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            wanted = wanted.t() if is_transposed(model.base.get_submodule(path)) else wanted
+            by_hand = pair.scale * pair.b.t() @ wanted, pair.scale * wanted @ pair.a.t()
+            for tensor, hand in zip((pair.a, pair.b), by_hand, strict=True):
+                grad = next(grads)
+                assert near(torch.zeros_like(tensor) if grad is None else grad, hand.detach(), 2e-3), path
+        with torch.no_grad():
+            assert near(model.scores(batch, "reward"), scores, 1e-3)
     with torch.no_grad():
         check_sampling(model, merged)
 
@@ -115,6 +135,24 @@ def check_sampling(model: Model, merged: Any, tokens: int = 10) -> None:
         for _ in range(tokens):
             whole.append(int(merged(torch.tensor([whole]), use_cache=False).logits[0, -1].argmax()))
         assert rollout.completions[2 * number : 2 * number + 2] == [whole[len(prompt) :]] * 2
+
+
+def check_saved(model: Model, merged: Any, directory: Path) -> None:
+    """The adapter comes back with the same bits, and the merged network, read by our loader, computes the same."""
+    settings = {"system": "", "template_sha256": "", "template_kwargs": {}, "end_token": ""}
+    policy = model.adapters["policy"]
+    saved.write_adapter(directory / "adapter", saved.SavedAdapter(policy, model.fingerprint, settings, [*policy.pairs]))
+    again = model.adopt(saved.read_adapter(directory / "adapter", "again").adapter)
+    assert set(again.pairs) == set(policy.pairs)
+    for name, tensor in policy.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor)
+    with quiet():
+        merged.save_pretrained(directory / "merged")
+    read: Any = load_base(Base(directory / "merged"), torch.float32, "cpu")
+    read.set_attn_implementation(merged.config._attn_implementation)
+    ids = torch.tensor([LONG])
+    with torch.no_grad():
+        assert near(read(ids, use_cache=False).logits, merged(ids, use_cache=False).logits, 1e-5)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama4_text", "mamba", "qwen3_next"])

@@ -66,7 +66,7 @@ def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None, tuple[str, ..
             stop, temperature = stop or run.config.stop, run.config.temperature
         model, encoder = run.open(config.device)
         adapter, tokenizer, encoding, ends = run.stage, encoder.tokenizer, encoder.config, encoder.end_ids
-    context = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
+    context = model.longest or getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
     changes = {"max_tokens": max(encoding.max_tokens, context or 0)}
     if config.system is not None:
         changes |= {"system": config.system}

@@ -9,8 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from perlhf.kernels.kv_cache import KeyValueCache
+    from perlhf.kernels.tree_attention import Tree
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,10 @@ class Call:
     """By layer, instead of the adapters' own pairs; layers that it lacks are the base's. None: pairs are converted in
     this pass.
     """
+    tree: "Tree | None" = None
+    """What the tokens of a packed row attend to. (Some networks hand no further arguments to their attention.)"""
+    sampled: "KeyValueCache | None" = None
+    """Takes the prompts' keys and values, or attends with one more token a row."""
     own_kernels: bool = True
     """Whether a CPU's own kernels may compute; else torch's operations do."""
 

@@ -5,6 +5,7 @@
 """
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -46,8 +47,9 @@ class KeyValueCache:
         """Tokens that each row has beyond its prompt; on `FIXED` devices `_now` tells it."""
         self.fixed = device.type in FIXED
         """Whether a step changes no tensor's shape."""
-        self._prompts: dict[int, tuple[Tensor, Tensor]] = {}
-        self._own: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prompts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._own: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._times: Counter[int] = Counter()
         # Rounded logits would move the probabilities: products are float32. A CPU converts what it keeps once.
         self._dtype = torch.float32 if device.type == "cpu" and cpu.library() is None else None
         self._adds_up_wide = device.type == "cuda"  # its kernel computes them so itself
@@ -55,6 +57,7 @@ class KeyValueCache:
     def fork(self, samples: int, most: int | None = None) -> None:
         """`samples` rows for each prompt, ordered by prompt; on `FIXED` devices with room for `most` tokens at once."""
         assert not len(self.rows), "forked already"
+        self._times.clear()
         device, room = self.lengths.device, most + -most % ALIGNED if most and self.fixed else GROW
         self.rows = torch.arange(len(self.lengths), device=device).repeat_interleave(samples)
         self._own = {
@@ -84,14 +87,16 @@ class KeyValueCache:
         return self.lengths[self.rows] + (self._now if self.fixed else self.time)
 
     def record(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keys and values of the packed prompts [kv_heads, tokens, width] in one layer.
+        """Keys and values of the packed prompts [kv_heads, tokens, width] in one layer, each time that it attends."""
+        assert not len(self.rows), "prompts come before rows"
+        self._prompts[self._turn(layer)] = self._of_prompts(key), self._of_prompts(value)
 
-        Raises:
-            ValueError: the layer has recorded them, so it attends twice.
+    def _turn(self, layer: int) -> tuple[int, int]:
+        """The layer, and how often it has attended in this pass: some networks go through their layers repeatedly, and
+        some layers attend to two sorts of values.
         """
-        if len(self.rows) or layer in self._prompts:
-            raise ValueError(f"layer {layer} attends twice")
-        self._prompts[layer] = self._of_prompts(key), self._of_prompts(value)
+        self._times[layer] += 1
+        return layer, self._times[layer]
 
     def attend(
         self,
@@ -112,11 +117,12 @@ class KeyValueCache:
         Returns:
             [row, heads, 1, width of value].
         """
-        keys, values = self._prompts[layer]
+        turn = self._turn(layer)
+        keys, values = self._prompts[turn]
         count, heads, _, width = query.shape
         kv_heads = keys.shape[1]
         if cap is None and sinks is None and cpu.usable(query, keys, values) and width == values.shape[-1]:
-            return self._attend_natively(layer, query, key, value, scaling)
+            return self._attend_natively(turn, query, key, value, scaling)
         share, dtype = heads // kv_heads, query.dtype if self._adds_up_wide else torch.float32
         q = query.to(dtype).reshape(count, kv_heads, share, width)
         sight = self.sights.get(layer, FULL)
@@ -126,13 +132,13 @@ class KeyValueCache:
             hidden = hidden.masked_fill(self._early(sight, keys.shape[2]), -torch.inf)
         past, past_sum = part(self._by_prompt(q), keys.to(dtype), values.to(dtype), scaling, hidden)
         past, past_sum = self._by_row(past, share), self._by_row(past_sum[..., None], share).squeeze(-1)
-        for buffer, new in zip(self._own[layer], (key, value), strict=True):
+        for buffer, new in zip(self._own[turn], (key, value), strict=True):
             if self.fixed:
                 buffer.index_copy_(2, self._now, new.to(buffer.dtype))
             else:
                 buffer[:, :, self.time] = new[:, :, 0]
         seen, mask = (None, self._later.to(dtype)) if self.fixed else (self.time + 1, None)
-        own_keys, own_values = (buffer[:, :, :seen].to(dtype) for buffer in self._own[layer])
+        own_keys, own_values = (buffer[:, :, :seen].to(dtype) for buffer in self._own[turn])
         if sight != FULL:
             none = own_keys.new_zeros(1, 1, 1, own_keys.shape[2]) if mask is None else mask
             mask = none.masked_fill(self._early_own(sight, own_keys.shape[2]), -torch.inf)
@@ -160,6 +166,7 @@ class KeyValueCache:
     def advance(self) -> None:
         """The token of each row has gone through all layers."""
         self.time += 1
+        self._times.clear()
         if self.time == next(iter(self._own.values()))[0].shape[2]:
             self._own = {layer: (_grown(keys, 0.0), _grown(values, 0.0)) for layer, (keys, values) in self._own.items()}
             if self.fixed:
@@ -168,15 +175,17 @@ class KeyValueCache:
             self._now += 1
             self._later.index_fill_(3, self._now, 0)
 
-    def _attend_natively(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def _attend_natively(
+        self, turn: tuple[int, int], query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
         query, key, value = (tensor.contiguous() for tensor in (query, key, value))
-        (keys, values), (own_keys, own_values) = self._prompts[layer], self._own[layer]
+        (keys, values), (own_keys, own_values) = self._prompts[turn], self._own[turn]
         out = torch.empty_like(query)
         prompts, kv_heads, longest, width = keys.shape
         capacity, time = own_keys.shape[2], self.time + 1
         sizes = cpu.int64s([prompts, longest, query.shape[1], kv_heads, width, capacity, time])
         tensors = query, key, value, keys, values, own_keys, own_values, out, self.lengths
-        tensors = *tensors, self._first_seen(self.sights.get(layer, FULL)), self._first_rows
+        tensors = *tensors, self._first_seen(self.sights.get(turn[0], FULL)), self._first_rows
         cpu.call("decode", *tensors, sizes, float(scaling))
         return out
 

@@ -161,7 +161,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
@@ -170,7 +170,9 @@ class SelfAttention(nn.Module):
         shape = hidden_states.shape[:-1]
         layers = self.q_proj, self.k_proj, self.v_proj
         query, key, value = (layer(hidden_states).view(*shape, -1, self.head_dim) for layer in layers)
-        query, key = (rotated(x, *position_embeddings).transpose(1, 2) for x in (query, key))
+        if position_embeddings is not None:
+            query, key = (rotated(x, *position_embeddings) for x in (query, key))
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -277,31 +279,39 @@ def update_of(layer: nn.Module, pair: LowRank) -> Tensor:
 
 
 def fuse(base: nn.Module) -> int:
-    """Replaces linear layers, and the norms and MLPs of `base` that compute what is computed here; tells how many."""
+    """Replaces linear layers, and the norms and MLPs of `base` that compute what is computed here; tells how many of
+    the latter.
+    """
     for path, module in list(base.named_modules()):
         if type(module) is nn.Linear:
             own = Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             own.weight, own.bias = module.weight, module.bias
             _put(base, path, own.train(module.training))
-    return _replace(base, _twin, _same)
+    return len(_replace(base, _twin, _same))
 
 
-def fuse_attention(base: nn.Module) -> int:
-    """The same for attention modules, where the tree's attention is the network's."""
+def fuse_attention(base: nn.Module) -> dict[str, nn.Module]:
+    """The same for attention modules, where the tree's attention is the network's; gives those replaced, by path."""
     return _replace(
         base, lambda module: SelfAttention(module) if _is_llama_attention(module) else None, _same_attention
     )
 
 
+def put_back(base: nn.Module, replaced: dict[str, nn.Module]) -> None:
+    """Undoes `fuse_attention`."""
+    for path, module in replaced.items():
+        _put(base, path, module)
+
+
 def _replace(
     base: nn.Module, twin: Callable[[nn.Module], nn.Module | None], equal: Callable[[nn.Module, nn.Module], bool]
-) -> int:
-    replaced = 0
+) -> dict[str, nn.Module]:
+    replaced: dict[str, nn.Module] = {}
     for path, module in list(base.named_modules()):
         own = twin(module)
         if own is not None and equal(module, own):
             _put(base, path, own.train(module.training))
-            replaced += 1
+            replaced[path] = module
     return replaced
 
 
@@ -420,20 +430,34 @@ def _is_llama_attention(module: nn.Module) -> bool:
 
 
 def _same_attention(module: nn.Module, own: Any) -> bool:
-    """Whether both give the same bits on a few random rows, by torch's operations."""
+    """Whether both give the same bits on a few random rows, by torch's operations: with positions that turn all of each
+    head, half of it or nothing, as far as the module takes them.
+    """
     x = _random(own.q_proj)
     generator = torch.Generator().manual_seed(1)
     cos, sin = (torch.randn(1, 5, own.head_dim, generator=generator).to(x) for _ in range(2))
+    half = own.head_dim // 2
+    turns = ((cos, sin), (cos[..., :half], sin[..., :half]), None)
+    return all(_same_bits(module, own, x, turn, required=turn is turns[0]) for turn in turns)
+
+
+def _same_bits(module: nn.Module, own: Any, x: Tensor, turn: tuple[Tensor, Tensor] | None, *, required: bool) -> bool:
+    """Whether both attend alike; what the module doesn't take counts as alike unless it is required."""
     equal = []
     for graph in (True, False):
         with torch.set_grad_enabled(graph), cpu.off():
             try:
-                expected = module(x, position_embeddings=(cos, sin), attention_mask=None)[0]
-            except (TypeError, RuntimeError) as error:
+                expected = module(x, position_embeddings=turn, attention_mask=None)[0]
+            except (TypeError, RuntimeError, IndexError, AttributeError) as error:
                 if memory_is_full(error):
                     raise
-                return False  # called otherwise, or positions turn a part of each head only
-            equal.append(torch.equal(expected, own(x, (cos, sin))[0]))
+                return not required
+            try:
+                equal.append(torch.equal(expected, own(x, turn)[0]))
+            except RuntimeError as error:  # values of another width, say
+                if memory_is_full(error):
+                    raise
+                return False
     return all(equal)
 
 
@@ -442,8 +466,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [batch, time, heads, width].
-        cos, sin: [batch or 1, time, width].
+        cos, sin: [batch or 1, time, width], or narrower: the rest of each head isn't turned.
     """
+    if (turned := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat([rotated(x[..., :turned], cos, sin), x[..., turned:]], -1)
     if torch.is_grad_enabled() and x.requires_grad:
         return cast(Tensor, _Rotated.apply(x, cos, sin))
     return _rotated(x, cos, sin, back=False, own_kernel=_can_rotate(x, cos, sin))

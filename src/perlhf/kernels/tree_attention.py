@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from perlhf.kernels import cpu, sight
-from perlhf.kernels.kv_cache import ALIGNED, KeyValueCache, without_sink, written_part
+from perlhf.kernels.call import current_call
+from perlhf.kernels.kv_cache import ALIGNED, without_sink, written_part
 from perlhf.kernels.sight import FULL, Sight
 from perlhf.method.packing import Node, Span
 
@@ -204,13 +205,12 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    tree: Tree | None = None,
-    sampled: KeyValueCache | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: query [batch, heads, time, width]; out [batch, time, heads, width].
+    """What transformers calls, under `Call.tree` and `Call.sampled`: query [batch, heads, time, width]; out
+    [batch, time, heads, width].
 
     Args:
         softcap, s_aux: `cap` and `sinks` of `tree_attention`, by transformers' names.
@@ -221,6 +221,7 @@ def attend(
     for name, given in kwargs.items():
         if isinstance(given, Tensor) and name not in NEUTRAL:
             raise ValueError(f"attention is given {name}")
+    tree, sampled = current_call().tree, current_call().sampled
     layer: Any = getattr(module, "layer_idx", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if sampled is not None and tree is None:

@@ -27,7 +27,16 @@ from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_base, pick_device, pick_dtype
 from perlhf.model.bases.quantised import Quantize, identity, is_quantised
 from perlhf.model.rows import Forward, RowsCache
-from perlhf.model.supported import Packed, Way, choose_way, network_below, packing_of, target_paths
+from perlhf.model.supported import (
+    Packed,
+    Way,
+    choose_way,
+    longest_alone,
+    network_below,
+    packing_of,
+    states_width,
+    target_paths,
+)
 from perlhf.model.ways import recall, remember
 
 Cache = KeyValueCache | RowsCache
@@ -84,12 +93,12 @@ class Model:
         self.adapters: dict[str, Adapter] = {}
         self._turns = Turns()
         self.dtype, self.device = base.dtype, base.device
-        self.hidden_size = int(base.config.get_text_config().hidden_size)
+        self.hidden_size = states_width(base)
+        self.longest = longest_alone(base.config)
+        """Tokens of a sequence beyond which a result would depend on what is computed beside it; None without such."""
         tree_attention.register()
         self.way = Way()
         choose_way(self, known)
-        if self.way.packing == "tree":
-            modules.fuse_attention(self.base)
 
     @classmethod
     def load(
@@ -213,6 +222,21 @@ class Model:
         """
         return packing_of(self.way, asked)
 
+    def check_length(self, tokens: int) -> None:
+        """Refuses sequences that would change what becomes of those beside them (`supported.longest_alone`).
+
+        Raises:
+            ModelError: there are too many tokens.
+        """
+        if self.longest is not None and tokens > self.longest:
+            what = f"a sequence of {tokens} tokens: beyond {self.longest} this base turns the positions of all rows"
+            raise ModelError(
+                f"{what} otherwise, so that results would depend on what is computed together",
+                where="base",
+                allowed=f"prompt and completion of at most {self.longest} tokens",
+                hint="lower encoding.max_tokens, and max_completion_tokens of a policy",
+            )
+
     def scores(self, batch: Batch, adapter: str, *, dropout: bool = False) -> Tensor:
         """Scalar head on the state of each sequence's last token, float32 [batch]."""
         return self._head(self.last_states(batch, adapter, dropout=dropout), adapter)
@@ -269,7 +293,7 @@ class Model:
                 position_ids=cache.positions()[:, None],
                 attention_mask=torch.zeros(1, 1, 1, 1, device=self.device),
                 use_cache=False,
-                sampled=cache,
+                cache=cache,
             ).last_hidden_state
         cache.advance()
         return states[:, -1]
@@ -295,7 +319,15 @@ class Model:
 
         return forward
 
-    def _run(self, adapter: str | Held | None, *, dropout: bool = False, **inputs: Any) -> Any:
+    def _run(
+        self,
+        adapter: str | Held | None,
+        *,
+        dropout: bool = False,
+        tree: tree_attention.Tree | None = None,
+        cache: KeyValueCache | None = None,
+        **inputs: Any,
+    ) -> Any:
         """The network's output below its head."""
         if isinstance(adapter, Held):
             names, pairs, weights = adapter.adapters, adapter.pairs, adapter.weights
@@ -305,7 +337,8 @@ class Model:
         inside = {n.removeprefix(self.prefix): w for n, w in weights.items() if n.startswith(self.prefix)}
         # Full weights stand in the network itself while it runs.
         turn = self._turns.alone() if inside else self._turns.shared()
-        with calling(replace(current_call(), adapters=names, dropout=dropout, held=pairs)), turn:
+        call = replace(current_call(), adapters=names, dropout=dropout, held=pairs, tree=tree, sampled=cache)
+        with calling(call), turn:
             if inside:
                 return functional_call(self.decoder, inside, kwargs=inputs)
             return self.decoder(**inputs)
@@ -328,14 +361,15 @@ class Model:
         self, batch: Batch, adapter: str | Held | None, *, dropout: bool = False, cache: KeyValueCache | None = None
     ) -> Tensor:
         """States [rows * width, hidden] of all tokens; `cache` gets the keys and values."""
+        self.check_length(max(sum(length for _, length in spans) for spans in batch.spans))
         inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
-        if cache is not None:
-            inputs["sampled"] = cache
+        tree = None
         if batch.nodes is not None:
             # A four-dimensional mask is passed on as it is: the tree's attention needs none and no [T, T] one is built.
             inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
-            inputs |= {"position_ids": batch.positions, "tree": tree_attention.Tree(batch.nodes, self.way.sights)}
-        states = self._run(adapter, dropout=dropout, **inputs).last_hidden_state.to(self.dtype)
+            inputs["position_ids"] = batch.positions
+            tree = tree_attention.Tree(batch.nodes, self.way.sights)
+        states = self._run(adapter, dropout=dropout, tree=tree, cache=cache, **inputs).last_hidden_state.to(self.dtype)
         return states.reshape(-1, states.shape[-1])
 
     def _head(self, states: Tensor, adapter: str) -> Tensor:

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedC
 
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError
-from perlhf.kernels import tree_attention
-from perlhf.kernels.modules import match_targets
+from perlhf.kernels import modules, tree_attention
+from perlhf.kernels.modules import features, match_targets
 from perlhf.kernels.sight import FULL, Sight, watching
 from perlhf.method.logprobs import PLAIN, Logits
 from perlhf.method.packing import Packing, pad
@@ -97,6 +97,22 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise ModelError(what, where="base", allowed=_ALLOWED, hint=f"perlhf pull {DEFAULT_BASE}, which is a small one")
 
 
+def longest_alone(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which a sequence is computed as if it were alone; None without a limit.
+
+    LongRoPE and dynamic scaling turn all positions of a pass otherwise as soon as one of its rows is longer.
+    """
+    text: Any = config.get_text_config()
+    given = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for rope in (given, *(inner for inner in given.values() if isinstance(inner, dict))):
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings", text.max_position_embeddings))
+        if rope.get("rope_type") == "dynamic":
+            limits.append(text.max_position_embeddings)
+    return min(limits, default=None)
+
+
 def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """The network below the head (gives `last_hidden_state`) and the linear layer that makes logits of it.
 
@@ -107,6 +123,16 @@ def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     if head is None:
         raise _refusal(model, "it has no output layer")
     return network_below(model), head
+
+
+def states_width(model: PreTrainedModel) -> int:
+    """Of the states that the output head reads: inside, some networks are wider.
+
+    Raises:
+        ModelError: there is no such head.
+    """
+    weight: Any = decoder_and_head(model)[1].weight
+    return int(weight.shape[1])
 
 
 def network_below(model: PreTrainedModel) -> nn.Module:
@@ -126,7 +152,18 @@ def target_paths(
     """
     head = network.get_output_embeddings()
     skip = [path for path, module in network.named_modules() if module is head]
+    skip += _of_shared_weights(network)
     return match_targets(network.named_modules(), targets, (*skip, *uncalled), layers)
+
+
+def _of_shared_weights(network: nn.Module) -> list[str]:
+    """Linear layers that have one weight between them (Zamba's blocks): an update of each can't be merged into it."""
+    paths: dict[int, list[str]] = {}
+    for path, module in network.named_modules():
+        weight = getattr(module, "weight", None)
+        if features(module) is not None and isinstance(weight, nn.Parameter):
+            paths.setdefault(id(weight), []).append(path)
+    return [path for same in paths.values() if len(same) > 1 for path in same]
 
 
 @torch.no_grad()
@@ -181,7 +218,7 @@ def _search(model: "Model", plain: Way, probe: "_Probe", states: Tensor) -> None
             alike = model.decoder(input_ids=probe.ids, use_cache=False).last_hidden_state
         if off := _far(alike, states, _tolerance(model)):
             raise _NoWay(f"by our attention its states are off by {off:.1%}", measured=True)
-        return _verify(model, probe, states)
+        return _verify_tree(model, probe, states)
     except _NoWay as none:
         rows = replace(plain, packing="none", why=none.why, measured=none.measured)
     network.set_attn_implementation(own)
@@ -205,7 +242,7 @@ def _holds(model: "Model", known: Way, probe: "_Probe", states: Tensor) -> bool:
             if known.packing == "tree":
                 model.base.set_attn_implementation(tree_attention.NAME)
         model.way = known
-        _verify(model, probe, states)
+        (_verify_tree if known.packing == "tree" else _verify)(model, probe, states)
     except _NoWay:
         return False
     return True
@@ -300,9 +337,13 @@ def _sights(network: PreTrainedModel, decoder: nn.Module, ids: Tensor) -> dict[i
     kinds = [kind for kind in getattr(config, "layer_types", None) or () if kind not in _MIXED]
     if kinds:
         raise _NoWay(f"it has {kinds[0]} layers")
+    if getattr(config, "attn_temperature_tuning", None):  # shows beyond thousands of tokens only
+        raise _NoWay("it scales scores by a token's place in the row")
     with watching() as watch:
         decoder(input_ids=ids, use_cache=False)
-    if not watch.layers or None in watch.layers.values():
+    if not watch.layers:
+        raise _NoWay("it has no attention that transformers lets others compute")
+    if None in watch.layers.values():
         raise _NoWay("its layers' masks are of no known form")
     return {layer: sight for layer, sight in watch.layers.items() if sight is not None and sight != FULL}
 
@@ -326,6 +367,22 @@ def _verify(model: "Model", probe: _Probe, states: Tensor) -> None:
         if off := _far(other, separate, _tolerance(model)):
             reason = f"or our attention isn't handed its {what}: states of {of} are off by {off:.1%}"
             raise _NoWay(f"{obeyed} obeyed, {reason}", measured=True)
+
+
+def _verify_tree(model: "Model", probe: _Probe, states: Tensor) -> None:
+    """`_verify` with our own attention modules, which stay where it holds; else with the network's.
+
+    Raises:
+        _NoWay: as `_verify`.
+    """
+    replaced = modules.fuse_attention(model.base)
+    try:
+        _verify(model, probe, states)
+    except _NoWay:
+        modules.put_back(model.base, replaced)
+        if not replaced:
+            raise
+        _verify(model, probe, states)
 
 
 def _tolerance(model: "Model") -> float:

@@ -149,9 +149,11 @@ def sample(
 
     Raises:
         AdapterError, DivergenceError: as `check_finite`, of the prompts' states.
+        ModelError: as `Model.check_length`, of prompts with whole completions.
     """
     assert draws.shape[1] >= max_completion_tokens, "a draw for each token"
     samples = len(draws) // len(prompts)
+    model.check_length(max(map(len, prompts)) + max_completion_tokens)
     held = model.hold(adapter)
     prompt_states, cache = model.prefill(prompts, held)
     check_finite(model, adapter, prompt_states, "states")
@@ -187,8 +189,9 @@ def stream(
         temperature: 0 takes the most likely token.
 
     Raises:
-        AdapterError, DivergenceError: as `sample`.
+        AdapterError, DivergenceError, ModelError: as `sample`.
     """
+    model.check_length(len(prompt) + len(draws))
     held = model.hold(adapter)
     states, cache = model.prefill([prompt], held)
     check_finite(model, adapter, states, "states")

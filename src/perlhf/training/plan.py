@@ -22,7 +22,7 @@ from perlhf.model.encoding.encode import Encoder, TooLong
 from perlhf.model.encoding.lengths import telling
 from perlhf.model.foretold import Foretold, foretell
 from perlhf.model.open import left_out, with_day
-from perlhf.model.supported import packing_of, target_paths
+from perlhf.model.supported import packing_of, states_width, target_paths
 from perlhf.rollout.scorers import load_functions
 from perlhf.runs.earlier import check_runs, earlier_runs, is_adapter
 from perlhf.system import before_torch
@@ -225,7 +225,7 @@ def trainable_parameters(config: Stage, network: "PreTrainedModel", uncalled: Se
     Raises:
         AdapterError: a target that matches no linear layer.
     """
-    hidden = int(network.config.get_text_config().hidden_size)
+    hidden = states_width(network)
     full = config.tuning == "full"
     body = network.num_parameters() if full else lora_parameters(config.adapter, network, uncalled)
     match config:

@@ -41,7 +41,7 @@ LONGROPE |= {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
         (LlamaConfig(num_hidden_layers=3, num_key_value_heads=8), "tree", ""),
         (Phi3Config(num_hidden_layers=2, rope_parameters=LONGROPE), "tree", ""),
         (DeepseekV3Config(num_hidden_layers=4), "tree", ""),
-        (BloomConfig(n_layer=2), "none", "its layers' masks are of no known form"),
+        (BloomConfig(n_layer=2), "none", "it has no attention that transformers lets others compute"),
         (JambaConfig(num_hidden_layers=5), "none", "it has linear_attention layers"),
         (MambaConfig(num_hidden_layers=2), "none", "it has linear_attention layers"),
         (Mamba2Config(num_hidden_layers=2), "none", "it has linear_attention layers"),

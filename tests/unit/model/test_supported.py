@@ -11,15 +11,20 @@ from transformers import (
     BertConfig,
     BloomConfig,
     BloomForCausalLM,
+    CohereCompassTextConfig,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteMoeHybridConfig,
     HunYuanMoEV1Config,
     JetMoeConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -28,6 +33,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
+    OPTForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -38,15 +44,18 @@ from transformers import (
     T5Config,
     ViTConfig,
 )
+from transformers.models.cohere_compass.modeling_cohere_compass import CohereCompassForCausalLM
 
 from perlhf.errors import AdapterError, ModelError
+from perlhf.kernels.call import current_call
 from perlhf.kernels.modules import fused_experts
 from perlhf.kernels.sight import Sight
 from perlhf.method.logprobs import Logits
+from perlhf.method.packing import Tokens, completed, pack
 from perlhf.model.model import Model
 from perlhf.model.supported import Way, check_supported, decoder_and_head, target_paths, told
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -120,8 +129,9 @@ def test_attention_to_later_tokens_is_found_out() -> None:
 def test_what_no_tree_can_be_made_of_is_computed_in_rows() -> None:
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
     model = opened(bloom)
-    assert (model.way.packing, model.way.why) == ("none", "its layers' masks are of no known form")
-    assert told(model.way, "auto") == {"packing": "none", "why": "its layers' masks are of no known form"}
+    why = "it has no attention that transformers lets others compute"
+    assert (model.way.packing, model.way.why) == ("none", why)
+    assert told(model.way, "auto") == {"packing": "none", "why": why}
     assert model.packing("auto") == model.packing("none") == "none"
     with pytest.raises(ModelError, match="can't be computed as a tree") as error:
         model.packing("tree")
@@ -162,7 +172,7 @@ def test_a_known_way_is_taken_where_it_holds_and_the_logits_are_those_of_the_wei
 
 def test_a_known_way_that_does_not_hold_is_as_if_nothing_were_known() -> None:
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
-    assert Model(bloom.eval(), {}, known=Way()).way.why == "its layers' masks are of no known form"
+    assert Model(bloom.eval(), {}, known=Way()).way.why == "it has no attention that transformers lets others compute"
     assert Model(llama(), {}, known=Way(uncalled=("model.layers.0.mlp.down",))).way == Way()
     rwkv = RwkvForCausalLM(RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32))
     assert not Model(rwkv.eval(), {}, known=Way("none", "said")).way.reuses_cache
@@ -263,13 +273,43 @@ def test_a_network_without_attention_names_what_to_try_and_all_takes_neither_hea
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lost", ["position_ids", "tree", "sampled"])
-def test_what_is_not_handed_on_is_found_out(lost: str, dtype: torch.dtype) -> None:
-    """A network that drops the positions, the tree or the cache on the way to our attention is no tree."""
+def test_positions_that_are_not_handed_on_are_found_out(dtype: torch.dtype) -> None:
+    """A network that drops the positions on the way to our attention is no tree."""
     model: Any = LlamaForCausalLM(LlamaConfig(**SMALL))
-    hand_on = model.model.forward
+    hand_on, lost = model.model.forward, "position_ids"
     model.model.forward = lambda *inputs, **named: hand_on(*inputs, **{k: v for k, v in named.items() if k != lost})
     assert opened(model.to(dtype)).way.packing == "none"
+
+
+def test_the_score_head_reads_what_the_output_head_reads() -> None:
+    """OPT-350M widens its states inside only: they are of another width where it hands them out."""
+    small: dict[str, Any] = {**SMALL, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 16}
+    model = opened(OPTForCausalLM(OPTConfig(**small)))
+    model.add_adapter("reward", "reward", rank=2)
+    batch = pack([[Tokens([5, 6, 7])]], model.packing("auto"))
+    assert model.hidden_size == 16 and model.scores(batch, "reward").shape == (1,)
+
+
+def test_attention_that_turns_half_of_each_head_or_nothing_is_replaced_by_one_that_does_so_too() -> None:
+    """GLM-4.5 turns half of each head; Cohere's newest turns none in its layers without a window."""
+    experts: dict[str, Any] = {"moe_intermediate_size": 16, "n_routed_experts": 2, "num_experts_per_tok": 1}
+    half = Glm4MoeConfig(
+        **SMALL | experts,
+        head_dim=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    )
+    turns: Any = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None}
+    kinds = ["sliding_attention", "full_attention"]
+    none = CohereCompassTextConfig(**SMALL, layer_types=kinds, sliding_window=3, rope_parameters=turns)
+    for network in (Glm4MoeForCausalLM(half), CohereCompassForCausalLM(none)):
+        ids = torch.arange(5, 15)[None]
+        expected = network.eval()(ids).logits
+        model = opened(network)
+        assert model.way.packing == "tree"
+        batch = pack([[completed([5], list(range(6, 15)))]], "tree")
+        found = model.logprobs(batch, None).logprobs[0]
+        wanted = torch.log_softmax(expected[0, :-1], -1)[torch.arange(9), ids[0, 1:]]
+        assert torch.allclose(found, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +327,7 @@ def test_full_memory_chooses_no_other_way(full: RuntimeError, where: str) -> Non
     hand_on = model.model.forward
 
     def forward(*inputs: Any, **named: Any) -> Any:
-        if where in named:
+        if getattr(current_call(), where) is not None:
             raise full
         return hand_on(*inputs, **named)
 
@@ -311,3 +351,36 @@ def test_head_of_decoder_gives_the_logits() -> None:
     with torch.no_grad():
         assert torch.equal(head(decoder(ids).last_hidden_state), model(ids).logits)
     assert head is model.lm_head and decoder is model.model
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_sequences_that_would_change_those_beside_them_are_refused(kind: str) -> None:
+    """Both turn all positions of a pass otherwise as soon as one row is longer than in pretraining."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"original_max_position_embeddings": 8, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    longest = 8 if kind == "longrope" else 12
+    config = LlamaConfig(**SMALL, max_position_embeddings=12, rope_parameters=rope)
+    model = opened(LlamaForCausalLM(config))
+    short, long = [Tokens([5] * 3)], [Tokens([6] * (longest + 1))]
+    alone = model.last_states(pack([short], "none"), None)
+    fits = [Tokens([6] * longest)]
+    assert torch.allclose(model.last_states(pack([short, fits], "none"), None)[0], alone[0], atol=1e-5)
+    for packing in ("tree", "none"):
+        with pytest.raises(ModelError, match=f"beyond {longest} this base turns the positions") as error:
+            model.last_states(pack([short, long], packing), None)
+        assert error.value.hint == "lower encoding.max_tokens, and max_completion_tokens of a policy"
+
+
+def test_scores_that_are_scaled_by_place_are_no_matter_for_a_tree() -> None:
+    """Llama 4 counts a token's place in the row, which shows after 8192 tokens: a probe of a few can't see it."""
+    small: dict[str, Any] = {
+        **SMALL,
+        "head_dim": 8,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    }
+    assert opened(Llama4ForCausalLM(Llama4TextConfig(**small))).way.packing == "none"
+    plain = Llama4TextConfig(**small, attn_temperature_tuning=False)
+    assert opened(Llama4ForCausalLM(plain)).way.packing == "tree"
