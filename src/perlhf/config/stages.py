@@ -16,6 +16,8 @@ NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 DEFAULT_BASE = "smollm2-135m-instruct-q4_1"
+PLAIN_TEMPLATES = ("plain", "plain-bos")
+"""Values of `encoding.template` that need no tokenizer's and no file: `role: text` lines; after the begin token."""
 
 
 class Frozen(BaseModel):
@@ -102,7 +104,7 @@ class EncodingConfig(Frozen):
     """How a record becomes tokens; the same for training, scoring and sampling."""
 
     template: str = "tokenizer"
-    """`tokenizer` (its chat template), `name:X` (of several), `plain` (`role: text` lines), or a Jinja file's path."""
+    """`tokenizer`'s, `name:X` of several, `plain` (`role: text` lines), `plain-bos` (begin token first), Jinja file."""
     # Left out of what a run records unless they are set: a record without them is the same run.
     template_kwargs: dict[str, Any] = Field(default_factory=dict[str, Any], exclude_if=lambda variables: not variables)
     """Variables that the template asks for, such as `{enable_thinking: false}`."""
@@ -169,7 +171,7 @@ class StageConfig(Frozen):
     run: Path
     """Run directory; running the same command again continues it."""
     base: str = DEFAULT_BASE
-    """The frozen network: a packaged name, a hub id (`ORG/NAME[@REVISION]`; `perlhf pull` gets it), or a directory."""
+    """The frozen network: packaged name, hub id (`ORG/NAME[@REVISION]`; `perlhf pull` gets it), directory, GGUF file."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the base; `auto` is bfloat16 where the hardware is faster in it, else float32."""
     # Left out of what a run records unless it is set: a record without it is the same run.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from perlhf.config.stages import DEFAULT_BASE, StageConfig
+from perlhf.config.stages import DEFAULT_BASE, PLAIN_TEMPLATES, StageConfig
 from perlhf.system.files import read_json
 
 STARTED_IN = "started_in"
@@ -37,7 +37,7 @@ def resolved(config: Config, manifest: dict[str, Any], run: Path) -> Config:
         "base": config.base if config.base == DEFAULT_BASE else found(config.base, origin),
         "data": config.data.model_copy(update={"paths": tuple(found(path, origin) for path in config.data.paths)}),
     }
-    if config.encoding.template not in ("tokenizer", "plain"):
+    if config.encoding.template not in ("tokenizer", *PLAIN_TEMPLATES):
         template = found(config.encoding.template, origin)
         changes["encoding"] = config.encoding.model_copy(update={"template": template})
     for key in ("sft", "start"):

@@ -14,6 +14,7 @@ from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftC
 from perlhf.data.records import Prompt, completions_of
 from perlhf.errors import ModelError
 from perlhf.kernels import cpu
+from perlhf.method.logprobs import chunk_tokens
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import end_ids, load_tokenizer, pick_device, without_weights
@@ -38,8 +39,6 @@ OVERHEAD_BYTES = 450 * 2**20
 """The interpreter with torch and transformers loaded, measured on Linux."""
 OPTIMISER_BYTES = 16
 """Of one trainable parameter: float32 weight, gradient and AdamW's two moments."""
-HEAD_CHUNK_TOKENS = 256
-"""Tokens whose logits exist at one time, as in `logprobs.py`."""
 HOLES = 2.0
 """What activations take where memory grows holes, in units of their size: under glibc's allocator, and in bfloat16 on a
 CPU."""
@@ -290,7 +289,7 @@ def _activation_bytes(config: Stage, network: "PreTrainedModel", dtype: str, hol
         per_token += hidden + feed_forward
     if config.tuning == "lora" and config.adapter.layers != "all":
         layers = min(layers, int(config.adapter.layers.removeprefix("last:")))
-    logits = 0 if isinstance(config, RewardConfig) else 2 * HEAD_CHUNK_TOKENS * shape.vocab_size * 4
+    logits = 0 if isinstance(config, RewardConfig) else 2 * chunk_tokens(shape.vocab_size) * shape.vocab_size * 4
     return int(config.microbatch_tokens * layers * per_token * _size(dtype) * holes) + logits
 
 

@@ -100,3 +100,16 @@ def test_extreme_logits_stay_finite() -> None:
     logprobs, entropy = head.token_logprobs(states, weight, torch.tensor([0]), 1.0)
     assert logprobs.item() == -2e4 and entropy.item() == 0
     assert torch.isfinite(torch.autograd.grad(logprobs.sum(), states)[0]).all()
+
+
+def test_large_vocabularies_take_fewer_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert [head.chunk_tokens(vocab) for vocab in (49_152, 131_072, 131_073, 262_144)] == [256, 256, 128, 128]
+    generator = torch.Generator().manual_seed(2)
+    states, weight = torch.randn(9, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    targets = torch.arange(9) % 5
+    whole = head.token_logprobs(states, weight, targets, 1.0)
+    monkeypatch.setattr(head, "LARGE", 4)
+    monkeypatch.setattr(head, "CHUNK_TOKENS", 4)
+    for found, expected in zip(head.token_logprobs(states, weight, targets, 1.0), whole, strict=True):
+        torch.testing.assert_close(found, expected)

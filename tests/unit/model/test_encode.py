@@ -3,12 +3,15 @@
 Ids of the tiny tokenizer: 0 <|im_start|>, 1 <|im_end|>, then the byte letters from "!" on.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from perlhf.config.stages import EncodingConfig
@@ -206,6 +209,41 @@ class TestPlain:
         encoder = Encoder(tokenizer, EncodingConfig(template="plain", system="Short."))
         for prompt in ("hi", chat("hi")):
             assert tokenizer.decode(encoder.prompt(prompt)) == "system: Short.\nuser: hi\nassistant:"
+
+
+class TestPlainAfterTheBeginToken:
+    @pytest.fixture
+    def begun(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """The tiny tokenizer as one that begins texts."""
+        copied: Any = copy.deepcopy(tokenizer)
+        copied.bos_token = "<|im_start|>"
+        copied.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", START)]
+        )
+        return copied
+
+    def test_it_stands_once_before_everything(
+        self, tokenizer: PreTrainedTokenizerBase, begun: PreTrainedTokenizerBase
+    ) -> None:
+        plain = Encoder(tokenizer, EncodingConfig(template="plain"))
+        after = Encoder(begun, EncodingConfig(template="plain-bos"))
+        for prompt in ("Q: x?", chat("hi"), chat("hi", "yes", "<|im_start|>")):
+            assert after.prompt(prompt) == [START, *plain.prompt(prompt)]
+            assert after.example(prompt, "yes").completion == plain.example(prompt, "yes").completion
+        assert after.identity()["template_sha256"] != plain.identity()["template_sha256"]
+
+    def test_plain_without_it_is_told(
+        self, begun: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert Encoder(begun, EncodingConfig(template="plain")).prompt("hi") == letters("hi")
+        assert "encoding.template: plain-bos" in " ".join(capsys.readouterr().err.split())
+        Encoder(tokenizer, EncodingConfig(template="plain"))
+        assert capsys.readouterr().err == ""
+
+    def test_a_tokenizer_without_one_is_an_error(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        with pytest.raises(ConfigError, match="no begin token") as caught:
+            Encoder(tokenizer, EncodingConfig(template="plain-bos"))
+        assert caught.value.hint == "encoding.template: plain"
 
 
 class TestErrors:

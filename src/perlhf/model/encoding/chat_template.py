@@ -14,11 +14,11 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from perlhf.config.stages import EncodingConfig
+from perlhf.config.stages import PLAIN_TEMPLATES, EncodingConfig
 from perlhf.data.records import Message, Tools
 from perlhf.errors import ConfigError, DataError
 from perlhf.model.encoding.control_tokens import BEGIN, END, ControlTokens, alternatives, unused_signs
-from perlhf.model.encoding.templates import PLAIN, PLAIN_TEXT, TEXT_ROLE, check_variables, on_day, templates_of
+from perlhf.model.encoding.templates import TEXT_ROLE, check_variables, on_day, templates_of, without_begin
 from perlhf.model.encoding.unrendered import PROBE as _OTHER_PROBE
 from perlhf.model.encoding.unrendered import Checks
 
@@ -42,7 +42,7 @@ _SWITCHES = ("enable_thinking", "thinking")
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, a file's, or `plain`.
+    """A tokenizer's chat template, a file's, `plain` or `plain-bos`.
 
     Args:
         tell: is given each thing worth knowing, as a sentence; the same one may come again.
@@ -55,10 +55,15 @@ class ChatTemplate:
         self, tokenizer: PreTrainedTokenizerBase, config: EncodingConfig, tell: Callable[[str], None] = lambda _: None
     ):
         self.tokenizer, self.config, self._tell = tokenizer, config, tell
-        self.is_plain = config.template == "plain"
+        self.is_plain = config.template in PLAIN_TEMPLATES
         self._templates = templates_of(tokenizer, config.template)
         self.text = "\0".join(text for _, text in sorted(self._templates.items()))
         check_variables(self.text, config.template_kwargs, plain=self.is_plain)
+        if begin := without_begin(tokenizer, config.template):
+            tell(
+                f"texts of this base begin with {begin!r}, and `plain` leaves it out: answers can be much worse; "
+                "encoding.template: plain-bos puts it there"
+            )
         self._day = on_day(config.day) if config.day and "strftime_now" in self.text else ""
         added = tokenizer.added_tokens_decoder
         self._visible = {token.content: number for number, token in added.items() if token.content.strip()}
@@ -266,7 +271,7 @@ class ChatTemplate:
 
     def _template_for(self, tools: Tools | None, messages: Sequence[Mapping[str, Any]]) -> str:
         if self.is_plain:
-            return PLAIN_TEXT if messages[0].get("role") == TEXT_ROLE else PLAIN
+            return self._templates[TEXT_ROLE if messages[0].get("role") == TEXT_ROLE else "plain"]
         return self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
 
     def _tokenise(self, before: str | None, piece: str) -> tuple[int, ...]:

@@ -158,7 +158,7 @@ class Encoder:
 
     def identity(self) -> dict[str, Any]:
         """What must agree between training and scoring; saved with every adapter."""
-        template = "plain" if self.chat.is_plain else self.chat.text
+        template = "plain" if self.config.template == "plain" else self.chat.text
         return {
             **self.config.model_dump(),
             "template_sha256": hashlib.sha256(template.encode()).hexdigest(),

@@ -1,4 +1,4 @@
-"""Which chat template a conversation is rendered by: the tokenizer's, one of several, a file's, or `plain`."""
+"""Which chat template a conversation is rendered by: the tokenizer's, one of several, a file's, or a plain one."""
 
 import datetime
 import re
@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from perlhf.config.stages import PLAIN_TEMPLATES
 from perlhf.errors import ConfigError, nearest
 
 PLAIN = (
@@ -39,15 +40,19 @@ def templates_of(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, str
     """
     own: Any = tokenizer.chat_template
     named: dict[str, str] = own if isinstance(own, dict) else {"default": own} if own else {}
-    if name == "plain":
-        return {"plain": PLAIN, TEXT_ROLE: PLAIN_TEXT}
+    if name in PLAIN_TEMPLATES:
+        if name != "plain" and tokenizer.bos_token is None:
+            what, hint = "the base's tokenizer has no begin token", "encoding.template: plain"
+            raise ConfigError(what, where="encoding.template", allowed="plain, or the path of a Jinja file", hint=hint)
+        begin = "" if name == "plain" else "{{ bos_token }}"
+        return {"plain": begin + PLAIN, TEXT_ROLE: begin + PLAIN_TEXT}
     if name == "tokenizer":
         if not named:
             raise ConfigError(
                 "the base's tokenizer has no chat template",
                 where="encoding.template",
-                allowed="plain, or the path of a Jinja file",
-                hint="encoding.template: plain",
+                allowed="plain, plain-bos, or the path of a Jinja file",
+                hint=f"encoding.template: {plain_template(tokenizer)}",
             )
         if "default" not in named:
             raise _no_template("the base's tokenizer has several chat templates and none is called default", named)
@@ -64,8 +69,18 @@ def templates_of(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, str
         raise ConfigError(
             f"can't read the template '{name}': {why}",
             where="encoding.template",
-            allowed=f"tokenizer, plain, {NAMED}NAME of one of the tokenizer's, or the path of a Jinja file",
+            allowed=f"tokenizer, plain, plain-bos, {NAMED}NAME of one of the tokenizer's, or the path of a Jinja file",
         ) from error
+
+
+def without_begin(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """The token that a tokenizer begins texts with, where the template `name` is `plain` and leaves it out; else ""."""
+    return str(tokenizer.bos_token) if name == "plain" and _begins(tokenizer) else ""
+
+
+def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The plain template that suits a tokenizer: `plain-bos` where texts begin with a token of their own."""
+    return "plain-bos" if _begins(tokenizer) else "plain"
 
 
 def check_variables(template: str, variables: Mapping[str, Any], *, plain: bool) -> None:
@@ -88,6 +103,11 @@ def on_day(day: str) -> str:
     directives = [*(f"%{letter}" for letter in _DIRECTIVES), "%-d", "%-m"]
     replaced = "".join(f"|replace({name!r}, {when.strftime(name)!r})" for name in directives)
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro %}}\n"
+
+
+def _begins(tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids: Any = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
 def _no_template(what: str, named: Mapping[str, str]) -> ConfigError:
