@@ -171,7 +171,7 @@ class StageConfig(Frozen):
     run: Path
     """Run directory; running the same command again continues it."""
     base: str = DEFAULT_BASE
-    """The frozen network: packaged name, hub id (`ORG/NAME[@REVISION]`; `perlhf pull` gets it), directory, GGUF file."""
+    """Frozen network: packaged name, hub id (`ORG/NAME[@REVISION]`; `perlhf pull` gets it), directory or GGUF file."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the base; `auto` is bfloat16 where the hardware is faster in it, else float32."""
     # Left out of what a run records unless it is set: a record without it is the same run.
