@@ -36,8 +36,8 @@ def measured(name: str) -> dict[str, Any]:
     base = Base.find(name)
     tokenizer: Any = load_tokenizer(base)
     model = Model.load(base, dtype="bfloat16", device="cpu")
-    for adapter, role in (("reward", "reward"), ("sft", "sft")):
-        model.add_adapter(adapter, role, rank=8, targets="all")
+    model.add_adapter("reward", "reward", rank=8, targets="all")
+    model.add_adapter("sft", "sft", rank=8, targets="all")
     prompts = [tokenizer(PROMPT.format(number)).input_ids for number in range(6)]
     answers = [tokenizer(ANSWER.format(number), add_special_tokens=False).input_ids for number in range(6)]
     batch = pack([[completed(*pair)] for pair in zip(prompts, answers, strict=True)], "none")

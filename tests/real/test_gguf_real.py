@@ -125,7 +125,7 @@ def test_its_sentencepiece_follows_the_tables(tokenizer: Any) -> None:
     fields = gguf.GGUFReader(FILE).fields
     if fields["tokenizer.ggml.model"].contents() != "llama":
         pytest.skip("no SentencePiece")
-    tables: Any = [fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "scores")]
+    tokens, types, scores = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "scores"))
     before = (
         fields["tokenizer.ggml.add_space_prefix"].contents() if "tokenizer.ggml.add_space_prefix" in fields else True
     )
@@ -142,5 +142,5 @@ def test_its_sentencepiece_follows_the_tables(tokenizer: Any) -> None:
     for text in texts:
         if text and "\u2581" not in text and not re.search(" {32}", text):
             ids = tokenizer(text, add_special_tokens=False).input_ids
-            assert ids == gguf_files.sentencepiece(text, *tables, before), text
+            assert ids == gguf_files.sentencepiece(text, tokens, types, scores, before), text
             assert tokenizer.decode(ids) == text
