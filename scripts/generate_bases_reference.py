@@ -7,7 +7,7 @@ The verdicts are those that `tests/bases` holds by trying each family (`tests/ba
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def page() -> str:
     return "\n".join(lines)
 
 
-def _names(names: list[str]) -> list[str]:
+def _names(names: Sequence[str]) -> list[str]:
     return [", ".join(f"`{name}`" for name in sorted(names))]
 
 

@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import END, START, answers, apart, random_ids, randomise, reference_logprobs
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from perlhf.commands import export
 from perlhf.config.stages import EncodingConfig
 from perlhf.errors import AdapterError
+from perlhf.model import merged as merged_parts
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_tokenizer
@@ -147,7 +147,7 @@ def test_layers_that_keep_their_weights_the_other_way_round(gpt2: Path, tmp_path
     theirs = PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "ours")).eval()  # a warning is an error
     check_same(model, "sft", theirs)
     merged = copy.deepcopy(plain)
-    export._merge(merged, model.adapters["sft"])
+    merged_parts._merge(merged, model.adapters["sft"])
     check_same(model, "sft", merged)
     for name, weight in theirs.merge_and_unload().named_parameters():
         torch.testing.assert_close(merged.get_parameter(name), weight, rtol=0, atol=1e-5)

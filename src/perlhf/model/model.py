@@ -19,6 +19,7 @@ from perlhf.kernels import cpu, modules, tree_attention
 from perlhf.kernels.call import HeldPair, Turns, calling, current_call
 from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.kernels.modules import AdaptedLinear, features, update_of
+from perlhf.kernels.rows_cache import Forward, RowsCache
 from perlhf.method.logprobs import token_logprobs
 from perlhf.method.lora import new_pair
 from perlhf.method.packing import Batch, Ids, Packing, Tokens, pack, spread
@@ -26,7 +27,6 @@ from perlhf.model.adapter import Adapter, Role
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_base, pick_device, pick_dtype
 from perlhf.model.bases.quantised import Quantize, identity, is_quantised
-from perlhf.model.rows import Forward, RowsCache
 from perlhf.model.supported import (
     Packed,
     Way,

@@ -1,6 +1,6 @@
 """Templates that write a prompt otherwise once it is answered, or calls of messages without content alone."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from chat_templates import TOKENIZERS
@@ -101,8 +101,8 @@ def test_calls_that_a_template_writes_where_the_content_is_null(content: str | N
     result: Message = {"role": "tool", "content": "7"}
     expected = '<|user|>Hi there<|assistant|><tool_call>find{"what": "hub"}</tool_call></s><|tool|>7<|assistant|>'
     asked: Any = {"chat_template": "{{ messages[0].content is none }}", "tokenize": False}
-    given = encoder(CALLS_OF_NULL)
-    if given.tokenizer.apply_chat_template(called, **asked) == "True":
+    given, as_given = encoder(CALLS_OF_NULL), cast(Any, called)
+    if given.tokenizer.apply_chat_template(as_given, **asked) == "True":
         assert text_of(given, given.prompt([ASKED, *called, result])) == expected
     else:
         with pytest.raises(DataError, match="leaves out 'tool_calls'") as caught:

@@ -292,12 +292,9 @@ def test_the_score_head_reads_what_the_output_head_reads() -> None:
 
 def test_attention_that_turns_half_of_each_head_or_nothing_is_replaced_by_one_that_does_so_too() -> None:
     """GLM-4.5 turns half of each head; Cohere's newest turns none in its layers without a window."""
+    half_turn = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     experts: dict[str, Any] = {"moe_intermediate_size": 16, "n_routed_experts": 2, "num_experts_per_tok": 1}
-    half = Glm4MoeConfig(
-        **SMALL | experts,
-        head_dim=8,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-    )
+    half = Glm4MoeConfig(**SMALL | experts | {"head_dim": 8, "rope_parameters": half_turn})
     turns: Any = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None}
     kinds = ["sliding_attention", "full_attention"]
     none = CohereCompassTextConfig(**SMALL, layer_types=kinds, sliding_window=3, rope_parameters=turns)
