@@ -207,10 +207,9 @@ def _stage(tuning: Literal["lora", "full"], baseline: str, network: Any = None, 
     assert reward.score_head is not None
     torch.nn.init.normal_(reward.score_head, std=0.02)
     model.freeze("reward_0")
+    setup = Setup(config, model, encoder, Scorers(("reward_0",), (), "mean"), prompts, [], reference)
     # Not frozen, unlike the real one: a benchmark makes it smaller.
-    return SimpleNamespace(
-        **vars(Setup(config, model, encoder, Scorers(("reward_0",), (), "mean"), prompts, [], reference))
-    )
+    return SimpleNamespace(**vars(setup) | {"packing": setup.packing})
 
 
 def _steps(stage: Any, count: int) -> list[dict[str, float]]:
