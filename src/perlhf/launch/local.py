@@ -41,6 +41,10 @@ def launch(words: Sequence[str], workers: int, restarts: int = 0) -> int:
     # What went wrong is told by the workers.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="perlhf-launch-") as logs:
+        # Of newer versions of torch alone; older ones give 30 seconds.
+        patient: dict[str, Any] = (
+            {"shutdown_timeout": SHUTDOWN_SECONDS} if hasattr(LaunchConfig, "shutdown_timeout") else {}
+        )
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -51,7 +55,7 @@ def launch(words: Sequence[str], workers: int, restarts: int = 0) -> int:
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=restarts,
-            shutdown_timeout=SHUTDOWN_SECONDS,
+            **patient,
         )
         try:
             # -P: else a file of the working directory, such as yaml.py, would be run as a library.
