@@ -7,6 +7,7 @@ The first worker raises what went wrong with any of them; the others say nothing
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -114,16 +115,18 @@ def _leave(speaks: bool, error: PerlhfError, streams: tuple[TextIO, TextIO]) -> 
 
 def _group(own: Place, watch: Watch) -> Workers:
     """The process group, on a device for each worker where there are as many."""
-    devices = torch.cuda.device_count()  # by the driver's library: CUDA itself isn't loaded yet
-    alone_on_gpu = 0 < devices >= own.local_count and dist.is_nccl_available()
-    if devices:
-        # Each sees one device alone, which is then `cuda:0`, whoever asks.
+    device, count = "", torch.cuda.device_count()  # by the driver's library: CUDA itself isn't loaded yet
+    if count:
+        # Each sees one device alone, which is then `cuda:0`, whoever asks. Ray has seen to that already.
         seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        seen = seen or [str(number) for number in range(devices)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen[own.local % len(seen)]
-    backend = "cpu:gloo,cuda:nccl" if alone_on_gpu else "gloo"
+        seen = seen or [str(number) for number in range(count)]
+        device = os.environ["CUDA_VISIBLE_DEVICES"] = seen[own.local % len(seen)]
+    watch.store.set(f"device/{own.number}", f"{socket.gethostname()} {device}" if device else "")
+    devices = watch.store.multi_get([f"device/{number}" for number in range(own.count)])
+    apart = all(devices) and len(set(devices)) == own.count and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if apart else "gloo"
     dist.init_process_group(backend, store=watch.store, rank=own.number, world_size=own.count, timeout=NEVER)
-    return Workers(own.number, own.count, watch, on_cpu=not alone_on_gpu)
+    return Workers(own.number, own.count, watch, on_cpu=not apart)
 
 
 def _end(failure: Failure, own: Place, streams: tuple[TextIO, TextIO]) -> None:

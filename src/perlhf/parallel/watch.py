@@ -29,7 +29,7 @@ SILENT_SECONDS = 24.0
 """Without a sign for so long a worker is lost; with the 30 seconds that torchrun gives a stopped one it is a minute."""
 GRACE_SECONDS = 15.0
 """What the main thread has to unwind once somebody failed: enough to end the file that it writes."""
-JOIN_SECONDS = float(os.environ.get("PERLHF_JOIN_SECONDS") or 300)
+JOIN_SECONDS = 300.0
 """How long workers wait for one another at the start."""
 BROKEN_SECONDS = 8.0
 """How long a worker whose connection broke waits for the message of who broke it."""

@@ -37,8 +37,6 @@ class Workers:
     def __init__(self, number: int = 0, count: int = 1, watch: Watch | None = None, on_cpu: bool = True):
         self.number, self.count = number, count
         self._watch, self._on_cpu = watch, on_cpu
-        self.bytes_sent = 0
-        """Of gradients, since the start: what `plan` says of an update can be checked by it."""
 
     @property
     def first(self) -> bool:
@@ -62,7 +60,6 @@ class Workers:
         self._done(dist.all_to_all_single(parts, padded, async_op=True))
         total = _in_order(list(parts.view(self.count, piece)))
         whole = torch.cat(self._all(total))
-        self.bytes_sent += 2 * (self.count - 1) * piece * flat.element_size()
         return self._back(whole[: flat.numel()], values)
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
