@@ -24,6 +24,7 @@ sys.path[:0] = [str(REPOSITORY / "tests" / "unit"), str(REPOSITORY / "tests" / "
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 STAGES = {"sft": "demonstrations", "reward": "ratings", "policy": "prompts"}
+UPDATES = 12
 CHAIN = 3
 """Kills of one command, at most, before it may end."""
 
@@ -41,18 +42,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         base, feedback = make_tiny_base(place / "base"), write_feedback(place / "feedback")
-        words, expected, seconds = {}, {}, {}
+        words, expected = {}, {}
         for stage, data in STAGES.items():
-            more = ["--updates", "12"] if stage == "policy" else ["--epochs", "9", "--max-updates", "20"]
-            words[stage] = command(stage, base, feedback / f"{data}.jsonl", place / stage, *more)
-            began = time.monotonic()
+            more = ["--updates"] if stage == "policy" else ["--epochs", "9", "--max-updates"]
+            words[stage] = command(stage, base, feedback / f"{data}.jsonl", place / stage, *more, str(UPDATES))
             assert finish_workers(2, words[stage], place / "logs", feedback) == [0, 0]
-            seconds[stage], expected[stage] = time.monotonic() - began, outcome(place / stage)
+            expected[stage] = outcome(place / stage)
         while killed < options.kills and not failures:
             stage = list(STAGES)[killed % len(STAGES)]
             shutil.rmtree(place / stage)
             for _ in range(draw.randint(1, CHAIN)):
-                problem, happened = kill(words[stage], draw, seconds[stage], place, feedback)
+                problem, happened = kill(words[stage], draw, place, feedback)
                 killed += happened
                 failures += [f"kill {killed} ({stage}): {problem}"] if problem else []
             if finish_workers(2, words[stage], place / "logs", feedback) != [0, 0]:
@@ -64,15 +64,20 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def kill(words: list[str], draw: random.Random, seconds: float, place: Path, feedback: Path) -> tuple[str | None, bool]:
+def kill(words: list[str], draw: random.Random, place: Path, feedback: Path) -> tuple[str | None, bool]:
     """What was wrong, if anything, and whether a worker was killed before it had ended."""
     from toy import joined, said, start_workers
 
     shutil.rmtree(place / "logs", ignore_errors=True)
     soon = {"perlhf.parallel.watch.JOIN_SECONDS": 20.0}  # else one that was killed at the start is waited for longer
     processes = start_workers(2, words, place / "logs", feedback, changed=soon)
-    which = draw.randrange(2)
-    time.sleep(draw.uniform(0, seconds))
+    which, lines = draw.randrange(2), draw.randrange(UPDATES)
+    metrics = Path(words[words.index("--run") + 1]) / "metrics.jsonl"
+    while (
+        processes[which].is_alive() and lines and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines)
+    ):
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0, 0.3 if lines else 3))  # before the first update more happens
     happened = processes[which].is_alive()
     processes[which].kill()
     began = time.monotonic()
