@@ -1,6 +1,6 @@
 # `make demo` and `make test` set everything up; nothing is reinstalled unless pyproject.toml or the constraints change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-bases test-lowest test-browser check bench results reproduce fuzz soak format docs clean
+.PHONY: help demo test test-bases test-lowest test-browser test-workers test-ray check bench results reproduce fuzz soak format docs clean
 
 # The first interpreter that is new enough; `make demo PYTHON=/path/to/python` names another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -22,10 +22,12 @@ export NO_MKDOCS_2_WARNING := 1
 
 help:
 	@echo "make demo     the whole pipeline on the embedded feedback: SFT, reward, policy, report.html"
-	@echo "make test     all tests"
+	@echo "make test     all tests but those of the next four"
 	@echo "make test-lowest  equivalences and six families with the oldest versions that pyproject.toml allows"
 	@echo "make test-browser  the labelling page in a real Chromium"
 	@echo "make test-bases  families of networks as bases: in float32, as in make test, and in bfloat16"
+	@echo "make test-workers  several workers beside one process: equality, kills, bad input"
+	@echo "make test-ray  workers as actors of Ray, which is installed for it"
 	@echo "make check    lint, formatting, types, import rules, documentation, wheel"
 	@echo "make bench    speed and memory beside TRL, PEFT and full tuning, into benchmarks/bench.json"
 	@echo "make results  tables and plots of docs/results from the numbers kept there, without training"
@@ -59,6 +61,12 @@ test-lowest: $(LOWEST)/.installed
 test-bases: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -rP tests/bases tests/bases/all_in_bfloat16.py $(PYTEST_ARGS)
 
+test-workers: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/workers $(PYTEST_ARGS)
+
+test-ray: $(VENV)/.installed-ray
+	$(BIN)/python -m pytest tests/ray $(PYTEST_ARGS)
+
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,6 +91,7 @@ fuzz: $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python scripts/soak.py $(SOAK_ARGS)
+	$(BIN)/python scripts/soak_workers.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix-only .
@@ -119,4 +128,7 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt | $(LOWEST)/bin/pyth
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-lowest.txt setuptools
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --progress-bar on \
 		--constraint constraints-lowest.txt --no-build-isolation --editable . beartype hypothesis peft pytest tensorboard
+
+$(VENV)/.installed-ray: $(VENV)/.installed-dev
+	$(PIP) install --progress-bar on --constraint constraints.txt --no-build-isolation --editable '.[ray]'
 	@touch $@

@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as commands of several workers set it, before torch is loaded
 
 import jaxtyping
 import numpy as np

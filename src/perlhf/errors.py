@@ -91,6 +91,14 @@ class DivergenceError(PerlhfError, ArithmeticError):
     exit_code = 3
 
 
+class WorkerError(PerlhfError, RuntimeError):
+    """Another of several workers failed, or was lost; all end with its message and exit code."""
+
+    def __init__(self, what: str, exit_code: int):
+        super().__init__(what)
+        self.exit_code = exit_code
+
+
 class StaleSamplerError(PerlhfError, RuntimeError):
     """The sampler did not use the adapter that is being trained: a mistake of perlhf's own."""
 

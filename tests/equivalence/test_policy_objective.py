@@ -28,6 +28,7 @@ from perlhf.errors import DivergenceError, RewardFunctionError, StaleSamplerErro
 from perlhf.method.packing import length_mask
 from perlhf.model.model import Model
 from perlhf.model.open import new_adapter
+from perlhf.rollout import local
 from perlhf.rollout.functions import Asked, Scorer
 from perlhf.rollout.local import Rollout, sample
 from perlhf.rollout.scorers import Scorers
@@ -99,7 +100,7 @@ def score(stage: Setup, centre: Centre = UNCENTRED) -> Scored:
 
 def known(stage: Setup) -> Known:
     """Log-probabilities of the rollout under the policy and the reference."""
-    return policy_step.logprobs_of_all(stage, policy_step.each_completion(rollout(), stage), POLICY)
+    return policy_step.logprobs_of_all(stage, rollout(), policy_step.each_completion(rollout(), stage), POLICY)
 
 
 def two_passes(stage: Setup, trained: dict[str, torch.optim.AdamW], step: int = 2) -> tuple[Known, Tensor, Any]:
@@ -159,7 +160,7 @@ class TestTemperature:
         stage = new_stage(tiny_base, temperature=0.6)
         randomise(stage.model, POLICY, 2, size=0.1)
         rolled = policy_step.sample_completions(stage, stage.prompts[:2], POLICY, 2, 1, [0, 1])
-        told = policy_step.logprobs_of_all(stage, policy_step.each_completion(rolled, stage), POLICY)
+        told = policy_step.logprobs_of_all(stage, rolled, policy_step.each_completion(rolled, stage), POLICY)
         policy, reference = (merged_network(tiny_base, stage.model, name) for name in (POLICY, SFT))
         for row, (prompt, ids) in enumerate(zip(rolled.prompts, rolled.completions, strict=True)):
             reported = torch.tensor(rolled.sampler_logprobs[row])
@@ -418,7 +419,7 @@ class TestAdvantages:
         prepare(stage)
         laid_out, returns, values = policy_step.each_completion(rollout(), stage), returns_of(self.REWARDS), None
         if VALUE in stage.model.adapters:
-            values, _ = policy_step.value_pass(stage, laid_out, returns, self.MASK)
+            values, _ = policy_step.value_pass(stage, rollout(), laid_out, returns, self.MASK)
         return policy_step.advantage_of(stage.config, self.MASK, self.REWARDS, returns, values)
 
     def test_none(self, tiny_base: Path) -> None:
@@ -590,7 +591,7 @@ class TestSteps:
             rolled = sample(model, prompts, adapter=stale, **options)
             return dataclasses.replace(rolled, adapter_version=model.version(adapter))
 
-        monkeypatch.setattr(policy_step, "sample", engine)
+        monkeypatch.setattr(local, "sample", engine)
         before = digest(stage.model, POLICY)
         with pytest.raises(StaleSamplerError, match="'policy'"):
             self.step(stage)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, LABEL_COMMANDS
+from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, LABEL_COMMANDS, launched
 from perlhf.config.command_line import parse
 from perlhf.config.commands import EvaluateConfig
 from perlhf.config.recipe import submodel
@@ -96,6 +96,10 @@ def parses(words: list[str]) -> None:
     if words[0] == "label":
         table, rest = LABEL_COMMANDS, words[1:] if words[1] in LABEL_COMMANDS else words
     assert rest[0] in table, words
+    if rest[0] == "launch":
+        own, started = launched(rest[1:])
+        parses(started)
+        rest = ["launch", *own]
     try:
         parse(table[rest[0]], rest[1:])
     except SystemExit as stopped:

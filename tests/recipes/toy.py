@@ -2,13 +2,16 @@
 run a command.
 """
 
+import importlib
 import json
 import os
 import random
 import re
 import resource
 import signal
+import socket
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -183,7 +186,13 @@ class Moment(NamedTuple):
 
 
 def start(
-    arguments: Sequence[str], log: Path, directory: Path, moment: Moment | None = None, file_bytes: int | None = None
+    arguments: Sequence[str],
+    log: Path,
+    directory: Path,
+    moment: Moment | None = None,
+    file_bytes: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    changed: Mapping[str, Any] | None = None,
 ) -> BaseProcess:
     """Starts a command in its own process; what it prints goes to `log`.
 
@@ -193,10 +202,14 @@ def start(
         directory: its working directory.
         moment: when it gets a signal, exactly, however slow the machine is; the command knows nothing of it.
         file_bytes: no file may grow beyond this, which is how a full disk looks.
+        environment: variables that it has besides.
+        changed: what modules have under these names instead, such as limits of seconds.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload([f"perlhf.training.{stage}" for stage in ("sft", "reward", "policy")])
-    process = context.Process(target=_run, args=(list(arguments), str(log), str(directory), moment, file_bytes))
+    stages = [f"perlhf.training.{stage}" for stage in ("sft", "reward", "policy")]
+    context.set_forkserver_preload([*stages, "perlhf.parallel.together"])
+    given = (list(arguments), str(log), str(directory), moment, file_bytes, environment or {}, changed or {})
+    process = context.Process(target=_run, args=given)
     process.start()
     return process
 
@@ -209,7 +222,73 @@ def finish(*arguments: Any, **options: Any) -> int | None:
     return process.exitcode
 
 
-def _run(arguments: list[str], log: str, directory: str, moment: Moment | None, file_bytes: int | None) -> None:
+def start_workers(
+    count: int,
+    arguments: Sequence[str],
+    logs: Path,
+    directory: Path,
+    moment: Moment | None = None,
+    of: int = 0,
+    changed: Mapping[str, Any] | None = None,
+    also: Mapping[int, Mapping[str, Any]] | None = None,
+) -> list[BaseProcess]:
+    """Starts a command as each of `count` workers, as torchrun would; what worker 2 prints goes to LOGS/2.log.
+
+    Args:
+        moment: when worker `of` gets a signal.
+        also: what `start` gets for single workers besides.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = []
+    for number in range(count):
+        own: dict[str, Any] = {"arguments": arguments, "changed": changed, **((also or {}).get(number, {}))}
+        environment = common | {"RANK": str(number), "LOCAL_RANK": str(number)} | own.pop("environment", {})
+        at = moment if number == of else None
+        log = logs / f"{number}.log"
+        limit = own.pop("file_bytes", None)
+        started.append(start(own.pop("arguments"), log, directory, at, limit, environment, **own))
+    return started
+
+
+def finish_workers(*arguments: Any, seconds: float = 120, **options: Any) -> list[int | None]:
+    """`start_workers`, and their exit codes."""
+    return joined(start_workers(*arguments, **options), seconds)
+
+
+def joined(processes: Sequence[BaseProcess], seconds: float = 120) -> list[int | None]:
+    """Exit codes, once all have ended."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # one that hangs is not left behind
+    return codes
+
+
+def said(logs: Path) -> str:
+    """What all workers printed."""
+    return "".join(file.read_text(encoding="utf-8", errors="replace") for file in sorted(logs.glob("*.log")))
+
+
+def _run(
+    arguments: list[str],
+    log: str,
+    directory: str,
+    moment: Moment | None,
+    file_bytes: int | None,
+    environment: Mapping[str, str],
+    changed: Mapping[str, Any],
+) -> None:
+    os.environ.update(environment)
+    for name, value in changed.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(importlib.import_module(module), attribute, value)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -5,6 +5,7 @@ stop; 70 a mistake of perlhf's own (one message, and the traceback in a file); 1
 Nothing here imports torch: each command's module is imported when it is run.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from perlhf.config import commands, comparison, labelling, stages
 from perlhf.config.command_line import Command, parse
 from perlhf.config.recipe import read_recipe
 from perlhf.errors import ConfigError, PerlhfError, nearest
+from perlhf.parallel.place import several
 from perlhf.runs import places
 from perlhf.runs.manifest import MANIFEST
 from perlhf.system import before_torch, console, unforeseen
@@ -31,6 +33,7 @@ COMMANDS: Mapping[str, Command[Any]] = {
     "policy": Command("perlhf policy", stages.PolicyConfig, dry_run=True),
     "evaluate": Command("perlhf evaluate", commands.EvaluateConfig, ("run",)),
     "score": Command("perlhf score", commands.ScoreConfig, ("run", "data.paths")),
+    "launch": Command("perlhf launch", commands.LaunchConfig),
     "chat": Command("perlhf chat", commands.ChatConfig, ("run",)),
     "compare": Command("perlhf compare", comparison.CompareConfig, dry_run=True),
     "table": Command("perlhf table", commands.TableConfig, ("runs",)),
@@ -53,6 +56,8 @@ LABEL_COMMANDS: Mapping[str, Command[Any]] = {
     "import": Command("perlhf label import", labelling.LabelImportConfig, ("project", "source")),
     "backup": Command("perlhf label backup", labelling.LabelBackupConfig, ("project", "output")),
 }
+SHARED = ("sft", "reward", "policy", "evaluate", "score")
+"""Commands whose work several workers share; any other is done by one process."""
 COMPUTING = ("demo", "sft", "reward", "policy", "evaluate", "score", "chat")
 """Commands that run the network: worth a restart under another allocator."""
 DATA_SUMMARY = "List, check, inspect, split, convert and pull data sets."
@@ -63,30 +68,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         unforeseen.open_streams()
     console.show_anything()
+    words = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments is None:
             console.restart_in_utf8(sys.orig_argv[1:])
-            if _computes(sys.argv[1:]):
+            if _computes(words):
                 before_torch.restart(sys.orig_argv[1:])
             end_with_parent()
-        code = _dispatch(_as_text(sys.argv[1:] if arguments is None else arguments))
+        if several():
+            return _as_worker(words)
+        code = _dispatch(_as_text(words))
         if sys.stdout is not None:
             sys.stdout.flush()  # a full disk is told here, not when the interpreter ends
         return code
-    except PerlhfError as error:
-        show.error(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        show.error("interrupted")
-        return 130
-    except BrokenPipeError:
+    except BaseException as error:  # noqa: BLE001 -- the one place where a mistake of ours becomes a sentence
+        return _ended(error, words)
+
+
+def _ended(error: BaseException, words: Sequence[str]) -> int:
+    """Says what ended a command, once; its exit code."""
+    if isinstance(error, BrokenPipeError):
         # Whatever read our output has gone; keep the interpreter from failing on the same pipe when it flushes.
         unforeseen.discard_output()
         return 141
-    except Exception as error:  # noqa: BLE001 -- the one place where a mistake of ours becomes a sentence
-        message, code = unforeseen.said_of(error, _named(sys.argv[1:] if arguments is None else arguments))
-        show.error(message)
-        return code
+    message, code = _said_of(error, words)
+    show.error(message)
+    return code
+
+
+def _said_of(error: BaseException, words: Sequence[str]) -> tuple[str, int]:
+    match error:
+        case PerlhfError():
+            return str(error), error.exit_code
+        case KeyboardInterrupt():
+            return "interrupted", 130
+        case Exception():
+            return unforeseen.said_of(error, _named(words))
+        case _:
+            raise error
+
+
+def _as_worker(words: Sequence[str]) -> int:
+    """Runs the command as one of several workers, of which one speaks; ends the process where that failed."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of what torch says of lost connections; before it is loaded
+    from perlhf.parallel.together import together
+    from perlhf.parallel.watch import end_at_once
+
+    try:
+        with together():
+            if words[:1] and words[0] not in SHARED and not words[0].startswith("-"):
+                what, allowed = f"{words[0]} is no work for several workers", ", ".join(SHARED)
+                raise ConfigError(what, where="$WORLD_SIZE", allowed=allowed, hint="start it once, without torchrun")
+            return _dispatch(_as_text(words))
+    except SystemExit as ended:
+        if ended.code:  # threads of torch's may wait for workers that are gone
+            end_at_once(ended.code if isinstance(ended.code, int) else 1)
+        raise
+    except BaseException as error:
+        end_at_once(_ended(error, words))
+        raise
 
 
 def _as_text(arguments: Sequence[str]) -> list[str]:
@@ -176,8 +216,36 @@ def _choose(arguments: list[str], commands: Mapping[str, Command[Any]], help_tex
     return run(name, rest)
 
 
+def launched(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What is for `perlhf launch` itself, and the command that it is to start."""
+    at = next((at for at, word in enumerate(arguments) if word in (*COMMANDS, "data", "label")), len(arguments))
+    return arguments[:at], arguments[at:]
+
+
+def _launch(arguments: list[str]) -> int:
+    """`perlhf launch [--option value ...] COMMAND ...`, once the command is seen to be one that several can share."""
+    own, words = launched(arguments)
+    settings, _ = parse(COMMANDS["launch"], own)
+    if not words or words[0] not in SHARED:
+        what = f"{words[0]} is no work for several workers" if words else "no command to launch"
+        raise ConfigError(what, where="perlhf launch", allowed=f"{', '.join(SHARED)}, and their options")
+    defaults = evaluated_data(words[1:]) if words[0] == "evaluate" else None
+    _, dry_run = parse(COMMANDS[words[0]], words[1:], defaults)
+    if dry_run or settings.workers == 1:
+        return _run(words[0], words[1:])
+    if settings.ray:
+        from perlhf.launch import on_ray
+
+        return on_ray.launch(words, settings.workers, settings.restarts, settings.address)
+    from perlhf.launch import local
+
+    return local.launch(words, settings.workers, settings.restarts)
+
+
 def _run(name: str, arguments: list[str]) -> int:
     """Every command but `data`."""
+    if name == "launch":
+        return _launch(arguments)
     defaults = evaluated_data(arguments) if name == "evaluate" else None
     settings, flag = parse(COMMANDS[name], arguments, defaults)
     if flag and COMMANDS[name].dry_run:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from perlhf.config.addresses import JUDGE_KEY, check_address, check_addresses
 from perlhf.config.stages import DEFAULT_BASE, DataConfig, EncodingConfig, Frozen, LayoutConfig, NotNegative, Positive
@@ -114,6 +114,25 @@ class BaseConfig(Frozen):
     """Dtype of the base; `auto` is bfloat16 where the hardware is faster in it, else float32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+
+class LaunchConfig(Frozen):
+    """Run a stage, `evaluate` or `score` as several workers: `perlhf launch --workers 4 policy recipe.yaml ...`."""
+
+    workers: Positive
+    """Processes that share each update: one a GPU, or some cores each."""
+    restarts: Annotated[int, Field(ge=0)] = 0
+    """How often all are started again after one was lost; they go on from the last checkpoint."""
+    ray: bool = False
+    """Start them as actors of Ray (extra `ray`), on the machines of a cluster."""
+    address: str | None = None
+    """Of Ray's cluster; `auto` is the one that this machine is part of, null starts one on this machine."""
+
+    @model_validator(mode="after")
+    def _address_is_rays(self) -> "LaunchConfig":
+        if self.address is not None and not self.ray:
+            raise ValueError("address names a cluster of Ray's; give --ray as well, or leave it out")
+        return self
 
 
 class ChatConfig(Frozen):

@@ -201,7 +201,9 @@ class StageConfig(Frozen):
     """Updates between checkpoints; null takes 20 (1 for a LoRA policy)."""
     log: LogConfig = LogConfig()
     """Optional metric writers."""
-    # Left out of what a run records unless it is set: a record without it is the same run.
+    # These are left out of what a run records unless they are set: a record without them is the same run.
+    check_every: Positive = Field(default=20, exclude_if=lambda updates: updates == 20)
+    """Of several workers: updates between comparisons of their adapters, bit by bit; a difference ends the run."""
     start: Path | None = Field(default=None, exclude_if=lambda run: run is None)
     """Run of the same stage (or a directory of peft's) whose adapter is trained on: a second stage after the first."""
 

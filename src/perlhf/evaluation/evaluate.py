@@ -9,12 +9,13 @@ A number that can't be computed (AUC of one class, an interval of one group) is 
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from perlhf.config.commands import EvaluateConfig, ScoreConfig
-from perlhf.config.stages import PolicyConfig
+from perlhf.config.stages import DataConfig, PolicyConfig
 from perlhf.data.records import Comparison, Record, completions_of
-from perlhf.data.splits import load
+from perlhf.data.splits import content_hash, load
 from perlhf.data.tools import jsonl_lines
 from perlhf.errors import ConfigError
 from perlhf.evaluation.explain import explain
@@ -25,11 +26,14 @@ from perlhf.evaluation.shared import progress
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, Given, read_run
+from perlhf.parallel.together import together
+from perlhf.parallel.workers import Workers
 from perlhf.rollout.functions import code_of, importable
-from perlhf.runs.earlier import is_adapter
-from perlhf.runs.evaluations import EVALUATION, Evaluation, read_evaluation, write_evaluation
+from perlhf.runs.earlier import files_hash, is_adapter
+from perlhf.runs.evaluations import EVALUATION, Evaluation, evaluation_of, write_evaluation
 from perlhf.system.console import json_line, note
-from perlhf.system.files import storage_errors, strict_json, write_atomic
+from perlhf.system.files import read_json, storage_errors, strict_json, write_atomic
+from perlhf.system.machine import environment
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -41,27 +45,45 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         ConfigError: as the parts say; what only a policy can be asked, of another run; an adapter without `output`.
         StorageError: the result can't be written.
     """
+    with together() as workers:
+        return _evaluate(config, workers)
+
+
+def _evaluate(config: EvaluateConfig, workers: Workers) -> Evaluation:
     reward = config.reward if is_adapter(config.run) else ()
     given = Given(config.base, config.data, config.encoding, config.dtype, reward, config.accept_changes)
     run = read_run(config.run, given=given)
     _check_asked(run, config)
     changed = _changed(run, config)
+    _agree(run, config, config.data or run.config.data, workers)
     match run.stage:
         case "sft":
-            evaluation = evaluate_sft(run, config)
+            conclude = evaluate_sft(run, config, workers)
         case "reward":
-            evaluation = evaluate_reward(run, config)
+            conclude = evaluate_reward(run, config, workers)
         case "policy":
-            evaluation = evaluate_policy(run, config)
+            conclude = evaluate_policy(run, config, workers)
+    path = config.output or config.run / EVALUATION
+    return evaluation_of(workers.once(lambda: _written(path, conclude(), changed, config)), path)
+
+
+def _written(path: Path, evaluation: Evaluation, changed: list[str], config: EvaluateConfig) -> dict[str, Any]:
+    """What the file holds, once it is written."""
     if config.split in ("validation", "test") and (seen := evaluation.groups_seen_in_training):
         note(f"the run was trained on {seen} of these {evaluation.groups} groups; they aren't unseen")
     if config.data is not None:  # not the run's own
         evaluation = replace(evaluation, data=list(config.data.paths))
     if changed:
         evaluation = replace(evaluation, changed=changed)
-    path = config.output or config.run / EVALUATION
     write_evaluation(path, evaluation)
-    return read_evaluation(path)
+    return read_json(path)
+
+
+def _agree(run: FinishedRun, config: EvaluateConfig | ScoreConfig, data: DataConfig, workers: Workers) -> None:
+    """Raises ConfigError where a worker has another command, run, base or data than the first one."""
+    if workers.count > 1:
+        said = {"adapter": files_hash(run.adapter), "base": run.base.fingerprint, "records": content_hash(data)}
+        workers.agree(config.model_dump(mode="json") | said | {"versions": environment()["versions"]})
 
 
 def _changed(run: FinishedRun, config: EvaluateConfig) -> list[str]:
@@ -105,18 +127,26 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         DataError, ModelError, AdapterError: as the parts say.
         StorageError: the rows can't be written; nothing half-written is left.
     """
+    with together() as workers:
+        return _score(config, workers)
+
+
+def _score(config: ScoreConfig, workers: Workers) -> list[dict[str, Any]]:
     accept = config.accept_changes
     given = Given(config.base, config.data, config.encoding, config.dtype, accept_changes=accept)
     run = read_run(config.run, ("reward",), given)
     run.check()
+    _agree(run, config, config.data, workers)
     records = load(config.data, ("comparison", "rating", "demonstration"), "all")
     model, encoder = run.open(config.device)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens
-    scores, _ = score_records(model, encoder, records, run.stage, budget, model.packing(run.config.packing))
+    scores, _ = score_records(model, encoder, records, run.stage, budget, model.packing(run.config.packing), workers)
     rows: list[dict[str, Any]] = []
     for record, line, reached in zip(records, jsonl_lines(records), scores, strict=True):
         names = ("score_chosen", "score_rejected") if isinstance(record, Comparison) else ("score",)
         rows.append(json.loads(line) | dict(zip(names, reached or [None] * len(names), strict=True)))
+    if not workers.first:
+        return rows
     if config.explain:
         _explain(model, encoder, records, rows, run, budget)
     if config.output is None:

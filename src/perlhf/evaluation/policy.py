@@ -1,6 +1,6 @@
 """Evaluation of a policy run: its answers beside the reference's, to the same held-out prompts with the same draws."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from perlhf.method.packing import batches, completed
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, load_earlier, load_sft
+from perlhf.parallel.workers import Workers
 from perlhf.rollout.functions import TrainerState
 from perlhf.rollout.local import Rollout
 from perlhf.rollout.scorers import Scorers, load_scorers
@@ -50,6 +51,8 @@ class Setting:
     reference: str | None
     policy_adapter: str
     """Whose answers are held beside the reference's."""
+    workers: Workers
+    """Who shares sampling and scoring."""
 
     @property
     def groups(self) -> list[str]:
@@ -82,11 +85,11 @@ class Answers:
     gold: NDArray[np.float64] | None
 
 
-def evaluate_policy(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
-    """The evaluation of a policy run."""
-    setting, trained_on = _set_up(run, config)
+def evaluate_policy(run: FinishedRun, config: EvaluateConfig, workers: Workers) -> Callable[[], Evaluation]:
+    """The evaluation of a policy run, once one of the workers that have sampled and scored concludes."""
+    setting, trained_on = _set_up(run, config, workers)
     at_one = setting.temperature != 1
-    with progress((2 + at_one) * len(setting.sampling.batches), "answers") as bar:
+    with progress((2 + at_one) * len(setting.sampling.own(workers)), "answers") as bar:
         before = _answers(setting, setting.reference, bar)
         setting = replace(setting, scorers=setting.scorers.on_level(before.members))
         before = replace(before, scores=setting.scorers.combined(before.members))
@@ -94,6 +97,19 @@ def evaluate_policy(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
         # A KL at another temperature than that of the samples would be no expectation under the policy: sample again.
         kl_at_one = _kl_at_one(setting, setting.policy_adapter, bar) if at_one else after.kl
     assert kl_at_one is not None
+    best_of = _best_of(setting, before, run) if config.best_of else None
+    return lambda: _concluded(setting, trained_on, before, after, kl_at_one, best_of)
+
+
+def _concluded(
+    setting: Setting,
+    trained_on: Sequence[Record],
+    before: Answers,
+    after: Answers,
+    kl_at_one: NDArray[np.float64],
+    best_of: Callable[[], dict[str, Any]] | None,
+) -> Evaluation:
+    config = setting.config
     changes = {"score": after.scores - before.scores, "tokens": after.tokens - before.tokens}
     if before.gold is not None and after.gold is not None:
         changes["gold"] = after.gold - before.gold
@@ -111,7 +127,7 @@ def evaluate_policy(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
         change={key: setting.mean(values) for key, values in changes.items()},
         win_rate=by_judge or by_score,
         win_rate_by_score=by_judge and by_score,
-        best_of=_best_of(setting, before, run) if config.best_of else None,
+        best_of=best_of and best_of(),
         temperature=setting.temperature,
         max_completion_tokens=setting.policy.max_completion_tokens,
         reward=list(sources),
@@ -122,7 +138,7 @@ def evaluate_policy(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
     )
 
 
-def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, Sequence[Record]]:
+def _set_up(run: FinishedRun, config: EvaluateConfig, workers: Workers) -> tuple[Setting, Sequence[Record]]:
     """The setting, and the prompts that the policy was trained on."""
     policy = run.config
     assert isinstance(policy, PolicyConfig)
@@ -139,7 +155,7 @@ def _set_up(run: FinishedRun, config: EvaluateConfig) -> tuple[Setting, Sequence
     sampling = Sampling(model, encoder, prompts, policy.max_completion_tokens, config.seed, stop)
     temperature = policy.temperature if config.temperature is None else config.temperature
     common = config, policy, model, encoder, scorers, records, sampling, temperature
-    return Setting(*common, reference, answers), trained_on
+    return Setting(*common, reference, answers, workers), trained_on
 
 
 def _scorers(
@@ -186,9 +202,10 @@ def _prompts(records: Sequence[Any]) -> list[Prompt]:
 def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
     """Completions under `adapter` with everything that is measured of each."""
     config, policy, count = setting.config, setting.policy, len(setting.records)
-    texts, tokens, ended, kl = [""] * count, np.zeros(count), np.zeros(count), np.zeros(count)
+    tokens, ended, kl = np.zeros(count), np.zeros(count), np.zeros(count)
+    answered: dict[int, list[int]] = {}
     members = np.zeros((setting.scorers.count, count))
-    for batch in setting.sampling.batches:
+    for batch in setting.sampling.own(setting.workers):
         rollout = setting.sampling.answer(batch, adapter, setting.temperature)
         members[:, batch] = setting.scorers.members(
             setting.model,
@@ -203,9 +220,11 @@ def _answers(setting: Setting, adapter: str | None, bar: Progress) -> Answers:
         tokens[batch], ended[batch] = [len(ids) for ids in rollout.completions], rollout.ended
         if adapter != setting.reference and setting.temperature:
             kl[batch] = _kl(setting, adapter, rollout, setting.temperature)
-        for i, ids in zip(batch, rollout.completions, strict=True):
-            texts[i] = setting.sampling.text(ids)
+        answered |= zip(batch, rollout.completions, strict=True)
         bar.advance()
+    members, tokens, ended, kl = setting.workers.arrays(members, tokens, ended, kl)
+    whole = setting.workers.rows(answered)
+    texts = [setting.sampling.text(whole[i]) for i in range(count)]
     golden = _golden(setting, range(count), texts)
     scores = setting.scorers.combined(members)
     return Answers(texts, members, scores, tokens, ended, kl if setting.temperature else None, golden)
@@ -219,7 +238,7 @@ def _golden(setting: Setting, numbers: Sequence[int], texts: Sequence[str]) -> N
     return np.array([gold(setting.records[i].prompt, text) for i, text in zip(numbers, texts, strict=True)])
 
 
-def _best_of(setting: Setting, before: Answers, run: FinishedRun) -> dict[str, Any]:
+def _best_of(setting: Setting, before: Answers, run: FinishedRun) -> Callable[[], dict[str, Any]]:
     """For each n: the reference's best of n answers by what the policy learned from, scored as the policy is.
 
     The first of the n is the answer `before`. No policy that chooses among n answers is further from the reference than
@@ -234,7 +253,8 @@ def _best_of(setting: Setting, before: Answers, run: FinishedRun) -> dict[str, A
     tokens = np.zeros(shape)
     golden = np.zeros(shape) if before.gold is not None else None
     at_once = max(1, ROWS // most)
-    batches = [batch[at : at + at_once] for batch in setting.sampling.batches for at in range(0, len(batch), at_once)]
+    own = setting.sampling.own(setting.workers)
+    batches = [batch[at : at + at_once] for batch in own for at in range(0, len(batch), at_once)]
     with progress(len(batches), f"best of {most}") as bar:
         for batch in batches:
             rollout = setting.sampling.answer(batch, setting.reference, setting.temperature, most)
@@ -253,12 +273,16 @@ def _best_of(setting: Setting, before: Answers, run: FinishedRun) -> dict[str, A
                 assert of_batch is not None
                 golden[batch] = of_batch.reshape(-1, most)
             bar.advance()
+    of_chooser, of_scorers, tokens = setting.workers.arrays(of_chooser, of_scorers, tokens)
+    if golden is not None:
+        (golden,) = setting.workers.arrays(golden)
     chooser = chooser.on_level(of_chooser[:, :, 0])  # of a run that didn't record it
     chosen_by = chooser.combined(of_chooser.reshape(chooser.count, -1)).reshape(shape)
     scores = chosen_by
     if config.reward:
         scores = setting.scorers.combined(of_scorers.reshape(setting.scorers.count, -1)).reshape(shape)
-    return {str(n): _best_of_first(n, setting, before, chosen_by, scores, tokens, golden) for n in config.best_of}
+    given = setting, before, chosen_by, scores, tokens, golden
+    return lambda: {str(n): _best_of_first(n, *given) for n in config.best_of}
 
 
 def _best_of_first(
@@ -303,10 +327,10 @@ def _kl(setting: Setting, adapter: str | None, rollout: Rollout, temperature: fl
 
 def _kl_at_one(setting: Setting, adapter: str, bar: Progress) -> NDArray[np.float64]:
     kl = np.zeros(len(setting.records))
-    for batch in setting.sampling.batches:
+    for batch in setting.sampling.own(setting.workers):
         kl[batch] = _kl(setting, adapter, setting.sampling.answer(batch, adapter, 1.0), 1.0)
         bar.advance()
-    return kl
+    return setting.workers.arrays(kl)[0]
 
 
 def _describe(answers: Answers, kl_at_one: NDArray[np.float64], setting: Setting) -> Measures:

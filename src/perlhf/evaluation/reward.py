@@ -20,6 +20,8 @@ from perlhf.method.packing import Packing, batches
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun
+from perlhf.parallel.shares import own_of
+from perlhf.parallel.workers import ALONE, Workers
 from perlhf.rollout.scorers import score_batches
 from perlhf.runs.evaluations import Evaluation, Measured, Measures
 from perlhf.training import loop
@@ -66,12 +68,23 @@ class Judged:
         }
 
 
-def evaluate_reward(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
-    """The evaluation of a reward run."""
+def evaluate_reward(run: FinishedRun, config: EvaluateConfig, workers: Workers) -> Callable[[], Evaluation]:
+    """The evaluation of a reward run, once one of the workers that have scored its records concludes."""
     trained_on, held_out = both_sides(run, config, KINDS)
     model, encoder = run.open(config.device)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens
-    scored, counts = score_records(model, encoder, held_out, run.stage, budget, model.packing(run.config.packing))
+    packing = model.packing(run.config.packing)
+    scored, counts = score_records(model, encoder, held_out, run.stage, budget, packing, workers)
+    return lambda: _concluded(trained_on, held_out, scored, counts, config)
+
+
+def _concluded(
+    trained_on: Sequence[Record],
+    held_out: Sequence[Record],
+    scored: Sequence[list[float] | None],
+    counts: dict[str, int],
+    config: EvaluateConfig,
+) -> Evaluation:
     pairs = [(record, scores) for record, scores in zip(held_out, scored, strict=True) if scores is not None]
     records = [record for record, _ in pairs]
     test, train = Judged.of(records), Judged.of(trained_on)
@@ -100,7 +113,13 @@ def evaluate_reward(run: FinishedRun, config: EvaluateConfig) -> Evaluation:
 
 
 def score_records(
-    model: Model, encoder: Encoder, records: Sequence[Record], adapter: str, max_tokens: int, packing: Packing
+    model: Model,
+    encoder: Encoder,
+    records: Sequence[Record],
+    adapter: str,
+    max_tokens: int,
+    packing: Packing,
+    workers: Workers = ALONE,
 ) -> tuple[list[list[float] | None], dict[str, int]]:
     """Scores of each record's completions (chosen, rejected; or the one), None for a record dropped as too long.
 
@@ -114,8 +133,8 @@ def score_records(
     fitting = [number for number, examples in enumerate(encoded) if examples is not None]
     examples = [[example.tokens for example in examples] for examples in encoded if examples is not None]
     laid_out = batches(examples, max_tokens, packing, model.device)
-    with progress(len(laid_out), "scores") as bar:
-        lines = score_batches(model, laid_out, adapter, bar.advance)
+    with progress(len(own_of(laid_out, workers)), "scores") as bar:
+        lines = score_batches(model, laid_out, adapter, bar.advance, workers)
     scores: list[list[float] | None] = [None] * len(records)
     for number, line in zip(fitting, lines, strict=True):
         scores[number] = line

@@ -19,6 +19,8 @@ from perlhf.method.packing import Ids
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun
+from perlhf.parallel.shares import balanced
+from perlhf.parallel.workers import Workers
 from perlhf.rollout.local import Ends, Rollout, sample, uniforms
 from perlhf.runs.evaluations import Measured
 from perlhf.system.machine import peak_memory_bytes
@@ -67,6 +69,11 @@ class Sampling:
         """Numbers of the prompts in batches of at most `ROWS`, shortest first, so that little is padded."""
         order = sorted(range(len(self.prompts)), key=lambda i: (len(self.prompts[i]), i))
         return [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
+
+    def own(self, workers: Workers) -> list[list[int]]:
+        """Those of the batches that this worker answers."""
+        costs = [sum(len(self.prompts[i]) + self.max_completion_tokens for i in batch) for batch in self.batches]
+        return [self.batches[i] for i in balanced(costs, workers.count)[workers.number]]
 
     @property
     def ends(self) -> Ends:

@@ -35,6 +35,10 @@ class Call:
     """The active ones, from the lowest to the uppermost."""
     dropout: bool = False
     """Whether the uppermost adapter's input is dropped."""
+    dropout_keys: Tensor | None = None
+    """Of the pass's tokens, in their shape: what is dropped is a function of them (`method.lora.keyed_dropout`). None:
+    it is drawn.
+    """
     sampling: bool = False
     """Whether sums may be added up in another order than in a pass that learns, which must have the same bits as a pass
     that doesn't.

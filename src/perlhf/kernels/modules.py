@@ -19,7 +19,7 @@ from perlhf.errors import AdapterError
 from perlhf.kernels import cpu, tree_attention
 from perlhf.kernels.call import HeldPair, current_call
 from perlhf.kernels.quantised import QuantisedLinear, dtype_of
-from perlhf.method.lora import LowRank, adapted_linear, ends_with, joined, match, quantised_linear
+from perlhf.method.lora import LowRank, adapted_linear, ends_with, joined, keyed_dropout, match, quantised_linear
 from perlhf.system.unforeseen import memory_is_full
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -47,6 +47,8 @@ class AdaptedLinear(nn.Module):
         assert shape is not None
         self.in_features, self.out_features = shape
         self.pairs: dict[str, LowRank] = {}
+        self.number = 0
+        """Among the base's adapted layers, so that what is dropped isn't the same in all of them."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,7 +82,11 @@ class AdaptedLinear(nn.Module):
             return F.linear(x, frozen, self.bias) if isinstance(frozen, Tensor) else quantised_linear(x, frozen)
         dtype, top = self.dtype, self.pairs.get(call.adapters[-1])
         if top is not None and top.dropout and call.dropout:
-            keep = F.dropout(torch.ones_like(x), top.dropout)
+            keys = call.dropout_keys
+            if keys is not None and keys.shape == x.shape[:-1]:
+                keep = keyed_dropout(keys, self.number, x.shape[-1], top.dropout).to(x.dtype)
+            else:
+                keep = F.dropout(torch.ones_like(x), top.dropout)
             a, b = top.a.to(dtype), (top.b * top.scale).to(dtype)
             if len(pairs) == 1:
                 return adapted_linear(x, frozen, self.bias, a, b, keep)

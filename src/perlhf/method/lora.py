@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -127,6 +127,48 @@ class _QuantisedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grads[0] @ cast(Quantised, ctx.weight).weight(), None
+
+
+def dropout_keys(
+    ids: Int[Tensor, "rows width"], sequences: Sequence[Sequence[int]], key: int
+) -> Int[Tensor, "rows width"]:
+    """A 64-bit number for each token, of `key` and of all tokens up to it: equal beginnings have equal numbers.
+
+    Args:
+        ids: tokens as they are computed.
+        sequences: flat positions of each sequence's tokens, in order.
+    """
+    flat, out = ids.reshape(-1).cpu(), torch.zeros(ids.numel(), dtype=torch.int64)
+    longest = max(map(len, sequences), default=0)
+    # A polynomial of the tokens modulo 2^64, where integers wrap around; whatever it lacks in chance is mixed in later.
+    factors = torch.cumprod(torch.full((longest,), 6364136223846793005, dtype=torch.int64), 0)
+    for places in sequences:
+        at = torch.tensor(places, dtype=torch.long)
+        out[at] = torch.cumsum((flat[at] + 1) * factors[: len(at)], 0)
+    return _mixed(out ^ key).view(ids.shape).to(ids.device)
+
+
+def keyed_dropout(
+    keys: Int[Tensor, "*batch"], layer: int, inputs: int, dropout: float
+) -> Float[Tensor, "*batch inputs"]:
+    """The scaled mask of dropout, 0 or 1 / (1 - dropout): a function of the tokens' keys, the layer and the input.
+
+    It doesn't depend on who computes a token, nor beside which others.
+    """
+    columns = _mixed(torch.arange(1, inputs + 1, device=keys.device) + (layer << 31))
+    # The upper bits of a product depend on all bits of both; 24 of them are a uniform number.
+    mixed = (_mixed(keys + layer) | 1)[..., None] * columns
+    mixed ^= (mixed >> 32) & 0xFFFFFFFF
+    mixed *= -7046029254386353131
+    uniform = ((mixed >> 40) & 0xFFFFFF).float() / 2**24
+    return (uniform >= dropout).float() / (1 - dropout)
+
+
+def _mixed(numbers: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Each number's bits spread over all 64 as splitmix64 does."""
+    numbers = (numbers ^ ((numbers >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    numbers = (numbers ^ ((numbers >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return numbers ^ ((numbers >> 31) & 0x1FFFFFFFF)
 
 
 def new_pair(

@@ -142,12 +142,21 @@ def pack(examples: Sequence[Sequence[Tokens]], packing: Packing, device: torch.d
 
 
 def batches(
-    examples: Sequence[Sequence[Tokens]], max_tokens: int, packing: Packing, device: torch.device | str = "cpu"
+    examples: Sequence[Sequence[Tokens]],
+    max_tokens: int,
+    packing: Packing,
+    device: torch.device | str = "cpu",
+    chosen: Sequence[int] | None = None,
 ) -> list[Batch]:
-    """All examples in micro-batches of at most `max_tokens` each; an example's sequences stay together."""
-    groups = microbatches([[tokens.ids for tokens in example] for example in examples], max_tokens, packing)
+    """Examples in micro-batches of at most `max_tokens` each; an example's sequences stay together.
+
+    Args:
+        chosen: numbers of the examples to lay out, None for all. Their numbers, and those of their sequences, stay.
+    """
+    chosen = range(len(examples)) if chosen is None else chosen
+    groups = microbatches([[tokens.ids for tokens in examples[i]] for i in chosen], max_tokens, packing)
     starts = _starts(examples)
-    return [_packed(examples, numbers, starts, packing, device) for numbers in groups]
+    return [_packed(examples, [chosen[at] for at in group], starts, packing, device) for group in groups]
 
 
 def _starts(examples: Sequence[Sequence[Tokens]]) -> list[int]:
@@ -185,10 +194,17 @@ def _packed(
     )
 
 
-def join_rows(laid_out: Sequence[Batch], parts: Sequence[Tensor]) -> Shaped[Tensor, "batch time"]:
-    """One tensor of the whole update from those of its micro-batches, [batch, time] each; 0 beyond them."""
-    shape = sum(len(batch.sequences) for batch in laid_out), max(part.shape[1] for part in parts)
-    whole = parts[0].new_zeros(shape)
+def join_rows(
+    laid_out: Sequence[Batch], parts: Sequence[Tensor], shape: tuple[int, int] | None = None
+) -> Shaped[Tensor, "batch time"]:
+    """One tensor of the whole update from those of its micro-batches, [batch, time] each; 0 beyond them.
+
+    Args:
+        shape: of the whole, where these micro-batches are a part of it.
+    """
+    if shape is None:
+        shape = sum(len(batch.sequences) for batch in laid_out), max(part.shape[1] for part in parts)
+    whole = parts[0].new_zeros(shape) if parts else torch.zeros(shape)
     for batch, part in zip(laid_out, parts, strict=True):
         whole[list(batch.sequences), : part.shape[1]] = part
     return whole

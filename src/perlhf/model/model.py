@@ -5,6 +5,7 @@ forward uses it) and nowhere else.
 """
 
 import copy
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.kernels.modules import AdaptedLinear, features, update_of
 from perlhf.kernels.rows_cache import Forward, RowsCache
 from perlhf.method.logprobs import token_logprobs
-from perlhf.method.lora import new_pair
+from perlhf.method.lora import dropout_keys, new_pair
 from perlhf.method.packing import Batch, Ids, Packing, Tokens, pack, spread
 from perlhf.model.adapter import Adapter, Role
 from perlhf.model.bases.found import Base
@@ -237,13 +238,19 @@ class Model:
                 hint="lower encoding.max_tokens, and max_completion_tokens of a policy",
             )
 
-    def scores(self, batch: Batch, adapter: str, *, dropout: bool = False) -> Tensor:
-        """Scalar head on the state of each sequence's last token, float32 [batch]."""
-        return self._head(self.last_states(batch, adapter, dropout=dropout), adapter)
+    def scores(self, batch: Batch, adapter: str, *, dropout: bool = False, dropout_key: int | None = None) -> Tensor:
+        """Scalar head on the state of each sequence's last token, float32 [batch].
 
-    def last_states(self, batch: Batch, adapter: str | None, *, dropout: bool = False) -> Tensor:
+        Args:
+            dropout: whether the adapter's input is dropped where it has a dropout.
+            dropout_key: what is dropped is a function of it and of the tokens; None: it is drawn.
+        """
+        states = self._states(batch, adapter, dropout=dropout, dropout_key=dropout_key)
+        return self._head(states[batch.ends], adapter)
+
+    def last_states(self, batch: Batch, adapter: str | None) -> Tensor:
         """State of each sequence's last token, what the score head reads: [batch, hidden]."""
-        return self._states(batch, adapter, dropout=dropout)[batch.ends]
+        return self._states(batch, adapter, dropout=False)[batch.ends]
 
     def scores_at(self, batch: Batch, adapter: str, places: Tensor) -> Tensor:
         """Scalar head on the states at these flat positions (`Batch.places`), float32 [places]."""
@@ -255,10 +262,20 @@ class Model:
         return spread(self._head(states, adapter), batch.completion_mask)
 
     def logprobs(
-        self, batch: Batch, adapter: str | None, *, temperature: float = 1.0, dropout: bool = False
+        self,
+        batch: Batch,
+        adapter: str | None,
+        *,
+        temperature: float = 1.0,
+        dropout: bool = False,
+        dropout_key: int | None = None,
     ) -> TokenLogprobs:
-        """log softmax(logits / temperature) of the completion tokens and the entropy there; no full logits are kept."""
-        states = self._states(batch, adapter, dropout=dropout)[batch.predicting]
+        """log softmax(logits / temperature) of the completion tokens and the entropy there; no full logits are kept.
+
+        Args:
+            dropout, dropout_key: as those of `scores`.
+        """
+        states = self._states(batch, adapter, dropout=dropout, dropout_key=dropout_key)[batch.predicting]
         weight, shape = self._output_weight(adapter), self.way.logits
         logprobs, entropy = token_logprobs(states, weight, batch.targets, temperature, shape)
         return TokenLogprobs(spread(logprobs, batch.completion_mask), spread(entropy, batch.completion_mask))
@@ -324,6 +341,7 @@ class Model:
         adapter: str | Held | None,
         *,
         dropout: bool = False,
+        dropout_keys: Tensor | None = None,
         tree: tree_attention.Tree | None = None,
         cache: KeyValueCache | None = None,
         **inputs: Any,
@@ -337,7 +355,8 @@ class Model:
         inside = {n.removeprefix(self.prefix): w for n, w in weights.items() if n.startswith(self.prefix)}
         # Full weights stand in the network itself while it runs.
         turn = self._turns.alone() if inside else self._turns.shared()
-        call = replace(current_call(), adapters=names, dropout=dropout, held=pairs, tree=tree, sampled=cache)
+        dropping = {"dropout": dropout, "dropout_keys": dropout_keys}
+        call = replace(current_call(), adapters=names, held=pairs, tree=tree, sampled=cache, **dropping)
         with calling(call), turn:
             if inside:
                 return functional_call(self.decoder, inside, kwargs=inputs)
@@ -358,7 +377,13 @@ class Model:
         return chain
 
     def _states(
-        self, batch: Batch, adapter: str | Held | None, *, dropout: bool = False, cache: KeyValueCache | None = None
+        self,
+        batch: Batch,
+        adapter: str | Held | None,
+        *,
+        dropout: bool = False,
+        dropout_key: int | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """States [rows * width, hidden] of all tokens; `cache` gets the keys and values."""
         self.check_length(max(sum(length for _, length in spans) for spans in batch.spans))
@@ -369,7 +394,11 @@ class Model:
             inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
             inputs["position_ids"] = batch.positions
             tree = tree_attention.Tree(batch.nodes, self.way.sights)
-        states = self._run(adapter, dropout=dropout, tree=tree, cache=cache, **inputs).last_hidden_state.to(self.dtype)
+        keys = None
+        if dropout and dropout_key is not None:
+            keys = dropout_keys(batch.ids, [batch.places(row) for row in range(len(batch.spans))], dropout_key)
+        given = {"dropout": dropout, "dropout_keys": keys, "tree": tree, "cache": cache, **inputs}
+        states = self._run(adapter, **given).last_hidden_state.to(self.dtype)
         return states.reshape(-1, states.shape[-1])
 
     def _head(self, states: Tensor, adapter: str) -> Tensor:
@@ -399,6 +428,7 @@ class Model:
         layer = getattr(parent, leaf)
         if not isinstance(layer, AdaptedLinear):
             layer = AdaptedLinear(layer)
+            layer.number = zlib.crc32(path.encode()) >> 1
             setattr(parent, leaf, layer)
         return layer
 

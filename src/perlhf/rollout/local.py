@@ -8,7 +8,7 @@ stop string, which is kept as well: what was sampled is what is learned.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,8 @@ from perlhf.errors import AdapterError, DivergenceError, StaleSamplerError
 from perlhf.method.packing import Ids
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Cache, Held, Model
+from perlhf.parallel.shares import balanced
+from perlhf.parallel.workers import Workers
 
 VOCAB_BLOCK = 256
 """Tokens whose probabilities are added up together before one of them is drawn."""
@@ -102,7 +104,9 @@ class Rollout:
     ended: list[bool]
     """False where the completion was stopped by its length."""
     prompt_states: Tensor
-    """[prompt, hidden] states that the first tokens were sampled from: what the probe compares."""
+    """[prompt, hidden] states that the first tokens were sampled from: what the probe compares. Empty where several
+    workers sampled, each of which has probed its own.
+    """
     adapter_version: tuple[tuple[str, int], ...]
     """Of the adapters that were active: `Model.version`."""
     ends: Ends | None = None
@@ -114,20 +118,27 @@ class Rollout:
         return sum(map(len, self.completions))
 
 
-def uniforms(seed: int, step: int, prompts: Sequence[int], samples: int, length: int) -> Tensor:
+def uniforms(
+    seed: int, step: int, prompts: Sequence[int], samples: int, length: int, chosen: Collection[int] | None = None
+) -> Tensor:
     """Random numbers in [0, 1), float64 [prompt * sample, length], each row keyed by (seed, step, prompt, sample).
 
     A prompt that occurs again goes on counting its samples, so that no two rows are equal.
+
+    Args:
+        chosen: places in `prompts` of those whose rows are wanted, None for all; the rows are the same ones.
     """
     rows = []
     seen: Counter[int] = Counter()
-    for prompt in prompts:
+    for place, prompt in enumerate(prompts):
         first = seen[prompt]
         seen[prompt] += samples
+        if chosen is not None and place not in chosen:
+            continue
         for sample in range(first, first + samples):
             key = hashlib.sha256(f"{seed}:{step}:{prompt}:{sample}".encode()).digest()[:16]
             rows.append(np.random.Generator(np.random.Philox(key=int.from_bytes(key))).random(length))
-    return torch.from_numpy(np.array(rows).reshape(len(prompts) * samples, length))
+    return torch.from_numpy(np.array(rows).reshape(len(rows), length))
 
 
 def sample(
@@ -172,6 +183,78 @@ def sample(
         ended,
         prompt_states,
         model.version(adapter),
+        ends,
+    )
+
+
+def sample_share(
+    model: Model,
+    prompts: Sequence[Ids],
+    *,
+    adapter: str | None,
+    draws: Callable[[Collection[int]], Tensor],
+    samples: int,
+    ends: Ends,
+    temperature: float,
+    max_completion_tokens: int,
+    workers: Workers,
+    check: Callable[[Rollout], None] = lambda rollout: None,
+) -> Rollout:
+    """`samples` completions of each prompt, which the workers share: all of them get all completions.
+
+    Args:
+        draws: uniform numbers [prompt * sample, max_completion_tokens] of the prompts at these places.
+        ends, temperature: as those of `sample`.
+        check: is called with what this worker sampled itself.
+
+    Raises:
+        AdapterError, DivergenceError: as `sample`; what `check` says.
+    """
+    own = balanced([len(ids) + samples * max_completion_tokens for ids in prompts], workers.count)[workers.number]
+    rollout = None
+    if own:
+        rollout = sample(
+            model,
+            [prompts[i] for i in own],
+            adapter=adapter,
+            draws=draws(own),
+            ends=ends,
+            temperature=temperature,
+            max_completion_tokens=max_completion_tokens,
+        )
+        check(rollout)
+    if workers.count == 1:
+        assert rollout is not None, "no prompt"
+        return rollout
+    return _of_all(model, prompts, samples, own, rollout, ends, workers)
+
+
+def _of_all(
+    model: Model,
+    prompts: Sequence[Ids],
+    samples: int,
+    own: Sequence[int],
+    rollout: Rollout | None,
+    ends: Ends,
+    workers: Workers,
+) -> Rollout:
+    """The completions of all workers, in the order of the prompts; their states stay where they are."""
+    rows = [[place * samples + sample for sample in range(samples)] for place in own]
+    numbers = [number for of_prompt in rows for number in of_prompt]
+    given = ([], [], []) if rollout is None else (rollout.ended, rollout.completions, rollout.sampler_logprobs)
+    told = {number: [int(ended), *ids] for number, ended, ids in zip(numbers, *given[:2], strict=True)}
+    whole = workers.rows(told)
+    # Floats travel as the bits that they are.
+    bits = {n: np.array(row, np.float64).view(np.int64).tolist() for n, row in zip(numbers, given[2], strict=True)}
+    logprobs = workers.rows(bits)
+    count = len(prompts) * samples
+    return Rollout(
+        [list(ids) for ids in prompts for _ in range(samples)],
+        [whole[number][1:] for number in range(count)],
+        [np.array(logprobs[number], np.int64).view(np.float64).tolist() for number in range(count)],
+        [bool(whole[number][0]) for number in range(count)],
+        torch.zeros(0, model.hidden_size),
+        () if rollout is None else rollout.adapter_version,
         ends,
     )
 

@@ -15,10 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from perlhf.config.addresses import REWARD_KEY, filled, is_address, shown
 from perlhf.data.records import Prompt
 from perlhf.errors import ConfigError, DataError, RewardFunctionError, ServiceError
-from perlhf.method.packing import Batch, Ids, batches, completed
+from perlhf.method.packing import Batch, Ids, completed
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import load_earlier
+from perlhf.parallel.shares import own_batches, own_of
+from perlhf.parallel.workers import ALONE, Workers
 from perlhf.rollout.functions import Asked, Scorer, TrainerState, checked, load_function
 from perlhf.rollout.local import Ends, check_finite
 from perlhf.runs.earlier import adapter_of
@@ -98,6 +100,7 @@ class Scorers:
         packing: Literal["auto", "tree", "none"] = "auto",
         state: TrainerState = TrainerState(),  # noqa: B008 -- it is frozen
         ends: Ends | None = None,
+        workers: Workers = ALONE,
     ) -> NDArray[np.float64]:
         """Scores float64 [members, batch] of each member, adapters before functions; nan where it gave none.
 
@@ -105,6 +108,9 @@ class Scorers:
         learned from a state before it, and score such states at random (docs/experiments.md). Functions and services
         get the prompts' texts and decoded completions, functions the columns of the prompts' rows as well. None of them
         sees a stop string or what follows it; an end token other than those that were trained is replaced by one.
+
+        Workers share what adapters score. Functions and services are asked by the first one, for all at once: what they
+        give may depend on the others beside a completion, and on what they keep.
         """
         ends = ends or Ends.of(encoder)
         members: list[list[float]] = []
@@ -113,12 +119,13 @@ class Scorers:
             # The end token may be one too many for the context: then the prompt loses its first one.
             given = [p if len(p) + len(c) <= encoder.max_tokens else p[1:] for p, c in zip(prompts, whole, strict=True)]
             examples = [[completed(p, c)] for p, c in zip(given, whole, strict=True)]
-            laid_out = batches(examples, max_tokens, model.packing(packing), model.device)
-            members += [[score for (score,) in score_batches(model, laid_out, name)] for name in self.adapters]
+            own = own_batches(examples, max_tokens, model.packing(packing), model.device, workers)
+            members += [_scores(model, own, name, len(examples), workers) for name in self.adapters]
         if self.functions:
             decoded = [ends.text(ids) for ids in completions]
             texts, columns = [record.prompt for record in records], [record.columns for record in records]
-            members += function_scores(self.functions, Asked(texts, decoded, list(completions), columns, state))
+            asked = Asked(texts, decoded, list(completions), columns, state)
+            members += workers.once(lambda: function_scores(self.functions, asked))
         return np.array(members, dtype=float)
 
 
@@ -141,25 +148,49 @@ def function_scores(functions: Sequence[Scorer], asked: Asked) -> list[list[floa
     return [found[at] for at in range(len(functions))]
 
 
-@torch.no_grad()
 def score_batches(
-    model: Model, laid_out: Sequence[Batch], adapter: str, done: Callable[[], None] = lambda: None
+    model: Model,
+    laid_out: Sequence[Batch],
+    adapter: str,
+    done: Callable[[], None] = lambda: None,
+    workers: Workers = ALONE,
 ) -> list[list[float]]:
     """Scores of each example's sequences, in the order of the examples; calls `done` after each batch.
+
+    Args:
+        laid_out: all micro-batches, which the workers share.
 
     Raises:
         AdapterError, DivergenceError: a score isn't finite (`perlhf.rollout.local.check_finite`); nan would be
             taken for one that wasn't given.
     """
+    count = sum(len(batch.sequences) for batch in laid_out)
+    flat = _scores(model, own_of(laid_out, workers), adapter, count, workers, done)
     scores: dict[int, list[float]] = {}
     for batch in laid_out:
+        ends = (*batch.first[1:], len(batch.sequences))
+        for i, at, end in zip(batch.examples, batch.first, ends, strict=True):
+            scores[i] = [flat[sequence] for sequence in batch.sequences[at:end]]
+    return [scores[i] for i in range(len(scores))]
+
+
+@torch.no_grad()
+def _scores(
+    model: Model,
+    own: Sequence[Batch],
+    adapter: str,
+    count: int,
+    workers: Workers,
+    done: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Scores of all `count` sequences, of which this worker computes those of its own micro-batches."""
+    scores = torch.zeros(count, dtype=torch.float64)
+    for batch in own:
         found = model.scores(batch, adapter)
         check_finite(model, adapter, found, "scores")
-        flat = found.tolist()
-        ends = (*batch.first[1:], len(flat))
-        scores |= {i: flat[at:end] for i, at, end in zip(batch.examples, batch.first, ends, strict=True)}
+        scores[list(batch.sequences)] = found.double().cpu()
         done()
-    return [scores[i] for i in range(len(scores))]
+    return workers.sum(scores).tolist()
 
 
 def load_scorers(

@@ -114,7 +114,15 @@ def read_evaluation(path: Path) -> Evaluation:
     Raises:
         RunError: the file is missing or damaged.
     """
-    raw = read_json(path)
+    return evaluation_of(read_json(path), path)
+
+
+def evaluation_of(raw: Mapping[str, Any], path: Path) -> Evaluation:
+    """The evaluation that a file holds, from its JSON.
+
+    Raises:
+        RunError: it is damaged.
+    """
     given = {key.name: raw[key.name] for key in fields(Evaluation) if raw.get(key.name) is not None}
     for kind, names in _KINDS.items():
         for name in names & given.keys():

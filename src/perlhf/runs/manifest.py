@@ -41,7 +41,7 @@ ADAPTER = "adapter_sha256"
 """Key of the manifest of a finished run: of what it made (`runs.earlier.files_hash`)."""
 CHECKPOINTS = "checkpoints"
 """Directory of a run's checkpoints; a finished run needs none."""
-FREE_KEYS = ("checkpoint_every", "log", "reward_timeout_seconds", "run")
+FREE_KEYS = ("check_every", "checkpoint_every", "log", "reward_timeout_seconds", "run")
 """Keys that may differ when a run continues: they change no result (`run` is the directory itself)."""
 
 
@@ -88,11 +88,18 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """Writes config.yaml and then manifest.json, or checks that they are of the same run; returns the manifest."""
+def start_or_continue(
+    path: Path, stage: str, settings: dict[str, Any], facts: dict[str, Any], workers: int = 1
+) -> dict[str, Any]:
+    """Writes config.yaml and then manifest.json, or checks that they are of the same run; returns the manifest.
+
+    Args:
+        workers: how many train the run in this session, which is recorded where it isn't 1, or wasn't.
+    """
     facts = json.loads(strict_json(facts))
     here = environment()
-    session = {"started": utc_now(), "pid": os.getpid(), "openmp": waiting()}
+    session: dict[str, Any] = {"started": utc_now(), "pid": os.getpid(), "openmp": waiting()}
+    session |= {"workers": workers} if workers > 1 else {}
     if not (path / MANIFEST).exists():
         manifest = {
             "format": FORMAT,
@@ -136,6 +143,11 @@ def start_or_continue(path: Path, stage: str, settings: dict[str, Any], facts: d
         key, then, now = difference
         session |= {"changed": {"key": key, "before": then, "now": now}}
         note(f"{key} is {now!r} but was {then!r} when this run started; the result may not be bit-equal")
+    before_now = manifest["sessions"][-1].get("workers", 1) if manifest["sessions"] else workers
+    if before_now != workers:
+        session["workers"] = workers
+        said = f"the number of workers is {workers} but was {before_now} before"
+        note(f"{said}: sums are added up otherwise, so the result isn't bit-equal")
     manifest["sessions"].append(session)
     write_atomic(path / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_json(path / MANIFEST, manifest)

@@ -53,7 +53,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def open_run(path: Path, stage: str, config: BaseModel, facts: dict[str, Any]) -> Iterator["Run"]:
+def open_run(path: Path, stage: str, config: BaseModel, facts: dict[str, Any], workers: int = 1) -> Iterator["Run"]:
     """Opens a run directory, new or to be continued, for this process alone.
 
     A `PerlhfError` raised inside before anything was logged or saved leaves no run directory behind.
@@ -66,6 +66,7 @@ def open_run(path: Path, stage: str, config: BaseModel, facts: dict[str, Any]) -
         stage: name of the stage; a directory of another one is refused.
         config: resolved configuration; one that differs in more than `FREE_KEYS` is refused.
         facts: what else the result depends on, such as data hashes and the base's fingerprint; refused when it differs.
+        workers: how many train it.
 
     Raises:
         RunError: the directory is in use, is no run directory, or belongs to another stage, configuration or data.
@@ -84,10 +85,10 @@ def open_run(path: Path, stage: str, config: BaseModel, facts: dict[str, Any]) -
         for directory in (path, path / "checkpoints", path / "rollouts"):
             with storage_errors(directory):
                 remove_leftovers(directory)
-        manifest = start_or_continue(path, stage, settings, facts)
+        manifest = start_or_continue(path, stage, settings, facts, workers)
         run = Run(path, stage, settings, manifest)
         try:
-            with _signals(run):
+            with hearing_signals(run):
                 if not run.finished:
                     run._open_wandb()
                 yield run
@@ -103,6 +104,9 @@ def open_run(path: Path, stage: str, config: BaseModel, facts: dict[str, Any]) -
 
 class Run:
     """An open run directory (made by `open_run`)."""
+
+    writes = True
+    """Whether this process is the one that writes it."""
 
     def __init__(self, path: Path, stage: str, settings: dict[str, Any], manifest: dict[str, Any]):
         self.path = path
@@ -326,6 +330,9 @@ class Run:
         self._signalled = True
         if number == signal.SIGHUP:
             leave_closed_terminal()
+        self._say_stopping()
+
+    def _say_stopping(self) -> None:
         with contextlib.suppress(OSError):
             # os.write, since a handler may interrupt a print.
             os.write(2, b"\nstopping after this update; press Ctrl-C again to stop at once\n")
@@ -344,7 +351,8 @@ def _check_writers(log: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _signals(run: Run) -> Iterator[None]:
+def hearing_signals(run: Run) -> Iterator[None]:
+    """Inside, what would end the process asks the run to stop (`open_run`)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from perlhf.errors import CheckpointError
 from perlhf.model import saved
+from perlhf.parallel.workers import Workers
 from perlhf.runs.manifest import CHECKPOINTS
 from perlhf.system.files import directory_atomic, remove_directory, sealed, sha256, storage_errors, unsealed
 
@@ -108,6 +109,35 @@ def load(run_dir: Path, step: int | None = None) -> Checkpoint | None:
         ) from error
     tensors = {Path(name).stem: load_file(directory / name) for name in said["files"]}
     return Checkpoint(step=step, tensors=tensors, state=said["state"])
+
+
+def load_together(run_dir: Path, step: int | None, workers: Workers) -> Checkpoint | None:
+    """`load` by the first worker, whose disk alone may have it; the others get it from there."""
+    if workers.count == 1:
+        return load(run_dir, step)
+    found = load(run_dir, step) if workers.first else None
+    said = workers.once(lambda: _described(found))
+    if said is None:
+        return None
+    if found is None:
+        tensors = {
+            file: {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in named.items()}
+            for file, named in said["tensors"].items()
+        }
+        found = Checkpoint(said["step"], tensors, said["state"])
+    workers.spread([found.tensors[file][name] for file, named in said["tensors"].items() for name in named])
+    return found
+
+
+def _described(found: Checkpoint | None) -> dict[str, Any] | None:
+    """A checkpoint with the dtypes and shapes of its tensors instead of them."""
+    if found is None:
+        return None
+    shapes = {
+        file: {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in named.items()}
+        for file, named in found.tensors.items()
+    }
+    return {"step": found.step, "state": found.state, "tensors": shapes}
 
 
 def _directory(run_dir: Path, step: int) -> Path:

@@ -94,7 +94,7 @@ def validate(
     config = setup.config
     rollout = sample_completions(setup, prompts, adapter, 1, -1, range(first, first + len(prompts)))
     scored = score(setup, rollout, prompts, centre, done)
-    known = logprobs_of_all(setup, each_completion(rollout, setup), adapter)
+    known = logprobs_of_all(setup, rollout, each_completion(rollout, setup), adapter)
     of_each = advantages.completion_kl(known.old_logprobs, known.ref_logprobs, known.mask)
     kl, given, earned = of_each.mean().item(), scored.given, 1 - config.kl_coef
     rewards = earned * scored.paid - config.kl_coef * of_each.cpu().double().numpy()

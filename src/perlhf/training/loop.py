@@ -5,7 +5,8 @@ resumed run is bit-equal.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -28,11 +29,14 @@ from perlhf.model.bases.quantised import identity
 from perlhf.model.encoding.encode import Encoder, Example, TooLong
 from perlhf.model.encoding.lengths import to_tokenise
 from perlhf.model.model import Model
+from perlhf.parallel.workers import ALONE, Workers
 from perlhf.rollout.functions import code_of
 from perlhf.runs.earlier import adapter_of, earlier_runs, files_hash
+from perlhf.runs.onlooker import look_on
 from perlhf.runs.recorded import check_own
-from perlhf.runs.run import Run
+from perlhf.runs.run import Run, open_run
 from perlhf.system.console import note, warn
+from perlhf.system.machine import environment
 from perlhf.system.progress import counted
 from perlhf.training import checkpoint, optim
 
@@ -129,6 +133,26 @@ def facts(config: StageConfig, base: Base) -> dict[str, Any]:
     runs = [run for named in earlier.values() for run in named]
     adapters = {str(run): files_hash(directory) for run in runs if (directory := adapter_of(run)) is not None}
     return recorded | ({"adapters": adapters} if adapters else {})
+
+
+@contextmanager
+def opened(config: StageConfig, stage: str, base: Base, workers: Workers) -> Iterator[Run]:
+    """The run directory, which the first worker opens; the others look on, once all agree on what they are to do.
+
+    Raises:
+        ConfigError: a worker has another configuration, version, data or base; RunError, StorageError: as `open_run`;
+            what `facts` says.
+    """
+    what = facts(config, base)
+    if workers.count > 1:
+        workers.agree(config.model_dump(mode="json") | {"facts": what, "versions": environment()["versions"]})
+    if workers.first:
+        with open_run(config.run, stage, config, what, workers.count) as run:
+            workers.once(lambda: run.finished)
+            yield run
+    else:
+        with look_on(config.run, workers.once(lambda: False)) as run:
+            yield run
 
 
 @dataclass(frozen=True)
@@ -305,9 +329,9 @@ def updates_of(config: SftConfig | RewardConfig, records: Records) -> order.Upda
     return order.plan_updates(records.facts.group, size, epochs, config.seed, config.order, config.max_updates)
 
 
-def stop_if_asked(run: Run, step: int, total: int) -> None:
+def stop_if_asked(asked: bool, step: int, total: int) -> None:
     """Raises Interrupted where a signal asked for it and updates are left; the checkpoint is saved by then."""
-    if run.stop_requested and step < total:
+    if asked and step < total:
         raise Interrupted(f"stopped at update {step} of {total}", hint="run the same command to continue")
 
 
@@ -339,7 +363,9 @@ def check_bounded(name: str, value: float, step: int, limit: float = math.inf) -
 def save(
     run: Run, step: int, model: Model, optimizers: dict[str, torch.optim.AdamW], keeper: Keeper, state: dict[str, Any]
 ) -> None:
-    """A checkpoint of the named adapters and their optimisers; the kept one stays."""
+    """A checkpoint of the named adapters and their optimisers, by the worker that writes; the kept one stays."""
+    if not run.writes:
+        return
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, optimizer in optimizers.items():
         tensors[name] = {key: t.detach() for key, t in model.adapters[name].tensors().items()}
@@ -348,9 +374,11 @@ def save(
     checkpoint.save(run.path, step, tensors, {"best": best, **state}, pinned=keeper.step)
 
 
-def restore(run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW]) -> tuple[int, Keeper, dict[str, Any]]:
+def restore(
+    run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW], workers: Workers = ALONE
+) -> tuple[int, Keeper, dict[str, Any]]:
     """The newest checkpoint put back: its step (0 for none), what is kept, and the stage's own state ({} for none)."""
-    saved = checkpoint.load(run.path)
+    saved = checkpoint.load_together(run.path, None, workers)
     if saved is None:
         run.rewind(-1)
         return 0, Keeper(), {}
@@ -359,7 +387,8 @@ def restore(run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW]) ->
         optim.load_state_tensors(optimizer, saved.tensors[f"{name}.optimizer"])
     run.rewind(saved.step)
     best = saved.state.pop("best")
-    checkpoint.prune(run.path, saved.step, best["step"])  # what a kill in the midst of deleting left
+    if run.writes:
+        checkpoint.prune(run.path, saved.step, best["step"])  # what a kill in the midst of deleting left
     return saved.step, Keeper(**best | {"value": -math.inf if best["value"] is None else best["value"]}), saved.state
 
 
@@ -380,12 +409,33 @@ def check_goes_on(run: Run, step: int, keeper: Keeper, validate_every: int) -> N
     run.withdraw(step, "validation_")
 
 
-def restore_best(run_path: Path, step: int, keeper: Keeper, adapter: Adapter) -> None:
+def restore_best(run_path: Path, step: int, keeper: Keeper, adapter: Adapter, workers: Workers = ALONE) -> None:
     """Puts the weights of the best validation back, unless there was none or it was that of `step`, the last one."""
     if keeper.step not in (None, step):
-        saved = checkpoint.load(run_path, keeper.step)
+        saved = checkpoint.load_together(run_path, keeper.step, workers)
         assert saved is not None
         load_adapter_tensors(adapter, saved.tensors[adapter.name])
+
+
+def check_same(workers: Workers, step: int, every: int, adapters: Iterable[Adapter]) -> None:
+    """Every so many updates: whether all workers have the same adapters.
+
+    Raises:
+        DivergenceError: they haven't; the last checkpoint is kept.
+    """
+    if workers.count > 1 and step % every == 0:
+        workers.check_same(step, (tensor for adapter in adapters for tensor in adapter.tensors().values()))
+
+
+def seed_dropout(seed: int, step: int, workers: Workers) -> int | None:
+    """Has an update's dropout drawn from its seed: by this process, or, of several, by a key that all have.
+
+    Of one process masks are drawn for one micro-batch after the other. Of several they are a function of the key and of
+    the tokens up to each one, so that it doesn't matter who computes it.
+    """
+    keyed = order.keyed_seed(seed, "dropout", step)
+    torch.manual_seed(keyed)
+    return None if workers.count == 1 else keyed
 
 
 @torch.no_grad()

@@ -25,9 +25,11 @@ from perlhf.model import saved
 from perlhf.model.bases.found import Base
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
 from perlhf.model.supported import told
+from perlhf.parallel.together import together
+from perlhf.parallel.workers import Workers
 from perlhf.rollout.local import Ends
 from perlhf.rollout.scorers import load_scorers
-from perlhf.runs.run import Run, open_run
+from perlhf.runs.run import Run
 from perlhf.system.console import note, warn
 from perlhf.system.machine import peak_memory_bytes
 from perlhf.training import loop, optim
@@ -83,60 +85,69 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         DataError, ConfigError, ModelError, AdapterError, RunError: as the parts say.
     """
     check_addresses((*config.reward, *config.validation_reward))  # before they are written: a copy isn't validated
-    base = Base.find(config.base)
-    config = with_day(config, base)
-    with open_run(config.run, "policy", config, loop.facts(config, base)) as run:
-        if run.finished:
-            return run.result()
-        setup = _open(config, base)
-        run.note("way", told(setup.model.way, config.packing))
-        model, optimizers = setup.model, _optimizers(setup)
-        validation = _validation(setup)
-        step, keeper, saved_state = loop.restore(run, model, optimizers)
-        state = _state(saved_state, step, setup) if saved_state else _before(setup, validation, run, keeper)
-        setup, validation = _on_level(setup, state.centre), _on_level(validation, state.validation_centre)
-        if not saved_state:
-            loop.save(run, 0, model, optimizers, keeper, asdict(state))
-        oddities = _Oddities(config)
-        if step < config.updates and state.stopped is None:
-            loop.check_goes_on(run, step, keeper, config.validate_every)
-        with run.progress(config.updates, step, "policy") as bar:
-            while step < config.updates and state.stopped is None:
-                step += 1
-                try:
-                    done = policy_step(setup, optimizers, state.centre, At(step, state.learned + 1))
-                    _count(done, state, step, config)
-                except (Interrupted, RewardFunctionError, ServiceError):  # the reward's; nothing was learned since
-                    loop.save(run, step - 1, model, optimizers, keeper, asdict(state))
-                    raise
+    with together() as workers:
+        workers.check_enough(config.prompts_per_update, "prompts_per_update")
+        base = Base.find(config.base)
+        config = with_day(config, base)
+        with loop.opened(config, "policy", base, workers) as run:
+            return workers.once(run.result) if run.finished else _train(config, base, run, workers)
+
+
+def _train(config: PolicyConfig, base: Base, run: Run, workers: Workers) -> dict[str, Any]:
+    """The run from where it is to its end; its result."""
+    setup = _open(config, base, workers)
+    run.note("way", told(setup.model.way, config.packing))
+    model, optimizers = setup.model, _optimizers(setup)
+    validation = _validation(setup)
+    step, keeper, saved_state = loop.restore(run, model, optimizers, workers)
+    state = _state(saved_state, step, setup) if saved_state else _before(setup, validation, run, keeper)
+    setup, validation = _on_level(setup, state.centre), _on_level(validation, state.validation_centre)
+    if not saved_state:
+        loop.save(run, 0, model, optimizers, keeper, asdict(state))
+    oddities = _Oddities(config)
+    if step < config.updates and state.stopped is None:
+        loop.check_goes_on(run, step, keeper, config.validate_every)
+    with run.progress(config.updates, step, "policy") as bar:
+        while step < config.updates and state.stopped is None:
+            step += 1
+            try:
+                done = policy_step(setup, optimizers, state.centre, At(step, state.learned + 1))
+                _count(done, state, step, config)
+            except (Interrupted, RewardFunctionError, ServiceError):  # the reward's; nothing was learned since
+                loop.save(run, step - 1, model, optimizers, keeper, asdict(state))
+                raise
+            loop.check_same(workers, step, config.check_every, (model.adapters[name] for name in optimizers))
+            if run.writes:
                 run.write_rollout(step, _rows(setup, done, step))
-                values = _values(done)
-                state.tokens += int(values["tokens"])
-                if config.max_kl is not None and values["kl"] > config.max_kl:
-                    state.stopped = f"KL {values['kl']:.3g} exceeded max_kl {config.max_kl:g} at update {step}"
-                if step % config.validate_every == 0 or state.stopped:
-                    values |= _validate(validation, keeper, state, step)
-                run.log(step, values)
-                oddities.note(done, step)
-                due = step % config.save_every == 0 or step == config.updates
-                if due or keeper.step == step or state.stopped or run.stop_requested:
-                    loop.save(run, step, model, optimizers, keeper, asdict(state))
-                bar.advance()
-                loop.stop_if_asked(run, step, config.updates)
-        if step % config.validate_every and state.stopped is None:
-            # The end, of which checkpoints know nothing (`loop.check_goes_on`).
-            run.amend(step, _validate(validation, keeper, state, step))
-        loop.restore_best(run.path, step, keeper, model.adapters[POLICY])
+            values = workers.once(lambda done=done: _values(done))
+            state.tokens += int(values["tokens"])
+            if config.max_kl is not None and values["kl"] > config.max_kl:
+                state.stopped = f"KL {values['kl']:.3g} exceeded max_kl {config.max_kl:g} at update {step}"
+            if step % config.validate_every == 0 or state.stopped:
+                values |= _validate(validation, keeper, state, step)
+            run.log(step, values)
+            oddities.note(done, step)
+            asked = workers.any(run.stop_requested)
+            due = step % config.save_every == 0 or step == config.updates
+            if due or keeper.step == step or state.stopped or asked:
+                loop.save(run, step, model, optimizers, keeper, asdict(state))
+            bar.advance()
+            loop.stop_if_asked(asked, step, config.updates)
+    if step % config.validate_every and state.stopped is None:
+        # The end, of which checkpoints know nothing (`loop.check_goes_on`).
+        run.amend(step, _validate(validation, keeper, state, step))
+    loop.restore_best(run.path, step, keeper, model.adapters[POLICY], workers)
+    if run.writes:
         saved.save_adapter(model, POLICY, run.path / "adapter", setup.encoder)
-        if VALUE in model.adapters:
-            saved.save_adapter(model, VALUE, run.path / "value", setup.encoder)
-        result = _result(setup, step, keeper, state, _reached(validation, keeper, state, step))
-        run.finish(result)
-        oddities.note_result(result)
-        return run.result()
+    if run.writes and VALUE in model.adapters:
+        saved.save_adapter(model, VALUE, run.path / "value", setup.encoder)
+    result = _result(setup, step, keeper, state, _reached(validation, keeper, state, step))
+    run.finish(result)
+    oddities.note_result(result)
+    return workers.once(run.result)
 
 
-def _open(config: PolicyConfig, base: Base) -> Setup:
+def _open(config: PolicyConfig, base: Base, workers: Workers) -> Setup:
     """The base with the reference, policy, value and reward adapters, and the prompts."""
     model, encoder = open_model(config, base)
     reference = None if config.sft is None else load_sft(model, config.sft, encoder)
@@ -161,7 +172,7 @@ def _open(config: PolicyConfig, base: Base) -> Setup:
     if (count := len(sides.train)) < config.prompts_per_update:
         several = f"an update's {config.prompts_per_update} (prompts_per_update) hold some more than once"
         warn(f"there are only {count} training prompts: {several}")
-    return Setup(config, model, encoder, scorers, prompts, held_out, reference, reported_on)
+    return Setup(config, model, encoder, scorers, prompts, held_out, reference, reported_on, workers)
 
 
 def _optimizers(setup: Setup) -> Optimizers:

@@ -7,8 +7,9 @@ micro-batch tells its own advantages.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ from perlhf.data import order
 from perlhf.data.records import Prompt
 from perlhf.method import advantages
 from perlhf.method.losses import policy_loss, value_loss
-from perlhf.method.packing import Batch, Packing, batches, completed, join_rows, microbatches, rows_of
+from perlhf.method.packing import Batch, Packing, completed, join_rows, length_mask, microbatches, rows_of
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
+from perlhf.parallel.shares import own_batches
+from perlhf.parallel.workers import ALONE, Workers
 from perlhf.rollout.functions import TrainerState
-from perlhf.rollout.local import Ends, Rollout, probe, sample, uniforms
+from perlhf.rollout.local import Ends, Rollout, probe, sample_share, uniforms
 from perlhf.rollout.scorers import Scorers
 from perlhf.training import loop, optim
 
@@ -46,6 +49,8 @@ class Setup:
     reference: str | None
     reported_on: Sequence[Prompt] = ()
     """Held-out prompts that choose nothing: what is kept is reported on them."""
+    workers: Workers = ALONE
+    """Who shares each update."""
 
     @property
     def packing(self) -> Packing:
@@ -133,15 +138,15 @@ def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, at: At) ->
     config, step, began = setup.config, at.step, time.perf_counter()
     numbers = order.cycle(len(setup.prompts), config.prompts_per_update, step, config.seed)
     prompts = [setup.prompts[i] for i in numbers]
-    rollout = sample_completions(setup, prompts, POLICY, config.completions_per_prompt, step, numbers)
-    probe(setup.model, rollout, POLICY)
+    check = partial(probe, setup.model, adapter=POLICY)
+    rollout = sample_completions(setup, prompts, POLICY, config.completions_per_prompt, step, numbers, check)
     sampled = time.perf_counter()
     scored = score(setup, rollout, prompts, centre, step - 1)
     scored_at = time.perf_counter()
     if not scored.given.any():
-        known = logprobs_of_all(setup, each_completion(rollout, setup), POLICY)
+        known = logprobs_of_all(setup, rollout, each_completion(rollout, setup), POLICY)
         rewards, values = torch.zeros_like(known.old_logprobs), dict[str, float]()
-    elif laid_out := whole_prompts(rollout, setup):
+    elif (laid_out := whole_prompts(rollout, setup)) is not None:
         known, rewards, values = one_pass(setup, optimizers, scored, laid_out, at)
     else:
         known, rewards, values = two_passes(setup, optimizers, scored, each_completion(rollout, setup), at)
@@ -157,7 +162,7 @@ def two_passes(
 ) -> tuple[Known, Tensor, dict[str, float]]:
     """A pass for the log-probabilities that advantages need, then `steps_per_rollout` passes that learn."""
     config, values = setup.config, dict[str, float]()
-    known = logprobs_of_all(setup, laid_out, POLICY)
+    known = logprobs_of_all(setup, scored.rollout, laid_out, POLICY)
     check_kl(known, at.step)
     paid, price = torch.from_numpy(scored.paid).float().to(setup.model.device), config.kl_coef
     rewards = advantages.token_rewards(paid, known.old_logprobs, known.ref_logprobs, known.mask, kl_coef=price)
@@ -173,7 +178,7 @@ def two_passes(
         # optimisers' steps.
         predicted, losses = None, {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}
         if VALUE in optimizers:
-            predicted, losses["value_loss"] = value_pass(setup, laid_out, returns, mask)
+            predicted, losses["value_loss"] = value_pass(setup, scored.rollout, laid_out, returns, mask)
         if number == 0:
             advantage = advantage_of(config, mask, rewards, returns, predicted)
         if not warming_up:
@@ -206,11 +211,10 @@ def one_pass(
         loss.backward()
         losses["policy_loss"] += loss.item()
         losses["clipped"] += counted["clipped"]
-        parts.append(
-            (now.logprobs.detach(), reference.logprobs, now.entropy, batch.completion_mask, rewards, advantage)
-        )
-    *columns, rewards, advantage = (join_rows(laid_out, tensors) for tensors in zip(*parts, strict=True))
-    known = Known(*columns)
+        parts.append((now.logprobs.detach(), reference.logprobs, now.entropy, rewards, advantage))
+    columns = whole_update(setup, scored.rollout, laid_out, parts, 5)
+    logprobs, ref_logprobs, entropy, rewards, advantage = columns
+    known = Known(logprobs, ref_logprobs, entropy, mask_of(scored.rollout, setup))
     check_kl(known, at.step)
     mask = known.mask & all_given[:, None]
     return known, rewards, step_on(setup, optimizers, losses, advantage, mask, at, warming_up=False)
@@ -239,16 +243,22 @@ def advantage_of(config: PolicyConfig, mask: Tensor, rewards: Tensor, returns: T
     return advantages.normalise(advantage, mask, config.advantage_norm)
 
 
-def value_pass(setup: Setup, laid_out: Sequence[Batch], returns: Tensor, mask: Tensor) -> tuple[Tensor, float]:
-    """Gradients of the value loss over the tokens of the mask; the values [batch, time] and the loss."""
+def value_pass(
+    setup: Setup, rollout: Rollout, laid_out: Sequence[Batch], returns: Tensor, mask: Tensor
+) -> tuple[Tensor, float]:
+    """Gradients of the value loss over the tokens of the mask; the values [batch, time] and the loss.
+
+    Gradients and loss are those of this worker's share, the divisor is that of all.
+    """
     total, parts, divisor = 0.0, [], completions_in(mask)
     for batch in laid_out:
         predicted = setup.model.values(batch, VALUE)
         loss, _ = value_loss(predicted, rows_of(returns, batch), rows_of(mask, batch), divisor=divisor)
         loss.backward()
         total += loss.item()
-        parts.append(predicted.detach())
-    return join_rows(laid_out, parts), total
+        parts.append((predicted.detach(),))
+    (values,) = whole_update(setup, rollout, laid_out, parts, 1)
+    return values, total
 
 
 def policy_pass(
@@ -274,7 +284,10 @@ def step_on(
     at: At,
     warming_up: bool,
 ) -> dict[str, float]:
-    """The optimisers' step on the gradients that are there, unless a loss isn't finite; numbers for metrics.jsonl."""
+    """The optimisers' step on the gradients that all workers have, unless a loss isn't finite; numbers for
+    metrics.jsonl.
+    """
+    losses = setup.workers.numbers(losses)
     for key, value in losses.items():
         loop.check_bounded(key, value, at.step)
     values = losses | {"clipped": losses["clipped"] / max(1, int(mask.sum()))}
@@ -294,9 +307,9 @@ def optimise(setup: Setup, optimizers: Optimizers, number: int, warming_up: bool
     alone = config.value.warmup_updates if VALUE in optimizers else 0
     peaks = {POLICY: config.learning_rate, VALUE: config.value_learning_rate}
     out: dict[str, float] = {}
-    for name, optimizer in optimizers.items():
-        if name == POLICY and warming_up:
-            continue
+    learning = {name: optimizer for name, optimizer in optimizers.items() if not (name == POLICY and warming_up)}
+    setup.workers.sum_gradients(p for name in learning for p in setup.model.adapters[name].trainable())
+    for name, optimizer in learning.items():
         before = alone if name == POLICY else 0
         rate = optim.learning_rate_at(number - before, config.updates - before, peaks[name], config.optim)
         norm = loop.optimiser_step(optimizer, setup.model.adapters[name], rate, config.optim.max_grad_norm)
@@ -322,18 +335,31 @@ def check_kl(known: Known, step: int) -> None:
 
 
 def sample_completions(
-    setup: Setup, prompts: Sequence[Prompt], adapter: str | None, samples: int, step: int, numbers: Sequence[int]
+    setup: Setup,
+    prompts: Sequence[Prompt],
+    adapter: str | None,
+    samples: int,
+    step: int,
+    numbers: Sequence[int],
+    check: Callable[[Rollout], None] = lambda own: None,
 ) -> Rollout:
-    """`samples` completions of each prompt; draws are keyed by the seed, the step and the prompt's number."""
-    config = setup.config
-    return sample(
+    """`samples` completions of each prompt; draws are keyed by the seed, the step and the prompt's number.
+
+    Args:
+        check: is called with what this worker sampled.
+    """
+    config, longest = setup.config, setup.config.max_completion_tokens
+    return sample_share(
         setup.model,
-        [setup.encoder.cut_prompt(record.prompt, config.max_completion_tokens, record.tools) for record in prompts],
+        [setup.encoder.cut_prompt(record.prompt, longest, record.tools) for record in prompts],
         adapter=adapter,
-        draws=uniforms(config.seed, step, numbers, samples, config.max_completion_tokens),
+        draws=lambda own: uniforms(config.seed, step, numbers, samples, longest, own),
+        samples=samples,
         ends=Ends.of(setup.encoder, config.stop),
         temperature=config.temperature,
-        max_completion_tokens=config.max_completion_tokens,
+        max_completion_tokens=longest,
+        workers=setup.workers,
+        check=check,
     )
 
 
@@ -349,7 +375,7 @@ def member_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], don
     config, samples = setup.config, len(rollout.completions) // len(prompts)
     records, state = [record for record in prompts for _ in range(samples)], TrainerState(done, config.updates)
     given = rollout.prompts, rollout.completions, records, config.microbatch_tokens, setup.packing, state
-    return setup.scorers.members(setup.model, setup.encoder, *given, ends=rollout.ends)
+    return setup.scorers.members(setup.model, setup.encoder, *given, ends=rollout.ends, workers=setup.workers)
 
 
 @torch.no_grad()
@@ -369,13 +395,13 @@ def completions_in(mask: Tensor) -> int:
 
 
 def each_completion(rollout: Rollout, setup: Setup) -> list[Batch]:
-    """Micro-batches of prompts with their completions."""
+    """This worker's micro-batches of prompts with their completions."""
     examples = [[completed(p, c)] for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
-    return batches(examples, setup.config.microbatch_tokens, setup.packing, setup.model.device)
+    return own_batches(examples, setup.config.microbatch_tokens, setup.packing, setup.model.device, setup.workers)
 
 
 def whole_prompts(rollout: Rollout, setup: Setup) -> list[Batch] | None:
-    """Micro-batches that hold all completions of their prompts, so that each tells its own advantages.
+    """This worker's micro-batches that hold all completions of their prompts, so that each tells its own advantages.
 
     None where it takes all completions to tell them (a value adapter, normalisation, several steps a rollout) or where
     those of one prompt don't fit.
@@ -383,22 +409,47 @@ def whole_prompts(rollout: Rollout, setup: Setup) -> list[Batch] | None:
     config = setup.config
     if config.baseline == "value" or config.advantage_norm != "none" or config.steps_per_rollout > 1:
         return None
-    samples = len(rollout.completions) // len(rollout.prompt_states)
+    samples = config.completions_per_prompt
     rows = [completed(p, c) for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
     examples = [rows[at : at + samples] for at in range(0, len(rows), samples)]
     for example in examples:
         if len(microbatches([[row.ids] for row in example], config.microbatch_tokens, setup.packing)) > 1:
             return None
-    return batches(examples, config.microbatch_tokens, setup.packing, setup.model.device)
+    return own_batches(examples, config.microbatch_tokens, setup.packing, setup.model.device, setup.workers)
+
+
+def mask_of(rollout: Rollout, setup: Setup) -> Tensor:
+    """True at completion tokens: [batch, time] of the whole update."""
+    return length_mask([len(ids) for ids in rollout.completions], setup.model.device)
+
+
+def whole_update(
+    setup: Setup, rollout: Rollout, laid_out: Sequence[Batch], parts: Sequence[tuple[Tensor, ...]], count: int
+) -> list[Tensor]:
+    """Tensors of the whole update [batch, time] from those of all workers' micro-batches.
+
+    Args:
+        laid_out: this worker's micro-batches.
+        parts: `count` tensors [batch, time] of each.
+    """
+    shape = len(rollout.completions), max(map(len, rollout.completions))
+    columns = [join_rows(laid_out, [part[column] for part in parts], shape) for column in range(count)]
+    whole = torch.stack([column.to(setup.model.device) for column in columns])
+    return list(setup.workers.sum(whole))
 
 
 @torch.no_grad()
-def logprobs_of_all(setup: Setup, laid_out: Sequence[Batch], adapter: str | None) -> Known:
-    """Log-probabilities under `adapter` and the reference, on the same layouts (so that equal weights give KL 0)."""
+def logprobs_of_all(setup: Setup, rollout: Rollout, laid_out: Sequence[Batch], adapter: str | None) -> Known:
+    """Log-probabilities under `adapter` and the reference, on the same layouts (so that equal weights give KL 0).
+
+    Args:
+        laid_out: this worker's micro-batches of the rollout.
+    """
     model, temperature, parts = setup.model, setup.config.temperature, []
     for batch in laid_out:
         now = reference = model.logprobs(batch, adapter, temperature=temperature)
         if adapter != setup.reference:
             reference = model.logprobs(batch, setup.reference, temperature=temperature)
-        parts.append((now.logprobs, reference.logprobs, now.entropy, batch.completion_mask))
-    return Known(*(join_rows(laid_out, tensors) for tensors in zip(*parts, strict=True)))
+        parts.append((now.logprobs, reference.logprobs, now.entropy))
+    logprobs, ref_logprobs, entropy = whole_update(setup, rollout, laid_out, parts, 3)
+    return Known(logprobs, ref_logprobs, entropy, mask_of(rollout, setup))

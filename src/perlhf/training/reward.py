@@ -30,8 +30,11 @@ from perlhf.model.encoding.encode import Encoder, Example
 from perlhf.model.model import Model
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
 from perlhf.model.supported import told
+from perlhf.parallel.shares import own_batches, own_of
+from perlhf.parallel.together import together
+from perlhf.parallel.workers import ALONE, Workers
 from perlhf.rollout.scorers import score_batches
-from perlhf.runs.run import Run, open_run
+from perlhf.runs.run import Run
 from perlhf.training import loop, optim
 from perlhf.training.loop import Keeper
 
@@ -70,76 +73,85 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         DataError: unusable records; ConfigError, ModelError, AdapterError, RunError as the parts say.
         DivergenceError: loss or gradient not finite; the last checkpoint is kept.
     """
-    base = Base.find(config.base)
-    config = with_day(config, base)
-    with open_run(config.run, "reward", config, loop.facts(config, base)) as run:
-        if run.finished:
-            return run.result()
-        model, encoder = open_model(config, base)
-        run.note("way", told(model.way, config.packing))
-        sides = loop.read_sides(config, ("comparison", "rating"))
-        check_labels(sides.train, config.data)
-        train, counts = encode_items(encoder, sides.train)
-        held_out = loop.whole_groups(sides.validation, config.validation_examples, config.seed)
-        held_out, _ = encode_items(encoder, held_out)
-        check_select(config, held_out.records)
-        loop.check_test_side(encoder, sides)
-        validation = cache(lambda: _validation(held_out, config, model))
-        weights, balance = class_weights(train, config.class_weight)
-        shares = Shares.of(train.records)
-        adapter = _start(model, encoder, config, train)
-        plan = loop.updates_of(config, train.records)
-        optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
-        loop.tell(sides)
-        loop.note_slow_validation(config, len(held_out))
-        step, keeper, state = loop.restore(run, model, optimizers)
-        tokens = state.get("tokens", 0)
-        if step < plan.total:
-            loop.check_goes_on(run, step, keeper, config.validate_every)
-        if config.head_start == "probe" and keeper.step is None and step == 0:
-            _start_head(run, model, adapter, train, weights, shares, config)
-            run.log(0, _validate(keeper, 0, model, validation(), config))
-            loop.save(run, 0, model, optimizers, keeper, {"tokens": 0})
-        with run.progress(plan.total, step, "reward") as bar:
-            while step < plan.total:
-                step += 1
-                values = _update(
-                    model,
-                    adapter,
-                    optimizers[NAME],
-                    [train[i] for i in plan[step - 1]],
-                    weights,
-                    shares,
-                    step,
-                    plan.total,
-                    config,
-                )
-                tokens += int(values["tokens"])
-                if step % config.validate_every == 0:
-                    values |= _validate(keeper, step, model, validation(), config)
-                run.log(step, values)
-                if keeper.step == step or step % config.save_every == 0 or step == plan.total or run.stop_requested:
-                    loop.save(run, step, model, optimizers, keeper, {"tokens": tokens})
-                bar.advance()
-                loop.stop_if_asked(run, step, plan.total)
-        if step % config.validate_every:  # the end, of which checkpoints know nothing (`loop.check_goes_on`)
-            run.amend(step, _validate(keeper, step, model, validation(), config))
-        loop.restore_best(run.path, step, keeper, adapter)
+    with together() as workers:
+        workers.check_enough(config.examples_per_update, "examples_per_update")
+        base = Base.find(config.base)
+        config = with_day(config, base)
+        with loop.opened(config, "reward", base, workers) as run:
+            return workers.once(run.result) if run.finished else _train(config, base, run, workers)
+
+
+def _train(config: RewardConfig, base: Base, run: Run, workers: Workers) -> dict[str, Any]:
+    """The run from where it is to its end; its result."""
+    model, encoder = open_model(config, base)
+    run.note("way", told(model.way, config.packing))
+    sides = loop.read_sides(config, ("comparison", "rating"))
+    check_labels(sides.train, config.data)
+    train, counts = encode_items(encoder, sides.train)
+    held_out = loop.whole_groups(sides.validation, config.validation_examples, config.seed)
+    held_out, _ = encode_items(encoder, held_out)
+    check_select(config, held_out.records)
+    loop.check_test_side(encoder, sides)
+    validation = cache(lambda: _validation(held_out, config, model))
+    weights, balance = class_weights(train, config.class_weight)
+    shares = Shares.of(train.records)
+    adapter = _start(model, encoder, config, train)
+    plan = loop.updates_of(config, train.records)
+    optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
+    loop.tell(sides)
+    loop.note_slow_validation(config, len(held_out))
+    step, keeper, state = loop.restore(run, model, optimizers, workers)
+    tokens = state.get("tokens", 0)
+    if step < plan.total:
+        loop.check_goes_on(run, step, keeper, config.validate_every)
+    if config.head_start == "probe" and keeper.step is None and step == 0:
+        _start_head(run, model, adapter, train, weights, shares, config, workers)
+        run.log(0, _validate(keeper, 0, model, validation(), config, workers))
+        loop.save(run, 0, model, optimizers, keeper, {"tokens": 0})
+    with run.progress(plan.total, step, "reward") as bar:
+        while step < plan.total:
+            step += 1
+            values = _update(
+                model,
+                adapter,
+                optimizers[NAME],
+                [train[i] for i in plan[step - 1]],
+                weights,
+                shares,
+                step,
+                plan.total,
+                config,
+                workers,
+            )
+            loop.check_same(workers, step, config.check_every, [adapter])
+            tokens += int(values["tokens"])
+            if step % config.validate_every == 0:
+                values |= _validate(keeper, step, model, validation(), config, workers)
+            run.log(step, values)
+            asked = workers.any(run.stop_requested)
+            if keeper.step == step or step % config.save_every == 0 or step == plan.total or asked:
+                loop.save(run, step, model, optimizers, keeper, {"tokens": tokens})
+            bar.advance()
+            loop.stop_if_asked(asked, step, plan.total)
+    if step % config.validate_every:  # the end, of which checkpoints know nothing (`loop.check_goes_on`)
+        run.amend(step, _validate(keeper, step, model, validation(), config, workers))
+    loop.restore_best(run.path, step, keeper, adapter, workers)
+    if run.writes:
         saved.save_adapter(model, NAME, run.path / "adapter", encoder)
-        result = {
-            "updates": plan.total,
-            "best_step": keeper.step,
-            "validation": keeper.metrics,
-            "validation_examples": len(held_out),
-            "train_examples": len(train),
-            "class_balance": balance,
-            "counts": counts,
-            "tokens": tokens,
-            "trainable_parameters": sum(p.numel() for p in adapter.trainable()),
-            "tuning": config.tuning,
-        }
-        run.finish(result)
-        return run.result()
+    result = {
+        "updates": plan.total,
+        "best_step": keeper.step,
+        "validation": keeper.metrics,
+        "validation_examples": len(held_out),
+        "train_examples": len(train),
+        "class_balance": balance,
+        "counts": counts,
+        "tokens": tokens,
+        "trainable_parameters": sum(p.numel() for p in adapter.trainable()),
+        "tuning": config.tuning,
+    }
+    run.finish(result)
+    return workers.once(run.result)
 
 
 def encode_items(encoder: Encoder, records: Sequence[Record]) -> tuple[loop.Encoded[Item], dict[str, int]]:
@@ -198,9 +210,11 @@ def laid_out(items: Sequence[Item], config: RewardConfig, model: Model) -> list[
     return batches([item.sequences for item in items], config.microbatch_tokens, packing, model.device)
 
 
-def evaluate_items(model: Model, items: Sequence[Item], laid_out: Sequence[Batch]) -> dict[str, float]:
+def evaluate_items(
+    model: Model, items: Sequence[Item], laid_out: Sequence[Batch], workers: Workers = ALONE
+) -> dict[str, float]:
     """Loss and accuracy of held-out items: AUC and balanced accuracy for ratings, pairwise accuracy for comparisons."""
-    scored = list(zip(score_batches(model, laid_out, NAME), items, strict=True))
+    scored = list(zip(score_batches(model, laid_out, NAME, workers=workers), items, strict=True))
     compared = [scores for scores, item in scored if item.label is None]
     values = [scores[0] for scores, item in scored if item.label is not None]
     labels = [item.label for item in items if item.label is not None]
@@ -216,7 +230,7 @@ def evaluate_items(model: Model, items: Sequence[Item], laid_out: Sequence[Batch
         chosen, rejected = [scores[0] for scores in compared], [scores[1] for scores in compared]
         measured["pairwise_accuracy"] = metrics.pairwise_accuracy(chosen, rejected)
         losses.append(float(np.logaddexp(0, np.array(rejected) - np.array(chosen)).mean()))
-    return measured | {"loss": sum(losses)}
+    return workers.once(lambda: measured | {"loss": sum(losses)})
 
 
 def _start(model: Model, encoder: Encoder, config: RewardConfig, train: loop.Encoded[Item]) -> Adapter:
@@ -246,19 +260,20 @@ def _start_head(
     weight: dict[bool, float],
     shares: Shares,
     config: RewardConfig,
+    workers: Workers = ALONE,
 ) -> None:
     """Fits the head (and its constant bias) on the states before the first update: `linear_probe`."""
     assert adapter.score_head is not None and adapter.bias is not None
     numbers = order.whole_groups([record.group for record in train.records], config.probe_examples, config.seed)
     items = [train[i] for i in numbers]
-    microbatches = laid_out(items, config, model)
-    states = [np.zeros((0, model.hidden_size))] * len(items)
+    microbatches = own_of(laid_out(items, config, model), workers)
+    whole = torch.zeros(sum(len(item.sequences) for item in items), model.hidden_size, dtype=torch.float64)
     with run.progress(len(microbatches), 0, "score head") as bar:
         for batch in microbatches:
-            last = model.last_states(batch, NAME).double().cpu().numpy()
-            for i, part in zip(batch.examples, np.split(last, batch.first[1:]), strict=True):
-                states[i] = part
+            whole[list(batch.sequences)] = model.last_states(batch, NAME).double().cpu()
             bar.advance()
+    starts = np.cumsum([len(item.sequences) for item in items])[:-1]
+    states = np.split(workers.sum(whole).numpy(), starts)
     labels = [item.label for item in items]
     weights = [
         item.weight
@@ -272,6 +287,7 @@ def _start_head(
     probe = linear_probe.fit(states, labels, [item.group for item in items], weights)
     adapter.score_head.copy_(torch.from_numpy(probe.weight)[None])
     adapter.bias.fill_(probe.bias)
+    workers.spread([adapter.score_head, adapter.bias])  # a fit needn't have the same bits on machines of two kinds
 
 
 def _update(
@@ -284,18 +300,20 @@ def _update(
     step: int,
     total: int,
     config: RewardConfig,
+    workers: Workers = ALONE,
 ) -> dict[str, float]:
-    """One optimiser step on `items`, in micro-batches whose losses add up to the update's.
+    """One optimiser step on `items`, in micro-batches of all workers whose losses add up to the update's.
 
     Divisors are what an update of this size has of a kind on average. Its own numbers would weigh the one rating among
     sixteen records like the fifteen comparisons, and nothing where there is none: more the smaller the update is.
     """
     began = time.perf_counter()
-    torch.manual_seed(order.keyed_seed(config.seed, "dropout", step))
+    key, dropout = loop.seed_dropout(config.seed, step, workers), config.adapter.dropout > 0
     compared, rated = len(items) * shares.comparisons, len(items) * shares.ratings
     sums = {"loss": 0.0, "right": 0.0, "count": 0.0, "tokens": 0.0}
-    for batch in laid_out(items, config, model):
-        scores = model.scores(batch, NAME, dropout=config.adapter.dropout > 0)
+    examples, packing = [item.sequences for item in items], model.packing(config.packing)
+    for batch in own_batches(examples, config.microbatch_tokens, packing, model.device, workers):
+        scores = model.scores(batch, NAME, dropout=dropout, dropout_key=key)
         members = [(items[i], at) for i, at in zip(batch.examples, batch.first, strict=True)]
         pairs = [(item, at) for item, at in members if item.label is None]
         ratings = [(item, at, item.label) for item, at in members if item.label is not None]
@@ -324,6 +342,8 @@ def _update(
         loss.backward()
         sums["loss"] += loss.item()
         sums["tokens"] += batch.tokens
+    sums = workers.numbers(sums)
+    workers.sum_gradients(adapter.trainable())
     loop.check_bounded("loss", sums["loss"], step, loop.LOSS_LIMIT)
     learning_rate = optim.learning_rate_at(step, total, config.learning_rate, config.optim)
     norm = loop.optimiser_step(optimizer, adapter, learning_rate, config.optim.max_grad_norm)
@@ -340,11 +360,16 @@ def _update(
 
 
 def _validate(
-    keeper: Keeper, step: int, model: Model, validation: tuple[list[Item], list[Batch]], config: RewardConfig
+    keeper: Keeper,
+    step: int,
+    model: Model,
+    validation: tuple[list[Item], list[Batch]],
+    config: RewardConfig,
+    workers: Workers = ALONE,
 ) -> dict[str, float]:
     """Offers the weights of `step` to the keeper; the metrics of held-out items, as metrics.jsonl has them."""
     began = time.perf_counter()
-    measured = evaluate_items(model, *validation)
+    measured = evaluate_items(model, *validation, workers)
     keeper.offer(step, _quality(measured, config), measured)
     return loop.validated(measured, began)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from perlhf.method.lora import LowRank, adapted_linear, mean, new_pair, stacked
+from perlhf.method.lora import LowRank, adapted_linear, dropout_keys, keyed_dropout, mean, new_pair, stacked
 
 
 def slow(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None, scale: float) -> Tensor:
@@ -125,3 +125,35 @@ def test_new_pair_is_a_zero_update() -> None:
     assert torch.equal(pair.a, again.a)
     assert pair.a.dtype == pair.b.dtype == torch.float32
     assert math.isclose(pair.a.std().item(), 0.25 / math.sqrt(3), rel_tol=0.3)
+
+
+class TestKeyedDropout:
+    """What is dropped is a function of the tokens, whoever computes them and beside which others."""
+
+    def test_equal_beginnings_have_equal_keys_in_any_layout(self) -> None:
+        # 5 6 7 and 5 6 8 as a tree, as padded rows, and 5 6 8 alone
+        tree = dropout_keys(torch.tensor([[5, 6, 8, 7]]), [[0, 1, 3], [0, 1, 2]], 3)[0].tolist()
+        rows = dropout_keys(torch.tensor([[5, 6, 7], [5, 6, 8]]), [[0, 1, 2], [3, 4, 5]], 3).tolist()
+        alone = dropout_keys(torch.tensor([[5, 6, 8]]), [[0, 1, 2]], 3)[0].tolist()
+        assert rows == [[tree[0], tree[1], tree[3]], [tree[0], tree[1], tree[2]]]
+        assert alone == rows[1]
+        assert len({*tree, *dropout_keys(torch.tensor([[5, 6, 8, 7]]), [[0, 1, 3], [0, 1, 2]], 4)[0].tolist()}) == 8
+        assert dropout_keys(torch.tensor([[6, 5]]), [[0, 1]], 3)[0, 1] != tree[1], "the order counts"
+
+    @pytest.mark.parametrize("dropout", [0.1, 0.5])
+    def test_masks_are_as_many_and_as_independent_as_drawn_ones(self, dropout: float) -> None:
+        ids = torch.arange(400)[None] % 7  # few different tokens
+        keys = dropout_keys(ids, [list(range(400))], 11)[0]
+        masks = torch.stack([keyed_dropout(keys, layer, 250, dropout) for layer in (3, 4, 2**31 - 1)])
+        assert set(masks.unique().tolist()) == {0.0, torch.tensor(1 / (1 - dropout)).item()}
+        dropped = (masks == 0).double()
+        deviation = (dropout * (1 - dropout)) ** 0.5
+        # five standard errors: of all, of each row and column, of products of neighbours in each direction
+        assert abs(dropped.mean() - dropout) < 5 * deviation / dropped.numel() ** 0.5
+        for along, count in ((1, 400), (2, 250)):
+            assert (dropped.mean(along) - dropout).abs().max() < 5 * deviation / count**0.5
+        centred = dropped - dropout
+        pairs = [centred[:, 1:] * centred[:, :-1], centred[..., 1:] * centred[..., :-1], centred[1:] * centred[:-1]]
+        pairs.append(centred[:, 1:, 1:] * centred[:, :-1, :-1] * centred[:, 1:, :-1] * centred[:, :-1, 1:])
+        for product in pairs:
+            assert abs(product.mean()) < 5 * product.std() / product.numel() ** 0.5

@@ -70,6 +70,12 @@ def test_what_may_become_a_stop_string_is_held_back(encoder: Encoder) -> None:
     assert ends.settled("a # b") == "a # b" and ends.settled("a ##") == "a "
 
 
+def test_the_draws_of_a_share_are_those_of_the_whole_update():
+    whole = uniforms(3, 7, [4, 9, 4, 2], 2, 5)
+    assert torch.equal(uniforms(3, 7, [4, 9, 4, 2], 2, 5, chosen=[1, 2]), whole[2:6])
+    assert not torch.equal(whole[0:2], whole[4:6]), "a prompt that occurs again draws anew"
+
+
 def test_the_sampler_stops_there_and_learns_what_it_sampled(tiny_base: Path, encoder: Encoder) -> None:
     model = Model.load(Base(tiny_base), "float32", "cpu")
     model.add_adapter("policy", "policy", rank=4)

@@ -1,0 +1,110 @@
+"""What workers tell one another, in real processes over gloo."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forks import forked
+
+from perlhf.parallel.together import together
+from perlhf.parallel.workers import ALONE, Workers
+
+Work = Callable[[Workers], Any]
+
+
+def talk(count: int, work: Work, directory: Path) -> list[Any]:
+    """What each of `count` workers gives."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(number: int) -> None:
+        os.environ |= {"WORLD_SIZE": str(count), "RANK": str(number), "LOCAL_WORLD_SIZE": str(count)}
+        os.environ |= {"LOCAL_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with together() as workers:
+            torch.save(work(workers), directory / f"{number}.pt")
+
+    for child in [forked(lambda number=number: run(number)) for number in range(count)]:
+        _, status = os.waitpid(child, 0)
+        assert status == 0
+    return [torch.load(directory / f"{number}.pt") for number in range(count)]
+
+
+def values(number: int, size: int) -> torch.Tensor:
+    """Numbers whose sum depends on the order: some large, some small."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(size, generator=generator) * 10.0 ** torch.randint(-6, 7, (size,), generator=generator)
+
+
+@pytest.mark.parametrize("size", [7, 50_001])
+def test_sums_are_in_the_order_of_the_workers_and_the_same_bits_everywhere(size, tmp_path):
+    found = talk(3, lambda workers: workers.sum(values(workers.number, size).view(1, -1)), tmp_path)
+    expected = (values(0, size) + values(1, size)) + values(2, size)
+    assert not torch.equal(values(0, size) + (values(1, size) + values(2, size)), expected)
+    assert all(torch.equal(one, expected[None]) for one in found)
+
+
+def test_gradients_that_nobody_has_stay_none_and_absent_ones_are_zeros(tmp_path):
+    def work(workers: Workers) -> Any:
+        parameters = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(3)]
+        parameters[0].grad = torch.full((2, 2), 1.0 + workers.number)
+        if workers.number == 1:
+            parameters[1].grad = torch.eye(2)
+        workers.sum_gradients(parameters)
+        return [parameter.grad for parameter in parameters]
+
+    for first, second, third in talk(2, work, tmp_path):
+        assert torch.equal(first, torch.full((2, 2), 3.0))
+        assert torch.equal(second, torch.eye(2))
+        assert third is None
+
+
+def test_what_is_told_and_gathered_survives(tmp_path):
+    def work(workers: Workers) -> Any:
+        me = workers.number
+        tensor = torch.full((3,), float(me))
+        workers.spread([tensor])
+        return {
+            "once": workers.once(lambda: {"loss": 0.1, "nan": float("nan"), "text": "é", "who": me, "none": None}),
+            "rows": workers.rows({} if me == 1 else {me: [me] * me, me + 10: []}),
+            "gather": workers.gather(torch.arange(me)),
+            "numbers": workers.numbers({"a": 0.1 * me, "b": 1.0}),
+            "any": [workers.any(me == 2), workers.any(False)],
+            "spread": tensor,
+        }
+
+    for found in talk(3, work, tmp_path):
+        assert found["once"] == {"loss": 0.1, "nan": pytest.approx(float("nan"), nan_ok=True), "text": "é"} | {
+            "who": 0,
+            "none": None,
+        }
+        assert found["rows"] == {0: [], 10: [], 2: [2, 2], 12: []}
+        assert [part.tolist() for part in found["gather"]] == [[], [0], [0, 1]]
+        assert found["numbers"] == {"a": 0.0 + 0.1 + 0.2, "b": 3.0}
+        assert found["any"] == [True, False]
+        assert torch.equal(found["spread"], torch.zeros(3))
+
+
+def test_adapters_that_differ_in_one_bit_end_the_run(tmp_path):
+    def work(workers: Workers) -> Any:
+        tensor = torch.ones(5)
+        workers.check_same(1, [tensor])
+        if workers.number == 2:
+            tensor[4] = torch.nextafter(tensor[4], torch.tensor(2.0))
+        with pytest.raises(ArithmeticError, match="after update 2 the adapters of worker 2 aren't those of worker 0"):
+            workers.check_same(2, [tensor])
+
+    talk(3, work, tmp_path)
+
+
+def test_one_process_makes_no_group_and_changes_nothing():
+    with together() as workers:
+        assert workers is ALONE
+        tensor = torch.ones(2)
+        assert workers.sum(tensor) is tensor
+        assert workers.once(lambda: (1, 2)) == (1, 2)
+    assert not torch.distributed.is_initialized()
