@@ -46,7 +46,6 @@ AXE := build/browser/node_modules/axe-core/axe.min.js
 
 test-browser: $(VENV)/.installed-dev $(AXE)
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[browser]'
 	$(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
 
 $(AXE):

@@ -4,6 +4,7 @@ Ray finds the places and keeps them; each actor runs the same command in a proce
 torchrun would give it.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -85,7 +86,7 @@ def launch(words: Sequence[str], workers: int, restarts: int = 0, address: str |
     _check_reachable(address)
     local = {} if address else {"include_dashboard": False, "num_cpus": max(workers, os.cpu_count() or 1)}
     try:
-        ray.init(address=address, logging_level="ERROR", configure_logging=True, log_to_driver=True, **local)
+        ray.init(address=address, logging_level=logging.ERROR, configure_logging=True, log_to_driver=True, **local)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _no_cluster(address) from error
     try:

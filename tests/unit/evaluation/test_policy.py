@@ -15,7 +15,7 @@ NAN = float("nan")
 def setting(prompts: int) -> Setting:
     asked = cast(Any, SimpleNamespace(bootstrap=50, seed=0))
     records, nothing = [Prompt(str(i), f"g{i}") for i in range(prompts)], cast(Any, None)
-    return Setting(asked, nothing, nothing, nothing, nothing, records, nothing, 1.0, None, "policy")
+    return Setting(asked, nothing, nothing, nothing, nothing, records, nothing, 1.0, None, "policy", nothing)
 
 
 def before(scores: list[float]) -> Answers:
