@@ -119,14 +119,16 @@ class Model:
         chosen, _ = pick_dtype(dtype, target.type)
         network = load_base(base, chosen, target, quantize)
         config = copy.deepcopy(network.config)  # what is computed with it is written into it
+        kept = recall(config, chosen, target)
         try:
-            model = cls(network, identity(base, quantize), vocabulary, recall(config, chosen, target))
+            model = cls(network, identity(base, quantize), vocabulary, kept)
         except ModelError as error:
             if quantize == "none" or not is_quantised(network):
                 raise
             what = f"{type(network).__name__} doesn't compute with quantised layers: {error.what}"
             raise ModelError(what, where="quantize", allowed="none", hint="leave quantize out") from error
-        remember(config, chosen, target, model.way)
+        if model.way != kept:
+            remember(config, chosen, target, model.way)
         return model
 
     # adapters
