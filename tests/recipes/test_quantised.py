@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from perlhf.data.records import Rating
 from perlhf.data.splits import load
+from perlhf.model.bases.found import Base
+from perlhf.model.model import Model
 from perlhf.model.open import read_run
 
 # peft asks transformers for a name that is on its way out.
@@ -124,3 +126,9 @@ def test_a_dry_run_knows_the_memory_of_quantised_weights(stage: Any):
     # 82,816 parameters in float32, of which 65,536 take half a byte and a 64th of a float32 scale
     assert "(float32)" in whole.out and "linear layers in nf4" in small.out
     assert "a layer read back" in small.out and "a layer read back" not in whole.out
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_the_packaged_base_goes_as_a_tree(smollm2: Path, quantize: Any) -> None:
+    """Rounded activations move states by more than bfloat16 does, which is no fault of the tree."""
+    assert Model.load(Base(smollm2), "bfloat16", "cpu", quantize=quantize).way.packing == "tree"
