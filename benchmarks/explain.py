@@ -46,12 +46,10 @@ def main() -> None:
     for (record, completion, wrong), explanation in zip(chosen, found, strict=True):
         assert explanation is not None
         count = len(sentences(text_of(completion)))
-        effects = [sentence.effect or 0.0 for sentence in explanation.sentences]
         rows.append(
             {
                 "group": record.group,
                 "named": explanation.worst == wrong,
-                "lowest": int(np.argmin(effects)) == wrong,
                 "chance": 1 / count,
                 "last": wrong == count - 1,
             }

@@ -45,8 +45,11 @@ class Explanation:
 
     @property
     def worst(self) -> int | None:
-        """Number of the sentence without which the score would be highest; None where none lowers it."""
-        effects = [(s.effect, i) for i, s in enumerate(self.sentences) if s.effect is not None and s.effect < 0]
+        """Number of the sentence that adds least to the score, or takes most; None where there is one alone.
+
+        Nearly every sentence adds something to a short answer: which one adds least is what tells.
+        """
+        effects = [(s.effect, i) for i, s in enumerate(self.sentences) if s.effect is not None]
         return min(effects)[1] if effects else None
 
     def row(self) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def test_a_long_text_keeps_its_rest_in_the_last_part() -> None:
 def test_the_worst_is_the_one_without_which_the_score_is_highest() -> None:
     effects = (0.5, -0.25, -1.0, None)
     assert Explanation(0.0, [Sentence("x", effect) for effect in effects], []).worst == 2
-    assert Explanation(0.0, [Sentence("x", 0.5), Sentence("y", None)], []).worst is None
+    assert Explanation(0.0, [Sentence("x", 0.5), Sentence("y", 0.25)], []).worst == 1
+    assert Explanation(0.0, [Sentence("x", None)], []).worst is None
 
 
 @pytest.fixture
