@@ -126,7 +126,8 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt | $(LOWEST)/bin/python
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-lowest.txt setuptools
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --progress-bar on \
-		--constraint constraints-lowest.txt --no-build-isolation --editable . beartype hypothesis peft pytest tensorboard
+		--constraint constraints-lowest.txt --no-build-isolation --editable '.[quantized]' \
+		beartype hypothesis peft pytest tensorboard
 
 $(VENV)/.installed-ray: $(VENV)/.installed-dev
 	$(PIP) install --progress-bar on --constraint constraints.txt --no-build-isolation --editable '.[ray]'

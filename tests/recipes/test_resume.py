@@ -103,7 +103,7 @@ def test_a_run_killed_between_its_last_update_and_its_result(stage, commands, un
     run, log = tmp_path / "run", tmp_path / "log"
     words, expected = commands(stage, run), uninterrupted(stage)
     # Put in place: config.yaml, manifest.json, that again with the way of the base, a rollout each update,
-    # metrics.jsonl with the last validation, manifest.json and result.json. The way itself is kept since the run before.
+    # metrics.jsonl with the last validation, manifest.json and result.json. The way itself is kept already.
     rollouts = UPDATES[stage] if stage == "policy" else 0
     assert finish(words, log, feedback, Moment(PUT_IN_PLACE, 3 + rollouts + 2)) == -signal.SIGKILL, log.read_text()
     assert len(metrics(run)) == LINES[stage]

@@ -96,7 +96,7 @@ def test_the_lowest_versions_are_the_floors():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lowest = pins("constraints-lowest.txt")
     assert lowest["torch"] == pins("constraints.txt")["torch"]
-    tested = {"beartype", "hypothesis", "peft", "pytest", "setuptools", "tensorboard"}
+    tested = {"beartype", "bitsandbytes", "hypothesis", "peft", "pytest", "setuptools", "tensorboard"}
     extras = [text for text in project["optional-dependencies"]["dev"] if Requirement(text).name in tested]
     assert len(extras) == len(tested)
     for text in [*project["dependencies"], *extras]:
