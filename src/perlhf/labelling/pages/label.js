@@ -168,7 +168,8 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-document.addEventListener("selectionchange", () => {
+// The browser tells of a new selection a moment later, when it may be gone: it is looked at before each key, too.
+function mark() {
   const selection = document.getSelection();
   const inside = selection.anchorNode && selection.anchorNode.parentElement && selection.anchorNode.parentElement.closest(".answer");
   const text = selection.toString().trim();
@@ -176,6 +177,10 @@ document.addEventListener("selectionchange", () => {
   marked = text.slice(0, 20000);
   const place = document.getElementById("span");
   if (place) place.textContent = `“${marked.slice(0, 200)}”`;
-});
+}
+
+document.addEventListener("selectionchange", mark);
+document.addEventListener("keydown", mark, true);
+document.addEventListener("pointerdown", mark, true);
 
 deliver();
