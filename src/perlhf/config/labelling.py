@@ -18,8 +18,6 @@ class QuestionsConfig(LayoutConfig):
     """Files, directories, hub names or `builtin:coffee-bar`: comparisons, ratings, or prompts with `completions`."""
     limit: Positive | None = None
     """Ask at most this many questions, chosen by a hash."""
-    random_share: Share = 1.0
-    """Share of questions whose place in the order is random whatever the others' is, so that evaluation is unbiased."""
     overlap: Share = 0.0
     """Share of questions that two people answer, so that agreement is known."""
     tests: tuple[str, ...] = ()

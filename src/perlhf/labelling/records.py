@@ -124,7 +124,7 @@ def statement(project: ProjectConfig, numbers: Progress, records: int, overlap: 
         f"- Agreement: Krippendorff's alpha {alpha} on {numbers.several} questions that several people answered.",
         f"- Answers: {', '.join(f'{count} {name}' for name, count in sorted(numbers.verdicts.items())) or 'none'}.",
         f"- Several labels of one question: {overlap}.",
-        f"- Order of questions: random for a share of {rules.random_share:g}.",
+        "- Order of questions: random.",
         f"- Mail addresses, phone and card numbers were {'masked' if project.redact else 'not masked'}.",
         "- Labellers are named by pseudonyms. Who they are, what they were paid and which languages they speak isn't"
         " known here: add it.",
