@@ -2,7 +2,8 @@
 
     python scripts/generate_bases_reference.py
 
-The verdicts are those that `tests/bases` holds by trying each family (`tests/bases/families.py`).
+The verdicts are those that `tests/bases` holds by trying each family (`tests/bases/families.py`). What is adapted is read
+from its small networks, and held by the same tests.
 """
 
 import platform
@@ -10,6 +11,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+
+from perlhf.errors import AdapterError
+from perlhf.kernels.modules import fused_experts
+from perlhf.model.model import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "bases"))
@@ -20,8 +25,36 @@ import networks  # noqa: E402
 PAGE = ROOT / "docs" / "bases.md"
 
 
-def page() -> str:
-    """The page as it should be."""
+Layers = tuple[str, str, str]
+"""Last names of the layers that `attention` adapts, of those that `all` adds, and of fused experts."""
+
+
+def layers_of(model: Model) -> Layers:
+    """What can be adapted of a base."""
+    found: dict[str, list[str]] = {}
+    for targets in ("attention", "all"):
+        try:
+            found[targets] = model.targets(targets)
+        except AdapterError:
+            found[targets] = []
+    attention = {*found["attention"]}
+    added = [path for path in found["all"] if path not in attention]
+    return _names_of(found["attention"]), _names_of(added), _names_of(fused_experts(model.base.named_modules()))
+
+
+def layers_said(page: str) -> dict[str, Layers]:
+    """What a page says of each family."""
+    table = page.partition("## What is adapted")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    return {name.strip("`"): (row[1], row[2], row[3]) for row in rows for name in row[0].split(", ")}
+
+
+def page(layers: Mapping[str, Layers]) -> str:
+    """The page as it should be.
+
+    Args:
+        layers: of each family that opens.
+    """
     tree, rows, closed = len(families.TREE), len(families.ROWS), len(families.CLOSED)
     total = tree + rows + closed
     variants = [f"| {name} | `{family}` | {what} |" for name, (family, what, _) in networks.VARIANTS.items()]
@@ -62,6 +95,15 @@ def page() -> str:
         "|---|---|",
         *_by_reason(families.ROWS),
         "",
+        "## What is adapted",
+        "",
+        "Linear layers by the last part of their names, of the small networks that are tried. Output heads, routers of "
+        "experts and experts that are fused into one tensor never are, nor what no text reaches.",
+        "",
+        "| families | `attention` | `all` adds | fused experts |",
+        "|---|---|---|---|",
+        *_by_layers(layers),
+        "",
         f"## Settings of real checkpoints ({len(variants)})",
         "",
         "The same is seen to hold, but for files, of these:",
@@ -97,6 +139,21 @@ def _by_reason(reasons: Mapping[str, str]) -> list[str]:
     ]
 
 
+def _by_layers(layers: Mapping[str, Layers]) -> list[str]:
+    return [
+        f"| {_names([name for name, its in layers.items() if its == alike])[0]} | {' | '.join(alike)} |"
+        for alike in dict.fromkeys(layers[family] for family in sorted(layers))
+    ]
+
+
+def _names_of(paths: Sequence[str]) -> str:
+    return " ".join(f"`{name}`" for name in dict.fromkeys(path.rpartition(".")[2] for path in paths)) or "–"
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    opened = {
+        family: layers_of(Model(networks.network(family), {"name": family, "sha256": "0" * 64}))
+        for family in (*families.TREE, *families.ROWS)
+    }
+    PAGE.write_text(page(opened), encoding="utf-8")
     print(PAGE.relative_to(ROOT))

@@ -3,6 +3,7 @@ into its weights by hand.
 """
 
 import copy
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from perlhf.model.supported import network_below
 from perlhf.rollout.local import Ends, sample
 
 TEMPERATURE = 0.7
+ROOT = Path(__file__).resolve().parents[2]
+reference = runpy.run_path(str(ROOT / "scripts/generate_bases_reference.py"))
+SAID = reference["layers_said"]((ROOT / "docs/bases.md").read_text("utf-8"))
+"""Which layers of each family the page says are adapted."""
 
 
 def ids(lengths: list[int]) -> list[list[int]]:
@@ -83,6 +88,21 @@ def test_a_family_is_what_it_is_without_us(family: str, tmp_path: Path) -> None:
     )
     check(model, merged)
     check_saved(model, merged, tmp_path)
+    assert reference["layers_of"](model) == SAID[family], "make docs"
+
+
+def test_attention_is_found_whatever_its_module_is_called() -> None:
+    model, _ = adapted(networks.network("nemotron_h"))
+    names = {path.rpartition(".")[2] for path in model.targets("attention")}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}  # the last two of shared experts
+
+
+@pytest.mark.parametrize(("family", "apart"), [("phi4_multimodal", "embed_tokens_extend"), ("git", "image_encoder")])
+def test_what_text_never_reaches_is_not_adapted(family: str, apart: str) -> None:
+    model, _ = adapted(networks.network(family))
+    linear = [path for path, module in model.base.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert any(apart in path for path in linear)
+    assert not any(apart in path for path in model.targets("all"))
 
 
 @pytest.mark.parametrize("variant", networks.VARIANTS)

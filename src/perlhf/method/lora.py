@@ -216,8 +216,8 @@ def match(
 
     Args:
         linear: paths of all linear layers that may be adapted.
-        targets: `attention` (inside a module called `*attn*` or `*attention*`), `all`, or names that equal a path's end
-            (`q_proj`, `layers.0.mlp.up_proj`).
+        targets: `attention` (inside a module called `*attn*` or `*attention*`, or one that holds `q_proj`, `k_proj` and
+            `v_proj`), `all`, or names that equal a path's end (`q_proj`, `layers.0.mlp.up_proj`).
         layers: `all` layers of the network, or `last:N`.
         shared: paths among them that `attention` takes, too: what all tokens share beside experts.
 
@@ -228,10 +228,8 @@ def match(
     if targets == "all":
         matched = list(linear)
     elif targets == "attention":
-        taken = {p for p in linear if any("attn" in part or "attention" in part for part in p.split(".")[:-1])}.union(
-            shared
-        )
-        matched = [path for path in linear if path in taken]
+        held = {*linear}
+        matched = [path for path in linear if path in shared or _is_of_attention(path, held)]
     else:
         wanted = (targets,) if isinstance(targets, str) else targets
         for target in wanted:
@@ -257,6 +255,12 @@ def match(
     if not uppermost:
         raise AdapterError(f"adapter targets '{targets}' match nothing in layers {layers}", where="adapter.layers")
     return uppermost
+
+
+def _is_of_attention(path: str, linear: set[str]) -> bool:
+    around = path.rpartition(".")[0]
+    named = any("attn" in part or "attention" in part for part in around.split("."))
+    return named or all(f"{around}.{name}" in linear for name in ("q_proj", "k_proj", "v_proj"))
 
 
 def ends_with(path: str, name: str) -> bool:

@@ -56,7 +56,8 @@ class Way:
     cache_name: str = "past_key_values"
     """Its forward's argument for its own cache, which rows are sampled with."""
     uncalled: tuple[str, ...] = ()
-    """Linear layers whose weights the network reads without calling them: an adapter there would do nothing."""
+    """Linear layers where an adapter would do nothing: the network reads their weights without calling them, or they
+    are of a part that text never reaches, such as an encoder of images."""
     reuses_cache: bool = True
     """Whether that cache can be repeated for many completions; else each step computes all tokens anew."""
     measured: bool = False
@@ -304,7 +305,9 @@ def _as_it_is(decoder: nn.Module, network: PreTrainedModel, ids: Tensor) -> Tens
 
 
 def _uncalled(decoder: nn.Module, network: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
-    """`Way.uncalled`: layers that weren't called, and whose weights have a gradient all the same."""
+    """`Way.uncalled`: layers that weren't called, and whose weights have a gradient all the same; and those of parts
+    beside the numbered layers of which none was called. (An expert that wasn't chosen now is within a layer.)
+    """
     called: set[nn.Module] = set()
     layers = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear)}
     hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in layers.values()]
@@ -321,12 +324,25 @@ def _uncalled(decoder: nn.Module, network: PreTrainedModel, ids: Tensor) -> tupl
                 grads = (
                     torch.autograd.grad(state.float().sum(), weights, allow_unused=True) if state.requires_grad else ()
                 )
-            return tuple(path for path, grad in zip(silent, grads, strict=False) if grad is not None)
+            read = {path for path, grad in zip(silent, grads, strict=False) if grad is not None}
+            reached = {part for path, module in layers.items() if module in called for part in _parts(path)}
+            return tuple(path for path in silent if path in read or _is_apart(path, reached))
         return ()
     finally:
         for hook in hooks:
             hook.remove()
         network.requires_grad_(False)
+
+
+def _parts(path: str) -> list[str]:
+    """A module's path and those of what it lies in, the outermost first."""
+    names = path.split(".")
+    return [".".join(names[: end + 1]) for end in range(len(names))]
+
+
+def _is_apart(path: str, reached: set[str]) -> bool:
+    """Whether the largest part around a layer in which nothing was called lies in no numbered layer."""
+    return not any(name.isdigit() for name in next(part for part in _parts(path) if part not in reached).split("."))
 
 
 def _sights(network: PreTrainedModel, decoder: nn.Module, ids: Tensor) -> dict[int, Sight]:
