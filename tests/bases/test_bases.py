@@ -22,6 +22,7 @@ from perlhf.model.bases.loading import load_base
 from perlhf.model.bases.packaged import quiet
 from perlhf.model.model import Model
 from perlhf.model.supported import network_below
+from perlhf.rollout.ensemble import in_one_pass, member_scores, shares_trunk
 from perlhf.rollout.local import Ends, sample
 
 TEMPERATURE = 0.7
@@ -37,6 +38,7 @@ def ids(lengths: list[int]) -> list[list[int]]:
 
 
 LONG, SHORT, *ANSWERS = ids([14, 4, 7, 3, 9, 5])
+NAMES = ("one", "two")
 PROMPTS = [LONG, LONG, SHORT, LONG[:9]]
 WEIGHTS = torch.linspace(0.5, 1.5, sum(map(len, ANSWERS)))
 
@@ -142,6 +144,22 @@ def check(model: Model, merged: Any) -> None:
             assert near(model.scores(batch, "reward"), scores, 1e-3)
     with torch.no_grad():
         check_sampling(model, merged)
+
+
+@pytest.mark.parametrize("layers", ["all", "last:1"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma2", "gpt2", "gpt_oss", "llama4_text", "mamba", "qwen3_next"])
+def test_several_adapters_in_one_pass(family: str, layers: str) -> None:
+    model = Model(networks.network(family, size=1.0), {"name": family, "sha256": "0" * 64})
+    for number, name in enumerate(NAMES):
+        adapter = model.add_adapter(name, "reward", rank=2, targets="all", layers=layers)
+        draw = torch.Generator().manual_seed(number)
+        for tensor in adapter.tensors().values():
+            tensor.data.copy_(torch.randn(tensor.shape, generator=draw) * 0.1)
+    batch = pack([[completed(p, c)] for p, c in zip(PROMPTS, ANSWERS, strict=True)], model.packing("auto"))
+    assert in_one_pass(model, sorted(model.adapters[NAMES[0]].pairs))
+    assert shares_trunk(model, NAMES, model.packing("auto")) == (model.way.packing == "tree" and layers == "last:1")
+    with torch.no_grad():
+        assert near(member_scores(model, batch, NAMES), torch.stack([model.scores(batch, n) for n in NAMES]), 1e-3)
 
 
 def check_sampling(model: Model, merged: Any, tokens: int = 10) -> None:

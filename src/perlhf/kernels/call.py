@@ -33,6 +33,8 @@ class Call:
 
     adapters: tuple[str, ...] = ()
     """The active ones, from the lowest to the uppermost."""
+    members: tuple[tuple[str, ...], ...] = ()
+    """Adapters of each equal part of the tokens, one after the other (`members`); () where all have `adapters`."""
     dropout: bool = False
     """Whether the uppermost adapter's input is dropped."""
     dropout_keys: Tensor | None = None
@@ -68,6 +70,11 @@ def calling(call: Call) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def continued(call: Call) -> None:
+    """The rest of the pass that runs in this thread computes by `call`; it must be inside `calling`."""
+    _current.set(call)
 
 
 class Turns:

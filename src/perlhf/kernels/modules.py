@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from perlhf.errors import AdapterError
-from perlhf.kernels import cpu, tree_attention
+from perlhf.kernels import cpu, members, tree_attention
 from perlhf.kernels.call import HeldPair, current_call
 from perlhf.kernels.quantised import QuantisedLinear, dtype_of
 from perlhf.method.lora import LowRank, adapted_linear, ends_with, joined, keyed_dropout, match, quantised_linear
@@ -72,6 +72,8 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         call, frozen = current_call(), self.quantised or self.dense()
+        if call.members and any(own := [self._pairs(names) for names in call.members]):
+            return members.linear(x, frozen, self.bias, own, self.dtype)
         held = call.held.get(self) if call.held is not None else None
         pairs = self._pairs(call.adapters) if call.held is None else []
         if isinstance(frozen, Tensor) and not pairs and self.bias is None and cpu.few_rows(x, frozen):

@@ -21,6 +21,7 @@ from perlhf.model.model import Model
 from perlhf.model.open import load_earlier
 from perlhf.parallel.shares import own_batches, own_of
 from perlhf.parallel.workers import ALONE, Workers
+from perlhf.rollout.ensemble import member_scores, shares_trunk
 from perlhf.rollout.functions import Asked, Scorer, TrainerState, checked, load_function
 from perlhf.rollout.local import Ends, check_finite
 from perlhf.runs.earlier import adapter_of
@@ -119,8 +120,12 @@ class Scorers:
             # The end token may be one too many for the context: then the prompt loses its first one.
             given = [p if len(p) + len(c) <= encoder.max_tokens else p[1:] for p, c in zip(prompts, whole, strict=True)]
             examples = [[completed(p, c)] for p, c in zip(given, whole, strict=True)]
-            own = own_batches(examples, max_tokens, model.packing(packing), model.device, workers)
-            members += [_scores(model, own, name, len(examples), workers) for name in self.adapters]
+            laid = model.packing(packing)
+            together = shares_trunk(model, self.adapters, laid)
+            at_once = max(1, max_tokens // len(self.adapters)) if together else max_tokens
+            own = own_batches(examples, at_once, laid, model.device, workers)
+            for names in [self.adapters] if together else [(name,) for name in self.adapters]:
+                members += _scores(model, own, names, len(examples), workers)
         if self.functions:
             decoded = [ends.text(ids) for ids in completions]
             texts, columns = [record.prompt for record in records], [record.columns for record in records]
@@ -165,7 +170,7 @@ def score_batches(
             taken for one that wasn't given.
     """
     count = sum(len(batch.sequences) for batch in laid_out)
-    flat = _scores(model, own_of(laid_out, workers), adapter, count, workers, done)
+    (flat,) = _scores(model, own_of(laid_out, workers), (adapter,), count, workers, done)
     scores: dict[int, list[float]] = {}
     for batch in laid_out:
         ends = (*batch.first[1:], len(batch.sequences))
@@ -178,17 +183,18 @@ def score_batches(
 def _scores(
     model: Model,
     own: Sequence[Batch],
-    adapter: str,
+    adapters: Sequence[str],
     count: int,
     workers: Workers,
     done: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """Scores of all `count` sequences, of which this worker computes those of its own micro-batches."""
-    scores = torch.zeros(count, dtype=torch.float64)
+) -> list[list[float]]:
+    """Scores [adapter, sequence] of all `count` sequences, of which this worker computes those of its micro-batches."""
+    scores = torch.zeros(len(adapters), count, dtype=torch.float64)
     for batch in own:
-        found = model.scores(batch, adapter)
-        check_finite(model, adapter, found, "scores")
-        scores[list(batch.sequences)] = found.double().cpu()
+        found = member_scores(model, batch, adapters)
+        for adapter, row in zip(adapters, found, strict=True):
+            check_finite(model, adapter, row, "scores")
+        scores[:, list(batch.sequences)] = found.double().cpu()
         done()
     return workers.sum(scores).tolist()
 

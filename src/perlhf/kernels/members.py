@@ -1,0 +1,150 @@
+"""Several adapters in one pass, each for its own part of the tokens: members of an ensemble, or requests of many.
+
+The tokens of a batch stand once for each member, one member after the other. The base's products are computed for all
+of them at once, the low-rank ones for each member's part. Below the first layer that any member adapts all members'
+states are the same: there the tokens stand once, and are repeated where that layer begins.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perlhf.kernels.call import Call, calling, continued, current_call
+from perlhf.kernels.tree_attention import Tree
+from perlhf.method.lora import LowRank, Quantised, joined, quantised_linear
+from perlhf.method.packing import Batch, Node
+
+
+def linear(
+    x: Float[Tensor, "*batch inputs"],
+    frozen: Float[Tensor, "outputs inputs"] | Quantised,
+    bias: Float[Tensor, " outputs"] | None,
+    pairs: Sequence[Sequence[LowRank]],
+    dtype: torch.dtype,
+) -> Float[Tensor, "*batch outputs"]:
+    """x W^T + bias, and to each member's equal part of the tokens the update of its own pairs.
+
+    Args:
+        x: the tokens, one member after the other; [batch] flattens to members times tokens.
+        pairs: of each member; none where it adapts other layers only.
+    """
+    y = F.linear(x, frozen, bias) if isinstance(frozen, Tensor) else quantised_linear(x, frozen)
+    outputs = y.shape[-1]
+    downs, ups = zip(*(_pair(own, x.shape[-1], outputs, dtype, x.device) for own in pairs), strict=True)
+    rank = max(len(a) for a in downs)
+    down = torch.stack([F.pad(a, (0, 0, 0, rank - len(a))) for a in downs])
+    up = torch.stack([F.pad(b, (0, rank - b.shape[1])) for b in ups])
+    parts = x.reshape(len(pairs), -1, x.shape[-1])
+    update = torch.bmm(torch.bmm(parts, down.transpose(1, 2)), up.transpose(1, 2))
+    return y + update.reshape(y.shape)
+
+
+def repeated(tree: Tree, members: int, tokens: int) -> Tree:
+    """The tree once for each member, whose tokens follow those of the member before."""
+    nodes = [
+        Node(at + node.start, node.length, tuple((at + start, length) for start, length in node.prefix))
+        for at in range(0, members * tokens, tokens)
+        for node in tree.nodes
+    ]
+    return Tree(nodes, tree.sights)
+
+
+@contextmanager
+def repeated_from(layers: Sequence[nn.Module], members: int, tokens: int, call: Call) -> Iterator[None]:
+    """Passes of `current_call()` go on by `call` from the first of `layers` on, with the tokens once for each member.
+
+    Args:
+        layers: that one and all that follow it.
+        tokens: of the row that comes into the first one, [1, tokens, ...]; whatever else of that shape these layers are
+            given is repeated, too.
+
+    Raises:
+        ValueError: in the pass: what comes into the first layer has another shape.
+    """
+    below = current_call()
+
+    def repeat(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(repeat(each) for each in value)
+        if isinstance(value, Tensor) and value.shape[:2] == (1, tokens):
+            return value.repeat(1, members, *[1] * (value.ndim - 2))
+        return value
+
+    def begin(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if current_call() is below:
+            states = given[0] if given else named.get("hidden_states")
+            if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[:2] != (1, tokens):
+                raise ValueError("the layer's input is no row of states")
+            continued(call)
+        elif current_call() is not call:
+            return None  # of another pass, in another thread
+        return repeat(given), {name: repeat(value) for name, value in named.items()}
+
+    hooks = [layer.register_forward_pre_hook(begin, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def first_layer(paths: Sequence[str]) -> tuple[str, int] | None:
+    """The lowest numbered layer that holds one of these modules: where layers lie, and its number; None where one of
+    them is in none.
+
+    >>> first_layer(["model.layers.12.mlp.up_proj", "model.layers.3.self_attn.q_proj"])
+    ('model.layers', 3)
+    """
+    found: set[tuple[str, int]] = set()
+    for path in paths:
+        names = path.split(".")
+        at = next((at for at, name in enumerate(names) if name.isdigit()), None)
+        if at is None:
+            return None
+        found.add((".".join(names[:at]), int(names[at])))
+    return min(found) if len({where for where, _ in found}) == 1 else None
+
+
+def states(
+    decoder: nn.Module, batch: Batch, members: Sequence[tuple[str, ...]], layers: Sequence[nn.Module], tree: Tree | None
+) -> Float[Tensor, "members tokens width"]:
+    """States of all of the batch's tokens for each member.
+
+    Args:
+        members: names of each one's adapters, from the lowest to the uppermost.
+        layers: the first one in which a member adapts something, and all that follow it; without any the tokens stand
+            for each member from the start.
+        tree: of the batch; None where it is rows.
+    """
+    count, (rows, width) = len(members), batch.ids.shape
+    given: dict[str, Any] = {"use_cache": False}
+    if tree is None:
+        call = replace(current_call(), members=tuple(members))
+        with calling(call):
+            found = decoder(input_ids=batch.ids.repeat(count, 1), **given).last_hidden_state
+        return found.reshape(count, rows * width, -1)
+    # As a single pass does: a mask of four dimensions is passed on as it is.
+    given["attention_mask"] = torch.zeros(1, 1, 1, 1, device=batch.ids.device)
+    call = replace(current_call(), members=tuple(members), tree=repeated(tree, count, width))
+    if not layers:
+        with calling(call):
+            ids, positions = batch.ids.repeat(1, count), batch.positions.repeat(1, count)
+            found = decoder(input_ids=ids, position_ids=positions, **given).last_hidden_state
+    else:
+        with calling(replace(current_call(), tree=tree)), repeated_from(layers, count, width, call):
+            found = decoder(input_ids=batch.ids, position_ids=batch.positions, **given).last_hidden_state
+    return found.reshape(count, width, -1)
+
+
+def _pair(
+    pairs: Sequence[LowRank], inputs: int, outputs: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    if pairs:
+        return joined(pairs, dtype)
+    return torch.zeros(1, inputs, dtype=dtype, device=device), torch.zeros(outputs, 1, dtype=dtype, device=device)
