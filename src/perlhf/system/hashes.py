@@ -8,6 +8,7 @@ of a file system's clock before it was hashed could change again without a trace
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from perlhf.system.machine import cache_dir
 
 SMALL_BYTES = 1 << 20
 """Below this size hashing takes a millisecond: no more than looking up what was kept."""
+PIECE_BYTES = 1 << 22
 GRANULARITY_NS = 2 * 10**9
 """The coarsest clock of a file system (FAT's)."""
 UNIMPORTANT = ("transformers_version", "_name_or_path")
@@ -38,6 +40,7 @@ def hash_of(*files: Path) -> str:
         if len(known := kept.read_text("ascii")) == 64:
             return known
     digest = sha256(*files)
+    _touched_again(files)
     changed = max(time_ns for state in before for time_ns in state[2:4])
     if before == [_state(file) for file in files] and time.time_ns() - changed > GRANULARITY_NS:
         with contextlib.suppress(OSError):  # a cache that can't be written costs time only
@@ -61,6 +64,21 @@ def hash_of_settings(file: Path, keys: Sequence[str] | None = None) -> str:
             kept = {key: said[key] for key in said if (key not in UNIMPORTANT if keys is None else key in keys)}
             content = json.dumps(kept, sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()
+
+
+def _touched_again(files: Sequence[Path]) -> None:
+    """Tells the system that what it still holds of these files will be read again, from their end to their beginning.
+
+    Files that nearly fill the memory would otherwise be read from the disk twice: whoever reads them once more finds
+    their beginning pushed out by their end, and pushes out the next piece by reading it.
+    """
+    held = getattr(os, "RWF_NOWAIT", None)  # what isn't in memory isn't read
+    piece = bytearray(PIECE_BYTES)
+    with contextlib.suppress(OSError):
+        for file in reversed(files) if held is not None else ():
+            with file.open("rb", buffering=0) as opened:
+                for start in range((file.stat().st_size - 1) // PIECE_BYTES * PIECE_BYTES, -1, -PIECE_BYTES):
+                    os.preadv(opened.fileno(), [piece], start, held)
 
 
 def _state(file: Path) -> tuple[str, int, int, int, int, int]:

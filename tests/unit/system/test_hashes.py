@@ -98,3 +98,24 @@ def test_settings_are_hashed_by_what_they_say(tmp_path: Path) -> None:
     assert hash_of_settings(one, ("a",)) == hash_of_settings(other, ("a",))
     other.write_text("[1]")
     assert hash_of_settings(other) == hashlib.sha256(b"[1]").hexdigest()
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="Linux alone can say what it holds")
+def test_what_is_still_held_is_touched_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / "one", tmp_path / "two"]
+    for file in files:
+        file.write_bytes(b"0123456789")
+    monkeypatch.setattr(hashes, "PIECE_BYTES", 4)
+    monkeypatch.setattr(hashes, "SMALL_BYTES", 1)
+    read: list[int] = []
+
+    def preadv(descriptor: int, buffers: list[bytearray], start: int, flags: int) -> int:
+        assert flags == os.RWF_NOWAIT
+        read.append(start)
+        if len(read) == 5:
+            raise BlockingIOError
+        return len(buffers[0])
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert hashes.hash_of(*files) == hashlib.sha256(b"0123456789" * 2).hexdigest()
+    assert read == [8, 4, 0, 8, 4]  # the second file first; what lies before a piece that isn't held is left alone
