@@ -2,8 +2,8 @@
 
     python scripts/generate_bases_reference.py
 
-The verdicts are those that `tests/bases` holds by trying each family (`tests/bases/families.py`). What is adapted is read
-from its small networks, and held by the same tests.
+The verdicts are those that `tests/bases` holds by trying each family (`tests/bases/families.py`). What is adapted is
+read from its small networks, and held by the same tests.
 """
 
 import platform
@@ -73,7 +73,7 @@ def page(layers: Mapping[str, Layers]) -> str:
         "",
         "- scores, log-probabilities (to 0.001) and the gradients of all adapters (to 0.002 of their norm), of "
         "sequences that share prefixes, as a tree and in rows where both go;",
-        "- greedy completions, token by token;",
+        "- greedy completions, token by token, and with transformers' `generate`;",
         "- the adapter written and read again (bit for bit), and the merged checkpoint as it is loaded as a base.",
         "",
         "`make test-bases` tries them in bfloat16, too, where a network must lose no more than twice what it loses "

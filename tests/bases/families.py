@@ -36,6 +36,8 @@ CLOSED = {
     "modernbert-decoder": "its output layer isn't given the last hidden state",
 }
 """Decoder-only and not open."""
+CACHE_OFF = ("blt", "moshi", "xlstm")
+"""Families whose `generate` fails with their own cache, or then gives other tokens than their plain passes."""
 _OTHERS = {
     "it attends to later tokens": """
         bert bert-generation big_bird camembert cpmant data2vec-text electra ernie megatron-bert reformer rembert

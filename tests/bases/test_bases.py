@@ -90,6 +90,7 @@ def test_a_family_is_what_it_is_without_us(family: str, tmp_path: Path) -> None:
     )
     check(model, merged)
     check_saved(model, merged, tmp_path)
+    check_generated(model, merged, use_cache=family not in families.CACHE_OFF)
     assert reference["layers_of"](model) == SAID[family], "make docs"
 
 
@@ -173,6 +174,18 @@ def check_sampling(model: Model, merged: Any, tokens: int = 10) -> None:
         for _ in range(tokens):
             whole.append(int(merged(torch.tensor([whole]), use_cache=False).logits[0, -1].argmax()))
         assert rollout.completions[2 * number : 2 * number + 2] == [whole[len(prompt) :]] * 2
+
+
+@torch.no_grad()
+def check_generated(model: Model, merged: Any, tokens: int = 8, **given: Any) -> None:
+    """Greedy answers are those of transformers' `generate`."""
+    draws = torch.zeros(1, tokens, dtype=torch.float64)
+    settings: Any = {"adapter": "policy", "ends": Ends(()), "temperature": 0.0, "max_completion_tokens": tokens}
+    given |= {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens, "eos_token_id": None}
+    for prompt in (LONG, SHORT):
+        ids = torch.tensor([prompt])
+        found = merged.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **given)
+        assert sample(model, [prompt], draws=draws, **settings).completions == [found[0, len(prompt) :].tolist()]
 
 
 def check_saved(model: Model, merged: Any, directory: Path) -> None:
