@@ -177,6 +177,9 @@ class StageConfig(Frozen):
     # Left out of what a run records unless it is set: a record without it is the same run.
     quantize: Literal["none", "int8", "nf4"] = Field(default="none", exclude_if=lambda kind: kind == "none")
     """Keep the base's linear layers in 8 or 4 bits, made so while loading (extra `quantized`); adapters are as ever."""
+    # Left out of what a run records unless it is set: a record without it is the same run.
+    shard: Literal["none", "full", "node"] = Field(default="none", exclude_if=lambda how: how == "none")
+    """`full`: each of several workers holds a part of the base; `node`: each of a machine's; `none`: each all of it."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
     threads: Annotated[int, Field(gt=0, le=1024)] | None = None
@@ -213,6 +216,11 @@ class StageConfig(Frozen):
             raise ValueError(
                 f"tuning: full learns all weights, which quantize: {self.quantize} keeps in few bits; "
                 "leave quantize out, or take tuning: lora"
+            )
+        if self.tuning == "full" and self.shard != "none":
+            raise ValueError(
+                f"tuning: full learns all weights, and shard: {self.shard} spreads weights that stay as they are; "
+                "leave shard out, or take tuning: lora"
             )
         return self
 

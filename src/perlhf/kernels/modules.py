@@ -6,7 +6,8 @@ fewer passes over memory and keep fewer tensors. A CPU's own kernels (`cpu`) the
 keep their names.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from perlhf.kernels import cpu, members, tree_attention
 from perlhf.kernels.call import HeldPair, current_call
 from perlhf.kernels.quantised import QuantisedLinear, dtype_of
 from perlhf.method.lora import LowRank, adapted_linear, ends_with, joined, keyed_dropout, match, quantised_linear
+from perlhf.parallel.shard import whole_around
 from perlhf.system.unforeseen import memory_is_full
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -286,22 +288,36 @@ def update_of(layer: nn.Module, pair: LowRank) -> Tensor:
     return update.t() if is_transposed(layer) else update
 
 
-def fuse(base: nn.Module) -> int:
+def fuse(base: nn.Module, paths: Collection[str] | None = None) -> int:
     """Replaces linear layers, and the norms and MLPs of `base` that compute what is computed here; tells how many of
     the latter.
+
+    Args:
+        paths: of the modules that may be replaced; None for all.
     """
     for path, module in list(base.named_modules()):
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and (paths is None or path in paths):
             own = Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             own.weight, own.bias = module.weight, module.bias
             _put(base, path, own.train(module.training))
-    return len(_replace(base, _twin, _same))
+    return len(_replace(base, lambda path, module: _twin(module) if paths is None or path in paths else None, _same))
+
+
+def adapted(base: nn.Module, path: str) -> AdaptedLinear:
+    """The linear layer at `path` as one that takes adapters, in its place."""
+    layer = base.get_submodule(path)
+    if not isinstance(layer, AdaptedLinear):
+        assert isinstance(layer, nn.Linear | Conv1D)
+        layer = AdaptedLinear(layer)
+        layer.number = zlib.crc32(path.encode()) >> 1
+        _put(base, path, layer)
+    return layer
 
 
 def fuse_attention(base: nn.Module) -> dict[str, nn.Module]:
     """The same for attention modules, where the tree's attention is the network's; gives those replaced, by path."""
     return _replace(
-        base, lambda module: SelfAttention(module) if _is_llama_attention(module) else None, _same_attention
+        base, lambda _, module: SelfAttention(module) if _is_llama_attention(module) else None, _same_attention
     )
 
 
@@ -312,12 +328,16 @@ def put_back(base: nn.Module, replaced: dict[str, nn.Module]) -> None:
 
 
 def _replace(
-    base: nn.Module, twin: Callable[[nn.Module], nn.Module | None], equal: Callable[[nn.Module, nn.Module], bool]
+    base: nn.Module, twin: Callable[[str, nn.Module], nn.Module | None], equal: Callable[[nn.Module, nn.Module], bool]
 ) -> dict[str, nn.Module]:
     replaced: dict[str, nn.Module] = {}
     for path, module in list(base.named_modules()):
-        own = twin(module)
-        if own is not None and equal(module, own):
+        own = twin(path, module)
+        if own is None:
+            continue
+        with whole_around(base, path):
+            alike = equal(module, own)
+        if alike:
             _put(base, path, own.train(module.training))
             replaced[path] = module
     return replaced
@@ -432,7 +452,7 @@ def _is_llama_attention(module: nn.Module) -> bool:
     return (
         sorted(name for name, _ in module.named_children()) == sorted(LAYERS)
         and not list(module.parameters(recurse=False))
-        and all(isinstance(getattr(module, name), nn.Linear) for name in LAYERS)
+        and all(isinstance(getattr(module, name), nn.Linear | AdaptedLinear) for name in LAYERS)
         and all(hasattr(module, name) for name in KNOWN)
     )
 

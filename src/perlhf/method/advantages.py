@@ -70,10 +70,10 @@ def group_baseline(
     Leave-one-out is RLOO's (arXiv 2402.14740). Rows are ordered by prompt, `group_size` completions each. Where some
     weren't `scored`, means are over those that were; a completion that has no other one is its own baseline.
     """
-    grouped = totals.view(-1, group_size)
+    grouped = totals.view(len(totals) // group_size, group_size)
     assert group_size > 1 or baseline == "group_mean", "leave_one_out needs two completions of a prompt"
     if scored is not None and not scored.all():
-        counted = scored.view(-1, group_size)
+        counted = scored.view(grouped.shape)
         grouped = torch.where(counted, grouped, 0.0)
         number = counted.sum(-1, keepdim=True)
         if baseline == "group_mean":

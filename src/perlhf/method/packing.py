@@ -141,6 +141,14 @@ def pack(examples: Sequence[Sequence[Tokens]], packing: Packing, device: torch.d
     return _packed(examples, range(len(examples)), _starts(examples), packing, device)
 
 
+def empty(packing: Packing, device: torch.device | str = "cpu") -> Batch:
+    """A batch without sequences, of which one token is computed: a pass for nothing."""
+    none = torch.zeros(0, dtype=torch.long, device=device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    nodes = (Node(0, 1, ()),) if packing == "tree" else None
+    return Batch(token, token, nodes, none, none, none, length_mask([], device), (), (), (), (), 0)
+
+
 def batches(
     examples: Sequence[Sequence[Tokens]],
     max_tokens: int,

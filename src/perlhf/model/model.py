@@ -5,8 +5,8 @@ forward uses it) and nowhere else.
 """
 
 import copy
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from perlhf.errors import AdapterError, ModelError
 from perlhf.kernels import cpu, modules, tree_attention
 from perlhf.kernels.call import HeldPair, Turns, calling, current_call
 from perlhf.kernels.kv_cache import KeyValueCache
-from perlhf.kernels.modules import AdaptedLinear, features, update_of
+from perlhf.kernels.modules import AdaptedLinear, adapted, features, update_of
 from perlhf.kernels.rows_cache import Forward, RowsCache
 from perlhf.method.logprobs import token_logprobs
 from perlhf.method.lora import dropout_keys, new_pair
@@ -28,6 +28,7 @@ from perlhf.model.adapter import Adapter, Role
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_base, pick_device, pick_dtype
 from perlhf.model.bases.quantised import Quantize, identity, is_quantised
+from perlhf.model.bases.sharded import holder_of_head
 from perlhf.model.supported import (
     Packed,
     Way,
@@ -39,6 +40,8 @@ from perlhf.model.supported import (
     target_paths,
 )
 from perlhf.model.ways import recall, remember
+from perlhf.parallel.shard import Shards, whole
+from perlhf.parallel.workers import ALONE
 
 Cache = KeyValueCache | RowsCache
 """What is kept of prompts and sampled tokens, by the way of the base."""
@@ -72,6 +75,7 @@ class Model:
         vocabulary: tokens that the tokenizer has; null takes all rows of the embedding. The rows beyond, which padding
             has left, have probability 0 in sampling and in log-probabilities alike.
         known: the way of other weights of the same configuration, which is seen to hold on these (`choose_way`).
+        shards: the workers over which the base was spread while it was loaded; all of them call the same methods.
 
     Raises:
         ModelError: its forward pass isn't what training assumes.
@@ -83,9 +87,11 @@ class Model:
         fingerprint: dict[str, Any],
         vocabulary: int | None = None,
         known: Way | None = None,
+        shards: Shards | None = None,
     ):
-        self.base = base.eval().requires_grad_(False)
-        modules.fuse(self.base)
+        self.base, self.shards = base.eval().requires_grad_(False), shards
+        if shards is None:
+            modules.fuse(self.base)
         self.fingerprint, self.vocabulary = fingerprint, vocabulary
         head = base.get_output_embeddings()
         self._head_path = tuple(name for name, module in base.named_modules() if module is head)
@@ -109,23 +115,36 @@ class Model:
         device: str = "auto",
         vocabulary: int | None = None,
         quantize: Quantize = "none",
+        shards: Shards | None = None,
     ) -> "Model":
         """The base's weights on `device`, without adapters.
 
+        Args:
+            shards: the workers over which they are spread; None for all of them in this process.
+
         Raises:
-            ModelError: no such device or dtype; a network that can't be loaded or isn't supported.
+            ModelError: no such device or dtype; a network that can't be loaded, isn't supported, or can't be spread.
         """
         target = pick_device(device)
         chosen, _ = pick_dtype(dtype, target.type)
-        network = load_base(base, chosen, target, quantize)
+        if shards is not None and shards.workers.count > 1:
+            shards.workers.in_step = True
+        network = load_base(base, chosen, target, quantize, shards)
         config = copy.deepcopy(network.config)  # what is computed with it is written into it
-        kept = recall(config, chosen, target)
+        # Workers that hold parts of one base must go the same way to find the way.
+        kept = recall(config, chosen, target, ALONE if shards is None else shards.workers)
         try:
-            model = cls(network, identity(base, quantize), vocabulary, kept)
+            model = cls(network, identity(base, quantize), vocabulary, kept, shards)
+            if shards is not None and model.way.packing == "none":
+                raise ModelError(f"it is computed in rows, not as a tree: {model.way.why}")
         except ModelError as error:
+            name = type(network).__name__
+            if shards is not None:
+                what, hint = f"{name} can't be spread over workers: {error.what}", "shard: none keeps it whole on each"
+                raise ModelError(what, where="shard", allowed="none", hint=hint) from error
             if quantize == "none" or not is_quantised(network):
                 raise
-            what = f"{type(network).__name__} doesn't compute with quantised layers: {error.what}"
+            what = f"{name} doesn't compute with quantised layers: {error.what}"
             raise ModelError(what, where="quantize", allowed="none", hint="leave quantize out") from error
         if model.way != kept:
             remember(config, chosen, target, model.way)
@@ -157,6 +176,7 @@ class Model:
         """
         adapter = Adapter(name, role, rank, alpha, dropout, beneath=beneath)
         if tuning == "full":
+            assert self.shards is None, "the configuration refuses it"
             if is_quantised(self.base):
                 what = "tuning: full learns all weights, and those of this base are quantised"
                 raise AdapterError(what, where="tuning", allowed="lora", hint="or take a base with whole weights")
@@ -165,7 +185,7 @@ class Model:
         else:
             generator = torch.Generator().manual_seed(seed)
             for path in self.targets(targets, layers):
-                layer = self._adapted(path)
+                layer = adapted(self.base, path)
                 outputs, inputs = layer.out_features, layer.in_features
                 adapter.pairs[path] = new_pair(outputs, inputs, rank, alpha, dropout, generator, self.device)
         adapter.add_head(self.hidden_size, self.device)
@@ -214,6 +234,15 @@ class Model:
     def version(self, name: str | None) -> tuple[tuple[str, int], ...]:
         """Name and version of each adapter that `name` makes active: whoever changes weights raises the version."""
         return tuple((adapter.name, adapter.version) for adapter in self._chain(name))
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The layer that makes states of tokens."""
+        return self.base.get_input_embeddings()
+
+    def anybody(self, goes_on: bool) -> bool:
+        """Whether passes go on: those of this process, or of any worker that holds a part of the base."""
+        return goes_on if self.shards is None else self.shards.anybody(goes_on)
 
     # forward passes
 
@@ -278,8 +307,8 @@ class Model:
             dropout, dropout_key: as those of `scores`.
         """
         states = self._states(batch, adapter, dropout=dropout, dropout_key=dropout_key)[batch.predicting]
-        weight, shape = self._output_weight(adapter), self.way.logits
-        logprobs, entropy = token_logprobs(states, weight, batch.targets, temperature, shape)
+        with self._output_weight(adapter) as weight:  # its gradient needs none
+            logprobs, entropy = token_logprobs(states, weight, batch.targets, temperature, self.way.logits)
         return TokenLogprobs(spread(logprobs, batch.completion_mask), spread(entropy, batch.completion_mask))
 
     @torch.no_grad()
@@ -320,8 +349,7 @@ class Model:
     @torch.no_grad()
     def logits(self, states: Tensor, adapter: str | Held | None) -> Tensor:
         """Logits of the vocabulary's tokens from states [..., hidden], float32, to sample from."""
-        weight = self._output_weight(adapter)
-        with cpu.sampling():
+        with self._output_weight(adapter) as weight, cpu.sampling():
             logits = cpu.linear(states, weight) if cpu.few_rows(states, weight) else states @ weight.t()
         return self.way.logits.of(logits.float())
 
@@ -388,7 +416,7 @@ class Model:
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """States [rows * width, hidden] of all tokens; `cache` gets the keys and values."""
-        self.check_length(max(sum(length for _, length in spans) for spans in batch.spans))
+        self.check_length(max((sum(length for _, length in spans) for spans in batch.spans), default=0))
         inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
         tree = None
         if batch.nodes is not None:
@@ -408,9 +436,11 @@ class Model:
         assert head.score_head is not None and head.bias is not None, f"adapter '{adapter}' has no score head"
         return (states.float() @ head.score_head.t()).squeeze(-1) + head.bias
 
-    def _output_weight(self, adapter: str | Held | None) -> Tensor:
-        """Rows of the output head, of the tokens that there are."""
-        return self._head_weight(adapter)[: self.vocabulary]
+    @contextmanager
+    def _output_weight(self, adapter: str | Held | None) -> Iterator[Tensor]:
+        """Rows of the output head, of the tokens that there are; of a base in parts they are whole inside alone."""
+        with nullcontext() if self.shards is None else whole(holder_of_head(self.base)):
+            yield self._head_weight(adapter)[: self.vocabulary]
 
     def _head_weight(self, adapter: str | Held | None) -> Tensor:
         weights = adapter.weights if isinstance(adapter, Held) else _uppermost_weights(self._chain(adapter))
@@ -424,21 +454,15 @@ class Model:
         embedding = self.base.get_input_embeddings()
         return next(name for name, module in self.decoder.named_modules() if module is embedding)
 
-    def _adapted(self, path: str) -> AdaptedLinear:
-        parent_path, _, leaf = path.rpartition(".")
-        parent = self.base.get_submodule(parent_path)
-        layer = getattr(parent, leaf)
-        if not isinstance(layer, AdaptedLinear):
-            layer = AdaptedLinear(layer)
-            layer.number = zlib.crc32(path.encode()) >> 1
-            setattr(parent, leaf, layer)
-        return layer
-
     def _register(self, adapter: Adapter) -> None:
         assert adapter.name not in self.adapters, f"adapter '{adapter.name}' exists"
+        if adapter.weights and self.shards is not None:
+            what = "an adapter of all weights (tuning: full) has no place in a base that is spread over workers"
+            hint = "shard: none; or perlhf export --format merged makes a base of it"
+            raise AdapterError(what, where="shard", allowed="none", hint=hint)
         self.adapters[adapter.name] = adapter
         for path, pair in adapter.pairs.items():
-            self._adapted(path).pairs[adapter.name] = pair
+            adapted(self.base, path).pairs[adapter.name] = pair
 
     @torch.no_grad()
     def _merged(self, name: str | None) -> dict[str, Tensor]:

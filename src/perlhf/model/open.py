@@ -7,6 +7,7 @@ whoever reads it, or found beside the adapter.
 import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,10 +34,19 @@ from perlhf.kernels.modules import fused_experts
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.bases.found import Base, template_depends_on_day
-from perlhf.model.bases.loading import end_ids, load_tokenizer, quantisation_note, vocabulary
+from perlhf.model.bases.loading import (
+    end_ids,
+    load_tokenizer,
+    pick_device,
+    quantisation_note,
+    vocabulary,
+    will_be_quantised,
+)
 from perlhf.model.bases.untrained import untrained_tokens
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
+from perlhf.parallel.shard import shards_of, whole
+from perlhf.parallel.workers import ALONE, Workers
 from perlhf.runs import places
 from perlhf.runs.earlier import adapter_of, earlier_runs, files_hash, is_adapter, several_adapters
 from perlhf.runs.evaluations import mapping
@@ -141,7 +151,7 @@ class FinishedRun:
         # Another number of threads adds up in another order: scores would differ in the last bits.
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        config = self.config.model_copy(update={"device": device})
+        config = self.config.model_copy(update={"device": device, "shard": "none"})
         model, encoder = open_model(config, self.base, self.adapter if self.foreign else None)
         if self.accept_changes:  # adapters are still refused on other weights
             model.fingerprint = {key: value for key, value in model.fingerprint.items() if key != "files"}
@@ -245,21 +255,33 @@ def load_start(model: Model, config: StageConfig, encoder: Encoder, role: Litera
     return adapter.name
 
 
-def open_model(config: StageConfig, base: Base, beside: Path | None = None) -> tuple[Model, Encoder]:
+def open_model(
+    config: StageConfig, base: Base, beside: Path | None = None, workers: Workers = ALONE
+) -> tuple[Model, Encoder]:
     """The model and the encoder that a stage's configuration names, on its base.
 
     Args:
         config: of the stage.
         base: the network.
         beside: an adapter's directory whose own chat template and end token are used, if it has some.
+        workers: over whom the base is spread, where the configuration's `shard` asks for it.
+
+    Raises:
+        ConfigError: it can't be spread over them; ModelError: as `Model.load`.
     """
     tokenizer = _tokenizer(base, beside)
-    model = Model.load(base, config.dtype, config.device, vocabulary(tokenizer), config.quantize)
+    shards = shards_of(config.shard, workers, pick_device(config.device))
+    if shards is not None and will_be_quantised(base, config.quantize):
+        note(f"shard: {config.shard} spreads no quantised weights: each worker holds all of them")
+        shards = None
+    model = Model.load(base, config.dtype, config.device, vocabulary(tokenizer), config.quantize, shards)
     if (said := quantisation_note(base, model.base, config.quantize)) is not None:
         note(said)
     if model.way.packing == "none":
         note(f"no tree of prefixes, but rows, which are slower: {model.way.why}")
-    return model, Encoder(tokenizer, config.encoding, end_ids(base), untrained_tokens(model.base, tokenizer))
+    with nullcontext() if shards is None else whole(model.embedding):
+        untrained = untrained_tokens(model.base, tokenizer)
+    return model, Encoder(tokenizer, config.encoding, end_ids(base), untrained)
 
 
 def with_day(config: Stage, base: Base) -> Stage:

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedC
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError
 from perlhf.kernels import modules, tree_attention
-from perlhf.kernels.modules import features, match_targets
+from perlhf.kernels.modules import AdaptedLinear, features, match_targets
 from perlhf.kernels.sight import FULL, Sight, watching
 from perlhf.method.logprobs import PLAIN, Logits
 from perlhf.method.packing import Packing, pad
+from perlhf.parallel.watch import connection_broke
 from perlhf.system.unforeseen import memory_is_full
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ def _search(model: "Model", plain: Way, probe: "_Probe", states: Tensor) -> None
 def _holds(model: "Model", known: Way, probe: "_Probe", states: Tensor) -> bool:
     """Whether a known way is one of these weights, too; it is then taken."""
     layers = dict(model.base.named_modules())
-    if not all(isinstance(layers.get(path), nn.Linear) for path in known.uncalled):
+    if not all(isinstance(layers.get(path), nn.Linear | AdaptedLinear) for path in known.uncalled):
         return False
     try:
         with _tried("it doesn't take our attention"):
@@ -270,6 +271,8 @@ def _tried(what: str) -> Iterator[None]:
         yield
     except FAULTS as error:
         if memory_is_full(error) or isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+            raise
+        if connection_broke(error):
             raise
         raise _NoWay(f"{what} ({error!r:.300})") from error
 
@@ -307,14 +310,21 @@ def _as_it_is(decoder: nn.Module, network: PreTrainedModel, ids: Tensor) -> Tens
 def _uncalled(decoder: nn.Module, network: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
     """`Way.uncalled`: layers that weren't called, and whose weights have a gradient all the same; and those of parts
     beside the numbered layers of which none was called. (An expert that wasn't chosen now is within a layer.)
+
+    Raises:
+        _NoWay: there is such a layer in a base in parts, whose weights can have no gradient.
     """
     called: set[nn.Module] = set()
-    layers = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear)}
+    kinds = nn.Linear | AdaptedLinear
+    layers = {path: module for path, module in network.named_modules() if isinstance(module, kinds)}
     hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in layers.values()]
     try:
         decoder(input_ids=ids, use_cache=False)
         inside = set(decoder.modules())
-        silent = {path: module for path, module in layers.items() if module in inside and module not in called}
+        missed = [path for path, module in layers.items() if module in inside and module not in called]
+        silent = {path: module for path in missed if isinstance(module := layers[path], nn.Linear)}
+        if len(silent) < len(missed):
+            raise _NoWay(f"some weights are read without a call to their layer, or are left out ({missed[0]})")
         for module in silent.values():
             module.weight.requires_grad_(True)
         if silent:

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedConfig
 
 from perlhf.model.supported import Way
+from perlhf.parallel.workers import ALONE, Workers
 from perlhf.system.files import write_atomic
 from perlhf.system.hashes import UNIMPORTANT
 from perlhf.system.machine import cache_dir, version
@@ -24,13 +25,24 @@ _OURS = ("method", "kernels", "model")
 _WAY = TypeAdapter(Way)
 
 
-def recall(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Way | None:
-    """The way that `remember` was given; None where there is none, or where its file isn't as it was written."""
+def recall(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, workers: Workers = ALONE) -> Way | None:
+    """The way that `remember` was given; None where there is none, or where its file isn't as it was written.
+
+    Args:
+        workers: all get what the first one recalls.
+    """
     key = _key(config, dtype, device)
+    said = workers.once(lambda: _said(key))
+    with contextlib.suppress(ValueError):
+        return None if said is None else _WAY.validate_json(said)
+    return None
+
+
+def _said(key: str) -> str | None:
     with contextlib.suppress(OSError, ValueError):
         checksum, _, said = _file(key).read_text("utf-8").partition("\n")
         if checksum == _checksum(key, said):
-            return _WAY.validate_json(said)
+            return said
     return None
 
 

@@ -35,6 +35,11 @@ def several(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("WORLD_SIZE", "1").strip() not in ("", "0", "1")
 
 
+def launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher started this process, be it the only one."""
+    return bool(environment.get("WORLD_SIZE", "").strip() and environment.get("MASTER_ADDR", "").strip())
+
+
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     """Which of several workers this process is; None where it is alone.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from perlhf.method.packing import Batch, Ids, Packing, Tokens, batches, common_prefix
+from perlhf.method.packing import Batch, Ids, Packing, Tokens, batches, common_prefix, empty
 from perlhf.parallel.workers import Workers
 
 
@@ -73,16 +73,32 @@ def own_batches(
     device: torch.device | str,
     workers: Workers,
 ) -> list[Batch]:
-    """Micro-batches of this worker's share of an update's examples; numbers in them are those of the whole update."""
+    """Micro-batches of this worker's share of an update's examples; numbers in them are those of the whole update.
+
+    Workers that must make the same passes (`Workers.in_step`) get equally many: who has fewer gets empty ones besides.
+    """
     chosen = None
     if workers.count > 1:
         chosen = shares([[tokens.ids for tokens in example] for example in examples], workers.count, packing)
         chosen = chosen[workers.number]
-    return batches(examples, max_tokens, packing, device, chosen)
+    return _in_step(batches(examples, max_tokens, packing, device, chosen), packing, device, workers)
 
 
 def own_of(laid_out: Sequence[Batch], workers: Workers) -> list[Batch]:
-    """This worker's of micro-batches that are laid out as one process does: what is measured has the same bits."""
-    if workers.count == 1:
+    """This worker's of micro-batches that are laid out as one process does: what is measured has the same bits.
+
+    Empty ones are added as by `own_batches`.
+    """
+    if workers.count == 1 or not laid_out:
         return list(laid_out)
-    return [laid_out[i] for i in balanced([batch.tokens for batch in laid_out], workers.count)[workers.number]]
+    own = [laid_out[i] for i in balanced([batch.tokens for batch in laid_out], workers.count)[workers.number]]
+    packing = "none" if laid_out[0].nodes is None else "tree"
+    return _in_step(own, packing, laid_out[0].ids.device, workers)
+
+
+def _in_step(own: list[Batch], packing: Packing, device: torch.device | str, workers: Workers) -> list[Batch]:
+    """As many micro-batches as the worker with most has, where all must make the same passes."""
+    if not workers.in_step:
+        return own
+    most = max(len(part) for part in workers.gather(torch.zeros(len(own), dtype=torch.uint8)))
+    return own + [empty(packing, device) for _ in range(most - len(own))]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from perlhf.errors import ConfigError, PerlhfError, WorkerError
 from perlhf.parallel.place import Place, place
-from perlhf.parallel.watch import Failure, Watch, end_at_once
+from perlhf.parallel.watch import Failure, Watch, connection_broke, end_at_once
 from perlhf.parallel.workers import ALONE, NEVER, Workers
 from perlhf.system import unforeseen
 
@@ -82,6 +82,8 @@ def together(said: Said = said_of) -> Iterator[Workers]:
         if isinstance(error, SystemExit) and error.code in (0, None):
             watch.leave()
             raise
+        if connection_broke(error):  # while a part of the base was gathered
+            error = watch.error(watch.broken())
         _failed(error, watch, said, streams)
     finally:
         if token is not None:
@@ -126,7 +128,7 @@ def _group(own: Place, watch: Watch) -> Workers:
     apart = all(devices) and len(set(devices)) == own.count and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if apart else "gloo"
     dist.init_process_group(backend, store=watch.store, rank=own.number, world_size=own.count, timeout=NEVER)
-    return Workers(own.number, own.count, watch, on_cpu=not apart)
+    return Workers(own.number, own.count, watch, on_cpu=not apart, local=(own.local, own.local_count))
 
 
 def _end(failure: Failure, own: Place, streams: tuple[TextIO, TextIO]) -> None:

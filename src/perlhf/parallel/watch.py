@@ -223,6 +223,12 @@ class Watch:
         return failure
 
 
+def connection_broke(error: BaseException) -> bool:
+    """Whether torch says by an error that another worker can't be reached any more."""
+    backend = isinstance(error, dist.DistError | dist.DistBackendError)  # pyright: ignore[reportPrivateImportUsage]
+    return backend or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 def _this_process() -> str:
     """Machine, process id and when it began, which tells it from a later one with the same id."""
     own = psutil.Process()

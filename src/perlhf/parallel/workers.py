@@ -34,9 +34,22 @@ class Workers:
     All workers must call the same methods in the same order.
     """
 
-    def __init__(self, number: int = 0, count: int = 1, watch: Watch | None = None, on_cpu: bool = True):
+    def __init__(
+        self,
+        number: int = 0,
+        count: int = 1,
+        watch: Watch | None = None,
+        on_cpu: bool = True,
+        local: tuple[int, int] = (0, 1),
+    ):
         self.number, self.count = number, count
-        self._watch, self._on_cpu = watch, on_cpu
+        self.local = local
+        """Its number on its machine, and how many are there."""
+        self.on_cpu = on_cpu
+        """Whether what they tell one another travels through the CPU's memory."""
+        self.in_step = False
+        """Whether all must make the same passes through the base, each holding a part of it (`shard`)."""
+        self._watch = watch
 
     @property
     def first(self) -> bool:
@@ -203,7 +216,7 @@ class Workers:
             raise self._watch.error(self._watch.broken()) from error
 
     def _to_group(self, flat: Tensor) -> Tensor:
-        return flat.cpu() if self._on_cpu else flat
+        return flat.cpu() if self.on_cpu else flat
 
     def _back(self, flat: Tensor, like: Tensor) -> Tensor:
         return flat.to(like.device).view(like.shape)

@@ -55,7 +55,12 @@ def shares_trunk(model: Model, adapters: Sequence[str], packing: Packing) -> boo
 
 
 def in_one_pass(model: Model, paths: Sequence[str]) -> bool:
-    """Whether adapters of these layers are computed in one pass as in separate ones: two random ones are tried."""
+    """Whether adapters of these layers are computed in one pass as in separate ones: two random ones are tried.
+
+    Not where the base lies in parts on several workers, all of whom must make the same passes.
+    """
+    if model.shards is not None:
+        return False
     known = _TRIED.setdefault(model, {})
     key = tuple(paths)
     if key not in known:

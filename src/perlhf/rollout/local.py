@@ -212,12 +212,13 @@ def sample_share(
     """
     own = balanced([len(ids) + samples * max_completion_tokens for ids in prompts], workers.count)[workers.number]
     rollout = None
-    if own:
+    computed = own or ([0] if workers.in_step else [])  # who has none samples for nothing, beside the others
+    if computed:
         rollout = sample(
             model,
-            [prompts[i] for i in own],
+            [prompts[i] for i in computed],
             adapter=adapter,
-            draws=draws(own),
+            draws=draws(computed),
             ends=ends,
             temperature=temperature,
             max_completion_tokens=max_completion_tokens,
@@ -241,7 +242,9 @@ def _of_all(
     """The completions of all workers, in the order of the prompts; their states stay where they are."""
     rows = [[place * samples + sample for sample in range(samples)] for place in own]
     numbers = [number for of_prompt in rows for number in of_prompt]
-    given = ([], [], []) if rollout is None else (rollout.ended, rollout.completions, rollout.sampler_logprobs)
+    given = ([], [], [])
+    if own and rollout is not None:
+        given = rollout.ended, rollout.completions, rollout.sampler_logprobs
     told = {number: [int(ended), *ids] for number, ended, ids in zip(numbers, *given[:2], strict=True)}
     whole = workers.rows(told)
     # Floats travel as the bits that they are.
@@ -310,8 +313,9 @@ def _tokens(
                 going[row] = not ends.end(sampled[row])
                 yield row, token, logprob, not going[row]
         left = [at for at, row in enumerate(numbers) if going[row]]
-        if not left or time + 1 == longest:
+        if time + 1 == longest or not model.anybody(bool(left)):
             return
+        left = left or [0]  # a step for nothing, beside other workers' completions
         if decoding.drops(len(left), len(rows)):
             staying = torch.tensor(left, device=model.device)
             decoding.keep(staying)
@@ -324,7 +328,8 @@ class Decoding:
 
     On a GPU, where launching a step's small kernels takes longer than running them, the first step runs as it is, the
     second is recorded as a graph, and all others replay it; rows that have ended stay until half of them have, since
-    the rest must then be recorded anew. On a CPU, and where a base is computed in rows, every step is `Model.decode`.
+    the rest must then be recorded anew. On a CPU, and where a base is computed in rows or in parts, every step is
+    `Model.decode`.
     """
 
     def __init__(self, model: Model, cache: Cache, held: Held):
@@ -336,7 +341,8 @@ class Decoding:
     def __call__(self, ids: Tensor) -> Tensor:
         """States [row, hidden] of one more token [row]; those of a step are overwritten by the next one."""
         self._steps += 1
-        if self._steps == 1 or not self.cache.fixed or ids.device.type != "cuda":
+        recorded = self.cache.fixed and ids.device.type == "cuda" and self.model.shards is None
+        if self._steps == 1 or not recorded:
             return self.model.decode(ids, self.cache, self.held)
         if self._graph is None:
             self._ids, graph = ids.clone(), torch.cuda.CUDAGraph()

@@ -149,7 +149,7 @@ def _train(config: PolicyConfig, base: Base, run: Run, workers: Workers) -> dict
 
 def _open(config: PolicyConfig, base: Base, workers: Workers) -> Setup:
     """The base with the reference, policy, value and reward adapters, and the prompts."""
-    model, encoder = open_model(config, base)
+    model, encoder = open_model(config, base, workers=workers)
     reference = None if config.sft is None else load_sft(model, config.sft, encoder)
     start = reference if config.start is None else load_start(model, config, encoder, "policy")
     new_adapter(model, POLICY, "policy", config, start=start)

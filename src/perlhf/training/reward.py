@@ -83,7 +83,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
 
 def _train(config: RewardConfig, base: Base, run: Run, workers: Workers) -> dict[str, Any]:
     """The run from where it is to its end; its result."""
-    model, encoder = open_model(config, base)
+    model, encoder = open_model(config, base, workers=workers)
     run.note("way", told(model.way, config.packing))
     sides = loop.read_sides(config, ("comparison", "rating"))
     check_labels(sides.train, config.data)
@@ -317,7 +317,7 @@ def _update(
         members = [(items[i], at) for i, at in zip(batch.examples, batch.first, strict=True)]
         pairs = [(item, at) for item, at in members if item.label is None]
         ratings = [(item, at, item.label) for item, at in members if item.label is not None]
-        loss = torch.zeros((), device=model.device)
+        loss = scores[:0].sum()  # 0, with a gradient: a batch may be empty (`shares.own_batches`)
         if pairs:
             part, counted = bradley_terry(
                 scores[[at for _, at in pairs]],

@@ -56,7 +56,7 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
 
 def _train(config: SftConfig, base: Base, run: Run, workers: Workers) -> dict[str, Any]:
     """The run from where it is to its end; its result."""
-    model, encoder = open_model(config, base)
+    model, encoder = open_model(config, base, workers=workers)
     run.note("way", told(model.way, config.packing))
     sides = loop.read_sides(config, ("demonstration",))
     train, counts = encode_items(encoder, sides.train)

@@ -29,9 +29,11 @@ from perlhf.model.bases.packaged import (
     quiet,
 )
 from perlhf.model.bases.quantised import check_quantised, load_quantised, method_of, note_of
+from perlhf.model.bases.sharded import held_dtype, spread
 from perlhf.model.bases.text_model import is_multimodal, names_of_text, text_config
-from perlhf.model.bases.weights import Stored, fitted, names_in, open_weights, room_for
+from perlhf.model.bases.weights import Stored, fitted, names_in, open_weights, room_for, stored_dtype
 from perlhf.model.supported import check_supported
+from perlhf.parallel.shard import Shards
 from perlhf.system.machine import bound_compiled_products, cpu_computes_in_bf16
 
 
@@ -114,13 +116,16 @@ def holds_more_than_text(base: Base) -> bool:
         return is_multimodal(_whole_config(base))
 
 
-def load_base(base: Base, dtype: torch.dtype, device: str | torch.device, quantize: str = "none") -> PreTrainedModel:
+def load_base(
+    base: Base, dtype: torch.dtype, device: str | torch.device, quantize: str = "none", shards: Shards | None = None
+) -> PreTrainedModel:
     """The frozen network: evaluation mode, no gradients. `Model` verifies its forward pass.
 
     Of a multimodal checkpoint it is the language model alone.
 
     Args:
         quantize: `int8` or `nf4` keeps its linear layers in few bits (`quantised`).
+        shards: the workers over which its layers are spread while it is loaded (`sharded`); quantised ones aren't.
 
     Raises:
         ModelError: unsupported architecture, no or unreadable safetensors, missing weights, or no memory for them.
@@ -132,11 +137,16 @@ def load_base(base: Base, dtype: torch.dtype, device: str | torch.device, quanti
         if quantize != "none" or method_of(config) is not None:
             bound_compiled_products()
             return load_quantised(base, config, quantize, dtype, torch.device(device))
-    return load_network(base, AutoModelForCausalLM, dtype, device).requires_grad_(False)
+    if shards is None:
+        return load_network(base, AutoModelForCausalLM, dtype, device).requires_grad_(False)
+    # As it is stored it is mapped, and takes no memory until a layer's part is copied.
+    stored = held_dtype(config, dtype, stored_dtype(weight_files(base.directory)))
+    network = load_network(base, AutoModelForCausalLM, stored, "cpu", workers=shards.count)
+    return spread(network.requires_grad_(False), dtype, torch.device(device), shards)
 
 
 def load_network(
-    base: Base, auto: Any, dtype: torch.dtype, device: str | torch.device, **settings: Any
+    base: Base, auto: Any, dtype: torch.dtype, device: str | torch.device, workers: int = 1, **settings: Any
 ) -> PreTrainedModel:
     """The network that one of transformers' automatic classes makes of a base's configuration, in evaluation mode.
 
@@ -145,6 +155,7 @@ def load_network(
         auto: `AutoModelForCausalLM`, or another of its kind.
         dtype: of its weights.
         device: gets each tensor as it is read.
+        workers: how many will hold its weights between them, so that memory must be there for a part alone.
         settings: of the configuration, such as `num_labels`, which make it a network with tensors of its own.
 
     Raises:
@@ -160,7 +171,7 @@ def load_network(
         kind: Any = _get_model_class(config, auto._model_mapping)
         for key, value in settings.items():
             setattr(config, key, value)
-        with room_for(kept, dtype, target, where):
+        with room_for(kept, dtype, target, where, workers):
             loaded: Any = kind.from_pretrained(
                 None,
                 config=config,
@@ -191,6 +202,11 @@ def _of_text(config: PreTrainedConfig, weights: Mapping[str, Stored]) -> dict[st
 def comes_quantised(base: Base) -> bool:
     """Whether the checkpoint is quantised."""
     return method_of(_config(base)) is not None
+
+
+def will_be_quantised(base: Base, quantize: str) -> bool:
+    """Whether its layers are loaded as quantised ones, or read from such."""
+    return quantize != "none" or comes_quantised(base)
 
 
 def quantisation_note(base: Base, network: PreTrainedModel, quantize: str) -> str | None:

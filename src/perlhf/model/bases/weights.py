@@ -6,6 +6,8 @@ given back at once, so that the peak is the weights and a few tensors.
 """
 
 import contextlib
+import ctypes
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -91,17 +93,48 @@ def names_in(files: list[Path]) -> list[str]:
     return names
 
 
+def stored_dtype(files: list[Path]) -> torch.dtype | None:
+    """The one dtype that all numbers of the files are stored in; None where they are in several, or in another."""
+    codes: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            codes |= {opened.get_slice(name).get_dtype() for name in opened.keys()}
+    found = [dtype for dtype, code in _CODES.items() if code in codes]
+    return found[0] if len(found) == 1 and len(codes & {*_FLOATS}) == 1 else None
+
+
+def forget_pages(tensor: torch.Tensor) -> None:
+    """Gives back what a mapped tensor takes of this process's memory; whoever reads it again reads its file.
+
+    The numbers of one that isn't mapped are lost.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
 @contextlib.contextmanager
-def room_for(weights: Mapping[str, Stored], dtype: torch.dtype, device: torch.device, where: str) -> Iterator[None]:
+def room_for(
+    weights: Mapping[str, Stored], dtype: torch.dtype, device: torch.device, where: str, workers: int = 1
+) -> Iterator[None]:
     """Refuses weights for which there is no memory before one is read, and tells where it runs full all the same.
 
     What is mapped needs room in the page cache, which other things may leave; what is copied needs it now.
 
+    Args:
+        workers: how many hold the weights between them, each a part that is copied.
+
     Raises:
         ModelError: with what is needed, what is free, and what takes less.
     """
-    copied = sum(stored.bytes for stored in weights.values() if not stored.mapped)
-    needed = sum(stored.bytes for stored in weights.values())
+    needed = sum(stored.bytes for stored in weights.values()) // workers
+    copied = needed
+    if workers == 1:
+        copied = sum(stored.bytes for stored in weights.values() if not stored.mapped)
     free = _free(device)
     if free is not None and (copied > free or (device.type == "cpu" and needed > memory_bytes())):
         raise _full(needed, min(free, memory_bytes()) if device.type == "cpu" else free, dtype, device, where)
