@@ -26,7 +26,8 @@ MOVING = {"optim": OptimConfig(learning_rate=3e-3), "max_sampler_gap": 1e9}
 
 
 def stale_stage(directory: Path, **options: Any) -> Setup:
-    stage = new_stage(directory, number, **({"staleness": 1, "updates": UPDATES} | options))
+    given: dict[str, Any] = {"staleness": 1, "updates": UPDATES} | options
+    stage = new_stage(directory, number, **given)
     add_sampler(stage.model, POLICY)
     return stage
 
