@@ -116,6 +116,24 @@ def test_two_workers_are_repeatable_and_their_checkpoints_those_of_one(stage, co
     assert log.count("validation_examples" if stage != "policy" else "validation_prompts") == 1
 
 
+def test_workers_sample_ahead(commands, feedback, tmp_path):
+    """Each samples its share in a thread; they meet where the completions are wanted, so nothing hangs on when."""
+    runs = [tmp_path / "one", tmp_path / "again"]
+    for run in runs:
+        words = commands("policy", run, "--staleness", "1")
+        assert finish_workers(2, words, tmp_path / "log", feedback) == [0, 0], said(tmp_path / "log")
+    assert outcome(runs[0]) == outcome(runs[1])
+    alone = tmp_path / "alone"
+    assert finish(commands("policy", alone, "--staleness", "1"), tmp_path / "log1", feedback) == 0
+    for line, usual in zip(metrics(runs[0]), metrics(alone), strict=True):
+        assert line["ratio_mean"] == pytest.approx(usual["ratio_mean"], abs=1e-2)
+        assert line["score_mean"] == pytest.approx(usual["score_mean"], abs=1e-4)
+    for update, step in ((2, 0), (6, 4)):
+        found = [read_lines(run / f"rollouts/{update:08d}.jsonl") for run in (runs[0], alone)]
+        assert [row["completion"] for row in found[0]] == [row["completion"] for row in found[1]]
+        assert {row["sampler_step"] for rows in found for row in rows} == {step}
+
+
 def test_a_run_goes_on_with_another_number_of_workers(commands, feedback, tmp_path):
     run = tmp_path / "run"
     words = commands("policy", run)

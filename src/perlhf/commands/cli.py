@@ -228,7 +228,8 @@ def _launch(arguments: list[str]) -> int:
     settings, _ = parse(COMMANDS["launch"], own)
     if not words or words[0] not in SHARED:
         what = f"{words[0]} is no work for several workers" if words else "no command to launch"
-        raise ConfigError(what, where="perlhf launch", allowed=f"{', '.join(SHARED)}, and their options")
+        hint = "perlhf compare RECIPE --jobs N runs N cells at a time" if words[:1] == ["compare"] else None
+        raise ConfigError(what, where="perlhf launch", allowed=f"{', '.join(SHARED)}, and their options", hint=hint)
     defaults = evaluated_data(words[1:]) if words[0] == "evaluate" else None
     _, dry_run = parse(COMMANDS[words[0]], words[1:], defaults)
     if dry_run or settings.workers == 1:

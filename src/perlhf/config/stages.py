@@ -376,6 +376,12 @@ class PolicyConfig(StageConfig):
     """Strings that end a completion, such as "\\nUser:"; rewards see the text before the first of them."""
     patience: Positive | None = Field(default=None, exclude_if=lambda evaluations: evaluations is None)
     """Stop after so many evaluations in a row without a better held-out reward; null runs all updates."""
+    staleness: Literal[0, 1] = Field(default=0, exclude_if=lambda updates: updates == 0)
+    """1 samples the next update's completions while this one is learned from, and corrects for the older policy."""
+    max_ratio: Annotated[float, Field(ge=1)] | None = Field(default=None, exclude_if=lambda limit: limit is None)
+    """Of `staleness: 1`: a completion's ratio of policy to sampler counts as at most this (2 is usual); null: as is."""
+    max_sampler_gap: Annotated[float, Field(gt=0)] = Field(default=0.2, exclude_if=lambda nats: nats == 0.2)
+    """Of `staleness: 1`: an update whose sampler and policy differ by more nats a token, in the mean, ends the run."""
 
     @property
     def learning_rate(self) -> float:
@@ -411,7 +417,19 @@ class PolicyConfig(StageConfig):
         if not self.reward:
             raise ValueError("reward is empty; give a reward run directory, module:function or http address")
         self._check_weights()
+        self._check_staleness()
         return self
+
+    def _check_staleness(self) -> None:
+        if self.staleness and self.tuning == "full":
+            what = "staleness: 1 samples with a copy of the adapter, and tuning: full has none"
+            raise ValueError(f"{what}; leave one of them out")
+        if self.staleness and self.shard != "none":
+            what = f"staleness: 1 samples while it learns, and shard: {self.shard} gathers layers in one order"
+            raise ValueError(f"{what}; leave one of them out")
+        for key in ("max_ratio", "max_sampler_gap"):
+            if not self.staleness and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is of staleness: 1, where an older policy samples; leave it out, or set that")
 
     def _check_weights(self) -> None:
         weights = self.reward_weights

@@ -90,14 +90,36 @@ def policy_loss(
     return loss, {"clipped": float((clipped & completion_mask).sum().item())}
 
 
+def completion_ratio(
+    logprobs: Float[Tensor, "batch time"],
+    sampler_logprobs: Float[Tensor, "batch time"],
+    completion_mask: Bool[Tensor, "batch time"],
+    *,
+    limit: float | None,
+) -> Float[Tensor, " batch"]:
+    """w = policy(y | x) / sampler(y | x) = exp(sum_t logprobs_t - sampler_logprobs_t), at most `limit`; detached.
+
+    A completion is rewarded as a whole and its return from any token on depends on all that follow, so what an older
+    policy sampled stands for the newer one with the ratio of whole completions: E_sampler[w f(y)] = E_policy[f(y)]. The
+    product of fewer tokens' ratios would be the expectation under neither. With a limit large ratios are too small,
+    and expectations no longer exact.
+    """
+    ratio = torch.where(completion_mask, logprobs - sampler_logprobs, 0.0).sum(-1).exp().detach()
+    return ratio if limit is None else ratio.clamp_max(limit)
+
+
 def value_loss(
     values: Float[Tensor, "batch time"],
     returns: Float[Tensor, "batch time"],
     completion_mask: Bool[Tensor, "batch time"],
     *,
     divisor: int | float,
+    weights: Float[Tensor, " batch"] | None = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """sum_t (V_t - stopgrad(Z_t))^2, Z the return-to-go (arXiv 2309.00267, appendix). Divisor: completions."""
+    """weight * sum_t (V_t - stopgrad(Z_t))^2, Z the return-to-go (arXiv 2309.00267, appendix). Divisor: completions.
+
+    The weights, 1 without, are those of `completion_ratio`.
+    """
     error = torch.where(completion_mask, values - returns.detach(), 0.0)
-    loss = error.square().sum() / divisor
-    return loss, {"squared_error": float(error.square().sum().item())}
+    squared = error.square() if weights is None else error.square() * weights[:, None]
+    return squared.sum() / divisor, {"squared_error": float(error.square().sum().item())}

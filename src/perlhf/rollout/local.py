@@ -9,6 +9,7 @@ stop string, which is kept as well: what was sampled is what is learned.
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,6 @@ from perlhf.errors import AdapterError, DivergenceError, StaleSamplerError
 from perlhf.method.packing import Ids
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Cache, Held, Model
-from perlhf.parallel.shares import balanced
-from perlhf.parallel.workers import Workers
 
 VOCAB_BLOCK = 256
 """Tokens whose probabilities are added up together before one of them is drawn."""
@@ -150,6 +149,7 @@ def sample(
     ends: Ends,
     temperature: float,
     max_completion_tokens: int,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Rollout:
     """Samples `len(draws) / len(prompts)` completions of each prompt.
 
@@ -157,8 +157,10 @@ def sample(
         draws: uniform numbers [prompt * sample, max_completion_tokens] (`uniforms`).
         ends: what ends a completion.
         temperature: 0 takes the most likely token; its log-probabilities are then at temperature 1.
+        cancelled: is asked at every token, by whoever may no longer want them.
 
     Raises:
+        CancelledError: it said yes.
         AdapterError, DivergenceError: as `check_finite`, of the prompts' states.
         ModelError: as `Model.check_length`, of prompts with whole completions.
     """
@@ -173,6 +175,8 @@ def sample(
     draws = draws[:, :max_completion_tokens]
     ended = [False] * len(draws)
     for row, token, logprob, last in _tokens(model, held, prompt_states, cache, draws, ends, temperature):
+        if cancelled():
+            raise CancelledError
         completions[row].append(token)
         logprobs[row].append(logprob)
         ended[row] = last
@@ -183,81 +187,6 @@ def sample(
         ended,
         prompt_states,
         model.version(adapter),
-        ends,
-    )
-
-
-def sample_share(
-    model: Model,
-    prompts: Sequence[Ids],
-    *,
-    adapter: str | None,
-    draws: Callable[[Collection[int]], Tensor],
-    samples: int,
-    ends: Ends,
-    temperature: float,
-    max_completion_tokens: int,
-    workers: Workers,
-    check: Callable[[Rollout], None] = lambda rollout: None,
-) -> Rollout:
-    """`samples` completions of each prompt, which the workers share: all of them get all completions.
-
-    Args:
-        draws: uniform numbers [prompt * sample, max_completion_tokens] of the prompts at these places.
-        ends, temperature: as those of `sample`.
-        check: is called with what this worker sampled itself.
-
-    Raises:
-        AdapterError, DivergenceError: as `sample`; what `check` says.
-    """
-    own = balanced([len(ids) + samples * max_completion_tokens for ids in prompts], workers.count)[workers.number]
-    rollout = None
-    computed = own or ([0] if workers.in_step else [])  # who has none samples for nothing, beside the others
-    if computed:
-        rollout = sample(
-            model,
-            [prompts[i] for i in computed],
-            adapter=adapter,
-            draws=draws(computed),
-            ends=ends,
-            temperature=temperature,
-            max_completion_tokens=max_completion_tokens,
-        )
-        check(rollout)
-    if workers.count == 1:
-        assert rollout is not None, "no prompt"
-        return rollout
-    return _of_all(model, prompts, samples, own, rollout, ends, workers)
-
-
-def _of_all(
-    model: Model,
-    prompts: Sequence[Ids],
-    samples: int,
-    own: Sequence[int],
-    rollout: Rollout | None,
-    ends: Ends,
-    workers: Workers,
-) -> Rollout:
-    """The completions of all workers, in the order of the prompts; their states stay where they are."""
-    rows = [[place * samples + sample for sample in range(samples)] for place in own]
-    numbers = [number for of_prompt in rows for number in of_prompt]
-    given = ([], [], [])
-    if own and rollout is not None:
-        given = rollout.ended, rollout.completions, rollout.sampler_logprobs
-    told = {number: [int(ended), *ids] for number, ended, ids in zip(numbers, *given[:2], strict=True)}
-    whole = workers.rows(told)
-    # Floats travel as the bits that they are.
-    bits = {n: np.array(row, np.float64).view(np.int64).tolist() for n, row in zip(numbers, given[2], strict=True)}
-    logprobs = workers.rows(bits)
-    count = len(prompts) * samples
-    return Rollout(
-        [list(ids) for ids in prompts for _ in range(samples)],
-        [whole[number][1:] for number in range(count)],
-        [np.array(logprobs[number], np.int64).view(np.float64).tolist() for number in range(count)],
-        [bool(whole[number][0]) for number in range(count)],
-        torch.zeros(0, model.hidden_size),
-        () if rollout is None else rollout.adapter_version,
         ends,
     )
 

@@ -11,16 +11,9 @@ from perlhf.data import order
 from perlhf.data.records import Prompt
 from perlhf.errors import RewardFunctionError
 from perlhf.method import advantages
+from perlhf.rollout.completions import Centre, Setup, member_scores, sample_completions, score
 from perlhf.system.console import note
-from perlhf.training.policy_step import (
-    Centre,
-    Setup,
-    each_completion,
-    logprobs_of_all,
-    member_scores,
-    sample_completions,
-    score,
-)
+from perlhf.training.policy_step import each_completion, logprobs_of_all
 
 SourcesKey = Literal["reward", "validation_reward"]
 LEAST_DEVIATION = 1e-6

@@ -361,29 +361,49 @@ def check_bounded(name: str, value: float, step: int, limit: float = math.inf) -
 
 
 def save(
-    run: Run, step: int, model: Model, optimizers: dict[str, torch.optim.AdamW], keeper: Keeper, state: dict[str, Any]
+    run: Run,
+    step: int,
+    model: Model,
+    optimizers: dict[str, torch.optim.AdamW],
+    keeper: Keeper,
+    state: dict[str, Any],
+    frozen: Sequence[str] = (),
 ) -> None:
-    """A checkpoint of the named adapters and their optimisers, by the worker that writes; the kept one stays."""
+    """A checkpoint of the named adapters and their optimisers, by the worker that writes; the kept one stays.
+
+    Args:
+        frozen: adapters without optimiser that belong to it.
+    """
     if not run.writes:
         return
     tensors: dict[str, dict[str, Tensor]] = {}
-    for name, optimizer in optimizers.items():
+    for name in (*optimizers, *frozen):
         tensors[name] = {key: t.detach() for key, t in model.adapters[name].tensors().items()}
-        tensors[f"{name}.optimizer"] = optim.state_tensors(optimizer)
+        if name in optimizers:
+            tensors[f"{name}.optimizer"] = optim.state_tensors(optimizers[name])
     best = asdict(keeper) | {"value": None if keeper.step is None else keeper.value}
     checkpoint.save(run.path, step, tensors, {"best": best, **state}, pinned=keeper.step)
 
 
 def restore(
-    run: Run, model: Model, optimizers: dict[str, torch.optim.AdamW], workers: Workers = ALONE
+    run: Run,
+    model: Model,
+    optimizers: dict[str, torch.optim.AdamW],
+    workers: Workers = ALONE,
+    frozen: Sequence[str] = (),
 ) -> tuple[int, Keeper, dict[str, Any]]:
-    """The newest checkpoint put back: its step (0 for none), what is kept, and the stage's own state ({} for none)."""
+    """The newest checkpoint put back: its step (0 for none), what is kept, and the stage's own state ({} for none).
+
+    Args:
+        frozen: as that of `save`.
+    """
     saved = checkpoint.load_together(run.path, None, workers)
     if saved is None:
         run.rewind(-1)
         return 0, Keeper(), {}
-    for name, optimizer in optimizers.items():
+    for name in (*optimizers, *frozen):
         load_adapter_tensors(model.adapters[name], saved.tensors[name])
+    for name, optimizer in optimizers.items():
         optim.load_state_tensors(optimizer, saved.tensors[f"{name}.optimizer"])
     run.rewind(saved.step)
     best = saved.state.pop("best")

@@ -8,14 +8,15 @@ score is skipped. Not included: dropout, several epochs without `clip`.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from perlhf.config.addresses import check_addresses
 from perlhf.config.stages import PolicyConfig
@@ -27,6 +28,8 @@ from perlhf.model.open import load_sft, load_start, new_adapter, open_model, wit
 from perlhf.model.supported import told
 from perlhf.parallel.together import together
 from perlhf.parallel.workers import Workers
+from perlhf.rollout.ahead import SAMPLER, Ahead, add_sampler, padded
+from perlhf.rollout.completions import Centre, Setup, asked
 from perlhf.rollout.local import Ends
 from perlhf.rollout.scorers import load_scorers
 from perlhf.runs.run import Run
@@ -35,19 +38,12 @@ from perlhf.system.machine import peak_memory_bytes
 from perlhf.training import loop, optim
 from perlhf.training.held_out import centre_of, nothing_scored, two_parts, validate
 from perlhf.training.loop import Keeper
-from perlhf.training.policy_step import (
-    POLICY,
-    VALUE,
-    At,
-    Centre,
-    Optimizers,
-    Setup,
-    Step,
-    policy_step,
-)
+from perlhf.training.policy_step import POLICY, VALUE, At, Optimizers, Step, policy_step
 
 CONSTANT_UPDATES = 3
 """Updates after which a reward that never varied is told."""
+SECONDS = ("seconds_sample", "seconds_score", "seconds_learn")
+"""What the time of an update is made of: what is sampled ahead takes none but that which it is waited for."""
 NEGATIVE_KL = -1e-3
 """Nats a completion below which it is told: more than rounding."""
 SKIPPED_IN_A_ROW = 5
@@ -99,23 +95,23 @@ def _train(config: PolicyConfig, base: Base, run: Run, workers: Workers) -> dict
     run.note("way", told(setup.model.way, config.packing))
     model, optimizers = setup.model, _optimizers(setup)
     validation = _validation(setup)
-    step, keeper, saved_state = loop.restore(run, model, optimizers, workers)
+    frozen = [SAMPLER] if config.staleness else []
+    step, keeper, saved_state = loop.restore(run, model, optimizers, workers, frozen)
     state = _state(saved_state, step, setup) if saved_state else _before(setup, validation, run, keeper)
     setup, validation = _on_level(setup, state.centre), _on_level(validation, state.validation_centre)
+
+    def save(step: int) -> None:
+        loop.save(run, step, model, optimizers, keeper, asdict(state), frozen)
+
     if not saved_state:
-        loop.save(run, 0, model, optimizers, keeper, asdict(state))
+        save(0)
     oddities = _Oddities(config)
     if step < config.updates and state.stopped is None:
         loop.check_goes_on(run, step, keeper, config.validate_every)
-    with run.progress(config.updates, step, "policy") as bar:
+    with run.progress(config.updates, step, "policy") as bar, _ahead(setup, step) as ahead:
         while step < config.updates and state.stopped is None:
             step += 1
-            try:
-                done = policy_step(setup, optimizers, state.centre, At(step, state.learned + 1))
-                _count(done, state, step, config)
-            except (Interrupted, RewardFunctionError, ServiceError):  # the reward's; nothing was learned since
-                loop.save(run, step - 1, model, optimizers, keeper, asdict(state))
-                raise
+            done = _update(setup, optimizers, state, step, ahead, save)
             loop.check_same(workers, step, config.check_every, (model.adapters[name] for name in optimizers))
             if run.writes:
                 run.write_rollout(step, _rows(setup, done, step))
@@ -130,7 +126,7 @@ def _train(config: PolicyConfig, base: Base, run: Run, workers: Workers) -> dict
             asked = workers.any(run.stop_requested)
             due = step % config.save_every == 0 or step == config.updates
             if due or keeper.step == step or state.stopped or asked:
-                loop.save(run, step, model, optimizers, keeper, asdict(state))
+                save(step)
             bar.advance()
             loop.stop_if_asked(asked, step, config.updates)
     if step % config.validate_every and state.stopped is None:
@@ -147,6 +143,26 @@ def _train(config: PolicyConfig, base: Base, run: Run, workers: Workers) -> dict
     return workers.once(run.result)
 
 
+def _update(
+    setup: Setup,
+    optimizers: Optimizers,
+    state: PolicyState,
+    step: int,
+    ahead: Ahead | None,
+    save: Callable[[int], None],
+) -> Step:
+    """One update. Where a reward fails, or a stop is asked while it is waited for, all is saved as it was before."""
+    try:
+        done = policy_step(setup, optimizers, state.centre, At(step, state.learned + 1), ahead)
+        _count(done, state, step, setup.config)
+    except (Interrupted, RewardFunctionError, ServiceError):  # the reward's; nothing was learned since
+        if ahead is not None:
+            ahead.back()
+        save(step - 1)
+        raise
+    return done
+
+
 def _open(config: PolicyConfig, base: Base, workers: Workers) -> Setup:
     """The base with the reference, policy, value and reward adapters, and the prompts."""
     model, encoder = open_model(config, base, workers=workers)
@@ -155,6 +171,8 @@ def _open(config: PolicyConfig, base: Base, workers: Workers) -> Setup:
     new_adapter(model, POLICY, "policy", config, start=start)
     if config.baseline == "value":
         new_adapter(model, VALUE, "value", config, start=reference)
+    if config.staleness:
+        add_sampler(model, POLICY)
     sides = loop.read_sides(config, ("prompt",))
     prompts = cast(Sequence[Prompt], sides.train)
     choosing, others = two_parts(len(sides.validation), config)
@@ -173,6 +191,14 @@ def _open(config: PolicyConfig, base: Base, workers: Workers) -> Setup:
         several = f"an update's {config.prompts_per_update} (prompts_per_update) hold some more than once"
         warn(f"there are only {count} training prompts: {several}")
     return Setup(config, model, encoder, scorers, prompts, held_out, reference, reported_on, workers)
+
+
+def _ahead(setup: Setup, step: int) -> AbstractContextManager[Ahead | None]:
+    """What samples ahead, as it is after an update; None where nothing does."""
+    if not setup.config.staleness:
+        return nullcontext()
+    ask = partial(asked, setup, SAMPLER)
+    return Ahead(setup.model, POLICY, ask, setup.config.updates, setup.workers, max(0, step - 1))
 
 
 def _optimizers(setup: Setup) -> Optimizers:
@@ -280,9 +306,9 @@ def _reached(validation: Setup, keeper: Keeper, state: PolicyState, step: int) -
 def _values(done: Step) -> dict[str, float]:
     """What metrics.jsonl has of an update."""
     known, scored, rollout = done.known, done.scored, done.scored.rollout
-    gap = (_padded(rollout.sampler_logprobs, known.mask) - known.old_logprobs)[known.mask].abs()
+    gap = (padded(rollout, known.mask) - known.old_logprobs)[known.mask].abs()
     lengths = known.mask.sum(-1).float()
-    seconds = sum(value for key, value in done.values.items() if key.startswith("seconds_"))
+    seconds = sum(value for key, value in done.values.items() if key in SECONDS)
     given, paid = scored.given, dict[str, float]()
     if not given.all():
         paid["unscored"] = float((~given).sum())
@@ -292,7 +318,7 @@ def _values(done: Step) -> dict[str, float]:
         paid["reward_mean"] = done.rewards.sum(-1)[torch.from_numpy(given)].mean().item()
     return {
         **paid,
-        "kl": done.kl.mean().item(),
+        "kl": (done.kl * done.weights).mean().item(),
         "entropy": known.entropy[known.mask].mean().item(),
         "completion_tokens": lengths.mean().item(),
         "end_rate": float(np.mean(rollout.ended)),
@@ -327,6 +353,8 @@ def _rows(setup: Setup, done: Step, step: int) -> list[dict[str, Any]]:
                 "ended": rollout.ended[i],
             }
         )
+        if setup.config.staleness:
+            rows[-1] |= {"sampler_step": done.sampler_step, "sampler_logprobs": rollout.sampler_logprobs[i]}
     return rows
 
 
@@ -340,14 +368,15 @@ class _Oddities:
 
     def note(self, done: Step, step: int) -> None:
         """Looks at an update of this session."""
-        scores, kl = done.scored.scores[done.scored.given].tolist(), done.kl.mean().item()
+        scores, kl_of_each = done.scored.scores[done.scored.given].tolist(), done.kl * done.weights
+        kl = kl_of_each.mean().item()
         self._low, self._high = min([self._low, *scores]), max([self._high, *scores])
         self._updates += bool(scores)
         seen_enough = self._updates == CONSTANT_UPDATES or (step == self._config.updates and self._updates > 1)
         if seen_enough and self._low == self._high:
             what = f"all scores of {self._updates} updates are {self._low:g}"
             self._tell("reward", f"{what}: a reward that never varies teaches nothing but the KL and the end token")
-        error = done.kl.std(correction=0).item() / len(done.kl) ** 0.5
+        error = kl_of_each.std(correction=0).item() / len(kl_of_each) ** 0.5
         if kl < min(NEGATIVE_KL, -2 * error):
             what = f"the KL of update {step} is {kl:.3g}, below 0 by more than chance ({error:.2g}) explains"
             self._tell("kl", f"{what}: the completions don't come from the policy that is trained")
@@ -389,10 +418,3 @@ def _result(
         "trainable_parameters": sum(p.numel() for adapter in adapters for p in adapter.trainable()),
         "tuning": setup.config.tuning,
     }
-
-
-def _padded(lists: list[list[float]], like: Tensor) -> Tensor:
-    out = torch.zeros(like.shape, device=like.device)
-    for row, values in enumerate(lists):
-        out[row, : len(values)] = torch.tensor(values, device=like.device)
-    return out

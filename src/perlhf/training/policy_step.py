@@ -7,88 +7,27 @@ micro-batch tells its own advantages.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from perlhf.config.stages import PolicyConfig
-from perlhf.data import order
 from perlhf.data.records import Prompt
 from perlhf.method import advantages
-from perlhf.method.losses import policy_loss, value_loss
-from perlhf.method.packing import Batch, Packing, completed, join_rows, length_mask, microbatches, rows_of
-from perlhf.model.encoding.encode import Encoder
+from perlhf.method.losses import completion_ratio, policy_loss, value_loss
+from perlhf.method.packing import Batch, completed, join_rows, length_mask, microbatches, rows_of
 from perlhf.model.model import Model
 from perlhf.parallel.shares import own_batches
-from perlhf.parallel.workers import ALONE, Workers
-from perlhf.rollout.functions import TrainerState
-from perlhf.rollout.local import Ends, Rollout, probe, sample_share, uniforms
-from perlhf.rollout.scorers import Scorers
+from perlhf.rollout.ahead import Ahead, check_gap, padded
+from perlhf.rollout.completions import Centre, Scored, Setup, prompt_numbers, sample_completions, score
+from perlhf.rollout.local import Rollout, probe
 from perlhf.training import loop, optim
 
 POLICY, VALUE = "policy", "value"
 Optimizers = dict[str, torch.optim.AdamW]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What every step uses and nothing changes."""
-
-    config: PolicyConfig
-    model: Model
-    encoder: Encoder
-    scorers: Scorers
-    prompts: Sequence[Prompt]
-    held_out: Sequence[Prompt]
-    """Held-out prompts that choose the checkpoint to keep."""
-    reference: str | None
-    reported_on: Sequence[Prompt] = ()
-    """Held-out prompts that choose nothing: what is kept is reported on them."""
-    workers: Workers = ALONE
-    """Who shares each update."""
-
-    @property
-    def packing(self) -> Packing:
-        """How the network computes sequences together."""
-        return self.model.packing(self.config.packing)
-
-
-@dataclass(frozen=True)
-class Centre:
-    """The reference's scores before training: what is subtracted, and the price of a missing end token."""
-
-    mean: float
-    std: float
-    penalty: float
-    members: list[list[float]] | None = None
-    """Mean and deviation of each reward's own scores, where combining them needs these (`Scorers.on_level`)."""
-
-    def level(self, scorers: Scorers) -> Scorers:
-        """The scorers with their members at the levels that were found before training."""
-        if self.members is None:
-            return scorers
-        return replace(scorers, levels=tuple((mean, deviation) for mean, deviation in self.members))
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Completions and what they are paid."""
-
-    rollout: Rollout
-    scores: NDArray[np.float64]
-    """As the rewards combine [batch], before centring and penalty; nan where no source gave one."""
-    paid: NDArray[np.float64]
-    """Centred, missing ends penalised: [batch]; 0 where there is no score."""
-
-    @property
-    def given(self) -> NDArray[np.bool_]:
-        """Which completions have a score: [batch]. From the others nothing is learned."""
-        return ~np.isnan(self.scores)
 
 
 @dataclass(frozen=True)
@@ -123,11 +62,18 @@ class Step:
     rewards: Tensor
     kl: Tensor
     """To the reference, of each completion, in nats: [batch]."""
+    weights: Tensor
+    """How much each completion counts: [batch] (`weights_of`)."""
+    sampler_step: int
+    """Updates that the policy which sampled had learned from."""
     values: dict[str, float]
 
 
-def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, at: At) -> Step:
+def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, at: At, ahead: Ahead | None = None) -> Step:
     """Samples completions of the step's prompts, scores them and learns from them: nothing, where none has a score.
+
+    Args:
+        ahead: has sampled them, and samples the next step's meanwhile (`staleness: 1`).
 
     Raises:
         StaleSamplerError: the sampler didn't use the current adapter.
@@ -136,10 +82,14 @@ def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, at: At) ->
         Interrupted: a stop was asked while a reward was waited for; nothing was learned.
     """
     config, step, began = setup.config, at.step, time.perf_counter()
-    numbers = order.cycle(len(setup.prompts), config.prompts_per_update, step, config.seed)
+    numbers, sampler_step, ahead_seconds = prompt_numbers(setup, step), step - 1, 0.0
     prompts = [setup.prompts[i] for i in numbers]
-    check = partial(probe, setup.model, adapter=POLICY)
-    rollout = sample_completions(setup, prompts, POLICY, config.completions_per_prompt, step, numbers, check)
+    if ahead is None:
+        check = partial(probe, setup.model, adapter=POLICY)
+        rollout = sample_completions(setup, prompts, POLICY, config.completions_per_prompt, step, numbers, check)
+    else:
+        rollout, sampler_step, ahead_seconds = ahead.take(step), ahead.learned, ahead.seconds
+        ahead.begin(step + 1, step - 1)
     sampled = time.perf_counter()
     scored = score(setup, rollout, prompts, centre, step - 1)
     scored_at = time.perf_counter()
@@ -150,11 +100,17 @@ def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, at: At) ->
         known, rewards, values = one_pass(setup, optimizers, scored, laid_out, at)
     else:
         known, rewards, values = two_passes(setup, optimizers, scored, each_completion(rollout, setup), at)
-    times = {"seconds_sample": sampled - began, "seconds_score": scored_at - sampled}
+    values |= {"seconds_sample": sampled - began, "seconds_score": scored_at - sampled}
+    values["seconds_learn"] = time.perf_counter() - scored_at
     kl = advantages.completion_kl(known.old_logprobs, known.ref_logprobs, known.mask)
-    return Step(
-        prompts, scored, known, rewards, kl, values | times | {"seconds_learn": time.perf_counter() - scored_at}
-    )
+    weights = weights_of(setup, known.old_logprobs, padded(rollout, known.mask), known.mask)
+    if ahead is not None:
+        values |= {
+            "seconds_ahead": ahead_seconds,
+            "ratio_mean": weights.mean().item(),
+            "ratio_max": weights.max().item(),
+        }
+    return Step(prompts, scored, known, rewards, kl, weights, sampler_step, values)
 
 
 def two_passes(
@@ -163,7 +119,8 @@ def two_passes(
     """A pass for the log-probabilities that advantages need, then `steps_per_rollout` passes that learn."""
     config, values = setup.config, dict[str, float]()
     known = logprobs_of_all(setup, scored.rollout, laid_out, POLICY)
-    check_kl(known, at.step)
+    check_known(setup, known, scored.rollout, at.step)
+    weights = weights_of(setup, known.old_logprobs, padded(scored.rollout, known.mask), known.mask)
     paid, price = torch.from_numpy(scored.paid).float().to(setup.model.device), config.kl_coef
     rewards = advantages.token_rewards(paid, known.old_logprobs, known.ref_logprobs, known.mask, kl_coef=price)
     returns = advantages.returns_to_go(rewards)
@@ -178,9 +135,9 @@ def two_passes(
         # optimisers' steps.
         predicted, losses = None, {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}
         if VALUE in optimizers:
-            predicted, losses["value_loss"] = value_pass(setup, scored.rollout, laid_out, returns, mask)
+            predicted, losses["value_loss"] = value_pass(setup, scored.rollout, laid_out, returns, mask, weights)
         if number == 0:
-            advantage = advantage_of(config, mask, rewards, returns, predicted)
+            advantage = advantage_of(config, mask, rewards, returns, predicted) * weights[:, None]
         if not warming_up:
             losses["policy_loss"], losses["clipped"] = policy_pass(setup, laid_out, known, advantage, mask)
         values |= step_on(setup, optimizers, losses, advantage, mask, at, warming_up)
@@ -198,6 +155,7 @@ def one_pass(
     config, model, divisor = setup.config, setup.model, int(scored.given.sum())
     all_paid, price = torch.from_numpy(scored.paid).float().to(model.device), config.kl_coef
     all_given = torch.from_numpy(scored.given).to(model.device)
+    sampled = padded(scored.rollout, mask_of(scored.rollout, setup))
     losses, parts = {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0}, []
     for batch in laid_out:
         with torch.no_grad():
@@ -206,7 +164,9 @@ def one_pass(
         paid, given = all_paid[list(batch.sequences)], all_given[list(batch.sequences)]
         rewards = advantages.token_rewards(paid, now.logprobs, reference.logprobs, batch.completion_mask, kl_coef=price)
         mask = batch.completion_mask & given[:, None]
-        advantage = advantage_of(config, mask, rewards, advantages.returns_to_go(rewards), None)
+        weights = weights_of(setup, now.logprobs, rows_of(sampled, batch), batch.completion_mask)
+        returns = advantages.returns_to_go(rewards)
+        advantage = advantage_of(config, mask, rewards, returns, None) * weights[:, None]
         loss, counted = policy_loss(now.logprobs, now.logprobs, advantage, mask, clip=config.clip, divisor=divisor)
         loss.backward()
         losses["policy_loss"] += loss.item()
@@ -215,7 +175,7 @@ def one_pass(
     columns = whole_update(setup, scored.rollout, laid_out, parts, 5)
     logprobs, ref_logprobs, entropy, rewards, advantage = columns
     known = Known(logprobs, ref_logprobs, entropy, mask_of(scored.rollout, setup))
-    check_kl(known, at.step)
+    check_known(setup, known, scored.rollout, at.step)
     mask = known.mask & all_given[:, None]
     return known, rewards, step_on(setup, optimizers, losses, advantage, mask, at, warming_up=False)
 
@@ -244,7 +204,12 @@ def advantage_of(config: PolicyConfig, mask: Tensor, rewards: Tensor, returns: T
 
 
 def value_pass(
-    setup: Setup, rollout: Rollout, laid_out: Sequence[Batch], returns: Tensor, mask: Tensor
+    setup: Setup,
+    rollout: Rollout,
+    laid_out: Sequence[Batch],
+    returns: Tensor,
+    mask: Tensor,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Gradients of the value loss over the tokens of the mask; the values [batch, time] and the loss.
 
@@ -253,7 +218,8 @@ def value_pass(
     total, parts, divisor = 0.0, [], completions_in(mask)
     for batch in laid_out:
         predicted = setup.model.values(batch, VALUE)
-        loss, _ = value_loss(predicted, rows_of(returns, batch), rows_of(mask, batch), divisor=divisor)
+        own = None if weights is None else weights[list(batch.sequences)]
+        loss, _ = value_loss(predicted, rows_of(returns, batch), rows_of(mask, batch), divisor=divisor, weights=own)
         loss.backward()
         total += loss.item()
         parts.append((predicted.detach(),))
@@ -325,65 +291,20 @@ def start_value(model: Model, mean: float) -> None:
     bias.data.fill_(mean)
 
 
-def check_kl(known: Known, step: int) -> None:
-    """Raises DivergenceError where the KL to the reference has exploded."""
+def weights_of(setup: Setup, logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """How much each completion counts: [batch], the ratio of the policy to the older one that sampled it, else 1."""
+    if not setup.config.staleness:
+        return torch.ones(len(mask), device=mask.device)
+    return completion_ratio(logprobs, sampler_logprobs, mask, limit=setup.config.max_ratio)
+
+
+def check_known(setup: Setup, known: Known, rollout: Rollout, step: int) -> None:
+    """Raises DivergenceError where the KL to the reference has exploded, or the gap to an older policy that sampled."""
     kl = advantages.completion_kl(known.old_logprobs, known.ref_logprobs, known.mask)
     loop.check_bounded("kl", kl.mean().item(), step, loop.KL_LIMIT)
-
-
-# ---- sampling and scoring -------------------------------------------------------------------------------------------
-
-
-def sample_completions(
-    setup: Setup,
-    prompts: Sequence[Prompt],
-    adapter: str | None,
-    samples: int,
-    step: int,
-    numbers: Sequence[int],
-    check: Callable[[Rollout], None] = lambda own: None,
-) -> Rollout:
-    """`samples` completions of each prompt; draws are keyed by the seed, the step and the prompt's number.
-
-    Args:
-        check: is called with what this worker sampled.
-    """
-    config, longest = setup.config, setup.config.max_completion_tokens
-    return sample_share(
-        setup.model,
-        [setup.encoder.cut_prompt(record.prompt, longest, record.tools) for record in prompts],
-        adapter=adapter,
-        draws=lambda own: uniforms(config.seed, step, numbers, samples, longest, own),
-        samples=samples,
-        ends=Ends.of(setup.encoder, config.stop),
-        temperature=config.temperature,
-        max_completion_tokens=longest,
-        workers=setup.workers,
-        check=check,
-    )
-
-
-def member_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], done: int) -> NDArray[np.float64]:
-    """Scores [members, batch], nan where one gave none; each prompt has equally many completions.
-
-    Args:
-        done: updates before this rollout, for functions that ask.
-
-    Raises:
-        RewardFunctionError, ServiceError, Interrupted: as the scorers say.
-    """
-    config, samples = setup.config, len(rollout.completions) // len(prompts)
-    records, state = [record for record in prompts for _ in range(samples)], TrainerState(done, config.updates)
-    given = rollout.prompts, rollout.completions, records, config.microbatch_tokens, setup.packing, state
-    return setup.scorers.members(setup.model, setup.encoder, *given, ends=rollout.ends, workers=setup.workers)
-
-
-@torch.no_grad()
-def score(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre, done: int) -> Scored:
-    """What each completion is paid: its score less the reference's mean, and less the penalty where no end came."""
-    raw = setup.scorers.combined(member_scores(setup, rollout, prompts, done))
-    paid = raw - centre.mean - np.where(rollout.ended, 0.0, centre.penalty)
-    return Scored(rollout, raw, np.where(np.isnan(raw), 0.0, paid))
+    if setup.config.staleness:
+        gap = (padded(rollout, known.mask) - known.old_logprobs)[known.mask].abs().mean().item()
+        check_gap(gap, setup.config.max_sampler_gap, step)
 
 
 def completions_in(mask: Tensor) -> int:

@@ -119,6 +119,7 @@ def test_overviews_and_version(capsys):
         (["sft", "--data.validation", "1"], ["--data.validation", "a number of at least 0 and below 1"]),
         (["sft", "--data.validation", "0.6", "--data.test", "0.5"], ["--data", "leaves no training group"]),
         (["data", "validate", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["launch", "--workers", "2", "compare", "x.yaml"], ["compare is no work for several workers", "--jobs"]),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(arguments, parts, capsys):

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from perlhf.method.losses import bradley_terry, policy_loss, rating_cross_entropy, sft_loss, value_loss
+from perlhf.method.losses import (
+    bradley_terry,
+    completion_ratio,
+    policy_loss,
+    rating_cross_entropy,
+    sft_loss,
+    value_loss,
+)
 
 LN3, RIGHT, WRONG = math.log(3), math.log(4 / 3), math.log(4)
 
@@ -267,3 +274,36 @@ def test_losses_of_micro_batches_add_up(clip: float | None) -> None:
     parts = losses(slice(0, 1)) + losses(slice(1, 5)) + losses(slice(5, 7))
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
     assert whole.abs().min() > 1e-3
+
+
+class TestRatio:
+    def test_by_hand(self):
+        """exp(0.5 - 0.2 + (-1) - (-0.7)) = 1; exp(0.3) where the second token doesn't count; no token leaves 1."""
+        now = torch.tensor([[0.5, -1.0], [0.3, 9.0], [5.0, 5.0]])
+        then = torch.tensor([[0.2, -0.7], [0.0, 0.0], [0.0, 0.0]])
+        mask = torch.tensor([[True, True], [True, False], [False, False]])
+        assert torch.allclose(completion_ratio(now, then, mask, limit=None), torch.tensor([1.0, math.exp(0.3), 1.0]))
+        assert torch.allclose(completion_ratio(now, then, mask, limit=1.2), torch.tensor([1.0, 1.2, 1.0]))
+
+    def test_makes_an_expectation_under_one_policy_one_under_another(self):
+        """Completions of two tokens out of two, the second's chances hang on the first: all four are gone through."""
+        first = {"policy": (0.3, 0.7), "sampler": (0.6, 0.4)}
+        second = {"policy": ((0.2, 0.8), (0.9, 0.1)), "sampler": ((0.5, 0.5), (0.3, 0.7))}
+        ways = [(a, b) for a in (0, 1) for b in (0, 1)]
+        logs = {
+            who: torch.tensor([[math.log(first[who][a]), math.log(second[who][a][b])] for a, b in ways])
+            for who in ("policy", "sampler")
+        }
+        worth, chances = torch.tensor([1.0, -2.0, 3.0, 5.0]), {who: log.sum(-1).exp() for who, log in logs.items()}
+        ratio = completion_ratio(logs["policy"], logs["sampler"], torch.ones(4, 2, dtype=torch.bool), limit=None)
+        expected = 0.3 * 0.2 * 1 + 0.3 * 0.8 * -2 + 0.7 * 0.9 * 3 + 0.7 * 0.1 * 5
+        assert (chances["sampler"] * ratio * worth).sum().item() == pytest.approx(expected, abs=1e-6)
+        of_tokens = (logs["policy"] - logs["sampler"])[:, 1].exp()
+        assert (chances["sampler"] * of_tokens * worth).sum().item() != pytest.approx(expected, abs=0.1)
+
+
+def test_values_are_weighed():
+    values, returns, mask = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.zeros(2, 2), torch.ones(2, 2).bool()
+    values[1, 0] = 3.0
+    loss, _ = value_loss(values, returns, mask, divisor=2, weights=torch.tensor([0.5, 2.0]))
+    assert loss.item() == pytest.approx((0.5 * 5 + 2 * 9) / 2)
