@@ -1,9 +1,10 @@
 """What sampling ahead (`staleness: 1`) gains on this machine's cores, and what it would on devices of its own.
 
-Runs policies of a few updates in turn, `--pairs` times: one after the other on two threads, and ahead with one thread
-to sample and one to learn. Prints one JSON line: seconds of an update of each, their ratio by pair and its median, how
-long sampling (s) and scoring with learning (l) take on one thread, and (s + l) / max(s, l), which is the most that an
-update can gain where both have a device of their own. The first two updates aren't counted, nor is validation.
+Runs policies of a few updates, `--pairs` times in turn: sampling and learning one after the other on two threads; ahead
+with a thread for each; ahead with two for each, which share two cores. Prints one JSON line: seconds of an update and
+of its parts, gains over the first by pair with their median, and (s + l) / max(s, l) of sampling for s seconds and
+scoring and learning for l on two threads, which is the most that an update gains where both have such a device of their
+own. The first two updates aren't counted, nor is validation.
 Run: python benchmarks/staleness.py --pairs 3
 """
 
@@ -22,12 +23,12 @@ REWARD = """
 def length(prompts, completions):
     return [len(text) / 100 for text in completions]
 """
+IN_TURN = "in turn, 2 threads"
 SIDES = {
-    "in turn, 2 threads": ["--threads", "2"],
+    IN_TURN: ["--threads", "2"],
     "ahead, 1 thread each": ["--threads", "1", "--staleness", "1"],
-    "in turn, 1 thread": ["--threads", "1"],
+    "ahead, 2 threads each": ["--threads", "2", "--staleness", "1"],
 }
-"""The first two are compared; the third tells how long sampling and learning take on one thread, and runs once."""
 UNCOUNTED = 2
 
 
@@ -43,9 +44,7 @@ def main() -> None:
         place = Path(directory)
         (place / "perlhf_bench_reward.py").write_text(REWARD)
         for pair in range(arguments.pairs):
-            compared = list(SIDES)[:2]
-            sides = compared if pair % 2 == 0 else compared[::-1]
-            for side in [*sides, *(list(SIDES)[2:] if pair == 0 else [])]:
+            for side in list(SIDES) if pair % 2 == 0 else list(SIDES)[::-1]:
                 found[side].append(measured([*words, *SIDES[side]], place))
                 print(side, found[side][-1], file=sys.stderr, flush=True)
     print(json.dumps(row(found)))
@@ -53,13 +52,14 @@ def main() -> None:
 
 def row(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """Medians over the pairs, and what they say."""
-    in_turn, ahead = (found[side] for side in list(SIDES)[:2])
-    ratios = [one["update"] / other["update"] for one, other in zip(in_turn, ahead, strict=True)]
-    out: dict[str, Any] = {"gain": round(statistics.median(ratios), 3), "gains": [round(ratio, 3) for ratio in ratios]}
+    out: dict[str, Any] = {}
     for side, runs in found.items():
-        out[side] = {key: round(statistics.median(run[key] for run in runs), 2) for key in runs[0]}
-    alone = out[list(SIDES)[2]]
-    sampling, learning = alone["sample"], alone["score"] + alone["learn"]
+        gains = [one["update"] / other["update"] for one, other in zip(found[IN_TURN], runs, strict=True)]
+        seconds = {key: round(statistics.median(run[key] for run in runs), 2) for key in runs[0]}
+        told = {"gain": round(statistics.median(gains), 3), "gains": [round(gain, 3) for gain in gains]}
+        out[side] = {"seconds": seconds} | ({} if side == IN_TURN else told)
+    parts = out[IN_TURN]["seconds"]
+    sampling, learning = parts["sample"], parts["score"] + parts["learn"]
     out["gain with a device for each"] = round((sampling + learning) / max(sampling, learning), 2)
     return out
 
