@@ -1,1 +1,1 @@
-"""Completions and their scores: the sampler (`local`) and what scores them (`scorers`)."""
+"""Completions and scores of a policy (`completions`, `ahead`): the sampler (`local`), and what scores (`scorers`)."""
