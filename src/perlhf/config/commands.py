@@ -52,6 +52,8 @@ class EvaluateConfig(Frozen):
     """Of sampling and bootstrap."""
     accept_changes: bool = False
     """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
+    shard: Literal["none", "full", "node"] = "none"
+    """`full`: each of several workers holds a part of the base; `node`: each of a machine's; `none`: each all of it."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
     tokens_per_microbatch: Positive | None = None
@@ -99,10 +101,18 @@ class ScoreConfig(Frozen):
     """JSON lines to write; null prints."""
     accept_changes: bool = False
     """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
+    shard: Literal["none", "full", "node"] = "none"
+    """`full`: each of several workers holds a part of the base; `node`: each of a machine's; `none`: each all of it."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
     tokens_per_microbatch: Positive | None = None
     """Computed tokens in one forward pass; null takes what the run took."""
+
+    @model_validator(mode="after")
+    def _explains_alone(self) -> "ScoreConfig":
+        if self.explain and self.shard != "none":
+            raise ValueError(f"explain is one worker's work, and with shard: {self.shard} it takes all; leave one out")
+        return self
 
 
 class BaseConfig(Frozen):

@@ -138,7 +138,7 @@ def _score(config: ScoreConfig, workers: Workers) -> list[dict[str, Any]]:
     run.check()
     _agree(run, config, config.data, workers)
     records = load(config.data, ("comparison", "rating", "demonstration"), "all")
-    model, encoder = run.open(config.device)
+    model, encoder = run.open(config.device, config.shard, workers)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens
     scores, _ = score_records(model, encoder, records, run.stage, budget, model.packing(run.config.packing), workers)
     rows: list[dict[str, Any]] = []

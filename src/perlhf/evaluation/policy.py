@@ -89,7 +89,7 @@ def evaluate_policy(run: FinishedRun, config: EvaluateConfig, workers: Workers) 
     """The evaluation of a policy run, once one of the workers that have sampled and scored concludes."""
     setting, trained_on = _set_up(run, config, workers)
     at_one = setting.temperature != 1
-    with progress((2 + at_one) * len(setting.sampling.own(workers)), "answers") as bar:
+    with progress((2 + at_one) * len(setting.sampling.own(setting.workers)), "answers") as bar:
         before = _answers(setting, setting.reference, bar)
         setting = replace(setting, scorers=setting.scorers.on_level(before.members))
         before = replace(before, scores=setting.scorers.combined(before.members))
@@ -144,7 +144,7 @@ def _set_up(run: FinishedRun, config: EvaluateConfig, workers: Workers) -> tuple
     assert isinstance(policy, PolicyConfig)
     trained_on, held_out = both_sides(run, config, ("prompt",))
     records = _prompts(order.choose(held_out, config.prompts, config.seed))
-    model, encoder = run.open(config.device)
+    model, encoder = run.open(config.device, config.shard, workers)
     reference = None
     if policy.sft is not None:
         reference = load_sft(model, policy.sft, encoder)
@@ -155,7 +155,7 @@ def _set_up(run: FinishedRun, config: EvaluateConfig, workers: Workers) -> tuple
     sampling = Sampling(model, encoder, prompts, policy.max_completion_tokens, config.seed, stop)
     temperature = policy.temperature if config.temperature is None else config.temperature
     common = config, policy, model, encoder, scorers, records, sampling, temperature
-    return Setting(*common, reference, answers, workers), trained_on
+    return Setting(*common, reference, answers, workers.apart), trained_on
 
 
 def _scorers(

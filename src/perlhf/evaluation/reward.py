@@ -71,7 +71,7 @@ class Judged:
 def evaluate_reward(run: FinishedRun, config: EvaluateConfig, workers: Workers) -> Callable[[], Evaluation]:
     """The evaluation of a reward run, once one of the workers that have scored its records concludes."""
     trained_on, held_out = both_sides(run, config, KINDS)
-    model, encoder = run.open(config.device)
+    model, encoder = run.open(config.device, config.shard, workers)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens
     packing = model.packing(run.config.packing)
     scored, counts = score_records(model, encoder, held_out, run.stage, budget, packing, workers)

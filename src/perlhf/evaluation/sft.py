@@ -33,14 +33,14 @@ def evaluate_sft(run: FinishedRun, config: EvaluateConfig, workers: Workers) -> 
     """The evaluation of an SFT run, once one of the workers that have measured it concludes."""
     trained_on, held_out = both_sides(run, config, ("demonstration",))
     demonstrations = [record for record in held_out if isinstance(record, Demonstration)]
-    model, encoder = run.open(config.device)
+    model, encoder = run.open(config.device, config.shard, workers)
     encoded, counts = loop.encode_all(encoder, demonstrations, encoder.config.drop_long)
     fitting = [(record, line[0]) for record, line in zip(demonstrations, encoded, strict=True) if line is not None]
     records, examples = [record for record, _ in fitting], [example for _, example in fitting]
     groups = [record.group for record in records]
     nats = [_nats(model, examples, adapter, config, run.config, workers) for adapter in (None, run.stage)]
     shown = order.choose(records, min(config.prompts, MAX_ANSWERS), config.seed)
-    samples = _answered(model, encoder, shown, run.stage, config, workers)
+    samples = _answered(model, encoder, shown, run.stage, config, workers.apart)
 
     def conclude() -> Evaluation:
         before, after = (_losses(of_side, examples, groups, config) for of_side in nats)

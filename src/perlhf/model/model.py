@@ -140,7 +140,8 @@ class Model:
         except ModelError as error:
             name = type(network).__name__
             if shards is not None:
-                what, hint = f"{name} can't be spread over workers: {error.what}", "shard: none keeps it whole on each"
+                why = error.what.rpartition("can't be a base: ")[2]
+                what, hint = f"{name} can't be spread over workers: {why}", "shard: none keeps it whole on each"
                 raise ModelError(what, where="shard", allowed="none", hint=hint) from error
             if quantize == "none" or not is_quantised(network):
                 raise

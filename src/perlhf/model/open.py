@@ -45,7 +45,7 @@ from perlhf.model.bases.loading import (
 from perlhf.model.bases.untrained import untrained_tokens
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.parallel.shard import shards_of, whole
+from perlhf.parallel.shard import Shard, shards_of, whole
 from perlhf.parallel.workers import ALONE, Workers
 from perlhf.runs import places
 from perlhf.runs.earlier import adapter_of, earlier_runs, files_hash, is_adapter, several_adapters
@@ -140,10 +140,14 @@ class FinishedRun:
             note(f"{self.path}: {sentence} since the run was trained")
         return changed
 
-    def open(self, device: str) -> tuple[Model, Encoder]:
+    def open(self, device: str, shard: Shard = "none", workers: Workers = ALONE) -> tuple[Model, Encoder]:
         """The base with the run's adapter, frozen and named after the stage, and the encoder it was trained with.
 
         Sets the number of CPU threads where the run's configuration does.
+
+        Args:
+            device: of the base.
+            shard: how it is spread over these workers, which needn't be as it was in training.
 
         Raises:
             ModelError: the base isn't there; AdapterError: the adapter is damaged or for another base.
@@ -151,8 +155,8 @@ class FinishedRun:
         # Another number of threads adds up in another order: scores would differ in the last bits.
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        config = self.config.model_copy(update={"device": device, "shard": "none"})
-        model, encoder = open_model(config, self.base, self.adapter if self.foreign else None)
+        config = self.config.model_copy(update={"device": device, "shard": shard})
+        model, encoder = open_model(config, self.base, self.adapter if self.foreign else None, workers)
         if self.accept_changes:  # adapters are still refused on other weights
             model.fingerprint = {key: value for key, value in model.fingerprint.items() if key != "files"}
         saved.load_adapter(model, self.adapter, self.stage, encoder)

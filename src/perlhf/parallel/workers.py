@@ -56,6 +56,11 @@ class Workers:
         """Whether this is the worker that writes and speaks."""
         return self.number == 0
 
+    @property
+    def apart(self) -> "Workers":
+        """Those that share what isn't laid out for passes in step: where these are asked for, each does all of it."""
+        return ALONE if self.in_step else self
+
     def sum(self, values: Tensor) -> Tensor:
         """The workers' tensors of one shape, added up from the first to the last: the same bits everywhere.
 

@@ -72,14 +72,12 @@ def spread(network: PreTrainedModel, dtype: torch.dtype, device: torch.device, s
         ModelError: it has no layers, or layers share weights, so that it can't be spread.
     """
     decoder, head, embedding = network_below(network), network.get_output_embeddings(), network.get_input_embeddings()
-    prefix = next(path for path, module in network.named_modules() if module is decoder)
-    blocks = _blocks(decoder)
+    blocks = _blocks(network, decoder)
     tied = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
     _check_apart(network, tied)
     converts = network.dtype != dtype
     inside: set[str] = set()
     for path, block in blocks.items():
-        path = f"{prefix}.{path}"
         _into(block, dtype if converts else None, device)
         paths = {f"{path}.{name}" if name else path for name, _ in block.named_modules()}
         inside |= paths
@@ -102,7 +100,11 @@ def spread(network: PreTrainedModel, dtype: torch.dtype, device: torch.device, s
         setattr(network.get_submodule(parent), leaf, TiedHead(embedding).train(False))
     elif head is not None:
         _give(head, shards)
-    _give(decoder, shards)
+    # Whoever calls the layers first: some networks pass over the module that they are in by name.
+    path = next(iter(blocks)).rpartition(".")[0].rpartition(".")[0]
+    _give(network.get_submodule(path), shards)
+    if next(_plain(decoder), None) is not None:
+        _give(decoder, shards)
     if device.type != "cpu":
         for buffers in (module._buffers for module in network.modules()):
             buffers |= {name: None if one is None else one.to(device) for name, one in buffers.items()}
@@ -111,13 +113,15 @@ def spread(network: PreTrainedModel, dtype: torch.dtype, device: torch.device, s
     return network
 
 
-def _blocks(decoder: nn.Module) -> dict[str, nn.Module]:
-    """The layers: members of the list of modules with most parameters, by their paths.
+def _blocks(network: nn.Module, decoder: nn.Module) -> dict[str, nn.Module]:
+    """The layers: members of the decoder's list of modules with most parameters, by their paths in the network.
 
     Raises:
         ModelError: there is no such list.
     """
-    lists = {path: one for path, one in decoder.named_modules() if isinstance(one, nn.ModuleList) and len(one)}
+    inside = {*decoder.modules()}
+    named = [(path, one) for path, one in network.named_modules() if isinstance(one, nn.ModuleList) and one in inside]
+    lists = {path: one for path, one in named if len(one)}
     if not lists:
         raise ModelError("the base has no list of layers to spread", where="shard", allowed="none", hint=_WHOLE)
     path = max(lists, key=lambda path: sum(p.numel() for p in lists[path].parameters()))
