@@ -52,15 +52,15 @@ def main() -> None:
     parser.add_argument(
         "--directory", type=Path, help="where weights are kept for the next time, and runs written for this one"
     )
-    parser.add_argument("--step", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=("1_7b", "7b"), help="one policy step alone, weights made in memory")
     arguments = parser.parse_args()
     size = arguments.examples, arguments.tokens
     if arguments.step:
-        print(json.dumps(step_in_place()))
+        print(json.dumps(step_in_place(arguments.step)))
         return
     for shape in arguments.shapes:
         if shape == "7b":
-            subprocess.run([sys.executable, __file__, "--step"], env=under_allocator(), check=True)
+            subprocess.run([sys.executable, __file__, "--step", "7b"], env=under_allocator(), check=True)
             continue
         with tempfile.TemporaryDirectory(dir=arguments.directory) as made:
             place, base = Path(made), (arguments.directory or Path(made)) / f"base-{shape}"
@@ -123,8 +123,8 @@ def beside(parts: dict[str, int], peaks: list[int]) -> dict[str, Any]:
     return {"planned_bytes": parts["total"], "measured_bytes": peaks, "ratio": ratio, "parts": parts}
 
 
-def step_in_place() -> dict[str, Any]:
-    """One policy step of a network of 7B with reference, policy, value and reward adapters, weights made in place."""
+def step_in_place(shape: str) -> dict[str, Any]:
+    """One policy step with reference, policy, value and reward adapters, weights made in place."""
     from perlhf.data.records import Prompt
     from perlhf.model.foretold import memory_of
     from perlhf.parallel.traffic import Lengths
@@ -132,7 +132,7 @@ def step_in_place() -> dict[str, Any]:
     from perlhf.training.plan import trainable_parameters
     from policy import _random_base, _stage, _steps
 
-    stage = _stage("lora", "value", _random_base("7b"))
+    stage = _stage("lora", "value", _random_base(shape))
     changes = {"prompts_per_update": 1, "max_completion_tokens": 16, "tokens_per_microbatch": 128}
     changes |= {"validation_prompts": 1, "centre_prompts": 1, "sft": Path("sft"), "reward": ("reward",), "updates": 1}
     stage.config = stage.config.model_copy(update=changes)
@@ -142,7 +142,13 @@ def step_in_place() -> dict[str, Any]:
     (step,) = _steps(stage, 1)
     base, lengths = stage.model.base, Lengths(_size(stage, text), 16)
     parts = memory_of(stage.config, base, trainable_parameters(stage.config, base), lengths=lengths, updates=1).parts()
-    row = {"shape": "7b", "stage": "policy", "workers": 1, "parameters": base.num_parameters()}
+    row = {
+        "shape": shape.replace("_", "."),
+        "stage": "policy",
+        "workers": 1,
+        "options": "--step",
+        "parameters": base.num_parameters(),
+    }
     return row | beside(parts, [peak_memory_bytes()]) | {"measured_seconds": round(step["seconds"], 1)}
 
 

@@ -225,7 +225,7 @@ def update_rows() -> Iterable[list[str]]:
         for count in COUNTS:
             shards, found = choose(name, count)
             if not found.fits:
-                yield [name if count == 1 else "", f"{count:,}", "doesn't fit", *[""] * 7]
+                yield [name if count == 1 else "", f"{count:,}", "doesn't fit", *[""] * 8]
                 continue
             alone = alone or found.seconds
             longest = max(found.parts, key=lambda part: found.parts[part].seconds)
@@ -238,6 +238,7 @@ def update_rows() -> Iterable[list[str]]:
                 number(sum(found.received.values()) / 1e9) if count > 1 else "",
                 number(told / 1e9) if count > 1 else "",
                 number(found.seconds),
+                number(found.parts["sampling"].seconds),
                 number(3600 / found.seconds),
                 f"{alone / found.seconds:.0%}",
                 f"{longest}: {found.parts[longest].bound}",
@@ -283,8 +284,8 @@ TABLES = {
     ),
     "updates": (
         (
-            "base|devices|weights are|micro-batch|received, GB|but for weights|seconds|updates an hour|efficiency|"
-            "what binds"
+            "base|devices|weights are|micro-batch|received, GB|but for weights|seconds|sampling|updates an hour|"
+            "efficiency|what binds"
         ).split("|"),
         update_rows,
     ),

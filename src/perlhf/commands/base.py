@@ -40,6 +40,7 @@ from perlhf.training.plan import (
     foretell_way,
     lora_parameters,
     parts_of,
+    seconds_of,
     trainable_parameters,
     trained_tensors,
     way_in_words,
@@ -235,7 +236,7 @@ def forecast(asked: PlanConfig, config: Stage) -> dict[str, Any]:
         "lengths": {"prompt": lengths.prompt, "completion": lengths.completion},
         "exchanged_bytes": {**received, "total": sum(received.values())},
         "seconds": {name: {"seconds": part.seconds, "bound": part.bound} for name, part in parts.items()},
-        "updates_per_hour": 3600 / sum(part.seconds for part in parts.values()) if parts else None,
+        "updates_per_hour": 3600 / seconds_of(config, parts) if parts else None,
         "rates": None if rates is None else {"flops": rates.flops, "read": rates.read},
     }
 
@@ -254,7 +255,7 @@ def _spread(asked: PlanConfig, config: Stage, network: PreTrainedModel) -> dict[
     """Ways to have the base on the devices, those that exchange less first; only the one that is asked for."""
     count, node = asked.devices, min(asked.devices, asked.devices_per_node)
     ways = {"none": Devices(count), "node": Devices(count, node), "full": Devices(count, count)}
-    wanted = asked.shard if asked.shard != "auto" else getattr(config, "shard", "none")
+    wanted = asked.shard if asked.shard != "auto" else config.shard
     if is_kept(network.config, config.quantize) or config.tuning == "full":
         if wanted not in ("auto", "none"):
             what = "a quantised base" if config.tuning == "lora" else "a base whose own weights are trained"

@@ -132,9 +132,7 @@ def amount(text: str) -> float:
         raise ValueError(f"{text!r} is no number above 0 with a unit; allowed: such as 80GB, 80GiB or 300T")
     unit = parts[2].removesuffix("B")
     if unit not in _UNITS:
-        raise ValueError(
-            f"{text!r} has an unknown unit, {parts[2]}; allowed: K, M, G, T, P, or Ki to Pi, and a B or none"
-        )
+        raise ValueError(f"{text!r} has an unknown unit, {parts[2]}; allowed: such as GB, GiB or G")
     return float(parts[1]) * _UNITS[unit]
 
 

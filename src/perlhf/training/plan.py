@@ -100,7 +100,9 @@ def plan(config: Stage) -> Plan:
     if foretold.way is not None:
         packing_of(foretold.way, config.packing)
     trainable = trainable_parameters(config, network, foretold.uncalled)
-    note = left_out(network, config.adapter) if config.tuning == "lora" else None
+    notes = [left_out(network, config.adapter) if config.tuning == "lora" else None]
+    if config.shard != "none":
+        notes.append("memory is that of a device with the whole base; perlhf plan --devices N tells it in parts")
     updates = count_updates(config, sides)
     tell(sides)
     return Plan(
@@ -111,7 +113,7 @@ def plan(config: Stage) -> Plan:
         network.num_parameters(),
         trainable,
         way_in_words(foretold, config.packing),
-        () if note is None else (note,),
+        tuple(note for note in notes if note is not None),
         dtype if config.quantize == "none" else f"{dtype}, linear layers in {config.quantize}",
         before_torch.expected(),
         "not for a GPU" if config.device.startswith(("cuda", "mps")) else cpu.compiler()[1],
@@ -346,6 +348,18 @@ def parts_of(
     if told:
         found["exchange"] = Part(told / rates.to(devices.count), "the link")
     return found
+
+
+def seconds_of(config: Stage, parts: Mapping[str, Part]) -> float:
+    """Of an update. With `staleness: 1` the longer of sampling and learning counts on a CPU, unless both compute; on a
+    GPU they take turns.
+    """
+    total = sum(part.seconds for part in parts.values())
+    sampling = parts.get("sampling")
+    if sampling is None or not isinstance(config, PolicyConfig) or not config.staleness:
+        return total
+    apart = sampling.bound != "computing" and not config.device.startswith(("cuda", "mps"))
+    return max(sampling.seconds, total - sampling.seconds) if apart else total
 
 
 def _longest(seconds: Mapping[str, float]) -> Part:

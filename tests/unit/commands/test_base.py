@@ -29,7 +29,7 @@ from perlhf.model.bases.found import Base
 from perlhf.model.foretold import LIBRARIES_BYTES, Devices, Shape, gathers_of, memory_of
 from perlhf.model.model import Model
 from perlhf.system import before_torch
-from perlhf.training.plan import Weights
+from perlhf.training.plan import Part, Weights, seconds_of
 
 SMALL: dict[str, Any] = {
     "vocab_size": 272,
@@ -217,7 +217,7 @@ def test_what_does_not_fit_is_spread_where_that_helps(tmp_path: Path) -> None:
     wide: dict[str, Any] = SMALL | {
         "hidden_size": 512,
         "intermediate_size": 2048,
-        "num_hidden_layers": 64,
+        "num_hidden_layers": 12,
         "vocab_size": 1024,
     }
     base = configured(tmp_path / "base", LlamaConfig(**wide))
@@ -267,6 +267,20 @@ def test_the_sampler_is_counted_where_it_takes_more_than_learning() -> None:
     prefill = 4 * 300 * (3 * 64 + 2 * 6 * 16 + 3 * 128) * 2
     assert memory.passing["sampling"] == (4 * 300 + 16 * 100) * 4 * 2 * 32 * 2 + prefill
     assert memory.total == sum(memory.held.values()) + memory.passing["sampling"]
+
+
+def test_one_update_ahead_both_are_in_memory_and_take_the_longer_time() -> None:
+    network = meta(LlamaConfig(**SMALL))
+    config = PolicyConfig(device="cpu", dtype="float32", reward=("a:b",), staleness=1)
+    trainable = {"policy": 100, "value": 101}
+    memory = memory_of(config, network, trainable)
+    assert memory.held["adapter that samples"] == 400
+    assert memory.total == sum(memory.held.values()) + memory.passing["activations"] + memory.passing["sampling"]
+    assert "both at once" not in memory_of(config.model_copy(update={"device": "cuda"}), network, trainable).passing
+    parts = {"sampling": Part(3.0, "reading weights"), "learning": Part(2.0, "computing")}
+    assert (seconds_of(config, parts), seconds_of(config.model_copy(update={"staleness": 0}), parts)) == (3.0, 5.0)
+    parts["sampling"] = Part(3.0, "computing")
+    assert seconds_of(config, parts) == 5.0
 
 
 def test_a_token_goes_through_some_experts() -> None:

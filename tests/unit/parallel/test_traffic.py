@@ -75,4 +75,4 @@ def test_a_base_in_parts_is_gathered_for_each_micro_batch():
     found = exchanged(config, 4, 1000, 2, Lengths(60, 10), gathers)
     # Reference and learning; prompts, probe and nine further tokens, and logits of all ten.
     assert found["base"] == 1010 + 1910 + 11 * 1000 + 10 * 10
-    assert found["agreement"] == 3 * 8 + 4 + 10 * 4
+    assert found["agreement"] == 3 * 8 + 4 + 9 * 4
