@@ -100,6 +100,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python scripts/generate_command_reference.py
 	$(BIN)/python scripts/generate_data_reference.py
 	$(BIN)/python scripts/generate_bases_reference.py
+	$(BIN)/python scripts/generate_scale.py
 	$(BIN)/mkdocs build --quiet --strict
 
 clean:

@@ -239,7 +239,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def _random_base(shape: str, quantize: str = "none") -> Any:
-    """A Llama-like network in bfloat16 whose weights are made in place, so that no float32 copy ever exists.
+    """A Llama-like network in bfloat16 whose weights are made in place, so that no float32 copy ever exists; a million
+    random numbers again and again, which takes seconds.
 
     With `quantize: nf4` each linear layer is quantised as it is made, by bitsandbytes as transformers does it while it
     loads. Those of the first layer of the network are; the others are copies of them, which take the same memory.
@@ -253,6 +254,7 @@ def _random_base(shape: str, quantize: str = "none") -> Any:
     network = network.to(torch.bfloat16)
     if quantize == "nf4":
         _put_nf4(network)
+    numbers = torch.randn(2**20).mul_(0.02).to(torch.bfloat16)
     for name, parameter in list(network.named_parameters()):
         if not parameter.is_meta:
             continue
@@ -261,7 +263,8 @@ def _random_base(shape: str, quantize: str = "none") -> Any:
         if name.endswith("norm.weight"):
             torch.nn.init.ones_(made)
         else:
-            torch.nn.init.normal_(made, std=0.02)
+            for part in made.data.view(-1).split(len(numbers)):
+                part.copy_(numbers[: len(part)])
         setattr(network.get_submodule(module), leaf, made)
     rotary = network.model.rotary_emb.to_empty(device="cpu")
     rotary.__init__(config)

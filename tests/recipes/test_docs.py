@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, LABEL_COMMANDS, launched
+from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, LABEL_COMMANDS, launched, planned
 from perlhf.config.command_line import parse
 from perlhf.config.commands import EvaluateConfig
 from perlhf.config.recipe import submodel
@@ -100,6 +100,11 @@ def parses(words: list[str]) -> None:
         own, started = launched(rest[1:])
         parses(started)
         rest = ["launch", *own]
+    if rest[0] == "plan":
+        own, stages = planned(rest[1:])
+        for stage, its in stages.items():
+            parses([stage, *its, *(["--reward", "runs/reward"] if stage == "policy" and len(stages) > 1 else [])])
+        rest = ["plan", *own]
     try:
         parse(table[rest[0]], rest[1:])
     except SystemExit as stopped:
@@ -214,6 +219,15 @@ def test_data_reference_is_up_to_date():
     generator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generator)
     assert (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8") == generator.reference(), "run `make docs`"
+
+
+def test_tables_of_the_scale_page_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("generator", REPOSITORY / "scripts" / "generate_scale.py")
+    assert spec and spec.loader
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    text = (REPOSITORY / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert text == generator.page(text), "run `make docs`"
 
 
 def test_every_recipe_is_described():

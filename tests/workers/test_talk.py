@@ -2,16 +2,30 @@
 
 import os
 import socket
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from forks import forked
+from toy import command, finish
 
+from perlhf.commands.cli import COMMANDS
+from perlhf.config.command_line import parse
+from perlhf.model.bases.loading import without_weights
+from perlhf.parallel import traffic
 from perlhf.parallel.together import together
 from perlhf.parallel.workers import ALONE, Workers
+from perlhf.rollout.local import Ends
+from perlhf.training import loop
+from perlhf.training.plan import trainable_parameters, trained_tensors
+from perlhf.training.policy import train_policy
+from perlhf.training.reward import train_reward
+from perlhf.training.sft import train_sft
 
 Work = Callable[[Workers], Any]
 
@@ -108,3 +122,87 @@ def test_one_process_makes_no_group_and_changes_nothing():
         assert workers.sum(tensor) is tensor
         assert workers.once(lambda: (1, 2)) == (1, 2)
     assert not torch.distributed.is_initialized()
+
+
+# ---- what `perlhf plan` says of it -----------------------------------------------------------------------------------
+
+TRAIN: dict[str, Callable[[Any], Any]] = {"sft": train_sft, "reward": train_reward, "policy": train_policy}
+
+
+def counted(workers: Workers, work: Callable[[], Any]) -> dict[str, int]:
+    """Bytes that this worker receives in the third update of a run, by the collective that brings them."""
+    received, updates = Counter[str](), list[dict[str, int]]()
+    real: Any = dist
+    gather, exchange, broadcast, stop = real.all_gather, real.all_to_all_single, real.broadcast, loop.stop_if_asked
+
+    def counting_gather(parts: Any, own: torch.Tensor, **given: Any) -> Any:
+        received["all_gather"] += (len(parts) - 1) * own.nbytes
+        return gather(parts, own, **given)
+
+    def counting_exchange(parts: torch.Tensor, own: torch.Tensor, **given: Any) -> Any:
+        received["all_to_all"] += parts.nbytes - parts.nbytes // workers.count
+        return exchange(parts, own, **given)
+
+    def counting_broadcast(tensor: torch.Tensor, *given: Any, **named: Any) -> Any:
+        received["broadcast"] += tensor.nbytes
+        return broadcast(tensor, *given, **named)
+
+    def at_the_end_of_an_update(*given: Any) -> None:
+        updates.append(dict(received))
+        received.clear()
+        stop(*given)
+
+    # In a process that was forked for this, so that nothing is to be put back.
+    real.all_gather, real.all_to_all_single, real.broadcast = counting_gather, counting_exchange, counting_broadcast
+    loop.stop_if_asked = at_the_end_of_an_update
+    Ends.end = lambda self, ids: False  # completions of full length
+    work()
+    return updates[2]
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("sft", ["--adapter.rank", "40"]),
+        ("reward", []),
+        ("policy", []),
+        ("policy", ["--baseline", "leave_one_out", "--reward", "toy_reward:letters"]),
+        ("policy", ["--clip", "0.2", "--steps-per-rollout", "2", "--adapter.rank", "40"]),
+    ],
+)
+def test_an_update_exchanges_what_is_planned(stage, options, tiny_base, feedback, tmp_path):
+    judge = tmp_path / "judge"
+    data = {"sft": "demonstrations", "reward": "ratings", "policy": "prompts"}
+    own = [
+        "--updates" if stage == "policy" else "--max-updates",
+        "4",
+        "--validate-every",
+        "100",
+        "--check-every",
+        "100",
+    ]
+    if stage == "policy":
+        words = command("reward", tiny_base, feedback / "ratings.jsonl", judge, "--max-updates", "1")
+        assert finish(words, tmp_path / "log", feedback) == 0
+        own += ["--reward", str(judge), "toy_reward:letters"]
+    words = command(stage, tiny_base, feedback / f"{data[stage]}.jsonl", tmp_path / "run", *own)
+    config, _ = parse(COMMANDS[stage], [*words[1:], *options])
+
+    def work(workers: Workers) -> dict[str, int]:
+        os.chdir(feedback)
+        sys.path.insert(0, str(feedback))
+        return counted(workers, lambda: TRAIN[stage](config))
+
+    found = talk(2, work, tmp_path)
+    network = without_weights(str(tiny_base))
+    trained = trained_tensors(config, network), sum(trainable_parameters(config, network).values())
+    lengths = traffic.Lengths(1, config.max_completion_tokens if stage == "policy" else 1)
+    planned = traffic.exchanged(config, *trained, 2, lengths)
+    functions = sum(":" in source for source in getattr(config, "reward", ()))
+    texts = [traffic.METRICS_TEXT, functions * 8 * traffic.SCORE_TEXT] if stage == "policy" else []
+    assert sum(planned.values()) > 4 * trained[1]
+    assert ("all_to_all" in found[0]) == (sum(trained) > 16_384), "both ways to add up are met"
+    for received in found:
+        told = received.pop("broadcast", 0)
+        assert sum(received.values()) == sum(planned.values()) - sum(texts)
+        assert told == pytest.approx(sum(texts), rel=0.4)

@@ -1,23 +1,50 @@
-"""What a base is, before anything is trained: `perlhf base`. Its weights aren't read."""
+"""What a base is, and what training on it takes, before anything is trained: `perlhf base` and `perlhf plan`.
 
+Weights aren't read; a plan needs none.
+"""
+
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from perlhf.config.commands import BaseConfig
+from perlhf.config.commands import BaseConfig, PlanConfig, amount
 from perlhf.config.stages import AdapterConfig, EncodingConfig, PolicyConfig, RewardConfig, SftConfig
-from perlhf.errors import AdapterError
+from perlhf.errors import AdapterError, ModelError
 from perlhf.kernels.sight import FULL, Sight
 from perlhf.model.bases.found import Base
-from perlhf.model.bases.loading import end_ids, load_tokenizer, pick_dtype, vocabulary, without_weights
+from perlhf.model.bases.loading import (
+    by_configuration,
+    end_ids,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    vocabulary,
+    without_weights,
+)
+from perlhf.model.bases.quantised import is_kept
 from perlhf.model.encoding.encode import Encoder
+from perlhf.model.foretold import Devices, Memory, dtype_in_force, gathers_of, memory_of
 from perlhf.model.open import left_out
 from perlhf.model.supported import Way, target_paths
-from perlhf.training.plan import foretell_way, lora_parameters, memory_of, trainable_parameters, way_in_words
+from perlhf.parallel.traffic import Lengths, Stage, exchanged
+from perlhf.system.machine import memory_bytes
+from perlhf.training.plan import (
+    Part,
+    Rates,
+    foretell_way,
+    lora_parameters,
+    parts_of,
+    seconds_of,
+    trainable_parameters,
+    trained_tensors,
+    way_in_words,
+)
 
 _WINDOWS, _CHUNKS = ("sliding_window", "sliding_window_size", "window_size"), ("attention_chunk_size",)
 """Configuration keys of how far back a layer sees."""
@@ -148,6 +175,148 @@ def _memory(settings: dict[str, Any], network: PreTrainedModel, uncalled: Sequen
     }
     found = {}
     for name, stage in stages.items():
-        parts = memory_of(stage, network, trainable_parameters(stage, network, uncalled))
-        found[name] = {**parts, "total": sum(parts.values())}
+        found[name] = memory_of(stage, network, trainable_parameters(stage, network, uncalled)).parts()
     return found
+
+
+# ---- perlhf plan ----------------------------------------------------------------------------------------------------
+
+REACHED = 0.4
+"""Share of the rate of one large product that whole updates reach (docs/performance.md: 33 to 51 %)."""
+GOOD_TO = 0.15
+"""How far the estimate of memory may be off (docs/scale.md)."""
+
+
+def forecast(asked: PlanConfig, config: Stage) -> dict[str, Any]:
+    """What `perlhf plan` tells of a stage, as `--json` has it; bytes are those of one device, or received by it.
+
+    Raises:
+        ModelError: the base's configuration isn't here and can't be fetched, or isn't supported.
+        AdapterError: a target that matches no layer.
+        ConfigError: the base can't be spread as asked.
+    """
+    if config.device == "auto" and (asked.device_memory is not None or torch.cuda.is_available()):
+        config = config.model_copy(update={"device": "cuda"})
+    network = by_configuration(config.base, config.quantize, config.device)
+    foretold = foretell_way(config, network)
+    if foretold.way is not None and foretold.way.packing == "none":
+        config = config.model_copy(update={"packing": "none"})
+    most, dtype = Lengths.longest(config), dtype_in_force(config.dtype, config.device)
+    lengths = Lengths(asked.prompt_tokens or most.prompt, asked.completion_tokens or most.completion)
+    trainable = trainable_parameters(config, network, foretold.uncalled)
+    tensors, width = trained_tensors(config, network, foretold.uncalled), 2 if dtype == "bfloat16" else 4
+    room = _room(asked, config.device)
+    updates = config.updates if isinstance(config, PolicyConfig) else config.max_updates
+    ways = _spread(asked, config, network)
+    found = {how: memory_of(config, network, trainable, devices, lengths, updates) for how, devices in ways.items()}
+    how = next((how for how, memory in found.items() if room is None or memory.total <= room), None)
+    chosen = how or min(found, key=lambda one: found[one].total)
+    devices, memory = ways[chosen], found[chosen]
+    gathers = gathers_of(network, width, devices.shards)
+    received = exchanged(config, tensors, sum(trainable.values()), devices.count, lengths, gathers)
+    rates = rates_of(asked, dtype, config.device)
+    parts: dict[str, Part] = {}
+    if rates is not None and (gathers is None or asked.link is not None):  # gathers take most of the time
+        parts = parts_of(config, network, devices, lengths, rates, received, gathers)
+    return {
+        "base": config.base,
+        "parameters": network.num_parameters(),
+        "trainable": trainable,
+        "dtype": dtype,
+        "device": config.device,
+        "way": way_in_words(foretold, config.packing),
+        "devices": asked.devices,
+        "device_memory_bytes": room,
+        "shard": chosen,
+        "shards": devices.shards,
+        "fits": None if room is None else how is not None,
+        "said": _verdict(chosen, devices, memory, room),
+        "memory_bytes": memory.parts(),
+        "memory_by_shard_bytes": {one: memory.total for one, memory in found.items()},
+        "lengths": {"prompt": lengths.prompt, "completion": lengths.completion},
+        "exchanged_bytes": {**received, "total": sum(received.values())},
+        "seconds": {name: {"seconds": part.seconds, "bound": part.bound} for name, part in parts.items()},
+        "updates_per_hour": 3600 / seconds_of(config, parts) if parts else None,
+        "rates": None if rates is None else {"flops": rates.flops, "read": rates.read},
+    }
+
+
+def _room(asked: PlanConfig, device: str) -> int | None:
+    """Memory of one device; None for one that isn't here and whose memory nobody named. Workers of one machine share
+    its memory."""
+    if asked.device_memory is not None:
+        return int(amount(asked.device_memory))
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    return memory_bytes() // min(asked.devices, asked.devices_per_node)
+
+
+def _spread(asked: PlanConfig, config: Stage, network: PreTrainedModel) -> dict[str, Devices]:
+    """Ways to have the base on the devices, those that exchange less first; only the one that is asked for."""
+    count, node = asked.devices, min(asked.devices, asked.devices_per_node)
+    ways = {"none": Devices(count), "node": Devices(count, node), "full": Devices(count, count)}
+    wanted = asked.shard if asked.shard != "auto" else config.shard
+    if is_kept(network.config, config.quantize) or config.tuning == "full":
+        if wanted not in ("auto", "none"):
+            what = "a quantised base" if config.tuning == "lora" else "a base whose own weights are trained"
+            raise ModelError(f"{what} is whole on each device", where="shard", allowed="none", hint="leave shard out")
+        return {"none": ways["none"]}
+    if wanted != "none" or asked.shard == "none":
+        return {wanted: ways[wanted]}
+    return {
+        how: one for how, one in ways.items() if how == "none" or (one.shards > 1 and (how, node) != ("full", count))
+    }
+
+
+def _verdict(how: str, devices: Devices, memory: Memory, room: int | None) -> str:
+    where = {
+        "none": "the base whole on each device",
+        "node": f"the base in {devices.shards} parts, on the devices of a node",
+        "full": f"the base in {devices.shards} parts, on all devices",
+    }[how]
+    if room is None:
+        return f"{where}; whether it fits isn't known without --device-memory"
+    share = memory.total / room
+    if share > 1:
+        return f"does not fit: {where} takes {share:.0%} of a device's memory"
+    near = f", within the {GOOD_TO:.0%} that the estimate may be off" if share > 1 / (1 + GOOD_TO) else ""
+    return f"fits: {where} takes {share:.0%} of a device's memory{near}"
+
+
+def rates_of(asked: PlanConfig, dtype: str, device: str) -> Rates | None:
+    """What is given, and what isn't as it is measured on this machine; None where the device isn't here. Workers of one
+    machine's CPU share what it reaches.
+
+    Raises:
+        ModelError: no such device.
+    """
+    known = {name: amount(text) for name in ("flops", "read", "link") if (text := getattr(asked, name))}
+    known["node_link"] = amount(asked.node_link) if asked.node_link else known.get("link", float("inf"))
+    if not {"flops", "read"} <= known.keys():
+        if device.startswith(("cuda", "mps")) and not torch.cuda.is_available():
+            return None
+        place = pick_device(device)
+        sharing = min(asked.devices, asked.devices_per_node) if place.type == "cpu" else 1
+        known = {name: rate / sharing for name, rate in measured(dtype, str(place)).items()} | known
+    return Rates(**known, node=asked.devices_per_node)
+
+
+def measured(dtype: str, device: str) -> dict[str, float]:
+    """Operations a second that updates reach here (`REACHED` of a product's), and bytes a second from memory, in about
+    a second."""
+    left, right = (torch.randn(2048, 2048, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    held = torch.ones(2**26, dtype=torch.int64, device=device)
+    products = _each(lambda: left @ right, device)
+    return {"flops": REACHED * 2 * 2048**3 / products, "read": held.nbytes / _each(held.sum, device)}
+
+
+def _each(work: Any, device: str) -> float:
+    """Seconds of one of several goes, the first one left out."""
+    work()
+    times, began = 0, time.perf_counter()
+    while times < 3 or time.perf_counter() - began < 0.3:
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times += 1
+    return (time.perf_counter() - began) / times

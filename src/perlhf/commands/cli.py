@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from perlhf import __version__
 from perlhf.commands import show
 from perlhf.config import commands, comparison, labelling, stages
-from perlhf.config.command_line import Command, parse
+from perlhf.config.command_line import Command, own_options, parse, stage_of
 from perlhf.config.recipe import read_recipe
 from perlhf.errors import ConfigError, PerlhfError, nearest
 from perlhf.parallel.place import several
@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, Command[Any]] = {
     "demo": Command("perlhf demo", commands.DemoConfig),
     "pull": Command("perlhf pull", commands.PullConfig, ("base",)),
     "base": Command("perlhf base", commands.BaseConfig, ("base",), json=True),
+    "plan": Command("perlhf plan", commands.PlanConfig, json=True),
     "sft": Command("perlhf sft", stages.SftConfig, dry_run=True),
     "reward": Command("perlhf reward", stages.RewardConfig, dry_run=True),
     "policy": Command("perlhf policy", stages.PolicyConfig, dry_run=True),
@@ -55,6 +56,11 @@ LABEL_COMMANDS: Mapping[str, Command[Any]] = {
     "export": Command("perlhf label export", labelling.LabelExportConfig, ("project", "output")),
     "import": Command("perlhf label import", labelling.LabelImportConfig, ("project", "source")),
     "backup": Command("perlhf label backup", labelling.LabelBackupConfig, ("project", "output")),
+}
+STAGES: Mapping[str, type[Any]] = {
+    "sft": stages.SftConfig,
+    "reward": stages.RewardConfig,
+    "policy": stages.PolicyConfig,
 }
 SHARED = ("sft", "reward", "policy", "evaluate", "score")
 """Commands whose work several workers share; any other is done by one process."""
@@ -167,7 +173,9 @@ def top_level_help() -> str:
     """What `perlhf --help` prints."""
     entries = summaries(COMMANDS)
     groups = {"data": DATA_SUMMARY, "label": summaries(LABEL_COMMANDS)["label"]}
-    ordered = {name: groups.get(name) or entries[name] for name in ("demo", "pull", "base", "data", "label", *entries)}
+    ordered = {
+        name: groups.get(name) or entries[name] for name in ("demo", "pull", "base", "plan", "data", "label", *entries)
+    }
     return overview("perlhf", "Align language models by training small adapters on one frozen base.", ordered)
 
 
@@ -243,10 +251,41 @@ def _launch(arguments: list[str]) -> int:
     return local.launch(words, settings.workers, settings.restarts)
 
 
+def planned(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """What is for `perlhf plan` itself, and what it is to plan: words by stage; all stages where there is no recipe."""
+    own, words = own_options(commands.PlanConfig, arguments, ("--json", "-h", "--help"))
+    if {"-h", "--help"} & set(own):
+        return own, {}
+    settings, _ = parse(COMMANDS["plan"], own)
+    recipe = words[0] if words and words[0].endswith((".yaml", ".yml")) else None
+    if words and recipe is None and not words[0].startswith("-"):
+        raise ConfigError(
+            f"{words[0]!r} is not a recipe", where="perlhf plan", allowed="a file ending in .yaml or .yml"
+        )
+    name = settings.stage or (stage_of(recipe, STAGES) if recipe else None)
+    return own, dict.fromkeys([name] if name else STAGES, words)
+
+
+def _foretell(arguments: list[str]) -> int:
+    """`perlhf plan [recipe.yaml] [--option value ...]`."""
+    own, words = planned(arguments)
+    settings, as_json = parse(COMMANDS["plan"], own)
+    # A policy without a recipe has a reference and one reward model beside it.
+    default = {"policy": {"sft": "sft", "reward": ["reward"]}}
+    asked = {name: Command("perlhf plan", STAGES[name]) for name in words}
+    configs = {name: parse(asked[name], words[name], default.get(name))[0] for name in words}
+    from perlhf.commands.base import forecast
+
+    show.forecast({name: forecast(settings, config) for name, config in configs.items()}, as_json=as_json)
+    return 0
+
+
 def _run(name: str, arguments: list[str]) -> int:
     """Every command but `data`."""
     if name == "launch":
         return _launch(arguments)
+    if name == "plan":
+        return _foretell(arguments)
     defaults = evaluated_data(arguments) if name == "evaluate" else None
     settings, flag = parse(COMMANDS[name], arguments, defaults)
     if flag and COMMANDS[name].dry_run:

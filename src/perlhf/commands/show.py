@@ -63,9 +63,45 @@ def plan(settings: BaseModel, planned: "Plan") -> None:
     hint = "system (libtcmalloc-minimal4 or libjemalloc2 would save memory)"
     rows.append(("allocator", hint if planned.allocator == "system" else planned.allocator))
     rows.append(("kernels of the CPU", planned.kernels))
-    rows += [(f"memory, {part}", _mebibytes(size)) for part, size in planned.memory_bytes.items()]
-    rows.append(("memory, estimated peak", _mebibytes(planned.total_bytes)))
+    rows += _memory(planned.memory.parts())
     _table(f"{planned.stage}: plan; nothing was trained or written", rows)
+
+
+def _memory(parts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """A row for each that holds memory, and the peak."""
+    rows = [(f"memory, {part}", _mebibytes(size)) for part, size in parts.items() if part != "total"]
+    return [*rows, ("memory, estimated peak", _mebibytes(parts["total"]))]
+
+
+def forecast(facts: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> None:
+    """What `commands.base.forecast` says, by stage."""
+    if as_json:
+        print(json_line(facts))
+        return
+    for stage, one in facts.items():
+        room = one["device_memory_bytes"]
+        rows = [
+            ("weights of the base", f"{one['parameters']:,} ({one['dtype']})"),
+            *((f"trainable, {name}", f"{size:,}") for name, size in one["trainable"].items()),
+            ("way", one["way"]),
+            ("lengths", "prompts of {prompt:,} tokens, completions of {completion:,}".format(**one["lengths"])),
+            ("devices", f"{one['devices']:,}" + ("" if room is None else f" of {_mebibytes(room)}")),
+            *_memory(one["memory_bytes"]),
+            ("verdict", one["said"]),
+        ]
+        for how, size in one["memory_by_shard_bytes"].items():
+            if how != one["shard"]:
+                rows.append((f"peak with shard: {how}", _mebibytes(size)))
+        received = one["exchanged_bytes"]
+        if received["total"]:
+            rows += [(f"received an update, {what}", _mebibytes(size, 3)) for what, size in received.items()]
+        for what, part in one["seconds"].items():
+            said = f"{part['seconds']:.3g}, by {part['bound']}" if part["seconds"] else "not counted without --link"
+            rows.append((f"seconds an update, {what}", said))
+        hourly = one["updates_per_hour"]
+        missing = "--flops and --read: this device isn't here" if one["rates"] is None else "--link"
+        rows.append(("updates an hour", f"not told without {missing}" if hourly is None else f"{hourly:,.3g}"))
+        _table(f"{stage} on {one['base']}: nothing was loaded or trained", rows)
 
 
 def cells(settings: BaseModel, rows: Sequence[Sequence[str]]) -> None:
@@ -221,8 +257,8 @@ def _shown(key: str, value: float | str) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 
-def _mebibytes(size: float) -> str:
-    return f"{size / 2**20:,.0f} MiB"
+def _mebibytes(size: float, digits: int = 0) -> str:
+    return f"{size / 2**20:,.{digits}f} MiB"
 
 
 def _columns(rows: Sequence[Summary]) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, cast, get_origin
 
 import tyro
@@ -83,6 +84,39 @@ def parse(
     flag = bool(values.pop(command.flag, False)) if command.flag else False
     where = str(recipe.path) if recipe else command.prog
     return validated(command.model, values, where=where), flag
+
+
+def own_options(model: type[BaseModel], words: Sequence[str], flags: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Words that are options of a model, with their values, and all others, each in their order.
+
+    Args:
+        flags: switches among the former.
+    """
+    names = {f"--{name.replace('_', '-')}" for name in model.model_fields}
+    own, others, taken = list[str](), list[str](), False
+    for word in words:
+        name, _, value = word.partition("=")
+        known = name.replace("_", "-") in names
+        (own if taken or known or word in flags else others).append(word)
+        taken = not taken and known and not value
+    return own, others
+
+
+def stage_of(path: str, models: Mapping[str, type[BaseModel]]) -> str:
+    """The one of the models whose keys a recipe has; where several have them, the one that its file is called after.
+
+    Raises:
+        ConfigError: the recipe can't be read, or could be for several.
+    """
+    keys = read_recipe(path).values.keys()
+    able = [name for name, model in models.items() if keys <= model.model_fields.keys()]
+    named = [name for name in able if name in Path(path).stem.split("-")]
+    if len(found := (able if len(able) == 1 else named)) == 1:
+        return found[0]
+    if not able:  # a key that is wrong in all: the model that knows most of them says which
+        return max(models, key=lambda name: len(keys & models[name].model_fields.keys()))
+    what = f"a recipe for {' or '.join(able)}: nothing in it tells which"
+    raise ConfigError(what, where=path, hint=f"--stage {able[0]}")
 
 
 def _is_recipe(argument: str) -> bool:

@@ -1,5 +1,6 @@
 """Configurations of the commands that train nothing: what they read of finished runs and of data, and the demo."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -124,6 +125,63 @@ class BaseConfig(Frozen):
     """Dtype of the base; `auto` is bfloat16 where the hardware is faster in it, else float32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+
+_UNITS = {"": 1, **{letter: 1000**power for power, letter in enumerate("KMGTP", start=1)}}
+_UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("KMGTP", start=1)}
+
+
+def amount(text: str) -> float:
+    """A number with a unit: `80GB` is 80 * 1000^3, `80GiB` 80 * 1024^3, `300T` 300 * 1000^4.
+
+    Raises:
+        ValueError: it is no number above 0, or its unit is unknown.
+    """
+    parts = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if parts is None or float(parts[1]) <= 0:
+        raise ValueError(f"{text!r} is no number above 0 with a unit; allowed: such as 80GB, 80GiB or 300T")
+    unit = parts[2].removesuffix("B")
+    if unit not in _UNITS:
+        raise ValueError(f"{text!r} has an unknown unit, {parts[2]}; allowed: such as GB, GiB or G")
+    return float(parts[1]) * _UNITS[unit]
+
+
+class PlanConfig(Frozen):
+    """Foretell what a recipe takes on given devices: memory, whether it fits, what is exchanged, updates an hour.
+
+    `perlhf plan recipe.yaml --base ORG/NAME --devices 8 --device-memory 80GB`: any option of the recipe's stage may be
+    given as well. No weights are needed: of the base config.json is enough. Without a recipe all three stages are told.
+    """
+
+    stage: Literal["sft", "reward", "policy"] | None = None
+    """The stage that the recipe is for; null takes the one whose keys it has."""
+    devices: Positive = 1
+    """Workers, of one device each."""
+    device_memory: str | None = None
+    """Of one device, such as 80GB or 80GiB, a GPU then where device is auto; null is what is here."""
+    shard: Literal["auto", "none", "full", "node"] = "auto"
+    """The base on each device, or in parts on all, or those of a node; `auto`: the recipe's, else what fits."""
+    devices_per_node: Positive = 8
+    """Devices of one machine."""
+    prompt_tokens: Positive | None = None
+    """Of each prompt; null takes the longest that the recipe lets through."""
+    completion_tokens: Positive | None = None
+    """Of each completion; null takes the longest."""
+    flops: str | None = None
+    """Operations a second that an update reaches on one device, such as 300T; null measures it here."""
+    read: str | None = None
+    """Bytes a second that a device reads of its memory, such as 3TB; null measures it here."""
+    link: str | None = None
+    """Bytes a second that a device gets from others of its node, such as 400GB; null counts no time for it."""
+    node_link: str | None = None
+    """The same from other nodes, such as 50GB; null is as `link`."""
+
+    @field_validator("device_memory", "flops", "read", "link", "node_link")
+    @classmethod
+    def _known_unit(cls, text: str | None) -> str | None:
+        if text is not None:
+            amount(text)
+        return text
 
 
 class LaunchConfig(Frozen):

@@ -1,25 +1,36 @@
-"""The way of a base, told before its weights are read: as it was found when they were, else on a small copy.
+"""What a base is told to be before its weights are read: the way through it, and the memory that a stage takes.
 
-The copy has the base's configuration, all its layers and their kinds, but is narrow and has random weights: which
-modules are called with what is decided by code and configuration, not by how wide they are. Loading the weights tells
-for certain.
+The way is as it was found when the weights were last read, else on a small copy. The copy has the base's configuration,
+all its layers and their kinds, but is narrow and has random weights: which modules are called with what is decided by
+code and configuration, not by how wide they are. Loading the weights tells for certain.
+
+Memory is one estimate for `perlhf plan`, `perlhf base` and `--dry-run`: `memory_of`.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from perlhf.config.stages import PolicyConfig, RewardConfig
 from perlhf.errors import ModelError
 from perlhf.kernels import cpu
+from perlhf.method.logprobs import chunk_tokens
 from perlhf.model.bases.found import first_line
 from perlhf.model.bases.packaged import quiet
+from perlhf.model.bases.quantised import layer_bytes, weight_bytes
 from perlhf.model.model import Model
 from perlhf.model.supported import FAULTS, Way
 from perlhf.model.ways import recall
+from perlhf.parallel.traffic import Gathers, Lengths, Stage, microbatches_of, passes_of
+from perlhf.runs.earlier import earlier_runs
+from perlhf.system import before_torch
+from perlhf.system.machine import cpu_computes_in_bf16
 
 KEPT, COPIED = "as found when it was last loaded", "as found on a small copy with random weights"
 UNKNOWN = "found out when it is loaded"
@@ -134,3 +145,273 @@ def _at_most(value: Any, most: int | None) -> Any:
     if most is None or isinstance(value, bool) or not isinstance(value, int):
         return value
     return min(value, most)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+LIBRARIES_BYTES = 450 * 2**20
+"""The interpreter with torch and transformers loaded, measured on Linux; of a GPU, the context that they make there."""
+OPTIMISER_BYTES = 16
+"""Of one trainable parameter: float32 weight, gradient and AdamW's two moments."""
+SUM_BYTES = 20
+"""Of one trainable parameter, while several workers add up gradients: the flat float32 vector, its padded copy, the
+pieces that arrive, those of the sums, and the whole (`parallel.workers.Workers.sum`)."""
+HOLES = 2.0
+"""What activations take where memory grows holes, in units of their size: on a CPU without our own kernels, in bfloat16
+or under glibc's allocator."""
+MASK_BYTES = 4
+"""Of each pair of a tree's tokens, on a GPU: the mask of all tokens by all tokens."""
+COMPILED_BYTES, FEW_BYTES, SETTLED = 720 * 2**20, 100 * 2**20, 40
+"""What a run in bfloat16 on a CPU takes beside: kernels that oneDNN compiles for each shape of micro-batches, and its
+buffers. In the end, at the start, and after how many micro-batches 63 % of the difference is there (fitted to runs of 4
+to 300 of them, docs/performance.md)."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What a run is spread over."""
+
+    count: int = 1
+    """Workers, of one device each."""
+    shards: int = 1
+    """Devices that have the base's weights between them; 1: each device has them all."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, by what holds them."""
+
+    held: dict[str, int]
+    """All the time."""
+    passing: dict[str, int]
+    """One after the other: the largest counts."""
+
+    @property
+    def total(self) -> int:
+        """Estimated peak."""
+        return sum(self.held.values()) + max(self.passing.values())
+
+    def parts(self) -> dict[str, int]:
+        """All by name, with the `total`."""
+        return {**self.held, **self.passing, "total": self.total}
+
+
+def memory_of(
+    config: Stage,
+    network: PreTrainedModel,
+    trainable: Mapping[str, int],
+    devices: Devices = Devices(),
+    lengths: Lengths | None = None,
+    updates: int | None = None,
+) -> Memory:
+    """Estimated bytes on each device of a training stage.
+
+    Args:
+        network: the base, without weights.
+        trainable: parameters by adapter.
+        lengths: the longest of the run's sequences; None takes the longest that the configuration lets through.
+        updates: of the run; None: so many that memory doesn't grow any more.
+    """
+    size, dtype = network.num_parameters(), dtype_in_force(config.dtype, config.device)
+    width = 2 if dtype == "bfloat16" else 4
+    on_gpu = config.device.startswith(("cuda", "mps"))
+    compiles = dtype == "bfloat16" and not on_gpu
+    loose = not on_gpu and cpu.compiler()[0] is None and (compiles or before_torch.expected() == "system")
+    lengths = lengths or Lengths.longest(config)
+    first = next(passes_of(config, lengths))
+    share = max(lengths.prompt + lengths.completion, -(-first.tokens // devices.count))  # of a worker's tokens
+    held = {"libraries": LIBRARIES_BYTES, "base": weight_bytes(network, config.quantize, width)}
+    if devices.shards > 1:
+        held["base"] = _piece(network.parameters(), devices.shards) * width
+        held["gathered layers"] = _gathered_weights(network) * width
+    held |= {f"adapter {name}": parameters * OPTIMISER_BYTES for name, parameters in trainable.items()}
+    held |= {role: count * next(iter(trainable.values())) * 4 for role, count in frozen_adapters(config).items()}
+    if config.tuning == "full":
+        # While they are used in another dtype than they are learned in, and while they are written to a file.
+        held["copies of the weights"] = size * (4 + (width if dtype != "float32" else 0))
+    if read_back := layer_bytes(network, config.quantize, width):
+        held["a layer read back"] = read_back
+    if compiles:
+        met = math.inf if updates is None else updates * microbatches_of(first, config, devices.count)
+        held["compiled products"] = int(FEW_BYTES + (COMPILED_BYTES - FEW_BYTES) * (1 - math.exp(-met / SETTLED)))
+    tokens = min(config.microbatch_tokens, share)
+    kept = int(_activation_bytes(config, network, width, tokens) * (HOLES if loose else 1))
+    mask = MASK_BYTES * tokens**2 if on_gpu and config.packing != "none" else 0
+    passing = {"activations": kept + mask + _logits_bytes(config, network)}
+    if isinstance(config, PolicyConfig):
+        passing["sampling"] = _sampling_bytes(config, network, width, devices.count, lengths)
+        if config.staleness:
+            held["adapter that samples"] = trainable["policy"] * 4
+        if config.staleness and not on_gpu:  # on a GPU they take turns
+            passing["both at once"] = passing["activations"] + passing["sampling"]
+    if devices.count > 1:
+        passing["sums of gradients"] = SUM_BYTES * sum(trainable.values())
+    return Memory(held, passing)
+
+
+def dtype_in_force(dtype: str, device: str) -> str:
+    """`auto` resolved, also for a device that isn't here: bfloat16 on CUDA or where the CPU is faster in it,
+    float32 on Apple's GPUs."""
+    if dtype != "auto":
+        return dtype
+    if device.startswith("mps"):
+        return "float32"
+    return "bfloat16" if device.startswith("cuda") or cpu_computes_in_bf16()[0] else "float32"
+
+
+def frozen_adapters(config: Stage) -> dict[str, int]:
+    """How many adapters a policy holds without gradients, by their role."""
+    if not isinstance(config, PolicyConfig):
+        return {}
+    runs = earlier_runs(config)
+    found = {
+        "reference": len(runs["sft"]) + len(runs["start"]),
+        "reward adapters": len(runs["reward"]) + len(runs["validation_reward"]),
+    }
+    return {role: count for role, count in found.items() if count}
+
+
+def blocks_of(network: PreTrainedModel) -> nn.ModuleList | None:
+    """The network's layers, one module each; None where they aren't in one list."""
+    count = int(network.config.get_text_config().num_hidden_layers)
+    return next((part for part in network.modules() if isinstance(part, nn.ModuleList) and len(part) == count), None)
+
+
+def gathers_of(network: PreTrainedModel, width: int, shards: int) -> Gathers | None:
+    """Bytes that a device receives of a base which so many devices have in parts; None where each has it whole.
+
+    Args:
+        width: bytes of a weight.
+    """
+    if shards == 1:
+        return None
+    head, embedding = _around(network)
+    around = [*head.parameters(), *embedding.parameters()]
+    inside = [p for p in network.parameters() if not any(p is one for one in around)]
+    blocks = [parameter for block in blocks_of(network) or () for parameter in block.parameters()]
+    received = (shards - 1) * width
+    return Gathers(
+        forward=received * (_piece(inside, shards) + _piece(embedding.parameters(), shards)),
+        head=received * _piece(head.parameters(), shards),
+        backward=received * _piece(blocks, shards),
+    )
+
+
+def _around(network: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """Output head and embedding."""
+    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    assert isinstance(head, nn.Module) and isinstance(embedding, nn.Module)
+    return head, embedding
+
+
+def _piece(parameters: Iterable[nn.Parameter], shards: int) -> int:
+    """Weights of one device's parts: parameters are cut along their first dimension."""
+    return sum(-(-p.shape[0] // shards) * p[0].numel() if p.ndim else 1 for p in parameters)
+
+
+def _gathered_weights(network: PreTrainedModel) -> int:
+    """Weights of a base in parts that a device has whole at one time: the layer that computes and the one that comes
+    next, or the head."""
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(network) or ()]
+    around = [sum(parameter.numel() for parameter in module.parameters()) for module in _around(network)]
+    return max(2 * max(sizes, default=0), *around)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a network's layers, as its configuration says them."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head: int
+    """Width of a head of attention."""
+    feed_forward: int
+    """Width of the feed-forward layer, for a token: of all experts that it goes through together."""
+    vocab: int
+    experts: int
+    """Of a layer; 0: it has none."""
+    experts_of_token: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "Shape":
+        """Of a configuration; where each layer has its own size, the largest."""
+        text = config.get_text_config()
+
+        def said(*keys: str) -> int:
+            return next((size for key in keys if (size := _most(getattr(text, key, None)))), 0)
+
+        heads = said("num_attention_heads")
+        experts = said("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        chosen = said("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+        plain = said("intermediate_size") or 4 * text.hidden_size
+        own = said("moe_intermediate_size") or plain
+        shared = said("shared_expert_intermediate_size") or said("n_shared_experts") * own
+        wide = max(chosen * own + shared, plain if own != plain else 0)
+        return cls(
+            layers=int(text.num_hidden_layers),
+            hidden=int(text.hidden_size),
+            heads=heads,
+            kv_heads=said("num_key_value_heads") or heads,
+            head=said("head_dim") or text.hidden_size // (heads or 1),
+            feed_forward=wide if experts else plain,
+            vocab=int(text.vocab_size),
+            experts=experts,
+            experts_of_token=chosen if experts else 0,
+        )
+
+    @property
+    def cached(self) -> int:
+        """Numbers that the sampler keeps of one token: keys and values of all layers."""
+        return self.layers * 2 * self.kv_heads * self.head
+
+
+def _activation_bytes(config: Stage, network: PreTrainedModel, width: int, tokens: int) -> int:
+    """Kept for the backward pass of one micro-batch of so many tokens.
+
+    Per token and layer of an adapter on attention: three vectors of the hidden size (inputs of two norms and of the
+    adapters), q, k, v and their mixture, and two of the feed-forward size (gate and up). Adapters on all linear layers
+    and full tuning keep the inputs of the feed-forward layers as well. Layers below `adapter.layers` keep nothing.
+    Layers without heads (of a recurrence) count as four vectors of twice the hidden size in the place of q, k, v.
+    """
+    shape = Shape.of(network.config)
+    layers = shape.layers
+    mixed = 2 * (shape.heads + shape.kv_heads) * shape.head if shape.heads else 8 * shape.hidden
+    per_token = 3 * shape.hidden + mixed + 2 * shape.feed_forward
+    if config.tuning == "full" or config.adapter.targets != "attention":
+        per_token += shape.hidden + shape.feed_forward
+    if config.tuning == "lora" and config.adapter.layers != "all":
+        layers = min(layers, int(config.adapter.layers.removeprefix("last:")))
+    return tokens * layers * per_token * width
+
+
+def _logits_bytes(config: Stage, network: PreTrainedModel) -> int:
+    """One chunk of float32 logits and their exponentials."""
+    vocab = Shape.of(network.config).vocab
+    return 0 if isinstance(config, RewardConfig) else 2 * chunk_tokens(vocab) * vocab * 4
+
+
+def _sampling_bytes(config: PolicyConfig, network: PreTrainedModel, width: int, workers: int, lengths: Lengths) -> int:
+    """Keys and values of a worker's prompts and completions, and beside them whichever is more: all its prompts' tokens
+    in one layer, or float32 logits of all rows with their exponentials.
+
+    The reference's completions that centre scores, and those of a validation, are one for each prompt.
+    """
+    shape, prompt, longest = Shape.of(network.config), lengths.prompt, config.max_completion_tokens
+    mixed = 2 * (shape.heads + shape.kv_heads) * shape.head if shape.heads else 8 * shape.hidden
+
+    def taken(prompts: int, samples: int) -> int:
+        own = -(-prompts // workers)
+        cache = own * (prompt + samples * longest) * shape.cached * width
+        prefill = own * prompt * (3 * shape.hidden + mixed + 3 * shape.feed_forward) * width
+        return cache + max(prefill, own * samples * shape.vocab * 4 * 3)
+
+    once = max(config.validation_prompts, config.centre_prompts)
+    return max(taken(config.prompts_per_update, config.completions_per_prompt), taken(once, 1))
+
+
+def _most(said: Any) -> int:
+    """A number of a configuration, the largest where each layer has its own; 0 where there is none."""
+    numbers = said if isinstance(said, list | tuple) else [said]
+    return max((number for number in numbers if isinstance(number, int)), default=0)

@@ -1,10 +1,11 @@
 """What a stage would do: from its configuration, the record counts and the base's network without weights.
 
 Trainable parameters are exact: rank * (inputs + outputs) for each adapted layer, all weights for `tuning: full`, and
-hidden for a score head, hidden + 1 for a value head. Memory is an estimate (`_activation_bytes` has the formula).
+hidden for a score head, hidden + 1 for a value head. Memory is an estimate (`model.foretold.memory_of`). What workers
+exchange is counted by the rules that they follow (`parallel.traffic`); seconds follow from rates that are given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,40 +15,34 @@ from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftC
 from perlhf.data.records import Prompt, completions_of
 from perlhf.errors import ModelError
 from perlhf.kernels import cpu
-from perlhf.method.logprobs import chunk_tokens
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import end_ids, load_tokenizer, pick_device, without_weights
-from perlhf.model.bases.quantised import layer_bytes, weight_bytes
+from perlhf.model.bases.quantised import weight_bytes
 from perlhf.model.encoding.encode import Encoder, TooLong
 from perlhf.model.encoding.lengths import telling
-from perlhf.model.foretold import Foretold, foretell
+from perlhf.model.foretold import (
+    Devices,
+    Foretold,
+    Memory,
+    Shape,
+    dtype_in_force,
+    foretell,
+    memory_of,
+)
 from perlhf.model.open import left_out, with_day
 from perlhf.model.supported import packing_of, states_width, target_paths
+from perlhf.parallel.traffic import Gathers, Lengths, Stage, microbatches_of, passes_of
 from perlhf.rollout.scorers import load_functions
 from perlhf.runs.earlier import check_runs, earlier_runs, is_adapter
 from perlhf.system import before_torch
-from perlhf.system.machine import cpu_computes_in_bf16
 from perlhf.training.loop import Sides, read_sides, tell, updates_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Stage = SftConfig | RewardConfig | PolicyConfig
-
-OVERHEAD_BYTES = 450 * 2**20
-"""The interpreter with torch and transformers loaded, measured on Linux."""
-OPTIMISER_BYTES = 16
-"""Of one trainable parameter: float32 weight, gradient and AdamW's two moments."""
-HOLES = 2.0
-"""What activations take where memory grows holes, in units of their size: under glibc's allocator, and in bfloat16 on a
-CPU."""
-
 TRIED_RECORDS = 64
 """Of each side, however large it is: well under a second for long conversations."""
-COMPILED_BYTES = 480 * 2**20
-"""What a run in bfloat16 on a CPU takes beside: kernels that oneDNN compiles for each shape, and its buffers (fitted to
-whole runs, docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +62,12 @@ class Plan:
     dtype: str
     allocator: str
     kernels: str
-    memory_bytes: dict[str, int]
+    memory: Memory
 
     @property
     def total_bytes(self) -> int:
         """Estimated peak."""
-        return sum(self.memory_bytes.values())
+        return self.memory.total
 
 
 def plan(config: Stage) -> Plan:
@@ -98,14 +93,16 @@ def plan(config: Stage) -> Plan:
         prompts = cast(Sequence[Prompt], sides.train)
         for key, sources in {"reward": config.reward, "validation_reward": config.validation_reward}.items():
             load_functions(sources, key, prompts)
-    _try_out(config, sides)
+    lengths = _try_out(config, sides)
     records = count_records(sides)
     dtype = dtype_in_force(config.dtype, config.device)
     foretold = foretell_way(config, network)
     if foretold.way is not None:
         packing_of(foretold.way, config.packing)
     trainable = trainable_parameters(config, network, foretold.uncalled)
-    note = left_out(network, config.adapter) if config.tuning == "lora" else None
+    notes = [left_out(network, config.adapter) if config.tuning == "lora" else None]
+    if config.shard != "none":
+        notes.append("memory is that of a device with the whole base; perlhf plan --devices N tells it in parts")
     updates = count_updates(config, sides)
     tell(sides)
     return Plan(
@@ -116,11 +113,11 @@ def plan(config: Stage) -> Plan:
         network.num_parameters(),
         trainable,
         way_in_words(foretold, config.packing),
-        () if note is None else (note,),
+        tuple(note for note in notes if note is not None),
         dtype if config.quantize == "none" else f"{dtype}, linear layers in {config.quantize}",
         before_torch.expected(),
         "not for a GPU" if config.device.startswith(("cuda", "mps")) else cpu.compiler()[1],
-        memory_of(config, network, trainable),
+        memory_of(config, network, trainable, lengths=lengths, updates=updates),
     )
 
 
@@ -144,52 +141,31 @@ def way_in_words(foretold: Foretold, asked: str = "auto") -> str:
     return "rows, as packing: none asks" if asked == "none" else f"tree of shared prefixes ({foretold.source})"
 
 
-def memory_of(config: Stage, network: "PreTrainedModel", trainable: dict[str, int]) -> dict[str, int]:
-    """Estimated bytes by what holds them.
+def _try_out(config: Stage, sides: Sides) -> Lengths:
+    """Encodes some records of each side that training encodes; none where the packaged base isn't here yet.
 
-    Args:
-        network: the base, without weights.
-        trainable: parameters by adapter.
+    Gives the longest that there are: of a policy's prompts those that were tried.
     """
-    size, dtype = network.num_parameters(), dtype_in_force(config.dtype, config.device)
-    compiles = dtype == "bfloat16" and not config.device.startswith(("cuda", "mps"))
-    holes = HOLES if before_torch.expected() == "system" or compiles else 1.0
-    memory = {
-        "libraries": OVERHEAD_BYTES,
-        "base": weight_bytes(network, config.quantize, _size(dtype)),
-        "adapters and optimiser": sum(trainable.values()) * OPTIMISER_BYTES,
-        "frozen adapters": _frozen_adapters(config) * next(iter(trainable.values())) * 4,
-        "activations": _activation_bytes(config, network, dtype, holes),
-    }
-    if config.tuning == "full":
-        # While they are used in another dtype than they are learned in, and while they are written to a file.
-        memory["copies of the weights"] = size * (4 + (_size(dtype) if dtype != "float32" else 0))
-    if read_back := layer_bytes(network, config.quantize, _size(dtype)):
-        memory["a layer read back"] = read_back
-    if compiles:
-        memory["compiled products"] = COMPILED_BYTES
-    return memory
-
-
-def _try_out(config: Stage, sides: Sides) -> None:
-    """Encodes some records of each side that training encodes; none where the packaged base isn't here yet."""
+    most, longest = Lengths.longest(config), 0
     try:
         base = Base.find(config.base)
     except ModelError:
-        return
+        return most
     config = with_day(config, base)
     encoder = Encoder(load_tokenizer(base), config.encoding, end_ids(base))
     of_policy = isinstance(config, PolicyConfig)
     for records in (sides.train, sides.validation, None if of_policy else sides.test):
         for record in (records[number] for number in telling(records, TRIED_RECORDS).tolist()) if records else ():
             if of_policy:
-                encoder.cut_prompt(record.prompt, config.max_completion_tokens, record.tools)
+                ids = encoder.cut_prompt(record.prompt, config.max_completion_tokens, record.tools)
+                longest = max(longest, len(ids))
                 continue
             try:
                 encoder.examples(record.prompt, completions_of(record), record.source, record.tools)
             except TooLong:
                 if not config.encoding.drop_long:
                     raise
+    return Lengths(longest, most.completion) if longest else most
 
 
 def _stage(config: Stage) -> tuple[str, tuple[str, ...]]:
@@ -248,52 +224,144 @@ def lora_parameters(adapter: AdapterConfig, network: "PreTrainedModel", uncalled
     return adapter.rank * sum(sum(network.get_parameter(f"{path}.weight").shape) for path in paths)
 
 
-def _frozen_adapters(config: Stage) -> int:
-    """Adapters held without gradients: the reference and the reward models of a policy."""
-    if not isinstance(config, PolicyConfig):
-        return 0
-    return sum(map(len, earlier_runs(config).values()))
+def trained_tensors(config: Stage, network: "PreTrainedModel", uncalled: Sequence[str] = ()) -> int:
+    """Tensors with gradients, of all adapters: a pair for each adapted layer, or all weights; heads."""
+    if config.tuning == "full":
+        body = len(list(network.parameters()))
+    else:
+        body = 2 * len(target_paths(network, config.adapter.targets, config.adapter.layers, uncalled))
+    heads = {SftConfig: 0, RewardConfig: 1, PolicyConfig: 2}[type(config)]  # a value's bias is trained as well
+    if isinstance(config, PolicyConfig) and config.baseline != "value":
+        return body
+    return body * (2 if isinstance(config, PolicyConfig) else 1) + heads
 
 
-def dtype_in_force(dtype: str, device: str) -> str:
-    """`auto` resolved, also for a device that isn't here: bfloat16 on CUDA or where the CPU is faster in it,
-    float32 on Apple's GPUs."""
-    if dtype != "auto":
-        return dtype
-    if device.startswith("mps"):
-        return "float32"
-    return "bfloat16" if device.startswith("cuda") or cpu_computes_in_bf16()[0] else "float32"
+# ---- how long an update takes ---------------------------------------------------------------------------------------
 
 
-def _size(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else 4
+@dataclass(frozen=True)
+class Rates:
+    """What one device reaches, a second. A link that isn't known takes no time."""
+
+    flops: float
+    """Floating-point operations in passes through the network."""
+    read: float
+    """Bytes from its memory."""
+    link: float = float("inf")
+    """Bytes that it receives from devices of its machine."""
+    node_link: float = float("inf")
+    """Bytes that it receives from those of other machines."""
+    node: int = 8
+    """Devices of a machine."""
+
+    def to(self, devices: int) -> float:
+        """Of the link between so many devices that lie as close together as they can."""
+        return self.link if devices <= self.node else self.node_link
 
 
-def _activation_bytes(config: Stage, network: "PreTrainedModel", dtype: str, holes: float) -> int:
-    """Kept for the backward pass of one micro-batch, plus one chunk of float32 logits and their exponentials.
+@dataclass(frozen=True)
+class Part:
+    """What takes time in an update."""
 
-    Per token and layer of an adapter on attention: three vectors of the hidden size (inputs of two norms and of the
-    adapters), q, k, v and their mixture, and two of the feed-forward size (gate and up). Adapters on all linear layers
-    and full tuning keep the inputs of the feed-forward layers as well. Layers below `adapter.layers` keep nothing.
-    Layers without heads (of a recurrence) count as four vectors of twice the hidden size in the place of q, k, v.
+    seconds: float
+    bound: str
+    """What it waits for."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of a network, by how often they are used."""
+
+    plain: int
+    """For every token: neither embedding nor head, nor experts."""
+    expert: int
+    """In experts, of which a token goes through some."""
+    head: int
+
+    @classmethod
+    def of(cls, network: "PreTrainedModel") -> "Weights":
+        """Of a network without weights."""
+        around: list[Any] = [network.get_input_embeddings().weight, network.get_output_embeddings().weight]
+        inside = [(name, p.numel()) for name, p in network.named_parameters() if not any(p is one for one in around)]
+        expert = sum(size for name, size in inside if "experts" in name.split("."))
+        return cls(sum(size for _, size in inside) - expert, expert, around[1].numel())
+
+
+def parts_of(
+    config: Stage,
+    network: "PreTrainedModel",
+    devices: Devices,
+    lengths: Lengths,
+    rates: Rates,
+    received: Mapping[str, int],
+    gathers: Gathers | None = None,
+) -> dict[str, Part]:
+    """How long the parts of an update take: the longest of computing, reading memory and gathering a sharded base, and
+    what workers exchange besides.
+
+    A pass forward takes two operations a weight and token, and attention four for each number of a head and token that
+    is seen. Its backward takes as many where adapters learn, twice as many where all weights do. A step of the sampler
+    reads the weights that its rows use, and the cache.
+
+    Args:
+        received: bytes of an update (`traffic.exchanged`).
+        gathers: of a base in parts.
     """
-    shape = network.config.get_text_config()
-    layers, hidden = shape.num_hidden_layers, shape.hidden_size
-    heads = _most(getattr(shape, "num_attention_heads", None))
-    kv_heads = _most(getattr(shape, "num_key_value_heads", None)) or heads
-    head_size = _most(getattr(shape, "head_dim", None)) or hidden // (heads or 1)
-    feed_forward = _most(getattr(shape, "intermediate_size", None)) or 4 * hidden
-    mixed = 2 * (heads + kv_heads) * head_size if heads else 8 * hidden
-    per_token = 3 * hidden + mixed + 2 * feed_forward
-    if config.tuning == "full" or config.adapter.targets != "attention":
-        per_token += hidden + feed_forward
+    shape, weights = Shape.of(network.config), Weights.of(network)
+    share = shape.experts_of_token / shape.experts if shape.experts else 0.0
+    seen = (lengths.prompt + lengths.completion) / 2
+    forward = 2 * (weights.plain + weights.expert * share) + 4 * shape.layers * shape.heads * shape.head * seen
+    size = weight_bytes(network, config.quantize, 2 if dtype_in_force(config.dtype, config.device) == "bfloat16" else 4)
+    gathers, link = gathers or Gathers(0, 0, 0), rates.to(devices.shards)
+    backward = 2.0 if config.tuning == "full" else 1.0
     if config.tuning == "lora" and config.adapter.layers != "all":
-        layers = min(layers, int(config.adapter.layers.removeprefix("last:")))
-    logits = 0 if isinstance(config, RewardConfig) else 2 * chunk_tokens(shape.vocab_size) * shape.vocab_size * 4
-    return int(config.microbatch_tokens * layers * per_token * _size(dtype) * holes) + logits
+        backward *= min(1.0, int(config.adapter.layers.removeprefix("last:")) / shape.layers)
+    found: dict[str, Part] = {}
+    for one in passes_of(config, lengths):
+        micro = microbatches_of(one, config, devices.count)
+        work = (one.tokens * forward + one.targets * 2 * weights.head) * (1 + backward * one.learned) / devices.count
+        part = _longest({"computing": work / rates.flops, "gathering the base": micro * gathers.of(one) / link})
+        name = one.what if one.what in ("learning", "scoring") else "log-probabilities"
+        before = found.get(name, Part(0.0, part.bound))
+        found[name] = Part(before.seconds + part.seconds, part.bound)
+    if isinstance(config, PolicyConfig):
+        prompts = -(-config.prompts_per_update // devices.count)
+        rows = prompts * config.completions_per_prompt
+        bytes_of = size / network.num_parameters()
+        used = weights.plain + weights.head + weights.expert * (1 - (1 - share) ** rows)
+        cache = (prompts * lengths.prompt + rows * lengths.completion / 2) * shape.cached * bytes_of
+        step = _longest(
+            {
+                "computing": rows * (forward + 2 * weights.head) / rates.flops,
+                "reading weights": (used * bytes_of + cache) / rates.read,
+                "gathering the base": (gathers.forward + gathers.head) / link,
+            }
+        )
+        prefill = _longest(
+            {
+                "computing": 2 * prompts * lengths.prompt * forward / rates.flops,
+                "gathering the base": 2 * gathers.forward / link,
+            }
+        )
+        found = {"sampling": Part(prefill.seconds + lengths.completion * step.seconds, step.bound), **found}
+    told = sum(size for what, size in received.items() if what != "base")
+    if told:
+        found["exchange"] = Part(told / rates.to(devices.count), "the link")
+    return found
 
 
-def _most(said: Any) -> int:
-    """A number of a configuration, the largest where each layer has its own; 0 where there is none."""
-    numbers = said if isinstance(said, list | tuple) else [said]
-    return max((number for number in numbers if isinstance(number, int)), default=0)
+def seconds_of(config: Stage, parts: Mapping[str, Part]) -> float:
+    """Of an update. With `staleness: 1` the longer of sampling and learning counts on a CPU, unless both compute; on a
+    GPU they take turns.
+    """
+    total = sum(part.seconds for part in parts.values())
+    sampling = parts.get("sampling")
+    if sampling is None or not isinstance(config, PolicyConfig) or not config.staleness:
+        return total
+    apart = sampling.bound != "computing" and not config.device.startswith(("cuda", "mps"))
+    return max(sampling.seconds, total - sampling.seconds) if apart else total
+
+
+def _longest(seconds: Mapping[str, float]) -> Part:
+    bound = max(seconds, key=lambda name: seconds[name])
+    return Part(seconds[bound], bound)

@@ -18,15 +18,15 @@ from perlhf.config.stages import (
     SftConfig,
 )
 from perlhf.errors import AdapterError, ConfigError, DataError, ModelError, RunError
+from perlhf.kernels import cpu
 from perlhf.model.bases.loading import without_weights
 from perlhf.model.encoding.encode import TooLong
+from perlhf.model.foretold import COMPILED_BYTES, FEW_BYTES, dtype_in_force, memory_of
 from perlhf.system import before_torch
 from perlhf.training.loop import read_sides
 from perlhf.training.plan import (
-    COMPILED_BYTES,
     count_records,
     count_updates,
-    dtype_in_force,
     lora_parameters,
     plan,
     trainable_parameters,
@@ -146,36 +146,45 @@ def test_experts_that_are_not_adapted_are_noted(tiny_base: Path, tmp_path: Path)
 
 def test_memory_parts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(before_torch, "expected", lambda: "libtcmalloc.so")
+    monkeypatch.setattr(cpu, "compiler", lambda: ("g++", "compiled"))
     settings = RewardConfig(base=str(tiny_base), dtype="float32", data=DATA, tokens_per_microbatch=100)
     planned = plan(settings)
     parameters = planned.base_parameters
-    assert planned.memory_bytes["base"] == 4 * parameters
-    assert planned.memory_bytes["adapters and optimiser"] == 16 * planned.trainable["reward"]
+    assert planned.memory.held["base"] == 4 * parameters
+    assert planned.memory.held["adapter reward"] == 16 * planned.trainable["reward"]
     # Per token: 2 layers of 3 x 64 + 2 x (4 + 2) heads of 16 + 2 x 128 float32 numbers.
     layer = 192 + 192 + 256
-    assert planned.memory_bytes["activations"] == 100 * 2 * layer * 4
+    assert planned.memory.passing["activations"] == 100 * 2 * layer * 4
     top = settings.model_copy(update={"adapter": AdapterConfig(layers="last:1")})
-    assert plan(top).memory_bytes["activations"] == 100 * layer * 4
+    assert plan(top).memory.passing["activations"] == 100 * layer * 4
     everywhere = settings.model_copy(update={"adapter": AdapterConfig(targets="all")})
-    assert plan(everywhere).memory_bytes["activations"] == 100 * 2 * (layer + 64 + 128) * 4
+    assert plan(everywhere).memory.passing["activations"] == 100 * 2 * (layer + 64 + 128) * 4
     # 256 x 272 logits, twice.
     sft = SftConfig(base=str(tiny_base), dtype="float32", data=DATA, tokens_per_microbatch=100)
-    assert plan(sft).memory_bytes["activations"] == 100 * 2 * layer * 4 + 2 * 256 * 272 * 4
+    assert plan(sft).memory.passing["activations"] == 100 * 2 * layer * 4 + 2 * 256 * 272 * 4
     monkeypatch.setattr(before_torch, "expected", lambda: "system")
-    assert plan(settings).memory_bytes["activations"] == 2 * 100 * 2 * layer * 4
+    assert plan(settings).memory.passing["activations"] == 100 * 2 * layer * 4
+    with monkeypatch.context() as without:
+        without.setattr(cpu, "compiler", lambda: (None, "off"))
+        assert plan(settings).memory.passing["activations"] == 2 * 100 * 2 * layer * 4
     full = plan(settings.model_copy(update={"tuning": "full"}))
-    assert full.memory_bytes["adapters and optimiser"] == 16 * (parameters + 64)
-    assert full.memory_bytes["copies of the weights"] == 4 * parameters
+    assert full.memory.held["adapter reward"] == 16 * (parameters + 64)
+    assert full.memory.held["copies of the weights"] == 4 * parameters
     in_half = plan(settings.model_copy(update={"tuning": "full", "dtype": "bfloat16"}))
-    assert in_half.memory_bytes["copies of the weights"] == 6 * parameters
-    assert planned.total_bytes == sum(planned.memory_bytes.values())
+    assert in_half.memory.held["copies of the weights"] == 6 * parameters
+    assert planned.total_bytes == sum(planned.memory.held.values()) + planned.memory.passing["activations"]
     # bfloat16 halves what is computed in it, and on a CPU its compiled products come on top.
     half = settings.model_copy(update={"dtype": "bfloat16"})
-    assert plan(half).memory_bytes["base"] == 2 * parameters
-    assert plan(half).memory_bytes["compiled products"] == COMPILED_BYTES
-    assert plan(half).memory_bytes["activations"] == 2 * 100 * 2 * layer * 2  # holes, as under glibc
-    assert "compiled products" not in planned.memory_bytes
-    assert "compiled products" not in plan(half.model_copy(update={"device": "cuda:1"})).memory_bytes
+    assert plan(half).memory.held["base"] == 2 * parameters
+    monkeypatch.setattr(before_torch, "expected", lambda: "libtcmalloc.so")
+    assert FEW_BYTES < plan(half).memory.held["compiled products"] < COMPILED_BYTES
+    whole = memory_of(half, without_weights(str(tiny_base)), planned.trainable)
+    assert whole.held["compiled products"] == COMPILED_BYTES
+    assert whole.passing == {"activations": 100 * 2 * layer * 2}
+    monkeypatch.setattr(cpu, "compiler", lambda: (None, "off"))
+    assert plan(half).memory.passing["activations"] == 2 * 100 * 2 * layer * 2  # holes, as under glibc
+    assert "compiled products" not in planned.memory.held
+    assert "compiled products" not in plan(half.model_copy(update={"device": "cuda:1"})).memory.held
 
 
 def test_frozen_adapters_of_a_policy_are_counted(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -190,7 +199,8 @@ def test_frozen_adapters_of_a_policy_are_counted(tiny_base: Path, tmp_path: Path
             plan(settings)
         (missing / "adapter").mkdir(parents=True)
     planned = plan(settings)
-    assert planned.memory_bytes["frozen adapters"] == 3 * 4 * planned.trainable["policy"]
+    assert planned.memory.held["reference"] == 4 * planned.trainable["policy"]
+    assert planned.memory.held["reward adapters"] == 2 * 4 * planned.trainable["policy"]
 
 
 def test_dtype_of_a_device_that_is_not_here():

@@ -42,7 +42,7 @@ from perlhf.system.machine import cache_dir
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template*")
 _TEXT_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 _UNWANTED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl")
-_ADAPTER, _GENERATION = "adapter_config.json", "generation_config.json"
+_ADAPTER, _GENERATION, _CONFIG = "adapter_config.json", "generation_config.json", "config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+(/[\w.-]+)?)(@(?P<revision>\w[\w./-]*))?")
 """A repository, and after @ a branch, a tag or a commit; without one, its main branch as it was when it was fetched."""
@@ -144,6 +144,37 @@ def pull(name: str, wheel: Path | None = None, progress: bool = True) -> Path:
     directory = _check_directory(_snapshot(name, local_only=False, progress=progress), name)
     _ = Base(directory).fingerprint  # hashed while its files are in memory, and not by the first command that uses it
     return directory
+
+
+def configuration_of(name: str) -> Base:
+    """A base of which the configuration is enough: nothing but config.json need be there, and of a hub repository that
+    isn't in the cache it alone is fetched.
+
+    Raises:
+        ModelError: there is no such directory or repository, it has no config.json, or the hub can't be reached.
+    """
+    if (file := gguf_file(name)) is not None:
+        return Base(converted(file), file)
+    if (directory := _local(name)) is not None:
+        if not (directory / _CONFIG).is_file():
+            what = f"base {name} has no {_CONFIG}"
+            raise ModelError(what, where=str(directory), hint=f"a directory with the {_CONFIG} of a model in it")
+        return Base(directory)
+    parts = _HUB_NAME.fullmatch(name)
+    if parts is None or name.startswith("."):
+        raise ModelError(f"no such directory: {name}", where="base", hint=_ways(name))
+    wanted: dict[str, Any] = {"repo_id": parts["repository"], "filename": _CONFIG, "revision": parts["revision"]}
+    kept = huggingface_hub.try_to_load_from_cache(**wanted)
+    if isinstance(kept, str):
+        return Base(Path(kept).parent)
+    try:
+        with disk_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)), quiet():
+            return Base(Path(huggingface_hub.hf_hub_download(**wanted)).parent)
+    except (OSError, HFValidationError, RevisionResolutionError, _HTTP_ERROR) as error:
+        if isinstance(error, StorageError):
+            raise
+        what, hint = _not_fetched(name, error)
+        raise ModelError(f"base {name} {what}", where="base", hint=hint) from error
 
 
 def template_depends_on_day(base: Base, template: str) -> bool:

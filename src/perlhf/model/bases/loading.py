@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.auto_factory import _get_model_class
 
 from perlhf.errors import ModelError, PerlhfError
-from perlhf.model.bases.found import Base, first_line, weight_files
+from perlhf.model.bases.found import Base, configuration_of, first_line, weight_files
 from perlhf.model.bases.packaged import (
     SMOLLM2,
     SMOLLM2_CONFIG,
@@ -232,6 +232,26 @@ def without_weights(name: str, quantize: str = "none", device: str = "auto") -> 
     return network
 
 
+def by_configuration(name: str, quantize: str = "none", device: str = "auto") -> PreTrainedModel:
+    """The network of a base on torch's meta device, by its configuration alone: neither weights nor tokenizer need be
+    there, and a hub repository's config.json is fetched.
+
+    Raises:
+        ModelError: no such base, its configuration can't be reached or read, or it isn't supported.
+    """
+    if name == SMOLLM2.name:
+        base, config = Base(SMOLLM2.directory), LlamaConfig(**SMOLLM2_CONFIG)
+    else:
+        base = configuration_of(name)
+        with quiet(), _model_errors(base, "model"):
+            there = all(file.is_file() for file in weight_files(base.directory))
+            config = _config(base) if there else _config_alone(base)
+    with quiet(), _model_errors(base, "model"), torch.device("meta"):
+        check_supported(config)
+        check_quantised(config, quantize, device)
+        return AutoModelForCausalLM.from_config(config)
+
+
 def pick_device(device: str | torch.device) -> torch.device:
     """`auto` is the first CUDA device, else the CPU; `mps`, Apple's GPU, is taken where it is named and there.
 
@@ -285,6 +305,15 @@ def _config(base: Base) -> PreTrainedConfig:
     """Of the language model, which is all that is used of a multimodal checkpoint."""
     whole = _whole_config(base)
     return text_config(whole, names_in(weight_files(base.directory))) if is_multimodal(whole) else whole
+
+
+def _config_alone(base: Base) -> PreTrainedConfig:
+    """The same without weights that would tell whether the output head of a multimodal checkpoint is tied."""
+    whole = _whole_config(base)
+    if not is_multimodal(whole):
+        return whole
+    tied = getattr(whole, "tie_word_embeddings", True)
+    return text_config(whole, () if tied else ("lm_head.weight",))
 
 
 def _whole_config(base: Base) -> PreTrainedConfig:
