@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -188,6 +189,29 @@ class TestScores:
         scored = score(new_stage(tiny_base), Centre(mean=0.5, std=1.0, penalty=0.75))
         assert scored.scores.tolist() == [1, 1, 2, 2]  # raw, as logged
         assert scored.paid.tolist() == [0.5, 0.5, 1.5, 0.75]
+
+    def test_bounded_pay_is_against_the_references_answer(self, tiny_base: Path) -> None:
+        # The prompts' numbers are the scores: 1 and 2, of two completions each; the last one has no end.
+        stage = new_stage(tiny_base, bounded=True)
+        against = policy_step.reference_scores(stage, stage.prompts[:2], UNCENTRED, 1, [0, 1])
+        assert against.tolist() == [1.0, 2.0]
+        centre = dataclasses.replace(UNCENTRED, penalty=0.5)
+        scored = policy_step.score(stage, rollout(), stage.prompts[:2], centre, 1, against - np.log([3.0, 1.0]))
+        assert scored.paid == pytest.approx([0.25, 0.25, 0.0, -0.5])
+        assert held_out.centre_of(stage).penalty == held_out.PENALTY_WHERE_EQUAL
+
+    def test_members_that_disagree_far_more_than_at_first_end_the_run(self, tiny_base: Path) -> None:
+        stage = new_stage(tiny_base, max_disagreement=3.0, reward=("given:directly", "given:too"))
+        state = policy_stage.PolicyState(UNCENTRED, UNCENTRED, {})
+        for spread, said in ((2.0, None), (6.0, None), (6.1, "3.05 times as at the start"), (9.0, "3.05 times")):
+            # The second member puts them at -spread/2 and spread/2, the first at 0: deviations of spread/4.
+            members = (constant(0.0), lambda asked, spread=spread: [0.0, spread, 1.0, 1.0 + spread])
+            scored = score(dataclasses.replace(stage, scorers=Scorers((), members, "mean")))
+            assert scored.disagreement == pytest.approx(spread / 4)
+            done: Any = SimpleNamespace(scored=scored)
+            policy_stage._stop_by_disagreement(done, state, 7, stage.config)
+            assert state.disagreement == pytest.approx(0.5)
+            assert (state.stopped is None) == (said is None) and (said or "") in (state.stopped or "")
 
     def test_sampled_ids_are_scored_as_they_are(self, tiny_base: Path) -> None:
         """ "h", "e" (two tokens) would come back from text as "he" (one); the reward adapter must see the two."""

@@ -39,12 +39,13 @@ def new_stage(
 ) -> Setup:
     """A stage on the tiny base with an SFT adapter as its reference, as `_open` leaves it."""
     options = {
+        "reward": ("given:directly",),
         "optim": PLAIN,
         "adapter": AdapterConfig(rank=4, alpha=8.0),
         "value": ValueConfig(warmup_updates=0),
     } | options
     sizes: dict[str, Any] = {"prompts_per_update": 2, "completions_per_prompt": 2, "max_completion_tokens": 6}
-    config = PolicyConfig(reward=("given:directly",), **(sizes | options))
+    config = PolicyConfig(**(sizes | options))
     model = open_model(directory)
     model.add_adapter(SFT, "sft", rank=4, alpha=8.0, dropout=0.3)
     randomise(model, SFT, 1)

@@ -8,13 +8,14 @@ Nothing here imports torch: each command's module is imported when it is run.
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from pydantic import BaseModel
 
 from perlhf import __version__
 from perlhf.commands import show
-from perlhf.config import commands, comparison, labelling, stages
+from perlhf.config import commands, comparison, labelling, loop, stages
 from perlhf.config.command_line import Command, own_options, parse, stage_of
 from perlhf.config.recipe import read_recipe
 from perlhf.errors import ConfigError, PerlhfError, nearest
@@ -36,6 +37,7 @@ COMMANDS: Mapping[str, Command[Any]] = {
     "score": Command("perlhf score", commands.ScoreConfig, ("run", "data.paths")),
     "launch": Command("perlhf launch", commands.LaunchConfig),
     "chat": Command("perlhf chat", commands.ChatConfig, ("run",)),
+    "loop": Command("perlhf loop", loop.LoopConfig, dry_run=True),
     "compare": Command("perlhf compare", comparison.CompareConfig, dry_run=True),
     "table": Command("perlhf table", commands.TableConfig, ("runs",)),
     "report": Command("perlhf report", commands.ReportConfig, ("runs",)),
@@ -64,7 +66,7 @@ STAGES: Mapping[str, type[Any]] = {
 }
 SHARED = ("sft", "reward", "policy", "evaluate", "score")
 """Commands whose work several workers share; any other is done by one process."""
-COMPUTING = ("demo", "sft", "reward", "policy", "evaluate", "score", "chat")
+COMPUTING = ("demo", "sft", "reward", "policy", "evaluate", "score", "chat", "loop")
 """Commands that run the network: worth a restart under another allocator."""
 DATA_SUMMARY = "List, check, inspect, split, convert and pull data sets."
 
@@ -287,7 +289,9 @@ def _run(name: str, arguments: list[str]) -> int:
     if name == "plan":
         return _foretell(arguments)
     defaults = evaluated_data(arguments) if name == "evaluate" else None
-    settings, flag = parse(COMMANDS[name], arguments, defaults)
+    settings, flag = parse(
+        COMMANDS[name], arguments, loop.DEMO if name == "loop" and "--demo" in arguments else defaults
+    )
     if flag and COMMANDS[name].dry_run:
         _plan(settings)
         return 0
@@ -319,11 +323,6 @@ def _run(name: str, arguments: list[str]) -> int:
             from perlhf.commands.chat import chat
 
             chat(settings)
-        case comparison.CompareConfig():
-            from perlhf.comparison.grid import compare
-
-            compare(settings)
-            show.said(settings.output / "compare.html")
         case _:
             _make(name, settings)
     return 0
@@ -334,6 +333,11 @@ def _plan(settings: Any) -> None:
         from perlhf.comparison.grid import cells
 
         show.cells(settings, cells(settings))
+    elif isinstance(settings, loop.LoopConfig):
+        _labelling()
+        from perlhf.labelling.rounds.foretold import foretell
+
+        show.foretold(settings, foretell(settings))
     else:
         from perlhf.training.plan import plan
 
@@ -359,8 +363,19 @@ def _train(settings: BaseModel) -> dict[str, Any]:
 
 
 def _make(name: str, settings: BaseModel) -> None:
-    """What is made of finished runs."""
+    """What is made of several runs, or of finished ones."""
     match settings:
+        case loop.LoopConfig():
+            _labelling()
+            from perlhf.labelling.rounds.loop import loop as run_loop
+
+            show.rounds(run_loop(settings))
+            show.said(settings.run / "loop.html")
+        case comparison.CompareConfig():
+            from perlhf.comparison.grid import compare
+
+            compare(settings)
+            show.said(settings.output / "compare.html")
         case commands.TableConfig():
             show.tabulate(settings.runs, settings.output)
         case commands.ReportConfig():
@@ -392,6 +407,17 @@ def label_help() -> str:
     return "\n".join([usage, "", about, "", *lines, "", more])
 
 
+def _labelling() -> ModuleType:
+    """What opens labelling projects; an error where its packages aren't there."""
+    try:
+        from perlhf.labelling import project
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"labelling needs {error.name}, which isn't installed", hint="pip install 'perlhf[label]'"
+        ) from error
+    return project
+
+
 def _run_label(arguments: list[str]) -> int:
     """`perlhf label PROJECT`, or `perlhf label NAME PROJECT`."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -402,12 +428,7 @@ def _run_label(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         words = ["--help"]  # which lists what was typed already, too
     settings, _ = parse(LABEL_COMMANDS[name], words)
-    try:
-        from perlhf.labelling import project
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"labelling needs {error.name}, which isn't installed", hint="pip install 'perlhf[label]'"
-        ) from error
+    project = _labelling()
     match settings:
         case labelling.LabelConfig():
             project.serve(settings)

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from perlhf.errors import visible
+from perlhf.reports import loop
 from perlhf.runs.read import Summary, read_runs, summarise
 from perlhf.runs.words import count, duration, interval, memory, number
 from perlhf.system.console import json_line
@@ -113,6 +114,22 @@ def cells(settings: BaseModel, rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*map(_cell, row))
     Console().print(table)
+
+
+def foretold(settings: BaseModel, rows: Sequence[tuple[str, str]]) -> None:
+    """The resolved configuration of a loop as YAML, then what it would do."""
+    _configuration(settings)
+    _table("loop: plan; nothing was asked, trained or written", rows)
+
+
+def rounds(found: Mapping[str, Any]) -> None:
+    """What the rounds of a loop have shown (`reports.loop`)."""
+    table = _framed("loop", "", *(f"round {one['round']}" for one in found["rounds"]))
+    for quantity, cells in loop.quantities(found):
+        table.add_row(*map(_cell, (quantity, *cells)))
+    Console().print(table)
+    for sentence in (loop.setting(found), found["curve"]["sentence"], found["verdict"]):
+        print(visible(sentence))
 
 
 def formats(readers: Iterable[Mapping[str, str]], sources: Mapping[str, Mapping[str, Any]]) -> None:

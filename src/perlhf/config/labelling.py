@@ -9,13 +9,14 @@ from perlhf.config.stages import Fraction, Frozen, LayoutConfig, Positive
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Order = Literal["random", "disagreement", "information"]
 
 
 class QuestionsConfig(LayoutConfig):
     """Where questions come from, and in which order they are asked."""
 
-    paths: Annotated[tuple[str, ...], Field(min_length=1)] = ("builtin:coffee-bar/comparison",)
-    """Files, directories, hub names or `builtin:coffee-bar`: comparisons, ratings, or prompts with `completions`."""
+    paths: tuple[str, ...] = ("builtin:coffee-bar/comparison",)
+    """Comparisons, ratings, or prompts with `completions`; `[]` where `perlhf loop` alone brings questions."""
     limit: Positive | None = None
     """Ask at most this many questions, chosen by a hash."""
     overlap: Share = 0.0
@@ -24,8 +25,22 @@ class QuestionsConfig(LayoutConfig):
     """Records with known verdicts that are asked like others, to see who answers them rightly."""
     test_share: Fraction = 0.05
     """Share of a labeller's questions that are such hidden tests."""
+    order: Order = "random"
+    """First what `rewards` disagree about most, or where a label tells most about them (`information`)."""
+    rewards: tuple[str, ...] = ()
+    """Two or more reward runs whose scores of the answers make that order, when questions are new."""
+    random_share: Share = 0.25
+    """Share of the questions that keep a random place whatever `order` says; each label records which."""
     seed: int = 0
     """Of the order, of which side stands left, and of what is asked twice."""
+
+    @model_validator(mode="after")
+    def _order_has_its_models(self) -> "QuestionsConfig":
+        if self.order != "random" and len(self.rewards) < 2:
+            raise ValueError(f"questions.order: {self.order} needs two or more reward runs in questions.rewards")
+        if self.order == "random" and self.rewards:
+            raise ValueError("questions.rewards make an order; give questions.order: disagreement or information")
+        return self
 
 
 class ProjectConfig(Frozen):
@@ -52,6 +67,8 @@ class ProjectConfig(Frozen):
     def _criteria_fit(self) -> "ProjectConfig":
         if (self.kind == "scale") != bool(self.criteria):
             raise ValueError("criteria belong to kind: scale, and kind: scale needs at least one")
+        if self.questions.order != "random" and self.kind != "comparison":
+            raise ValueError(f"questions.order: {self.questions.order} is for kind: comparison")
         if len(set(self.criteria)) != len(self.criteria):
             raise ValueError("criteria has a name twice")
         return self

@@ -382,6 +382,10 @@ class PolicyConfig(StageConfig):
     """Of `staleness: 1`: a completion's ratio of policy to sampler counts as at most this (2 is usual); null: as is."""
     max_sampler_gap: Annotated[float, Field(gt=0)] = Field(default=0.2, exclude_if=lambda nats: nats == 0.2)
     """Of `staleness: 1`: an update whose sampler and policy differ by more nats a token, in the mean, ends the run."""
+    bounded: bool = Field(default=False, exclude_if=lambda bounded: not bounded)
+    """Pay sigmoid(score - score of the reference's answer to the prompt) - 1/2: no score is worth chasing on and on."""
+    max_disagreement: Annotated[float, Field(gt=1)] | None = Field(default=None, exclude_if=lambda limit: limit is None)
+    """Stop when several reward models disagree by so many times what they do at the first update."""
 
     @property
     def learning_rate(self) -> float:
@@ -416,6 +420,8 @@ class PolicyConfig(StageConfig):
             raise ValueError(f"baseline: {self.baseline} needs completions_per_prompt of 2 or more")
         if not self.reward:
             raise ValueError("reward is empty; give a reward run directory, module:function or http address")
+        if self.max_disagreement is not None and (len(self.reward) < 2 or self.completions_per_prompt < 2):
+            raise ValueError("max_disagreement needs two or more of reward, and completions_per_prompt of 2 or more")
         self._check_weights()
         self._check_staleness()
         return self

@@ -3,13 +3,19 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import krippendorff
 import numpy as np
 
 from perlhf.labelling.store import Label, Labeller
+from perlhf.runs.evaluations import measured
+from perlhf.system.files import read_json
 
+LEARNED = "learned.json"
+"""In a project: what its labels have brought, for the owner's page."""
 _SIDES = ("first", "second")
 IDLE_SECONDS = 300.0
 """Longer times are pauses: they count as this."""
@@ -66,6 +72,17 @@ def progress(labels: Sequence[Label], people: Sequence[Labeller], done: tuple[in
     left = sum(sides) / len(sides) if sides else None
     shares = [_share(person, labels, several) for person in people]
     return Progress(*done, agreement(list(several.values())), len(several), dict(verdicts), left, shares)
+
+
+def learned(directory: Path) -> dict[str, Any]:
+    """What labels have brought, where `perlhf loop` has noted that in the project: `sentence` and `rounds`."""
+    file = directory / LEARNED
+    if not file.is_file():
+        return {}
+    found = read_json(file)
+    rounds = [one for one in found.get("rounds") or () if isinstance(one, dict)]
+    shown = [(one.get("round"), one.get("labels"), measured(one.get("accuracy"))) for one in rounds]
+    return {"sentence": str(found.get("sentence", "")), "rounds": shown}
 
 
 def agreement(questions: Sequence[Sequence[Label]]) -> float | None:

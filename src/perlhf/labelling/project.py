@@ -3,7 +3,7 @@
 import contextlib
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,7 +22,7 @@ from perlhf.config.recipe import load_recipe
 from perlhf.errors import ConfigError, RunError, StorageError, nearest
 from perlhf.labelling import records
 from perlhf.labelling.progress import progress
-from perlhf.labelling.questions import questions
+from perlhf.labelling.questions import Question, questions
 from perlhf.labelling.server import Page, application
 from perlhf.labelling.store import Store
 from perlhf.system.files import storage_errors, write_atomic
@@ -34,13 +34,23 @@ def serve(config: LabelConfig) -> None:
     """Opens the page and answers until it is stopped.
 
     Raises:
+        as `prepared`.
+    """
+    prepared(config)()
+
+
+def prepared(config: LabelConfig) -> Callable[[], None]:
+    """Takes the page's address, and what answers there until it is stopped.
+
+    Raises:
         ConfigError: settings for a project that has its own, or the address isn't one of this machine's.
         DataError: no questions.
     """
-    project = _settings(config)
-    asked = questions(project)
+    project = settings_of(config)
+    asked = questions(project) if project.questions.paths else []
     store = Store(config.project / LABELS)
-    new = store.add(asked)
+    there = store.keys()
+    new = store.add(_in_order(project, [question for question in asked if question.key not in there]))
     listening = _bound(config.host, config.port)
     port = listening.getsockname()[1]
     tokens = not _is_here(config.host)
@@ -59,11 +69,15 @@ def serve(config: LabelConfig) -> None:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
     )
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(settings).run([listening])
-    finally:
-        store.close()
+
+    def answer() -> None:
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                uvicorn.Server(settings).run([listening])
+        finally:
+            store.close()
+
+    return answer
 
 
 def invite(config: LabelInviteConfig) -> str:
@@ -128,7 +142,7 @@ def _opened(directory: Path) -> Iterator[Store]:
         store.close()
 
 
-def _settings(config: LabelConfig) -> ProjectConfig:
+def settings_of(config: LabelConfig) -> ProjectConfig:
     """Those of the project; a new one is made of what was given."""
     file = config.project / PROJECT
     if file.is_file():
@@ -142,6 +156,15 @@ def _settings(config: LabelConfig) -> ProjectConfig:
     said = {"title": config.settings.title, "instructions": config.settings.instructions, **said}
     write_atomic(file, yaml.safe_dump(said, allow_unicode=True, sort_keys=False))
     return config.settings
+
+
+def _in_order(project: ProjectConfig, new: list[Question]) -> list[Question]:
+    """New questions at the places that the project's order gives them."""
+    if project.questions.order == "random" or not new:
+        return new
+    from perlhf.labelling.rounds.ranked import ranked  # imports torch, which no other page needs
+
+    return ranked(project, new)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -62,6 +62,18 @@ def questions(project: ProjectConfig) -> list[Question]:
     return chosen + tests
 
 
+def question(
+    project: ProjectConfig, prompt: Text, answers: tuple[Text, ...], group: str, source: str, drawn: str = "random"
+) -> Question | None:
+    """One question of a project, at a random place among all; None where its two answers are the same."""
+    if project.redact:
+        prompt, answers = _masked(prompt), tuple(map(_masked, answers))
+    if len(answers) == 2 and answers[0] == answers[1]:
+        return None
+    key = hashlib.sha256(json.dumps([project.kind, prompt, answers], sort_keys=True).encode()).hexdigest()
+    return Question(key, prompt, answers, group, source, uniform(project.questions.seed, "place", key), drawn)
+
+
 def uniform(*parts: object) -> float:
     """A number in [0, 1) that depends on nothing else: the draw of a project's seed and these."""
     digest = hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).digest()
@@ -77,17 +89,13 @@ def _asked(records: Iterable[Record], project: ProjectConfig, known: bool) -> It
     rules = project.questions
     for record in records:
         for answers, verdict in _answers(record, project.kind):
-            prompt = record.prompt
-            if project.redact:
-                prompt, answers = _masked(prompt), tuple(map(_masked, answers))
-            if len(answers) == 2 and answers[0] == answers[1]:
+            found = question(project, record.prompt, answers, record.group, record.source)
+            if found is None:
                 continue
             if known and verdict is None:
                 raise DataError("a hidden test has no verdict", where=record.source, allowed="comparisons or ratings")
-            key = hashlib.sha256(json.dumps([project.kind, prompt, answers], sort_keys=True).encode()).hexdigest()
-            question = Question(key, prompt, answers, record.group, record.source, uniform(rules.seed, "place", key))
-            wanted = 1 + (uniform(rules.seed, "overlap", key) < rules.overlap)
-            yield replace(question, wanted=wanted, known=verdict if known else None)
+            wanted = 1 + (uniform(rules.seed, "overlap", found.key) < rules.overlap)
+            yield replace(found, wanted=wanted, known=verdict if known else None)
 
 
 def _answers(record: Record, kind: str) -> Iterator[tuple[tuple[Text, ...], str | None]]:

@@ -80,7 +80,7 @@ def write(
         if edits:
             write_atomic(directory / EDITS, _lines(edits))
         write_atomic(directory / LABELS, "".join(as_json(label) + "\n" for label in labels))
-        write_atomic(directory / STATEMENT, statement(project, numbers, len(records), overlap))
+        write_atomic(directory / STATEMENT, statement(project, numbers, len(records), overlap, _drawn(labels)))
     return {"records": len(records), "edits": len(edits), "labels": len(labels)}
 
 
@@ -107,24 +107,29 @@ def read(source: Path) -> list[Label]:
     return labels
 
 
-def statement(project: ProjectConfig, numbers: Progress, records: int, overlap: str) -> str:
-    """How the labels came about, in the words of a data statement (Bender and Friedman, TACL 2018)."""
+def statement(project: ProjectConfig, numbers: Progress, records: int, overlap: str, drawn: Mapping[str, int]) -> str:
+    """How the labels came about, in the words of a data statement (Bender and Friedman, TACL 2018).
+
+    Args:
+        drawn: questions that were answered, by what they were chosen.
+    """
     used = [share for share in numbers.shares if share.labels and not share.labeller.left_out]
     shares = sorted((share.labels for share in used), reverse=True)
     most = f"{shares[0] / sum(shares):.0%} of them by one person" if shares else "none by anybody"
     alpha = "not known" if numbers.alpha is None else f"{numbers.alpha:.2f}"
-    rules = project.questions
+    sources = ", ".join(project.questions.paths) or "answers of a policy and its start, in rounds"
+    chosen = ", ".join(f"{name} ({count})" for name, count in sorted(drawn.items())) or "nothing yet"
     lines = [
         f"# {project.title}",
         "",
-        f"- What was asked: {project.kind} ({', '.join(rules.paths)}), blind, sides in random order.",
+        f"- What was asked: {project.kind} ({sources}), blind, sides in random order.",
         f"- Labels: {sum(shares)} of {len(used)} people, {most}; {records} records.",
         f"- Time: {sum(share.hours for share in used):.2f} hours in all; "
         f"medians of {', '.join(f'{share.median_seconds:.0f} s' for share in used) or 'nobody'} a question.",
         f"- Agreement: Krippendorff's alpha {alpha} on {numbers.several} questions that several people answered.",
         f"- Answers: {', '.join(f'{count} {name}' for name, count in sorted(numbers.verdicts.items())) or 'none'}.",
         f"- Several labels of one question: {overlap}.",
-        "- Order of questions: random.",
+        f"- Questions were chosen by: {chosen}.",
         f"- Mail addresses, phone and card numbers were {'masked' if project.redact else 'not masked'}.",
         "- Labellers are named by pseudonyms. Who they are, what they were paid and which languages they speak isn't"
         " known here: add it.",
@@ -135,6 +140,11 @@ def statement(project: ProjectConfig, numbers: Progress, records: int, overlap: 
         "",
     ]
     return "\n".join(lines)
+
+
+def _drawn(labels: Iterable[Label]) -> Counter[str]:
+    questions = {label.question.key: label.question.drawn for label in labels if label.question.known is None}
+    return Counter(questions.values())
 
 
 def _verdict(label: Label, project: ProjectConfig) -> str:

@@ -156,7 +156,8 @@ class _Handlers:
     async def owner(self, request: Request) -> Response:
         await self._required(request, owner=True)
         numbers = await run_in_threadpool(self._progress)
-        return self._render("owner.html.j2", progress=numbers, project=self.page.project)
+        learned = await run_in_threadpool(progress.learned, self.store.path.parent)
+        return self._render("owner.html.j2", progress=numbers, project=self.page.project, learned=learned)
 
     async def leave_out(self, request: Request) -> Response:
         await self._required(request, owner=True)

@@ -179,6 +179,11 @@ class Store:
                 connection.execute(sa.insert(_questions).prefix_with("OR IGNORE").values(**row))
             return self._count(connection) - before
 
+    def keys(self) -> set[str]:
+        """Of the questions that are there."""
+        with self._reading() as connection:
+            return set(connection.scalars(sa.select(_questions.c.key)))
+
     def next_task(
         self, labeller: Labeller, lease_seconds: float, test_share: float = 0.0, seed: int = 0
     ) -> Task | None:

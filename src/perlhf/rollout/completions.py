@@ -12,6 +12,7 @@ from torch import Tensor
 from perlhf.config.stages import PolicyConfig
 from perlhf.data import order
 from perlhf.data.records import Prompt
+from perlhf.method import shaping
 from perlhf.method.packing import Ids, Packing
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
@@ -71,7 +72,9 @@ class Scored:
     scores: NDArray[np.float64]
     """As the rewards combine [batch], before centring and penalty; nan where no source gave one."""
     paid: NDArray[np.float64]
-    """Centred, missing ends penalised: [batch]; 0 where there is no score."""
+    """Centred (or `bounded`), missing ends penalised: [batch]; 0 where there is no score."""
+    disagreement: float | None = None
+    """Of the reward models about completions of one prompt (`shaping.disagreement`), where the configuration asks."""
 
     @property
     def given(self) -> NDArray[np.bool_]:
@@ -170,11 +173,39 @@ def member_scores(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], don
 
 
 @torch.no_grad()
-def score(setup: Setup, rollout: Rollout, prompts: Sequence[Prompt], centre: Centre, done: int) -> Scored:
-    """What each completion is paid: its score less the reference's mean, and less the penalty where no end came."""
-    raw = setup.scorers.combined(member_scores(setup, rollout, prompts, done))
-    paid = raw - centre.mean - np.where(rollout.ended, 0.0, centre.penalty)
-    return Scored(rollout, raw, np.where(np.isnan(raw), 0.0, paid))
+def score(
+    setup: Setup,
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
+    centre: Centre,
+    done: int,
+    against: NDArray[np.float64] | None = None,
+) -> Scored:
+    """What each completion is paid: its score less the reference's mean, and less the penalty where no end came.
+
+    Args:
+        against: scores of the reference's answers to the prompts, where pay is `bounded` by them: [prompts].
+    """
+    table = member_scores(setup, rollout, prompts, done)
+    raw = setup.scorers.combined(table)
+    samples = len(raw) // len(prompts)
+    level = raw - centre.mean if against is None else shaping.bounded(raw, np.repeat(against, samples))
+    paid = level - np.where(rollout.ended, 0.0, centre.penalty)
+    spread = shaping.disagreement(table, samples) if setup.config.max_disagreement is not None and samples > 1 else None
+    return Scored(rollout, raw, np.where(np.isnan(raw), 0.0, paid), spread)
+
+
+def reference_scores(
+    setup: Setup, prompts: Sequence[Prompt], centre: Centre, step: int, numbers: Sequence[int]
+) -> NDArray[np.float64]:
+    """Scores of one answer of the reference to each prompt, [prompts], with the draws of the first sample.
+
+    Where there is none, the reference's mean stands for it.
+    """
+    rollout = sample_completions(setup, prompts, setup.reference, 1, step, numbers)
+    with torch.no_grad():
+        found = setup.scorers.combined(member_scores(setup, rollout, prompts, max(0, step - 1)))
+    return np.where(np.isnan(found), centre.mean, found)
 
 
 def sample_share(

@@ -11,7 +11,7 @@ from perlhf.data import order
 from perlhf.data.records import Prompt
 from perlhf.errors import RewardFunctionError
 from perlhf.method import advantages
-from perlhf.rollout.completions import Centre, Setup, member_scores, sample_completions, score
+from perlhf.rollout.completions import Centre, Setup, member_scores, reference_scores, sample_completions, score
 from perlhf.system.console import note
 from perlhf.training.policy_step import each_completion, logprobs_of_all
 
@@ -19,7 +19,8 @@ SourcesKey = Literal["reward", "validation_reward"]
 LEAST_DEVIATION = 1e-6
 """Scores that deviate by less, in units of their mean (or of 1), count as equal."""
 PENALTY_WHERE_EQUAL = 0.5
-"""Of a missing end where the reference's scores are equal: the most that scores between 0 and 1 can deviate."""
+"""Of a missing end where the reference's scores are equal, or pay is bounded: the most that scores between 0 and 1 can
+deviate."""
 
 
 def two_parts(count: int, config: PolicyConfig) -> tuple[list[int], list[int]]:
@@ -58,6 +59,8 @@ def centre_of(setup: Setup, key: SourcesKey = "reward") -> Centre:
     mean, std = float(raw.mean()), float(raw.std())
     if config.missing_end_penalty is not None:
         return Centre(mean, std, config.missing_end_penalty, members)
+    if config.bounded:
+        return Centre(mean, std, PENALTY_WHERE_EQUAL, members)
     if std > LEAST_DEVIATION * max(1.0, abs(mean)):
         return Centre(mean, std, std, members)
     what = f"the scores of the reference's {len(raw)} completions are all {mean:g}: a missing end token"
@@ -85,8 +88,10 @@ def validate(
         first: number of the first prompt, which keys its draws.
     """
     config = setup.config
-    rollout = sample_completions(setup, prompts, adapter, 1, -1, range(first, first + len(prompts)))
-    scored = score(setup, rollout, prompts, centre, done)
+    numbers = range(first, first + len(prompts))
+    rollout = sample_completions(setup, prompts, adapter, 1, -1, numbers)
+    against = reference_scores(setup, prompts, centre, -1, numbers) if config.bounded else None
+    scored = score(setup, rollout, prompts, centre, done, against)
     known = logprobs_of_all(setup, rollout, each_completion(rollout, setup), adapter)
     of_each = advantages.completion_kl(known.old_logprobs, known.ref_logprobs, known.mask)
     kl, given, earned = of_each.mean().item(), scored.given, 1 - config.kl_coef

@@ -65,6 +65,8 @@ class PolicyState:
     """Updates in a row, up to now, in which no completion had a score."""
     tokens: int = 0
     """Sampled so far."""
+    disagreement: float | None = None
+    """Of the reward models at the first update, where `max_disagreement` goes by it."""
     stopped: str | None = None
     """Why the run ended before its last update."""
 
@@ -119,6 +121,7 @@ def _train(config: PolicyConfig, base: Base, run: Run, workers: Workers) -> dict
             state.tokens += int(values["tokens"])
             if config.max_kl is not None and values["kl"] > config.max_kl:
                 state.stopped = f"KL {values['kl']:.3g} exceeded max_kl {config.max_kl:g} at update {step}"
+            _stop_by_disagreement(done, state, step, config)
             if step % config.validate_every == 0 or state.stopped:
                 values |= _validate(validation, keeper, state, step)
             run.log(step, values)
@@ -275,6 +278,20 @@ def _count(done: Step, state: PolicyState, step: int, config: PolicyConfig) -> N
     note(f"update {step} is skipped: none of {count} completions got a score from {sources}")
 
 
+def _stop_by_disagreement(done: Step, state: PolicyState, step: int, config: PolicyConfig) -> None:
+    """Ends the run where reward models disagree far more than about the first update's completions."""
+    now = done.scored.disagreement
+    if config.max_disagreement is None or now is None:
+        return
+    if state.disagreement is None:
+        state.disagreement = now
+    if state.stopped is None and now > config.max_disagreement * state.disagreement > 0:
+        times = f"{now / state.disagreement:.3g} times as at the start"
+        state.stopped = (
+            f"the reward models disagreed {times} (max_disagreement {config.max_disagreement:g}) at update {step}"
+        )
+
+
 def _validate(validation: Setup, keeper: Keeper, state: PolicyState, step: int) -> dict[str, float]:
     """How the policy does on held-out prompts, as metrics.jsonl has it.
 
@@ -310,6 +327,8 @@ def _values(done: Step) -> dict[str, float]:
     lengths = known.mask.sum(-1).float()
     seconds = sum(value for key, value in done.values.items() if key in SECONDS)
     given, paid = scored.given, dict[str, float]()
+    if scored.disagreement is not None:
+        paid["disagreement"] = scored.disagreement
     if not given.all():
         paid["unscored"] = float((~given).sum())
     if given.any():

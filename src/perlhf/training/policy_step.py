@@ -22,7 +22,15 @@ from perlhf.method.packing import Batch, completed, join_rows, length_mask, micr
 from perlhf.model.model import Model
 from perlhf.parallel.shares import own_batches
 from perlhf.rollout.ahead import Ahead, check_gap, padded
-from perlhf.rollout.completions import Centre, Scored, Setup, prompt_numbers, sample_completions, score
+from perlhf.rollout.completions import (
+    Centre,
+    Scored,
+    Setup,
+    prompt_numbers,
+    reference_scores,
+    sample_completions,
+    score,
+)
 from perlhf.rollout.local import Rollout, probe
 from perlhf.training import loop, optim
 
@@ -91,7 +99,8 @@ def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, at: At, ah
         rollout, sampler_step, ahead_seconds = ahead.take(step), ahead.learned, ahead.seconds
         ahead.begin(step + 1, step - 1)
     sampled = time.perf_counter()
-    scored = score(setup, rollout, prompts, centre, step - 1)
+    against = reference_scores(setup, prompts, centre, step, numbers) if config.bounded else None
+    scored = score(setup, rollout, prompts, centre, step - 1, against)
     scored_at = time.perf_counter()
     if not scored.given.any():
         known = logprobs_of_all(setup, rollout, each_completion(rollout, setup), POLICY)

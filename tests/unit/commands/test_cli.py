@@ -84,7 +84,8 @@ def test_overviews_and_version(capsys):
     assert capsys.readouterr().out == f"perlhf {__version__}\n"
     assert main(["--help"]) == 0
     listed = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.M)
-    named = "demo pull base plan data label sft reward policy evaluate score launch chat compare table report average"
+    named = "demo pull base plan data label sft reward policy evaluate score launch chat loop compare table report"
+    named += " average"
     assert listed == [*named.split(), "export"]
     assert main([]) == 2
     assert capsys.readouterr().out.startswith("usage: perlhf COMMAND")

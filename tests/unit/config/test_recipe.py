@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from perlhf.config.commands import EvaluateConfig, TableConfig
 from perlhf.config.comparison import CompareConfig
+from perlhf.config.loop import LoopConfig
 from perlhf.config.recipe import describe, load_recipe, read_recipe, validated
 from perlhf.config.stages import DataConfig, PolicyConfig, RatingsConfig, RewardConfig, SftConfig
 from perlhf.errors import ConfigError
@@ -205,7 +206,7 @@ def test_describe_reads_as_english():
 
 def test_every_shipped_recipe_loads():
     models = {"sft": SftConfig, "reward": RewardConfig, "policy": PolicyConfig, "evaluate": EvaluateConfig}
-    models |= {"compare": CompareConfig}
+    models |= {"compare": CompareConfig, "loop": LoopConfig}
     seen = set()
     for path in sorted((REPOSITORY / "recipes").rglob("*.y*ml")):
         command = next((name for name in models if path.stem.startswith(name)), None)

@@ -1,0 +1,368 @@
+"""`perlhf loop RECIPE`: answers, questions, labels, reward models, policy, evaluation; again.
+
+    run/loop.yaml                      the configuration
+    run/labels/                        the labelling project: its database holds every label
+    run/round-0001/answers/            what the policy and the start answered
+                   questions/          what was asked, and by what it was chosen
+                   labels/             all labels so far, as `perlhf label export` writes them: what is learned from
+                   reward-0 .. K-1/    runs of `perlhf reward`, each trained on from the last round's
+                   policy/             a run of `perlhf policy`, trained on from the last round's
+                   evaluation/         `evaluation.json` beside the start, and scores of held-out pairs
+    run/loop.json, loop.html           what the rounds have shown
+
+A step is done once its last file is there, and a stage goes on from its checkpoint, so that the same command continues
+a loop that was killed anywhere. The policy of a round is held beside the start by labels of the next round, or of the
+end, so that people are asked once a round.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from perlhf.config.commands import EvaluateConfig
+from perlhf.config.labelling import LabelConfig, Order, ProjectConfig, QuestionsConfig
+from perlhf.config.loop import LoopConfig
+from perlhf.config.stages import DataConfig, OptimConfig, SftConfig
+from perlhf.data import order as orders
+from perlhf.data.records import Prompt
+from perlhf.data.splits import SPLITS, load, split_of
+from perlhf.errors import ConfigError, DataError, RunError
+from perlhf.evaluation.evaluate import evaluate
+from perlhf.evaluation.shared import plain
+from perlhf.labelling import records
+from perlhf.labelling.progress import progress
+from perlhf.labelling.project import LABELS, settings_of
+from perlhf.labelling.questions import question
+from perlhf.labelling.rounds import labellers, network, results
+from perlhf.labelling.rounds.network import Pair
+from perlhf.labelling.rounds.order import choose, disagreement, information
+from perlhf.labelling.rounds.results import DUEL, LEARN, MEASURE, Asked, Places
+from perlhf.labelling.store import Store
+from perlhf.model.bases.found import Base, pull
+from perlhf.runs.earlier import check_runs
+from perlhf.runs.manifest import LOCK, RESULT, first_difference, locked
+from perlhf.system.console import note
+from perlhf.system.files import damaged, from_yaml, storage_errors, write_atomic, write_json
+from perlhf.training.policy import train_policy
+from perlhf.training.reward import train_reward
+from perlhf.training.sft import train_sft
+
+RECIPE = "loop.yaml"
+MAY_GROW = ("run", "demo", "rounds", "page", "bootstrap", "judge_timeout_seconds")
+"""Keys that may differ when a loop is continued: nothing that is there depends on them."""
+SFT, DEMONSTRATIONS = "sft", 96
+"""The demo's start: its directory, and how many demonstrations it learns from."""
+MORE = 1.5
+"""Held-out prompts answered for each question wanted: some get the same answer twice."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a loop."""
+
+    config: LoopConfig
+    number: int
+    store: Store
+    project: ProjectConfig
+
+    @property
+    def places(self) -> Places:
+        """Where its files are."""
+        return Places(self.config, self.number)
+
+    @property
+    def before(self) -> Places | None:
+        """The files of the round before; None of the first."""
+        return Places(self.config, self.number - 1) if self.number > 1 else None
+
+
+def loop(config: LoopConfig) -> dict[str, Any]:
+    """Runs the rounds that are missing; returns what loop.json holds, which is written after each of them.
+
+    Raises:
+        ConfigError, DataError, RunError, ModelError, StorageError: as the stages say; the directory holds another loop.
+        ServiceError: the judge doesn't answer. DivergenceError: a stage's training had to stop.
+        Interrupted, KeyboardInterrupt: the same command goes on.
+    """
+    _check(config)
+    with storage_errors(config.run):
+        _check_is_loop(config.run)
+        config.run.mkdir(parents=True, exist_ok=True)
+    with locked(config.run):
+        _claim(config)
+        config = _with_start(config)
+        project = _project(config)
+        store = Store(config.labels / LABELS)
+        try:
+            if config.page is not None:
+                labellers.open_page(config)
+            for number in range(1, config.rounds + 1):
+                _round(Round(config, number, store, project))
+                results.write(config, store, number)
+            labellers.label(config, store, [asked.question for asked in Places(config, config.rounds).asked(DUEL)])
+            return results.write(config, store, config.rounds)
+        finally:
+            store.close()
+
+
+def _with_start(config: LoopConfig) -> LoopConfig:
+    """The demo starts from an SFT run on the embedded demonstrations, which is trained first."""
+    if not config.demo or config.sft is not None:
+        return config
+    demonstrations = SftConfig(
+        run=config.run / SFT,
+        data=DataConfig(limit=DEMONSTRATIONS),
+        adapter=config.policy.adapter,
+        optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
+        seed=config.seed,
+        **config.shared(),
+    )
+    train_sft(demonstrations)
+    return config.model_copy(update={"sft": demonstrations.run})
+
+
+def _round(this: Round) -> None:
+    """The steps of a round, those that are done left out."""
+    places, config = this.places, this.config
+    _step(this, "answers", places.answers, lambda: _answers(this))
+    _step(this, "questions", places.questions, lambda: _questions(this))
+    this.store.add(asked.question for asked in places.asked(LEARN, MEASURE))
+    _step(this, "labels", places.records, lambda: _labels(this))
+    for member in range(config.reward.members):
+        run = places.reward(member)
+        start = None if this.before is None else this.before.reward(member)
+        stage = config.reward_stage(run, places.records, start, _seed(config, "reward", member, this.number))
+        _step(this, f"reward-{member}", run / RESULT, lambda stage=stage: train_reward(stage))
+    start = None if this.before is None else this.before.policy
+    rewards = tuple(str(places.reward(member)) for member in range(config.reward.members))
+    policy = config.policy_stage(places.policy, rewards, start, _seed(config, "policy", this.number))
+    _step(this, "policy", places.policy / RESULT, lambda: train_policy(policy))
+    _step(this, "evaluation", places.scores, lambda: _evaluation(this))
+    this.store.add(asked.question for asked in places.asked(DUEL))
+
+
+def _step(this: Round, name: str, done: Path, work: Callable[[], object]) -> None:
+    """Does a step unless its last file is there, and notes how long it took."""
+    if done.exists():
+        return
+    note(f"round {this.number} of {this.config.rounds}: {name}")
+    with storage_errors(this.places.directory):
+        for folder in ("answers", "questions", "evaluation"):
+            (this.places.directory / folder).mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    work()
+    write_json(this.places.seconds, this.places.seconds_so_far() | {name: round(time.monotonic() - began, 1)})
+
+
+def _answers(this: Round) -> None:
+    """The policy's and the start's answers to the round's prompts; in the first round, to held-out ones as well."""
+    config, places = this.config, this.places
+    trained_on = prompts_of(config, "train")
+    count = min(config.prompts_per_round, len(trained_on))
+    numbers = dict.fromkeys(orders.cycle(len(trained_on), count, this.number, config.seed))
+    chosen = [trained_on[number] for number in numbers]
+    half = config.answers_per_prompt // 2
+    policy = None if this.before is None else this.before.policy
+    sides = {"start": (None, config.answers_per_prompt)}
+    if policy is not None:
+        sides = {"policy": (policy, config.answers_per_prompt - half), "start": (None, half)}
+    found = network.sample_answers(config, chosen, sides, f"round {this.number}")
+    if this.before is None:
+        held_out = [*prompts_of(config, "validation"), *prompts_of(config, "test")]
+        asked = orders.choose(held_out, int(MORE * config.held_out_labels) + 1, config.seed)
+        answers = network.sample_answers(config, asked, {"start": (None, 2)}, "held-out")
+        write_atomic(places.held_out_answers, _lines(_rows(asked, answers)))
+    write_atomic(places.answers, _lines(_rows(chosen, found)))
+
+
+def _rows(prompts: Sequence[Prompt], answers: dict[str, list[list[str]]]) -> Iterable[dict[str, Any]]:
+    for number, record in enumerate(prompts):
+        by = [name for name, found in answers.items() for _ in found[number]]
+        texts = [text for found in answers.values() for text in found[number]]
+        yield {"prompt": plain(record.prompt), "group": record.group, "completions": texts, "by": by}
+
+
+def _questions(this: Round) -> None:
+    """Chooses what is asked: pairs of the round's answers, and in the first round the held-out questions."""
+    config, places = this.config, this.places
+    prompts, pairs = _pairs(places.answers)
+    worth = {"disagreement": None, "information": None}
+    if this.before is not None and config.reward.members > 1 and config.order != "random":
+        runs = [this.before.reward(member) for member in range(config.reward.members)]
+        scores = network.score_pairs(config, runs, pairs)
+        worth = {"disagreement": disagreement(scores), "information": information(scores)}
+    key = config.seed, "round", this.number
+    chosen = choose(prompts, worth.get(config.order), config.order, config.labels_per_round, config.random_share, *key)
+    asked: list[Asked] = []
+    for choice in chosen:
+        known = {name: float(values[choice.at]) for name, values in worth.items() if values is not None}
+        asked += _asked(this, pairs[choice.at], LEARN, choice.drawn, known)
+    if this.before is None:
+        whose, held_out = _pairs(places.held_out_answers)
+        measured = choose(whose, None, "random", config.held_out_labels, 1.0, config.seed, "held-out")
+        asked += [one for choice in measured for one in _asked(this, held_out[choice.at], MEASURE)]
+    if not any(one.what == LEARN for one in asked):
+        raise DataError(
+            f"no two answers to {len(set(prompts))} prompts differ, so that there is nothing to ask",
+            where=str(places.answers),
+            hint="raise policy.temperature, answers_per_prompt or prompts_per_round in a new loop (another --run)",
+        )
+    places.write_asked(places.questions, asked)
+
+
+def _pairs(file: Path) -> tuple[list[int], list[Pair]]:
+    """All pairs of different answers in a file, none of them empty, each with the number of its prompt."""
+    numbers: list[int] = []
+    pairs: list[Pair] = []
+    for number, row in enumerate(results.rows(file)):
+        texts = list(dict.fromkeys(text for text in row["completions"] if text.strip()))
+        for at, first in enumerate(texts):
+            for second in texts[at + 1 :]:
+                numbers.append(number)
+                pairs.append(Pair(row["prompt"], first, second, row["group"]))
+    return numbers, pairs
+
+
+def _asked(
+    this: Round, pair: Pair, what: str, drawn: Order = "random", known: dict[str, float] | None = None
+) -> list[Asked]:
+    """The question about a pair; none where its answers are the same once they are masked."""
+    source = f"round {this.number}: {what}"
+    found = question(this.project, pair.prompt, (pair.first, pair.second), pair.group, source, drawn)
+    return [] if found is None else [Asked(what, found, known or {})]
+
+
+def _labels(this: Round) -> None:
+    """Waits for the labels of this round and for those of the last round's duels; writes all labels so far."""
+    config, store, places = this.config, this.store, this.places
+    duels = [] if this.before is None else this.before.asked(DUEL)
+    labellers.label(config, store, [one.question for one in [*places.asked(LEARN, MEASURE), *duels]])
+    people = store.people()
+    said = [one for one in store.labels(skips=True) if not one.labeller.left_out]
+    numbers = progress(said, people, store.progress())
+    sides = [split_of(row["group"], config.data) for row, _ in records.labelled_rows(said, this.project, "all")]
+    for side, wanted in (("train", "to learn from"), ("held-out", "to measure with")):
+        if not any((found == "train") == (side == "train") for found in sides):
+            raise DataError(
+                f"no label {wanted} prefers one of two answers",
+                where=str(config.labels),
+                allowed="at least one preference among training groups, and one among held-out groups",
+                hint=f"take answers back (u) and judge again: perlhf label {config.labels}",
+            )
+    records.write(places.labels, said, this.project, numbers)
+
+
+def _evaluation(this: Round) -> None:
+    """The round's policy beside the start on held-out prompts, and what its reward models say of held-out pairs."""
+    config, places = this.config, this.places
+    settings = EvaluateConfig(
+        run=places.policy,
+        prompts=config.duels,
+        bootstrap=config.bootstrap,
+        seed=config.seed,
+        device=config.device,
+        output=places.evaluation,
+        tokens_per_microbatch=config.tokens_per_microbatch,
+    )
+    samples = evaluate(settings).samples
+    duels = [Pair(row["prompt"], row["before"], row["after"], row["group"]) for row in samples]
+    held_out = [one.question for one in Places(config, 1).asked(MEASURE)]
+    pairs = [Pair(one.prompt, str(one.answers[0]), str(one.answers[1]), one.group) for one in held_out]
+    runs = [places.reward(member) for member in range(config.reward.members)]
+    scores = network.score_pairs(config, runs, [*pairs, *duels])
+    asked = [
+        one
+        for at, duel in enumerate(duels)
+        if duel.first.strip() and duel.second.strip() and duel.first.strip() != duel.second.strip()
+        for one in _asked(this, duel, DUEL, known={"prompt": at})
+    ]
+    places.write_asked(places.duels, asked)
+    write_json(places.scores, {"held_out": scores[:, : len(pairs)].tolist(), "duels": scores[:, len(pairs) :].tolist()})
+
+
+def prompts_of(config: LoopConfig, split: str) -> list[Prompt]:
+    """Prompts of one side.
+
+    Raises:
+        DataError: there is none, or one comes with tools, which no page shows.
+    """
+    assert split in SPLITS
+    found = cast("Sequence[Prompt]", load(config.data, ("prompt",), split))
+    for record in found:
+        if record.tools:
+            raise DataError("its prompt comes with tools, which the labelling page can't show", where=record.source)
+    return list(found)
+
+
+def _check(config: LoopConfig) -> None:
+    """Looks for what the rounds need before anything is written."""
+    if config.demo:
+        pull(config.base)
+    Base.find(config.base)
+    check_runs("sft", [] if config.sft is None else [config.sft])
+    for split in SPLITS:
+        prompts_of(config, split)
+
+
+def _check_is_loop(run: Path) -> None:
+    """Refuses a directory of something else before anything is written there."""
+    if run.is_dir() and not (run / RECIPE).exists():
+        others = [entry.name for entry in run.iterdir() if entry.name not in (LOCK, SFT) and entry.name[0] != "."]
+        if others:
+            raise RunError(
+                f"the directory holds {min(others)!r} and no loop", where=str(run), hint="name another --run"
+            )
+
+
+def _claim(config: LoopConfig) -> None:
+    """Writes loop.yaml, or refuses a directory that holds another loop."""
+    values, path = json.loads(config.model_dump_json()), config.run / RECIPE
+    if path.exists():
+        try:
+            then = from_yaml(path.read_bytes())
+        except ValueError as error:
+            raise damaged(path, str(error)) from error
+        if not isinstance(then, dict):
+            raise damaged(path, "it is no loop")
+        old, new = ({key: value for key, value in loop.items() if key not in MAY_GROW} for loop in (then, values))
+        if difference := first_difference(old, new):
+            key, before, now = difference
+            raise RunError(
+                f"{key} is {now!r}, but {before!r} in the loop that is here",
+                where=str(path),
+                allowed=f"only {', '.join(MAY_GROW)} may change when a loop continues",
+                hint="name another --run",
+            )
+        values["rounds"] = max(values["rounds"], then["rounds"])
+    write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _project(config: LoopConfig) -> ProjectConfig:
+    """The labelling project, made where there is none; its questions come from the loop.
+
+    Raises:
+        ConfigError: a project that the loop can't ask in.
+    """
+    new = ProjectConfig(questions=QuestionsConfig(paths=(), seed=config.seed))
+    exists = (config.labels / "project.yaml").is_file()
+    project = settings_of(LabelConfig(project=config.labels, settings=ProjectConfig() if exists else new))
+    if project.kind != "comparison":
+        what, where = f"the project asks for kind: {project.kind}", str(config.labels / "project.yaml")
+        raise ConfigError(what, where=where, allowed="kind: comparison", hint="name another --project")
+    if project.questions.paths and config.labeller != "people":
+        what = f"a {config.labeller} labeller would answer questions that were meant for people"
+        raise ConfigError(what, where=str(config.labels), allowed="a project of its own", hint="leave out project")
+    return project
+
+
+def _seed(config: LoopConfig, *parts: object) -> int:
+    return orders.keyed_seed(config.seed, *parts) % 2**31
+
+
+def _lines(found: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)

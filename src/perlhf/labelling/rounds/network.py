@@ -1,0 +1,95 @@
+"""What a round asks of the network between its training stages: answers to prompts, and scores of pairs of answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from perlhf.config.loop import LoopConfig
+from perlhf.data.order import keyed_seed
+from perlhf.data.records import Prompt, Rating, Text, text_of
+from perlhf.evaluation.reward import score_records
+from perlhf.evaluation.shared import Sampling, progress
+from perlhf.labelling.rounds.order import Floats
+from perlhf.model.bases.found import Base
+from perlhf.model.encoding.encode import Encoder
+from perlhf.model.model import Model
+from perlhf.model.open import load_earlier, load_sft, open_model, with_day
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers of one prompt."""
+
+    prompt: Text
+    first: str
+    second: str
+    group: str
+
+
+def sample_answers(
+    config: LoopConfig, prompts: Sequence[Prompt], sides: Mapping[str, tuple[Path | None, int]], key: str
+) -> dict[str, list[list[str]]]:
+    """Answers to each prompt by side.
+
+    Args:
+        sides: by name, the policy run that answers (None: the start) and how many answers it gives to each prompt.
+        key: of the random draws.
+    """
+    model, encoder = _opened(config)
+    start = None if config.sft is None else load_sft(model, config.sft, encoder)
+    longest = config.policy.max_completion_tokens
+    ids = [encoder.cut_prompt(record.prompt, longest) for record in prompts]
+    found: dict[str, list[list[str]]] = {}
+    for name, (run, count) in sides.items():
+        adapter = start if run is None else load_earlier(model, run, "policy", encoder).name
+        sampling = Sampling(model, encoder, ids, longest, keyed_seed(config.seed, key, name))
+        answers: list[list[str]] = [[] for _ in prompts]
+        with progress(len(sampling.batches), f"answers of {name}") as bar:
+            for batch in sampling.batches:
+                rollout = sampling.answer(batch, adapter, config.policy.temperature, count)
+                texts = list(map(sampling.text, rollout.completions))
+                for place, number in enumerate(batch):
+                    answers[number] = texts[place * count : (place + 1) * count]
+                bar.advance()
+        found[name] = answers
+    return found
+
+
+def score_pairs(config: LoopConfig, runs: Sequence[Path], pairs: Sequence[Pair]) -> Floats:
+    """Scores [members, pairs, 2] of both answers by each reward run; nan of pairs of which one answer is empty.
+
+    An answer that is in several pairs is scored once.
+    """
+    scores = np.full((len(runs), len(pairs), 2), np.nan)
+    whole = [at for at, pair in enumerate(pairs) if pair.first.strip() and pair.second.strip()]
+    if not whole:
+        return scores
+    numbers: dict[tuple[str, str], int] = {}
+    records: list[Rating] = []
+    places = np.zeros((len(whole), 2), dtype=int)
+    for row, pair in enumerate(pairs[at] for at in whole):
+        for side, answer in enumerate((pair.first, pair.second)):
+            key = text_of(pair.prompt), answer
+            if key not in numbers:
+                numbers[key] = len(records)
+                records.append(Rating(pair.prompt, answer, True, pair.group))  # judged by nobody yet
+            places[row, side] = numbers[key]
+    model, encoder = _opened(config)
+    budget = config.stage().microbatch_tokens
+    for member, run in enumerate(runs):
+        name = load_earlier(model, run, f"reward_{member}", encoder, "reward").name
+        scored, _ = score_records(model, encoder, records, name, budget, model.packing("auto"))
+        flat = np.array([np.nan if values is None else values[0] for values in scored])
+        scores[member, whole] = flat[places]
+    return scores
+
+
+def _opened(config: LoopConfig) -> tuple[Model, Encoder]:
+    """The base without adapters, and the encoder."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    base = Base.find(config.base)
+    return open_model(with_day(config.stage(), base), base)

@@ -1,0 +1,51 @@
+"""The order of a project's questions by reward models that it names: `perlhf label` with `questions.order`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from perlhf.config.labelling import ProjectConfig
+from perlhf.data.records import Comparison, text_of
+from perlhf.evaluation.reward import score_records
+from perlhf.labelling.questions import Question, uniform
+from perlhf.labelling.rounds.order import Floats, disagreement, information
+from perlhf.model.open import read_run
+
+
+def ranked(project: ProjectConfig, questions: Sequence[Question]) -> list[Question]:
+    """The questions, those that aren't in the random share at places by their worth, the best first.
+
+    Hidden tests, and questions of which an answer is empty or too long for a model, keep their random places.
+
+    Raises:
+        RunError: no finished reward run; ModelError, AdapterError: as it says when it is opened.
+    """
+    rules = project.questions
+    scores = np.stack([_scores(Path(run), questions) for run in rules.rewards])
+    worth = disagreement(scores) if rules.order == "disagreement" else information(scores)
+    best = sorted((at for at in range(len(questions)) if not np.isnan(worth[at])), key=lambda at: -worth[at])
+    found = list(questions)
+    for rank, at in enumerate(best):
+        if questions[at].known is None and uniform(rules.seed, "drawn", questions[at].key) >= rules.random_share:
+            found[at] = replace(questions[at], place=rank / len(best), drawn=rules.order)
+    return found
+
+
+def _scores(run: Path, questions: Sequence[Question]) -> Floats:
+    """Of both answers: [questions, 2]; nan where there is none."""
+    opened = read_run(run, ("reward",))
+    model, encoder = opened.open("auto")
+    whole = [at for at, one in enumerate(questions) if all(text_of(answer).strip() for answer in one.answers)]
+    records = [
+        Comparison(one.prompt, one.answers[0], one.answers[1], one.group, source=one.source)
+        for one in (questions[at] for at in whole)
+    ]
+    budget, packing = opened.config.microbatch_tokens, model.packing(opened.config.packing)
+    scored, _ = score_records(model, encoder, records, opened.stage, budget, packing)
+    scores = np.full((len(questions), 2), np.nan)
+    for at, values in zip(whole, scored, strict=True):
+        if values is not None:
+            scores[at] = values
+    return scores

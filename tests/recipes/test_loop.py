@@ -1,0 +1,235 @@
+"""`perlhf loop`: two rounds with a judge over HTTP, killed and continued; with people; and what is refused."""
+
+import json
+import re
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from toy import Moment, finish, lasting, prompts, read_json, read_lines, write_rows
+
+from perlhf.labelling.project import LABELS
+from perlhf.labelling.records import labelled_rows
+from perlhf.labelling.rounds import labellers
+from perlhf.labelling.store import Said, Store
+
+FIRST_KILL, LATER = 3, 9
+"""At which file that is put in its place a loop is killed, and by how many more each continuation of it."""
+
+
+def settings(base: Path, data: Path, run: Path, **changed: Any) -> dict[str, Any]:
+    """A loop on the tiny base, a few updates of each stage."""
+    optim = {"learning_rate": 1e-2}
+    return {
+        "run": str(run),
+        "base": str(base),
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "rounds": 2,
+        "labels_per_round": 6,
+        "prompts_per_round": 8,
+        "answers_per_prompt": 2,
+        "held_out_labels": 6,
+        "duels": 4,
+        "bootstrap": 20,
+        "data": {"paths": [str(data)], "validation": 0.2, "test": 0.3},
+        "encoding": {"max_tokens": 96},
+        "reward": {"members": 2, "adapter": {"rank": 2}, "epochs": 1, "examples_per_update": 4, "optim": optim},
+        "policy": {
+            "adapter": {"rank": 2},
+            "updates": 2,
+            "prompts_per_update": 2,
+            "completions_per_prompt": 2,
+            "max_completion_tokens": 6,
+            "validation_prompts": 2,
+            "bounded": True,
+            "max_disagreement": 1000.0,
+            "optim": optim,
+        },
+    } | changed
+
+
+def recipe(path: Path, values: dict[str, Any]) -> str:
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def judged(request: Any) -> dict[str, Any]:
+    """Prefers the reply with more letters of the first half of the alphabet; of as many, the longer."""
+    content = request.body["messages"][0]["content"]
+    first, second = re.findall(r"<reply_\d>\n(.*?)\n</reply_\d>", content, re.S)
+    worth = [(sum("a" <= c <= "m" for c in text.lower()), len(text), text) for text in (first, second)]
+    return {"choices": [{"message": {"content": "1" if worth[0] > worth[1] else "2"}}]}
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What must be the same whether or not a loop was killed."""
+    found = read_json(run / "loop.json")
+    for one in found["rounds"]:
+        one.pop("seconds")
+    result: dict[str, Any] = {"loop": found}
+    for number in (1, 2):
+        place = run / f"round-{number:04d}"
+        rows = [
+            {k: v for k, v in row.items() if k != "annotator"} for row in read_lines(place / "labels/records.jsonl")
+        ]
+        result[f"records {number}"] = sorted(rows, key=json.dumps)
+        for name in ("reward-0", "reward-1", "policy"):
+            result[f"{name} {number}"] = (place / name / "adapter" / "adapter_model.safetensors").read_bytes()
+            result[f"{name} result {number}"] = lasting(read_json(place / name / "result.json"))
+    return result
+
+
+def test_a_loop_killed_anywhere_ends_as_one_that_was_not(tiny_base, feedback, tmp_path, serve):
+    data = write_rows(tmp_path / "prompts.jsonl", prompts(64))
+    given = {"labeller": "judge", "judge": serve(judged)}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = ["loop", recipe(tmp_path / "whole.yaml", settings(tiny_base, data, whole, **given))]
+    assert finish(command, tmp_path / "whole.log", tmp_path) == 0
+    command = ["loop", recipe(tmp_path / "killed.yaml", settings(tiny_base, data, killed, **given))]
+    ended: list[int | None] = [-9]
+    while ended[-1] == -9:
+        at = FIRST_KILL + LATER * (len(ended) - 1)
+        ended.append(finish(command, tmp_path / "killed.log", tmp_path, Moment("posix.replace", at)))
+    assert ended[-1] == 0 and len(ended) > 4
+    found, expected = outcome(killed), outcome(whole)
+    assert found["loop"] == expected["loop"]
+    assert [key for key in expected if found[key] != expected[key]] == []
+    store = Store(killed / "labels" / LABELS)
+    said = store.labels()
+    assert max(Counter(label.question.key for label in said).values()) == 1, "nothing was asked twice"
+    log = (tmp_path / "killed.log").read_text()
+    assert "Traceback" not in log
+
+    first, second = expected["loop"]["rounds"]
+    assert first["drawn"] == {"random": 6} and second["drawn"] == {"disagreement": 4, "random": 2}
+    assert second["labels"] > first["labels"] and first["kl"] is not None
+    assert {"accuracy", "predicted", "preferred", "disagreement", "tokens"} <= first.keys()
+    page = (whole / "loop.html").read_text()
+    assert expected["loop"]["verdict"] in page and "<script" not in page
+    assert read_json(whole / "labels" / "learned.json")["sentence"] == expected["loop"]["curve"]["sentence"]
+
+
+@pytest.fixture(scope="module")
+def held_out() -> Any:
+    """Whether the loop holds a group out."""
+    from perlhf.config.stages import DataConfig
+    from perlhf.data.splits import split_of
+
+    return lambda group: split_of(group, DataConfig(validation=0.2, test=0.3)) != "train"
+
+
+def test_people_answer_on_the_page_and_held_out_groups_are_never_learned_from(
+    tiny_base, tmp_path, monkeypatch, capfd, held_out
+):
+    from perlhf.commands.cli import main
+
+    monkeypatch.setattr(labellers, "LOOK_SECONDS", 0.02)
+    data, run = write_rows(tmp_path / "prompts.jsonl", prompts(64)), tmp_path / "run"
+    given = settings(tiny_base, data, run, order="information", random_share=0.0)
+    ended: list[int] = []
+    loop = threading.Thread(target=lambda: ended.append(main(["loop", recipe(tmp_path / "loop.yaml", given)])))
+    loop.start()
+    while not (run / "round-0001" / "questions" / "questions.jsonl").exists():
+        assert loop.is_alive()
+        time.sleep(0.05)
+    store = Store(run / "labels" / LABELS)
+    people = [store.labeller("ana"), store.labeller("bo")]
+    number = 0
+    while loop.is_alive():
+        person = people[number % 2]
+        task = store.next_task(person, 60)
+        if task is None:
+            time.sleep(0.02)
+            continue
+        number += 1
+        verdict = "both_bad" if number % 7 == 0 else "first" if number % 2 else "second"
+        assert store.say(person, task.id, Said(verdict), f"key of {task.id}", 1.0)
+    loop.join()
+    assert ended == [0]
+    assert "questions wait" in capfd.readouterr().err
+    rows = read_lines(run / "round-0002" / "labels" / "records.jsonl")
+    learned = [row for row in rows if not held_out(row["group"])]
+    assert read_json(run / "round-0002" / "reward-0" / "result.json")["train_examples"] == len(learned) < len(rows)
+    for asked in (
+        row for file in run.glob("round-*/*/*.jsonl") if file.stem in ("questions", "duels") for row in read_lines(file)
+    ):
+        assert held_out(asked["question"]["group"]) == (asked["what"] != "learn")
+        if asked["what"] == "learn" and asked["question"]["drawn"] == "information":
+            assert 0 <= asked["known"]["information"] <= 0.6932
+    assert len(list(labelled_rows(store.labels(), _project(run), "all"))) >= len(rows)
+
+
+def _project(run: Path) -> Any:
+    from perlhf.config.labelling import ProjectConfig
+    from perlhf.config.recipe import load_recipe
+
+    return load_recipe(run / "labels" / "project.yaml", ProjectConfig)
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"labeller": "judge"}, ("labeller: judge and judge: ADDRESS belong together",)),
+        ({"labeller": "simulated"}, ("labeller: simulated answers by the rules of builtin:coffee-bar",)),
+        ({"noise": 0.1}, ("noise is of a simulated labeller",)),
+        ({"noise": 0.7}, ("loop.yaml:", "`noise` can't be 0.7")),
+        ({"order": "informaton"}, ("`order` can't be", "allowed: random, disagreement or information")),
+        ({"labels_per_round": 99}, ("labels_per_round 99 exceeds prompts_per_round 8",)),
+        ({"reward": {"members": 1}}, ("order: disagreement needs reward.members of 2 or more",)),
+        ({"sft": "nowhere"}, ("nowhere is no finished run",)),
+        ({"data": {"paths": ["nowhere.jsonl"]}}, ("nowhere.jsonl",)),
+        ({"data": {"test": 0.0}}, ("data.validation and data.test must be above 0",)),
+        ({"base": "nowhere"}, ("nowhere",)),
+        ({"judge": "http://me:secret@host/"}, ("judge",)),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence(changed, parts, tiny_base, tmp_path, capfd):
+    from perlhf.commands.cli import main
+
+    data = write_rows(tmp_path / "prompts.jsonl", prompts(64))
+    values = settings(tiny_base, data, tmp_path / "run") | changed
+    assert main(["loop", recipe(tmp_path / "loop.yaml", values)]) == 2
+    said = capfd.readouterr().err
+    assert said.count("error: ") == 1 and "Traceback" not in said and "secret" not in said
+    for part in parts:
+        assert part in said.replace("\n", " "), said
+
+
+def test_a_directory_of_something_else_and_another_loop_are_refused(tiny_base, tmp_path, capfd):
+    from perlhf.commands.cli import main
+
+    data, run = write_rows(tmp_path / "prompts.jsonl", prompts(64)), tmp_path / "run"
+    path = recipe(tmp_path / "loop.yaml", settings(tiny_base, data, run))
+    run.mkdir()
+    (run / "diary.txt").write_text("mine")
+    assert main(["loop", path]) == 2
+    assert "holds 'diary.txt' and no loop" in capfd.readouterr().err
+    (run / "diary.txt").unlink()
+    (run / "loop.yaml").write_text("- what")
+    assert main(["loop", path]) == 2
+    assert "loop.yaml" in capfd.readouterr().err
+    values = yaml.safe_load(Path(path).read_text()) | {"seed": 5}
+    from perlhf.config.loop import LoopConfig
+
+    then = LoopConfig(**values)
+    (run / "loop.yaml").write_text(yaml.safe_dump(json.loads(then.model_dump_json())))
+    assert main(["loop", path]) == 2
+    assert "seed is 0, but 5 in the loop that is here" in capfd.readouterr().err
+
+
+def test_a_dry_run_says_how_many_labels_and_writes_nothing(tiny_base, tmp_path, capfd):
+    from perlhf.commands.cli import main
+
+    data = write_rows(tmp_path / "prompts.jsonl", prompts(64))
+    path = recipe(tmp_path / "loop.yaml", settings(tiny_base, data, tmp_path / "run"))
+    assert main(["loop", path, "--dry-run", "--rounds", "3"]) == 0
+    said = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    assert "labels to learn from 18" in said and "labels to measure with 6" in said
+    assert "labels for duels, at most 12" in said and "people's time about 12" in said, said
+    assert not (tmp_path / "run").exists()

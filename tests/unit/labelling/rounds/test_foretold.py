@@ -1,0 +1,29 @@
+"""What a loop is foretold to take: by hand."""
+
+import pytest
+
+from perlhf.config.loop import LoopConfig, LoopPolicyConfig, LoopRewardConfig
+from perlhf.labelling.rounds.foretold import passes_forward
+
+
+def test_tokens_of_one_round_by_hand() -> None:
+    policy = LoopPolicyConfig(
+        updates=1, prompts_per_update=1, completions_per_prompt=2, max_completion_tokens=10, validation_prompts=1
+    )
+    reward = LoopRewardConfig(members=1, epochs=1)
+    sizes = {"labels_per_round": 1, "prompts_per_round": 1, "answers_per_prompt": 2, "held_out_labels": 2, "duels": 1}
+    config = LoopConfig(rounds=1, order="random", reward=reward, policy=policy, **sizes)
+    # 40 letters are 10 tokens and the template's 30: prompts of 40 tokens, answers of 6, pairs of 52.
+    held_out_answers = 1.5 * 2 * (40 + 2 * 3 * 6)
+    answers, candidates = 40 + 3 * 6 * 2, 40 + 6 * 2
+    learned = 3 * 52
+    update = 40 * (3 + 2 + 1) + 2 * 6 * (3 + 3 + 1 + 1)
+    evaluated = (2 + 1) * 52 + 2 * (40 + 3 * 6)
+    validated = 6 * (40 + (3 + 1 + 1) * 6)
+    by_hand = held_out_answers + answers + candidates + learned + update + evaluated + validated
+    assert passes_forward(config, 40.0) == pytest.approx(by_hand)
+
+
+def test_twice_the_rounds_take_more_than_twice() -> None:
+    few, many = LoopConfig(rounds=2), LoopConfig(rounds=4)
+    assert 2 < passes_forward(many, 200.0) / passes_forward(few, 200.0) < 4

@@ -1,0 +1,59 @@
+"""The order of a project's questions by reward runs."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from tiny_runs import TinyRuns, tiny_runs
+
+from perlhf.config.labelling import ProjectConfig, QuestionsConfig
+from perlhf.errors import RunError
+from perlhf.labelling.questions import questions
+from perlhf.labelling.rounds import ranked as module
+from perlhf.labelling.rounds.ranked import ranked
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> TinyRuns:
+    return tiny_runs(tmp_path_factory.getbasetemp() / "tiny_runs", tiny_base)
+
+
+def project(runs: TinyRuns, share: float, **changed: Any) -> ProjectConfig:
+    rewards = (str(runs.reward), str(runs.reward))
+    given: dict[str, Any] = {"order": "information", "rewards": rewards, "random_share": share}
+    return ProjectConfig(questions=QuestionsConfig(paths=(runs.comparisons,), **(given | changed)))
+
+
+def test_the_best_come_first_and_the_random_share_keeps_its_place(runs: TinyRuns, monkeypatch) -> None:
+    asked = questions(project(runs, 0.0))
+    # Members that prefer the first answer of question i with scores (i, -i): information grows with i.
+    each = [np.stack([[sign * at, 0.0] for at in range(len(asked))]) for sign in (1.0, -1.0)]
+    given = iter(each * 2)
+    monkeypatch.setattr(module, "_scores", lambda run, questions: next(given))
+    found = ranked(project(runs, 0.0), asked)
+    assert [one.place for one in found] == [(len(asked) - 1 - at) / len(asked) for at in range(len(asked))]
+    assert {one.drawn for one in found} == {"information"}
+    some = ranked(project(runs, 0.5), [replace(asked[0], known="first"), *asked[1:]])
+    kept = [at for at, one in enumerate(some) if one.drawn == "random"]
+    assert 0 in kept and 5 < len(kept) < 25 and all(some[at].place == asked[at].place for at in kept)
+
+
+def test_reward_runs_score_both_answers(runs: TinyRuns) -> None:
+    asked = questions(project(runs, 0.0))
+    scores = module._scores(runs.reward, [replace(asked[0], answers=("x", " ")), *asked[1:]])
+    assert np.isnan(scores[0]).all() and np.isfinite(scores[1:]).all() and scores.shape == (len(asked), 2)
+    with pytest.raises(RunError, match="holds a run of stage sft"):
+        module._scores(runs.sft, asked)
+
+
+def test_an_order_needs_two_runs_and_runs_an_order(runs: TinyRuns) -> None:
+    for changed in ({"rewards": ("one",)}, {"order": "random"}):
+        with pytest.raises(ValidationError, match="rewards"):
+            project(runs, 0.0, **changed)
+    rules = json.loads(project(runs, 0.0).questions.model_dump_json())
+    with pytest.raises(ValidationError, match="is for kind: comparison"):
+        ProjectConfig(kind="rating", questions=QuestionsConfig(**rules))
