@@ -1,4 +1,4 @@
-"""A base in parts: what workers make of it that hold a part each is, bit for bit, what those make that hold it whole."""
+"""A base in parts: what workers make of it that hold a part each is, bit for bit, what those make that hold it all."""
 
 import signal
 from collections.abc import Callable
