@@ -11,6 +11,7 @@ import json
 import secrets
 import sqlite3
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,6 +138,7 @@ class Store:
         self.path, self._now = path, now
         self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30.0})
         event.listen(self._engine, "connect", _set_up)
+        weakref.finalize(self, self._engine.dispose)  # at the latest when nobody has it any more
         with self._writing() as connection:
             _metadata.create_all(connection)
             found = connection.scalar(sa.select(_project.c.value).where(_project.c.key == "version"))
@@ -153,7 +155,7 @@ class Store:
         self.secret = self._setting("secret")
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Lets go of the file; it may be used again."""
         self._engine.dispose()
 
     # questions

@@ -1,3 +1,4 @@
+import contextlib
 import sqlite3
 from itertools import count
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_undo_opens_the_last_question_again_and_keeps_what_was_said(store: Store
     assert store.labels() == [] and store.progress() == (0, 5)
     assert answer(store, "Ana", "second", key="after the undo") == "k0"
     assert [label.said.verdict for label in store.labels()] == ["second"]
-    with sqlite3.connect(store.path) as raw:
+    with contextlib.closing(sqlite3.connect(store.path)) as raw:
         assert raw.execute("select count(*) from labels where undone is not null").fetchone() == (1,)
     assert store.undo(store.labeller("Bo")) is None
 
@@ -115,7 +116,7 @@ def test_a_link_opens_one_labeller_and_a_new_one_replaces_it(store: Store) -> No
     assert found is not None and (found.name, found.owner) == ("Ana", True)
     newer = store.invite("Ana")
     assert store.by_token(token) is None and store.by_token(newer) is not None
-    with sqlite3.connect(store.path) as raw:
+    with contextlib.closing(sqlite3.connect(store.path)) as raw:
         assert newer not in str(raw.execute("select * from labellers").fetchall())
 
 
@@ -141,8 +142,9 @@ def test_a_copy_is_made_while_others_write(store: Store, tmp_path: Path) -> None
 
 def test_a_newer_database_and_what_is_none_are_refused(store: Store, tmp_path: Path) -> None:
     store.close()
-    with sqlite3.connect(store.path) as raw:
+    with contextlib.closing(sqlite3.connect(store.path)) as raw:
         raw.execute("update project set value = '99' where key = 'version'")
+        raw.commit()
     with pytest.raises(RunError, match="newer perlhf"):
         Store(store.path)
     (tmp_path / "text.sqlite").write_text("no database, but text that is long enough to be looked at" * 20)
