@@ -269,7 +269,7 @@ def measured_rows() -> Iterable[list[str]]:
         yield [
             row["shape"],
             row["stage"],
-            str(row["workers"]),
+            f"{row['workers']}" + (", with AMX" if row["options"].startswith("benchmarks") else ""),
             f"{planned / 2**20:,.0f}",
             " and ".join(f"{size / 2**20:,.0f}" for size in peaks),
             f"{planned / max(peaks) - 1:+.0%}",
