@@ -55,9 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--directory", type=Path, help="where weights are kept for the next time, and runs written for this one"
     )
-    parser.add_argument(
-        "--kept", action="store_true", help="the peaks of benchmarks/bench.json, another machine"
-    )
+    parser.add_argument("--kept", action="store_true", help="the peaks of benchmarks/bench.json, another machine")
     parser.add_argument("--step", choices=("1_7b", "7b"), help="one policy step alone, weights made in memory")
     arguments = parser.parse_args()
     size = arguments.examples, arguments.tokens
