@@ -180,9 +180,10 @@ def kept() -> Iterator[dict[str, Any]]:
     measured = {row["name"]: row["sides"].get("perlhf") for row in json.loads(BENCH.read_text("utf-8"))}
     for name, shape in (("", "0.1b"), ("_1_7b", "1_7b"), ("_7b", "7b")):
         small = shape == "0.1b"
-        said = loading.SHAPES["0.1b"] if small else SHAPES[shape] | {"vocab_size": 49152}
+        said: dict[str, Any] = loading.SHAPES["0.1b"] if small else SHAPES[shape] | {"vocab_size": 49152}
+        said = said | {"tie_word_embeddings": shape != "7b"}
         with torch.device("meta"):
-            network = LlamaForCausalLM(LlamaConfig(**said | {"tie_word_embeddings": shape != "7b"}))
+            network = LlamaForCausalLM(LlamaConfig(**said))
         config = PolicyConfig(
             device="cpu",
             dtype="bfloat16",
