@@ -14,15 +14,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+import loading
 from loading import SHAPES, write
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.system import before_torch
 
+BENCH = Path(__file__).with_name("bench.json")
 STAGES = ("sft", "reward", "policy")
 PROMPT_TOKENS, COMPLETION_TOKENS = 45, 20
 """Of the embedded feedback, about."""
@@ -52,9 +55,14 @@ def main() -> None:
     parser.add_argument(
         "--directory", type=Path, help="where weights are kept for the next time, and runs written for this one"
     )
+    parser.add_argument("--kept", action="store_true", help="the peaks of benchmarks/bench.json, another machine")
     parser.add_argument("--step", choices=("1_7b", "7b"), help="one policy step alone, weights made in memory")
     arguments = parser.parse_args()
     size = arguments.examples, arguments.tokens
+    if arguments.kept:
+        for row in kept():
+            print(json.dumps(row))
+        return
     if arguments.step:
         print(json.dumps(step_in_place(arguments.step)))
         return
@@ -125,6 +133,7 @@ def beside(parts: dict[str, int], peaks: list[int]) -> dict[str, Any]:
 
 def step_in_place(shape: str) -> dict[str, Any]:
     """One policy step with reference, policy, value and reward adapters, weights made in place."""
+    from harness import data_root
     from perlhf.data.records import Prompt
     from perlhf.model.foretold import memory_of
     from perlhf.parallel.traffic import Lengths
@@ -132,6 +141,7 @@ def step_in_place(shape: str) -> dict[str, Any]:
     from perlhf.training.plan import trainable_parameters
     from policy import _random_base, _stage, _steps
 
+    os.environ["PERLHF_DATA"] = str(data_root())
     stage = _stage("lora", "value", _random_base(shape))
     changes = {"prompts_per_update": 1, "max_completion_tokens": 16, "tokens_per_microbatch": 128}
     changes |= {"validation_prompts": 1, "centre_prompts": 1, "sft": Path("sft"), "reward": ("reward",), "updates": 1}
@@ -154,6 +164,42 @@ def step_in_place(shape: str) -> dict[str, Any]:
 
 def _size(stage: Any, text: str) -> int:
     return len(stage.encoder.prompt(text))
+
+
+def kept() -> Iterator[dict[str, Any]]:
+    """Policy steps that `benchmarks/policy.py` measured on a machine with AMX, beside what is planned."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from perlhf.config.stages import AdapterConfig, PolicyConfig
+    from perlhf.model.foretold import memory_of
+    from perlhf.parallel.traffic import Lengths
+    from perlhf.training.plan import trainable_parameters
+    from policy import COMPLETIONS, PROMPT_TOKENS, PROMPTS, RANK, SHAPES, TOKENS
+
+    measured = {row["name"]: row["sides"].get("perlhf") for row in json.loads(BENCH.read_text("utf-8"))}
+    for name, shape in (("", "0.1b"), ("_1_7b", "1_7b"), ("_7b", "7b")):
+        small = shape == "0.1b"
+        said: dict[str, Any] = loading.SHAPES["0.1b"] if small else SHAPES[shape] | {"vocab_size": 49152}
+        said = said | {"tie_word_embeddings": shape != "7b"}
+        with torch.device("meta"):
+            network = LlamaForCausalLM(LlamaConfig(**said))
+        config = PolicyConfig(
+            device="cpu",
+            dtype="bfloat16",
+            sft=Path("sft"),
+            reward=("reward",),
+            adapter=AdapterConfig(rank=RANK),
+            prompts_per_update=PROMPTS if small else 1,
+            completions_per_prompt=COMPLETIONS,
+            max_completion_tokens=TOKENS if small else 32,
+            validation_prompts=1,
+            centre_prompts=1,
+        )
+        lengths, own = Lengths(PROMPT_TOKENS, config.max_completion_tokens), trainable_parameters(config, network)
+        parts = memory_of(config, network, own, lengths=lengths, updates=1).parts()
+        row = {"shape": shape.replace("_", "."), "stage": "policy", "workers": 1, "options": "benchmarks/bench.json"}
+        yield row | beside(parts, [measured[f"policy_peak_memory{name}"]["peak_memory_bytes"]])
 
 
 def under_allocator() -> dict[str, str]:

@@ -30,17 +30,31 @@ DEVICE_BYTES, NODE = 80 * 10**9, 8
 RATES = Rates(flops=300e12, read=2.5e12, link=400e9, node_link=50e9, node=NODE)
 LENGTHS, PROMPTS, SAMPLES = Lengths(512, 512), 8, 8
 _LLAMA: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
+_SMALL: dict[str, Any] = _LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+_SMALL |= {"num_attention_heads": 32, "head_dim": 64, "tie_word_embeddings": True}
 _QWEN: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "tie_word_embeddings": False}
+
+
+_GLM: dict[str, Any] = {
+    "vocab_size": 151552,
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 92,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "n_routed_experts": 160,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+}
 
 
 def shapes() -> dict[str, Any]:
     """Configurations with the sizes that their authors published."""
     return {
-        "Llama 3.2 1B": LlamaConfig(
-            **_LLAMA
-            | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
-            | {"head_dim": 64, "tie_word_embeddings": True}
-        ),
+        "Llama 3.2 1B": LlamaConfig(**_SMALL),
         "Llama 3.1 8B": LlamaConfig(
             **_LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
         ),
@@ -89,20 +103,7 @@ def shapes() -> dict[str, Any]:
             num_experts=128,
             num_experts_per_tok=8,
         ),
-        "GLM-4.5 355B-A32B (experts)": Glm4MoeConfig(
-            vocab_size=151552,
-            hidden_size=5120,
-            intermediate_size=12288,
-            moe_intermediate_size=1536,
-            num_hidden_layers=92,
-            num_attention_heads=96,
-            num_key_value_heads=8,
-            head_dim=128,
-            n_routed_experts=160,
-            n_shared_experts=1,
-            num_experts_per_tok=8,
-            first_k_dense_replace=3,
-        ),
+        "GLM-4.5 355B-A32B (experts)": Glm4MoeConfig(**_GLM),
     }
 
 
@@ -269,7 +270,7 @@ def measured_rows() -> Iterable[list[str]]:
         yield [
             row["shape"],
             row["stage"],
-            str(row["workers"]),
+            f"{row['workers']}" + (", with AMX" if row["options"].startswith("benchmarks") else ""),
             f"{planned / 2**20:,.0f}",
             " and ".join(f"{size / 2**20:,.0f}" for size in peaks),
             f"{planned / max(peaks) - 1:+.0%}",

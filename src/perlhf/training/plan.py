@@ -281,10 +281,12 @@ class Weights:
     @classmethod
     def of(cls, network: "PreTrainedModel") -> "Weights":
         """Of a network without weights."""
-        around: list[Any] = [network.get_input_embeddings().weight, network.get_output_embeddings().weight]
+        embedding: Any = network.get_input_embeddings()
+        head: Any = network.get_output_embeddings()
+        around = embedding.weight, head.weight
         inside = [(name, p.numel()) for name, p in network.named_parameters() if not any(p is one for one in around)]
         expert = sum(size for name, size in inside if "experts" in name.split("."))
-        return cls(sum(size for _, size in inside) - expert, expert, around[1].numel())
+        return cls(sum(size for _, size in inside) - expert, expert, head.weight.numel())
 
 
 def parts_of(
