@@ -29,7 +29,7 @@ DEMO: dict[str, Any] = {
     "prompts_per_round": 24,
     "answers_per_prompt": 3,
     "held_out_labels": 24,
-    "duels": 16,
+    "duels": 12,
     "encoding": {"system": "You take orders in a coffee bar.", "max_tokens": 512},
     "reward": {
         "members": 2,
@@ -43,7 +43,7 @@ DEMO: dict[str, Any] = {
         "updates": 3,
         "prompts_per_update": 6,
         "max_completion_tokens": 40,
-        "validation_prompts": 8,
+        "validation_prompts": 5,
         "bounded": True,
     },
 }
@@ -104,7 +104,7 @@ class LoopConfig(Frozen):
     run: Path = Path("runs/loop")
     """Directory of the loop; running the same command again continues it."""
     demo: bool = False
-    """Fill in what isn't given with a small loop on the embedded feedback, judged by its rules: some five minutes."""
+    """Fill in what isn't given with a small loop on the embedded feedback, judged by its rules with wrong answers."""
     project: Path | None = None
     """Labelling project whose database holds the labels; null is RUN/labels."""
     rounds: Positive = 4
