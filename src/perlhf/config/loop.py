@@ -83,7 +83,7 @@ class LoopPolicyConfig(Frozen):
     max_completion_tokens: Positive = 64
     """Longest completion, end token included."""
     validation_prompts: Positive = 16
-    """Held-out prompts on which a round's policy must be clearly better, by its reward models, to replace the last."""
+    """Held-out prompts on which a round's policy is measured by its reward models; up to twice as many report it."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of sampling, in training and for questions."""
     kl_coef: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -235,7 +235,7 @@ class LoopConfig(Frozen):
         )
 
     def policy_stage(self, run: Path, rewards: tuple[str, ...], start: Path | None, seed: int) -> PolicyConfig:
-        """A round's policy; that of the round before stays where this one isn't clearly better by the reward models."""
+        """A round's policy, as it is after its last update: what labels say of it is known later."""
         return PolicyConfig(
             run=run,
             data=self.data,
@@ -244,6 +244,7 @@ class LoopConfig(Frozen):
             start=start,
             reward=rewards,
             baseline="leave_one_out",
+            keep="last",
             centre_prompts=16,
             validate_every=self.policy.updates,
             **self.policy.model_dump(),
