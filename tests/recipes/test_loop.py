@@ -106,7 +106,10 @@ def test_a_loop_killed_anywhere_ends_as_one_that_was_not(tiny_base, feedback, tm
     log = (tmp_path / "killed.log").read_text()
     assert "Traceback" not in log
 
+    for number in (1, 2):
+        assert read_json(whole / f"round-000{number}" / "policy" / "result.json")["best_step"] == 2, "the last is kept"
     first, second = expected["loop"]["rounds"]
+    assert second["kl"]["value"] != 0
     assert first["drawn"] == {"random": 6} and second["drawn"] == {"disagreement": 4, "random": 2}
     assert second["labels"] > first["labels"] and first["kl"] is not None
     assert {"accuracy", "predicted", "preferred", "disagreement", "tokens"} <= first.keys()

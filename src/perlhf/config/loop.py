@@ -29,7 +29,7 @@ DEMO: dict[str, Any] = {
     "prompts_per_round": 24,
     "answers_per_prompt": 3,
     "held_out_labels": 24,
-    "duels": 16,
+    "duels": 12,
     "encoding": {"system": "You take orders in a coffee bar.", "max_tokens": 512},
     "reward": {
         "members": 2,
@@ -43,7 +43,7 @@ DEMO: dict[str, Any] = {
         "updates": 3,
         "prompts_per_update": 6,
         "max_completion_tokens": 40,
-        "validation_prompts": 8,
+        "validation_prompts": 5,
         "bounded": True,
     },
 }
@@ -83,7 +83,7 @@ class LoopPolicyConfig(Frozen):
     max_completion_tokens: Positive = 64
     """Longest completion, end token included."""
     validation_prompts: Positive = 16
-    """Held-out prompts on which a round's policy must be clearly better, by its reward models, to replace the last."""
+    """Held-out prompts on which a round's policy is measured by its reward models; up to twice as many report it."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of sampling, in training and for questions."""
     kl_coef: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -104,7 +104,7 @@ class LoopConfig(Frozen):
     run: Path = Path("runs/loop")
     """Directory of the loop; running the same command again continues it."""
     demo: bool = False
-    """Fill in what isn't given with a small loop on the embedded feedback, judged by its rules: some five minutes."""
+    """Fill in what isn't given with a small loop on the embedded feedback, judged by its rules with wrong answers."""
     project: Path | None = None
     """Labelling project whose database holds the labels; null is RUN/labels."""
     rounds: Positive = 4
@@ -235,7 +235,7 @@ class LoopConfig(Frozen):
         )
 
     def policy_stage(self, run: Path, rewards: tuple[str, ...], start: Path | None, seed: int) -> PolicyConfig:
-        """A round's policy; that of the round before stays where this one isn't clearly better by the reward models."""
+        """A round's policy, as it is after its last update: what labels say of it is known later."""
         return PolicyConfig(
             run=run,
             data=self.data,
@@ -244,6 +244,7 @@ class LoopConfig(Frozen):
             start=start,
             reward=rewards,
             baseline="leave_one_out",
+            keep="last",
             centre_prompts=16,
             validate_every=self.policy.updates,
             **self.policy.model_dump(),

@@ -382,6 +382,8 @@ class PolicyConfig(StageConfig):
     """Of `staleness: 1`: a completion's ratio of policy to sampler counts as at most this (2 is usual); null: as is."""
     max_sampler_gap: Annotated[float, Field(gt=0)] = Field(default=0.2, exclude_if=lambda nats: nats == 0.2)
     """Of `staleness: 1`: an update whose sampler and policy differ by more nats a token, in the mean, ends the run."""
+    keep: Literal["best", "last"] = Field(default="best", exclude_if=lambda which: which == "best")
+    """Weights to keep: the `best` by held-out reward (the start, where none is clearly better), or the `last`."""
     bounded: bool = Field(default=False, exclude_if=lambda bounded: not bounded)
     """Pay sigmoid(score - score of the reference's answer to the prompt) - 1/2: no score is worth chasing on and on."""
     max_disagreement: Annotated[float, Field(gt=1)] | None = Field(default=None, exclude_if=lambda limit: limit is None)

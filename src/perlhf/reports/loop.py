@@ -21,7 +21,7 @@ COLUMNS: tuple[str, ...] = (
     "disagreement",
     "KL, nats",
     "tokens",
-    "time",
+    "the machine's time",
 )
 
 
@@ -85,7 +85,7 @@ def rows(loop: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             number(one["disagreement"]) if one["disagreement"] is not None else "–",
             words(one["kl"]),
             _both(one["tokens"]),
-            duration(sum(one["seconds"].values()) if one["seconds"] else None),
+            duration(_computed(one["seconds"])),
         ]
         if "accuracy_by_rules" in one:
             cells[2:2] = [words(one["accuracy_by_rules"])]
@@ -98,6 +98,11 @@ def words(raw: object) -> str:
     """A value with its interval."""
     found = measured(raw)
     return "–" if found is None else with_interval(found)
+
+
+def _computed(seconds: Mapping[str, float]) -> float | None:
+    """Seconds of a round, those left out in which somebody was waited for."""
+    return sum(took for step, took in seconds.items() if step != "labels") if seconds else None
 
 
 def _labels(one: Mapping[str, Any]) -> str:

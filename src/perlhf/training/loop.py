@@ -81,8 +81,12 @@ class Keeper:
             self.start = None if each is None else list(each)
         elif each is not None and self.start is not None and not clearly_above(each, self.start):
             return False
-        self.step, self.value, self.metrics, self.worse = step, value, metrics, 0
+        self.take(step, value, metrics)
         return True
+
+    def take(self, step: int, value: float, metrics: dict[str, float]) -> None:
+        """Keeps the weights of `step`, whatever was before."""
+        self.step, self.value, self.metrics, self.worse = step, value, metrics, 0
 
 
 def validated(measured: Mapping[str, float], began: float) -> dict[str, float]:

@@ -300,7 +300,9 @@ def _validate(validation: Setup, keeper: Keeper, state: PolicyState, step: int) 
     """
     began = time.perf_counter()
     found, config = validate(validation, validation.held_out, state.validation_centre, POLICY, step), validation.config
-    if "reward" in found.metrics and (state.stopped is None or not keeper.step):
+    if "reward" in found.metrics and config.keep == "last":
+        keeper.take(step, found.metrics["reward"], found.metrics)
+    elif "reward" in found.metrics and (state.stopped is None or not keeper.step):
         keeper.offer(step, found.metrics["reward"], found.metrics, found.rewards)
     if state.stopped is None and config.patience is not None and keeper.worse >= config.patience:
         times = f"{config.patience} times in a row, at update {step}"

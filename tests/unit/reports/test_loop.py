@@ -15,7 +15,7 @@ def found(rounds: int, rules: bool = False) -> dict[str, Any]:
         sides = {"before": {"value": 10.0, "low": None, "high": None}, "after": value}
         one = {"round": number, "labels": 20 * number, "drawn": {"random": 5, "disagreement": 15}}
         one |= {"accuracy": value, "predicted": value, "preferred": value, "judged_duels": 12, "disagreement": 0.1}
-        one |= {"kl": value, "tokens": sides, "gold": sides, "seconds": {"policy": 61.0}}
+        one |= {"kl": value, "tokens": sides, "gold": sides, "seconds": {"policy": 61.0, "labels": 5000.0}}
         one |= {"stopped": HOSTILE if number == 2 else None}
         each.append(one | ({"accuracy_by_rules": value} if rules else {}))
     return {
@@ -47,7 +47,7 @@ def test_rules_have_columns_of_their_own() -> None:
         assert len(heads) == 8 + 2 * rules
         assert all(len(cells) == len(heads) for _, cells in loop.rows(numbers))
     cells = dict(zip(loop.columns(found(1, True)), loop.rows(found(1, True))[0][1], strict=True))
-    assert cells["gold score, the start's first"].startswith("10") and cells["time"] == "1 min 01 s"
+    assert cells["gold score, the start's first"].startswith("10") and cells["the machine's time"] == "1 min 01 s"
 
 
 def test_no_round_and_unknown_numbers() -> None:

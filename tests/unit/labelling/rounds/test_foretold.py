@@ -1,5 +1,7 @@
 """What a loop is foretold to take: by hand."""
 
+from typing import Any
+
 import pytest
 
 from perlhf.config.loop import LoopConfig, LoopPolicyConfig, LoopRewardConfig
@@ -11,7 +13,13 @@ def test_tokens_of_one_round_by_hand() -> None:
         updates=1, prompts_per_update=1, completions_per_prompt=2, max_completion_tokens=10, validation_prompts=1
     )
     reward = LoopRewardConfig(members=1, epochs=1)
-    sizes = {"labels_per_round": 1, "prompts_per_round": 1, "answers_per_prompt": 2, "held_out_labels": 2, "duels": 1}
+    sizes: dict[str, Any] = {
+        "labels_per_round": 1,
+        "prompts_per_round": 1,
+        "answers_per_prompt": 2,
+        "held_out_labels": 2,
+        "duels": 1,
+    }
     config = LoopConfig(rounds=1, order="random", reward=reward, policy=policy, **sizes)
     # 40 letters are 10 tokens and the template's 30: prompts of 40 tokens, answers of 6, pairs of 52.
     held_out_answers = 1.5 * 2 * (40 + 2 * 3 * 6)
