@@ -33,8 +33,6 @@ class Call:
 
     adapters: tuple[str, ...] = ()
     """The active ones, from the lowest to the uppermost."""
-    members: tuple[tuple[str, ...], ...] = ()
-    """Adapters of each equal part of the tokens, one after the other (`members`); () where all have `adapters`."""
     dropout: bool = False
     """Whether the uppermost adapter's input is dropped."""
     dropout_keys: Tensor | None = None
@@ -55,6 +53,8 @@ class Call:
     """Takes the prompts' keys and values, or attends with one more token a row."""
     own_kernels: bool = True
     """Whether a CPU's own kernels may compute; else torch's operations do."""
+    members: tuple[tuple[str, ...], ...] = ()
+    """Adapters of each equal part of the tokens, one after the other (`members`); () where all have `adapters`."""
 
 
 _current: ContextVar[Call] = ContextVar("call", default=Call())  # noqa: B039 -- frozen

@@ -72,10 +72,10 @@ def _touched_again(files: Sequence[Path]) -> None:
     Files that nearly fill the memory would otherwise be read from the disk twice: whoever reads them once more finds
     their beginning pushed out by their end, and pushes out the next piece by reading it.
     """
-    held = getattr(os, "RWF_NOWAIT", None)  # what isn't in memory isn't read
+    held: int = getattr(os, "RWF_NOWAIT", 0)  # what isn't in memory isn't read
     piece = bytearray(PIECE_BYTES)
     with contextlib.suppress(OSError):
-        for file in reversed(files) if held is not None else ():
+        for file in reversed(files) if held else ():
             with file.open("rb", buffering=0) as opened:
                 for start in range((file.stat().st_size - 1) // PIECE_BYTES * PIECE_BYTES, -1, -PIECE_BYTES):
                     os.preadv(opened.fileno(), [piece], start, held)

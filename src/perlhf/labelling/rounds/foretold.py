@@ -82,7 +82,7 @@ def _seconds(config: LoopConfig, letters: float) -> float:
     square, times = torch.randn(MEASURED_SIDE, MEASURED_SIDE), list[float]()
     for _ in range(6):
         began = time.perf_counter()
-        square @ square
+        torch.mm(square, square)
         times.append(time.perf_counter() - began)
     speed = 2 * MEASURED_SIDE**3 / min(times)
     return 2 * weights * passes_forward(config, letters) / (speed * SHARE_OF_PEAK)
