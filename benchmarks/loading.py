@@ -50,6 +50,7 @@ def main() -> None:
     for stored in arguments.stored:
         with tempfile.TemporaryDirectory(dir=arguments.directory) as made:
             size = write(Path(made) / "base", SHAPES[arguments.shape], stored)
+            os.sync()
             command = [sys.executable, __file__, "--load", made, "--dtype", arguments.dtype]
             environment = os.environ | {"PERLHF_CACHE": str(Path(made) / "cache")}
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -85,7 +86,6 @@ def write(directory: Path, shape: dict[str, Any], stored: str) -> int:
         save_file(tensors, directory / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    os.sync()
     return total
 
 

@@ -1,8 +1,8 @@
 """The most memory that each of several workers takes for a base in parts, beside a base that each holds whole.
 
 Writes random weights of a known shape, then starts the workers, which load the base, add an adapter and do what stages
-do: passes for log-probabilities and for scores, each with its gradient, and a few sampled tokens. One JSON line a
-phase, with what the largest worker took above what it had before loading, in units of the base's weights:
+do: a pass with its gradient, and a few sampled tokens. One JSON line a phase, with what the largest worker took above
+what it had before loading, in units of the base's weights:
 
     resident   most of its memory that lay in the machine (VmHWM), pages of mapped files among it
     held       what is left once the phase is over: the base, or its part, and the adapter
@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from loading import SHAPES, write
 
-PHASES = ("load", "log-probabilities", "scores", "sample")
+PHASES = ("load", "learn", "sample")
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="in which they are used")
     parser.add_argument("--shard", choices=("none", "full"), nargs="+", default=["none", "full"])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=128, help="of each pass")
+    parser.add_argument("--tokens", type=int, default=32, help="of each pass")
     parser.add_argument("--directory", type=Path, help="where the weights are written (default: a temporary one)")
     parser.add_argument("--base", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -81,17 +81,13 @@ def measure(directory: Path, dtype: str, how: Any, tokens: int) -> None:
     """As one of the workers; the first prints what all say."""
     import torch
 
-    from perlhf.method.packing import Batch, Tokens, batches
+    from perlhf.method.packing import Tokens, batches
     from perlhf.model.bases.found import Base
     from perlhf.model.model import Model
     from perlhf.parallel.shard import shards_of
     from perlhf.parallel.together import together
     from perlhf.rollout.local import Ends, sample
     from perlhf.system.machine import peak_memory_bytes, reset_peak_memory
-
-    def pass_of(batch: Batch, tensor: Callable[[], Any]) -> None:
-        tensor().sum().backward()
-        assert batch.tokens
 
     with together() as workers:
         workers.sum(torch.zeros(1))
@@ -111,14 +107,12 @@ def measure(directory: Path, dtype: str, how: Any, tokens: int) -> None:
         model = phase("load", lambda: Model.load(base, dtype, "cpu", shards=shards))
         size = sum(parameter.numel() for parameter in model.base.parameters()) * model.dtype.itemsize
         model.add_adapter("policy", "policy", rank=16)
-        model.add_adapter("reward", "reward", rank=16)
         generator = torch.Generator().manual_seed(workers.number)
         ids = torch.randint(2, 1000, (tokens,), generator=generator).tolist()
         (batch,) = batches([[Tokens(ids, ((tokens // 2, tokens - tokens // 2),))]], tokens, "tree", "cpu")
-        phase("log-probabilities", lambda: pass_of(batch, lambda: model.logprobs(batch, "policy").logprobs))
-        phase("scores", lambda: pass_of(batch, lambda: model.scores(batch, "reward")))
-        options: dict[str, Any] = {"draws": torch.rand(4, 4, generator=generator, dtype=torch.float64)}
-        options |= {"ends": Ends([1]), "temperature": 1.0, "max_completion_tokens": 4}
+        phase("learn", lambda: model.logprobs(batch, "policy").logprobs.sum().backward())
+        options: dict[str, Any] = {"draws": torch.rand(2, 3, generator=generator, dtype=torch.float64)}
+        options |= {"ends": Ends([1]), "temperature": 1.0, "max_completion_tokens": 3}
         phase("sample", lambda: sample(model, [ids[:64]], adapter="policy", **options))
         own = [[round(number / size, 3) for number in line.values()] for line in said.values()]
         found = workers.gather(torch.tensor(own, dtype=torch.float64).reshape(-1))

@@ -1,11 +1,23 @@
-"""A base in parts: what workers make of it that hold a part each is, bit for bit, what those make that hold it all."""
+"""A base in parts: workers that hold a part each make of it, bit for bit, what those do that hold it whole."""
 
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from forks import talk
+from safetensors.torch import load_file
+from tiny_models import answers, random_ids
 from toy import Moment, command, finish, finish_workers, metrics, outcome, read_json, said
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from perlhf.errors import ModelError
+from perlhf.model.bases.found import Base
+from perlhf.model.model import Model
+from perlhf.parallel.shard import shards_of, whole_around
+from perlhf.parallel.workers import Workers
 
 STAGES = ("sft", "reward", "policy")
 SOON = {"perlhf.parallel.watch.SILENT_SECONDS": 4.0, "perlhf.parallel.watch.GRACE_SECONDS": 3.0}
@@ -135,3 +147,94 @@ def test_a_mistake_of_one_worker_ends_all_while_others_wait_for_its_part(command
     for kept in Path("/tmp").glob("perlhf-error-*.txt"):
         if "VOCAB_BLOCK" in kept.read_text() and str(tmp_path) in kept.read_text():
             kept.unlink()
+
+
+# ---- parts of weights -----------------------------------------------------------------------------------------------
+
+ODD: dict[str, Any] = {
+    "vocab_size": 275,
+    "hidden_size": 40,
+    "intermediate_size": 70,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+"""Three workers can't divide them."""
+
+
+def odd_base(directory: Path, *, tied: bool) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = LlamaConfig(**ODD, max_position_embeddings=64, tie_word_embeddings=tied, pad_token_id=0)
+        LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_worker_has_a_part_and_nobody_writes_it(tied, dtype, tmp_path):
+    """Stored in float32; in bfloat16 layers are converted one by one."""
+    directory = odd_base(tmp_path / "base", tied=tied)
+    batch = answers(random_ids([5, 3, 6], seed=1), random_ids([4, 2, 1], seed=2))
+
+    def learn(model: Model) -> tuple[torch.Tensor, ...]:
+        policy = model.add_adapter("policy", "policy", targets="all", rank=2)
+        found = []
+        for _ in range(2):
+            logprobs = model.logprobs(batch, "policy").logprobs
+            logprobs.sum().backward()
+            for tensor in policy.trainable():
+                assert tensor.grad is not None
+                tensor.data.add_(tensor.grad, alpha=0.01)
+            found.append(logprobs.detach())
+        return *found, *(tensor.data for tensor in policy.trainable())
+
+    def work(workers: Workers) -> Any:
+        shards = shards_of("full", workers, torch.device("cpu"))
+        model = Model.load(Base(directory), dtype, "cpu", shards=shards)
+        learned, parts, weights = learn(model), dict[str, int](), dict[str, torch.Tensor]()
+        for name, parameter in model.base.named_parameters():
+            kept: Any = parameter
+            parts[name] = kept.to_local().numel() if hasattr(kept, "to_local") else -kept.numel()
+            with whole_around(model.base, name.rpartition(".")[0]):
+                weights[name] = model.base.get_parameter(name).clone()
+        return learned, parts, weights
+
+    stored, expected = load_file(directory / "model.safetensors"), learn(Model.load(Base(directory), dtype, "cpu"))
+    for learned, parts, weights in talk(3, work, tmp_path):
+        assert all(torch.equal(one, other) for one, other in zip(learned, expected, strict=True))
+        assert {name for name, count in parts.items() if count < 0} <= {"model.embed_tokens.weight", "lm_head.weight"}
+        layers = [name for name, count in parts.items() if count >= 0]
+        assert sum(parts[name] for name in layers) < 0.36 * sum(stored[name].numel() for name in layers)
+        assert weights.keys() == stored.keys()
+        assert all(torch.equal(weights[name], stored[name].to(weights[name])) for name in stored)
+
+
+def test_a_base_in_rows_is_refused(tmp_path):
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+    }
+    config = GPTNeoConfig(vocab_size=272, **sizes, max_position_embeddings=64, window_size=8)
+    GPTNeoForCausalLM(config).save_pretrained(tmp_path / "base")
+
+    def work(workers: Workers) -> str:
+        with pytest.raises(ModelError) as caught:
+            Model.load(
+                Base(tmp_path / "base"), "float32", "cpu", shards=shards_of("full", workers, torch.device("cpu"))
+            )
+        return str(caught.value)
+
+    for text in talk(2, work, tmp_path):
+        assert "GPTNeoForCausalLM can't be spread over workers: it is computed in rows" in text
+        assert "shard: none" in text
+
+
+def test_a_quantised_base_is_held_whole_and_said_so(commands, feedback, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    for how in ("none", "full"):
+        words = commands("reward", tmp_path / how, "--shard", how, "--quantize", "nf4")
+        assert finish_workers(2, words, tmp_path / "log", feedback) == [0, 0], said(tmp_path / "log")
+        assert ("each worker holds all of them" in said(tmp_path / "log")) == (how == "full")
+    assert outcome(tmp_path / "full") == outcome(tmp_path / "none")

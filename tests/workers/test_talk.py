@@ -1,17 +1,15 @@
 """What workers tell one another, in real processes over gloo."""
 
 import os
-import socket
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from forks import forked
+from forks import talk
 from toy import command, finish
 
 from perlhf.commands.cli import COMMANDS
@@ -26,26 +24,6 @@ from perlhf.training.plan import trainable_parameters, trained_tensors
 from perlhf.training.policy import train_policy
 from perlhf.training.reward import train_reward
 from perlhf.training.sft import train_sft
-
-Work = Callable[[Workers], Any]
-
-
-def talk(count: int, work: Work, directory: Path) -> list[Any]:
-    """What each of `count` workers gives."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def run(number: int) -> None:
-        os.environ |= {"WORLD_SIZE": str(count), "RANK": str(number), "LOCAL_WORLD_SIZE": str(count)}
-        os.environ |= {"LOCAL_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with together() as workers:
-            torch.save(work(workers), directory / f"{number}.pt")
-
-    for child in [forked(lambda number=number: run(number)) for number in range(count)]:
-        _, status = os.waitpid(child, 0)
-        assert status == 0
-    return [torch.load(directory / f"{number}.pt") for number in range(count)]
 
 
 def values(number: int, size: int) -> torch.Tensor:

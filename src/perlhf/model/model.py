@@ -5,8 +5,7 @@ forward uses it) and nowhere else.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,7 +27,6 @@ from perlhf.model.adapter import Adapter, Role
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_base, pick_device, pick_dtype
 from perlhf.model.bases.quantised import Quantize, identity, is_quantised
-from perlhf.model.bases.sharded import holder_of_head
 from perlhf.model.supported import (
     Packed,
     Way,
@@ -40,7 +38,7 @@ from perlhf.model.supported import (
     target_paths,
 )
 from perlhf.model.ways import recall, remember
-from perlhf.parallel.shard import Shards, whole
+from perlhf.parallel.shard import Shards
 from perlhf.parallel.workers import ALONE
 
 Cache = KeyValueCache | RowsCache
@@ -236,11 +234,6 @@ class Model:
         """Name and version of each adapter that `name` makes active: whoever changes weights raises the version."""
         return tuple((adapter.name, adapter.version) for adapter in self._chain(name))
 
-    @property
-    def embedding(self) -> nn.Module:
-        """The layer that makes states of tokens."""
-        return self.base.get_input_embeddings()
-
     def anybody(self, goes_on: bool) -> bool:
         """Whether passes go on: those of this process, or of any worker that holds a part of the base."""
         return goes_on if self.shards is None else self.shards.anybody(goes_on)
@@ -308,8 +301,8 @@ class Model:
             dropout, dropout_key: as those of `scores`.
         """
         states = self._states(batch, adapter, dropout=dropout, dropout_key=dropout_key)[batch.predicting]
-        with self._output_weight(adapter) as weight:  # its gradient needs none
-            logprobs, entropy = token_logprobs(states, weight, batch.targets, temperature, self.way.logits)
+        weight, shape = self._output_weight(adapter), self.way.logits
+        logprobs, entropy = token_logprobs(states, weight, batch.targets, temperature, shape)
         return TokenLogprobs(spread(logprobs, batch.completion_mask), spread(entropy, batch.completion_mask))
 
     @torch.no_grad()
@@ -350,7 +343,8 @@ class Model:
     @torch.no_grad()
     def logits(self, states: Tensor, adapter: str | Held | None) -> Tensor:
         """Logits of the vocabulary's tokens from states [..., hidden], float32, to sample from."""
-        with self._output_weight(adapter) as weight, cpu.sampling():
+        weight = self._output_weight(adapter)
+        with cpu.sampling():
             logits = cpu.linear(states, weight) if cpu.few_rows(states, weight) else states @ weight.t()
         return self.way.logits.of(logits.float())
 
@@ -437,11 +431,9 @@ class Model:
         assert head.score_head is not None and head.bias is not None, f"adapter '{adapter}' has no score head"
         return (states.float() @ head.score_head.t()).squeeze(-1) + head.bias
 
-    @contextmanager
-    def _output_weight(self, adapter: str | Held | None) -> Iterator[Tensor]:
-        """Rows of the output head, of the tokens that there are; of a base in parts they are whole inside alone."""
-        with nullcontext() if self.shards is None else whole(holder_of_head(self.base)):
-            yield self._head_weight(adapter)[: self.vocabulary]
+    def _output_weight(self, adapter: str | Held | None) -> Tensor:
+        """Rows of the output head, of the tokens that there are."""
+        return self._head_weight(adapter)[: self.vocabulary]
 
     def _head_weight(self, adapter: str | Held | None) -> Tensor:
         weights = adapter.weights if isinstance(adapter, Held) else _uppermost_weights(self._chain(adapter))

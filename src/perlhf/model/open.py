@@ -7,7 +7,6 @@ whoever reads it, or found beside the adapter.
 import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +44,7 @@ from perlhf.model.bases.loading import (
 from perlhf.model.bases.untrained import untrained_tokens
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.parallel.shard import Shard, shards_of, whole
+from perlhf.parallel.shard import Shard, shards_of
 from perlhf.parallel.workers import ALONE, Workers
 from perlhf.runs import places
 from perlhf.runs.earlier import adapter_of, earlier_runs, files_hash, is_adapter, several_adapters
@@ -283,9 +282,7 @@ def open_model(
         note(said)
     if model.way.packing == "none":
         note(f"no tree of prefixes, but rows, which are slower: {model.way.why}")
-    with nullcontext() if shards is None else whole(model.embedding):
-        untrained = untrained_tokens(model.base, tokenizer)
-    return model, Encoder(tokenizer, config.encoding, end_ids(base), untrained)
+    return model, Encoder(tokenizer, config.encoding, end_ids(base), untrained_tokens(model.base, tokenizer))
 
 
 def with_day(config: Stage, base: Base) -> Stage:

@@ -39,14 +39,17 @@ class Shards:
     """Workers that hold one base between them."""
     mesh: "DeviceMesh"
 
-    def spread(self, part: nn.Module) -> None:
+    def spread(self, part: nn.Module, kept: Sequence[nn.Parameter] = ()) -> None:
         """From now on each worker keeps 1 / `count` of the parameters of `part` that no part inside it has.
 
         They are whole while `part` is called and while its gradient is computed, and inside `whole`.
+
+        Args:
+            kept: parameters that stay whole.
         """
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(part, mesh=self.mesh, reshard_after_forward=True)
+        fully_shard(part, mesh=self.mesh, reshard_after_forward=True, ignored_params=set(kept))
 
     def anybody(self, said: bool) -> bool:
         """Whether at least one worker says so; all must ask."""

@@ -96,6 +96,7 @@ class TestGroupBaseline:
     def test_one_completion_a_group(self) -> None:
         """The group's mean is then the completion itself; leaving it out leaves nothing, which the config refuses."""
         assert torch.equal(group_baseline(self.TOTALS, 1, baseline="group_mean"), self.TOTALS)
+        assert group_baseline(self.TOTALS[:0], 3, baseline="leave_one_out").shape == (0,)
         with pytest.raises(AssertionError, match="two completions"):
             group_baseline(self.TOTALS, 1, baseline="leave_one_out")
 

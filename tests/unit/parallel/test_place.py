@@ -3,7 +3,7 @@
 import pytest
 
 from perlhf.errors import ConfigError
-from perlhf.parallel.place import Place, place, several
+from perlhf.parallel.place import Place, launched, place, several
 
 WHOLE = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 WHOLE |= {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -35,3 +35,8 @@ def test_what_is_missing_or_wrong_is_named_with_a_way_out(changed, said):
     with pytest.raises(ConfigError, match=said) as caught:
         place(WHOLE | changed)
     assert "perlhf launch" in str(caught.value)
+
+
+def test_one_worker_is_launched_where_a_launcher_says_so():
+    assert not launched({}) and not launched({"WORLD_SIZE": "1"})
+    assert launched({"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})

@@ -61,3 +61,22 @@ def test_what_is_measured_is_laid_out_as_by_one_process():
     own = [own_of(laid_out, Workers(number, 2)) for number in (0, 1)]
     assert sorted(id(batch) for part in own for batch in part) == sorted(map(id, laid_out))
     assert own_of(laid_out, ALONE) == laid_out
+
+
+class InStep(Workers):
+    """The first of two workers, of which the other one has four micro-batches."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+        self.in_step = True
+
+    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
+        return [values, torch.zeros(4, dtype=values.dtype)]
+
+
+def test_workers_in_step_get_empty_micro_batches_besides():
+    laid_out = batches([[Tokens([n, n + 1], ((1, 1),))] for n in range(6)], 2, "tree")
+    own = own_of(laid_out, InStep())
+    assert [len(batch.sequences) for batch in own] == [1, 1, 1, 0]
+    assert own[-1].tokens == 0 and own[-1].ids.tolist() == [[0]] and own[-1].completion_mask.shape == (0, 0)
+    assert InStep().apart is ALONE and Workers(0, 2).apart.count == 2

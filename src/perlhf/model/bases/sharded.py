@@ -3,48 +3,24 @@
 Its files are mapped. One layer after the other gets into the dtype and to the device of its use, its modules become
 ours (`kernels.modules`), and all but this worker's part of it is given back. Modules can't be exchanged later on, so
 every linear layer is made one that takes adapters.
+
+Embedding and output head stay whole on each worker. They are used in every pass, and a gathered copy exists twice for a
+moment, beside the worker's part: that is more than they are. So nobody reads a part of the head for all of it, either.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from perlhf.errors import ModelError
 from perlhf.kernels import modules
-from perlhf.model.bases.weights import forget_pages
+from perlhf.model.bases.weights import forget_pages, give_back_at_once
 from perlhf.model.supported import network_below
-from perlhf.parallel.shard import Shards, whole
+from perlhf.parallel.shard import Shards
 
 _WHOLE = "shard: none keeps the base whole on each worker"
-
-
-class TiedHead(nn.Module):
-    """An output head whose weight is the embedding's, which is kept in parts."""
-
-    def __init__(self, embedding: nn.Module):
-        super().__init__()
-        self._embedding = (embedding,)  # no module of its own, or its parameters would be there twice
-
-    @property
-    def weight(self) -> Tensor:
-        """The embedding's: whole inside `whole(holder_of_head(network))` alone."""
-        weight: Any = self._embedding[0].weight
-        return weight
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Products [..., vocab] of states [..., hidden]."""
-        with whole(self._embedding[0]):
-            return F.linear(states, self.weight)
-
-
-def holder_of_head(network: PreTrainedModel) -> nn.Module:
-    """The part that `whole` takes for the output head's weight to be whole."""
-    head = network.get_output_embeddings()
-    return head._embedding[0] if isinstance(head, TiedHead) else head  # pyright: ignore[reportReturnType]
 
 
 def held_dtype(config: PreTrainedConfig, dtype: torch.dtype, stored: torch.dtype | None) -> torch.dtype:
@@ -71,44 +47,40 @@ def spread(network: PreTrainedModel, dtype: torch.dtype, device: torch.device, s
     Raises:
         ModelError: it has no layers, or layers share weights, so that it can't be spread.
     """
-    decoder, head, embedding = network_below(network), network.get_output_embeddings(), network.get_input_embeddings()
+    if device.type == "cpu":
+        give_back_at_once()
+    decoder, head = network_below(network), network.get_output_embeddings()
+    _check_apart(network, head)
     blocks = _blocks(network, decoder)
-    tied = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
-    _check_apart(network, tied)
-    converts = network.dtype != dtype
+    dtype_of_parts = dtype if network.dtype != dtype else None
     inside: set[str] = set()
     for path, block in blocks.items():
-        _into(block, dtype if converts else None, device)
+        _into(block.parameters(), dtype_of_parts, device)
         paths = {f"{path}.{name}" if name else path for name, _ in block.named_modules()}
         inside |= paths
         modules.fuse(network, paths)
         _take_adapters(network, paths, None)
+        for part in block.children():
+            if isinstance(part, modules.GatedMlp):  # most of a layer: apart, so that less of it is whole at a time
+                _give(part, shards)
         _give(block, shards)
     rest = {path for path, _ in network.named_modules()} - inside
-    outside = [m for path, m in network.named_modules() if path in rest]
-    for module in outside:
-        _into(module, dtype if converts else None, device, recurse=False)
+    outside = [module for path, module in network.named_modules() if path in rest]
+    _into((p for module in outside for p in module.parameters(recurse=False)), dtype_of_parts, device)
     modules.fuse(network, rest)
     head = network.get_output_embeddings()
     _take_adapters(network, rest, head)
-    for module in outside:
-        if isinstance(module, nn.Embedding):
-            _give(module, shards)
-    if tied:
-        path = next(path for path, module in network.named_modules() if module is head)
-        parent, _, leaf = path.rpartition(".")
-        setattr(network.get_submodule(parent), leaf, TiedHead(embedding).train(False))
-    elif head is not None:
-        _give(head, shards)
+    whole = [module for module in network.modules() if module is head or isinstance(module, nn.Embedding)]
+    kept = [parameter for module in whole for parameter in module.parameters()]
     # Whoever calls the layers first: some networks pass over the module that they are in by name.
     path = next(iter(blocks)).rpartition(".")[0].rpartition(".")[0]
-    _give(network.get_submodule(path), shards)
-    if next(_plain(decoder), None) is not None:
-        _give(decoder, shards)
+    _give(network.get_submodule(path), shards, kept)
+    if next(_plain(decoder, kept), None) is not None:
+        _give(decoder, shards, kept)
     if device.type != "cpu":
         for buffers in (module._buffers for module in network.modules()):
             buffers |= {name: None if one is None else one.to(device) for name, one in buffers.items()}
-    if converts:
+    if dtype_of_parts is not None:
         network.config.dtype = dtype
     return network
 
@@ -128,15 +100,16 @@ def _blocks(network: nn.Module, decoder: nn.Module) -> dict[str, nn.Module]:
     return {f"{path}.{name}": block for name, block in lists[path].named_children()}
 
 
-def _check_apart(network: nn.Module, tied: bool) -> None:
+def _check_apart(network: PreTrainedModel, head: nn.Module | None) -> None:
     """Raises ModelError where more modules share a weight than embedding and head."""
     seen = list(network.named_parameters(remove_duplicate=False))
+    tied = getattr(head, "weight", None) is getattr(network.get_input_embeddings(), "weight", 0)
     if len(seen) - len({id(parameter) for _, parameter in seen}) > int(tied):
         raise ModelError("layers of the base share weights", where="shard", allowed="none", hint=_WHOLE)
 
 
-def _into(module: nn.Module, dtype: torch.dtype | None, device: torch.device, recurse: bool = True) -> None:
-    for parameter in module.parameters(recurse):
+def _into(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None, device: torch.device) -> None:
+    for parameter in parameters:
         read = parameter.data
         parameter.data = read.to(device, dtype if read.is_floating_point() else None).contiguous()
         if parameter.data_ptr() != read.data_ptr():
@@ -149,16 +122,17 @@ def _take_adapters(network: nn.Module, paths: set[str], head: nn.Module | None) 
             modules.adapted(network, path)
 
 
-def _give(part: nn.Module, shards: Shards) -> None:
-    """Keeps this worker's part of a part."""
-    held = [parameter.data for parameter in _plain(part)]
-    shards.spread(part)
+def _give(part: nn.Module, shards: Shards, kept: Sequence[nn.Parameter] = ()) -> None:
+    """Keeps this worker's part of a part, and all of the parameters in `kept`."""
+    held = [parameter.data for parameter in _plain(part, kept)]
+    shards.spread(part, kept)
     for tensor in held:
         forget_pages(tensor)
 
 
-def _plain(part: nn.Module) -> Iterator[nn.Parameter]:
+def _plain(part: nn.Module, kept: Sequence[nn.Parameter]) -> Iterator[nn.Parameter]:
     """Its parameters that aren't spread yet."""
     from torch.distributed.tensor import DTensor
 
-    yield from (parameter for parameter in part.parameters() if not isinstance(parameter, DTensor))
+    whole = {id(parameter) for parameter in kept}
+    yield from (p for p in part.parameters() if not isinstance(p, DTensor) and id(p) not in whole)
