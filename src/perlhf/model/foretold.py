@@ -222,7 +222,8 @@ def memory_of(
     share = max(lengths.prompt + lengths.completion, -(-first.tokens // devices.count))  # of a worker's tokens
     held = {"libraries": LIBRARIES_BYTES, "base": weight_bytes(network, config.quantize, width)}
     if devices.shards > 1:
-        held["base"] = _piece(network.parameters(), devices.shards) * width
+        inside, around = _inside_and_around(network)
+        held["base"] = (_piece(inside, devices.shards) + sum(p.numel() for p in around)) * width
         held["gathered layers"] = _gathered_weights(network) * width
     held |= {f"adapter {name}": parameters * OPTIMISER_BYTES for name, parameters in trainable.items()}
     held |= {role: count * next(iter(trainable.values())) * 4 for role, count in frozen_adapters(config).items()}
@@ -285,23 +286,18 @@ def gathers_of(network: PreTrainedModel, width: int, shards: int) -> Gathers | N
     """
     if shards == 1:
         return None
-    head, embedding = _around(network)
-    around = [*head.parameters(), *embedding.parameters()]
-    inside = [p for p in network.parameters() if not any(p is one for one in around)]
+    inside, _ = _inside_and_around(network)
     blocks = [parameter for block in blocks_of(network) or () for parameter in block.parameters()]
     received = (shards - 1) * width
-    return Gathers(
-        forward=received * (_piece(inside, shards) + _piece(embedding.parameters(), shards)),
-        head=received * _piece(head.parameters(), shards),
-        backward=received * _piece(blocks, shards),
-    )
+    return Gathers(forward=received * _piece(inside, shards), backward=received * _piece(blocks, shards))
 
 
-def _around(network: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """Output head and embedding."""
+def _inside_and_around(network: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What lies in parts; and embedding and output head, which each device has whole (`bases.sharded`), each once."""
     head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
     assert isinstance(head, nn.Module) and isinstance(embedding, nn.Module)
-    return head, embedding
+    around = list(dict.fromkeys([*head.parameters(), *embedding.parameters()]))
+    return [p for p in network.parameters() if not any(p is one for one in around)], around
 
 
 def _piece(parameters: Iterable[nn.Parameter], shards: int) -> int:
@@ -310,11 +306,8 @@ def _piece(parameters: Iterable[nn.Parameter], shards: int) -> int:
 
 
 def _gathered_weights(network: PreTrainedModel) -> int:
-    """Weights of a base in parts that a device has whole at one time: the layer that computes and the one that comes
-    next, or the head."""
-    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(network) or ()]
-    around = [sum(parameter.numel() for parameter in module.parameters()) for module in _around(network)]
-    return max(2 * max(sizes, default=0), *around)
+    """Weights of a base in parts that a device has whole at one time: the layer that computes and the next one."""
+    return 2 * max((sum(p.numel() for p in block.parameters()) for block in blocks_of(network) or ()), default=0)
 
 
 @dataclass(frozen=True)

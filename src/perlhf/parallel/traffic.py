@@ -51,15 +51,13 @@ class Gathers:
     """Bytes that a device receives of a base that several have in parts (`shard`)."""
 
     forward: int
-    """In a pass, up to the states."""
-    head: int
-    """For logits of these."""
+    """In a pass."""
     backward: int
     """For the gradient of a pass."""
 
     def of(self, one: Pass) -> int:
         """In one micro-batch."""
-        return self.forward + self.head * (one.targets > 0) + self.backward * one.learned
+        return self.forward + self.backward * one.learned
 
 
 def passes_of(config: Stage, lengths: Lengths) -> Iterator[Pass]:
@@ -135,7 +133,7 @@ def exchanged(
         )
         if isinstance(config, PolicyConfig):
             # Prompts, their probe, and each token after the first; logits of all tokens.
-            found["base"] += (1 + lengths.completion) * gathers.forward + lengths.completion * gathers.head
+            found["base"] += (1 + lengths.completion) * gathers.forward
             found["agreement"] += (lengths.completion - 1) * of_sum(1, 4, workers)  # whether anybody goes on
     return found
 

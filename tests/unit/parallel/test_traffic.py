@@ -66,13 +66,13 @@ def test_bytes_of_an_update_of_two_workers():
 
 
 def test_a_base_in_parts_is_gathered_for_each_micro_batch():
-    gathers = Gathers(forward=1000, head=10, backward=900)
+    gathers = Gathers(forward=1000, backward=900)
     # 400 tokens of two workers in micro-batches of 100: two each.
-    assert exchanged(SFT, 4, 1000, 2, Lengths(60, 40), gathers)["base"] == 2 * 1910
+    assert exchanged(SFT, 4, 1000, 2, Lengths(60, 40), gathers)["base"] == 2 * 1900
     config = POLICY.model_copy(
         update={"baseline": "none", "reward": ("a:b",), "adapter": AdapterConfig(), "tokens_per_microbatch": 1000}
     )
     found = exchanged(config, 4, 1000, 2, Lengths(60, 10), gathers)
-    # Reference and learning; prompts, probe and nine further tokens, and logits of all ten.
-    assert found["base"] == 1010 + 1910 + 11 * 1000 + 10 * 10
+    # Reference and learning; prompts, probe and nine further tokens.
+    assert found["base"] == 1000 + 1900 + 11 * 1000
     assert found["agreement"] == 3 * 8 + 4 + 9 * 4
