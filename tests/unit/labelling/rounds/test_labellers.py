@@ -54,10 +54,11 @@ def test_a_judge_answers_and_what_it_said_before_it_failed_is_kept(store: Store,
     seen: list[str] = []
 
     def answer(request):
-        seen.append(request.body["messages"][0]["content"])
+        content = request.body["messages"][0]["content"]  # requests come at the same time
+        seen.append(content)
         if len(seen) > 4 and len(store.labels()) < 4 and not calm:
             return {"error": "no"}, 400
-        first = seen[-1].index("Whatever") > seen[-1].index("large latte to go. Any")
+        first = content.index("Whatever") > content.index("large latte to go. Any")
         return {"choices": [{"message": {"content": "1" if first else "2"}}]}
 
     calm: list[bool] = []
