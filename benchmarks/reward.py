@@ -43,7 +43,8 @@ def ours(
     optimizer = optim.build({reward_stage.NAME: (adapter.trainable_by_name(), LEARNING_RATE)}, config.optim)[
         reward_stage.NAME
     ]
-    weights, shares = {True: 1.0, False: 1.0}, reward_stage.Shares(1.0, 0.0)
+    weights = {True: 1.0, False: 1.0}
+    shares = reward_stage.Shares(1.0, 0.0) if recipe == "hh" else reward_stage.Shares(0.0, 1.0)
 
     def update(numbers: Sequence[int]) -> None:
         reward_stage._update(model, adapter, optimizer, [items[i] for i in numbers], weights, shares, 1, 10, config)
