@@ -47,6 +47,9 @@ def test_another_hundred_labels() -> None:
     assert found["gain"] == pytest.approx(0.1 * math.log2(1.5))
     assert found["low"] < found["gain"] < found["high"]
     assert "+5.8 points" in found["sentence"]
+    few = Judged(judged.first[:4], GROUPS[:4])
+    rising = np.array([[0.0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]])  # from 0 to 3/4 by 60 labels
+    assert learning_curve([20, 40, 60], rising, few, 50, 0)["gain"] == 0.25
     assert "third round" in learning_curve([50, 100], correct[:2], judged, 200, 0)["sentence"]
 
 
