@@ -54,8 +54,8 @@ def measured(values: Floats, groups: Sequence[str], resamples: int, seed: int) -
 def learning_curve(labels: Sequence[int], correct: Floats, judged: Judged, resamples: int, seed: int) -> dict[str, Any]:
     """Accuracy against the number of labels, and what another hundred would bring.
 
-    By least squares, accuracy = a + b ln(labels); the gain is b ln((n + 100) / n), or what is left up to 1. It tells how
-    it would go on if it goes on as it did, and needs three rounds.
+    By least squares, accuracy = a + b ln(labels); the gain is b ln((n + 100) / n), or what is left up to 1. It tells
+    how it would go on if it goes on as it did, and needs three rounds.
 
     Args:
         labels: learned from, of each round.
