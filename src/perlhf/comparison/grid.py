@@ -28,7 +28,7 @@ from perlhf.errors import RunError, visible
 from perlhf.reports import comparison
 from perlhf.runs.earlier import check_runs, reward_runs
 from perlhf.runs.evaluations import EVALUATION, finite, mapping, read_evaluation
-from perlhf.runs.manifest import CHECKPOINTS, RESULT, first_difference
+from perlhf.runs.manifest import CHECKPOINTS, RESULT, check_continues
 from perlhf.runs.words import memory
 from perlhf.system.files import (
     damaged,
@@ -239,15 +239,7 @@ def _claim(config: CompareConfig) -> int:
         if path.exists():
             then = _grid_of(path)
             values["jobs"] = max(values["jobs"], then["jobs"])
-            old, new = ({key: value for key, value in grid.items() if key not in MAY_GROW} for grid in (then, values))
-            if difference := first_difference(old, new):
-                key, before, now = difference
-                raise RunError(
-                    f"{key} is {now!r}, but {before!r} in the comparison that is here",
-                    where=str(path),
-                    allowed=f"only {', '.join(MAY_GROW)} may change when a comparison continues",
-                    hint="name another --output",
-                )
+            check_continues(path, then, values, MAY_GROW, "comparison", "--output")
         elif any(config.output.iterdir()):
             raise RunError("the directory isn't empty and holds no comparison", where=str(config.output))
         for folder in (FAILURES, LOGS):

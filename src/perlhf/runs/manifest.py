@@ -6,7 +6,7 @@ A directory belongs to one stage, configuration and data. Any other is refused b
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -265,6 +265,30 @@ def _check_same(file: Path, recorded: dict[str, Any], given: dict[str, Any], wha
             where=str(file),
             allowed=f"{', '.join(FREE_KEYS[:-1])} may change when a run continues, {', '.join(TOTALS)} may grow",
             hint=f"use another run directory, or delete {file.parent} to start again",
+        )
+
+
+def check_continues(
+    file: Path, then: dict[str, Any], now: dict[str, Any], may_grow: Sequence[str], what: str, option: str
+) -> None:
+    """Refuses to go on with other settings than those that `file` was written with.
+
+    Args:
+        may_grow: keys that may differ.
+        what: the settings are of, such as `comparison`.
+        option: that names another directory.
+
+    Raises:
+        RunError: the first other key, with both values.
+    """
+    old, new = ({key: value for key, value in given.items() if key not in may_grow} for given in (then, now))
+    if difference := first_difference(old, new):
+        key, before, given = difference
+        raise RunError(
+            f"{key} is {given!r}, but {before!r} in the {what} that is here",
+            where=str(file),
+            allowed=f"only {', '.join(may_grow)} may change when a {what} continues",
+            hint=f"name another {option}",
         )
 
 

@@ -45,7 +45,7 @@ from perlhf.labelling.rounds.results import DUEL, LEARN, MEASURE, Asked, Places
 from perlhf.labelling.store import Store
 from perlhf.model.bases.found import Base, pull
 from perlhf.runs.earlier import check_runs
-from perlhf.runs.manifest import LOCK, RESULT, first_difference, locked
+from perlhf.runs.manifest import LOCK, RESULT, check_continues, locked
 from perlhf.system.console import note
 from perlhf.system.files import damaged, from_yaml, storage_errors, write_atomic, write_json
 from perlhf.training.policy import train_policy
@@ -329,15 +329,7 @@ def _claim(config: LoopConfig) -> None:
             raise damaged(path, str(error)) from error
         if not isinstance(then, dict):
             raise damaged(path, "it is no loop")
-        old, new = ({key: value for key, value in loop.items() if key not in MAY_GROW} for loop in (then, values))
-        if difference := first_difference(old, new):
-            key, before, now = difference
-            raise RunError(
-                f"{key} is {now!r}, but {before!r} in the loop that is here",
-                where=str(path),
-                allowed=f"only {', '.join(MAY_GROW)} may change when a loop continues",
-                hint="name another --run",
-            )
+        check_continues(path, then, values, MAY_GROW, "loop", "--run")
         values["rounds"] = max(values["rounds"], then["rounds"])
     write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
