@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_models import apart, random_ids, randomise
 from torch import Tensor
 
 from perlhf.kernels import members
-from perlhf.kernels.call import current_call
+from perlhf.kernels.call import Call, calling, current_call
 from perlhf.model.model import Model
 from perlhf.rollout.ensemble import in_one_pass, member_scores
 
@@ -103,6 +104,19 @@ def test_passes_in_other_threads_are_not_disturbed(model: Model) -> None:
             found = list(threads.map(run, range(4)))
         for number, scores in enumerate(found):
             assert torch.equal(scores, together if number % 2 else alone)
+
+
+def test_a_pass_that_meets_a_hook_half_registered(model: Model) -> None:
+    """As another thread may see it: torch adds a hook before it notes, and removes it after it forgets, what it takes."""
+    batch = apart(SEQUENCES)
+    layers = list(model.decoder.layers)  # pyright: ignore[reportArgumentType]
+    with torch.no_grad(), ThreadPoolExecutor(1) as other:
+        expected = model.last_states(batch, None)
+        with calling(replace(current_call())), members.repeated_from(layers, 2, batch.tokens, Call()):
+            for layer in layers:
+                layer._forward_pre_hooks_with_kwargs.clear()
+            found = other.submit(model.last_states, batch, None).result(60)
+    assert torch.equal(found, expected)
 
 
 def test_nothing_is_left_of_the_trial(model: Model) -> None:

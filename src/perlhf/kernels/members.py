@@ -76,7 +76,13 @@ def repeated_from(layers: Sequence[nn.Module], members: int, tokens: int, call: 
             return value.repeat(1, members, *[1] * (value.ndim - 2))
         return value
 
-    def begin(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def begin(
+        _: nn.Module, given: tuple[Any, ...], named: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]] | None:
+        # torch asks for `with_kwargs` after it has taken its list of hooks, so that a pass of another thread, meeting
+        # one that comes or goes, may call it without `named`.
+        if named is None:
+            return None
         if current_call() is below:
             states = given[0] if given else named.get("hidden_states")
             if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[:2] != (1, tokens):
