@@ -107,7 +107,7 @@ def test_passes_in_other_threads_are_not_disturbed(model: Model) -> None:
 
 
 def test_a_pass_that_meets_a_hook_half_registered(model: Model) -> None:
-    """As another thread may see it: torch adds a hook before it notes, and removes it after it forgets, what it takes."""
+    """As another thread may see it: torch adds a hook before it notes what it takes."""
     batch = apart(SEQUENCES)
     layers = list(model.decoder.layers)  # pyright: ignore[reportArgumentType]
     with torch.no_grad(), ThreadPoolExecutor(1) as other:

@@ -15,6 +15,7 @@ from toy import command, finish
 from perlhf.commands.cli import COMMANDS
 from perlhf.config.command_line import parse
 from perlhf.model.bases.loading import without_weights
+from perlhf.model.foretold import gathers_of
 from perlhf.parallel import traffic
 from perlhf.parallel.together import together
 from perlhf.parallel.workers import ALONE, Workers
@@ -112,10 +113,15 @@ def counted(workers: Workers, work: Callable[[], Any]) -> dict[str, int]:
     received, updates = Counter[str](), list[dict[str, int]]()
     real: Any = dist
     gather, exchange, broadcast, stop = real.all_gather, real.all_to_all_single, real.broadcast, loop.stop_if_asked
+    into = real.all_gather_single
 
     def counting_gather(parts: Any, own: torch.Tensor, **given: Any) -> Any:
         received["all_gather"] += (len(parts) - 1) * own.nbytes
         return gather(parts, own, **given)
+
+    def counting_parts(output_tensor: torch.Tensor, input_tensor: torch.Tensor, **given: Any) -> Any:
+        received["parts"] += output_tensor.nbytes - input_tensor.nbytes
+        return into(output_tensor, input_tensor, **given)
 
     def counting_exchange(parts: torch.Tensor, own: torch.Tensor, **given: Any) -> Any:
         received["all_to_all"] += parts.nbytes - parts.nbytes // workers.count
@@ -132,6 +138,7 @@ def counted(workers: Workers, work: Callable[[], Any]) -> dict[str, int]:
 
     # In a process that was forked for this, so that nothing is to be put back.
     real.all_gather, real.all_to_all_single, real.broadcast = counting_gather, counting_exchange, counting_broadcast
+    real.all_gather_single = counting_parts
     loop.stop_if_asked = at_the_end_of_an_update
     Ends.end = lambda self, ids: False  # completions of full length
     work()
@@ -146,6 +153,9 @@ def counted(workers: Workers, work: Callable[[], Any]) -> dict[str, int]:
         ("policy", []),
         ("policy", ["--baseline", "leave_one_out", "--reward", "toy_reward:letters"]),
         ("policy", ["--clip", "0.2", "--steps-per-rollout", "2", "--adapter.rank", "40"]),
+        ("sft", ["--shard", "full"]),
+        ("reward", ["--shard", "full"]),
+        ("policy", ["--shard", "full"]),
     ],
 )
 def test_an_update_exchanges_what_is_planned(stage, options, tiny_base, feedback, tmp_path):
@@ -175,7 +185,8 @@ def test_an_update_exchanges_what_is_planned(stage, options, tiny_base, feedback
     network = without_weights(str(tiny_base))
     trained = trained_tensors(config, network), sum(trainable_parameters(config, network).values())
     lengths = traffic.Lengths(1, config.max_completion_tokens if stage == "policy" else 1)
-    planned = traffic.exchanged(config, *trained, 2, lengths)
+    parts = gathers_of(network, 4, 2) if config.shard == "full" else None
+    planned = traffic.exchanged(config, *trained, 2, lengths, parts)
     functions = sum(":" in source for source in getattr(config, "reward", ()))
     texts = [traffic.METRICS_TEXT, functions * 8 * traffic.SCORE_TEXT] if stage == "policy" else []
     assert sum(planned.values()) > 4 * trained[1]

@@ -1,5 +1,6 @@
 """Several workers that train one run: real processes over gloo, equal to one process, and ended together."""
 
+import datetime
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from toy import (
     Moment,
@@ -308,6 +310,58 @@ def test_workers_that_were_asked_for_different_things_are_refused(commands, feed
     codes = finish_workers(2, commands("sft", run), logs, feedback, also={1: {"arguments": other}})
     refused(logs, codes, "worker 1 of 2", "optim.learning_rate is 0.5, but 0.01 on worker 0")
     assert not run.exists()
+
+
+class Tomorrow(datetime.date):
+    """The calendar of a machine whose clock is fast by a day."""
+
+    @classmethod
+    def today(cls) -> datetime.date:
+        return datetime.date.fromordinal(datetime.date.toordinal(cls(2030, 1, 2)))
+
+
+def an_hour_ahead() -> float:
+    """A clock, of either kind, that shows something else than the others'."""
+    return time.perf_counter() + 1e9
+
+
+def test_clocks_may_differ(commands, feedback, tmp_path):
+    """The day that a template writes is the first worker's; nobody compares times."""
+    template = tmp_path / "dated.jinja"
+    text = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    text += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    template.write_text("{{ strftime_now('%d %B %Y') }}\n" + text)
+    words = commands("sft", tmp_path / "run", "--encoding.template", str(template))
+    changed = {"datetime.date": Tomorrow, "time.time": an_hour_ahead, "time.monotonic": an_hour_ahead}
+    codes = finish_workers(2, words, tmp_path / "log", feedback, changed=SOON, also={1: {"changed": SOON | changed}})
+    assert codes == [0, 0], said(tmp_path / "log")
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["encoding"]["day"] == datetime.date.today().isoformat()
+
+
+def test_two_agents_of_torchrun_stand_for_two_nodes(commands, feedback, tmp_path):
+    """Each starts two workers, which hold a base between them; the run is that of four workers that hold it whole."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = commands("policy", tmp_path / "run", "--shard", "node")
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    agent += ["--master-addr", "127.0.0.1", "--master-port", port]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    agents: list[subprocess.Popen[bytes]] = []
+    for number in range(2):
+        with (tmp_path / f"{number}.log").open("w") as log:
+            own = [*agent, "--node-rank", str(number), "-m", "--", "perlhf", *words]
+            agents.append(subprocess.Popen(own, cwd=feedback, env=environment, stdout=log, stderr=log))
+    try:
+        assert [started.wait(120) for started in agents] == [0, 0], said(tmp_path)
+    finally:
+        for started in agents:
+            started.terminate()
+    sessions = read_json(tmp_path / "run/manifest.json")["sessions"]
+    assert [session["workers"] for session in sessions] == [4]
+    assert finish_workers(4, commands("policy", tmp_path / "other"), tmp_path / "log", feedback) == [0] * 4
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "other")
 
 
 def test_workers_that_see_other_data_are_refused(commands, feedback, tmp_path):

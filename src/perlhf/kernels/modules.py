@@ -353,10 +353,16 @@ def _twin(module: nn.Module) -> nn.Module | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and isinstance(eps, float):
         return RmsNorm(weight, eps)
+    parts = gated_parts(module)
+    return GatedMlp(*parts) if parts else None
+
+
+def gated_parts(module: nn.Module) -> list[nn.Module]:
+    """The linear layers of a module that `GatedMlp` may take the place of: gate, up and down; [] of any other."""
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if all(isinstance(part, nn.Linear) for part in parts) and len(list(module.parameters(recurse=False))) == 0:
-        return GatedMlp(*cast(list[nn.Module], parts))
-    return None
+        return cast(list[nn.Module], parts)
+    return []
 
 
 def _same(module: nn.Module, own: Any) -> bool:

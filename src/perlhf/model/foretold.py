@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from perlhf.config.stages import PolicyConfig, RewardConfig
 from perlhf.errors import ModelError
 from perlhf.kernels import cpu
+from perlhf.kernels.modules import gated_parts
 from perlhf.method.logprobs import chunk_tokens
 from perlhf.model.bases.found import first_line
 from perlhf.model.bases.packaged import quiet
@@ -287,9 +288,7 @@ def gathers_of(network: PreTrainedModel, width: int, shards: int) -> Gathers | N
     if shards == 1:
         return None
     inside, _ = _inside_and_around(network)
-    blocks = [parameter for block in blocks_of(network) or () for parameter in block.parameters()]
-    received = (shards - 1) * width
-    return Gathers(forward=received * _piece(inside, shards), backward=received * _piece(blocks, shards))
+    return Gathers((shards - 1) * width * _piece(inside, shards))
 
 
 def _inside_and_around(network: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -306,8 +305,19 @@ def _piece(parameters: Iterable[nn.Parameter], shards: int) -> int:
 
 
 def _gathered_weights(network: PreTrainedModel) -> int:
-    """Weights of a base in parts that a device has whole at one time: the layer that computes and the next one."""
-    return 2 * max((sum(p.numel() for p in block.parameters()) for block in blocks_of(network) or ()), default=0)
+    """Weights of a base in parts that a device has whole at one time: a layer that computes, of whose gated MLP one
+    linear layer at a time, and a copy of what was gathered last, which stays until the next one is there.
+    """
+    most = 0
+    for block in blocks_of(network) or ():
+        apart = [_size(part) for child in block.children() for part in gated_parts(child)]
+        around, largest = _size(block) - sum(apart), max(apart, default=0)
+        most = max(most, 2 * around + largest, around + 2 * largest)
+    return most
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass(frozen=True)

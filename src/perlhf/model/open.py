@@ -285,19 +285,21 @@ def open_model(
     return model, Encoder(tokenizer, config.encoding, end_ids(base), untrained_tokens(model.base, tokenizer))
 
 
-def with_day(config: Stage, base: Base) -> Stage:
+def with_day(config: Stage, base: Base, workers: Workers = ALONE) -> Stage:
     """The configuration with the day that its chat template is rendered for, where that writes the date.
 
-    It is the day of the run that is continued, else that of a run which it builds on, else today; a run records it.
+    It is the day of the run that is continued, else that of a run which it builds on, else today by the first worker's
+    clock; a run records it.
 
     Raises:
         ConfigError: the config.yaml of such a run is damaged.
     """
+    today = workers.once(lambda: datetime.date.today().isoformat())
     if config.encoding.day is not None or not template_depends_on_day(base, config.encoding.template):
         return config
     built_on = [run for named in earlier_runs(config).values() for run in named]
     known = [load_recipe(run / CONFIG, _CONFIGS[stage]).encoding.day for run, stage in _stages([config.run, *built_on])]
-    day = next((day for day in known if day is not None), datetime.date.today().isoformat())
+    day = next((day for day in known if day is not None), today)
     return config.model_copy(update={"encoding": config.encoding.model_copy(update={"day": day})})
 
 

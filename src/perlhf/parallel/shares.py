@@ -100,5 +100,5 @@ def _in_step(own: list[Batch], packing: Packing, device: torch.device | str, wor
     """As many micro-batches as the worker with most has, where all must make the same passes."""
     if not workers.in_step:
         return own
-    most = max(len(part) for part in workers.gather(torch.zeros(len(own), dtype=torch.uint8)))
+    most = max(int(count) for count in workers.gather(torch.tensor([len(own)])))
     return own + [empty(packing, device) for _ in range(most - len(own))]

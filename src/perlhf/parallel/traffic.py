@@ -51,13 +51,11 @@ class Gathers:
     """Bytes that a device receives of a base that several have in parts (`shard`)."""
 
     forward: int
-    """In a pass."""
-    backward: int
-    """For the gradient of a pass."""
+    """In a pass, and for its gradient once more."""
 
     def of(self, one: Pass) -> int:
         """In one micro-batch."""
-        return self.forward + self.backward * one.learned
+        return self.forward * (1 + one.learned)
 
 
 def passes_of(config: Stage, lengths: Lengths) -> Iterator[Pass]:
@@ -128,9 +126,10 @@ def exchanged(
     found["gradients"] = steps * of_gradients(tensors, parameters, workers)
     found["agreement"] = steps * of_sum(sums, 8, workers) + of_sum(1, 4, workers)
     if gathers is not None:
-        found["base"] = sum(
-            microbatches_of(one, config, workers) * gathers.of(one) for one in passes_of(config, lengths)
-        )
+        passes = list(passes_of(config, lengths))
+        found["base"] = sum(microbatches_of(one, config, workers) * gathers.of(one) for one in passes)
+        # Who has most micro-batches: in scoring, whose micro-batches are its own, and in all other passes.
+        found["agreement"] += len({one.what == "scoring" for one in passes}) * of_rows(1, workers)
         if isinstance(config, PolicyConfig):
             # Prompts, their probe, and each token after the first; logits of all tokens.
             found["base"] += (1 + lengths.completion) * gathers.forward

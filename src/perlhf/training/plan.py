@@ -314,7 +314,7 @@ def parts_of(
     seen = (lengths.prompt + lengths.completion) / 2
     forward = 2 * (weights.plain + weights.expert * share) + 4 * shape.layers * shape.heads * shape.head * seen
     size = weight_bytes(network, config.quantize, 2 if dtype_in_force(config.dtype, config.device) == "bfloat16" else 4)
-    gathers, link = gathers or Gathers(0, 0), rates.to(devices.shards)
+    gathers, link = gathers or Gathers(0), rates.to(devices.shards)
     backward = 2.0 if config.tuning == "full" else 1.0
     if config.tuning == "lora" and config.adapter.layers != "all":
         backward *= min(1.0, int(config.adapter.layers.removeprefix("last:")) / shape.layers)

@@ -86,7 +86,7 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
     with together() as workers:
         workers.check_enough(config.prompts_per_update, "prompts_per_update")
         base = Base.find(config.base)
-        config = with_day(config, base)
+        config = with_day(config, base, workers)
         with loop.opened(config, "policy", base, workers) as run:
             return workers.once(run.result) if run.finished else _train(config, base, run, workers)
 

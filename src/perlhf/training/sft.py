@@ -49,7 +49,7 @@ def train_sft(config: SftConfig) -> dict[str, Any]:
     with together() as workers:
         workers.check_enough(config.examples_per_update, "examples_per_update")
         base = Base.find(config.base)
-        config = with_day(config, base)
+        config = with_day(config, base, workers)
         with loop.opened(config, "sft", base, workers) as run:
             return workers.once(run.result) if run.finished else _train(config, base, run, workers)
 

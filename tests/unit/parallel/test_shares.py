@@ -71,7 +71,7 @@ class InStep(Workers):
         self.in_step = True
 
     def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
-        return [values, torch.zeros(4, dtype=values.dtype)]
+        return [values, torch.full_like(values, 4)]
 
 
 def test_workers_in_step_get_empty_micro_batches_besides():

@@ -66,13 +66,16 @@ def test_bytes_of_an_update_of_two_workers():
 
 
 def test_a_base_in_parts_is_gathered_for_each_micro_batch():
-    gathers = Gathers(forward=1000, backward=900)
-    # 400 tokens of two workers in micro-batches of 100: two each.
-    assert exchanged(SFT, 4, 1000, 2, Lengths(60, 40), gathers)["base"] == 2 * 1900
+    gathers, rows = Gathers(1000), (2 + 1) * 8
+    # 400 tokens of two workers in micro-batches of 100: two each, each gathered twice.
+    sft = exchanged(SFT, 4, 1000, 2, Lengths(60, 40), gathers)
+    assert sft["base"] == 2 * 2 * 1000 and sft["agreement"] == 2 * 8 + 4 + rows
     config = POLICY.model_copy(
         update={"baseline": "none", "reward": ("a:b",), "adapter": AdapterConfig(), "tokens_per_microbatch": 1000}
     )
     found = exchanged(config, 4, 1000, 2, Lengths(60, 10), gathers)
     # Reference and learning; prompts, probe and nine further tokens.
-    assert found["base"] == 1000 + 1900 + 11 * 1000
-    assert found["agreement"] == 3 * 8 + 4 + 9 * 4
+    assert found["base"] == 1000 + 2000 + 11 * 1000
+    assert found["agreement"] == 3 * 8 + 4 + rows + 9 * 4
+    judged = exchanged(config.model_copy(update={"reward": ("runs/a", "runs/b")}), 4, 1000, 2, Lengths(60, 10), gathers)
+    assert judged["agreement"] == found["agreement"] + rows and judged["base"] == found["base"] + 2 * 1000

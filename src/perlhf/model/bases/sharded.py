@@ -60,9 +60,9 @@ def spread(network: PreTrainedModel, dtype: torch.dtype, device: torch.device, s
         inside |= paths
         modules.fuse(network, paths)
         _take_adapters(network, paths, None)
-        for part in block.children():
-            if isinstance(part, modules.GatedMlp):  # most of a layer: apart, so that less of it is whole at a time
-                _give(part, shards)
+        for mlp in (part for part in block.children() if isinstance(part, modules.GatedMlp)):
+            for linear in mlp.children():  # most of a layer: each apart, so that less of it is whole at a time
+                _give(linear, shards)
         _give(block, shards)
     rest = {path for path, _ in network.named_modules()} - inside
     outside = [module for path, module in network.named_modules() if path in rest]
