@@ -19,7 +19,7 @@ from perlhf.config import commands, comparison, labelling, loop, stages
 from perlhf.config.command_line import Command, own_options, parse, stage_of
 from perlhf.config.recipe import read_recipe
 from perlhf.errors import ConfigError, PerlhfError, nearest
-from perlhf.parallel.place import several
+from perlhf.parallel.place import place, several
 from perlhf.runs import places
 from perlhf.runs.manifest import MANIFEST
 from perlhf.system import before_torch, console, unforeseen
@@ -243,7 +243,7 @@ def _launch(arguments: list[str]) -> int:
     defaults = evaluated_data(words[1:]) if words[0] == "evaluate" else None
     _, dry_run = parse(COMMANDS[words[0]], words[1:], defaults)
     if dry_run or settings.workers == 1:
-        return _run(words[0], words[1:])
+        return _run(words[0], words[1:], settings.workers)
     if settings.ray:
         from perlhf.launch import on_ray
 
@@ -282,8 +282,8 @@ def _foretell(arguments: list[str]) -> int:
     return 0
 
 
-def _run(name: str, arguments: list[str]) -> int:
-    """Every command but `data`."""
+def _run(name: str, arguments: list[str], workers: int = 1) -> int:
+    """Every command but `data`; a plan is one of so many workers."""
     if name == "launch":
         return _launch(arguments)
     if name == "plan":
@@ -293,7 +293,7 @@ def _run(name: str, arguments: list[str]) -> int:
         COMMANDS[name], arguments, loop.DEMO if name == "loop" and "--demo" in arguments else defaults
     )
     if flag and COMMANDS[name].dry_run:
-        _plan(settings)
+        _plan(settings, workers)
         return 0
     match settings:
         case commands.DemoConfig():
@@ -328,7 +328,7 @@ def _run(name: str, arguments: list[str]) -> int:
     return 0
 
 
-def _plan(settings: Any) -> None:
+def _plan(settings: Any, workers: int) -> None:
     if isinstance(settings, comparison.CompareConfig):
         from perlhf.comparison.grid import cells
 
@@ -341,7 +341,8 @@ def _plan(settings: Any) -> None:
     else:
         from perlhf.training.plan import plan
 
-        show.plan(settings, plan(settings))
+        here = place()
+        show.plan(settings, plan(settings, workers if here is None else here.count))
 
 
 def _train(settings: BaseModel) -> dict[str, Any]:

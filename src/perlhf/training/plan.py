@@ -18,7 +18,7 @@ from perlhf.kernels import cpu
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import end_ids, load_tokenizer, pick_device, without_weights
-from perlhf.model.bases.quantised import weight_bytes
+from perlhf.model.bases.quantised import is_kept, weight_bytes
 from perlhf.model.encoding.encode import Encoder, TooLong
 from perlhf.model.encoding.lengths import telling
 from perlhf.model.foretold import (
@@ -70,8 +70,11 @@ class Plan:
         return self.memory.total
 
 
-def plan(config: Stage) -> Plan:
+def plan(config: Stage, workers: int = 1) -> Plan:
     """The plan of a training stage.
+
+    Args:
+        workers: of one machine, that the stage is launched with.
 
     Raises:
         RunError: an SFT or reward run that isn't there.
@@ -101,8 +104,14 @@ def plan(config: Stage) -> Plan:
         packing_of(foretold.way, config.packing)
     trainable = trainable_parameters(config, network, foretold.uncalled)
     notes = [left_out(network, config.adapter) if config.tuning == "lora" else None]
-    if config.shard != "none":
-        notes.append("memory is that of a device with the whole base; perlhf plan --devices N tells it in parts")
+    if workers > 1:
+        notes.append(f"memory is that of each of {workers} workers")
+    shards = 1
+    if config.shard != "none" and not is_kept(network.config, config.quantize):
+        shards = workers
+        if workers == 1:
+            how = "perlhf launch --workers N, or perlhf plan --devices N, tells it in parts"
+            notes.append(f"memory is that of a device with the whole base; {how}")
     updates = count_updates(config, sides)
     tell(sides)
     return Plan(
@@ -117,7 +126,7 @@ def plan(config: Stage) -> Plan:
         dtype if config.quantize == "none" else f"{dtype}, linear layers in {config.quantize}",
         before_torch.expected(),
         "not for a GPU" if config.device.startswith(("cuda", "mps")) else cpu.compiler()[1],
-        memory_of(config, network, trainable, lengths=lengths, updates=updates),
+        memory_of(config, network, trainable, Devices(workers, shards), lengths, updates),
     )
 
 

@@ -244,6 +244,20 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsy
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_of_several_workers_tells_their_part_of_the_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stage, found = ["sft", "--dry-run", "--data.limit", "40", "--shard", "full"], dict[int, tuple[int, str]]()
+    for workers in (1, 2):
+        assert main(["launch", "--workers", str(workers), *stage]) == 0
+        shown = capsys.readouterr().out
+        cells = dict(re.findall(r"│ (.+?) +│ (.+?) +│", shown))
+        found[workers] = int(cells["memory, base"].split()[0]), shown
+    # The embedding, which is the head, is whole.
+    assert found[2][0] / found[1][0] == pytest.approx((134_515_008 + 28_311_552) / (2 * 134_515_008), rel=0.01)
+    assert "the whole base" in found[1][1] and "each of 2 workers" in found[2][1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_data_commands(tmp_path, capsys):
     rows = [
         {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No.", "group": "a"},
