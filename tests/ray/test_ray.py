@@ -29,9 +29,14 @@ def start(words: list[str], log: Path, directory: Path, *options: str) -> "subpr
         return subprocess.Popen(given, cwd=directory, stdout=output, stderr=output, env=ours)
 
 
-def test_a_policy_is_that_of_workers_started_otherwise(tiny_base: Path, feedback: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_policy_is_that_of_workers_started_otherwise(
+    shard: str, tiny_base: Path, feedback: Path, tmp_path: Path
+) -> None:
     words: list[Any] = [command("policy", tiny_base, feedback / "prompts.jsonl", tmp_path / name) for name in "ab"]
-    assert start(words[0], tmp_path / "log", feedback).wait(180) == 0, (tmp_path / "log").read_text()
+    assert start([*words[0], "--shard", shard], tmp_path / "log", feedback).wait(180) == 0, (
+        tmp_path / "log"
+    ).read_text()
     assert finish_workers(2, words[1], tmp_path / "logs", feedback) == [0, 0]
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
 
