@@ -1,20 +1,27 @@
 """The page over real HTTP: who may ask what, and what becomes of hostile texts."""
 
+import asyncio
 import http.client
 import json
+import os
 import re
+import signal
 import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 import uvicorn
+from forks import forked
+from labelling_load import Load
 
 from perlhf.config.labelling import ProjectConfig
+from perlhf.labelling.project import LABELS
 from perlhf.labelling.questions import Question
 from perlhf.labelling.server import BODY_BYTES, Limit, Page, application
 from perlhf.labelling.store import Store
@@ -239,3 +246,34 @@ def test_too_many_requests_wait() -> None:
     assert [limit.allows("Ana", 0.0) for _ in range(4)] == [True, True, True, False]
     assert limit.allows("Bo", 0.0)
     assert [limit.allows("Ana", 1.0) for _ in range(3)] == [True, True, False]
+
+
+def test_a_server_killed_ten_times_under_load_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path / LABELS)
+    store.add(Question(f"k{i}", f"p{i}", ("x", "y"), f"g{i}", f"f:{i}", i / 1000) for i in range(1000))
+    store.close()
+    listening = socket.socket()  # as a supervisor holds it: who comes while no server is there waits
+    listening.bind(("127.0.0.1", 0))
+    listening.listen()
+    port = listening.getsockname()[1]
+
+    def answer() -> None:
+        page = Page(ProjectConfig(), Store(tmp_path / LABELS), frozenset({f"127.0.0.1:{port}"}), False)
+        uvicorn.Server(uvicorn.Config(application(page), log_level="error", lifespan="off")).run([listening])
+
+    running = [forked(answer)]
+
+    def kill() -> None:
+        os.kill(running[-1], signal.SIGKILL)
+        os.waitpid(running[-1], 0)
+        running.append(forked(answer))
+
+    load = Load(port, Random(0))
+    try:
+        asyncio.run(load.kill_often(4, 10, kill, 0.1))
+    finally:
+        os.kill(running[-1], signal.SIGKILL)
+        os.waitpid(running[-1], 0)
+        listening.close()
+    assert load.wrong(tmp_path / LABELS) == []
+    assert len(running) == 11 and load.repeated > 0
