@@ -37,14 +37,16 @@ class Load:
             kill: kills the server and starts another at the same port; when it returns, that one need not answer yet.
         """
         working = [asyncio.create_task(self._labeller(f"labeller {number}")) for number in range(labellers)]
-        for _ in range(kills):
-            before = len(self.acknowledged)
-            while len(self.acknowledged) == before:  # it answers again
-                assert not any(one.done() for one in working), "a labeller stopped, or no question is left"
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(self.draw.uniform(0, seconds))
-            kill()
-        self.over = True
+        try:
+            for _ in range(kills):
+                before = len(self.acknowledged)
+                while len(self.acknowledged) == before:  # it answers again
+                    assert not any(one.done() for one in working), "a labeller stopped, or no question is left"
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(self.draw.uniform(0, seconds))
+                kill()
+        finally:
+            self.over = True
         await asyncio.gather(*working)
 
     async def _labeller(self, name: str) -> None:
