@@ -91,6 +91,7 @@ fuzz: $(VENV)/.installed-dev
 soak: $(VENV)/.installed-dev
 	$(BIN)/python scripts/soak.py $(SOAK_ARGS)
 	$(BIN)/python scripts/soak_workers.py
+	$(BIN)/python scripts/soak_labelling.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix-only .

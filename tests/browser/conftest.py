@@ -30,7 +30,7 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Command:
-    """`perlhf label` in a process of its own."""
+    """`perlhf label`, or a loop with its page, in a process of its own."""
 
     process: subprocess.Popen[str]
     address: str
@@ -44,23 +44,31 @@ class Command:
         return self.process.wait(30)
 
 
+@contextmanager
+def opened(*words: str) -> Iterator[Command]:
+    """A command of perlhf, once it has said at which address its page is."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "perlhf", *words], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if found := re.match(r"http://\S+", line):
+                yield Command(process, found.group())
+                break
+        else:
+            raise AssertionError(f"ended with {process.wait()}")
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., object]:
+    return opened
+
+
 @pytest.fixture
 def label() -> Callable[..., object]:
-    @contextmanager
-    def run(project: Path, *options: str) -> Iterator[Command]:
-        words = [sys.executable, "-m", "perlhf", "label", str(project), "--port", "0", *options]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if found := re.match(r"http://\S+", line):
-                    yield Command(process, found.group())
-                    break
-            else:
-                raise AssertionError(f"ended with {process.wait()}")
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
-
-    return run
+    return lambda project, *options: opened("label", str(project), "--port", "0", *options)

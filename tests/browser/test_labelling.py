@@ -6,53 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from people import SCREENS, enter, press, serious, serious_now
+from playwright.sync_api import Browser, expect
+from toy import command, finish, ratings, write_rows
 
 from perlhf.data.read import read_all
 from perlhf.labelling.store import Store
 
-AXE = Path(__file__).resolve().parents[2] / "build" / "browser" / "node_modules" / "axe-core" / "axe.min.js"
 KEYS = ["ArrowLeft", "ArrowRight", "=", "x", "1", "2", "3", "4", "s"]
-SCREENS: dict[str, dict[str, Any]] = {
-    "wide": {"viewport": {"width": 1280, "height": 800}},
-    "dark": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "dark"},
-    "phone": {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True},
-}
-
-
-def enter(context: BrowserContext, address: str, name: str) -> Page:
-    page = context.new_page()
-    page.set_default_timeout(30_000)
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(address)
-    page.fill("#name", name)
-    page.keyboard.press("Enter")
-    page.wait_for_selector("article")
-    page.wait_for_load_state("load")  # keys are heard from here on
-    assert problems == []
-    return page
-
-
-def press(page: Page, key: str) -> str:
-    """Presses a key and waits for the next question; gives the old one's number."""
-    task = page.get_attribute("article", "data-task")
-    page.keyboard.press(key)
-    page.wait_for_selector(f"article:not([data-task='{task}']), .done")
-    return str(task)
-
-
-def serious(page: Page) -> list[str]:
-    """What axe finds that is serious or critical."""
-    page.add_init_script(path=str(AXE))
-    page.reload()
-    found = page.evaluate("() => axe.run()")
-    return [
-        f"{fault['id']}: {node['html'][:120]}"
-        for fault in found["violations"]
-        if fault["impact"] in ("serious", "critical")
-        for node in fault["nodes"]
-    ]
 
 
 def test_twenty_questions_by_keyboard_with_undo_and_a_reload(browser: Browser, label: Any, tmp_path: Path) -> None:
@@ -195,3 +156,51 @@ def test_exports_what_was_said(browser: Browser, label: Any, tmp_path: Path) -> 
         assert main(["data", "validate", str(tmp_path / "out" / "records.jsonl")]) == 0
         command.stop()
     assert len(read_all(str(tmp_path / "out" / "records.jsonl")).records) == 3
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> str:
+    """A tiny reward run."""
+    directory = tmp_path_factory.mktemp("reward")
+    data = write_rows(directory / "ratings.jsonl", ratings())
+    words = command("reward", tiny_base, data, directory / "run", "--encoding.max-tokens", "512")
+    assert finish(words, directory / "log", directory) == 0
+    return str(directory / "run")
+
+
+def test_what_moved_the_score_is_shown_after_the_answer(
+    browser: Browser, label: Any, tmp_path: Path, reward: str
+) -> None:
+    hostile = "<script>alert(1)</script><img src=x onerror=alert(2)>. " + "y" * 200
+    rows = [{"prompt": f"tea {i}", "completions": [f"Yes. {hostile}", "A cup. Sugar?\nNo milk."]} for i in range(9)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    options = ("--settings.questions.paths", str(file), "--settings.explain", reward)
+    with label(tmp_path / "project", *options) as running:
+        for number, (screen, settings) in enumerate(SCREENS.items()):
+            page = enter(browser.new_context(bypass_csp=True, **settings), running.address, screen)
+            assert serious(page) == []
+            page.keyboard.press("w")
+            expect(page.locator("#why-message")).to_contain_text("answer a question first")
+            page.keyboard.press("ArrowLeft")  # no answer while it is open
+            page.keyboard.press("Escape")
+            expect(page.locator("#count")).to_have_text(f"{2 * number} of 9")
+            press(page, "ArrowLeft")
+            if screen == "phone":
+                page.tap("#show-why")
+            else:
+                page.keyboard.press("w")
+            expect(page.locator("#why .scored")).to_have_count(2, timeout=30_000)
+            expect(page.locator("#why .sentence")).to_have_count(6)
+            expect(page.locator("#why-shown")).to_contain_text("<script>alert(1)</script><img src=x onerror=alert(2)>.")
+            expect(page.locator("#why-message")).to_be_empty()
+            assert page.locator("#why img, #why script").count() == 0
+            assert serious_now(page) == []
+            assert page.locator("#why").evaluate("e => e.scrollWidth <= e.clientWidth")
+            assert page.evaluate("() => document.documentElement.scrollWidth") <= settings["viewport"]["width"]
+            page.keyboard.press("Escape")
+            expect(page.locator("#why")).to_be_hidden()
+            page.keyboard.press("u")
+            expect(page.locator("#message")).to_contain_text("so that it stays")
+            press(page, "ArrowRight")
+        running.stop()
+    assert len(Store(tmp_path / "project" / "labels.sqlite").labels()) == 6

@@ -62,6 +62,8 @@ class ProjectConfig(Frozen):
     """A question that is open on somebody's page is given to nobody else for so long."""
     redact: bool = False
     """Mask mail addresses, phone numbers and card numbers before anything is shown or stored."""
+    explain: tuple[str, ...] = ()
+    """Reward runs on one base that show, when asked after an answer, what moved its score; several: their mean."""
 
     @model_validator(mode="after")
     def _criteria_fit(self) -> "ProjectConfig":
@@ -81,6 +83,8 @@ class LabelConfig(Frozen):
     """Directory of the project; one without project.yaml gets one with these settings."""
     settings: ProjectConfig = ProjectConfig()
     """For a new project: what is asked. A project that exists is changed in its project.yaml."""
+    redact: bool = False
+    """For a new project: `settings.redact`, which masks mail addresses, phone numbers and card numbers."""
     host: str = "127.0.0.1"
     """Address to listen at. Any but this machine's own needs a link for each labeller (`perlhf label invite`)."""
     port: Port = 8765

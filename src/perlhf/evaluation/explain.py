@@ -8,6 +8,7 @@ the tokens cost no more than one scoring, and say where the score changed, which
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -56,6 +57,18 @@ class Explanation:
         """As JSON."""
         said = [{"text": sentence.text, "effect": sentence.effect} for sentence in self.sentences]
         return {"sentences": said, "tokens": [list(pair) for pair in self.tokens]}
+
+
+def mean(explanations: Sequence[Explanation]) -> Explanation:
+    """What moved the mean of several models' scores of one completion; their bases have the same tokenizer."""
+    parts = zip(*(explanation.sentences for explanation in explanations), strict=True)
+    effects = [(same[0].text, [one.effect for one in same if one.effect is not None]) for same in parts]
+    along = zip(*(explanation.tokens for explanation in explanations), strict=True)
+    return Explanation(
+        fmean(explanation.score for explanation in explanations),
+        [Sentence(text, fmean(found) if found else None) for text, found in effects],
+        [(same[0][0], fmean(score for _, score in same)) for same in along],
+    )
 
 
 def sentences(text: str) -> list[str]:

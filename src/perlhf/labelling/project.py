@@ -21,6 +21,7 @@ from perlhf.config.labelling import (
 from perlhf.config.recipe import load_recipe
 from perlhf.errors import ConfigError, RunError, StorageError, nearest
 from perlhf.labelling import records
+from perlhf.labelling.explained import Explainer
 from perlhf.labelling.progress import progress
 from perlhf.labelling.questions import Question, questions
 from perlhf.labelling.server import Page, application
@@ -44,7 +45,7 @@ def prepared(config: LabelConfig) -> Callable[[], None]:
 
     Raises:
         ConfigError: settings for a project that has its own, or the address isn't one of this machine's.
-        DataError: no questions.
+        DataError: no questions. RunError: a reward run of `explain` can't be used.
     """
     project = settings_of(config)
     asked = questions(project) if project.questions.paths else []
@@ -52,6 +53,11 @@ def prepared(config: LabelConfig) -> Callable[[], None]:
     there = store.keys()
     new = store.add(_in_order(project, [question for question in asked if question.key not in there]))
     listening = _bound(config.host, config.port)
+    try:
+        explainer = Explainer(project.explain) if project.explain else None
+    except RunError:
+        listening.close()
+        raise
     port = listening.getsockname()[1]
     tokens = not _is_here(config.host)
     hosts = frozenset(name for host in _names(config) for name in (host.lower(), f"{host.lower()}:{port}"))
@@ -60,7 +66,7 @@ def prepared(config: LabelConfig) -> Callable[[], None]:
     print(f"{config.project}: {done:,} of {wanted:,} labels" + (f", {new:,} new questions" if new else ""))
     print(f"http://{shown}:{port}/" + (" (labellers need links: perlhf label invite)" if tokens else ""), flush=True)
     settings = uvicorn.Config(
-        application(Page(project, store, hosts, tokens)),
+        application(Page(project, store, hosts, tokens, explainer)),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -76,6 +82,8 @@ def prepared(config: LabelConfig) -> Callable[[], None]:
                 uvicorn.Server(settings).run([listening])
         finally:
             store.close()
+            if explainer is not None:
+                explainer.close()
 
     return answer
 
@@ -145,17 +153,23 @@ def _opened(directory: Path) -> Iterator[Store]:
 def settings_of(config: LabelConfig) -> ProjectConfig:
     """Those of the project; a new one is made of what was given."""
     file = config.project / PROJECT
+    given = config.settings.model_copy(update={"redact": True}) if config.redact else config.settings
     if file.is_file():
         project = load_recipe(file, ProjectConfig)
-        if config.settings not in (ProjectConfig(), project):
+        if config.redact and not project.redact:
+            what = "the project doesn't mask anything, and its questions are stored as they were read"
+            raise ConfigError(
+                what, where=str(file), allowed="--redact for a new project", hint="name another directory"
+            )
+        if given not in (ProjectConfig(redact=config.redact), project):
             raise ConfigError("the project has settings already", where=str(file), hint="change them in that file")
         return project
     with storage_errors(config.project):
         config.project.mkdir(parents=True, exist_ok=True)
-    said = config.settings.model_dump(mode="json", exclude_defaults=True)
-    said = {"title": config.settings.title, "instructions": config.settings.instructions, **said}
+    said = given.model_dump(mode="json", exclude_defaults=True)
+    said = {"title": given.title, "instructions": given.instructions, **said}
     write_atomic(file, yaml.safe_dump(said, allow_unicode=True, sort_keys=False))
-    return config.settings
+    return given
 
 
 def _in_order(project: ProjectConfig, new: list[Question]) -> list[Question]:

@@ -15,6 +15,7 @@ from perlhf.labelling.store import Label, as_json, from_json
 from perlhf.system.files import directory_atomic, write_atomic
 
 LABELS, RECORDS, EDITS, STATEMENT = "labels.jsonl", "records.jsonl", "edits.jsonl", "statement.md"
+_EXPLAINED = ["- After an answer labellers could see how a reward model scores it, which may have moved later answers."]
 
 
 def labelled_rows(
@@ -131,6 +132,7 @@ def statement(project: ProjectConfig, numbers: Progress, records: int, overlap: 
         f"- Several labels of one question: {overlap}.",
         f"- Questions were chosen by: {chosen}.",
         f"- Mail addresses, phone and card numbers were {'masked' if project.redact else 'not masked'}.",
+        *_EXPLAINED[: bool(project.explain)],
         "- Labellers are named by pseudonyms. Who they are, what they were paid and which languages they speak isn't"
         " known here: add it.",
         "",

@@ -27,6 +27,7 @@ from starlette.routing import Route
 from perlhf.config.labelling import ProjectConfig
 from perlhf.errors import PerlhfError, RunError, StorageError
 from perlhf.labelling import progress, shown
+from perlhf.labelling.explained import Explainer
 from perlhf.labelling.store import Labeller, Said, Store, Task
 
 COOKIE = "perlhf-labeller"
@@ -80,6 +81,8 @@ class Page:
     """`name:port` and `name` under which the page may be asked for, in lower case."""
     tokens: bool
     """Whether a labeller needs a link; otherwise a name is enough."""
+    explainer: Explainer | None = None
+    """What in an answer moved its score, for who has answered; None where the project names no reward runs."""
     templates: jinja2.Environment = field(default_factory=lambda: _environment())
     limit: Limit = field(default_factory=Limit)
 
@@ -95,6 +98,7 @@ def application(page: Page) -> Starlette:
         Route("/next", here.next),
         Route("/answer", here.answer, methods=["POST"]),
         Route("/undo", here.undo, methods=["POST"]),
+        Route("/why", here.why, methods=["POST"]),
         Route("/owner", here.owner),
         Route("/owner/leave-out", here.leave_out, methods=["POST"]),
         Route("/files/{name}", _file),
@@ -152,6 +156,21 @@ class _Handlers:
         if task is None:
             return JSONResponse({"problem": "There is no answer to take back."}, 409)
         return await self._fragment(person, task)
+
+    async def why(self, request: Request) -> Response:
+        """What moved the scores of the labeller's last answer: no address names a question."""
+        person = await self._required(request)
+        explainer = self.page.explainer
+        if explainer is None:
+            return JSONResponse({"problem": "This project explains no scores."}, 404)
+        task = await run_in_threadpool(self.store.explainable, person)
+        found = explainer.ask(task.question)
+        if found is None:
+            return JSONResponse({"waiting": True}, 202)
+        await run_in_threadpool(self.store.explained, person, task)
+        template = self.page.templates.get_template("why.html.j2")
+        said = {"explained": shown.explanations(task, found), "models": len(self.page.project.explain)}
+        return JSONResponse({"html": template.render(said)})
 
     async def owner(self, request: Request) -> Response:
         await self._required(request, owner=True)

@@ -2,18 +2,22 @@
 
 import difflib
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 
 from perlhf.data.records import Text, content_of
+from perlhf.labelling.explained import Explained
 from perlhf.labelling.store import Task
 
 # Neither HTML, nor links that lead away, nor pictures that would be fetched.
 _markdown = (
     MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link", "autolink", "reference"])
 )
+_SIDES, _ALONE = ("Left", "Right"), ("Answer",)
 _COMPARED_WORDS = 4000
 """Longer texts are shown without their differences: finding them would take seconds."""
 
@@ -39,6 +43,55 @@ class Answer:
     text: str
 
 
+@dataclass(frozen=True)
+class Sentence:
+    """A part of an answer, and what it adds to the score."""
+
+    text: str
+    effect: float | None
+    said: str
+    """The effect as it is read, or that nothing would be left."""
+    remark: str
+    """Whether it adds most or least of all."""
+    bar: tuple[float, float]
+    """Where its bar begins and how long it is, in 0 to 100 with the middle at 50."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What moved the score of one answer; `sentences` is empty where it couldn't be scored."""
+
+    name: str
+    score: float
+    sentences: list[Sentence]
+    points: str
+    """The score at each token, as a line of an SVG of 100 by 30."""
+    along: str
+    """The same in words."""
+
+
+def explanations(task: Task, explained: Explained) -> list[Scored]:
+    """What moved the scores of a task's answers, in the order in which they were shown."""
+    names = _SIDES if len(explained) == 2 else _ALONE
+    rows = list(reversed(explained)) if task.turned and len(explained) == 2 else explained
+    there = [row for row in rows if row is not None]
+    effects = [abs(part["effect"]) for row in there for part in row["sentences"] if part["effect"] is not None]
+    heights = [score for row in there for _, score in row["tokens"]]
+    largest, low, high = max(effects, default=0.0), min(heights, default=0.0), max(heights, default=0.0)
+    return [
+        Scored(name, 0.0, [], "", "")
+        if row is None
+        else Scored(
+            name,
+            row["score"],
+            _sentences(row["sentences"], largest or 1.0),
+            _line([score for _, score in row["tokens"]], low, high),
+            _in_words([score for _, score in row["tokens"]]),
+        )
+        for name, row in zip(names, rows, strict=True)
+    ]
+
+
 def markdown(text: str) -> Markup:
     """Markdown as HTML; what looks like HTML in it is shown as it is written."""
     # Code that is wider than the page scrolls, also by keyboard.
@@ -55,13 +108,37 @@ def answers(task: Task) -> list[Answer]:
     """The answers in the order in which they are shown, blind."""
     texts = [_plain(answer) for answer in task.question.answers]
     if len(texts) == 1:
-        return [Answer("first", "Answer", markdown(texts[0]), Markup(), texts[0])]
+        return [Answer("first", *_ALONE, markdown(texts[0]), Markup(), texts[0])]
     both = list(zip(("first", "second"), texts, _differences(*texts), strict=True))
     shown = reversed(both) if task.turned else both
     return [
         Answer(side, name, markdown(text), marked, text)
-        for name, (side, text, marked) in zip(("Left", "Right"), shown, strict=True)
+        for name, (side, text, marked) in zip(_SIDES, shown, strict=True)
     ]
+
+
+def _sentences(parts: Sequence[Mapping[str, Any]], largest: float) -> list[Sentence]:
+    effects = [part["effect"] for part in parts if part["effect"] is not None]
+    remarks = {max(effects): "most", min(effects): "least"} if len(effects) > 1 else {}
+    found = []
+    for part in parts:
+        effect = part["effect"]
+        length = 50 * abs(effect or 0.0) / largest
+        said = "all there is" if effect is None else f"{effect:+.2f}".replace("-", "−")
+        begin = 50 - length if (effect or 0.0) < 0 else 50.0
+        bar = (round(begin, 1), round(length, 1))
+        found.append(Sentence(part["text"].strip(), effect, said, remarks.get(effect, ""), bar))
+    return found
+
+
+def _line(scores: Sequence[float], low: float, high: float) -> str:
+    step, height = 100 / max(len(scores) - 1, 1), (high - low) or 1.0
+    return " ".join(f"{at * step:.1f},{29 - 28 * (score - low) / height:.1f}" for at, score in enumerate(scores))
+
+
+def _in_words(scores: Sequence[float]) -> str:
+    numbers = [f"{score:.2f}".replace("-", "−") for score in (scores[0], min(scores), max(scores), scores[-1])]
+    return "begins at {}, is at least {} and at most {}, ends at {}".format(*numbers)
 
 
 def _plain(answer: Text) -> str:

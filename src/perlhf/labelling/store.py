@@ -75,6 +75,14 @@ _labels = sa.Table(
     sa.Column("stored", sa.Float, nullable=False),
     sa.Column("undone", sa.Float),
 )
+_explained = sa.Table(
+    "explained",
+    _metadata,
+    sa.Column("labeller", sa.ForeignKey("labellers.id"), primary_key=True),
+    sa.Column("question", sa.ForeignKey("questions.id"), primary_key=True),
+    sa.Column("shown", sa.Float, nullable=False),
+)
+"""Questions about whose answers a labeller knows what reward models say: they are asked of them no more."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,8 @@ class Store:
             if waiting is not None:
                 connection.execute(sa.update(_tasks).where(_tasks.c.id == waiting).values(given=now))
                 return self._task(connection, waiting)
-            seen = sa.select(_tasks.c.question).where(_tasks.c.labeller == labeller.id)
+            known = sa.select(_explained.c.question).where(_explained.c.labeller == labeller.id)
+            seen = sa.select(_tasks.c.question).where(_tasks.c.labeller == labeller.id).union(known)
             number = connection.scalar(sa.select(sa.func.count()).where(_tasks.c.labeller == labeller.id)) or 0
             found = None
             if uniform(seed, "test", labeller.id, number) < test_share:
@@ -252,18 +261,19 @@ class Store:
             return True
 
     def undo(self, labeller: Labeller) -> Task | None:
-        """Takes the labeller's last answer back; that question is open for them again. None where there is none."""
+        """Takes the labeller's last answer back; that question is open for them again. None where there is none.
+
+        Raises:
+            RunError: they have seen what reward models make of it.
+        """
         with self._writing() as connection:
-            last = connection.execute(
-                sa.select(_labels.c.id, _labels.c.verdict, _tasks.c.id, _tasks.c.question)
-                .join(_tasks, _tasks.c.id == _labels.c.task)
-                .where(_tasks.c.labeller == labeller.id, _labels.c.undone.is_(None))
-                .order_by(_labels.c.id.desc())
-                .limit(1)
-            ).one_or_none()
+            last = self._last(connection, labeller)
             if last is None:
                 return None
             label, verdict, task, question = last
+            mine = (_explained.c.labeller == labeller.id, _explained.c.question == question)
+            if connection.execute(sa.select(_explained).where(*mine)).first() is not None:
+                raise RunError("You have seen how your last answer is scored, so that it stays.")
             now = self._now()
             connection.execute(sa.update(_labels).where(_labels.c.id == label).values(undone=now))
             # What was open meanwhile goes back to everybody.
@@ -273,6 +283,30 @@ class Store:
             if verdict != "skip":
                 self._count_answer(connection, question, -1)
             return self._task(connection, task)
+
+    def explainable(self, labeller: Labeller) -> Task:
+        """The labeller's last task, if they may know what reward models make of its answers.
+
+        Raises:
+            RunError: they may not, in a sentence for the page. Nothing tells a hidden test from other such questions.
+        """
+        with self._reading() as connection:
+            task, _ = self._explainable(connection, labeller)
+            return self._task(connection, task)
+
+    def explained(self, labeller: Labeller, task: Task) -> None:
+        """Notes, before it is shown, that the labeller knows: the answer stays, and no question about these is asked.
+
+        Raises:
+            RunError: as `explainable`; it isn't their last answer any more.
+        """
+        with self._writing() as connection:
+            number, alike = self._explainable(connection, labeller)
+            if number != task.id:
+                raise RunError("That isn't your last answer any more. Ask again.")
+            for question in alike:
+                values = {"labeller": labeller.id, "question": question, "shown": self._now()}
+                connection.execute(sa.insert(_explained).prefix_with("OR IGNORE").values(**values))
 
     def labels(self, skips: bool = False) -> list[Label]:
         """All labels that stand, in the order in which they were stored."""
@@ -412,6 +446,36 @@ class Store:
         row = connection.execute(joined).one()
         return Task(number, _question(row), row.turned, row.given)
 
+    def _last(self, connection: sa.Connection, labeller: Labeller) -> sa.Row[Any, Any, Any, Any] | None:
+        """Label, verdict, task and question of the labeller's last answer that stands."""
+        return connection.execute(
+            sa.select(_labels.c.id, _labels.c.verdict, _tasks.c.id, _tasks.c.question)
+            .join(_tasks, _tasks.c.id == _labels.c.task)
+            .where(_tasks.c.labeller == labeller.id, _labels.c.undone.is_(None))
+            .order_by(_labels.c.id.desc())
+            .limit(1)
+        ).one_or_none()
+
+    def _explainable(self, connection: sa.Connection, labeller: Labeller) -> tuple[int, list[int]]:
+        """The labeller's last task, and its question with all that share an answer with it."""
+        last = self._last(connection, labeller)
+        if last is None or last.verdict == "skip":
+            raise RunError("Scores are explained after an answer: answer a question first.")
+        _, _, task, question = last
+        own = connection.execute(sa.select(_questions).where(_questions.c.id == question)).one()
+        group = connection.execute(sa.select(_questions).where(_questions.c.group == own.group))
+        alike = [row for row in group if _shares_an_answer(row.body, own.body)]
+        given = sa.select(_tasks.c.question, _tasks.c.finished).where(_tasks.c.labeller == labeller.id)
+        mine = {row.question: row.finished for row in connection.execute(given)}
+        to_ask = [
+            row
+            for row in alike
+            if mine.get(row.id) is None and (row.id in mine or row.known is not None or row.answered < row.wanted)
+        ]
+        if own.known is not None or to_ask:
+            raise RunError("There is no explanation for this question, or not yet.")
+        return task, [row.id for row in alike]
+
     def _people(self, connection: sa.Connection) -> list[Labeller]:
         rows = connection.execute(sa.select(_labellers).order_by(_labellers.c.id))
         return [Labeller(row.id, row.name, row.pseudonym, row.owner, row.left_out) for row in rows]
@@ -435,6 +499,10 @@ def _question(row: Any) -> Question:
     return Question(
         row.key, row.body["prompt"], answers, row.group, row.source, row.place, row.drawn, row.wanted, row.known
     )
+
+
+def _shares_an_answer(one: Any, other: Any) -> bool:
+    return one["prompt"] == other["prompt"] and any(answer in other["answers"] for answer in one["answers"])
 
 
 def _set_up(connection: Any, _: object) -> None:

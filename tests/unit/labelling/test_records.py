@@ -65,6 +65,9 @@ def test_an_export_is_read_by_every_stage_and_taken_back(tmp_path: Path) -> None
     assert "Ana" not in "".join(file.read_text() for file in (tmp_path / "out").iterdir())
     statement = (tmp_path / "out" / records.STATEMENT).read_text()
     assert "2 of 2 people" in statement and "not known" in statement
+    assert "reward model scores it" not in statement
+    explaining = ProjectConfig(explain=("runs/reward",))
+    assert "reward model scores it" in records.statement(explaining, numbers, 1, "all", {})
 
 
 def test_ratings_are_read_too(tmp_path: Path) -> None:

@@ -1,20 +1,28 @@
 """The page over real HTTP: who may ask what, and what becomes of hostile texts."""
 
+import asyncio
 import http.client
 import json
+import os
 import re
+import signal
 import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 import uvicorn
+from forks import forked
+from labelling_load import Load
 
 from perlhf.config.labelling import ProjectConfig
+from perlhf.labelling.explained import Explainer
+from perlhf.labelling.project import LABELS
 from perlhf.labelling.questions import Question
 from perlhf.labelling.server import BODY_BYTES, Limit, Page, application
 from perlhf.labelling.store import Store
@@ -67,15 +75,18 @@ class Served:
         return Browser(self.port)
 
 
-def serve(directory: Path, tokens: bool = False, **settings: Any) -> Iterator[Served]:
+def serve(
+    directory: Path, explainer: Explainer | None = None, tokens: bool = False, **settings: Any
+) -> Iterator[Served]:
     store = Store(directory / "labels.sqlite")
     answers = (HOSTILE, "**second**") if settings.get("kind", "comparison") == "comparison" else (HOSTILE,)
-    store.add(Question(f"k{i}", HOSTILE, answers, HOSTILE, HOSTILE, i / 10) for i in range(5))
+    store.add(Question(f"k{i}", f"{HOSTILE} {i}", answers, HOSTILE, HOSTILE, i / 10) for i in range(5))
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen()
     port = listening.getsockname()[1]
-    page = Page(ProjectConfig(title=HOSTILE[:100], **settings), store, frozenset({f"127.0.0.1:{port}"}), tokens)
+    hosts = frozenset({f"127.0.0.1:{port}"})
+    page = Page(ProjectConfig(title=HOSTILE[:100], **settings), store, hosts, tokens, explainer)
     server = uvicorn.Server(uvicorn.Config(application(page), log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -234,8 +245,88 @@ def test_grades_of_all_criteria_are_needed(tmp_path: Path) -> None:
         assert ana.say(verdict="graded", grades={"helpful": 3, "honest": 5})[0] == 200
 
 
+class Explains:
+    """Stands where the process is."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.ready = False
+
+    def ask(self, question: Question) -> Any:
+        self.asked.append(question.key)
+        parts = [{"text": HOSTILE, "effect": -0.5}, {"text": "fine", "effect": 1.0}]
+        row = {"score": 0.25, "sentences": parts, "tokens": [[HOSTILE, 0.5], ["fine", 0.25]]}
+        return [row, None] if self.ready else None
+
+
+def test_scores_are_explained_to_who_has_answered_alone(tmp_path: Path) -> None:
+    explainer: Any = Explains()
+    for served in serve(tmp_path, explainer, explain=("runs/reward",)):
+        ana, bo = served.browser().enter("Ana"), served.browser().enter("Bo")
+        assert served.browser().ask("POST", "/why", "{}")[0] == 403
+        assert ana.ask("GET", "/why")[0] == 405
+        assert ana.ask("POST", "/why", "{}", Origin="http://evil.example")[0] == 403
+        ana.say(verdict="skip")
+        for browser in (ana, bo):
+            status, text, _ = browser.ask("POST", "/why", "{}")
+            assert status == 400 and "answer a question first" in text
+        assert explainer.asked == []
+        ana.say(verdict="second")
+        assert ana.ask("POST", "/why", "{}")[0] == 202
+        explainer.ready = True
+        status, text, _ = ana.ask("POST", "/why", "{}")
+        assert status == 200
+        html = json.loads(text)["html"]
+        assert "&lt;script&gt;" in html and not re.findall(r"<(script|img|a)\b", html)
+        assert "−0.50" in html and "+1.00" in html and "too long for the model" in html
+        assert bo.ask("POST", "/why", "{}")[0] == 400
+        status, text, _ = ana.ask("POST", "/undo", "{}")
+        assert status == 400 and "it stays" in json.loads(text)["problem"]
+        assert len(served.store.labels()) == 1
+        assert explainer.asked == ["k1", "k1"]
+        assert 'id="show-why"' in ana.ask("GET", "/")[1]
+
+
+def test_nothing_is_explained_where_no_run_is_named(served: Served) -> None:
+    ana = served.browser().enter("Ana")
+    ana.say()
+    assert ana.ask("POST", "/why", "{}")[0] == 404
+    assert "why" not in ana.ask("GET", "/")[1]
+
+
 def test_too_many_requests_wait() -> None:
     limit = Limit(rate=2, burst=3)
     assert [limit.allows("Ana", 0.0) for _ in range(4)] == [True, True, True, False]
     assert limit.allows("Bo", 0.0)
     assert [limit.allows("Ana", 1.0) for _ in range(3)] == [True, True, False]
+
+
+def test_a_server_killed_ten_times_under_load_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path / LABELS)
+    store.add(Question(f"k{i}", f"p{i}", ("x", "y"), f"g{i}", f"f:{i}", i / 1000) for i in range(1000))
+    store.close()
+    listening = socket.socket()  # as a supervisor holds it: who comes while no server is there waits
+    listening.bind(("127.0.0.1", 0))
+    listening.listen()
+    port = listening.getsockname()[1]
+
+    def answer() -> None:
+        page = Page(ProjectConfig(), Store(tmp_path / LABELS), frozenset({f"127.0.0.1:{port}"}), False)
+        uvicorn.Server(uvicorn.Config(application(page), log_level="error", lifespan="off")).run([listening])
+
+    running = [forked(answer)]
+
+    def kill() -> None:
+        os.kill(running[-1], signal.SIGKILL)
+        os.waitpid(running[-1], 0)
+        running.append(forked(answer))
+
+    load = Load(port, Random(0))
+    try:
+        asyncio.run(load.kill_often(4, 10, kill, 0.1))
+    finally:
+        os.kill(running[-1], signal.SIGKILL)
+        os.waitpid(running[-1], 0)
+        listening.close()
+    assert load.wrong(tmp_path / LABELS) == []
+    assert len(running) == 11 and load.repeated > 0

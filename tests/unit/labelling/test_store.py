@@ -120,6 +120,80 @@ def test_a_link_opens_one_labeller_and_a_new_one_replaces_it(store: Store) -> No
         assert newer not in str(raw.execute("select * from labellers").fetchall())
 
 
+def pair(number: int, prompt: str, *answers: str, known: str | None = None, wanted: int = 1) -> Question:
+    return Question(f"k{number}", prompt, answers, prompt, "f:1", number / 100, "random", wanted, known)
+
+
+def test_a_score_is_explained_after_the_answer_which_then_stays(store: Store) -> None:
+    ana, bo = store.labeller("Ana"), store.labeller("Bo")
+    for person in (ana, bo):
+        with pytest.raises(RunError, match="answer a question first"):
+            store.explainable(person)
+    store.next_task(ana, 60)
+    with pytest.raises(RunError, match="answer a question first"):  # its question is open
+        store.explainable(ana)
+    answer(store, "Ana")
+    task = store.explainable(ana)
+    assert task.question.key == "k0"
+    with pytest.raises(RunError, match="answer a question first"):
+        store.explainable(bo)
+    store.undo(ana)
+    with pytest.raises(RunError, match="answer a question first"):  # it was looked into, and taken back meanwhile
+        store.explained(ana, task)
+    answer(store, "Ana", key="again")
+    store.explained(ana, task)
+    with pytest.raises(RunError, match="it stays"):
+        store.undo(ana)
+    answer(store, "Ana")
+    with pytest.raises(RunError, match="isn't your last"):
+        store.explained(ana, task)
+    assert store.undo(ana) is not None  # the one after it
+    answer(store, "Bo", "skip")
+    with pytest.raises(RunError, match="answer a question first"):
+        store.explainable(bo)
+    assert len(Store(store.path).labels()) == 1
+
+
+def test_a_hidden_test_and_answers_that_may_be_asked_about_are_not_explained(tmp_path: Path) -> None:
+    store = Store(tmp_path / "labels.sqlite")
+    store.add([pair(0, "p", "a", "b"), pair(1, "p", "b", "c"), pair(2, "p", "d", "e"), pair(3, "q", "a", "b")])
+    ana, bo = store.labeller("Ana"), store.labeller("Bo")
+    answer(store, "Ana")
+    with pytest.raises(RunError, match="or not yet"):  # p: b is in a question that is open
+        store.explainable(ana)
+    answer(store, "Bo")
+    assert store.explainable(ana).question.key == "k0"
+    store.explained(ana, store.explainable(ana))
+    store.undo(bo)  # that question would be Ana's after Bo's lease, but she knows
+    assert [answer(store, "Ana"), answer(store, "Ana")] == ["k2", "k3"]
+    assert store.next_task(ana, 0) is None
+    tests = Store(tmp_path / "tests.sqlite")
+    tests.add([pair(0, "p", "a", "b", known="first"), pair(1, "q", "a", "b"), pair(2, "q", "b", "c", known="first")])
+    cy = tests.labeller("Cy")
+    for share in (1.0, 1.0, 0.0):
+        task = tests.next_task(cy, 60, test_share=share)
+        assert task is not None
+        tests.say(cy, task.id, Said("first"), f"key-of-{task.id}", 1.0)
+        if task.question.known:
+            with pytest.raises(RunError, match="or not yet"):
+                tests.explainable(cy)
+    assert tests.explainable(cy).question.key == "k1"
+
+
+def test_a_question_that_is_open_on_the_page_is_not_given_away(tmp_path: Path) -> None:
+    clock = iter(range(0, 10_000, 100))
+    store = Store(tmp_path / "labels.sqlite", now=lambda: next(clock))
+    store.add([pair(0, "p", "a", "b"), pair(1, "p", "b", "c")])
+    ana, bo = store.labeller("Ana"), store.labeller("Bo")
+    answer(store, "Ana")
+    store.next_task(ana, 1)
+    task = store.next_task(bo, 1)  # Ana's time is up, but her page still shows it
+    assert task is not None and task.question.key == "k1"
+    store.say(bo, task.id, Said("first"), "key of Bo", 1.0)
+    with pytest.raises(RunError, match="or not yet"):
+        store.explainable(ana)
+
+
 def test_labels_go_into_another_copy_once(store: Store, tmp_path: Path) -> None:
     answer(store, "Ana")
     answer(store, "Bo", "skip")

@@ -6,6 +6,8 @@ const WAITING = "perlhf-waiting";
 const question = document.getElementById("question");
 const message = document.getElementById("message");
 const instructions = document.getElementById("instructions");
+const why = document.getElementById("why"); // null where no reward model explains its scores
+let explaining = null;
 let shownAt = performance.now();
 let marked = "";
 let sending = false;
@@ -113,6 +115,35 @@ async function undo() {
   }
 }
 
+// What moved the score of the last answer. Looking at it is no time of the next question.
+async function explain() {
+  if (!why || why.open) return;
+  if (sending || localStorage.getItem(WAITING) !== null) return say("Your last answer isn’t stored yet.", true);
+  const opened = performance.now();
+  const asked = {};
+  explaining = asked;
+  const told = document.getElementById("why-message");
+  const place = document.getElementById("why-shown");
+  place.replaceChildren();
+  told.textContent = "The score is being looked into …";
+  why.addEventListener("close", () => { shownAt += performance.now() - opened; }, { once: true });
+  why.showModal();
+  while (why.open && explaining === asked) {
+    let found = { status: 0, content: { problem: "The server can't be reached." } };
+    try {
+      found = await ask("/why", {});
+    } catch {} // said below
+    if (explaining !== asked) return;
+    if (found.status === 202 || found.content.again) {
+      await new Promise((done) => setTimeout(done, found.status === 202 ? 700 : 2000));
+      continue;
+    }
+    told.textContent = found.status === 200 ? "" : found.content.problem;
+    if (found.status === 200) place.innerHTML = found.content.html; // made and escaped by the server's templates
+    return;
+  }
+}
+
 function differences() {
   const button = document.getElementById("differences");
   if (!button) return;
@@ -143,11 +174,12 @@ document.addEventListener("click", (event) => {
   else if (button.dataset.copy !== undefined) document.getElementById("edit").value = button.dataset.copy;
   else if (button.id === "undo") undo();
   else if (button.id === "differences") differences();
+  else if (button.id === "show-why") explain();
   else if (button.id === "show-instructions") instructions.showModal();
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || instructions.open || event.repeat) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]") || event.repeat) return;
   const typing = event.target.closest("textarea, input:not([type=radio])");
   if (typing) {
     if (event.key === "Escape") question.focus();
@@ -156,6 +188,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && event.target.closest("button, summary, a")) return;
   if (event.key.startsWith("Arrow") && event.target.closest("input, .conversation")) return;
   if (event.key === "i" || event.key === "?") instructions.showModal();
+  else if (event.key === "w") explain();
   else if (event.key === "u") undo();
   else if (event.key === "d") differences();
   else if (event.key === "e") more();
