@@ -14,6 +14,7 @@ Run: python benchmarks/loop.py --output runs/loop-evidence --labels 40 80 160 32
 
 import argparse
 import json
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--base", default=LoopConfig().base)
     parser.add_argument("--labels", type=int, nargs="+", default=[40, 80, 160, 320], help="rounds end at these")
     parser.add_argument("--members", type=int, default=4)
+    parser.add_argument("--layers", default="all", help="of the network: all, or last:N")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=500, help="unseen pairs")
     parser.add_argument("--noise", type=float, default=0.1)
@@ -65,7 +67,7 @@ def main() -> None:
             encoding=EncodingConfig(system="You take orders in a coffee bar.", max_tokens=512),
             reward=LoopRewardConfig(
                 members=arguments.members,
-                adapter=AdapterConfig(rank=8, targets="all"),
+                adapter=AdapterConfig(rank=8, targets="all", layers=arguments.layers),
                 optim=OptimConfig(learning_rate=1e-3),
                 epochs=arguments.epochs,
             ),
@@ -73,9 +75,10 @@ def main() -> None:
         pool, unseen = pairs_of(config, arguments.pairs)
         for arm in arguments.arms:
             place = arguments.output / f"{arm}-seed{seed}"
-            for labels, correct in run(config, arm, place, arguments, pool, unseen):
+            for labels, said in run(config, arm, place, arguments, pool, unseen):
+                correct = np.array(said.pop("correct"))
                 interval = figures.measured(correct, [pair.group for pair in unseen], 1000, seed)
-                found.append({"arm": arm, "seed": seed, "labels": labels, "accuracy": interval})
+                found.append({"arm": arm, "seed": seed, "labels": labels, "accuracy": interval} | said)
                 write_json(arguments.output / "results.json", {"pairs": len(unseen), "pool": len(pool), "found": found})
     table(found)
 
@@ -102,11 +105,12 @@ def run(
     arguments: argparse.Namespace,
     pool: Sequence[Pair],
     unseen: Sequence[Pair],
-) -> list[tuple[int, np.ndarray]]:
-    """For each number of labels, whether each unseen pair is ranked as by the rules."""
+) -> list[tuple[int, dict[str, Any]]]:
+    """For each number of labels, whether each unseen pair is ranked as by the rules, what share each member alone ranks
+    so, how far members disagree, and seconds."""
     asked: list[int] = []
-    before: list[Path] = []
-    results: list[tuple[int, np.ndarray]] = []
+    before: Path | None = None
+    results: list[tuple[int, dict[str, Any]]] = []
     better = np.array([gold(pair.prompt, pair.first) > gold(pair.prompt, pair.second) for pair in unseen])
     judged = figures.Judged(better, [pair.group for pair in unseen])
     for number, labels in enumerate(sorted(arguments.labels)):
@@ -119,20 +123,23 @@ def run(
         asked = json.loads(chosen.read_text())["asked"]
         rows = [row(config, pool[at], arguments.noise) for at in asked]
         rows += [row(config, pair, 0.0) for pair in unseen[:VALIDATED]]
-        runs = [here / f"reward-{member}" for member in range(config.reward.members)]
+        reward = here / "reward"
         if not measured.exists():
             records = here / "records.jsonl"
             write_atomic(records, "".join(json.dumps(one) + "\n" for one in rows))
-            for member, path in enumerate(runs):
-                start = before[member] if before and arm != "all" else None
-                seed = keyed_seed(config.seed, "reward", member, number) % 2**31
-                if not (path / RESULT).exists():
-                    train_reward(config.reward_stage(path, records, start, seed))
-                remove_directory(path / CHECKPOINTS)
-            correct = figures.right(network.score_pairs(config, runs, unseen), judged)
-            write_json(measured, {"correct": correct.tolist()})
-        results.append((labels, np.array(json.loads(measured.read_text())["correct"])))
-        before = runs
+            began = time.monotonic()
+            if not (reward / RESULT).exists():
+                start = None if arm == "all" else before
+                train_reward(config.reward_stage(reward, records, start, keyed_seed(config.seed, "reward") % 2**31))
+            learned = time.monotonic()
+            remove_directory(reward / CHECKPOINTS)
+            scores = network.score_pairs(config, [reward], unseen)
+            said = {"correct": figures.right(scores, judged).tolist(), "each": each_right(scores, better)}
+            said["disagreement"] = figures.spread(scores)
+            said["seconds"] = {"learning": learned - began, "scoring": time.monotonic() - learned}
+            write_json(measured, said)
+        results.append((labels, json.loads(measured.read_text())))
+        before = reward
     return results
 
 
@@ -140,7 +147,7 @@ def more(
     config: LoopConfig,
     arm: str,
     asked: list[int],
-    before: Sequence[Path],
+    before: Path | None,
     labels: int,
     number: int,
     pool: Sequence[Pair],
@@ -149,13 +156,18 @@ def more(
     taken = set(asked)
     left = [at for at in range(len(pool)) if at not in taken]
     worth = None
-    if before and arm in ("disagreement", "information"):
-        scores = network.score_pairs(config, before, [pool[at] for at in left])
+    if before is not None and arm in ("disagreement", "information"):
+        scores = network.score_pairs(config, [before], [pool[at] for at in left])
         worth = disagreement(scores) if arm == "disagreement" else information(scores)
     prompts = [text_of(pool[at].prompt) for at in left]
     order = "information" if arm == "information" else "disagreement" if arm == "disagreement" else "random"
     chosen = choose(prompts, worth, order, labels - len(asked), 0.25, config.seed, number)
     return [left[choice.at] for choice in chosen]
+
+
+def each_right(scores: np.ndarray, better: np.ndarray) -> list[float]:
+    """The share of the pairs that each member alone ranks as the rules do."""
+    return ((scores[:, :, 0] > scores[:, :, 1]) == better).mean(axis=1).tolist()
 
 
 def row(config: LoopConfig, pair: Pair, noise: float) -> dict[str, Any]:
@@ -177,6 +189,10 @@ def table(found: Sequence[dict[str, Any]]) -> None:
         difference = f"{fmean(paired):+.3f} against all at once" if paired else ""
         each = ", ".join(f"{value:.3f}" for value in seeds.values())
         print(f"{arm:<13} {labels:>4} labels  {fmean(seeds.values()):.3f}  ({each})  {difference}")
+        same = [one for one in found if (one["arm"], one["labels"]) == (arm, labels)]
+        alone, apart = fmean(fmean(one["each"]) for one in same), fmean(one["disagreement"] for one in same)
+        learning, scoring = (fmean(one["seconds"][what] for one in same) for what in ("learning", "scoring"))
+        print(f"{'':<13} a member alone {alone:.3f}, disagreement {apart:.3f}, {learning:.0f} s + {scoring:.0f} s")
 
 
 if __name__ == "__main__":

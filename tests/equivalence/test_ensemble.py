@@ -13,7 +13,7 @@ from torch import Tensor
 from perlhf.kernels import members
 from perlhf.kernels.call import Call, calling, current_call
 from perlhf.model.model import Model
-from perlhf.rollout.ensemble import in_one_pass, member_scores
+from perlhf.rollout.ensemble import in_one_pass, member_scores, passes
 
 LONG, SHORT = random_ids([11, 4], seed=3)
 SEQUENCES = [[*LONG, 7, 8], [*LONG, 9], SHORT, LONG[:5]]
@@ -64,10 +64,22 @@ def test_members_that_learn_on_another_adapter(model: Model) -> None:
     assert torch.allclose(member_scores(model, batch, NAMES), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_trunk_is_computed_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    ensemble(model, "last:1", ("attention",) * 3)
+@pytest.mark.parametrize("beneath", [None, "sft"])
+def test_the_trunk_is_computed_once(model: Model, beneath: str | None) -> None:
+    """With an adapter that all of them have beneath, too."""
+    if beneath is not None:
+        model.add_adapter(beneath, "sft", rank=2, targets="all")
+        randomise(model, beneath, seed=9)
+        model.freeze(beneath)
+    for number, name in enumerate(NAMES):
+        model.add_adapter(name, "reward", rank=2 + number, layers="last:1", beneath=beneath)
+        randomise(model, name, seed=number)
     batch = apart(SEQUENCES)
-    member_scores(model, batch, NAMES)  # what is tried once is behind us
+    assert passes(model, NAMES, "tree") == [NAMES] and passes(model, NAMES, "none") == [(name,) for name in NAMES]
+    together = with_gradients(model, member_scores(model, batch, NAMES))
+    alone = with_gradients(model, torch.stack([model.scores(batch, name) for name in NAMES]))
+    for name, expected in alone.items():
+        assert float((together[name] - expected).norm()) <= 5e-4 * float(expected.norm()), name
     widths: list[int] = []
     for layer in model.decoder.layers:  # pyright: ignore[reportGeneralTypeIssues, reportArgumentType]
         layer.input_layernorm.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))

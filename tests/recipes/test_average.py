@@ -159,7 +159,7 @@ def test_other_mistakes_are_one_message(perlhf, reward_run, sft_run, tmp_path):
     full.mkdir()
     (full / "thesis.tex").write_text("years of work")
     for runs, output, parts in (
-        ([reward_run], "mean", ["runs", "allowed: a list of paths, at least 2"]),
+        ([reward_run], "mean", ["runs", "has one adapter, which has no average", "allowed: several runs"]),
         ([reward_run, sft_run], "mean", [str(sft_run), "holds a run of stage sft", "allowed: a run of stage reward"]),
         ([reward_run, tmp_path / "no"], "mean", ["there is no such directory"]),
         ([reward_run, reward_run], "full", ["full holds something", "allowed: a new or empty directory"]),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from toy import Moment, finish, lasting, prompts, read_json, read_lines, write_rows
 
 from perlhf.labelling.project import LABELS
@@ -79,8 +80,9 @@ def outcome(run: Path) -> dict[str, Any]:
             {k: v for k, v in row.items() if k != "annotator"} for row in read_lines(place / "labels/records.jsonl")
         ]
         result[f"records {number}"] = sorted(rows, key=json.dumps)
-        for name in ("reward-0", "reward-1", "policy"):
-            result[f"{name} {number}"] = (place / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("reward", "policy"):
+            for file in sorted((place / name / "adapter").rglob("*.safetensors")):
+                result[f"{name} {number} {file.parent.name}"] = file.read_bytes()
             result[f"{name} result {number}"] = lasting(read_json(place / name / "result.json"))
     return result
 
@@ -107,7 +109,13 @@ def test_a_loop_killed_anywhere_ends_as_one_that_was_not(tiny_base, feedback, tm
     assert "Traceback" not in log
 
     for number in (1, 2):
-        assert read_json(whole / f"round-000{number}" / "policy" / "result.json")["best_step"] == 2, "the last is kept"
+        policy = whole / f"round-000{number}" / "policy"
+        assert read_json(policy / "result.json")["best_step"] == 2, "the last is kept"
+        last = load_file(policy / "checkpoints" / "00000002" / "policy.safetensors")
+        kept = load_file(policy / "adapter" / "adapter_model.safetensors").values()
+        shapes = sorted((tuple(tensor.shape), float(tensor.sum())) for tensor in last.values())
+        assert sorted((tuple(tensor.shape), float(tensor.sum())) for tensor in kept) == shapes
+    assert sum(key.startswith("reward 2 ") for key in expected) == 2, "members"
     first, second = expected["loop"]["rounds"]
     assert second["kl"]["value"] != 0
     assert first["drawn"] == {"random": 6} and second["drawn"] == {"disagreement": 4, "random": 2}
@@ -158,7 +166,7 @@ def test_people_answer_on_the_page_and_held_out_groups_are_never_learned_from(
     assert "questions wait" in capfd.readouterr().err
     rows = read_lines(run / "round-0002" / "labels" / "records.jsonl")
     learned = [row for row in rows if not held_out(row["group"])]
-    assert read_json(run / "round-0002" / "reward-0" / "result.json")["train_examples"] == len(learned) < len(rows)
+    assert read_json(run / "round-0002" / "reward" / "result.json")["train_examples"] == len(learned) < len(rows)
     for asked in (
         row for file in run.glob("round-*/*/*.jsonl") if file.stem in ("questions", "duels") for row in read_lines(file)
     ):

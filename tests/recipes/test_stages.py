@@ -342,6 +342,18 @@ def test_the_kept_policy_is_the_best_on_held_out_prompts(stage):
     assert chosen["after"]["score"] == scores[best]
 
 
+@pytest.mark.parametrize(("keep", "step"), [("best", 0), ("last", 3)])
+def test_the_last_weights_are_kept_where_that_is_asked(stage, keep, step):
+    """A reward that never varies makes no weights better than the start."""
+    same = ("--reward", "toy_reward:constant", "--kl-coef", "0", "--missing-end-penalty", "0")
+    run, done = stage("policy", "--keep", keep, *same)
+    assert done.code == 0 and result(run)["best_step"] == step
+    kept = load_file(run / "adapter" / "adapter_model.safetensors")
+    last = load_file(run / "checkpoints" / f"{step:08d}" / "policy.safetensors")
+    shapes = sorted((tuple(tensor.shape), float(tensor.sum())) for tensor in last.values())
+    assert sorted((tuple(tensor.shape), float(tensor.sum())) for tensor in kept.values()) == shapes
+
+
 def test_what_is_kept_is_reported_on_prompts_that_did_not_choose_it(stage, paid_for_letters):
     found = result(paid_for_letters)
     # 32 prompts by hash of their groups: those held out, of which `--validation-prompts 4` choose.

@@ -90,6 +90,20 @@ def test_an_update_of_1_2_and_4_workers_is_the_same(stage, commands, feedback, t
         assert rows[0] == rows[1] == rows[2], "they drew the same numbers"
 
 
+def test_members_learn_with_two_workers_as_with_one(commands, feedback, tmp_path):
+    given = ("--members", "2", "--adapter.layers", "last:1", "--validate-every", "1", "--check-every", "1")
+    for count in (1, 2):
+        words = commands("reward", tmp_path / str(count), *one_update("reward"), *given)
+        assert finish_workers(count, words, tmp_path / f"log{count}", feedback) == [0] * count, said(tmp_path / "log2")
+    for number in ("0", "1"):
+        file = Path("adapter") / number / "adapter_model.safetensors"
+        expected = load_file(tmp_path / "1" / file)
+        for name, tensor in load_file(tmp_path / "2" / file).items():
+            assert (tensor - expected[name]).norm() <= 1e-3 * max(1.0, float(expected[name].norm())), name
+    (line,), (usual,) = metrics(tmp_path / "2"), metrics(tmp_path / "1")
+    assert line["validation_member_loss"] == pytest.approx(usual["validation_member_loss"], abs=1e-4)
+
+
 def test_dropout_is_a_function_of_the_tokens(commands, feedback, tmp_path):
     runs = {count: tmp_path / str(count) for count in (2, 4)}
     for count, run in runs.items():

@@ -20,7 +20,7 @@ from perlhf.method import lora
 from perlhf.model.adapter import Adapter
 from perlhf.model.open import FinishedRun, read_run
 from perlhf.model.saved import ENCODING, SavedAdapter, read_adapter, write_adapter
-from perlhf.runs.earlier import files_hash
+from perlhf.runs.earlier import adapter_of, files_hash
 from perlhf.runs.evaluations import mapping
 from perlhf.runs.manifest import ADAPTER, MANIFEST, RESULT, first_difference, read_manifest, start_or_continue
 from perlhf.runs.recorded import check_own
@@ -44,7 +44,7 @@ def average(config: AverageConfig) -> dict[str, Any]:
         check_own(run.path, "runs")
     _check_output(config.output)
     mean = _mean(runs)
-    hashes = {str(run.path): files_hash(run.adapter) for run in runs}
+    hashes = {str(run.path): files_hash(adapter_of(run.path) or run.adapter) for run in runs}
     result: dict[str, Any] = {"stage": "reward", "tuning": runs[0].config.tuning, "averaged": hashes}
     known = [run for run in runs if not run.foreign]
     if not known:
@@ -69,10 +69,14 @@ def _mean(runs: Sequence[FinishedRun]) -> SavedAdapter:
 
     Of fully tuned weights, those of one run at a time are in memory beside their sum.
     """
-    first = read_adapter(runs[0].adapter)
+    each = [(run, directory) for run in runs for directory in run.members.values()]
+    if len(each) < 2:
+        what, allowed = f"{runs[0].path} has one adapter", "several runs, or a run of several members"
+        raise ConfigError(f"{what}, which has no average", where="runs", allowed=allowed)
+    first = read_adapter(each[0][1])
     sums, members = first.adapter.weights, [first.adapter]
-    for run in runs[1:]:
-        member = read_adapter(run.adapter)
+    for run, directory in each[1:]:
+        member = read_adapter(directory)
         _check_alike(runs[0], first, run, member)
         for name, weight in member.adapter.weights.items():
             sums[name] = nn.Parameter(sums[name] + weight)
@@ -82,9 +86,9 @@ def _mean(runs: Sequence[FinishedRun]) -> SavedAdapter:
     rank = sum(adapter.rank for adapter in members)
     mean = Adapter("mean", first.adapter.role, rank, float(rank))
     mean.pairs = {path: lora.mean([adapter.pairs[path] for adapter in members]) for path in first.adapter.pairs}
-    mean.weights = {name: nn.Parameter(weight / len(runs)) for name, weight in sums.items()}
+    mean.weights = {name: nn.Parameter(weight / len(each)) for name, weight in sums.items()}
     mean.score_head = nn.Parameter(torch.stack(heads).mean(0))
-    mean.bias = nn.Parameter(torch.tensor([sum(biases) / len(runs)], dtype=torch.float32))
+    mean.bias = nn.Parameter(torch.tensor([sum(biases) / len(each)], dtype=torch.float32))
     return replace(first, adapter=mean)
 
 
@@ -158,4 +162,4 @@ def _settings(runs: Sequence[FinishedRun], output: Path) -> dict[str, Any]:
     assert isinstance(first, RewardConfig)
     paths = tuple(dict.fromkeys(path for run in runs for path in run.config.data.paths))
     data = first.data.model_copy(update={"paths": paths})
-    return first.model_copy(update={"run": output, "data": data}).model_dump(mode="json")
+    return first.model_copy(update={"run": output, "data": data, "members": 1}).model_dump(mode="json")

@@ -254,8 +254,8 @@ class ExportConfig(Frozen):
 class AverageConfig(Frozen):
     """Average the weights of reward runs into one (WARM)."""
 
-    runs: Annotated[tuple[Path, ...], Field(min_length=2)]
-    """Reward runs (or directories of peft's) of one base, encoding and set of adapted layers."""
+    runs: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Reward runs (or directories of peft's) of one base, encoding and set of adapted layers; or one of members."""
     output: Path
     """New or empty directory, to be used as a reward run."""
 

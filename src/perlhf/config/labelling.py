@@ -28,7 +28,7 @@ class QuestionsConfig(LayoutConfig):
     order: Order = "random"
     """First what `rewards` disagree about most, or where a label tells most about them (`information`)."""
     rewards: tuple[str, ...] = ()
-    """Two or more reward runs whose scores of the answers make that order, when questions are new."""
+    """Reward runs (two or more, or one of several members) whose scores of the answers make that order."""
     random_share: Share = 0.25
     """Share of the questions that keep a random place whatever `order` says; each label records which."""
     seed: int = 0
@@ -36,8 +36,8 @@ class QuestionsConfig(LayoutConfig):
 
     @model_validator(mode="after")
     def _order_has_its_models(self) -> "QuestionsConfig":
-        if self.order != "random" and len(self.rewards) < 2:
-            raise ValueError(f"questions.order: {self.order} needs two or more reward runs in questions.rewards")
+        if self.order != "random" and not self.rewards:
+            raise ValueError(f"questions.order: {self.order} needs reward runs in questions.rewards")
         if self.order == "random" and self.rewards:
             raise ValueError("questions.rewards make an order; give questions.order: disagreement or information")
         return self

@@ -51,10 +51,10 @@ DEMO: dict[str, Any] = {
 
 
 class LoopRewardConfig(Frozen):
-    """The ensemble of reward adapters, each trained on from the last round's, on all labels so far."""
+    """The ensemble of reward adapters on the base, trained on from the last round's, on all labels so far."""
 
     members: Positive = 4
-    """Reward adapters on one base; `disagreement` and `information` are of two or more."""
+    """Reward adapters, trained in one pass; `disagreement` and `information` are of two or more."""
     adapter: AdapterConfig = AdapterConfig()
     """Shape of each."""
     optim: OptimConfig = OptimConfig()
@@ -146,7 +146,7 @@ class LoopConfig(Frozen):
     seed: int = 0
     """All randomness is keyed by this."""
     sft: Path | None = None
-    """SFT run, or a directory of peft's, that the loop starts from; null starts from the base."""
+    """SFT run, or a directory of peft's, that the policy starts from; null starts from the base, as rewards do."""
     data: DataConfig = DataConfig()
     """Prompts. Validation and test groups are never learned from: they measure."""
     encoding: EncodingConfig = EncodingConfig()
@@ -217,24 +217,23 @@ class LoopConfig(Frozen):
         return StageConfig(run=self.run, data=self.data, **self.shared())
 
     def reward_stage(self, run: Path, labels: Path, start: Path | None, seed: int) -> RewardConfig:
-        """One reward adapter of a round.
+        """The reward adapters of a round, which start from the base.
 
-        Validation and test groups are one side, which chooses nothing: the last update is kept.
+        Validation and test groups are one side, which chooses nothing: the last update is kept. The seed of all rounds
+        is one, so that a member weighs a group alike in all of them.
         """
         held_out = self.data.validation + self.data.test
-        own = self.reward.model_dump(exclude={"members"})
         return RewardConfig(
             run=run,
             data=DataConfig(paths=(str(labels),), validation=held_out, test=0.0, split_seed=self.data.split_seed),
             seed=seed,
-            sft=None if start else self.sft,
             start=start,
             validate_every=1_000_000,
-            **own,
+            **self.reward.model_dump(),
             **self.shared(),
         )
 
-    def policy_stage(self, run: Path, rewards: tuple[str, ...], start: Path | None, seed: int) -> PolicyConfig:
+    def policy_stage(self, run: Path, reward: Path, start: Path | None, seed: int) -> PolicyConfig:
         """A round's policy, as it is after its last update: what labels say of it is known later."""
         return PolicyConfig(
             run=run,
@@ -242,7 +241,7 @@ class LoopConfig(Frozen):
             seed=seed,
             sft=self.sft,
             start=start,
-            reward=rewards,
+            reward=(str(reward),),
             baseline="leave_one_out",
             keep="last",
             centre_prompts=16,

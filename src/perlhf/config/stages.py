@@ -264,6 +264,9 @@ class RewardConfig(StageConfig):
 
     run: Path = Path("runs/reward")
     """Run directory; running the same command again continues it."""
+    # Left out of what a run records unless it is set: a record without it is the same run.
+    members: Positive = Field(default=1, exclude_if=lambda count: count == 1)
+    """Reward adapters, trained in one pass, each weighing records otherwise: several tell how unsure a score is."""
     sft: Path | None = None
     """SFT run, or a directory of peft's, whose adapter the reward adapter starts from; null starts from the base."""
     epochs: Positive = 1
@@ -301,6 +304,11 @@ class RewardConfig(StageConfig):
             raise ValueError("start and sft both say what the adapter starts from; give one of them")
         if self.start is not None and self.head_start == "probe":
             raise ValueError("head_start: probe would replace the score head that start brings; leave one of them out")
+        if self.members > 1 and self.adapter.dropout:
+            raise ValueError(
+                f"adapter.dropout must be 0 with members: {self.members}, which are computed in one pass; "
+                "leave one of them out"
+            )
         return self
 
     @property
@@ -422,8 +430,8 @@ class PolicyConfig(StageConfig):
             raise ValueError(f"baseline: {self.baseline} needs completions_per_prompt of 2 or more")
         if not self.reward:
             raise ValueError("reward is empty; give a reward run directory, module:function or http address")
-        if self.max_disagreement is not None and (len(self.reward) < 2 or self.completions_per_prompt < 2):
-            raise ValueError("max_disagreement needs two or more of reward, and completions_per_prompt of 2 or more")
+        if self.max_disagreement is not None and self.completions_per_prompt < 2:
+            raise ValueError("max_disagreement needs completions_per_prompt of 2 or more")
         self._check_weights()
         self._check_staleness()
         return self

@@ -1,6 +1,7 @@
 """The order in which records are learned from: a function of the seed alone, so that a resumed run goes on alike."""
 
 import hashlib
+import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -22,6 +23,11 @@ def keyed_seed(*parts: object) -> int:
     """A 63-bit seed from any key: the same on every machine."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
+
+
+def exponential(*parts: object) -> float:
+    """A draw from Exp(1), whose mean is 1, by any key: the same on every machine."""
+    return -math.log((keyed_seed(*parts) + 0.5) / 2**63)
 
 
 class Updates(Sequence[list[int]]):

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from perlhf.config.commands import EvaluateConfig, ScoreConfig
@@ -18,9 +19,9 @@ from perlhf.data.records import Comparison, Record, completions_of
 from perlhf.data.splits import content_hash, load
 from perlhf.data.tools import jsonl_lines
 from perlhf.errors import ConfigError
-from perlhf.evaluation.explain import explain
+from perlhf.evaluation.explain import Explanation, Sentence, explain
 from perlhf.evaluation.policy import evaluate_policy
-from perlhf.evaluation.reward import evaluate_reward, score_records
+from perlhf.evaluation.reward import evaluate_reward, mean_of_members, score_by_members
 from perlhf.evaluation.sft import evaluate_sft
 from perlhf.evaluation.shared import progress
 from perlhf.model.encoding.encode import Encoder
@@ -82,7 +83,11 @@ def _written(path: Path, evaluation: Evaluation, changed: list[str], config: Eva
 def _agree(run: FinishedRun, config: EvaluateConfig | ScoreConfig, data: DataConfig, workers: Workers) -> None:
     """Raises ConfigError where a worker has another command, run, base or data than the first one."""
     if workers.count > 1:
-        said = {"adapter": files_hash(run.adapter), "base": run.base.fingerprint, "records": content_hash(data)}
+        said = {
+            "adapter": [files_hash(directory) for directory in run.members.values()],
+            "base": run.base.fingerprint,
+            "records": content_hash(data),
+        }
         workers.agree(config.model_dump(mode="json") | said | {"versions": environment()["versions"]})
 
 
@@ -119,7 +124,8 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
 
     Returns:
         The rows that are also written as JSON lines (or printed): each record with TRL's column names and `score`, or
-        `score_chosen` and `score_rejected`; null for a record that the run's encoding.drop_long drops. With `explain`,
+        `score_chosen` and `score_rejected`; null for a record that the run's encoding.drop_long drops. Of a run of
+        several members they are means, beside `score_members` (`score_chosen_members`, ...). With `explain`,
         `explanation` (`explanation_chosen`, ...) too: `{"sentences": [{"text", "effect"}], "tokens": [[text, score]]}`.
 
     Raises:
@@ -140,11 +146,16 @@ def _score(config: ScoreConfig, workers: Workers) -> list[dict[str, Any]]:
     records = load(config.data, ("comparison", "rating", "demonstration"), "all")
     model, encoder = run.open(config.device, config.shard, workers)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens
-    scores, _ = score_records(model, encoder, records, run.stage, budget, model.packing(run.config.packing), workers)
+    packing, members = model.packing(run.config.packing), tuple(run.members)
+    tables, _ = score_by_members(model, encoder, records, members, budget, packing, workers)
     rows: list[dict[str, Any]] = []
-    for record, line, reached in zip(records, jsonl_lines(records), scores, strict=True):
-        names = ("score_chosen", "score_rejected") if isinstance(record, Comparison) else ("score",)
-        rows.append(json.loads(line) | dict(zip(names, reached or [None] * len(names), strict=True)))
+    for number, (line, reached) in enumerate(zip(jsonl_lines(records), mean_of_members(tables), strict=True)):
+        names = ("score_chosen", "score_rejected") if isinstance(records[number], Comparison) else ("score",)
+        row = json.loads(line) | dict(zip(names, reached or [None] * len(names), strict=True))
+        if len(members) > 1:
+            each = zip(*(table[number] or [None] * len(names) for table in tables), strict=True)
+            row |= {f"{name}_members": list(scores) for name, scores in zip(names, each, strict=True)}
+        rows.append(row)
     if not workers.first:
         return rows
     if config.explain:
@@ -165,11 +176,25 @@ def _explain(
 ) -> None:
     """Adds to each row what moved its scores."""
     asked = [(record.prompt, text, record.tools) for record in records for text in completions_of(record)]
-    with progress(len(asked), "explanations") as bar:
+    with progress(len(run.members) * len(asked), "explanations") as bar:
         packing = model.packing(run.config.packing)
-        found = iter(explain(model, encoder, asked, run.stage, budget, packing, bar.advance))
+        by_member = [explain(model, encoder, asked, name, budget, packing, bar.advance) for name in run.members]
+    found = iter([explanations_mean(each) for each in zip(*by_member, strict=True)])
     for record, row in zip(records, rows, strict=True):
         names = ("explanation_chosen", "explanation_rejected") if isinstance(record, Comparison) else ("explanation",)
         for name in names:
             explanation = next(found)
             row[name] = explanation.row() if explanation is not None else None
+
+
+def explanations_mean(members: Sequence[Explanation | None]) -> Explanation | None:
+    """What moved the mean of several members' scores of one completion: effects are differences, so their means."""
+    whole = [one for one in members if one is not None]
+    if len(whole) < 2:
+        return members[0]
+    sentences = [
+        Sentence(same[0].text, None if same[0].effect is None else fmean(one.effect or 0.0 for one in same))
+        for same in zip(*(one.sentences for one in whole), strict=True)
+    ]
+    tokens = [(same[0][0], fmean(score for _, score in same)) for same in zip(*(o.tokens for o in whole), strict=True)]
+    return Explanation(fmean(one.score for one in whole), sentences, tokens)

@@ -22,7 +22,8 @@ from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun
 from perlhf.parallel.shares import own_of
 from perlhf.parallel.workers import ALONE, Workers
-from perlhf.rollout.scorers import score_batches
+from perlhf.rollout.ensemble import passes
+from perlhf.rollout.scorers import mean_scores, score_members
 from perlhf.runs.evaluations import Evaluation, Measured, Measures
 from perlhf.training import loop
 
@@ -32,6 +33,8 @@ MAX_SAMPLES = 500
 KINDS = ("comparison", "rating")
 
 Scores = NDArray[np.float64]
+Table = list[list[float] | None]
+"""Of each record the scores of its completions by one adapter; None where it was dropped as too long."""
 Sides = tuple[Scores | None, Scores | None]
 """Scores of the ratings and of the comparisons, None where there are none."""
 
@@ -74,7 +77,8 @@ def evaluate_reward(run: FinishedRun, config: EvaluateConfig, workers: Workers) 
     model, encoder = run.open(config.device, config.shard, workers)
     budget = config.tokens_per_microbatch or run.config.microbatch_tokens
     packing = model.packing(run.config.packing)
-    scored, counts = score_records(model, encoder, held_out, run.stage, budget, packing, workers)
+    tables, counts = score_by_members(model, encoder, held_out, tuple(run.members), budget, packing, workers)
+    scored = mean_of_members(tables)
     return lambda: _concluded(trained_on, held_out, scored, counts, config)
 
 
@@ -121,7 +125,22 @@ def score_records(
     packing: Packing,
     workers: Workers = ALONE,
 ) -> tuple[list[list[float] | None], dict[str, int]]:
-    """Scores of each record's completions (chosen, rejected; or the one), None for a record dropped as too long.
+    """`score_by_members` of one adapter alone."""
+    tables, counts = score_by_members(model, encoder, records, (adapter,), max_tokens, packing, workers)
+    return tables[0], counts
+
+
+def score_by_members(
+    model: Model,
+    encoder: Encoder,
+    records: Sequence[Record],
+    adapters: Sequence[str],
+    max_tokens: int,
+    packing: Packing,
+    workers: Workers = ALONE,
+) -> tuple[list[Table], dict[str, int]]:
+    """Scores of each record's completions (chosen, rejected; or the one) by each adapter, in one pass where that pays;
+    None for a record dropped as too long.
 
     Records are laid out as in training's own validation, so that the same records give bit-equal scores. Also counts of
     cut and dropped records.
@@ -132,13 +151,21 @@ def score_records(
     encoded, counts = loop.encode_all(encoder, records, encoder.config.drop_long)
     fitting = [number for number, examples in enumerate(encoded) if examples is not None]
     examples = [[example.tokens for example in examples] for examples in encoded if examples is not None]
-    laid_out = batches(examples, max_tokens, packing, model.device)
-    with progress(len(own_of(laid_out, workers)), "scores") as bar:
-        lines = score_batches(model, laid_out, adapter, bar.advance, workers)
-    scores: list[list[float] | None] = [None] * len(records)
-    for number, line in zip(fitting, lines, strict=True):
-        scores[number] = line
-    return scores, counts
+    groups = passes(model, adapters, packing)
+    laid_out = batches(examples, max(1, max_tokens // len(groups[0])), packing, model.device)
+    with progress(len(groups) * len(own_of(laid_out, workers)), "scores") as bar:
+        found = score_members(model, laid_out, groups, bar.advance, workers)
+    tables: list[Table] = []
+    for lines in found:
+        by_number = dict(zip(fitting, lines, strict=True))
+        tables.append([by_number.get(number) for number in range(len(records))])
+    return tables, counts
+
+
+def mean_of_members(tables: Sequence[Table]) -> Table:
+    """The members' mean score of each completion; None for a record that was dropped."""
+    means = iter(mean_scores([[line for line in table if line is not None] for table in tables]))
+    return [None if line is None else next(means) for line in tables[0]]
 
 
 def _rating_statistics(scores: Scores, labels: NDArray[np.bool_]) -> dict[str, Statistic]:

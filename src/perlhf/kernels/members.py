@@ -1,7 +1,7 @@
 """Several adapters in one pass, each for its own part of the tokens: members of an ensemble, or requests of many.
 
 The tokens of a batch stand once for each member, one member after the other. The base's products are computed for all
-of them at once, the low-rank ones for each member's part. Below the first layer that any member adapts all members'
+of them at once, the low-rank ones for each member's part. Below the first layer in which members differ their
 states are the same: there the tokens stand once, and are repeated where that layer begins.
 """
 
@@ -118,15 +118,21 @@ def first_layer(paths: Sequence[str]) -> tuple[str, int] | None:
 
 
 def states(
-    decoder: nn.Module, batch: Batch, members: Sequence[tuple[str, ...]], layers: Sequence[nn.Module], tree: Tree | None
+    decoder: nn.Module,
+    batch: Batch,
+    members: Sequence[tuple[str, ...]],
+    layers: Sequence[nn.Module],
+    tree: Tree | None,
+    common: tuple[str, ...] = (),
 ) -> Float[Tensor, "members tokens width"]:
     """States of all of the batch's tokens for each member.
 
     Args:
         members: names of each one's adapters, from the lowest to the uppermost.
-        layers: the first one in which a member adapts something, and all that follow it; without any the tokens stand
-            for each member from the start.
+        layers: the first one in which members differ, and all that follow it; without any the tokens stand for each
+            member from the start.
         tree: of the batch; None where it is rows.
+        common: adapters that all members have beneath, which compute what lies below those layers.
     """
     count, (rows, width) = len(members), batch.ids.shape
     given: dict[str, Any] = {"use_cache": False}
@@ -143,7 +149,7 @@ def states(
             ids, positions = batch.ids.repeat(1, count), batch.positions.repeat(1, count)
             found = decoder(input_ids=ids, position_ids=positions, **given).last_hidden_state
     else:
-        with calling(replace(current_call(), tree=tree)), repeated_from(layers, count, width, call):
+        with calling(replace(current_call(), adapters=common, tree=tree)), repeated_from(layers, count, width, call):
             found = decoder(input_ids=batch.ids, position_ids=batch.positions, **given).last_hidden_state
     return found.reshape(count, width, -1)
 

@@ -356,3 +356,25 @@ def _value_or_nan(statistic: Callable[[NDArray[np.intp]], float], indices: NDArr
         return float(statistic(indices))
     except DataError:
         return float("nan")
+
+
+def of_scores(rated: Sequence[float], labels: Sequence[bool], compared: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Accuracy, balanced accuracy and AUC of ratings, pairwise accuracy of comparisons; the sum of their mean losses.
+
+    Args:
+        rated, labels: scores of ratings, and what was said.
+        compared: scores of the chosen and of the rejected completion of each comparison.
+    """
+    found: dict[str, float] = {}
+    losses: list[float] = []
+    if labels:
+        found["accuracy"] = accuracy(rated, labels)
+        losses.append(log_loss(rated, labels))
+        if len(set(labels)) == 2:
+            found["balanced_accuracy"] = balanced_accuracy(rated, labels)
+            found["auc"] = auc(rated, labels)
+    if compared:
+        chosen, rejected = [scores[0] for scores in compared], [scores[1] for scores in compared]
+        found["pairwise_accuracy"] = pairwise_accuracy(chosen, rejected)
+        losses.append(float(np.logaddexp(0, np.array(rejected) - np.array(chosen)).mean()))
+    return found | {"loss": sum(losses)}

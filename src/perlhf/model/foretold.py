@@ -29,7 +29,7 @@ from perlhf.model.model import Model
 from perlhf.model.supported import FAULTS, Way
 from perlhf.model.ways import recall
 from perlhf.parallel.traffic import Gathers, Lengths, Stage, microbatches_of, passes_of
-from perlhf.runs.earlier import earlier_runs
+from perlhf.runs.earlier import earlier_runs, reward_adapters
 from perlhf.system import before_torch
 from perlhf.system.machine import cpu_computes_in_bf16
 
@@ -268,7 +268,7 @@ def frozen_adapters(config: Stage) -> dict[str, int]:
     runs = earlier_runs(config)
     found = {
         "reference": len(runs["sft"]) + len(runs["start"]),
-        "reward adapters": len(runs["reward"]) + len(runs["validation_reward"]),
+        "reward adapters": reward_adapters((*config.reward, *config.validation_reward)),
     }
     return {role: count for role, count in found.items() if count}
 

@@ -47,7 +47,7 @@ from perlhf.model.model import Model
 from perlhf.parallel.shard import Shard, shards_of
 from perlhf.parallel.workers import ALONE, Workers
 from perlhf.runs import places
-from perlhf.runs.earlier import adapter_of, earlier_runs, files_hash, is_adapter, several_adapters
+from perlhf.runs.earlier import adapter_of, adapters_of, earlier_runs, files_hash, is_adapter, several_adapters
 from perlhf.runs.evaluations import mapping
 from perlhf.runs.manifest import CONFIG, MANIFEST, RESULT, read_manifest
 from perlhf.runs.recorded import changes, own_changes
@@ -90,8 +90,22 @@ class FinishedRun:
 
     @property
     def adapter(self) -> Path:
-        """The adapter's directory."""
+        """The adapter's directory.
+
+        Raises:
+            RunError: there are several members, of which one is wanted.
+        """
+        if (error := several_adapters(self.path)) is not None:
+            raise error
         return adapter_of(self.path) or self.path / "adapter"
+
+    @property
+    def members(self) -> dict[str, Path]:
+        """Directories of its adapters by their names in the model: the stage's, or reward_0, reward_1, .."""
+        directories = adapters_of(self.path) or [self.path / "adapter"]
+        if len(directories) == 1:
+            return {self.stage: directories[0]}
+        return {f"{self.stage}_{number}": directory for number, directory in enumerate(directories)}
 
     @property
     def started_in(self) -> Path | None:
@@ -140,7 +154,7 @@ class FinishedRun:
         return changed
 
     def open(self, device: str, shard: Shard = "none", workers: Workers = ALONE) -> tuple[Model, Encoder]:
-        """The base with the run's adapter, frozen and named after the stage, and the encoder it was trained with.
+        """The base with the run's adapters, frozen and named as `members` says, and the encoder they were trained with.
 
         Sets the number of CPU threads where the run's configuration does.
 
@@ -158,8 +172,9 @@ class FinishedRun:
         model, encoder = open_model(config, self.base, self.adapter if self.foreign else None, workers)
         if self.accept_changes:  # adapters are still refused on other weights
             model.fingerprint = {key: value for key, value in model.fingerprint.items() if key != "files"}
-        saved.load_adapter(model, self.adapter, self.stage, encoder)
-        model.freeze(self.stage)
+        for name, directory in self.members.items():
+            saved.load_adapter(model, directory, name, encoder)
+            model.freeze(name)
         return model, encoder
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -183,7 +198,7 @@ def read_run(path: Path, stages: Sequence[StageName] = get_args(StageName), give
     where, given = str(path), given or Given()
     if is_adapter(path):
         return _as_run(path, stages, given)
-    if (error := several_adapters(path)) is not None:
+    if adapter_of(path) is None and (error := several_adapters(path)) is not None:
         raise error
     if not (path / MANIFEST).is_file():
         what = "not a run directory" if path.exists() else "there is no such directory"
@@ -226,12 +241,12 @@ def load_earlier(model: Model, run: Path, name: str, encoder: Encoder, key: str 
         key: of the configuration that names the run, if that isn't `name`.
 
     Raises:
-        RunError: there is no adapter; AdapterError: as `saved.load_adapter`.
+        RunError: there is no adapter, or several; AdapterError: as `saved.load_adapter`.
     """
+    if (error := several_adapters(run)) is not None:
+        raise error
     directory = adapter_of(run)
     if directory is None:
-        if (error := several_adapters(run)) is not None:
-            raise error
         raise RunError(f"{run} is no finished run", where=key or name, hint="name a finished run directory")
     adapter = saved.load_adapter(model, directory, name, encoder)
     if not (directory / saved.DETAILS).is_file() and encoder.config.template == "tokenizer":
@@ -243,14 +258,40 @@ def load_earlier(model: Model, run: Path, name: str, encoder: Encoder, key: str 
     return adapter
 
 
-def load_start(model: Model, config: StageConfig, encoder: Encoder, role: Literal["sft", "reward", "policy"]) -> str:
-    """The frozen adapter of the run that `start` names; its name.
+def load_starts(model: Model, config: RewardConfig, encoder: Encoder) -> list[str]:
+    """The frozen adapters of the reward run that `start` names, one for each member; their names.
+
+    Raises:
+        ConfigError: it has no score head, or another number of members.
+    """
+    assert config.start is not None
+    directories = adapters_of(config.start) or [config.start]
+    if len(directories) != config.members:
+        what = f"{config.start} has {len(directories)} member{'s' if directories[1:] else ''}, and members is"
+        hint = f"members: {len(directories)} trains all of them on"
+        hint += f"; {directories[0]} is the first one alone" if directories[1:] else ""
+        raise ConfigError(f"{what} {config.members}", where="members", allowed=str(len(directories)), hint=hint)
+    names = [f"start_{number}" for number in range(1, config.members)]
+    return [
+        load_start(model, config.model_copy(update={"start": directory}), encoder, "reward", name)
+        for name, directory in zip(["start", *names], directories, strict=True)
+    ]
+
+
+def load_start(
+    model: Model,
+    config: StageConfig,
+    encoder: Encoder,
+    role: Literal["sft", "reward", "policy"],
+    name: str = "start",
+) -> str:
+    """The frozen adapter of the run that `start` names, under `name`, which is returned.
 
     Raises:
         ConfigError: it has no score head, or has one, where `role` wants the other.
     """
     assert config.start is not None
-    adapter = load_earlier(model, config.start, "start", encoder)
+    adapter = load_earlier(model, config.start, name, encoder, "start")
     if (adapter.score_head is not None) != (role == "reward"):
         allowed = "a reward run" if role == "reward" else "an SFT or policy run"
         hint = "sft: RUN lets a reward model start from an SFT run" if role == "reward" else None

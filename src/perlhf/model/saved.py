@@ -12,7 +12,7 @@ bias is the one thing that peft doesn't see, so its scores are ours up to that c
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,20 @@ def save_adapter(model: Model, name: str, directory: Path, encoder: Encoder) -> 
     targets = sorted(adapter.pairs)
     transposed = any(is_transposed(model.base.get_submodule(path)) for path in targets)
     write_adapter(directory, SavedAdapter(adapter, model.fingerprint, encoder.identity(), targets, transposed))
+
+
+def save_members(model: Model, names: Sequence[str], directory: Path, encoder: Encoder) -> None:
+    """Writes one adapter as `save_adapter`; of several each into a directory of its own, `0`, `1`, .., all or none.
+
+    Raises:
+        AdapterError, StorageError: as `write_adapter`.
+    """
+    if len(names) == 1:
+        save_adapter(model, names[0], directory, encoder)
+        return
+    with directory_atomic(directory) as temporary:
+        for number, name in enumerate(names):
+            save_adapter(model, name, temporary / str(number), encoder)
 
 
 def load_adapter(model: Model, directory: Path, name: str, encoder: Encoder | None = None) -> Adapter:

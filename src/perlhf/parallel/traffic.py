@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from perlhf.config.stages import PolicyConfig, RewardConfig, SftConfig
 from perlhf.parallel.workers import AT_ONCE
-from perlhf.runs.earlier import reward_runs
+from perlhf.runs.earlier import reward_adapters, reward_runs
 
 Stage = SftConfig | RewardConfig | PolicyConfig
 
@@ -74,9 +74,10 @@ def passes_of(config: Stage, lengths: Lengths) -> Iterator[Pass]:
     targets = prompts * rows * lengths.completion
     tokens = prompts * (rows if config.packing == "none" else 1) * lengths.prompt + targets
     if not isinstance(config, PolicyConfig):
-        yield Pass("learning", tokens, targets if isinstance(config, SftConfig) else 0, learned=True)
+        for _ in range(config.members if isinstance(config, RewardConfig) else 1):  # fewer tokens over a shared trunk
+            yield Pass("learning", tokens, targets if isinstance(config, SftConfig) else 0, learned=True)
         return
-    for _ in reward_runs(config.reward):
+    for _ in range(reward_adapters(config.reward)):
         yield Pass("scoring", tokens)
     yield Pass("reference", tokens, targets)
     if not one_pass_learns(config):
@@ -141,10 +142,10 @@ def _told(config: PolicyConfig, workers: int, lengths: Lengths) -> Mapping[str, 
     """What workers tell of completions, their scores and log-probabilities."""
     rows, time = config.prompts_per_update * config.completions_per_prompt, lengths.completion
     most = -(-config.prompts_per_update // workers) * config.completions_per_prompt
-    adapters = len(reward_runs(config.reward))
+    adapters = reward_adapters(config.reward)
     columns = [5] if one_pass_learns(config) else [3, *[1] * (config.steps_per_rollout * (config.baseline == "value"))]
     words = of_once(METRICS_TEXT, workers)
-    if functions := len(config.reward) - adapters:
+    if functions := len(config.reward) - len(reward_runs(config.reward)):
         words += of_once(functions * rows * SCORE_TEXT, workers)
     return {
         # Of each row its number, how many words follow, and its tokens after whether it ended; then log-probabilities.

@@ -1,6 +1,7 @@
 """Scores of several adapters on one base in one pass: the members of an ensemble."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +27,8 @@ def member_scores(model: Model, batch: Batch, adapters: Sequence[str]) -> Tensor
     """What `model.scores` gives each of the adapters, within rounding, from one pass: float32 [adapter, batch].
 
     The base's products are computed for all of them together, each adapter's own for its part. With a tree, what lies
-    below the first layer that any of them adapts is computed once (`adapter.layers: last:4` shares nearly all of it).
+    below the first layer in which they differ is computed once (`adapter.layers: last:4` shares nearly all of it), with
+    the adapters that all of them have beneath.
     Gradients reach each adapter as in a pass of its own; nothing is dropped out.
 
     Passes are separate where the network doesn't compute each token's row by itself in its linear layers (experts that
@@ -40,18 +42,26 @@ def member_scores(model: Model, batch: Batch, adapters: Sequence[str]) -> Tensor
     if len(adapters) == 1 or whole or not in_one_pass(model, paths):
         return torch.stack([model.scores(batch, adapter) for adapter in adapters])
     model.check_length(max(sum(length for _, length in spans) for spans in batch.spans))
-    ends = _states(model, batch, chains, paths)[:, batch.ends].to(model.dtype).float()
+    ends = _states(model, batch, chains)[:, batch.ends].to(model.dtype).float()
     heads = [model.adapters[name] for name in adapters]
     return torch.stack([_scored(states, head) for states, head in zip(ends, heads, strict=True)])
 
 
+def passes(model: Model, adapters: Sequence[str], packing: Packing) -> list[tuple[str, ...]]:
+    """The adapters that are best computed in one pass: all of them where they share a trunk, else each by itself.
+
+    A pass of several computes each token once for each of them (above the trunk), and is given so many fewer.
+    """
+    return [tuple(adapters)] if shares_trunk(model, adapters, packing) else [(name,) for name in adapters]
+
+
 def shares_trunk(model: Model, adapters: Sequence[str], packing: Packing) -> bool:
-    """Whether one pass spares these adapters what lies below all of them, which it computes once."""
-    paths = _paths(model, adapters)
-    first = members.first_layer(paths)
-    whole = any(model.adapters[name].weights for chain in _chains(model, adapters) for name in chain)
+    """Whether one pass spares these adapters what lies below the first layer in which they differ, computed once."""
+    chains = _chains(model, adapters)
+    first = members.first_layer(_own(model, chains))
+    whole = any(model.adapters[name].weights for chain in chains for name in chain)
     below = packing == "tree" and first is not None and first[1] > 0
-    return len(adapters) > 1 and below and not whole and in_one_pass(model, paths)
+    return len(adapters) > 1 and below and not whole and in_one_pass(model, _paths(model, adapters))
 
 
 def in_one_pass(model: Model, paths: Sequence[str]) -> bool:
@@ -78,6 +88,17 @@ def _paths(model: Model, adapters: Sequence[str]) -> list[str]:
     return sorted({p for chain in _chains(model, adapters) for name in chain for p in model.adapters[name].pairs})
 
 
+def _common(chains: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The adapters that lie beneath all others in each of the chains."""
+    return tuple(each[0] for each in takewhile(lambda each: len(set(each)) == 1, zip(*chains, strict=False)))
+
+
+def _own(model: Model, chains: Sequence[tuple[str, ...]]) -> list[str]:
+    """Layers in which they differ."""
+    beneath = len(_common(chains))
+    return sorted({path for chain in chains for name in chain[beneath:] for path in model.adapters[name].pairs})
+
+
 _TRIED: WeakKeyDictionary[Model, dict[tuple[str, ...], bool]] = WeakKeyDictionary()
 
 
@@ -92,7 +113,7 @@ def _holds(model: Model, paths: Sequence[str]) -> bool:
         for number, name in enumerate(names):
             model.adopt(_random(model, name, paths, number))
         alone = torch.stack([model.last_states(batch, name) for name in names]).float()
-        together = _states(model, batch, [(name,) for name in names], paths)[:, batch.ends].float()
+        together = _states(model, batch, [(name,) for name in names])[:, batch.ends].float()
     except (*FAULTS, ModelError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -103,13 +124,13 @@ def _holds(model: Model, paths: Sequence[str]) -> bool:
     return float((together - alone).norm() / alone.norm()) < NEAR.get(model.dtype, 0.05)
 
 
-def _states(model: Model, batch: Batch, chains: Sequence[tuple[str, ...]], paths: Sequence[str]) -> Tensor:
+def _states(model: Model, batch: Batch, chains: Sequence[tuple[str, ...]]) -> Tensor:
     tree = None if batch.nodes is None else Tree(batch.nodes, model.way.sights)
     layers: list[nn.Module] = []
-    if (first := members.first_layer(paths)) is not None:
+    if (first := members.first_layer(_own(model, chains))) is not None:
         where, number = first
         layers = list(model.base.get_submodule(where).children())[number:]
-    return members.states(model.decoder, batch, chains, layers, tree)
+    return members.states(model.decoder, batch, chains, layers, tree, _common(chains))
 
 
 def _scored(states: Tensor, head: Adapter) -> Tensor:

@@ -21,10 +21,10 @@ from perlhf.model.model import Model
 from perlhf.model.open import load_earlier
 from perlhf.parallel.shares import own_batches, own_of
 from perlhf.parallel.workers import ALONE, Workers
-from perlhf.rollout.ensemble import member_scores, shares_trunk
+from perlhf.rollout.ensemble import member_scores, passes
 from perlhf.rollout.functions import Asked, Scorer, TrainerState, checked, load_function
 from perlhf.rollout.local import Ends, check_finite
-from perlhf.runs.earlier import adapter_of
+from perlhf.runs.earlier import adapters_of
 from perlhf.system.http import Service, all_answers
 from perlhf.system.waiting import finish, together_or_none
 
@@ -41,11 +41,11 @@ class Scorers:
     functions: tuple[Scorer, ...]
     how: Combine
     weights: tuple[float, ...] | None = None
-    """Of the sources, in the order of the configuration; None combines them as `how` says."""
+    """Of the members, in the order of the configuration; None combines them as `how` says."""
     order: tuple[int, ...] = ()
-    """Where each of the adapters and then each function stands among the sources, for `weights`."""
+    """Where each of the adapters and then each function stands in the configuration, for `weights`."""
     names: tuple[str, ...] = ()
-    """The sources, in the order of the configuration."""
+    """Sources, and directories of a run's several members, in the order of the configuration."""
     levels: tuple[Level, ...] | None = None
     """Of the members (adapters, then functions), for `centred`; None: scores combine as they are."""
 
@@ -121,10 +121,9 @@ class Scorers:
             given = [p if len(p) + len(c) <= encoder.max_tokens else p[1:] for p, c in zip(prompts, whole, strict=True)]
             examples = [[completed(p, c)] for p, c in zip(given, whole, strict=True)]
             laid = model.packing(packing)
-            together = shares_trunk(model, self.adapters, laid)
-            at_once = max(1, max_tokens // len(self.adapters)) if together else max_tokens
-            own = own_batches(examples, at_once, laid, model.device, workers)
-            for names in [self.adapters] if together else [(name,) for name in self.adapters]:
+            groups = passes(model, self.adapters, laid)
+            own = own_batches(examples, max(1, max_tokens // len(groups[0])), laid, model.device, workers)
+            for names in groups:
                 members += _scores(model, own, names, len(examples), workers)
         if self.functions:
             decoded = [ends.text(ids) for ids in completions]
@@ -160,23 +159,40 @@ def score_batches(
     done: Callable[[], None] = lambda: None,
     workers: Workers = ALONE,
 ) -> list[list[float]]:
-    """Scores of each example's sequences, in the order of the examples; calls `done` after each batch.
+    """Scores of each example's sequences by one adapter: `score_members` of it alone."""
+    return score_members(model, laid_out, [(adapter,)], done, workers)[0]
+
+
+def score_members(
+    model: Model,
+    laid_out: Sequence[Batch],
+    groups: Sequence[Sequence[str]],
+    done: Callable[[], None] = lambda: None,
+    workers: Workers = ALONE,
+) -> list[list[list[float]]]:
+    """Scores of each example's sequences, in the order of the examples, by each adapter: [adapter][example][sequence].
 
     Args:
         laid_out: all micro-batches, which the workers share.
+        groups: adapters that one pass computes (`ensemble.passes`).
+        done: called after each batch of each group.
 
     Raises:
         AdapterError, DivergenceError: a score isn't finite (`perlhf.rollout.local.check_finite`); nan would be
             taken for one that wasn't given.
     """
-    count = sum(len(batch.sequences) for batch in laid_out)
-    (flat,) = _scores(model, own_of(laid_out, workers), (adapter,), count, workers, done)
-    scores: dict[int, list[float]] = {}
+    count, own = sum(len(batch.sequences) for batch in laid_out), own_of(laid_out, workers)
+    places: dict[int, tuple[int, ...]] = {}
     for batch in laid_out:
         ends = (*batch.first[1:], len(batch.sequences))
-        for i, at, end in zip(batch.examples, batch.first, ends, strict=True):
-            scores[i] = [flat[sequence] for sequence in batch.sequences[at:end]]
-    return [scores[i] for i in range(len(scores))]
+        places |= {i: batch.sequences[at:end] for i, at, end in zip(batch.examples, batch.first, ends, strict=True)}
+    flat = [row for names in groups for row in _scores(model, own, names, count, workers, done)]
+    return [[[row[at] for at in places[i]] for i in range(len(places))] for row in flat]
+
+
+def mean_scores(members: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """The members' mean score of each example's sequences: [example][sequence]."""
+    return [np.mean(of_members, axis=0).tolist() for of_members in zip(*members, strict=True)]
 
 
 @torch.no_grad()
@@ -213,6 +229,8 @@ def load_scorers(
 ) -> Scorers:
     """Loads every source: an http(s) address, `module:function`, or a reward run directory, as adapter PREFIX_0, ..
 
+    A run of several members stands for them, as if each were named; a weight of the run is that of their mean.
+
     Args:
         key: of the configuration, which errors name.
         prompts: all that may be scored; a function may ask for the columns that they have.
@@ -223,27 +241,34 @@ def load_scorers(
         ConfigError: a source that is none of these, a function that asks for what the prompts haven't;
             AdapterError: a reward run of another base or encoding.
     """
-    adapters: dict[int, str] = {}
     functions = load_functions(sources, key, prompts, timeout_seconds)
+    adapters: dict[int, str] = {}
+    scored: dict[int, Scorer] = {}
+    names: list[str] = []
+    shares: list[float] = []
     for at, source in enumerate(sources):
+        directories = [] if at in functions else adapters_of(Path(source))
         if at in functions:
-            continue
-        if adapter_of(Path(source)) is not None:
-            name = f"{prefix}_{len(adapters)}"
-            adapter = load_earlier(model, Path(source), name, encoder, key)
-            if adapter.score_head is None:
-                raise ConfigError(f"{source} holds a {adapter.role} adapter", where=key, allowed="a reward run")
-            adapters[at] = name
-        else:
+            scored[len(names)] = functions[at]
+        elif not directories:
             raise ConfigError(
                 f"'{source}' is no finished reward run",
                 where=key,
                 allowed="a reward run directory, module:function, or an http(s) address",
                 hint="train it with perlhf reward",
             )
-    chosen = None if weights is None else tuple(weights)
-    order = (*adapters, *functions)
-    return Scorers(tuple(adapters.values()), tuple(functions.values()), how, chosen, order, tuple(sources))
+        for directory in directories:
+            name = f"{prefix}_{len(adapters)}"
+            adapter = load_earlier(model, directory, name, encoder, key)
+            if adapter.score_head is None:
+                raise ConfigError(f"{source} holds a {adapter.role} adapter", where=key, allowed="a reward run")
+            adapters[len(names) + directories.index(directory)] = name
+        names += [source] if len(directories) < 2 else map(str, directories)
+        if weights is not None:
+            shares += [weights[at] / max(1, len(directories))] * max(1, len(directories))
+    order = (*adapters, *scored)
+    chosen = None if weights is None else tuple(shares)
+    return Scorers(tuple(adapters.values()), tuple(scored.values()), how, chosen, order, tuple(names))
 
 
 def load_functions(

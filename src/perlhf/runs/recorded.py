@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from perlhf.errors import RunError
-from perlhf.runs.earlier import adapter_of, files_hash
+from perlhf.runs.earlier import adapter_of, adapters_of, files_hash
 from perlhf.runs.manifest import ADAPTER, MANIFEST, read_manifest
 
 
@@ -44,7 +44,8 @@ def own_changes(run: Path) -> list[str]:
 def check_own(run: Path, key: str) -> None:
     """Raises RunError, which names `key`, for a finished run whose adapter was changed since."""
     if found := own_changes(run):
-        hint = f"copy the run again, or train it in another directory; to take it as it is, name {run / 'adapter'}"
+        adapters = ", ".join(map(str, adapters_of(run)))
+        hint = f"copy the run again, or train it in another directory; to take it as it is, name {adapters}"
         raise RunError(f"{run}: {found[0]} since it was trained", where=key, hint=hint)
 
 

@@ -433,12 +433,15 @@ def check_goes_on(run: Run, step: int, keeper: Keeper, validate_every: int) -> N
     run.withdraw(step, "validation_")
 
 
-def restore_best(run_path: Path, step: int, keeper: Keeper, adapter: Adapter, workers: Workers = ALONE) -> None:
+def restore_best(
+    run_path: Path, step: int, keeper: Keeper, adapters: Sequence[Adapter], workers: Workers = ALONE
+) -> None:
     """Puts the weights of the best validation back, unless there was none or it was that of `step`, the last one."""
     if keeper.step not in (None, step):
         saved = checkpoint.load_together(run_path, keeper.step, workers)
         assert saved is not None
-        load_adapter_tensors(adapter, saved.tensors[adapter.name])
+        for adapter in adapters:
+            load_adapter_tensors(adapter, saved.tensors[adapter.name])
 
 
 def check_same(workers: Workers, step: int, every: int, adapters: Iterable[Adapter]) -> None:

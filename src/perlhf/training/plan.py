@@ -34,7 +34,7 @@ from perlhf.model.open import left_out, with_day
 from perlhf.model.supported import packing_of, states_width, target_paths
 from perlhf.parallel.traffic import Gathers, Lengths, Stage, microbatches_of, passes_of
 from perlhf.rollout.scorers import load_functions
-from perlhf.runs.earlier import check_runs, earlier_runs, is_adapter
+from perlhf.runs.earlier import check_disagreement, check_runs, earlier_runs, is_adapter
 from perlhf.system import before_torch
 from perlhf.training.loop import Sides, read_sides, tell, updates_of
 
@@ -93,6 +93,7 @@ def plan(config: Stage, workers: int = 1) -> Plan:
                 saved.read_adapter(run)
     sides = read_sides(config, kinds)
     if isinstance(config, PolicyConfig):
+        check_disagreement(config)
         prompts = cast(Sequence[Prompt], sides.train)
         for key, sources in {"reward": config.reward, "validation_reward": config.validation_reward}.items():
             load_functions(sources, key, prompts)
@@ -216,7 +217,7 @@ def trainable_parameters(config: Stage, network: "PreTrainedModel", uncalled: Se
         case SftConfig():
             return {"sft": body}
         case RewardConfig():
-            return {"reward": body + hidden}
+            return {"reward": config.members * (body + hidden)}
         case PolicyConfig() if config.baseline == "value":
             return {"policy": body, "value": body + hidden + 1}
         case PolicyConfig():
@@ -242,6 +243,8 @@ def trained_tensors(config: Stage, network: "PreTrainedModel", uncalled: Sequenc
     heads = {SftConfig: 0, RewardConfig: 1, PolicyConfig: 2}[type(config)]  # a value's bias is trained as well
     if isinstance(config, PolicyConfig) and config.baseline != "value":
         return body
+    if isinstance(config, RewardConfig):
+        return config.members * (body + heads)
     return body * (2 if isinstance(config, PolicyConfig) else 1) + heads
 
 

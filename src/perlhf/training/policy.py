@@ -32,6 +32,7 @@ from perlhf.rollout.ahead import SAMPLER, Ahead, add_sampler, padded
 from perlhf.rollout.completions import Centre, Setup, asked
 from perlhf.rollout.local import Ends
 from perlhf.rollout.scorers import load_scorers
+from perlhf.runs.earlier import check_disagreement
 from perlhf.runs.run import Run
 from perlhf.system.console import note, warn
 from perlhf.system.machine import peak_memory_bytes
@@ -135,7 +136,7 @@ def _train(config: PolicyConfig, base: Base, run: Run, workers: Workers) -> dict
     if step % config.validate_every and state.stopped is None:
         # The end, of which checkpoints know nothing (`loop.check_goes_on`).
         run.amend(step, _validate(validation, keeper, state, step))
-    loop.restore_best(run.path, step, keeper, model.adapters[POLICY], workers)
+    loop.restore_best(run.path, step, keeper, [model.adapters[POLICY]], workers)
     if run.writes:
         saved.save_adapter(model, POLICY, run.path / "adapter", setup.encoder)
     if run.writes and VALUE in model.adapters:
@@ -168,6 +169,7 @@ def _update(
 
 def _open(config: PolicyConfig, base: Base, workers: Workers) -> Setup:
     """The base with the reference, policy, value and reward adapters, and the prompts."""
+    check_disagreement(config)
     model, encoder = open_model(config, base, workers=workers)
     reference = None if config.sft is None else load_sft(model, config.sft, encoder)
     start = reference if config.start is None else load_start(model, config, encoder, "policy")

@@ -2,7 +2,8 @@
 
 Beside the paper: ratings use the correct second term of the cross-entropy; the score's bias holds the log-odds of the
 ratings, so that update 0 predicts their share; the kept checkpoint is the best on held-out groups, the probe's start
-included.
+included. With `members: K` an ensemble of K adapters learns from the same records in the same updates, each weighing
+them otherwise.
 """
 
 import time
@@ -28,17 +29,19 @@ from perlhf.model.adapter import Adapter
 from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder, Example
 from perlhf.model.model import Model
-from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
+from perlhf.model.open import load_sft, load_starts, new_adapter, open_model, with_day
 from perlhf.model.supported import told
 from perlhf.parallel.shares import own_batches, own_of
 from perlhf.parallel.together import together
 from perlhf.parallel.workers import ALONE, Workers
-from perlhf.rollout.scorers import score_batches
+from perlhf.rollout.ensemble import member_scores, passes
+from perlhf.rollout.scorers import mean_scores, score_members
 from perlhf.runs.run import Run
 from perlhf.training import loop, optim
 from perlhf.training.loop import Keeper
 
 NAME = "reward_0"
+"""Of the first member's adapter."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,10 @@ def _train(config: RewardConfig, base: Base, run: Run, workers: Workers) -> dict
     validation = cache(lambda: _validation(held_out, config, model))
     weights, balance = class_weights(train, config.class_weight)
     shares = Shares.of(train.records)
-    adapter = _start(model, encoder, config, train)
+    adapters = _start(model, encoder, config, train)
     plan = loop.updates_of(config, train.records)
-    optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
+    learned = {adapter.name: (adapter.trainable_by_name(), config.learning_rate) for adapter in adapters}
+    optimizers = optim.build(learned, config.optim)
     loop.tell(sides)
     loop.note_slow_validation(config, len(held_out))
     step, keeper, state = loop.restore(run, model, optimizers, workers)
@@ -105,7 +109,7 @@ def _train(config: RewardConfig, base: Base, run: Run, workers: Workers) -> dict
     if step < plan.total:
         loop.check_goes_on(run, step, keeper, config.validate_every)
     if config.head_start == "probe" and keeper.step is None and step == 0:
-        _start_head(run, model, adapter, train, weights, shares, config, workers)
+        _start_head(run, model, adapters, train, weights, shares, config, workers)
         run.log(0, _validate(keeper, 0, model, validation(), config, workers))
         loop.save(run, 0, model, optimizers, keeper, {"tokens": 0})
     with run.progress(plan.total, step, "reward") as bar:
@@ -113,8 +117,8 @@ def _train(config: RewardConfig, base: Base, run: Run, workers: Workers) -> dict
             step += 1
             values = _update(
                 model,
-                adapter,
-                optimizers[NAME],
+                adapters,
+                optimizers,
                 [train[i] for i in plan[step - 1]],
                 weights,
                 shares,
@@ -123,7 +127,7 @@ def _train(config: RewardConfig, base: Base, run: Run, workers: Workers) -> dict
                 config,
                 workers,
             )
-            loop.check_same(workers, step, config.check_every, [adapter])
+            loop.check_same(workers, step, config.check_every, adapters)
             tokens += int(values["tokens"])
             if step % config.validate_every == 0:
                 values |= _validate(keeper, step, model, validation(), config, workers)
@@ -135,9 +139,9 @@ def _train(config: RewardConfig, base: Base, run: Run, workers: Workers) -> dict
             loop.stop_if_asked(asked, step, plan.total)
     if step % config.validate_every:  # the end, of which checkpoints know nothing (`loop.check_goes_on`)
         run.amend(step, _validate(keeper, step, model, validation(), config, workers))
-    loop.restore_best(run.path, step, keeper, adapter, workers)
+    loop.restore_best(run.path, step, keeper, adapters, workers)
     if run.writes:
-        saved.save_adapter(model, NAME, run.path / "adapter", encoder)
+        saved.save_members(model, names_of(config), run.path / "adapter", encoder)
     result = {
         "updates": plan.total,
         "best_step": keeper.step,
@@ -147,9 +151,9 @@ def _train(config: RewardConfig, base: Base, run: Run, workers: Workers) -> dict
         "class_balance": balance,
         "counts": counts,
         "tokens": tokens,
-        "trainable_parameters": sum(p.numel() for p in adapter.trainable()),
+        "trainable_parameters": sum(p.numel() for adapter in adapters for p in adapter.trainable()),
         "tuning": config.tuning,
-    }
+    } | ({"members": config.members} if config.members > 1 else {})
     run.finish(result)
     return workers.once(run.result)
 
@@ -204,66 +208,90 @@ def _validation(held_out: loop.Encoded[Item], config: RewardConfig, model: Model
     return items, laid_out(items, config, model)
 
 
+def names_of(config: RewardConfig) -> list[str]:
+    """Of the members' adapters."""
+    return [f"reward_{number}" for number in range(config.members)]
+
+
 def laid_out(items: Sequence[Item], config: RewardConfig, model: Model) -> list[Batch]:
     """The items in micro-batches."""
     packing = model.packing(config.packing)
-    return batches([item.sequences for item in items], config.microbatch_tokens, packing, model.device)
+    at_once = config.microbatch_tokens // len(passes(model, names_of(config), packing)[0])
+    return batches([item.sequences for item in items], max(1, at_once), packing, model.device)
 
 
 def evaluate_items(
-    model: Model, items: Sequence[Item], laid_out: Sequence[Batch], workers: Workers = ALONE
+    model: Model, items: Sequence[Item], laid_out: Sequence[Batch], config: RewardConfig, workers: Workers = ALONE
 ) -> dict[str, float]:
-    """Loss and accuracy of held-out items: AUC and balanced accuracy for ratings, pairwise accuracy for comparisons."""
-    scored = list(zip(score_batches(model, laid_out, NAME, workers=workers), items, strict=True))
-    compared = [scores for scores, item in scored if item.label is None]
-    values = [scores[0] for scores, item in scored if item.label is not None]
-    labels = [item.label for item in items if item.label is not None]
-    measured: dict[str, float] = {}
-    losses: list[float] = []
-    if labels:
-        measured["accuracy"] = metrics.accuracy(values, labels)
-        losses.append(metrics.log_loss(values, labels))
-        if len(set(labels)) == 2:
-            measured["balanced_accuracy"] = metrics.balanced_accuracy(values, labels)
-            measured["auc"] = metrics.auc(values, labels)
-    if compared:
-        chosen, rejected = [scores[0] for scores in compared], [scores[1] for scores in compared]
-        measured["pairwise_accuracy"] = metrics.pairwise_accuracy(chosen, rejected)
-        losses.append(float(np.logaddexp(0, np.array(rejected) - np.array(chosen)).mean()))
-    return workers.once(lambda: measured | {"loss": sum(losses)})
+    """Loss and accuracy of held-out items: AUC and balanced accuracy for ratings, pairwise accuracy for comparisons.
 
-
-def _start(model: Model, encoder: Encoder, config: RewardConfig, train: loop.Encoded[Item]) -> Adapter:
-    """The reward adapter, from an earlier reward run with its head, or from the SFT adapter or the base.
-
-    Where it is new, its bias is the log-odds of the (weighted) ratings.
+    They are of the members' mean score; beside them stand `member_...`, the mean of what each reaches alone.
     """
+    groups = passes(model, names_of(config), model.packing(config.packing))
+    tables = score_members(model, laid_out, groups, workers=workers)
+    each = [_measured(scores, items) for scores in tables]
+    if len(tables) == 1:
+        return workers.once(lambda: each[0])
+    measured = _measured(mean_scores(tables), items)
+    return workers.once(
+        lambda: measured | {f"member_{key}": float(np.mean([one[key] for one in each])) for key in measured}
+    )
+
+
+def _measured(scores: Sequence[Sequence[float]], items: Sequence[Item]) -> dict[str, float]:
+    rated = [(values[0], item.label) for values, item in zip(scores, items, strict=True) if item.label is not None]
+    compared = [values for values, item in zip(scores, items, strict=True) if item.label is None]
+    return metrics.of_scores([score for score, _ in rated], [label for _, label in rated], compared)
+
+
+def _start(model: Model, encoder: Encoder, config: RewardConfig, train: loop.Encoded[Item]) -> list[Adapter]:
+    """The members' adapters, from an earlier reward run with its heads, or from the SFT adapter or the base.
+
+    Where they are new, their bias is the log-odds of the (weighted) ratings.
+    """
+    names = names_of(config)
     if config.start is not None:
-        return new_adapter(model, NAME, "reward", config, start=load_start(model, config, encoder, "reward"))
+        starts = load_starts(model, config, encoder)
+        pairs = zip(names, starts, strict=True)
+        return [new_adapter(model, name, "reward", config, start=start) for name, start in pairs]
     start = None
     if config.sft is not None:
         start = load_sft(model, config.sft, encoder)
-    adapter = new_adapter(model, NAME, "reward", config, start=start)
+    adapters = [new_adapter(model, name, "reward", config, start=start) for name in names]
     weight = label_weights(train.records)
     if any(weight.values()) and config.class_weight == "none":
-        assert adapter.bias is not None
-        adapter.bias.data.fill_(float(np.log(weight[True] / weight[False])))
-    return adapter
+        for adapter in adapters:
+            assert adapter.bias is not None
+            adapter.bias.data.fill_(float(np.log(weight[True] / weight[False])))
+    return adapters
+
+
+def member_weight(config: RewardConfig, member: int, item: Item) -> float:
+    """How a member weighs a record: as it is, or of several members, times a draw from Exp(1) for each of its groups.
+
+    Members that see the same records in the same updates would hardly differ where a record says little; so weighted
+    they are draws from what the records leave open (the Bayesian bootstrap: Rubin 1981).
+    """
+    if config.members == 1:
+        return item.weight
+    return item.weight * order.exponential(config.seed, "member", member, item.group)
 
 
 @torch.no_grad()
 def _start_head(
     run: Run,
     model: Model,
-    adapter: Adapter,
+    adapters: Sequence[Adapter],
     train: loop.Encoded[Item],
     weight: dict[bool, float],
     shares: Shares,
     config: RewardConfig,
     workers: Workers = ALONE,
 ) -> None:
-    """Fits the head (and its constant bias) on the states before the first update: `linear_probe`."""
-    assert adapter.score_head is not None and adapter.bias is not None
+    """Fits each head (and its constant bias) on the states before the first update: `linear_probe`.
+
+    Members' states are the same then: each adapter leaves the network as it is, or as the SFT run left it.
+    """
     numbers = order.whole_groups([record.group for record in train.records], config.probe_examples, config.seed)
     items = [train[i] for i in numbers]
     microbatches = own_of(laid_out(items, config, model), workers)
@@ -275,25 +303,27 @@ def _start_head(
     starts = np.cumsum([len(item.sequences) for item in items])[:-1]
     states = np.split(workers.sum(whole).numpy(), starts)
     labels = [item.label for item in items]
-    weights = [
-        item.weight
-        * (
-            config.comparison_weight / shares.comparisons
-            if item.label is None
-            else config.rating_weight / shares.ratings * weight[item.label]
-        )
-        for item in items
-    ]
-    probe = linear_probe.fit(states, labels, [item.group for item in items], weights)
-    adapter.score_head.copy_(torch.from_numpy(probe.weight)[None])
-    adapter.bias.fill_(probe.bias)
-    workers.spread([adapter.score_head, adapter.bias])  # a fit needn't have the same bits on machines of two kinds
+    for member, adapter in enumerate(adapters):
+        assert adapter.score_head is not None and adapter.bias is not None
+        weights = [
+            member_weight(config, member, item)
+            * (
+                config.comparison_weight / shares.comparisons
+                if item.label is None
+                else config.rating_weight / shares.ratings * weight[item.label]
+            )
+            for item in items
+        ]
+        probe = linear_probe.fit(states, labels, [item.group for item in items], weights)
+        adapter.score_head.copy_(torch.from_numpy(probe.weight)[None])
+        adapter.bias.fill_(probe.bias)
+        workers.spread([adapter.score_head, adapter.bias])  # a fit needn't have the same bits on machines of two kinds
 
 
 def _update(
     model: Model,
-    adapter: Adapter,
-    optimizer: torch.optim.AdamW,
+    adapters: Sequence[Adapter],
+    optimizers: dict[str, torch.optim.AdamW],
     items: Sequence[Item],
     class_weight: dict[bool, float],
     shares: Shares,
@@ -302,61 +332,90 @@ def _update(
     config: RewardConfig,
     workers: Workers = ALONE,
 ) -> dict[str, float]:
-    """One optimiser step on `items`, in micro-batches of all workers whose losses add up to the update's.
-
-    Divisors are what an update of this size has of a kind on average. Its own numbers would weigh the one rating among
-    sixteen records like the fifteen comparisons, and nothing where there is none: more the smaller the update is.
+    """One optimiser step of each member on `items`, in micro-batches of all workers whose losses add up.
+    What is told is the members' mean.
     """
     began = time.perf_counter()
     key, dropout = loop.seed_dropout(config.seed, step, workers), config.adapter.dropout > 0
-    compared, rated = len(items) * shares.comparisons, len(items) * shares.ratings
     sums = {"loss": 0.0, "right": 0.0, "count": 0.0, "tokens": 0.0}
     examples, packing = [item.sequences for item in items], model.packing(config.packing)
-    for batch in own_batches(examples, config.microbatch_tokens, packing, model.device, workers):
-        scores = model.scores(batch, NAME, dropout=dropout, dropout_key=key)
-        members = [(items[i], at) for i, at in zip(batch.examples, batch.first, strict=True)]
-        pairs = [(item, at) for item, at in members if item.label is None]
-        ratings = [(item, at, item.label) for item, at in members if item.label is not None]
-        loss = scores[:0].sum()  # 0, with a gradient: a batch may be empty (`shares.own_batches`)
-        if pairs:
-            part, counted = bradley_terry(
-                scores[[at for _, at in pairs]],
-                scores[[at + 1 for _, at in pairs]],
-                weights=_floats([item.weight for item, _ in pairs], scores),
-                margins=_floats([config.margin * item.margin for item, _ in pairs], scores),
-                label_smoothing=config.label_smoothing,
-                divisor=compared,
-            )
-            loss = loss + config.comparison_weight * part
-            _add(sums, counted)
-        if ratings:
-            part, counted = rating_cross_entropy(
-                scores[[at for _, at, _ in ratings]],
-                torch.tensor([label for _, _, label in ratings], device=model.device),
-                weights=_floats([item.weight * class_weight[label] for item, _, label in ratings], scores),
-                label_smoothing=config.label_smoothing,
-                divisor=rated,
-            )
-            loss = loss + config.rating_weight * part
-            _add(sums, counted)
-        loss.backward()
-        sums["loss"] += loss.item()
+    groups = passes(model, [adapter.name for adapter in adapters], packing)
+    at_once = max(1, config.microbatch_tokens // len(groups[0]))
+    for batch in own_batches(examples, at_once, packing, model.device, workers):
+        numbers = iter(range(len(adapters)))
+        for names in groups:
+            if len(names) == 1:
+                scores = model.scores(batch, names[0], dropout=dropout, dropout_key=key)[None]
+            else:
+                scores = member_scores(model, batch, names)
+            loss = torch.stack(
+                [_loss(row, batch, items, next(numbers), class_weight, shares, config, sums) for row in scores]
+            ).sum()
+            loss.backward()
+            sums["loss"] += loss.item()
         sums["tokens"] += batch.tokens
     sums = workers.numbers(sums)
-    workers.sum_gradients(adapter.trainable())
+    sums["loss"] /= len(adapters)
+    workers.sum_gradients([p for adapter in adapters for p in adapter.trainable()])
     loop.check_bounded("loss", sums["loss"], step, loop.LOSS_LIMIT)
     learning_rate = optim.learning_rate_at(step, total, config.learning_rate, config.optim)
-    norm = loop.optimiser_step(optimizer, adapter, learning_rate, config.optim.max_grad_norm)
+    limit = config.optim.max_grad_norm
+    norms = [loop.optimiser_step(optimizers[a.name], a, learning_rate, limit) for a in adapters]
     return {
         "loss": sums["loss"],
         "accuracy": sums["right"] / sums["count"],
         "learning_rate": learning_rate,
-        "grad_norm": norm,
+        "grad_norm": sum(norms) / len(norms),
         "tokens": sums["tokens"],
         "examples": len(items),
         "groups": len({item.group for item in items}),
         "tokens_per_second": sums["tokens"] / (time.perf_counter() - began),
     }
+
+
+def _loss(
+    scores: torch.Tensor,
+    batch: Batch,
+    items: Sequence[Item],
+    member: int,
+    class_weight: dict[bool, float],
+    shares: Shares,
+    config: RewardConfig,
+    sums: dict[str, float],
+) -> torch.Tensor:
+    """A member's loss of a micro-batch, from its scores [batch]; what is counted goes into `sums`.
+
+    Divisors are what an update of this size has of a kind on average. Its own numbers would weigh the one rating among
+    sixteen records like the fifteen comparisons, and nothing where there is none: more the smaller the update is.
+    """
+    compared, rated = len(items) * shares.comparisons, len(items) * shares.ratings
+    known = [(items[i], at) for i, at in zip(batch.examples, batch.first, strict=True)]
+    pairs = [(item, at) for item, at in known if item.label is None]
+    ratings = [(item, at, item.label) for item, at in known if item.label is not None]
+    loss = scores[:0].sum()  # 0, with a gradient: a batch may be empty (`shares.own_batches`)
+    if pairs:
+        part, counted = bradley_terry(
+            scores[[at for _, at in pairs]],
+            scores[[at + 1 for _, at in pairs]],
+            weights=_floats([member_weight(config, member, item) for item, _ in pairs], scores),
+            margins=_floats([config.margin * item.margin for item, _ in pairs], scores),
+            label_smoothing=config.label_smoothing,
+            divisor=compared,
+        )
+        loss = loss + config.comparison_weight * part
+        _add(sums, counted)
+    if ratings:
+        weights = [member_weight(config, member, item) * class_weight[label] for item, _, label in ratings]
+        part, counted = rating_cross_entropy(
+            scores[[at for _, at, _ in ratings]],
+            torch.tensor([label for _, _, label in ratings], device=scores.device),
+            weights=_floats(weights, scores),
+            label_smoothing=config.label_smoothing,
+            divisor=rated,
+        )
+        loss = loss + config.rating_weight * part
+        _add(sums, counted)
+    return loss
 
 
 def _validate(
@@ -369,7 +428,7 @@ def _validate(
 ) -> dict[str, float]:
     """Offers the weights of `step` to the keeper; the metrics of held-out items, as metrics.jsonl has them."""
     began = time.perf_counter()
-    measured = evaluate_items(model, *validation, workers)
+    measured = evaluate_items(model, *validation, config, workers)
     keeper.offer(step, _quality(measured, config), measured)
     return loop.validated(measured, began)
 

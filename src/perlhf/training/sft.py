@@ -91,7 +91,7 @@ def _train(config: SftConfig, base: Base, run: Run, workers: Workers) -> dict[st
             loop.stop_if_asked(asked, step, plan.total)
     if step % config.validate_every:  # the end, of which checkpoints know nothing (`loop.check_goes_on`)
         run.amend(step, _validate(keeper, step, model, validation(), workers))
-    loop.restore_best(run.path, step, keeper, adapter, workers)
+    loop.restore_best(run.path, step, keeper, [adapter], workers)
     if run.writes:
         saved.save_adapter(model, NAME, run.path / "adapter", encoder)
     result = {

@@ -334,7 +334,7 @@ class TestSaved:
             assert digest(other, "sft") == saved_digest
             learn(other, again["sft"], 2)
             assert digest(other, "sft") == digest(model, "sft")
-            loop.restore_best(run.path, 9, best, other.adapters["sft"])
+            loop.restore_best(run.path, 9, best, [other.adapters["sft"]])
             assert digest(other, "sft") == best_digest
 
     def test_a_checkpoint_before_any_validation(self, model: Model, tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ class TestSaved:
     def test_no_best_yet(self, model: Model, tmp_path: Path) -> None:
         adapter = model.add_adapter("sft", "sft", rank=2)
         before = digest(model, "sft")
-        loop.restore_best(tmp_path, 9, Keeper(), adapter)
+        loop.restore_best(tmp_path, 9, Keeper(), [adapter])
         assert digest(model, "sft") == before
 
 
@@ -442,7 +442,7 @@ class TestRewardItems:
         # 4.5 in all, 3.5 up and 1 down: 4.5 / (2 * 3.5) and 4.5 / (2 * 1)
         balanced = {True: pytest.approx(9 / 14), False: pytest.approx(9 / 4)}
         assert reward_stage.class_weights(items, "balanced") == (balanced, balance)
-        adapter = reward_stage._start(model, open_encoder(tiny_base), RewardConfig(), items)
+        (adapter,) = reward_stage._start(model, open_encoder(tiny_base), RewardConfig(), items)
         assert adapter.bias is not None and adapter.bias.item() == pytest.approx(math.log(3.5))
 
     def test_the_probe_weighs_kinds_as_training_does(
@@ -452,13 +452,13 @@ class TestRewardItems:
         encoder, seen = open_encoder(tiny_base), list[Any]()
         items, _ = reward_stage.encode_items(encoder, self.RECORDS)
         config = RewardConfig(head_start="probe")
-        adapter = reward_stage._start(model, encoder, config, items)
+        (adapter,) = reward_stage._start(model, encoder, config, items)
         found = linear_probe.Probe(np.zeros(64), 0.0, 1.0, 0.5)
         monkeypatch.setattr(linear_probe, "fit", lambda *given: (seen.extend(given[3]), found)[1])
         bar = SimpleNamespace(advance=lambda: None)
         run: Any = SimpleNamespace(progress=lambda *_: contextlib.nullcontext(bar))
         shares, equal = reward_stage.Shares.of(items.records), {True: 1.0, False: 1.0}
-        reward_stage._start_head(run, model, adapter, items, equal, shares, config)
+        reward_stage._start_head(run, model, [adapter], items, equal, shares, config)
         assert sorted(seen) == pytest.approx([2 / 3, 4 / 3, 4 / 3, 8])
 
     def test_ratings_of_one_label_without_weight_are_refused(self, tiny_base: Path) -> None:
@@ -482,7 +482,7 @@ class TestRewardItems:
         paid = start = 0.0
         for size in sizes:
             part = [items[i] for i in range(int(start), int(start) + size)]
-            given: Any = model, adapter, None, part, {True: 1.0, False: 1.0}, shares, 1, 9, config
+            given: Any = model, [adapter], {adapter.name: None}, part, {True: 1.0, False: 1.0}, shares, 1, 9, config
             paid, start = paid + size / 32 * reward_stage._update(*given)["loss"], start + size
         assert paid == pytest.approx(math.log(2))
 
@@ -497,7 +497,7 @@ class TestRewardItems:
         encoder = open_encoder(tiny_base)
         items, _ = reward_stage.encode_items(encoder, self.RECORDS)
         config = RewardConfig(class_weight=how)  # pyright: ignore[reportArgumentType]
-        adapter = reward_stage._start(model, encoder, config, items)
+        (adapter,) = reward_stage._start(model, encoder, config, items)
         assert adapter.bias is not None and adapter.bias.item() == pytest.approx(bias)
         assert not adapter.bias.requires_grad
         scores = score_batches(model, reward_stage.laid_out(items, config, model), reward_stage.NAME)

@@ -5,7 +5,7 @@
     run/round-0001/answers/            what the policy and the start answered
                    questions/          what was asked, and by what it was chosen
                    labels/             all labels so far, as `perlhf label export` writes them: what is learned from
-                   reward-0 .. K-1/    runs of `perlhf reward`, each trained on from the last round's
+                   reward/             a run of `perlhf reward` with K members, trained on from the last round's
                    policy/             a run of `perlhf policy`, trained on from the last round's
                    evaluation/         `evaluation.json` beside the start, and scores of held-out pairs
     run/loop.json, loop.html           what the rounds have shown
@@ -133,14 +133,11 @@ def _round(this: Round) -> None:
     _step(this, "questions", places.questions, lambda: _questions(this))
     this.store.add(asked.question for asked in places.asked(LEARN, MEASURE))
     _step(this, "labels", places.records, lambda: _labels(this))
-    for member in range(config.reward.members):
-        run = places.reward(member)
-        start = None if this.before is None else this.before.reward(member)
-        stage = config.reward_stage(run, places.records, start, _seed(config, "reward", member, this.number))
-        _step(this, f"reward-{member}", run / RESULT, lambda stage=stage: train_reward(stage))
+    start = None if this.before is None else this.before.reward
+    reward = config.reward_stage(places.reward, places.records, start, _seed(config, "reward"))
+    _step(this, "reward", places.reward / RESULT, lambda: train_reward(reward))
     start = None if this.before is None else this.before.policy
-    rewards = tuple(str(places.reward(member)) for member in range(config.reward.members))
-    policy = config.policy_stage(places.policy, rewards, start, _seed(config, "policy", this.number))
+    policy = config.policy_stage(places.policy, places.reward, start, _seed(config, "policy", this.number))
     _step(this, "policy", places.policy / RESULT, lambda: train_policy(policy))
     _step(this, "evaluation", places.scores, lambda: _evaluation(this))
     this.store.add(asked.question for asked in places.asked(DUEL))
@@ -193,8 +190,7 @@ def _questions(this: Round) -> None:
     prompts, pairs = _pairs(places.answers)
     worth = {"disagreement": None, "information": None}
     if this.before is not None and config.reward.members > 1 and config.order != "random":
-        runs = [this.before.reward(member) for member in range(config.reward.members)]
-        scores = network.score_pairs(config, runs, pairs)
+        scores = network.score_pairs(config, [this.before.reward], pairs)
         worth = {"disagreement": disagreement(scores), "information": information(scores)}
     key = config.seed, "round", this.number
     chosen = choose(prompts, worth.get(config.order), config.order, config.labels_per_round, config.random_share, *key)
@@ -273,8 +269,7 @@ def _evaluation(this: Round) -> None:
     duels = [Pair(row["prompt"], row["before"], row["after"], row["group"]) for row in samples]
     held_out = [one.question for one in Places(config, 1).asked(MEASURE)]
     pairs = [Pair(one.prompt, str(one.answers[0]), str(one.answers[1]), one.group) for one in held_out]
-    runs = [places.reward(member) for member in range(config.reward.members)]
-    scores = network.score_pairs(config, runs, [*pairs, *duels])
+    scores = network.score_pairs(config, [places.reward], [*pairs, *duels])
     asked = [
         one
         for at, duel in enumerate(duels)

@@ -10,13 +10,14 @@ import torch
 from perlhf.config.loop import LoopConfig
 from perlhf.data.order import keyed_seed
 from perlhf.data.records import Prompt, Rating, Text, text_of
-from perlhf.evaluation.reward import score_records
+from perlhf.evaluation.reward import score_by_members
 from perlhf.evaluation.shared import Sampling, progress
 from perlhf.labelling.rounds.order import Floats
 from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import load_earlier, load_sft, open_model, with_day
+from perlhf.runs.earlier import adapters_of
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,13 @@ def sample_answers(
 
 
 def score_pairs(config: LoopConfig, runs: Sequence[Path], pairs: Sequence[Pair]) -> Floats:
-    """Scores [members, pairs, 2] of both answers by each reward run; nan of pairs of which one answer is empty.
+    """Scores [members, pairs, 2] of both answers by each member of the reward runs; nan of pairs of which one answer is
+    empty.
 
     An answer that is in several pairs is scored once.
     """
-    scores = np.full((len(runs), len(pairs), 2), np.nan)
+    members = [directory for run in runs for directory in adapters_of(run) or [run]]
+    scores = np.full((len(members), len(pairs), 2), np.nan)
     whole = [at for at, pair in enumerate(pairs) if pair.first.strip() and pair.second.strip()]
     if not whole:
         return scores
@@ -78,10 +81,10 @@ def score_pairs(config: LoopConfig, runs: Sequence[Path], pairs: Sequence[Pair])
                 records.append(Rating(pair.prompt, answer, True, pair.group))  # judged by nobody yet
             places[row, side] = numbers[key]
     model, encoder = _opened(config)
+    names = [load_earlier(model, at, f"reward_{n}", encoder, "reward").name for n, at in enumerate(members)]
     budget = config.stage().microbatch_tokens
-    for member, run in enumerate(runs):
-        name = load_earlier(model, run, f"reward_{member}", encoder, "reward").name
-        scored, _ = score_records(model, encoder, records, name, budget, model.packing("auto"))
+    tables, _ = score_by_members(model, encoder, records, names, budget, model.packing("auto"))
+    for member, scored in enumerate(tables):
         flat = np.array([np.nan if values is None else values[0] for values in scored])
         scores[member, whole] = flat[places]
     return scores

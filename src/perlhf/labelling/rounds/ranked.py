@@ -8,7 +8,8 @@ import numpy as np
 
 from perlhf.config.labelling import ProjectConfig
 from perlhf.data.records import Comparison, text_of
-from perlhf.evaluation.reward import score_records
+from perlhf.errors import ConfigError
+from perlhf.evaluation.reward import score_by_members
 from perlhf.labelling.questions import Question, uniform
 from perlhf.labelling.rounds.order import Floats, disagreement, information
 from perlhf.model.open import read_run
@@ -20,10 +21,14 @@ def ranked(project: ProjectConfig, questions: Sequence[Question]) -> list[Questi
     Hidden tests, and questions of which an answer is empty or too long for a model, keep their random places.
 
     Raises:
-        RunError: no finished reward run; ModelError, AdapterError: as it says when it is opened.
+        RunError: no finished reward run; ConfigError: a single reward model; ModelError, AdapterError: as one says when
+            it is opened.
     """
     rules = project.questions
-    scores = np.stack([_scores(Path(run), questions) for run in rules.rewards])
+    scores = np.concatenate([_scores(Path(run), questions) for run in rules.rewards])
+    if len(scores) < 2:
+        allowed = "two or more reward runs, or one of several members"
+        raise ConfigError("one reward model has nobody to disagree with", where="questions.rewards", allowed=allowed)
     worth = disagreement(scores) if rules.order == "disagreement" else information(scores)
     best = sorted((at for at in range(len(questions)) if not np.isnan(worth[at])), key=lambda at: -worth[at])
     found = list(questions)
@@ -34,7 +39,7 @@ def ranked(project: ProjectConfig, questions: Sequence[Question]) -> list[Questi
 
 
 def _scores(run: Path, questions: Sequence[Question]) -> Floats:
-    """Of both answers: [questions, 2]; nan where there is none."""
+    """Of both answers by each member: [members, questions, 2]; nan where there is none."""
     opened = read_run(run, ("reward",))
     model, encoder = opened.open("auto")
     whole = [at for at, one in enumerate(questions) if all(text_of(answer).strip() for answer in one.answers)]
@@ -43,9 +48,10 @@ def _scores(run: Path, questions: Sequence[Question]) -> Floats:
         for one in (questions[at] for at in whole)
     ]
     budget, packing = opened.config.microbatch_tokens, model.packing(opened.config.packing)
-    scored, _ = score_records(model, encoder, records, opened.stage, budget, packing)
-    scores = np.full((len(questions), 2), np.nan)
-    for at, values in zip(whole, scored, strict=True):
-        if values is not None:
-            scores[at] = values
+    tables, _ = score_by_members(model, encoder, records, tuple(opened.members), budget, packing)
+    scores = np.full((len(tables), len(questions), 2), np.nan)
+    for member, scored in enumerate(tables):
+        for at, values in zip(whole, scored, strict=True):
+            if values is not None:
+                scores[member, at] = values
     return scores

@@ -97,9 +97,10 @@ class Places:
         """How long its steps took."""
         return self.directory / "seconds.json"
 
-    def reward(self, member: int) -> Path:
-        """The run of one reward adapter."""
-        return self.directory / f"reward-{member}"
+    @property
+    def reward(self) -> Path:
+        """The run of the reward adapters."""
+        return self.directory / "reward"
 
     def seconds_so_far(self) -> dict[str, Any]:
         """Of the steps that are done."""

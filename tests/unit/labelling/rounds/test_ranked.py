@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from tiny_runs import TinyRuns, tiny_runs
 
 from perlhf.config.labelling import ProjectConfig, QuestionsConfig
-from perlhf.errors import RunError
+from perlhf.errors import ConfigError, RunError
 from perlhf.labelling.questions import questions
 from perlhf.labelling.rounds import ranked as module
 from perlhf.labelling.rounds.ranked import ranked
@@ -31,7 +31,7 @@ def project(runs: TinyRuns, share: float, **changed: Any) -> ProjectConfig:
 def test_the_best_come_first_and_the_random_share_keeps_its_place(runs: TinyRuns, monkeypatch) -> None:
     asked = questions(project(runs, 0.0))
     # Members that prefer the first answer of question i with scores (i, -i): information grows with i.
-    each = [np.stack([[sign * at, 0.0] for at in range(len(asked))]) for sign in (1.0, -1.0)]
+    each = [np.stack([[sign * at, 0.0] for at in range(len(asked))])[None] for sign in (1.0, -1.0)]
     given = iter(each * 2)
     monkeypatch.setattr(module, "_scores", lambda run, questions: next(given))
     found = ranked(project(runs, 0.0), asked)
@@ -44,14 +44,16 @@ def test_the_best_come_first_and_the_random_share_keeps_its_place(runs: TinyRuns
 
 def test_reward_runs_score_both_answers(runs: TinyRuns) -> None:
     asked = questions(project(runs, 0.0))
-    scores = module._scores(runs.reward, [replace(asked[0], answers=("x", " ")), *asked[1:]])
+    (scores,) = module._scores(runs.reward, [replace(asked[0], answers=("x", " ")), *asked[1:]])
     assert np.isnan(scores[0]).all() and np.isfinite(scores[1:]).all() and scores.shape == (len(asked), 2)
     with pytest.raises(RunError, match="holds a run of stage sft"):
         module._scores(runs.sft, asked)
 
 
-def test_an_order_needs_two_runs_and_runs_an_order(runs: TinyRuns) -> None:
-    for changed in ({"rewards": ("one",)}, {"order": "random"}):
+def test_an_order_needs_two_members_and_runs_an_order(runs: TinyRuns) -> None:
+    with pytest.raises(ConfigError, match="one reward model has nobody to disagree with"):
+        ranked(project(runs, 0.0, rewards=(str(runs.reward),)), questions(project(runs, 0.0)))
+    for changed in ({"rewards": ()}, {"order": "random"}):
         with pytest.raises(ValidationError, match="rewards"):
             project(runs, 0.0, **changed)
     rules = json.loads(project(runs, 0.0).questions.model_dump_json())
