@@ -53,39 +53,43 @@ def foretell(config: LoopConfig) -> list[tuple[str, str]]:
     return rows
 
 
-def passes_forward(config: LoopConfig, letters: float) -> float:
+def passes_forward(config: LoopConfig, letters: float, layers: int) -> float:
     """Tokens of all rounds, each counted as passes forward of a token.
 
     Args:
         letters: of a prompt, on average.
+        layers: of the network; what lies below those that members adapt is computed once for all of them.
     """
     prompt, answer = letters / LETTERS_A_TOKEN + TEMPLATE_TOKENS, 0.6 * config.policy.max_completion_tokens
     pair = prompt + 2 * answer
-    reward, policy, members = config.reward, config.policy, config.reward.members
+    reward, policy, adapted = config.reward, config.policy, config.reward.adapter.layers
+    own = 1.0 if adapted == "all" else min(1.0, int(adapted.removeprefix("last:")) / layers)
+    scored, learning = (1 - own + times * own * reward.members for times in (1, LEARNED))
     of_answers = config.prompts_per_round * (prompt + SAMPLED * answer * config.answers_per_prompt)
-    candidates = config.prompts_per_round * (prompt + answer * config.answers_per_prompt) * members
-    learned = config.rounds * (config.rounds + 1) / 2 * config.labels_per_round * reward.epochs * members
+    candidates = config.prompts_per_round * (prompt + answer * config.answers_per_prompt) * scored
+    learned = config.rounds * (config.rounds + 1) / 2 * config.labels_per_round * reward.epochs * learning
     completions = policy.prompts_per_update * policy.completions_per_prompt
-    update = policy.prompts_per_update * prompt * (LEARNED + 2 + members) + completions * answer * (
-        SAMPLED + LEARNED + 1 + members
+    update = policy.prompts_per_update * prompt * (LEARNED + 2 + scored) + completions * answer * (
+        SAMPLED + LEARNED + 1 + scored
     )
-    held_out = (config.held_out_labels + config.duels) * pair * members + 2 * config.duels * (prompt + SAMPLED * answer)
-    validated = 6 * policy.validation_prompts * (prompt + (SAMPLED + 1 + members) * answer)
+    held_out = (config.held_out_labels + config.duels) * pair * scored + 2 * config.duels * (prompt + SAMPLED * answer)
+    validated = 6 * policy.validation_prompts * (prompt + (SAMPLED + 1 + scored) * answer)
     first = MORE * config.held_out_labels * (prompt + 2 * SAMPLED * answer)
     each = of_answers + candidates + policy.updates * update + held_out + validated
-    return first + learned * LEARNED * pair + config.rounds * each
+    return first + learned * pair + config.rounds * each
 
 
 def _seconds(config: LoopConfig, letters: float) -> float:
     """By the speed of one product of matrices, measured now, and two operations a weight and token."""
-    weights = without_weights(config.base).num_parameters()
+    network = without_weights(config.base)
+    weights, layers = network.num_parameters(), int(network.config.get_text_config().num_hidden_layers)
     square, times = torch.randn(MEASURED_SIDE, MEASURED_SIDE), list[float]()
     for _ in range(6):
         began = time.perf_counter()
         torch.mm(square, square)
         times.append(time.perf_counter() - began)
     speed = 2 * MEASURED_SIDE**3 / min(times)
-    return 2 * weights * passes_forward(config, letters) / (speed * SHARE_OF_PEAK)
+    return 2 * weights * passes_forward(config, letters, layers) / (speed * SHARE_OF_PEAK)
 
 
 def _computed(places: Places) -> float:
