@@ -57,8 +57,14 @@ def _beside(run: Path) -> Iterator[None]:
         while not (run / "metrics.jsonl").exists():
             assert training.poll() is None
             time.sleep(0.1)
+        before = _updates(run)
         yield
+        print(json.dumps({"updates_beside": _updates(run) - before}))
         assert training.poll() is None, "it ended before the measurement did"
+
+
+def _updates(run: Path) -> int:
+    return sum('"loss"' in line for line in (run / "metrics.jsonl").read_text().splitlines())
 
 
 @contextlib.contextmanager

@@ -1,16 +1,74 @@
 """Somebody at a page of ours, and what shuts people out there."""
 
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import BrowserContext, Page
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
-AXE = Path(__file__).resolve().parents[2] / "build" / "browser" / "node_modules" / "axe-core" / "axe.min.js"
+REPOSITORY = Path(__file__).resolve().parents[2]
+_QUIET = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")
+AXE = REPOSITORY / "build" / "browser" / "node_modules" / "axe-core" / "axe.min.js"
 SCREENS: dict[str, dict[str, Any]] = {
     "wide": {"viewport": {"width": 1280, "height": 800}},
     "dark": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "dark"},
     "phone": {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True},
 }
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A real one: `PERLHF_CHROMIUM`, else the system's."""
+    found = os.environ.get("PERLHF_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    assert found, "no Chromium: `make test-browser` installs Debian's"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=[*_QUIET, "--disable-component-update"])
+        yield started
+        started.close()
+
+
+@dataclass
+class Command:
+    """`perlhf label`, or a loop with its page, in a process of its own."""
+
+    process: subprocess.Popen[str]
+    address: str
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rstrip("/").rpartition(":")[2])
+
+    def stop(self, number: int = signal.SIGINT) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+@contextmanager
+def opened(*words: str) -> Iterator[Command]:
+    """A command of perlhf, once it has said at which address its page is."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "perlhf", *words], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if found := re.match(r"http://\S+", line):
+                yield Command(process, found.group())
+                break
+        else:
+            raise AssertionError(f"ended with {process.wait()}")
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
 
 
 def enter(context: BrowserContext, address: str, name: str) -> Page:
