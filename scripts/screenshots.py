@@ -64,7 +64,10 @@ def main() -> None:
         (place / "loop.html").write_bytes(loop.render(read_json(options.loop / "loop.json"), "Coffee bar"))
         page = screen(browser, 960, 820)
         page.goto((place / "loop.html").as_uri())
-        page.locator("section").screenshot(path=options.output / "loop.png")
+        box = page.locator("section").bounding_box()
+        assert box is not None
+        around = {"x": box["x"] - 16, "y": box["y"] - 16, "width": box["width"] + 32, "height": box["height"] + 32}
+        page.screenshot(path=options.output / "loop.png", full_page=True, clip=around)
 
 
 def screen(browser: Browser, width: int, height: int, **more: Any) -> Page:
