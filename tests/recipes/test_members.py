@@ -107,7 +107,7 @@ def test_a_policy_is_paid_as_if_each_member_were_named(run, stage):
     assert [lasting(line) for line in metrics(whole)] == [lasting(line) for line in metrics(apart)]
     assert all(line["disagreement"] > 0 for line in metrics(whole))
     done = main(["report", str(run), str(whole), "--output", str(whole.parent / "report.html")])
-    assert done == 0
+    assert done == 0 and ">Members<" in (whole.parent / "report.html").read_text()
 
 
 def test_a_weight_is_that_of_the_members_mean(run, other_reward_run, tiny_base):
@@ -128,7 +128,8 @@ def test_a_weight_is_that_of_the_members_mean(run, other_reward_run, tiny_base):
 
 
 def test_where_one_adapter_is_wanted_one_is_named(run, perlhf, stage, tmp_path):
-    for words in (["export", str(run), str(tmp_path / "out")], ["reward", "--sft", str(run)]):
+    export = ["export", str(run), str(tmp_path / "out")]
+    for words in (export, [*export, "--format", "merged"], ["reward", "--sft", str(run)]):
         done = perlhf(*words) if words[0] == "export" else stage("reward", *words[1:])[1]
         assert done.code == 2 and "holds a run of 3 members, and one adapter is wanted" in done.err, done.err
         assert str(run / "adapter" / "0") in done.err.replace("\n", "") and "perlhf average" in done.err

@@ -39,6 +39,7 @@ from perlhf.model.encoding.templates import on_day, templates_of
 from perlhf.model.merged import merged_network
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, Given, read_run
+from perlhf.runs.earlier import several_adapters
 from perlhf.system.files import directory_atomic, strict_json
 from perlhf.system.machine import cache_dir
 
@@ -62,12 +63,14 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """Writes `config.output`, whole or not at all, and returns what was written and measured.
 
     Raises:
-        RunError: no finished run.
+        RunError: no finished run, or one of several members.
         ConfigError: full tuning has no adapter to export, or the output is a directory that holds something else.
         AdapterError, ModelError, DataError: as the parts say.
         StorageError: it can't be written.
     """
     run = read_run(config.run, given=Given(config.base, config.data, accept_changes=config.accept_changes))
+    if (error := several_adapters(run.path)) is not None:
+        raise error
     _check_output(config)
     run.check(data=config.format == "merged" and config.data is None)
     details = _export_peft(run, config) if config.format == "peft" else _export_merged(run, config)

@@ -186,6 +186,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     facts = {
         "Data": ", ".join(str(path) for path in data.get("paths") or []),
         "Tuning": shape or ("all weights" if line.tuning == "full" else line.tuning),
+        "Members": (members := finite(run.result.get("members"))) and count(members),
         "Trainable parameters": line.trainable_parameters and count(line.trainable_parameters),
         "Updates": updates and count(updates) + (f" (kept: {count(best)})" if best is not None else ""),
         "Tokens": finite(run.result.get("tokens")) and count(finite(run.result.get("tokens"))),
