@@ -50,7 +50,7 @@ def setting(loop: Mapping[str, Any]) -> str:
     share = f"{loop['random_share']:.0%} of each round's at random"
     by = "all at random" if loop["order"] == "random" else f"by {loop['order']}, {share}"
     return (
-        f"Labels of {loop['labeller']}. Questions {by}; the first round's all at random. {loop['members']} reward "
+        f"Labels: {loop['labeller']}. Questions {by}; the first round's all at random. {loop['members']} reward "
         f"adapters. Accuracy on {count(loop['held_out_questions'])} held-out questions that nothing learned from; "
         f"policies on {count(loop['duels'])} held-out prompts, each beside the start's answer. 95 % intervals over "
         "groups. Disagreement: mean deviation of the members' preferences on held-out pairs. Tokens: mean length, the "
