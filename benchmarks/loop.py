@@ -114,7 +114,8 @@ def run(
     better = np.array([gold(pair.prompt, pair.first) > gold(pair.prompt, pair.second) for pair in unseen])
     judged = figures.Judged(better, [pair.group for pair in unseen])
     for number, labels in enumerate(sorted(arguments.labels)):
-        here = place / f"labels-{labels:04d}"
+        # The first round is the same for all arms.
+        here = (place if number else arguments.output / f"{ARMS[0]}-seed{config.seed}") / f"labels-{labels:04d}"
         measured = here / "correct.json"
         chosen = here / "asked.json"
         if not chosen.exists():
