@@ -50,19 +50,12 @@ DEMO: dict[str, Any] = {
 """What `--demo` stands for; a recipe and options override it."""
 
 
-class LoopAdapterConfig(AdapterConfig):
-    """A reward adapter of the loop."""
-
-    layers: Annotated[str, Field(pattern=r"^(all|last:[1-9][0-9]*)$")] = "last:4"
-    """`all` layers of the network, or `last:N`: what lies below the last N is computed once for all members."""
-
-
 class LoopRewardConfig(Frozen):
     """The ensemble of reward adapters on the base, trained on from the last round's, on all labels so far."""
 
     members: Positive = 4
     """Reward adapters, trained in one pass; `disagreement` and `information` are of two or more."""
-    adapter: LoopAdapterConfig = LoopAdapterConfig()
+    adapter: AdapterConfig = AdapterConfig()
     """Shape of each."""
     optim: OptimConfig = OptimConfig()
     """Optimiser."""

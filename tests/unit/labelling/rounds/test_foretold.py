@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from perlhf.config.loop import LoopAdapterConfig, LoopConfig, LoopPolicyConfig, LoopRewardConfig
+from perlhf.config.loop import LoopConfig, LoopPolicyConfig, LoopRewardConfig
+from perlhf.config.stages import AdapterConfig
 from perlhf.labelling.rounds.foretold import passes_forward
 
 
@@ -12,7 +13,7 @@ def test_tokens_of_one_round_by_hand() -> None:
     policy = LoopPolicyConfig(
         updates=1, prompts_per_update=1, completions_per_prompt=2, max_completion_tokens=10, validation_prompts=1
     )
-    reward = LoopRewardConfig(members=1, epochs=1, adapter=LoopAdapterConfig(layers="all"))
+    reward = LoopRewardConfig(members=1, epochs=1)
     sizes: dict[str, Any] = {
         "labels_per_round": 1,
         "prompts_per_round": 1,
@@ -31,7 +32,7 @@ def test_tokens_of_one_round_by_hand() -> None:
     by_hand = held_out_answers + answers + candidates + learned + update + evaluated + validated
     assert passes_forward(config, 40.0, 30) == pytest.approx(by_hand)
     # Two members in the last 3 of 30 layers: 0.9 + 2 * 0.1 = 1.1 passes to score, 0.9 + 3 * 2 * 0.1 = 1.5 to learn.
-    shared = LoopRewardConfig(members=2, epochs=1, adapter=LoopAdapterConfig(layers="last:3"))
+    shared = LoopRewardConfig(members=2, epochs=1, adapter=AdapterConfig(layers="last:3"))
     more = 0.1 * (candidates + (40 + 2 * 6) + (2 + 1) * 52 + 6 * 6) + (1.5 - 3) * 52
     found = passes_forward(config.model_copy(update={"reward": shared}), 40.0, 30)
     assert found == pytest.approx(by_hand + more)
