@@ -193,6 +193,7 @@ def _project(run: Path) -> Any:
         ({"order": "informaton"}, ("`order` can't be", "allowed: random, disagreement or information")),
         ({"labels_per_round": 99}, ("labels_per_round 99 exceeds prompts_per_round 8",)),
         ({"reward": {"members": 1}}, ("order: disagreement needs reward.members of 2 or more",)),
+        ({"reward": {"adapter": {"dropout": 0.1}}}, ("reward.adapter.dropout must be 0 with reward.members above 1",)),
         ({"sft": "nowhere"}, ("nowhere is no finished run",)),
         ({"data": {"paths": ["nowhere.jsonl"]}}, ("nowhere.jsonl",)),
         ({"data": {"test": 0.0}}, ("data.validation and data.test must be above 0",)),

@@ -187,6 +187,8 @@ class LoopConfig(Frozen):
             )
         if self.order != "random" and self.reward.members < 2:
             raise ValueError(f"order: {self.order} needs reward.members of 2 or more; one has nobody to disagree with")
+        if self.reward.adapter.dropout and self.reward.members > 1:
+            raise ValueError("reward.adapter.dropout must be 0 with reward.members above 1; leave one of them out")
         if self.policy.max_disagreement is not None and self.reward.members < 2:
             raise ValueError("policy.max_disagreement needs reward.members of 2 or more")
         if self.policy.adapter.dropout:

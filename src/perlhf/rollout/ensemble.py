@@ -57,11 +57,13 @@ def passes(model: Model, adapters: Sequence[str], packing: Packing) -> list[tupl
 
 def shares_trunk(model: Model, adapters: Sequence[str], packing: Packing) -> bool:
     """Whether one pass spares these adapters what lies below the first layer in which they differ, computed once."""
+    if len(adapters) < 2:
+        return False
     chains = _chains(model, adapters)
     first = members.first_layer(_own(model, chains))
     whole = any(model.adapters[name].weights for chain in chains for name in chain)
     below = packing == "tree" and first is not None and first[1] > 0
-    return len(adapters) > 1 and below and not whole and in_one_pass(model, _paths(model, adapters))
+    return below and not whole and in_one_pass(model, _paths(model, adapters))
 
 
 def in_one_pass(model: Model, paths: Sequence[str]) -> bool:
