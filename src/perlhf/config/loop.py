@@ -42,9 +42,8 @@ DEMO: dict[str, Any] = {
         "optim": {"learning_rate": 3e-4},
         "updates": 3,
         "prompts_per_update": 4,
-        "max_completion_tokens": 40,
+        "max_completion_tokens": 32,
         "validation_prompts": 2,
-        "bounded": True,
     },
 }
 """What `--demo` stands for; a recipe and options override it."""
@@ -246,7 +245,7 @@ class LoopConfig(Frozen):
             reward=(str(reward),),
             baseline="leave_one_out",
             keep="last",
-            centre_prompts=4 if self.policy.bounded and self.policy.combine == "mean" else 16,  # it says nothing there
+            centre_prompts=16,
             validate_every=self.policy.updates,
             **self.policy.model_dump(),
             **self.shared(),
