@@ -62,7 +62,7 @@ def main() -> None:
         comparisons(browser, place / "project", options)
         thumbs(browser, place, options.output)
         (place / "loop.html").write_bytes(loop.render(read_json(options.loop / "loop.json"), "Coffee bar"))
-        page = screen(browser, 1100, 820)
+        page = screen(browser, 992, 820)
         page.goto((place / "loop.html").as_uri())
         page.add_style_tag(content="section { padding: 1rem }")
         page.locator("section").screenshot(path=options.output / "loop.png")
