@@ -62,12 +62,10 @@ def main() -> None:
         comparisons(browser, place / "project", options)
         thumbs(browser, place, options.output)
         (place / "loop.html").write_bytes(loop.render(read_json(options.loop / "loop.json"), "Coffee bar"))
-        page = screen(browser, 960, 820)
+        page = screen(browser, 992, 820)
         page.goto((place / "loop.html").as_uri())
-        box = page.locator("section").bounding_box()
-        assert box is not None
-        around = {"x": box["x"] - 16, "y": box["y"] - 16, "width": box["width"] + 32, "height": box["height"] + 32}
-        page.screenshot(path=options.output / "loop.png", full_page=True, clip=around)
+        page.add_style_tag(content="section { padding: 1rem }")
+        page.locator("section").screenshot(path=options.output / "loop.png")
 
 
 def screen(browser: Browser, width: int, height: int, **more: Any) -> Page:

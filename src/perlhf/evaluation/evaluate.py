@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from perlhf.config.commands import EvaluateConfig, ScoreConfig
@@ -19,7 +18,7 @@ from perlhf.data.records import Comparison, Record, completions_of
 from perlhf.data.splits import content_hash, load
 from perlhf.data.tools import jsonl_lines
 from perlhf.errors import ConfigError
-from perlhf.evaluation.explain import Explanation, Sentence, explain
+from perlhf.evaluation.explain import explain, mean_explanation
 from perlhf.evaluation.policy import evaluate_policy
 from perlhf.evaluation.reward import evaluate_reward, mean_of_members, score_by_members
 from perlhf.evaluation.sft import evaluate_sft
@@ -179,22 +178,9 @@ def _explain(
     with progress(len(run.members) * len(asked), "explanations") as bar:
         packing = model.packing(run.config.packing)
         by_member = [explain(model, encoder, asked, name, budget, packing, bar.advance) for name in run.members]
-    found = iter([explanations_mean(each) for each in zip(*by_member, strict=True)])
+    found = iter([mean_explanation(each) for each in zip(*by_member, strict=True)])
     for record, row in zip(records, rows, strict=True):
         names = ("explanation_chosen", "explanation_rejected") if isinstance(record, Comparison) else ("explanation",)
         for name in names:
             explanation = next(found)
             row[name] = explanation.row() if explanation is not None else None
-
-
-def explanations_mean(members: Sequence[Explanation | None]) -> Explanation | None:
-    """What moved the mean of several members' scores of one completion: effects are differences, so their means."""
-    whole = [one for one in members if one is not None]
-    if len(whole) < 2:
-        return members[0]
-    sentences = [
-        Sentence(same[0].text, None if same[0].effect is None else fmean(one.effect or 0.0 for one in same))
-        for same in zip(*(one.sentences for one in whole), strict=True)
-    ]
-    tokens = [(same[0][0], fmean(score for _, score in same)) for same in zip(*(o.tokens for o in whole), strict=True)]
-    return Explanation(fmean(one.score for one in whole), sentences, tokens)

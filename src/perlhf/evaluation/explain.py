@@ -59,13 +59,18 @@ class Explanation:
         return {"sentences": said, "tokens": [list(pair) for pair in self.tokens]}
 
 
-def mean(explanations: Sequence[Explanation]) -> Explanation:
-    """What moved the mean of several models' scores of one completion; their bases have the same tokenizer."""
-    parts = zip(*(explanation.sentences for explanation in explanations), strict=True)
+def mean_explanation(members: Sequence[Explanation | None]) -> Explanation | None:
+    """What moved the mean of several models' scores of one completion: effects are differences, so their means. The
+    models have one tokenizer; None where the completion doesn't fit.
+    """
+    whole = [explanation for explanation in members if explanation is not None]
+    if not whole:
+        return None
+    parts = zip(*(explanation.sentences for explanation in whole), strict=True)
     effects = [(same[0].text, [one.effect for one in same if one.effect is not None]) for same in parts]
-    along = zip(*(explanation.tokens for explanation in explanations), strict=True)
+    along = zip(*(explanation.tokens for explanation in whole), strict=True)
     return Explanation(
-        fmean(explanation.score for explanation in explanations),
+        fmean(explanation.score for explanation in whole),
         [Sentence(text, fmean(found) if found else None) for text, found in effects],
         [(same[0][0], fmean(score for _, score in same)) for same in along],
     )

@@ -57,6 +57,7 @@ class Explainer:
         if said is None or "error" in said:
             self._end()
             raise RunError(**(said["error"] if said else {"what": "no score can be explained", "where": "explain"}))
+        self.models: int = said["models"]
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -132,11 +133,11 @@ def main(runs: Sequence[str]) -> None:
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is none of the answers
     try:
-        explain = _opened(runs)
+        models, explain = _opened(runs)
     except PerlhfError as error:
         _say(output, {"error": {name: getattr(error, name) for name in ("what", "where", "allowed", "hint")}})
         return
-    _say(output, {})
+    _say(output, {"models": models})
     os.nice(10)  # from here on answers are more urgent
     for line in sys.stdin:
         asked = json.loads(line)
@@ -148,11 +149,11 @@ def main(runs: Sequence[str]) -> None:
         _say(output, {"answers": found})
 
 
-def _opened(runs: Sequence[str]) -> Callable[[Text, Sequence[Text]], Explained]:
-    """Explains with one base and an adapter of each run."""
+def _opened(runs: Sequence[str]) -> tuple[int, Callable[[Text, Sequence[Text]], Explained]]:
+    """How many models there are, and what explains their mean: one base with the adapters of each run."""
     import torch
 
-    from perlhf.evaluation.explain import explain, mean
+    from perlhf.evaluation.explain import explain, mean_explanation
     from perlhf.model.open import load_earlier, read_run
 
     found = [read_run(Path(run), ("reward",)) for run in runs]
@@ -160,21 +161,19 @@ def _opened(runs: Sequence[str]) -> Callable[[Text, Sequence[Text]], Explained]:
         run.check()
     first = found[0]
     model, encoder = first.open("auto")
-    names = [first.stage]
-    names += [load_earlier(model, run.path, f"reward_{at}", encoder).name for at, run in enumerate(found[1:], start=1)]
+    others = [directory for run in found[1:] for directory in run.members.values()]
+    names = [load_earlier(model, path, f"other_{at}", encoder).name for at, path in enumerate(others)]
+    names += first.members
     torch.set_num_threads(1)
     budget, packing = first.config.microbatch_tokens, model.packing(first.config.packing)
 
     def explained(prompt: Text, answers: Sequence[Text]) -> Explained:
         asked = [(prompt, answer, None) for answer in answers]
         members = [explain(model, encoder, asked, name, budget, packing) for name in names]
-        rows: Explained = []
-        for of_members in zip(*members, strict=True):
-            fitting = [one for one in of_members if one is not None]
-            rows.append(mean(fitting).row() | {"score": mean(fitting).score} if fitting else None)
-        return rows
+        means = [mean_explanation(each) for each in zip(*members, strict=True)]
+        return [None if one is None else one.row() | {"score": one.score} for one in means]
 
-    return explained
+    return len(names), explained
 
 
 def _say(output: TextIO, said: object) -> None:

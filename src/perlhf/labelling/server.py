@@ -169,7 +169,7 @@ class _Handlers:
             return JSONResponse({"waiting": True}, 202)
         await run_in_threadpool(self.store.explained, person, task)
         template = self.page.templates.get_template("why.html.j2")
-        said = {"explained": shown.explanations(task, found), "models": len(self.page.project.explain)}
+        said = {"explained": shown.explanations(task, found), "models": explainer.models}
         return JSONResponse({"html": template.render(said)})
 
     async def owner(self, request: Request) -> Response:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import open_encoder
 
-from perlhf.evaluation.explain import Explanation, Sentence, explain, mean, sentences
+from perlhf.evaluation.explain import Explanation, Sentence, explain, mean_explanation, sentences
 from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
@@ -46,8 +46,9 @@ def test_the_mean_of_several_is_that_of_each_number() -> None:
     one = Explanation(1.0, [Sentence("x", 0.5), Sentence("y", None)], [("a", 0.0), ("b", 1.0)])
     other = Explanation(2.0, [Sentence("x", -1.5), Sentence("y", None)], [("a", 4.0), ("b", 2.0)])
     expected = Explanation(1.5, [Sentence("x", -0.5), Sentence("y", None)], [("a", 2.0), ("b", 1.5)])
-    assert mean([one, other]) == expected
-    assert mean([one]) == one
+    assert mean_explanation([one, other]) == expected
+    assert mean_explanation([one]) == one
+    assert mean_explanation([None, None]) is None
 
 
 @pytest.fixture

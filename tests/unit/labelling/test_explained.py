@@ -4,18 +4,21 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from tiny_runs import TinyRuns, tiny_runs
 
 from perlhf.config.commands import ScoreConfig
-from perlhf.config.stages import DataConfig
+from perlhf.config.stages import DataConfig, RewardConfig
 from perlhf.errors import RunError
 from perlhf.evaluation.evaluate import score
 from perlhf.labelling.explained import Explained, Explainer
 from perlhf.labelling.questions import Question
 from perlhf.labelling.shown import explanations
 from perlhf.labelling.store import Task
+from perlhf.training.reward import train_reward
 
 
 @pytest.fixture(scope="module")
@@ -39,27 +42,33 @@ def waited(explainer: Explainer, asked: Question) -> Explained:
     return found
 
 
-def test_it_says_what_score_explain_says(runs: TinyRuns, tmp_path: Path) -> None:
+def test_it_says_the_mean_of_what_score_explain_says(runs: TinyRuns, tmp_path: Path) -> None:
+    config = RewardConfig.model_validate(yaml.safe_load((runs.reward / "config.yaml").read_text()))
+    pair = tmp_path / "members"
+    train_reward(config.model_copy(update={"run": pair, "members": 2, "seed": 5}))
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}) + "\n")
-    config = ScoreConfig(
-        run=runs.reward, data=DataConfig(paths=(str(rows),)), explain=True, output=tmp_path / "scored.jsonl"
-    )
-    (row,) = score(config)
-    explainer = Explainer([str(runs.reward), str(runs.reward)])  # the mean of one and itself
+    data = DataConfig(paths=(str(rows),))
+    of_two, of_one = (score(ScoreConfig(run=run, data=data, explain=True))[0] for run in (pair, runs.reward))
+
+    def expected(two: float, one: float) -> Any:
+        return pytest.approx((2 * two + one) / 3, abs=1e-5)
+
+    explainer = Explainer([str(pair), str(runs.reward)])
     try:
+        assert explainer.models == 3
         good, bad, too_long = [
             *waited(explainer, question(0, GOOD, BAD)),
             waited(explainer, question(1, GOOD, LONG))[1],
         ]
         assert good is not None and bad is not None and too_long is None
         for name, found in (("chosen", good), ("rejected", bad)):
-            assert found["score"] == pytest.approx(row[f"score_{name}"], abs=1e-5)
-            expected = row[f"explanation_{name}"]
-            assert [part["text"] for part in found["sentences"]] == [part["text"] for part in expected["sentences"]]
-            effects = [part["effect"] for part in expected["sentences"]]
-            assert [part["effect"] for part in found["sentences"]] == pytest.approx(effects, abs=1e-5)
-            assert [text for text, _ in found["tokens"]] == [text for text, _ in expected["tokens"]]
+            assert found["score"] == expected(of_two[f"score_{name}"], of_one[f"score_{name}"])
+            two, one = of_two[f"explanation_{name}"], of_one[f"explanation_{name}"]
+            for part, of_pair, alone in zip(found["sentences"], two["sentences"], one["sentences"], strict=True):
+                assert part["text"] == alone["text"]
+                assert part["effect"] == expected(of_pair["effect"], alone["effect"])
+            assert [text for text, _ in found["tokens"]] == [text for text, _ in one["tokens"]]
         explainer._asked.maxsize = 1
         with pytest.raises(RunError, match="Many explanations"):
             for number in range(10, 60):

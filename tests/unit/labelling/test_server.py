@@ -250,7 +250,7 @@ class Explains:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        self.ready = False
+        self.ready, self.models = False, 1
 
     def ask(self, question: Question) -> Any:
         self.asked.append(question.key)
