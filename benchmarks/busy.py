@@ -57,7 +57,7 @@ def ours(turns: Iterator[None]) -> None:
     for _ in turns:
         began = time.perf_counter()
         given = {True: 1.0, False: 1.0}, stage.Shares(1.0, 0.0), 1, 10, config
-        stage._update(model, adapter, optimizer, items[:PAIRS], *given)
+        stage._update(model, [adapter], {adapter.name: optimizer}, items[:PAIRS], *given)
         _tell(_tokens(items[:PAIRS]), began)
 
 

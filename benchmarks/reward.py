@@ -47,7 +47,8 @@ def ours(
     shares = reward_stage.Shares(1.0, 0.0) if recipe == "hh" else reward_stage.Shares(0.0, 1.0)
 
     def update(numbers: Sequence[int]) -> None:
-        reward_stage._update(model, adapter, optimizer, [items[i] for i in numbers], weights, shares, 1, 10, config)
+        some = [items[i] for i in numbers]
+        reward_stage._update(model, [adapter], {adapter.name: optimizer}, some, weights, shares, 1, 10, config)
 
     timed = updates[1:] or updates
     update(updates[0][:PAIRS_PER_UPDATE])

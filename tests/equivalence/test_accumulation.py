@@ -128,7 +128,7 @@ class TestReward:
             rating_weight=2.0,
         )
         optimizer = optim.build({"x": (adapter.trainable_by_name(), 1e-3)}, config.optim)["x"]
-        given = model, adapter, optimizer, self.ITEMS, self.CLASS_WEIGHT, self.SHARES
+        given = model, [adapter], {adapter.name: optimizer}, self.ITEMS, self.CLASS_WEIGHT, self.SHARES
         return reward_stage._update(*given, 1, 10, config), gradients(optimizer)
 
     def by_formula(self, directory: Path) -> tuple[float, list[Tensor]]:
