@@ -8,8 +8,9 @@
 
 and its accuracy (mean preference of the members) is measured against the rules, without noise, on unseen pairs.
 Questions come from pairs of the embedded answers; half of the groups are held out. It goes on where it was stopped;
-`OUTPUT/results.json` has a line an arm, seed and number of labels, and a table is printed.
-Run: python benchmarks/loop.py --output runs/loop-evidence --labels 40 80 160 320 --members 4 --seeds 5
+`OUTPUT/results.json` has a line an arm, seed and number of labels, and a table is printed. Seeds may be run beside each
+other: the run that names them all then only gathers what they found.
+Run: python benchmarks/loop.py --output runs/loop-evidence --labels 20 40 80 160 320 --rounds 20 40 80 160
 """
 
 import argparse
@@ -49,17 +50,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--base", default=LoopConfig().base)
-    parser.add_argument("--labels", type=int, nargs="+", default=[40, 80, 160, 320], help="rounds end at these")
+    parser.add_argument("--labels", type=int, nargs="+", default=[20, 40, 80, 160, 320], help="of the arm all")
+    parser.add_argument("--rounds", type=int, nargs="+", help="the other arms' rounds end at these (default: --labels)")
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--layers", default="all", help="of the network: all, or last:N")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--pairs", type=int, default=500, help="unseen pairs")
     parser.add_argument("--noise", type=float, default=0.1)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     arguments = parser.parse_args()
     found: list[dict[str, Any]] = []
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         config = LoopConfig(
             base=arguments.base,
             seed=seed,
@@ -113,7 +115,7 @@ def run(
     results: list[tuple[int, dict[str, Any]]] = []
     better = np.array([gold(pair.prompt, pair.first) > gold(pair.prompt, pair.second) for pair in unseen])
     judged = figures.Judged(better, [pair.group for pair in unseen])
-    for number, labels in enumerate(sorted(arguments.labels)):
+    for number, labels in enumerate(sorted(arguments.labels if arm == "all" else arguments.rounds or arguments.labels)):
         # The first round is the same for all arms.
         here = (place if number else arguments.output / f"{ARMS[0]}-seed{config.seed}") / f"labels-{labels:04d}"
         measured = here / "correct.json"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from perlhf.kernels.kv_cache import KeyValueCache
+    from perlhf.kernels.kv_cache import KeyValueCache, Placed
+    from perlhf.kernels.members import Mixed
     from perlhf.kernels.tree_attention import Tree
 
 
@@ -49,12 +50,14 @@ class Call:
     """
     tree: "Tree | None" = None
     """What the tokens of a packed row attend to. (Some networks hand no further arguments to their attention.)"""
-    sampled: "KeyValueCache | None" = None
+    sampled: "KeyValueCache | Placed | None" = None
     """Takes the prompts' keys and values, or attends with one more token a row."""
     own_kernels: bool = True
     """Whether a CPU's own kernels may compute; else torch's operations do."""
     members: tuple[tuple[str, ...], ...] = ()
     """Adapters of each equal part of the tokens, one after the other (`members`); () where all have `adapters`."""
+    mixed: "Mixed | None" = None
+    """Another adapter for each token, instead of `adapters`."""
 
 
 _current: ContextVar[Call] = ContextVar("call", default=Call())  # noqa: B039 -- frozen

@@ -2,6 +2,8 @@
 
 `attention` hands over what every layer attends with: the prompts' keys and values by `record`, then one token a row by
 `attend`, which computes it over its prompt and what the row has sampled. Nothing is copied from step to step.
+
+A `Pool` is for rows that come and go while others are sampled, each under its own adapter (`serving`).
 """
 
 import functools
@@ -86,10 +88,13 @@ class KeyValueCache:
         """[row] depth of the token that comes next."""
         return self.lengths[self.rows] + (self._now if self.fixed else self.time)
 
-    def record(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keys and values of the packed prompts [kv_heads, tokens, width] in one layer, each time that it attends."""
+    def record(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes keys and values of the packed prompts [kv_heads, tokens, width] in one layer, each time that it
+        attends; gives those to attend over, which are the same.
+        """
         assert not len(self.rows), "prompts come before rows"
         self._prompts[self._turn(layer)] = self._of_prompts(key), self._of_prompts(value)
+        return key, value
 
     def _turn(self, layer: int) -> tuple[int, int]:
         """The layer, and how often it has attended in this pass: some networks go through their layers repeatedly, and
@@ -226,6 +231,51 @@ class KeyValueCache:
         rows = prompts.view(count, kv_heads, self._most, share, last).transpose(1, 2)
         rows = rows.reshape(count * self._most, kv_heads, share, last)
         return rows if self._slots is None else rows[self._slots]
+
+
+class Pool:
+    """Keys and values of sequences that come and go, and share what they have in common: each token has a place.
+
+    Whoever owns it knows which places are whose. The first pass tells how wide they are in each layer.
+    """
+
+    def __init__(self, places: int):
+        self.places = places
+        self.bytes = 0
+        """That the pool takes, once a pass was made."""
+        self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def kept(self, turn: tuple[int, int], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """[kv_heads, places, width] of what attends in this turn."""
+        if turn not in self._kept:
+            self._kept[turn] = (self._empty(key), self._empty(value))
+        return self._kept[turn]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        made = like.new_zeros(len(like), self.places, like.shape[2])
+        self.bytes += made.numel() * made.element_size()
+        return made
+
+
+class Placed:
+    """One pass whose tokens' keys and values go to these places of a pool; its tree says what they attend to there.
+
+    Args:
+        places: [tokens] of the packed row.
+    """
+
+    def __init__(self, pool: Pool, places: Tensor):
+        self.pool, self.places = pool, places
+        self._times: Counter[int] = Counter()
+
+    def record(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes keys and values of the pass's tokens [kv_heads, tokens, width] in one layer; gives all of the pool's
+        [kv_heads, places, width].
+        """
+        self._times[layer] += 1
+        keys, values = self.pool.kept((layer, self._times[layer]), key, value)
+        keys[:, self.places], values[:, self.places] = key, value
+        return keys, values
 
 
 def attend_part(

@@ -1,13 +1,17 @@
 """Several adapters in one pass, each for its own part of the tokens: members of an ensemble, or requests of many.
 
-The tokens of a batch stand once for each member, one member after the other. The base's products are computed for all
-of them at once, the low-rank ones for each member's part. Below the first layer in which members differ their
+Requests: each token of a pass has one of several adapters, in any order (`Mixed`). The pairs of all of them stand
+beside each other in one pair, and what isn't a token's own is masked between its halves, so that a layer costs two
+further products however many adapters there are.
+
+Members: the tokens of a batch stand once for each member, one member after the other. The base's products are computed
+for all of them at once, the low-rank ones for each member's part. Below the first layer in which members differ their
 states are the same: there the tokens stand once, and are repeated where that layer begins.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perlhf.kernels.call import Call, calling, continued, current_call
+from perlhf.kernels.call import Call, HeldPair, calling, continued, current_call
 from perlhf.kernels.tree_attention import Tree
 from perlhf.method.lora import LowRank, Quantised, joined, quantised_linear
 from perlhf.method.packing import Batch, Node
@@ -43,6 +47,63 @@ def linear(
     parts = x.reshape(len(pairs), -1, x.shape[-1])
     update = torch.bmm(torch.bmm(parts, down.transpose(1, 2)), up.transpose(1, 2))
     return y + update.reshape(y.shape)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The pairs of several adapters in one layer beside each other."""
+
+    a: Tensor
+    """[sum of ranks, inputs]."""
+    b: Tensor
+    """[outputs, sum of ranks], with the scales inside."""
+    ranks: tuple[int, ...]
+    """Of each adapter; 0 where it leaves the layer as it is."""
+
+
+def beside(adapters: Sequence[Mapping[nn.Module, HeldPair]]) -> dict[nn.Module, Beside]:
+    """The pairs of each layer that any of these adapters changes, as `Model.hold` has converted them."""
+    layers = dict.fromkeys(layer for pairs in adapters for layer in pairs)
+    found: dict[nn.Module, Beside] = {}
+    for layer in layers:
+        own = [pairs[layer].pair if layer in pairs else None for pairs in adapters]
+        there = [pair for pair in own if pair is not None]
+        ranks = tuple(0 if pair is None else len(pair[0]) for pair in own)
+        found[layer] = Beside(torch.cat([a for a, _ in there]), torch.cat([b for _, b in there], 1), ranks)
+    return found
+
+
+class Mixed:
+    """One pass whose tokens have different adapters.
+
+    Args:
+        pairs: by layer (`beside`).
+        numbers: [tokens] of each token's adapter among them.
+    """
+
+    def __init__(self, pairs: Mapping[nn.Module, Beside], numbers: Tensor):
+        self.pairs, self.numbers = pairs, numbers
+        self._masks: dict[tuple[int, ...], Tensor] = {}
+
+    def added(self, y: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        """The layer's output y [*batch, outputs] for x [*batch, inputs], and each token's own update; y is overwritten.
+
+        Without gradients.
+        """
+        pairs = self.pairs.get(layer)
+        if pairs is None:
+            return y
+        low = F.linear(x.reshape(-1, x.shape[-1]), pairs.a)
+        y.view(-1, y.shape[-1]).addmm_(low.mul_(self._mask(pairs.ranks, low.dtype)), pairs.b.t())
+        return y
+
+    def _mask(self, ranks: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """[tokens, sum of ranks], 1 where a rank is of the token's adapter, else 0."""
+        if ranks not in self._masks:
+            device = self.numbers.device
+            owners = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(device)
+            self._masks[ranks] = (self.numbers[:, None] == owners).to(dtype)
+        return self._masks[ranks]
 
 
 def repeated(tree: Tree, members: int, tokens: int) -> Tree:

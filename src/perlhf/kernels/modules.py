@@ -20,7 +20,16 @@ from perlhf.errors import AdapterError
 from perlhf.kernels import cpu, members, tree_attention
 from perlhf.kernels.call import HeldPair, current_call
 from perlhf.kernels.quantised import QuantisedLinear, dtype_of
-from perlhf.method.lora import LowRank, adapted_linear, ends_with, joined, keyed_dropout, match, quantised_linear
+from perlhf.method.lora import (
+    LowRank,
+    Quantised,
+    adapted_linear,
+    ends_with,
+    joined,
+    keyed_dropout,
+    match,
+    quantised_linear,
+)
 from perlhf.parallel.shard import whole_around
 from perlhf.system.unforeseen import memory_is_full
 
@@ -76,6 +85,8 @@ class AdaptedLinear(nn.Module):
         call, frozen = current_call(), self.quantised or self.dense()
         if call.members and any(own := [self._pairs(names) for names in call.members]):
             return members.linear(x, frozen, self.bias, own, self.dtype)
+        if call.mixed is not None:
+            return call.mixed.added(self._frozen(x, frozen), x, self)
         held = call.held.get(self) if call.held is not None else None
         pairs = self._pairs(call.adapters) if call.held is None else []
         if isinstance(frozen, Tensor) and not pairs and self.bias is None and cpu.few_rows(x, frozen):
@@ -83,7 +94,7 @@ class AdaptedLinear(nn.Module):
         if held:
             return adapted_linear(x, frozen, self.bias, *held.pair)
         if not pairs:
-            return F.linear(x, frozen, self.bias) if isinstance(frozen, Tensor) else quantised_linear(x, frozen)
+            return self._frozen(x, frozen)
         dtype, top = self.dtype, self.pairs.get(call.adapters[-1])
         if top is not None and top.dropout and call.dropout:
             keys = call.dropout_keys
@@ -97,6 +108,13 @@ class AdaptedLinear(nn.Module):
             # What lies beneath is frozen: its input isn't dropped.
             return self._adapted(x, pairs[:-1]) + F.linear(F.linear(x * keep, a), b)
         return self._adapted(x, pairs)
+
+    def _frozen(self, x: Tensor, frozen: Tensor | Quantised) -> Tensor:
+        if not isinstance(frozen, Tensor):
+            return quantised_linear(x, frozen)
+        if self.bias is None and cpu.few_rows(x, frozen):
+            return cpu.linear(x, frozen)
+        return F.linear(x, frozen, self.bias)
 
     def _pairs(self, adapters: Sequence[str]) -> list[LowRank]:
         return [self.pairs[name] for name in adapters if name in self.pairs]

@@ -18,10 +18,11 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from perlhf.kernels import cpu, sight
 from perlhf.kernels.call import current_call
-from perlhf.kernels.kv_cache import ALIGNED, without_sink, written_part
+from perlhf.kernels.kv_cache import ALIGNED, KeyValueCache, without_sink, written_part
 from perlhf.kernels.sight import FULL, Sight
 from perlhf.method.packing import Node, Span
 
+Table = tuple[Any, Any, int]
 NAME = "perlhf_tree"
 PIECE_TOKENS = 128
 """Queries of one task of our own kernel."""
@@ -36,35 +37,59 @@ class Tree:
     Args:
         nodes: covering every token once.
         sights: how far back layers see, by number; those that are missing see all.
+        apart: keys and values lie elsewhere (`kv_cache.Pool`): nodes and their prefixes say at which places, and the
+            queries of each node follow those of the node before it.
     """
 
-    def __init__(self, nodes: Sequence[Node], sights: Mapping[int, Sight] | None = None):
+    def __init__(self, nodes: Sequence[Node], sights: Mapping[int, Sight] | None = None, *, apart: bool = False):
         self.nodes = tuple(nodes)
         self.sights = sights or {}
+        self.apart = apart
         self._masks: dict[tuple[Sight, torch.device, torch.dtype], Tensor] = {}
-        self._tables: dict[Sight, tuple[Any, Any, int]] = {}
+        self._tables: dict[tuple[Sight, bool | None], Table] = {}
+        self._places: Tensor | None = None
 
-    def table(self, sight: Sight) -> tuple[Any, Any, int]:
-        """As our own kernel reads it: for each piece its start, length, first span, number of spans and how far its
-        first query's window begins behind the first of them; the spans' starts and lengths; the number of pieces.
+    def table(self, sight: Sight, single: bool | None = None) -> "Table":
+        """As our own kernel reads it: for each piece its first query, its first key's place, its length, first span,
+        number of spans and how far its first query's window begins behind the first of them; the spans' places and
+        lengths; the number of pieces.
+
+        Args:
+            single: only nodes of one token, or only the others; None for all.
         """
-        if sight not in self._tables:
-            rows, spans = [], []
-            pieces = _pieces(self.nodes, PIECE_TOKENS, sight.chunk)
-            for piece in pieces:
-                depth = _depth(piece)
-                seen = int(sight.first(depth))
-                prefix = _merged(_from(piece.prefix, seen))
-                behind = NOTHING_BEHIND if sight.window is None else depth - sight.window + 1 - seen
-                rows += [piece.start, piece.length, len(spans) // 2, len(prefix), behind]
-                spans += [number for span in prefix for number in span]
-            self._tables[sight] = cpu.int64s(rows), cpu.int64s(spans), len(pieces)
-        return self._tables[sight]
+        if (sight, single) not in self._tables:
+            rows, spans, first = [], [], 0
+            for node in self.nodes:
+                chosen = single is None or single == (node.length == 1)
+                for piece in _pieces(node, PIECE_TOKENS, sight.chunk) if chosen else ():
+                    depth = _depth(piece)
+                    seen = int(sight.first(depth))
+                    prefix = _merged(_from(piece.prefix, seen))
+                    behind = NOTHING_BEHIND if sight.window is None else depth - sight.window + 1 - seen
+                    query = first + piece.start - node.start if self.apart else piece.start
+                    rows += [query, piece.start, piece.length, len(spans) // 2, len(prefix), behind]
+                    spans += [number for span in prefix for number in span]
+                first += node.length
+            self._tables[sight, single] = cpu.int64s(rows), cpu.int64s(spans), len(rows) // 6
+        return self._tables[sight, single]
+
+    def places(self, device: torch.device) -> Tensor:
+        """Where keys lie that any of the tokens sees, ascending, of a tree whose keys are `apart`."""
+        if (found := self._places) is None:
+            spans = [span for node in self.nodes for span in (*node.prefix, (node.start, node.length))]
+            parts = [torch.arange(start, start + length) for start, length in set(spans)]
+            found = self._places = torch.cat(parts).unique().to(device)
+        return found
 
     def mask(self, sight: Sight, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[tokens, tokens], 0 where a token (row) sees another (column) and -inf elsewhere."""
+        """[tokens, tokens], 0 where a token (row) sees another (column) and -inf elsewhere; columns are `places` where
+        keys are apart.
+        """
         if (sight, device, dtype) not in self._masks:
-            self._masks[sight, device, dtype] = _mask(self.nodes, sight, device, dtype)
+            if self.apart:
+                self._masks[sight, device, dtype] = _mask_apart(self.nodes, self.places(device), sight, dtype)
+            else:
+                self._masks[sight, device, dtype] = _mask(self.nodes, sight, device, dtype)
         return self._masks[sight, device, dtype]
 
 
@@ -88,8 +113,8 @@ def tree_attention(
     """softmax(scaling * q k^T) v over what each token sees of its path.
 
     Args:
-        query: [heads, tokens, width]; key, value: [kv_heads, tokens, width], heads a multiple of kv_heads. Values may
-            be of another width.
+        query: [heads, tokens, width]; key, value: [kv_heads, tokens, width], heads a multiple of kv_heads; or
+            [kv_heads, places, width] of a tree whose keys are apart, without gradients. Values may be of another width.
         sight: how far back the tokens see.
         cap: scores s become cap * tanh(s / cap).
         sinks: [heads] a further score of each head, whose share of the softmax goes nowhere.
@@ -99,6 +124,8 @@ def tree_attention(
     """
     plain = cap is None and sinks is None and query.shape[-1] == value.shape[-1]
     if plain and cpu.usable(query, key, value):
+        if tree.apart:
+            return _attend_apart(query, key, value, tree, scaling, sight)
         return _NativeTreeAttention.apply(query, key, value, tree, scaling, sight)  # pyright: ignore[reportReturnType]
     return _masked_attention(query, key, value, tree, scaling, sight, cap, sinks)
 
@@ -132,6 +159,23 @@ class _NativeTreeAttention(torch.autograd.Function):
         return *by_input, None, None, None
 
 
+def _attend_apart(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float, sight: Sight) -> Tensor:
+    """By our own kernels: one for nodes of one token, which are sampled from, and that of the tree for the others."""
+    heads, tokens, width = query.shape
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    out = _by_token(query)
+    strides = cpu.int64s([n for t in (query, key, value, out) for n in t.stride()[:2]])
+    for single in (True, False):
+        pieces, spans, count = tree.table(sight, single)
+        sizes = cpu.int64s([heads, len(key), tokens, width, count])
+        if single and count:
+            cpu.call("attend_one", query, key, value, out, strides, sizes, pieces, spans, float(scaling))
+        elif count:
+            log_sums = query.new_empty(heads, tokens, dtype=torch.float32)
+            cpu.call("attend", query, key, value, out, log_sums, strides, sizes, pieces, spans, float(scaling))
+    return out
+
+
 def _by_token(like: Tensor) -> Tensor:
     """An empty [heads, tokens, width], in memory [tokens, heads, width]: what linear layers read without a copy."""
     heads, tokens, width = like.shape
@@ -149,6 +193,8 @@ def _masked_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     """As `tree_attention`, by torch's own choice of kernel and its backward, or written out under a cap or sinks."""
+    if tree.apart:
+        key, value = (tensor[:, tree.places(query.device)] for tensor in (key, value))
     key, value = (tensor.repeat_interleave(len(query) // len(tensor), 0) for tensor in (key, value))
     mask = tree.mask(sight, query.device, query.dtype)
     return _under_mask(query[None], key[None], value[None], mask, scaling, cap, sinks)[0]
@@ -197,6 +243,21 @@ def _mask(nodes: Sequence[Node], sight: Sight, device: torch.device, dtype: torc
     return mask[:, :tokens].masked_fill_(allowed, 0)
 
 
+def _mask_apart(nodes: Sequence[Node], places: Tensor, sight: Sight, dtype: torch.dtype) -> Tensor:
+    """`Tree.mask` of keys that lie at `places`."""
+    tokens = sum(node.length for node in nodes)
+    mask = torch.full((tokens, len(places) + -len(places) % ALIGNED), -torch.inf, dtype=dtype, device=places.device)
+    mask, first = mask[:, : len(places)], 0
+    for node in nodes:
+        for number in range(node.length):
+            path = (*node.prefix, (node.start, number + 1))
+            seen = _from(path, int(sight.first(_depth(node) + number)))
+            at = torch.cat([torch.arange(start, start + length) for start, length in seen])
+            mask[first + number, torch.searchsorted(places, at.to(places.device))] = 0
+        first += node.length
+    return mask
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -225,6 +286,7 @@ def attend(
     layer: Any = getattr(module, "layer_idx", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if sampled is not None and tree is None:
+        assert isinstance(sampled, KeyValueCache), "places of a pool are named by a tree"
         return sampled.attend(layer, query, key, value, scale, softcap, s_aux).transpose(1, 2), None
     if tree is None:
         sight.note(layer, attention_mask)
@@ -235,10 +297,9 @@ def attend(
         key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
         return _under_mask(query, key, value, attention_mask, scale, softcap, s_aux).transpose(1, 2), None
     assert len(query) == 1 and not dropout, "a tree is one row"
-    if sampled is not None:
-        sampled.record(layer, key[0], value[0])
+    keys, values = (key[0], value[0]) if sampled is None else sampled.record(layer, key[0], value[0])
     sees = tree.sights.get(layer, FULL)
-    return tree_attention(query[0], key[0], value[0], tree, scale, sees, softcap, s_aux).transpose(0, 1)[None], None
+    return tree_attention(query[0], keys, values, tree, scale, sees, softcap, s_aux).transpose(0, 1)[None], None
 
 
 def _depth(node: Node) -> int:
@@ -246,18 +307,16 @@ def _depth(node: Node) -> int:
     return sum(length for _, length in node.prefix)
 
 
-def _pieces(nodes: Sequence[Node], size: int, chunk: int | None = None) -> list[Node]:
-    """The nodes as consecutive nodes of at most `size` tokens, each after all that comes before it; with a chunk none
+def _pieces(node: Node, size: int, chunk: int | None = None) -> list[Node]:
+    """The node as consecutive nodes of at most `size` tokens, each after all that comes before it; with a chunk none
     holds tokens of two.
     """
-    pieces = []
-    for node in nodes:
-        at, depth = 0, _depth(node)
-        while at < node.length:
-            room = size if chunk is None else min(size, chunk - (depth + at) % chunk)
-            before = ((node.start, at),) if at else ()
-            pieces.append(Node(node.start + at, min(room, node.length - at), (*node.prefix, *before)))
-            at += pieces[-1].length
+    pieces, at, depth = [], 0, _depth(node)
+    while at < node.length:
+        room = size if chunk is None else min(size, chunk - (depth + at) % chunk)
+        before = ((node.start, at),) if at else ()
+        pieces.append(Node(node.start + at, min(room, node.length - at), (*node.prefix, *before)))
+        at += pieces[-1].length
     return pieces
 
 

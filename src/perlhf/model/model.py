@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from perlhf.errors import AdapterError, ModelError
 from perlhf.kernels import cpu, modules, tree_attention
 from perlhf.kernels.call import HeldPair, Turns, calling, current_call
-from perlhf.kernels.kv_cache import KeyValueCache
+from perlhf.kernels.kv_cache import KeyValueCache, Placed
+from perlhf.kernels.members import Mixed
 from perlhf.kernels.modules import AdaptedLinear, adapted, features, update_of
 from perlhf.kernels.rows_cache import Forward, RowsCache
 from perlhf.method.logprobs import token_logprobs
@@ -341,6 +342,24 @@ class Model:
         return states[:, -1]
 
     @torch.no_grad()
+    def extend(
+        self, ids: Tensor, positions: Tensor, tree: tree_attention.Tree, placed: Placed, adapter: Held | Mixed
+    ) -> Tensor:
+        """States [token, hidden] of tokens that go on with sequences of a pool, each where the tree says.
+
+        Args:
+            ids, positions: [token] the tokens, and their depths in their sequences.
+            tree: whose keys are apart, in the pool.
+            placed: takes the tokens' own.
+            adapter: of all of them, or another one for each; none may hold whole weights.
+        """
+        given = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False}
+        given["attention_mask"] = torch.zeros(1, 1, 1, 1, device=self.device)
+        with cpu.sampling():
+            states = self._run(adapter, tree=tree, cache=placed, **given).last_hidden_state
+        return states[0].to(self.dtype)
+
+    @torch.no_grad()
     def logits(self, states: Tensor, adapter: str | Held | None) -> Tensor:
         """Logits of the vocabulary's tokens from states [..., hidden], float32, to sample from."""
         weight = self._output_weight(adapter)
@@ -363,17 +382,20 @@ class Model:
 
     def _run(
         self,
-        adapter: str | Held | None,
+        adapter: str | Held | Mixed | None,
         *,
         dropout: bool = False,
         dropout_keys: Tensor | None = None,
         tree: tree_attention.Tree | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | Placed | None = None,
         **inputs: Any,
     ) -> Any:
         """The network's output below its head."""
+        mixed = adapter if isinstance(adapter, Mixed) else None
         if isinstance(adapter, Held):
             names, pairs, weights = adapter.adapters, adapter.pairs, adapter.weights
+        elif isinstance(adapter, Mixed):
+            names, pairs, weights = (), {}, {}
         else:
             chain = self._chain(adapter)
             names, pairs, weights = tuple(a.name for a in chain), None, self._full_weights(chain, self.prefix)
@@ -381,7 +403,7 @@ class Model:
         # Full weights stand in the network itself while it runs.
         turn = self._turns.alone() if inside else self._turns.shared()
         dropping = {"dropout": dropout, "dropout_keys": dropout_keys}
-        call = replace(current_call(), adapters=names, held=pairs, tree=tree, sampled=cache, **dropping)
+        call = replace(current_call(), adapters=names, held=pairs, tree=tree, sampled=cache, mixed=mixed, **dropping)
         with calling(call), turn:
             if inside:
                 return functional_call(self.decoder, inside, kwargs=inputs)

@@ -336,13 +336,13 @@ def check_finite(model: Model, adapter: str | None, values: Tensor, what: str) -
     raise DivergenceError(f"{said} gives {what} that are not finite", allowed="finite numbers", hint=hint)
 
 
-def draw(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, draws: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """Inverse-CDF sampling: tokens [batch] and their log-probabilities from float32 logits [batch, vocab].
 
-    Cumulative sums are float64, over blocks of the vocabulary (whose own sums are float32) and then inside the block
-    that was hit.
+    The temperature may be another one for each row [batch, 1], above 0. Cumulative sums are float64, over blocks of the
+    vocabulary (whose own sums are float32) and then inside the block that was hit.
     """
-    if temperature not in (0.0, 1.0):
+    if isinstance(temperature, Tensor) or temperature not in (0.0, 1.0):
         logits = logits / temperature
     top, likeliest = logits.max(-1, keepdim=True)
     weights = (logits - top).exp_()
@@ -351,7 +351,7 @@ def draw(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Ten
     blocks = weights.unflatten(-1, (-1, VOCAB_BLOCK))
     cumulative = blocks.sum(-1).double().cumsum(-1)
     total = cumulative[:, -1:]
-    if temperature == 0:
+    if not isinstance(temperature, Tensor) and temperature == 0:
         tokens = likeliest
     else:
         wanted = draws[:, None] * total

@@ -11,7 +11,7 @@ from torch import Tensor
 from perlhf.kernels import cpu, tree_attention
 from perlhf.kernels.sight import FULL, Sight
 from perlhf.kernels.tree_attention import Tree
-from perlhf.method.packing import Layout, lay_out
+from perlhf.method.packing import Layout, Node, lay_out
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_size=1, max_size=5)
 SCALING = 0.3
@@ -92,6 +92,40 @@ def test_caps_sinks_and_values_of_another_width(
 
 
 @pytest.mark.parametrize("way", WAYS)
+@given(sequences=SEQUENCES, sight=st.sampled_from(SIGHTS), new=st.integers(1, 4), seed=st.integers(0, 9))
+def test_keys_that_lie_elsewhere(way: str, sequences: list[list[int]], sight: Sight, new: int, seed: int) -> None:
+    """The last tokens of each sequence, whose keys lie in any order among others', as if they lay side by side."""
+    tokens = sum(map(len, sequences))
+    query, key, value = (tensor.detach() for tensor in inputs(tokens))
+    layout = lay_out([[at] * len(ids) for at, ids in enumerate(sequences)], "tree")  # nothing is shared
+    expected = slow(query, key, value, layout, sight)
+    # Each token at another place of a pool that has more of them; the last tokens of a sequence side by side.
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(sequences), generator=generator).tolist()
+    nodes, wanted, free = [], [], 3
+    pool = torch.randn(2, 2, tokens + 20, 8, generator=generator)
+    for at in order:
+        flat = layout.indices(at, 0, len(sequences[at]))
+        count = min(new, len(flat))
+        prefix = []
+        for source in flat[: len(flat) - count]:
+            pool[0][:, free], pool[1][:, free] = key[:, source], value[:, source]
+            prefix.append((free, 1))
+            free += 1
+        free += 1
+        for offset, source in enumerate(flat[len(flat) - count :]):
+            pool[0][:, free + offset], pool[1][:, free + offset] = key[:, source], value[:, source]
+        nodes.append(Node(free, count, tuple(prefix)))
+        wanted += flat[len(flat) - count :]
+        free += count
+        pool = torch.cat([pool, torch.randn(2, 2, 2, 8, generator=generator)], 2)
+    with WAYS[way]():
+        tree = Tree(nodes, apart=True)
+        found = tree_attention.tree_attention(query[:, wanted], pool[0], pool[1], tree, SCALING, sight)
+    torch.testing.assert_close(found, expected[:, wanted], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_by_hand(way: str) -> None:
     # One head of width 1, scaling 1. Token 1 sees keys 0 and ln 3 with query 1: weights 1/4 and 3/4 of values 4 and 8.
     layout = lay_out([[1, 2]], "tree")
@@ -110,14 +144,15 @@ def test_what_a_tree_tells_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     tree = Tree(layout.nodes)
     rows, spans, count = tree.table(FULL)
     none = tree_attention.NOTHING_BEHIND
-    # start, length, first span, number of spans, how far the window has left the first of them behind
-    assert [*rows] == [0, 2, 0, 0, none, 2, 2, 0, 1, none, 4, 1, 1, 1, none]
+    # query, place, length, first span, number of spans, how far the window has left the first of them behind
+    assert [*rows] == [0, 0, 2, 0, 0, none, 2, 2, 2, 0, 1, none, 4, 4, 1, 1, 1, none]
     assert [*spans] == [0, 2, 0, 2] and count == 3
     # Of the first piece's two tokens the third sees the second alone, and begins there.
-    assert [*tree.table(Sight(window=2))[0]] == [0, 2, 0, 0, -1, 2, 2, 0, 1, 0, 4, 1, 1, 1, 0]
+    assert [*tree.table(Sight(window=2))[0]] == [0, 0, 2, 0, 0, -1, 2, 2, 2, 0, 1, 0, 4, 4, 1, 1, 1, 0]
     assert [*tree.table(Sight(window=2))[1]] == [1, 1, 1, 1]
     # Chunks of three: the piece of the third and fourth token is cut, and the fourth sees nothing before it.
-    assert [*tree.table(Sight(chunk=3))[0]] == [0, 2, 0, 0, none, 2, 1, 0, 1, none, 3, 1, 1, 0, none, 4, 1, 1, 1, none]
+    chunked = [(0, 0, 2, 0, 0, none), (2, 2, 1, 0, 1, none), (3, 3, 1, 1, 0, none), (4, 4, 1, 1, 1, none)]
+    assert [*tree.table(Sight(chunk=3))[0]] == [number for row in chunked for number in row]
     mask = tree.mask(FULL, torch.device("cpu"), torch.float32)
     assert (mask == 0).int().tolist() == [
         [1, 0, 0, 0, 0],

@@ -44,32 +44,34 @@ struct Strides {  // of one [heads, tokens, width] tensor, in elements
 
 struct Tree {
     int64_t heads, kv_heads, tokens, width, pieces;
-    const int64_t* piece;  // [pieces][5]: first token, tokens, first span, spans, and `behind`
-    const int64_t* span;   // [spans][2]: first token, tokens; what comes before a piece
+    const int64_t* piece;  // [pieces][6]: first query, its key's place, tokens, first span, spans, and `behind`
+    const int64_t* span;   // [spans][2]: place of the first key, tokens; what comes before a piece
     float scaling;
     int threads;
 
     int64_t share() const { return heads / kv_heads; }
     // Query i of the piece sees no key before number `behind + i` of the piece's path: its window has left them behind.
-    int64_t behind(int64_t p) const { return piece[5 * p + 4]; }
+    int64_t behind(int64_t p) const { return piece[6 * p + 5]; }
+    int64_t query(int64_t p) const { return piece[6 * p]; }
+    int64_t length(int64_t p) const { return piece[6 * p + 2]; }
     int64_t before(int64_t p) const {
         int64_t sum = 0;
-        for (int64_t s = 0; s < piece[5 * p + 3]; s++) sum += span[2 * (piece[5 * p + 2] + s) + 1];
+        for (int64_t s = 0; s < piece[6 * p + 4]; s++) sum += span[2 * (piece[6 * p + 3] + s) + 1];
         return sum;
     }
     int64_t longest() const {
         int64_t found = 0;
-        for (int64_t p = 0; p < pieces; p++) found = std::max(found, before(p) + piece[5 * p + 1]);
+        for (int64_t p = 0; p < pieces; p++) found = std::max(found, before(p) + length(p));
         return found;
     }
     template <class F>
-    void path(int64_t p, F at) const {  // at(number on the path, packed token) for all that the piece's last token sees
+    void path(int64_t p, F at) const {  // at(number on the path, key's place) for all that the piece's last token sees
         int64_t number = 0;
-        for (int64_t s = 0; s < piece[5 * p + 3]; s++) {
-            const int64_t* of = span + 2 * (piece[5 * p + 2] + s);
+        for (int64_t s = 0; s < piece[6 * p + 4]; s++) {
+            const int64_t* of = span + 2 * (piece[6 * p + 3] + s);
             for (int64_t t = 0; t < of[1]; t++) at(number++, of[0] + t);
         }
-        for (int64_t t = 0; t < piece[5 * p + 1]; t++) at(number++, piece[5 * p] + t);
+        for (int64_t t = 0; t < length(p); t++) at(number++, piece[6 * p + 1] + t);
     }
 };
 
@@ -121,8 +123,8 @@ void fill(const Tree& tree, int64_t p, int64_t head, Rows<const T> key, Rows<con
         keys.put_row(number, key.row(head, token));
         values.put_row(number, value.row(head, token));
     });
-    keys.finish(tree.before(p) + tree.piece[5 * p + 1]);
-    values.finish(tree.before(p) + tree.piece[5 * p + 1]);
+    keys.finish(tree.before(p) + tree.length(p));
+    values.finish(tree.before(p) + tree.length(p));
 }
 
 template <class P, class T>
@@ -145,7 +147,7 @@ void attend(const Tree& tree, Rows<const T> query, Rows<const T> key, Rows<const
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t head = task % tree.kv_heads, p = task / tree.kv_heads;
-            const int64_t start = tree.piece[5 * p], length = tree.piece[5 * p + 1], before = tree.before(p);
+            const int64_t start = tree.query(p), length = tree.length(p), before = tree.before(p);
             const Places places{head, share, start};
             fill<P, T>(tree, p, head, key, value, keys, values);
             values.transpose(before + length);
@@ -166,11 +168,64 @@ void attend(const Tree& tree, Rows<const T> query, Rows<const T> key, Rows<const
     }
 }
 
+// Pieces of one token each, as serving has them: over their paths where they lie, for all heads that share their keys.
+template <class T>
+void attend_one(const Tree& tree, Rows<const T> query, Rows<const T> key, Rows<const T> value, Rows<T> out) {
+    const int64_t share = tree.share(), width = tree.width, tasks = tree.kv_heads * tree.pieces;
+    const int64_t most = (tree.longest() + LANES - 1) / LANES * LANES;
+#pragma omp parallel num_threads(tree.threads)
+    {
+        Buffer queries(share * width), logits(share * most), sums(share * width);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; task++) {
+            const int64_t head = task % tree.kv_heads, p = task / tree.kv_heads, keys = tree.before(p) + 1;
+            const Places places{head, share, tree.query(p)};
+            for (int64_t h = 0; h < share; h++) {
+                const T* from = places.row(query, h);
+                for (int64_t d = 0; d < width; d++) queries[h * width + d] = wide(from[d]) * tree.scaling;
+            }
+            tree.path(p, [&](int64_t number, int64_t token) {
+                const T* from = key.row(head, token);
+                for (int64_t h = 0; h < share; h++) {
+                    const float* own = queries + h * width;
+                    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                    for (int64_t d = 0; d < width; d++) sum += wide(from[d]) * own[d];
+                    logits[h * most + number] = sum;
+                }
+            });
+            for (int64_t h = 0; h < share; h++) {
+                float* own = logits + h * most;
+                float top = NEVER, sum = 0.0f;
+                for (int64_t k = 0; k < keys; k++) top = std::max(top, own[k]);
+                for (int64_t k = keys; k < (keys + LANES - 1) / LANES * LANES; k++) own[k] = -3.0e38f;
+                for (int64_t k = 0; k < keys; k += LANES) store(own + k, exponential(load(own + k) - top));
+                for (int64_t k = 0; k < keys; k++) sum += own[k];
+                for (int64_t k = 0; k < keys; k++) own[k] /= sum;
+            }
+            std::memset(sums, 0, share * width * 4);
+            tree.path(p, [&](int64_t number, int64_t token) {
+                const T* from = value.row(head, token);
+                for (int64_t h = 0; h < share; h++) {
+                    const float weight = logits[h * most + number];
+                    float* own = sums + h * width;
+#pragma omp simd
+                    for (int64_t d = 0; d < width; d++) own[d] += weight * wide(from[d]);
+                }
+            });
+            for (int64_t h = 0; h < share; h++) {
+                T* to = places.row(out, h);
+                for (int64_t d = 0; d < width; d++) put(to[d], sums[h * width + d]);
+            }
+        }
+    }
+}
+
 // The pieces of each thread: the dearest first, each to the thread that has least to do.
 std::vector<std::vector<int64_t>> dealt(const Tree& tree) {
     std::vector<int64_t> cost(tree.pieces), order(tree.pieces), load(tree.threads, 0);
     for (int64_t p = 0; p < tree.pieces; p++)
-        cost[p] = (tree.before(p) + tree.piece[5 * p + 1]) * tree.piece[5 * p + 1];
+        cost[p] = (tree.before(p) + tree.length(p)) * tree.length(p);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost[a] > cost[b]; });
     std::vector<std::vector<int64_t>> of(tree.threads);
@@ -204,7 +259,7 @@ struct Backward {
 
     void piece(int64_t number, int64_t head, Rows<T> by_query, float* by_key, float* by_value) {
         const int64_t padded = keys.padded, share = tree.share(), before = tree.before(number);
-        const int64_t start = tree.piece[5 * number], length = tree.piece[5 * number + 1];
+        const int64_t start = tree.query(number), length = tree.length(number);
         const Places places{head, share, start};
         fill<P, T>(tree, number, head, key, value, keys, values);
         keys.transpose(before + length);
@@ -396,6 +451,13 @@ void with_products(int64_t, F run) {
             attend_backward<P, T>(tree, {query, of[0]}, {key, of[1]}, {value, of[2]}, {out, of[3]}, {grad, of[4]},     \
                                   log_sums, {by_query, of[5]}, {by_key, of[6]}, {by_value, of[7]});                    \
         });                                                                                                           \
+    }                                                                                                                 \
+    void attend_one_##NAME(const T* query, const T* key, const T* value, T* out, const int64_t* strides,               \
+                           const int64_t* sizes, const int64_t* piece, const int64_t* span, float scaling,             \
+                           int threads) {                                                                             \
+        const Tree tree{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], piece, span, scaling, threads};              \
+        const Strides* of = reinterpret_cast<const Strides*>(strides);                                                \
+        attend_one<T>(tree, {query, of[0]}, {key, of[1]}, {value, of[2]}, {out, of[3]});                              \
     }                                                                                                                 \
     void decode_##NAME(const T* query, const T* key, const T* value, const T* keys, const T* values, T* own_keys,      \
                        T* own_values, T* out, const int64_t* lengths, const int64_t* seen, const int64_t* first_row,   \
