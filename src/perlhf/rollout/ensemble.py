@@ -122,7 +122,7 @@ def _holds(model: Model, paths: Sequence[str]) -> bool:
         return False
     finally:
         for name in names:
-            _forget(model, name)
+            forget(model, name)
     return float((together - alone).norm() / alone.norm()) < NEAR.get(model.dtype, 0.05)
 
 
@@ -154,7 +154,8 @@ def _random(model: Model, name: str, paths: Sequence[str], seed: int) -> Adapter
     return found
 
 
-def _forget(model: Model, name: str) -> None:
+def forget(model: Model, name: str) -> None:
+    """Takes an adapter off the base."""
     model.adapters.pop(name, None)
     for layer in model.base.modules():
         if isinstance(layer, AdaptedLinear):

@@ -69,6 +69,11 @@ class Ends:
         at = self._stops_at(whole)
         return self.encoder.decode(ids) if at is None else whole[:at].strip()
 
+    def untrimmed(self, ids: Ids) -> str:
+        """As `text`, with the white space around it."""
+        whole = self._text(ids)
+        return whole if (at := self._stops_at(whole)) is None else whole[:at]
+
     def settled(self, text: str) -> str:
         """The part of a growing text that no stop string can take back any more."""
         text = text if (at := self._stops_at(text)) is None else text[:at]
