@@ -17,6 +17,7 @@ from perlhf.labelling.project import LABELS
 from perlhf.labelling.records import labelled_rows
 from perlhf.labelling.rounds import labellers
 from perlhf.labelling.store import Said, Store
+from perlhf.serving.feedback import Answers, Feedback
 
 FIRST_KILL, LATER = 3, 9
 """At which file that is put in its place a loop is killed, and by how many more each continuation of it."""
@@ -150,6 +151,7 @@ def test_people_answer_on_the_page_and_held_out_groups_are_never_learned_from(
         assert loop.is_alive()
         time.sleep(0.05)
     store = Store(run / "labels" / LABELS)
+    said_in_use(run / "labels", [row["prompt"] for row in read_lines(data)])
     people = [store.labeller("ana"), store.labeller("bo")]
     number = 0
     while loop.is_alive():
@@ -174,6 +176,33 @@ def test_people_answer_on_the_page_and_held_out_groups_are_never_learned_from(
         if asked["what"] == "learn" and asked["question"]["drawn"] == "information":
             assert 0 <= asked["known"]["information"] <= 0.6932
     assert len(list(labelled_rows(store.labels(), _project(run), "all"))) >= len(rows)
+    found = read_json(run / "loop.json")["rounds"][1]
+    served = [row for row in rows if "source" in row]
+    pairs = {"serve:policy@1,sft@2", "serve:sft@2,policy@1"}
+    assert {row["source"] for row in served} == {"serve:policy@1", *pairs} and len(served) == 192
+    assert found["served"] == sum(not held_out(row["group"]) for row in served)
+    chosen = [row for row in served if "chosen" in row and held_out(row["group"])]
+    assert 0 < found["accuracy_in_use"]["value"] <= 1 and len(chosen) > 10
+    scores = read_json(run / "round-0002" / "evaluation" / "scores.json")
+    assert scores["in_use_groups"] == [row["group"] for row in chosen] and len(scores["in_use"][0]) == len(chosen)
+    page = (run / "loop.html").read_text()
+    assert f"{found['served']} from serving" in page and "choices made in use on held-out prompts" in page
+    assert "192, of serve:policy@1 (128)" in (run / "round-0002" / "labels" / "statement.md").read_text()
+
+
+def said_in_use(project: Path, asked: list[Any]) -> None:
+    """A thumb for either of two answers to each prompt, and which is better."""
+    answers, feedback = Answers(), Feedback(project)
+    for number, prompt in enumerate(asked):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        answers.remember("a", 0, messages, f"Yes, {number}.", "policy", 1)
+        answers.remember("b", 0, messages, "no", "sft", 2)
+        feedback.take({"id": "a", "thumb": "up"}, answers, "cy")
+        messages = [*messages, {"role": "assistant", "content": "What?"}, {"role": "user", "content": "Please."}]
+        answers.remember("c", 0, messages, "Well, no.", "policy", 1)
+        feedback.take({"id": "c", "thumb": "down"}, answers, "cy")
+        feedback.take({"first": {"id": "b"}, "second": {"id": "a"}, "verdict": "second"}, answers, "cy")
+    feedback.close()
 
 
 def _project(run: Path) -> Any:

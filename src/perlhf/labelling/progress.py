@@ -35,6 +35,8 @@ class Share:
     compared: int
     tests_right: int
     tests: int
+    served: int
+    """What they said about answers that were served to them: no number above counts that."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Progress:
     several: int
     """Such questions."""
     verdicts: dict[str, int]
+    served: dict[str, int]
+    """What was said about served answers, by `serve:MODEL@VERSION`; no number above counts that."""
     left: float | None
     """Share of the choices between two answers that fell on the one that stood left: far from 0.5, sides matter."""
     shares: list[Share]
@@ -61,6 +65,8 @@ def progress(labels: Sequence[Label], people: Sequence[Labeller], done: tuple[in
         people: everybody.
         done: labels so far and wanted.
     """
+    served = Counter(one.question.source for one in labels if one.question.served and not one.labeller.left_out)
+    everything, labels = labels, [label for label in labels if not label.question.served]
     judged = [label for label in labels if label.said.verdict != "skip"]
     by_question: dict[str, list[Label]] = defaultdict(list)
     for label in judged:
@@ -70,8 +76,9 @@ def progress(labels: Sequence[Label], people: Sequence[Labeller], done: tuple[in
     verdicts = Counter(label.said.verdict for label in judged if label.question.known is None)
     sides = [(label.said.verdict == "first") != label.turned for label in judged if label.said.verdict in _SIDES]
     left = sum(sides) / len(sides) if sides else None
-    shares = [_share(person, labels, several) for person in people]
-    return Progress(*done, agreement(list(several.values())), len(several), dict(verdicts), left, shares)
+    shares = [_share(person, everything, several) for person in people]
+    alpha = agreement(list(several.values()))
+    return Progress(*done, alpha, len(several), dict(verdicts), dict(served), left, shares)
 
 
 def learned(directory: Path) -> dict[str, Any]:
@@ -111,7 +118,8 @@ def mean_grade(label: Label) -> float:
 
 
 def _share(person: Labeller, labels: Sequence[Label], several: dict[str, list[Label]]) -> Share:
-    own = [label for label in labels if label.labeller.id == person.id]
+    every = [label for label in labels if label.labeller.id == person.id]
+    own = [label for label in every if not label.question.served]
     judged = [label for label in own if label.said.verdict != "skip"]
     tests = [label for label in judged if label.question.known is not None]
     times = [min(label.seconds, IDLE_SECONDS) for label in own]
@@ -131,4 +139,5 @@ def _share(person: Labeller, labels: Sequence[Label], several: dict[str, list[La
         len(pairs),
         sum(label.said.verdict == label.question.known for label in tests),
         len(tests),
+        len(every) - len(own),
     )

@@ -17,6 +17,7 @@ from perlhf.config.labelling import (
     LabelImportConfig,
     LabelInviteConfig,
     ProjectConfig,
+    QuestionsConfig,
 )
 from perlhf.config.recipe import load_recipe
 from perlhf.errors import ConfigError, RunError, StorageError, nearest
@@ -170,6 +171,17 @@ def settings_of(config: LabelConfig) -> ProjectConfig:
     said = {"title": given.title, "instructions": given.instructions, **said}
     write_atomic(file, yaml.safe_dump(said, allow_unicode=True, sort_keys=False))
     return given
+
+
+def made(directory: Path, seed: int = 0) -> ProjectConfig:
+    """The settings of a project; one that isn't there is made, without questions of its own.
+
+    Raises:
+        ConfigError: as its project.yaml says.
+    """
+    exists = (directory / PROJECT).is_file()
+    new = ProjectConfig(questions=QuestionsConfig(paths=(), seed=seed))
+    return settings_of(LabelConfig(project=directory, settings=ProjectConfig() if exists else new))
 
 
 def _in_order(project: ProjectConfig, new: list[Question]) -> list[Question]:

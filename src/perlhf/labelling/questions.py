@@ -13,6 +13,8 @@ from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Recor
 from perlhf.errors import DataError
 from perlhf.labelling.redact import redacted
 
+SERVED = "served"
+"""What `drawn` says of questions that nobody asked: people said something about an answer that was served to them."""
 _LISTS = ("completions", "answers", "responses", "candidates", "generations")
 _PAIRS = (("a", "b"), ("1", "2"), ("0", "1"))
 _PAIR_NAMES = ("completion", "answer", "response", "output")
@@ -32,11 +34,16 @@ class Question:
     place: float
     """In [0, 1): questions are asked in this order."""
     drawn: str = "random"
-    """`random`, or by what its place was chosen."""
+    """`random`, or by what its place was chosen; `served` where nobody was asked."""
     wanted: int = 1
     """Labels wanted, of as many people."""
     known: str | None = None
     """The right verdict of a hidden test."""
+
+    @property
+    def served(self) -> bool:
+        """Whether it is no question of the page, but an answer that somebody was served and said something about."""
+        return self.drawn == SERVED
 
 
 def questions(project: ProjectConfig) -> list[Question]:
@@ -67,7 +74,7 @@ def question(
 ) -> Question | None:
     """One question of a project, at a random place among all; None where its two answers are the same."""
     if project.redact:
-        prompt, answers = _masked(prompt), tuple(map(_masked, answers))
+        prompt, answers = masked(prompt), tuple(map(masked, answers))
     if len(answers) == 2 and answers[0] == answers[1]:
         return None
     key = hashlib.sha256(json.dumps([project.kind, prompt, answers], sort_keys=True).encode()).hexdigest()
@@ -78,6 +85,13 @@ def uniform(*parts: object) -> float:
     """A number in [0, 1) that depends on nothing else: the draw of a project's seed and these."""
     digest = hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def masked(text: Text) -> Text:
+    """What may be stored of a text in a project that redacts: of messages, what they call and think is masked too."""
+    if isinstance(text, str):
+        return redacted(text)
+    return [{key: part if key == "role" else _masked(part) for key, part in turn.items()} for turn in text]
 
 
 def _read(paths: Sequence[str], project: ProjectConfig) -> Iterator[Record]:
@@ -137,9 +151,9 @@ def _listed(columns: Mapping[str, Any]) -> list[Text]:
     return []
 
 
-def _masked(text: Text) -> Text:
-    if isinstance(text, str):
-        return redacted(text)
-    return [
-        {**turn, "content": redacted(turn["content"]) if turn.get("content") else turn.get("content")} for turn in text
-    ]
+def _masked(part: Any) -> Any:
+    if isinstance(part, str):
+        return redacted(part)
+    if isinstance(part, Mapping):
+        return {key: _masked(value) for key, value in part.items()}
+    return [_masked(value) for value in part] if isinstance(part, list | tuple) else part

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perlhf.config.labelling import ProjectConfig
+from perlhf.data.fields import is_blank
 from perlhf.data.records import Text
 from perlhf.errors import DataError
 from perlhf.labelling.progress import Progress, mean_grade
@@ -21,11 +22,12 @@ _EXPLAINED = ["- After an answer labellers could see how a reward model scores i
 def labelled_rows(
     labels: Sequence[Label], project: ProjectConfig, overlap: Literal["all", "majority"]
 ) -> Iterator[tuple[dict[str, Any], Label]]:
-    """Rows of records that `perlhf data` reads, comparisons or ratings, each with a label that it comes from.
+    """Rows of records that `perlhf data` reads, comparisons or ratings, each with a label that it comes from. A project
+    of comparisons has ratings too where people gave thumbs to served answers.
 
     Labels of one question weigh 1 in all: with `all` each has 1/n, and a tie takes its share away; with `majority` the
     most frequent verdict stands for all, and a question without one gives none. "About equal" and
-    "both bad" teach no preference: they are in labels.jsonl alone.
+    "both bad" teach no preference, and nobody learns from an empty answer: they are in labels.jsonl alone.
     """
     by_question: dict[str, list[Label]] = defaultdict(list)
     for label in labels:
@@ -115,6 +117,8 @@ def statement(project: ProjectConfig, numbers: Progress, records: int, overlap: 
         drawn: questions that were answered, by what they were chosen.
     """
     used = [share for share in numbers.shares if share.labels and not share.labeller.left_out]
+    by_source = ", ".join(f"{source} ({count})" for source, count in sorted(numbers.served.items()))
+    in_use = [f"- Said about served answers, besides: {sum(numbers.served.values())}, of {by_source}."]
     shares = sorted((share.labels for share in used), reverse=True)
     most = f"{shares[0] / sum(shares):.0%} of them by one person" if shares else "none by anybody"
     alpha = "not known" if numbers.alpha is None else f"{numbers.alpha:.2f}"
@@ -132,6 +136,7 @@ def statement(project: ProjectConfig, numbers: Progress, records: int, overlap: 
         f"- Several labels of one question: {overlap}.",
         f"- Questions were chosen by: {chosen}.",
         f"- Mail addresses, phone and card numbers were {'masked' if project.redact else 'not masked'}.",
+        *in_use[: bool(by_source)],
         *_EXPLAINED[: bool(project.explain)],
         "- Labellers are named by pseudonyms. Who they are, what they were paid and which languages they speak isn't"
         " known here: add it.",
@@ -158,6 +163,10 @@ def _verdict(label: Label, project: ProjectConfig) -> str:
 def _row(label: Label, verdict: str) -> dict[str, Any] | None:
     question = label.question
     shared: dict[str, Any] = {"prompt": question.prompt, "group": question.group}
+    if question.served:
+        shared["source"] = question.source
+    if any(is_blank(answer) for answer in question.answers):
+        return None
     match verdict:
         case "first" | "second":
             first, second = question.answers
@@ -180,9 +189,22 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
 def _as_dataset(labels: Sequence[Label], project: ProjectConfig, overlap: Literal["all", "majority"]) -> Any:
     """Records with who said it, when, after how long, and how its place in the order was drawn."""
     import datasets
+    import pyarrow
 
     rows: list[dict[str, Any]] = []
     for row, label in labelled_rows(labels, project, overlap):
         when = datetime.fromtimestamp(label.stored, UTC).isoformat(timespec="seconds")
         rows.append(row | {"labelled": when, "seconds": label.seconds, "drawn": label.question.drawn})
-    return datasets.Dataset.from_list(rows)
+    # Comparisons and ratings have other columns, and a column is of one type: text becomes the message that it is.
+    names = dict.fromkeys(name for row in rows for name in row)
+    of_messages = {name for row in rows for name, value in row.items() if isinstance(value, list)}
+
+    def same_type(name: str, value: Any) -> Any:
+        role = "user" if name == "prompt" else "assistant"
+        return [{"role": role, "content": value}] if name in of_messages and isinstance(value, str) else value
+
+    try:
+        return datasets.Dataset.from_list([{name: same_type(name, row.get(name)) for name in names} for row in rows])
+    except pyarrow.ArrowException as error:
+        what = f"messages of other types are in one column, which Arrow can't hold: {error}".splitlines()[0]
+        raise DataError(what, where="format", allowed="messages of the same keys", hint="--format jsonl") from error

@@ -39,7 +39,7 @@ VERDICTS: Mapping[str, Sequence[str]] = {
     "rating": ("up", "down", "skip"),
     "scale": ("graded", "skip"),
 }
-_HEADERS = {
+HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -280,7 +280,7 @@ def _guarded(page: Page) -> Callable[[Request, Callable[[Request], Awaitable[Res
 
     async def guard(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await _refusal(page, request) or await go_on(request)
-        response.headers.update(_HEADERS)
+        response.headers.update(HEADERS)
         return response
 
     return guard

@@ -72,8 +72,13 @@ class Scored:
 
 def explanations(task: Task, explained: Explained) -> list[Scored]:
     """What moved the scores of a task's answers, in the order in which they were shown."""
-    names = _SIDES if len(explained) == 2 else _ALONE
-    rows = list(reversed(explained)) if task.turned and len(explained) == 2 else explained
+    if len(explained) == 2:
+        return scored(list(reversed(explained)) if task.turned else explained, _SIDES)
+    return scored(explained, _ALONE)
+
+
+def scored(rows: Explained, names: Sequence[str]) -> list[Scored]:
+    """What moved the scores of answers that are called so, on one scale."""
     there = [row for row in rows if row is not None]
     effects = [abs(part["effect"]) for row in there for part in row["sentences"] if part["effect"] is not None]
     heights = [score for row in there for _, score in row["tokens"]]

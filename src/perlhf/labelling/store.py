@@ -13,7 +13,7 @@ import sqlite3
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy import event, exc
 
 from perlhf.errors import RunError, StorageError
-from perlhf.labelling.questions import Question, uniform
+from perlhf.labelling.questions import SERVED, Question, uniform
 from perlhf.system.files import write_atomic
 
 VERSION = 1
@@ -112,7 +112,7 @@ class Said:
     """What a person says to a task."""
 
     verdict: str
-    """`first`, `second`, `equal`, `both_bad`; `up`, `down`; `graded`; `skip`."""
+    """`first`, `second`, `equal`, `both_bad`; `up`, `down`; `graded`; `edited` (an edit alone); `skip`."""
     reason: str = ""
     span: str = ""
     """A marked part of an answer."""
@@ -170,24 +170,18 @@ class Store:
 
     def add(self, questions: Iterable[Question]) -> int:
         """Stores questions that aren't there yet; returns how many they were."""
-        rows = [
-            {
-                "key": q.key,
-                "body": {"prompt": q.prompt, "answers": q.answers},
-                "group": q.group,
-                "source": q.source,
-                "place": q.place,
-                "drawn": q.drawn,
-                "wanted": q.wanted,
-                "known": q.known,
-            }
-            for q in questions
-        ]
+        rows = [_row(question) for question in questions]
         with self._writing() as connection:
             before = self._count(connection)
             for row in rows:
                 connection.execute(sa.insert(_questions).prefix_with("OR IGNORE").values(**row))
             return self._count(connection) - before
+
+    def questions(self, after: int = 0) -> dict[int, Question]:
+        """By their numbers in the database, those above `after`."""
+        with self._reading() as connection:
+            rows = connection.execute(sa.select(_questions).where(_questions.c.id > after).order_by(_questions.c.id))
+            return {row.id: _question(row) for row in rows}
 
     def keys(self) -> set[str]:
         """Of the questions that are there."""
@@ -252,12 +246,45 @@ class Store:
             if again is not None or row.finished is not None:
                 return False
             now = self._now()
-            content = {"reason": said.reason, "span": said.span, "edit": said.edit, "grades": said.grades}
-            values = {"key": key, "task": task, "verdict": said.verdict, "said": content, "stored": now}
+            values = {"key": key, "task": task, "verdict": said.verdict, "said": _content(said), "stored": now}
             connection.execute(sa.insert(_labels).values(**values, seconds=seconds))
             connection.execute(sa.update(_tasks).where(_tasks.c.id == task).values(finished=now))
             if said.verdict != "skip":
                 self._count_answer(connection, row.question, 1)
+            return True
+
+    def tell(self, name: str, question: Question, said: Said, key: str | None = None) -> bool:
+        """Stores what somebody says without being asked, as of a served answer; returns after it is on the disk.
+
+        It takes the place of what the same person said of the same question before; of that stays what is left out
+        now. False where it stands already, or this key has stored it.
+
+        Raises:
+            RunError: the key has stored something else.
+        """
+        with self._writing() as connection:
+            connection.execute(sa.insert(_questions).prefix_with("OR IGNORE").values(**_row(question)))
+            number = connection.scalar(sa.select(_questions.c.id).where(_questions.c.key == question.key))
+            assert number is not None
+            found = [person for person in self._people(connection) if person.name == name]
+            person = found[0] if found else self._new_person(connection, name)
+            told = sa.select(_labels, _tasks.c.labeller, _tasks.c.question).join(_tasks, _tasks.c.id == _labels.c.task)
+            if key is not None and (row := connection.execute(told.where(_labels.c.key == key)).one_or_none()):
+                stored = Said(row.verdict, **row.said)
+                if (row.labeller, row.question) != (person.id, number) or _joined(stored, said) != stored:
+                    raise RunError("this key has stored something else", where="key", allowed="one key for each")
+                return False
+            mine = told.where(_tasks.c.labeller == person.id, _tasks.c.question == number, _labels.c.undone.is_(None))
+            now = self._now()
+            for row in connection.execute(mine).all():
+                before = Said(row.verdict, **row.said)
+                said = _joined(before, said)
+                if said == before:
+                    return False
+                connection.execute(sa.update(_labels).where(_labels.c.id == row.id).values(undone=now))
+                self._count_answer(connection, number, -1)
+            label = Label(key or secrets.token_urlsafe(24), question, person, said, False, 0.0, now)
+            self._insert(connection, label, person, number)
             return True
 
     def undo(self, labeller: Labeller) -> Task | None:
@@ -394,16 +421,8 @@ class Store:
                 if connection.scalar(sa.select(_labels.c.id).where(_labels.c.key == label.key)) is not None:
                     continue
                 question = connection.scalar(sa.select(_questions.c.id).where(_questions.c.key == label.question.key))
-                row = {"question": question, "labeller": person.id, "turned": label.turned}
-                times = {"given": label.stored - label.seconds, "finished": label.stored}
-                made = connection.execute(sa.insert(_tasks).values(**row, **times)).inserted_primary_key
-                assert made is not None
-                said = label.said
-                content = {"reason": said.reason, "span": said.span, "edit": said.edit, "grades": said.grades}
-                values = {"key": label.key, "task": made[0], "verdict": said.verdict, "said": content}
-                connection.execute(sa.insert(_labels).values(**values, seconds=label.seconds, stored=label.stored))
-                if said.verdict != "skip" and question is not None:
-                    self._count_answer(connection, question, 1)
+                assert question is not None
+                self._insert(connection, label, person, question)
                 new += 1
         return new
 
@@ -447,11 +466,12 @@ class Store:
         return Task(number, _question(row), row.turned, row.given)
 
     def _last(self, connection: sa.Connection, labeller: Labeller) -> sa.Row[Any, Any, Any, Any] | None:
-        """Label, verdict, task and question of the labeller's last answer that stands."""
+        """Label, verdict, task and question of the labeller's last answer on the page that stands."""
         return connection.execute(
             sa.select(_labels.c.id, _labels.c.verdict, _tasks.c.id, _tasks.c.question)
             .join(_tasks, _tasks.c.id == _labels.c.task)
-            .where(_tasks.c.labeller == labeller.id, _labels.c.undone.is_(None))
+            .join(_questions, _questions.c.id == _tasks.c.question)
+            .where(_tasks.c.labeller == labeller.id, _labels.c.undone.is_(None), _questions.c.drawn != SERVED)
             .order_by(_labels.c.id.desc())
             .limit(1)
         ).one_or_none()
@@ -476,6 +496,17 @@ class Store:
             raise RunError("There is no explanation for this question, or not yet.")
         return task, [row.id for row in alike]
 
+    def _insert(self, connection: sa.Connection, label: Label, person: Labeller, question: int) -> None:
+        """A label with a task that is finished."""
+        row = {"question": question, "labeller": person.id, "turned": label.turned}
+        times = {"given": label.stored - label.seconds, "finished": label.stored}
+        made = connection.execute(sa.insert(_tasks).values(**row, **times)).inserted_primary_key
+        assert made is not None
+        values = {"key": label.key, "task": made[0], "verdict": label.said.verdict, "said": _content(label.said)}
+        connection.execute(sa.insert(_labels).values(**values, seconds=label.seconds, stored=label.stored))
+        if label.said.verdict != "skip":
+            self._count_answer(connection, question, 1)
+
     def _people(self, connection: sa.Connection) -> list[Labeller]:
         rows = connection.execute(sa.select(_labellers).order_by(_labellers.c.id))
         return [Labeller(row.id, row.name, row.pseudonym, row.owner, row.left_out) for row in rows]
@@ -492,6 +523,22 @@ class Store:
     def _count_answer(self, connection: sa.Connection, question: int, by: int) -> None:
         more = {"answered": _questions.c.answered + by}
         connection.execute(sa.update(_questions).where(_questions.c.id == question).values(more))
+
+
+def _row(question: Question) -> dict[str, Any]:
+    names = ("key", "group", "source", "place", "drawn", "wanted", "known")
+    own = {name: getattr(question, name) for name in names}
+    return own | {"body": {"prompt": question.prompt, "answers": question.answers}}
+
+
+def _content(said: Said) -> dict[str, Any]:
+    return {"reason": said.reason, "span": said.span, "edit": said.edit, "grades": said.grades}
+
+
+def _joined(before: Said, now: Said) -> Said:
+    """What somebody says now; what is left out stays as it was."""
+    verdict = before.verdict if now.verdict == "edited" else now.verdict
+    return replace(now, verdict=verdict, reason=now.reason or before.reason, edit=now.edit or before.edit)
 
 
 def _question(row: Any) -> Question:

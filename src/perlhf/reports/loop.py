@@ -3,7 +3,7 @@
 As the page of `perlhf report` it asks for nothing outside itself, and it has no script.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -38,7 +38,7 @@ def render(loop: Mapping[str, Any], title: str) -> bytes:
             setting=setting(loop),
             rounds=[one["round"] for one in loop["rounds"]],
             rows=quantities(loop),
-            notes=[f"Round {one['round']}: {one['stopped']}." for one in loop["rounds"] if one["stopped"]],
+            notes=[note for one in loop["rounds"] for note in _notes(one)],
             charts=_charts(loop),
         )
     )
@@ -107,7 +107,16 @@ def _computed(seconds: Mapping[str, float]) -> float | None:
 
 def _labels(one: Mapping[str, Any]) -> str:
     drawn = ", ".join(f"{times} {name}" for name, times in one["drawn"].items())
-    return f"{count(one['labels'])} (asked: {drawn})"
+    served = f"; {count(one['served'])} from serving" if one.get("served") else ""
+    return f"{count(one['labels'])} (asked: {drawn}{served})"
+
+
+def _notes(one: Mapping[str, Any]) -> Iterator[str]:
+    if one["stopped"]:
+        yield f"Round {one['round']}: {one['stopped']}."
+    if one.get("accuracy_in_use"):
+        agrees = words(one["accuracy_in_use"])
+        yield f"Round {one['round']}: reward models agree with {agrees} of the choices made in use on held-out prompts."
 
 
 def _both(raw: object) -> str:

@@ -25,7 +25,7 @@ from typing import Any, cast
 import yaml
 
 from perlhf.config.commands import EvaluateConfig
-from perlhf.config.labelling import LabelConfig, Order, ProjectConfig, QuestionsConfig
+from perlhf.config.labelling import Order, ProjectConfig
 from perlhf.config.loop import LoopConfig
 from perlhf.config.stages import DataConfig, OptimConfig, SftConfig
 from perlhf.data import order as orders
@@ -36,9 +36,9 @@ from perlhf.evaluation.evaluate import evaluate
 from perlhf.evaluation.shared import plain
 from perlhf.labelling import records
 from perlhf.labelling.progress import progress
-from perlhf.labelling.project import LABELS, settings_of
+from perlhf.labelling.project import LABELS, made
 from perlhf.labelling.questions import question
-from perlhf.labelling.rounds import labellers, network, results
+from perlhf.labelling.rounds import in_use, labellers, network, results
 from perlhf.labelling.rounds.network import Pair
 from perlhf.labelling.rounds.order import choose, disagreement, information
 from perlhf.labelling.rounds.results import DUEL, LEARN, MEASURE, Asked, Places
@@ -239,11 +239,14 @@ def _labels(this: Round) -> None:
     duels = [] if this.before is None else this.before.asked(DUEL)
     labellers.label(config, store, [one.question for one in [*places.asked(LEARN, MEASURE), *duels]])
     people = store.people()
-    said = [one for one in store.labels(skips=True) if not one.labeller.left_out]
+    everybody = [one for one in store.labels(skips=True) if not one.labeller.left_out]
+    prompts = [record for split in SPLITS for record in prompts_of(config, split)]
+    said = in_use.teaching(everybody, this.project, config.data, prompts)
     numbers = progress(said, people, store.progress())
-    sides = [split_of(row["group"], config.data) for row, _ in records.labelled_rows(said, this.project, "all")]
+    found = records.labelled_rows(said, this.project, "all")
+    sides = [split_of(row["group"], config.data) for row, _ in found if "chosen" in row]
     for side, wanted in (("train", "to learn from"), ("held-out", "to measure with")):
-        if not any((found == "train") == (side == "train") for found in sides):
+        if not any((of == "train") == (side == "train") for of in sides):
             raise DataError(
                 f"no label {wanted} prefers one of two answers",
                 where=str(config.labels),
@@ -269,6 +272,12 @@ def _evaluation(this: Round) -> None:
     duels = [Pair(row["prompt"], row["before"], row["after"], row["group"]) for row in samples]
     held_out = [one.question for one in Places(config, 1).asked(MEASURE)]
     pairs = [Pair(one.prompt, str(one.answers[0]), str(one.answers[1]), one.group) for one in held_out]
+    choices = in_use.choices(records.read(places.labels), this.project, config.data)
+    pairs += [
+        Pair(plain(one.question.prompt), str(one.question.answers[0]), str(one.question.answers[1]), one.question.group)
+        for one in choices
+    ]
+    asked_about = len(held_out)
     scores = network.score_pairs(config, [places.reward], [*pairs, *duels])
     asked = [
         one
@@ -277,7 +286,12 @@ def _evaluation(this: Round) -> None:
         for one in _asked(this, duel, DUEL, known={"prompt": at})
     ]
     places.write_asked(places.duels, asked)
-    write_json(places.scores, {"held_out": scores[:, : len(pairs)].tolist(), "duels": scores[:, len(pairs) :].tolist()})
+    found: dict[str, Any] = {"held_out": scores[:, :asked_about].tolist(), "duels": scores[:, len(pairs) :].tolist()}
+    if choices:
+        found["in_use"] = scores[:, asked_about : len(pairs)].tolist()
+        found["in_use_first"] = [one.said.verdict == "first" for one in choices]
+        found["in_use_groups"] = [one.question.group for one in choices]
+    write_json(places.scores, found)
 
 
 def prompts_of(config: LoopConfig, split: str) -> list[Prompt]:
@@ -335,9 +349,7 @@ def _project(config: LoopConfig) -> ProjectConfig:
     Raises:
         ConfigError: a project that the loop can't ask in.
     """
-    new = ProjectConfig(questions=QuestionsConfig(paths=(), seed=config.seed))
-    exists = (config.labels / "project.yaml").is_file()
-    project = settings_of(LabelConfig(project=config.labels, settings=ProjectConfig() if exists else new))
+    project = made(config.labels, config.seed)
     if project.kind != "comparison":
         what, where = f"the project asks for kind: {project.kind}", str(config.labels / "project.yaml")
         raise ConfigError(what, where=where, allowed="kind: comparison", hint="name another --project")

@@ -159,7 +159,8 @@ def conclude(config: LoopConfig, store: Store, finished: int) -> dict[str, Any]:
     predicted, preferred, groups = list[Floats](), list[Floats](), list[str]()
     for number in range(1, finished + 1):
         places = Places(config, number)
-        scores = {key: np.array(value, dtype=float) for key, value in read_json(places.scores).items()}
+        scored = read_json(places.scores)
+        scores = {key: np.array(scored[key], dtype=float) for key in ("held_out", "duels")}
         evaluation = read_evaluation(places.evaluation)
         groups = [row["group"] for row in evaluation.samples]
         verdicts = {int(one.known["prompt"]): said.get(one.question.key) for one in places.asked(DUEL)}
@@ -178,6 +179,8 @@ def conclude(config: LoopConfig, store: Store, finished: int) -> dict[str, Any]:
             "judged_duels": int((~np.isnan(preferred[-1])).sum()),
             "stopped": read_json(places.policy / RESULT).get("stopped"),
         }
+        if "in_use" in scored:
+            one["accuracy_in_use"] = _in_use(scored, *own)
         if golden:
             right = figures.right(scores["held_out"][:, known_by_gold], by_gold)
             one["accuracy_by_rules"] = figures.measured(right, by_gold.groups, *own)
@@ -205,12 +208,21 @@ def conclude(config: LoopConfig, store: Store, finished: int) -> dict[str, Any]:
     }
 
 
+def _in_use(scored: dict[str, Any], resamples: int, seed: int) -> dict[str, float | None] | None:
+    """How often reward models agree with what people chose between served answers to held-out prompts."""
+    scores, first = np.array(scored["in_use"], dtype=float), np.array(scored["in_use_first"], dtype=bool)
+    known = np.flatnonzero(~np.isnan(scores).any(axis=(0, 2)))
+    judged = figures.Judged(first[known], [scored["in_use_groups"][at] for at in known])
+    return figures.measured(figures.right(scores[:, known], judged), judged.groups, resamples, seed)
+
+
 def _counts(places: Places, config: LoopConfig, said: dict[str, str]) -> dict[str, Any]:
     """Labels that the round's reward models learned from, and by what its own questions were chosen."""
     learned = [row for row in rows(places.records) if split_of(row["group"], config.data) == "train"]
     asked = places.asked(LEARN)
     return {
         "labels": len(learned),
+        "served": sum(str(row.get("source", "")).startswith("serve") for row in learned),
         "asked": len(asked),
         "answered": sum(one.question.key in said for one in asked),
         "drawn": dict(sorted(Counter(one.question.drawn for one in asked).items())),
