@@ -7,7 +7,7 @@ Nothing here imports torch: each command's module is imported when it is run.
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from perlhf import __version__
 from perlhf.commands import show
-from perlhf.config import commands, comparison, labelling, loop, stages
+from perlhf.config import commands, comparison, labelling, loop, serving, stages
 from perlhf.config.command_line import Command, own_options, parse, stage_of
 from perlhf.config.recipe import read_recipe
 from perlhf.errors import ConfigError, PerlhfError, nearest
@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, Command[Any]] = {
     "score": Command("perlhf score", commands.ScoreConfig, ("run", "data.paths")),
     "launch": Command("perlhf launch", commands.LaunchConfig),
     "chat": Command("perlhf chat", commands.ChatConfig, ("run",)),
+    "serve": Command("perlhf serve", serving.ServeConfig, ("runs",)),
     "loop": Command("perlhf loop", loop.LoopConfig, dry_run=True),
     "compare": Command("perlhf compare", comparison.CompareConfig, dry_run=True),
     "table": Command("perlhf table", commands.TableConfig, ("runs",)),
@@ -66,7 +67,7 @@ STAGES: Mapping[str, type[Any]] = {
 }
 SHARED = ("sft", "reward", "policy", "evaluate", "score")
 """Commands whose work several workers share; any other is done by one process."""
-COMPUTING = ("demo", "sft", "reward", "policy", "evaluate", "score", "chat", "loop")
+COMPUTING = ("demo", "sft", "reward", "policy", "evaluate", "score", "chat", "serve", "loop")
 """Commands that run the network: worth a restart under another allocator."""
 DATA_SUMMARY = "List, check, inspect, split, convert and pull data sets."
 
@@ -372,6 +373,8 @@ def _make(name: str, settings: BaseModel) -> None:
 
             show.rounds(run_loop(settings))
             show.said(settings.run / "loop.html")
+        case serving.ServeConfig():
+            _serving()(settings)
         case comparison.CompareConfig():
             from perlhf.comparison.grid import compare
 
@@ -417,6 +420,16 @@ def _labelling() -> ModuleType:
             f"labelling needs {error.name}, which isn't installed", hint="pip install 'perlhf[label]'"
         ) from error
     return project
+
+
+def _serving() -> Callable[[serving.ServeConfig], None]:
+    """What serves runs; an error where its packages aren't there."""
+    try:
+        from perlhf.serving.serve import serve
+    except ModuleNotFoundError as error:
+        hint = "pip install 'perlhf[serve]'"
+        raise ConfigError(f"serving needs {error.name}, which isn't installed", hint=hint) from error
+    return serve
 
 
 def _run_label(arguments: list[str]) -> int:

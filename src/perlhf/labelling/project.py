@@ -53,14 +53,14 @@ def prepared(config: LabelConfig) -> Callable[[], None]:
     store = Store(config.project / LABELS)
     there = store.keys()
     new = store.add(_in_order(project, [question for question in asked if question.key not in there]))
-    listening = _bound(config.host, config.port)
+    listening = bound(config.host, config.port)
     try:
         explainer = Explainer(project.explain) if project.explain else None
     except RunError:
         listening.close()
         raise
     port = listening.getsockname()[1]
-    tokens = not _is_here(config.host)
+    tokens = not is_here(config.host)
     hosts = frozenset(name for host in _names(config) for name in (host.lower(), f"{host.lower()}:{port}"))
     shown = f"[{config.host}]" if ":" in config.host else config.host
     done, wanted = store.progress()
@@ -193,7 +193,12 @@ def _in_order(project: ProjectConfig, new: list[Question]) -> list[Question]:
     return ranked(project, new)
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
+    """Listens at an address.
+
+    Raises:
+        StorageError: it isn't free, or not of this machine.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -211,11 +216,12 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _names(config: LabelConfig) -> list[str]:
     """Under which browsers may ask for the page."""
-    own = ["localhost", "127.0.0.1", "[::1]"] if _is_here(config.host) else []
+    own = ["localhost", "127.0.0.1", "[::1]"] if is_here(config.host) else []
     return [*own, f"[{config.host}]" if ":" in config.host else config.host, *config.allow_hosts]
 
 
-def _is_here(host: str) -> bool:
+def is_here(host: str) -> bool:
+    """Whether only this machine reaches the address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -145,9 +145,7 @@ class Engine:
         """Completions that are being sampled."""
         return len(self._running)
 
-    def submit(
-        self, ask: Ask, loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Sampled | Failed]"
-    ) -> Ticket:
+    def submit(self, ask: Ask, loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Sampled | Failed]") -> Ticket:
         """Takes a request; its tokens come to `events`, which is awaited in `loop`.
 
         Whoever has begun its speaker (`Models.begin`) ends it when the ticket is at its end.
@@ -344,5 +342,3 @@ def _generator(seed: int, number: int) -> np.random.Generator:
     """The draws of one of a request's completions: those of `local.uniforms` of this seed, its first prompt."""
     key = hashlib.sha256(f"{seed}:0:0:{number}".encode()).digest()[:16]
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key)))
-
-

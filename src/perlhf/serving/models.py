@@ -4,6 +4,7 @@ A name stands for the newest version. Requests keep the one that they began with
 base when the last of its requests has ended.
 """
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -26,8 +27,9 @@ from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun, Given, read_run
 from perlhf.rollout.ensemble import forget
 from perlhf.rollout.rows import Under
-from perlhf.runs.earlier import files_hash
+from perlhf.runs.earlier import adapter_of, files_hash, is_adapter
 from perlhf.runs.manifest import RESULT
+from perlhf.system.console import note
 
 BASE = "base"
 """Name of the network without adapters."""
@@ -113,6 +115,7 @@ class Models:
         self._current: dict[str, Served] = {}
         self._hashes: dict[str, tuple[Path, str]] = {}
         self._old: list[Served] = []
+        self._told: dict[str, str] = {}
         self.paths: dict[str, Path] = {}
         """The directories that names stand for."""
         template = "tokenizer" if tokenizer.chat_template else plain_template(tokenizer)
@@ -182,17 +185,30 @@ class Models:
             self._old.append(self._current.pop(name))
             del self._hashes[name], self.paths[name]
 
-    def refresh(self) -> list[Served]:
-        """New versions of what has changed on disk and is whole; a run that can't be read stays as it was."""
-        changed: list[Served] = []
-        for name, path in list(self.paths.items()):
-            try:
+    def changed(self) -> dict[str, Path]:
+        """Runs whose directory holds another adapter than the one that is served, whole; for any thread to ask."""
+        with self._lock:
+            known = {name: (self.paths[name], *self._hashes[name]) for name in self.paths}
+        found: dict[str, Path] = {}
+        for name, (path, directory, written) in known.items():
+            with contextlib.suppress(PerlhfError, OSError):  # it is being written, or has gone: asked again later
                 now = latest(path)
-                if (now / RESULT).is_file() and self._hashes[name] != (now, files_hash(now / "adapter")):
-                    changed.append(self.load(name, path))
-            except (PerlhfError, OSError):
-                continue  # it is being written, or has gone: asked again later
-        return changed
+                whole = is_adapter(now) or (now / RESULT).is_file()
+                if whole and (directory, written) != (now, _hash(now)):
+                    found[name] = path
+        return found
+
+    def refresh(self) -> list[Served]:
+        """Loads new versions of what has changed; a run that can't be used stays as it was, which is told once."""
+        loaded: list[Served] = []
+        for name, path in self.changed().items():
+            try:
+                loaded.append(self.load(name, path))
+            except PerlhfError as error:
+                if self._told.get(name) != error.what:
+                    self._told[name] = error.what
+                    note(f"{name}: the new version can't be served, the old one stays: {error.what}")
+        return loaded
 
     def drop_unused(self) -> list[Served]:
         """Takes the adapters of older versions that no request has any more off the base; gives those versions."""
@@ -210,7 +226,7 @@ class Models:
         if name == BASE:
             raise ConfigError(f"a run can't be called {BASE}", where="run", hint=f"OTHER={path} gives it another name")
         run.check()
-        written = files_hash(run.path / "adapter" if (run.path / "adapter").is_dir() else run.path)
+        written = _hash(run.path)
         version = self._versions[name] + 1
         config = run.config
         tokenizer = run.tokenizer()
@@ -263,6 +279,11 @@ class Models:
         return max(trained, self.model.longest or known or 0)
 
 
+def _hash(run: Path) -> str:
+    """Of the run's adapter, or of all its members'."""
+    return files_hash(adapter_of(run) or run)
+
+
 def latest(path: Path) -> Path:
     """The run directory that `path` stands for: of `perlhf loop`'s directory the policy of its last finished round."""
     rounds = sorted(path.glob("round-[0-9][0-9][0-9][0-9]/policy"), reverse=True)
@@ -282,10 +303,14 @@ def named(words: Sequence[str]) -> dict[str, Path]:
         path = Path(rest) if sign and not Path(word).exists() else Path(word)
         name = name if sign and path == Path(rest) else path.resolve().name
         if not path.is_dir():
-            raise RunError("there is no such directory", where=str(path), hint="NAME=DIRECTORY or DIRECTORY names a run")
+            raise RunError(
+                "there is no such directory", where=str(path), hint="NAME=DIRECTORY or DIRECTORY names a run"
+            )
         if not name or not all(sign.isalnum() or sign in "._-" for sign in name) or name == BASE:
             hint = f"another name: NAME={path}"
-            raise ConfigError(f"a run can't be called {name!r}", where="runs", allowed="letters, digits, . _ -", hint=hint)
+            raise ConfigError(
+                f"a run can't be called {name!r}", where="runs", allowed="letters, digits, . _ -", hint=hint
+            )
         if name in found:
             what, hint = f"two runs are called {name!r}", f"name one of them: NAME={path}"
             raise ConfigError(what, where="runs", allowed="each name once", hint=hint)

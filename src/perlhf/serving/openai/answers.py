@@ -82,7 +82,9 @@ def calls_in(text: str) -> list[dict[str, Any]]:
         name, given = call.get("name"), call.get("arguments", call.get("parameters", {}))
         if isinstance(name, str):
             said = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-            found.append({"id": f"call_{uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": said}})
+            found.append(
+                {"id": f"call_{uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": said}}
+            )
     return found
 
 
@@ -159,7 +161,11 @@ def problem(error: PerlhfError) -> tuple[int, dict[str, Any]]:
     """Status and body of an answer that says why there is none."""
     busy = isinstance(error, Busy)
     status = (429 if "waiting" in error.what else 503) if busy else 400
-    parts = [error.what, f"allowed: {error.allowed}" if error.allowed else "", f"try: {error.hint}" if error.hint else ""]
+    parts = [
+        error.what,
+        f"allowed: {error.allowed}" if error.allowed else "",
+        f"try: {error.hint}" if error.hint else "",
+    ]
     kind = "rate_limit_error" if busy else "invalid_request_error"
     if isinstance(error, Refused) and error.where == "context":
         return 400, said("; ".join(filter(None, parts)), kind, "messages", "context_length_exceeded")

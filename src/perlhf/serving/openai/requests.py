@@ -220,7 +220,9 @@ def _common(
         raise Refused(f"best_of {candidates} with n {count}", where="best_of", allowed=f"at least {count}")
     stream = given.flag("stream")
     if candidates is not None and candidates > count and stream:
-        raise Refused("best_of with stream", where="stream", allowed="false: the best is known when all are at their end")
+        raise Refused(
+            "best_of with stream", where="stream", allowed="false: the best is known when all are at their end"
+        )
     if reward is not None and (candidates or count) == count:
         raise Refused("reward without best_of", where="reward", allowed="with best_of above n")
     wanted = Wanted(

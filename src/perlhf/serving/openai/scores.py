@@ -14,7 +14,7 @@ from perlhf.rollout.ensemble import passes
 from perlhf.rollout.scorers import score_members
 from perlhf.serving.engine import Refused
 from perlhf.serving.models import Judge
-from perlhf.serving.requests import Keys, conversation
+from perlhf.serving.openai.requests import Keys, conversation
 
 MOST_ANSWERS = 256
 AT_ONCE = 8
@@ -108,9 +108,7 @@ def parts(asked: Scoring) -> list[Sequence[Text]]:
     return [asked.answers[at : at + AT_ONCE] for at in range(0, len(asked.answers), AT_ONCE)]
 
 
-def job(
-    model: Model, judges: Sequence[Judge], asked: Scoring, answers: Sequence[Text]
-) -> Callable[[], list[Scored]]:
+def job(model: Model, judges: Sequence[Judge], asked: Scoring, answers: Sequence[Text]) -> Callable[[], list[Scored]]:
     """What scores some of a request's answers, for the thread that computes.
 
     Raises (when it is done):
@@ -161,4 +159,3 @@ def _answers(values: Any, key: str) -> tuple[Text, ...]:
             raise Refused(f"{key} holds something else than a text", where=key, allowed="texts that aren't empty")
         found.append(value)
     return tuple(found)
-
