@@ -6,8 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def chromium() -> Iterator[Browser]:
 
 @dataclass
 class Command:
-    """`perlhf label`, or a loop with its page, in a process of its own."""
+    """`perlhf label`, a loop with its page, or a server, in a process of its own."""
 
     process: subprocess.Popen[str]
     address: str
@@ -51,12 +51,15 @@ class Command:
         return self.process.wait(30)
 
 
-@contextmanager
-def opened(*words: str) -> Iterator[Command]:
+def opened(*words: str) -> AbstractContextManager[Command]:
     """A command of perlhf, once it has said at which address its page is."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "perlhf", *words], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
-    )
+    return started([sys.executable, "-m", "perlhf", *words])
+
+
+@contextmanager
+def started(words: Sequence[str]) -> Iterator[Command]:
+    """The same of any command."""
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     try:
         assert process.stdout is not None
         for line in process.stdout:
