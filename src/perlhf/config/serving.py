@@ -10,7 +10,7 @@ from perlhf.config.stages import Frozen, Positive
 
 
 class ServeConfig(Frozen):
-    """Serve runs on one base over an OpenAI-compatible address, with a chat page whose thumbs train the next version."""
+    """Serve runs on one base over an OpenAI-compatible address, and a chat page whose thumbs train the next version."""
 
     runs: tuple[str, ...] = ()
     """Policy, SFT and reward runs, or `perlhf loop`'s directory: DIRECTORY or NAME=DIRECTORY; none serves the base."""

@@ -1,4 +1,4 @@
-"""The thread that computes for all requests: completions by steps of one token, and between steps whatever else is asked.
+"""The thread that computes for all requests: completions by steps of one token, and between steps what else is asked.
 
 A request for completions waits in one queue until there is room, joins the rows that are being sampled, and is told
 each token as it is drawn. It ends on the version of the adapter that it began with. Scores, and the loading of

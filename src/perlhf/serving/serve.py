@@ -57,8 +57,8 @@ def prepared(config: ServeConfig) -> Callable[[], None]:
     limits = Limits(config.max_rows, config.max_waiting, config.max_tokens, config.timeout_seconds)
     engine = Engine(models, limits)
     access = Access(_hosts(config, listening), token, frozenset(config.allow_origins))
-    service = Service(models, engine, access, feedback, config.adapters, config.max_completion_tokens)
-    service.log = config.log_requests
+    longest, logged = config.max_completion_tokens, config.log_requests
+    service = Service(models, engine, access, feedback, config.adapters, longest, logged)
     _say(config, listening, models)
     settings = uvicorn.Config(
         application(service),
@@ -82,7 +82,7 @@ def prepared(config: ServeConfig) -> Callable[[], None]:
             stopped.set()
             engine.close()
             watching.join()
-            service.encoding.shutdown()
+            service.desk.encoding.shutdown()
             if feedback is not None:
                 feedback.close()
 

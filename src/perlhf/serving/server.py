@@ -6,15 +6,11 @@ are bounded, and what is asked and answered is written nowhere but into the labe
 """
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
-import json
-import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -37,27 +33,20 @@ from starlette.responses import (
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from perlhf.data.records import Text
 from perlhf.errors import ConfigError, PerlhfError, StorageError
-from perlhf.method.packing import Ids
-from perlhf.rollout.local import Ends
-from perlhf.rollout.rows import Wish
-from perlhf.serving import answers, requests, scores
-from perlhf.serving.answers import Growing
-from perlhf.serving.engine import Ask, Busy, Engine, Failed, Refused, Sampled, Ticket
+from perlhf.serving.engine import Busy, Engine, Refused
 from perlhf.serving.feedback import Answers, Feedback
 from perlhf.serving.models import Judge, Models, Speaker
+from perlhf.serving.openai import answers, requests, scores
+from perlhf.serving.openai.completing import Completing, Desk, Over, scored
+from perlhf.serving.openai.requests import Wanted
 from perlhf.serving.page import HEADERS, chat_routes
-from perlhf.serving.requests import Wanted
 
 BODY_BYTES = 4 * 2**20
 COOKIE = "perlhf-serve"
 SLOW_SECONDS = 60.0
 """A client that takes no byte of its answer for so long is let go."""
-GONE_SECONDS = 0.25
-"""How often it is seen whether a client is still there."""
 _OPEN = ("/health", "/enter")
-_GONE = Failed("the client has gone", 499)
 
 
 @dataclass(frozen=True)
@@ -97,10 +86,15 @@ class Service:
     """Directory below which runs may be loaded on request."""
     longest: int = 1024
     """Tokens of an answer where the request names no length."""
-    served: Answers = field(default_factory=Answers)
     log: bool = False
-    encoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
+    served: Answers = field(default_factory=Answers)
     metrics: "Metrics" = field(default_factory=lambda: Metrics())
+
+    @cached_property
+    def desk(self) -> Desk:
+        """What carrying out a request needs of it."""
+        served, metrics = None if self.feedback is None else self.served, self.metrics
+        return Desk(self.models, self.engine, served, self.longest, metrics.first_token, metrics.whole)
 
 
 class Metrics:
@@ -217,9 +211,8 @@ class _Handlers:
         project = self.service.feedback
         body = requests.decoded(await _body(request))
         if project is None:
-            return JSONResponse(
-                answers.said("this server takes no feedback: start it with --project", "not_found"), 404
-            )
+            what = "this server takes no feedback: start it with --project DIRECTORY"
+            return JSONResponse(answers.said(what, "not_found_error"), 404)
         return JSONResponse(await run_in_threadpool(project.take, body, self.service.served, "user"))
 
     async def load(self, request: Request) -> Response:
@@ -262,9 +255,8 @@ class _Handlers:
             await asyncio.sleep(0.5)
             return HTMLResponse(_ENTER, 403, headers=HEADERS)
         response = RedirectResponse("/", 303)
-        response.set_cookie(
-            COOKIE, self.service.access.cookie, httponly=True, samesite="strict", max_age=90 * 24 * 3600
-        )
+        kept = self.service.access.cookie
+        response.set_cookie(COOKIE, kept, httponly=True, samesite="strict", max_age=90 * 24 * 3600)
         return response
 
     # inside
@@ -302,6 +294,7 @@ class _Handlers:
             return JSONResponse(answers.said(over.failed.what, "server_error"), over.failed.status)
         finally:
             asked.end()
+
 
 async def _body(request: Request) -> bytes:
     """The body, as far as it isn't too large.
@@ -420,11 +413,11 @@ def _no(what: str, status: int) -> Response:
     return JSONResponse(answers.said(what, kind), status, headers)
 
 
-_KNOWN = frozenset(
-    "/ /v1/models /v1/chat/completions /v1/completions /v1/score /v1/rerank /v1/feedback /health /metrics /enter".split()
-)
+_V1 = "models chat/completions completions score rerank feedback load_lora_adapter unload_lora_adapter"
+_KNOWN = frozenset(["/", "/health", "/metrics", "/enter", *("/v1/" + name for name in _V1.split())])
 _ENTER = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Token</title>
 <meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/chat/files/label.css"></head>
 <body><main><h1>This server needs its token</h1><form method="post" action="/enter">
-<label for="token">Token</label> <input id="token" name="token" type="password" autocomplete="current-password" autofocus>
+<label for="token">Token</label>
+<input id="token" name="token" type="password" autocomplete="current-password" autofocus>
 <button>Enter</button></form></main></body></html>"""

@@ -278,5 +278,3 @@ def _as_text(prompt: Text | list[int]) -> Text:
 def event(content: dict[str, Any]) -> bytes:
     """A server-sent event."""
     return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
-
-

@@ -1,4 +1,4 @@
-"""Scores of answers by the reward runs that are served: as `perlhf score` gives them, whatever else is being computed."""
+"""Scores of answers by the reward runs that are served: as `perlhf score` gives them, whatever else is computed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
