@@ -169,7 +169,7 @@ def problem(error: PerlhfError) -> tuple[int, dict[str, Any]]:
     kind = "rate_limit_error" if busy else "invalid_request_error"
     if isinstance(error, Refused) and error.where == "context":
         return 400, said("; ".join(filter(None, parts)), kind, "messages", "context_length_exceeded")
-    if error.where == "model":
+    if error.where == "model" and not isinstance(error, Refused):
         status = 404
     return status, said("; ".join(filter(None, parts)), kind, error.where, "model_not_found" if status == 404 else None)
 
@@ -195,15 +195,20 @@ def _before_call(text: str, *, whole: bool) -> str:
 
 
 def _text(ends: Ends, number: int) -> str:
+    """Of one token; of one that is no whole character by itself its number, so that no two look alike."""
     assert ends.encoder is not None
-    return str(ends.encoder.tokenizer.decode([number], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    decode = ends.encoder.tokenizer.decode
+    text = str(decode([number], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return f"token:{number}" if "\ufffd" in text else text
 
 
 def _told(ends: Ends, token: Sampled) -> dict[str, Any]:
     """A token with its log-probability, and those of the likeliest."""
-    likeliest = [_with_bytes(_text(ends, number), logprob) for number, logprob in token.likeliest]
-    return _with_bytes(_text(ends, token.id), token.logprob) | {"top_logprobs": likeliest}
+    likeliest = [_with_bytes(ends, number, logprob) for number, logprob in token.likeliest]
+    return _with_bytes(ends, token.id, token.logprob) | {"top_logprobs": likeliest}
 
 
-def _with_bytes(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+def _with_bytes(ends: Ends, number: int, logprob: float) -> dict[str, Any]:
+    text = _text(ends, number)
+    found = None if text == f"token:{number}" else list(text.encode("utf-8", "replace"))
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": found}
