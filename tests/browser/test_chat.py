@@ -239,6 +239,7 @@ def test_feedback_that_cant_be_stored_waits_and_is_stored_once(browser: Browser,
         page.route("**/v1/feedback", lambda route: route.fulfill(status=503, body="Full."))
         last(page).locator("[data-thumb=down]").click()
         expect(page.locator("#waiting")).to_contain_text("What you said is kept here")
+        expect(last(page).locator(".stored")).to_have_text("Not stored yet.")
         assert first.stop() is not None
     page.unroute("**/v1/feedback")
     page.click("#deliver")

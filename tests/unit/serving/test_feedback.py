@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kills import killed_at
 
 from perlhf.config.labelling import LabelConfig, LabelExportConfig, ProjectConfig, QuestionsConfig
 from perlhf.config.stages import DataConfig
@@ -319,6 +320,26 @@ def test_an_empty_answer_is_kept_and_nobody_learns_from_it(feedback: Feedback, t
     feedback.take({**full, "thumb": "down", "edit": "Yes."}, Answers(), "Ana")
     counts = export(LabelExportConfig(project=tmp_path / "project", output=tmp_path / "out"))
     assert counts == {"records": 0, "edits": 1, "labels": 1}
+
+
+def test_killed_around_each_write_nothing_acknowledged_is_lost_or_doubled(answers: Answers, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    Feedback(tmp_path / "project").close()
+
+    def work() -> None:
+        own = Feedback(tmp_path / "project")
+        for number in range(6):
+            own.take(one(thumb="up", user=f"u{number}", key=f"k{number}"), answers, "Ana")
+            with open(told, "a") as file:  # acknowledged
+                file.write(f"u{number}\n")
+        own.close()
+
+    killed = [killed_at(number, work, (Store, "tell")) for number in range(1, 13)]
+    assert any(killed)
+    store = Store(tmp_path / "project" / "labels.sqlite")
+    kept = [label.labeller.name for label in store.labels()]
+    assert set(told.read_text().split()) <= set(kept) and sorted(kept) == [f"u{number}" for number in range(6)]
+    store.close()
 
 
 def test_an_export_goes_into_another_copy(feedback: Feedback, answers: Answers, tmp_path: Path) -> None:

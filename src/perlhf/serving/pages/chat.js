@@ -399,6 +399,7 @@ function tell(number, body, inFull) {
   const own = { key: newKey(), ...(name ? { user: name } : {}) };
   waiting.push({ conversation, number, body: { ...body, ...own }, inFull: { ...inFull, ...own } });
   store(localStorage, WAITING, waiting);
+  noted(number, "");
   deliver();
 }
 
@@ -445,7 +446,8 @@ async function deliver() {
     store(localStorage, WAITING, stored(localStorage, WAITING, []).filter(({ body }) => body.key !== one.body.key));
   }
   delivering = false;
-  const left = stored(localStorage, WAITING, []).length;
+  const unsent = stored(localStorage, WAITING, []), left = unsent.length;
+  for (const one of unsent) noted(one.number, "Not stored yet.", true, one.conversation);
   at("waiting").hidden = !kept;
   at("waiting-text").textContent = kept ? `${kept} ${left === 1 ? "What you said is" : `${left} things that you said are`} kept here and sent again.` : "";
   if (kept) setTimeout(deliver, 5000);
