@@ -309,14 +309,3 @@ def test_nothing_shuts_people_out(screen: str, browser: Browser, served: Command
     assert width <= SCREENS[screen]["viewport"]["width"], "nothing is wider than the screen"
     box = page.locator("#text").bounding_box()
     assert box is not None and box["y"] + box["height"] <= SCREENS[screen]["viewport"]["height"]
-
-
-def test_a_link_with_the_servers_key_is_used_and_not_kept_in_the_address(browser: Browser, served: Command) -> None:
-    page = browser.new_context().new_page()
-    seen: list[str | None] = []
-    page.on(
-        "request", lambda request: seen.append(request.headers.get("authorization")) if "/v1/" in request.url else None
-    )
-    page.goto(served.address + "#key=a-secret")
-    page.wait_for_selector("#model option", state="attached")
-    assert page.url == served.address and seen == ["Bearer a-secret"]
