@@ -1,6 +1,6 @@
 """A server that speaks as `perlhf serve` does, for answers that no tiny base writes: Markdown, markup, long ones.
 
-    python canned.py [--project PROJECT] [--port 0]
+python canned.py [--project PROJECT] [--port 0]
 """
 
 import argparse

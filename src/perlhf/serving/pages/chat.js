@@ -88,7 +88,8 @@ async function loadModels() {
   try {
     const found = (await json("/v1/models")).data;
     rewards = found.filter((model) => model.stage === "reward").map((model) => model.id);
-    const chats = found.filter((model) => model.stage !== "reward").map((model) => model.id);
+    const worth = ["policy", "sft", "base"]; // what was trained most is offered first
+    const chats = found.filter((model) => model.stage !== "reward").sort((a, b) => worth.indexOf(a.stage) - worth.indexOf(b.stage)).map((model) => model.id);
     for (const [id, names] of [["model", chats], ["other", chats], ["reward", rewards]]) {
       at(id).replaceChildren(...names.map((name) => new Option(name, name)));
     }
@@ -136,6 +137,7 @@ async function write(asked, model, place, signal) {
       for await (const chunk of events(response)) {
         if (chunk.error) throw new Error(chunk.error.message || "The server stopped.");
         answer.id = chunk.id ?? answer.id;
+        answer.by = chunk.system_fingerprint ?? model; // with its version
         const choice = chunk.choices?.[0];
         if (!choice) continue;
         answer.index = choice.index ?? 0;
@@ -326,7 +328,7 @@ function choose(verdict) {
   element.querySelector(".verdicts").hidden = true;
   const side = verdict === "second" ? 1 : 0;
   const [first, second] = both.map((answer) => ({ id: answer.id, index: answer.index }));
-  const inFull = both.map((answer) => ({ messages: answer.asked, answer: answer.text, model: answer.model }));
+  const inFull = both.map((answer) => ({ messages: answer.asked, answer: answer.text, model: answer.by }));
   goOn(number, element, both, side, true);
   const said = { equal: "About equal", both_bad: "Both bad" }[verdict];
   const how = `${said ? `${said}: the` : "The"} conversation goes on with the ${side ? "right" : "left"} one.`;
@@ -402,7 +404,7 @@ function tell(number, body, inFull) {
 }
 
 function tellOf(number, said) {
-  const { id, index, asked, text: answer, model } = turns[number];
+  const { id, index, asked, text: answer, by: model } = turns[number];
   turns[number].judged = true;
   tell(number, { id, index, ...said }, { messages: asked, answer, model, ...said });
   show(number);
