@@ -307,7 +307,7 @@ async function answerTwice(signal) {
     element.querySelector(".verdicts").hidden = false;
     element.scrollIntoView({ block: "end" });
     say("Both answers are complete. Which is better?");
-    if (!text.value) element.querySelector("[data-verdict]").focus();
+    if (!text.value) element.focus({ preventScroll: true }); // on neither side
     return true;
   }
   const kept = whole[0] ?? both.find((answer) => answer.text);
