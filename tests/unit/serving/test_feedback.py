@@ -115,7 +115,10 @@ def test_what_is_said_again_takes_the_place_of_what_was_said(feedback: Feedback,
     feedback.take(one(thumb="down"), answers, "Ana")
     feedback.take(one(thumb="up"), answers, "Bo")
     feedback.take(one(thumb="up"), answers, "Ana")
-    bo, ana = feedback.store.labels()
+    feedback.take(one(edit="Mine."), answers, "Cy")
+    rows = records.labelled_rows(feedback.store.labels(), feedback.project, "all")
+    assert [row["weight"] for row, _ in rows] == [0.5, 0.5], "an edit alone takes nobody's share"
+    bo, ana, _ = feedback.store.labels()
     assert (bo.labeller.name, ana.labeller.name) == ("Bo", "Ana")
     assert (ana.said.verdict, ana.said.edit) == ("up", "Better.")
 
