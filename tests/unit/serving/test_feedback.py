@@ -1,6 +1,5 @@
 """What people say about served answers, from a request's body to records that stages read."""
 
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,14 @@ from hypothesis import strategies as st
 from kills import killed_at
 
 from perlhf.config.labelling import LabelConfig, LabelExportConfig, ProjectConfig, QuestionsConfig
-from perlhf.config.stages import DataConfig
 from perlhf.data.fields import prompt_group
 from perlhf.data.read import read_all
-from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
+from perlhf.data.records import Comparison, Demonstration, Rating
 from perlhf.errors import ConfigError, PerlhfError, RunError
 from perlhf.labelling import records
 from perlhf.labelling.progress import progress
 from perlhf.labelling.project import export, settings_of
 from perlhf.labelling.questions import question
-from perlhf.labelling.rounds import in_use
 from perlhf.labelling.store import Said, Store
 from perlhf.serving.feedback import Answers, Feedback
 
@@ -370,28 +367,3 @@ def test_answers_are_bounded_by_number_and_bytes() -> None:
     assert small.find("a", 0) is None and small.find("c", 0) is not None
     small.remember("d", 0, "p" * 101, "", "m", 1)
     assert small.find("d", 0) is None
-
-
-def test_a_round_holds_out_what_its_prompts_hold_out_and_waits_for_both_thumbs(
-    feedback: Feedback, answers: Answers, capfd: pytest.CaptureFixture[str]
-) -> None:
-    data = DataConfig(validation=0.3, test=0.3)
-    from perlhf.data.splits import split_of
-
-    held = next(f"g{at}" for at in range(99) if split_of(f"g{at}", data) != "train")
-    learned = next(f"g{at}" for at in range(99) if split_of(f"g{at}", data) == "train")
-    feedback.take(one(thumb="up"), answers, "Ana")
-    feedback.take(two("first"), answers, "Ana")
-    other = {"messages": [{"role": "user", "content": "Tea!"}], "answer": "Tea."}
-    feedback.take({**other, "thumb": "up"}, answers, "Ana")
-    prompts = [Prompt(TALK, learned), Prompt(TALK, held), Prompt("tea", learned)]
-    said = feedback.store.labels()
-    taught = in_use.teaching(said, feedback.project, data, prompts)
-    assert [(label.question.group, label.said.verdict) for label in taught if label.question.group == held]
-    assert [label.said.verdict for label in taught] == [said[1].said.verdict], "one thumb alone teaches a constant"
-    assert "1 thumbs from serving are all up" in capfd.readouterr().err
-    assert [label.question.group for label in in_use.choices(taught, feedback.project, data)] == [held]
-    feedback.take({**other, "answer": "No tea.", "thumb": "down"}, answers, "Ana")
-    taught = in_use.teaching(feedback.store.labels(), feedback.project, data, prompts)
-    assert len(taught) == 4
-    assert json.dumps([label.question.group for label in taught]) == json.dumps([held, held, learned, learned])
