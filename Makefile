@@ -24,7 +24,7 @@ help:
 	@echo "make demo     the whole pipeline on the embedded feedback: SFT, reward, policy, report.html"
 	@echo "make test     all tests but those of the next four"
 	@echo "make test-lowest  equivalences and six families with the oldest versions that pyproject.toml allows"
-	@echo "make test-browser  the labelling page in a real Chromium"
+	@echo "make test-browser  the labelling page and the chat page in a real Chromium"
 	@echo "make test-bases  families of networks as bases: in float32, as in make test, and in bfloat16"
 	@echo "make test-workers  several workers beside one process: equality, kills, bad input"
 	@echo "make test-ray  workers as actors of Ray, which is installed for it"

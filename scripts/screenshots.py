@@ -1,4 +1,4 @@
-"""Takes the pictures of the labelling page and of a loop's page that docs/ shows, from the real commands.
+"""Takes the pictures of the labelling page, the chat page and a loop's page that docs/ shows, from the real commands.
 
     python scripts/screenshots.py --loop RUN --reward RUN [--output docs/images]
 
@@ -30,6 +30,7 @@ sys.path.insert(0, str(REPOSITORY / "tests" / "browser"))
 PEOPLE = {"Ana": 0.05, "Bo": 0.15, "Cy": 0.4}
 """Who has labelled before, and in which share of the questions they say the other answer."""
 LABELS_EACH = 41
+ORDERS = ("Hi, could I get a large latte with oat milk, please?", "And a blueberry muffin to go.")
 TALK = [
     {"role": "user", "content": "How do I count the words of a file?"},
     {"role": "assistant", "content": "With `wc`:\n\n```\nwc -w notes.txt\n```"},
@@ -61,6 +62,7 @@ def main() -> None:
         place = Path(directory)
         comparisons(browser, place / "project", options)
         thumbs(browser, place, options.output)
+        chat(browser, place / "served", options)
         (place / "loop.html").write_bytes(loop.render(read_json(options.loop / "loop.json"), "Coffee bar"))
         page = screen(browser, 992, 820)
         page.goto((place / "loop.html").as_uri())
@@ -105,6 +107,38 @@ def thumbs(browser: Browser, place: Path, output: Path) -> None:
     given += ["--settings.questions.paths", str(place / "talk.jsonl")]
     with opened("label", str(place / "thumbs"), "--port", "0", *given) as running:
         entered(screen(browser, 900, 760), running.address).screenshot(path=output / "label-thumbs.png")
+
+
+def chat(browser: Browser, project: Path, options: argparse.Namespace) -> None:
+    """A conversation with the loop's policy, and its answer beside the base's, on three screens."""
+    from people import opened
+
+    runs = [f"policy={options.loop.resolve()}", f"reward={options.reward.resolve()}"]
+    with opened("serve", *runs, "--project", str(project), "--port", "0") as running:
+        wide, phone = (1100, 640), (390, 760)
+        for name, size, more in (
+            ("chat", wide, {}),
+            ("chat-dark", wide, {"color_scheme": "dark"}),
+            ("chat-phone", phone, {"is_mobile": True, "has_touch": True}),
+        ):
+            page = screen(browser, *size, **more)
+            page.goto(running.address)
+            page.wait_for_selector("#model option", state="attached")
+            page.click("#show-settings")
+            page.fill("#temperature", "0")
+            page.keyboard.press("Escape")
+            page.fill("#text", ORDERS[0])
+            page.press("#text", "Enter")
+            page.locator(".answered [data-thumb=up]").click(timeout=60_000)
+            expect(page.locator(".stored")).to_have_text("Stored.")
+            page.check("#twice")
+            page.select_option("#other", "base")
+            page.fill("#text", ORDERS[1])
+            page.press("#text", "Enter")
+            expect(page.locator(".verdicts")).to_be_visible(timeout=60_000)
+            if size == wide:
+                page.evaluate("() => window.scrollTo(0, 0)")
+            page.screenshot(path=options.output / f"{name}.png")
 
 
 def entered(page: Page, address: str) -> Page:

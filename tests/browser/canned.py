@@ -1,4 +1,7 @@
-"""A server that speaks as `perlhf serve` does, with answers of a few lines: `python canned.py [--project PROJECT]`."""
+"""A server that speaks as `perlhf serve` does, for answers that no tiny base writes: Markdown, markup, long ones.
+
+python canned.py [--project PROJECT] [--port 0]
+"""
 
 import argparse
 import asyncio
@@ -34,10 +37,8 @@ def application(feedback: Feedback | None) -> Starlette:
     answers, numbers = Answers(), itertools.count(1)
 
     async def models(_: Request) -> Response:
-        kinds = {"policy": "policy", "sft": "sft", "taste": "reward"}
-        rows = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "perlhf", "kind": kinds[name]} for name in kinds
-        ]
+        stages = {"policy": "policy", "sft": "sft", "taste": "reward"}
+        rows = [{"id": name, "object": "model", "stage": stage} for name, stage in stages.items()]
         return JSONResponse({"object": "list", "data": rows})
 
     async def chat(request: Request) -> Response:
@@ -65,7 +66,8 @@ def application(feedback: Feedback | None) -> Starlette:
         half = len(text) // 2
         parts = [{"text": text[:half], "effect": 0.25}, {"text": text[half:], "effect": -0.5}]
         one = {"score": 0.5, "sentences": parts, "tokens": [["a", 0.75], ["b", 0.5]]}
-        return JSONResponse({"scores": [0.4, 0.6], "mean": 0.5, "spread": 0.1, "explanations": [one]})
+        row = {"index": 0, "score": 0.5, "spread": 0.1, "members": {"taste": [0.4, 0.6]}, "explanation": one}
+        return JSONResponse({"data": [row]})
 
     async def said(request: Request) -> Response:
         assert feedback is not None

@@ -9,33 +9,64 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from people import REPOSITORY, SCREENS, Command, serious, serious_now, started
+from people import REPOSITORY, SCREENS, Command, opened, serious, serious_now, started
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
+from toy import command, finish, write_feedback
 
 from perlhf.labelling.store import Label, Store
 
 Serve = Callable[..., AbstractContextManager[Command]]
 ORDER = "A large latte to go, please."
+SAVED = "perlhf-chat-settings"
 
 
-@pytest.fixture
-def serve() -> Serve:
-    """A server with the models `policy`, `sft` and the reward model `taste`; options are those of `perlhf serve`."""
-    return lambda *words: started([sys.executable, str(REPOSITORY / "tests/browser/canned.py"), *words])
+@pytest.fixture(scope="module")
+def runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two tiny runs that answer, and a reward run of two members."""
+    place = tmp_path_factory.mktemp("runs")
+    data = write_feedback(place / "feedback")
+    for stage, name, file, *more in (
+        ("sft", "policy", "demonstrations.jsonl", "--seed", "1"),
+        ("sft", "sft", "demonstrations.jsonl", "--seed", "2"),
+        ("reward", "taste", "ratings.jsonl", "--members", "2"),
+    ):
+        words = command(stage, tiny_base, data / file, place / name, "--encoding.max-tokens", "512", *more)
+        assert finish(words, place / "log", place) == 0
+    return [str(place / name) for name in ("policy", "sft", "taste")]
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    return tmp_path / "project"
+@pytest.fixture(scope="module")
+def serve(runs: list[str]) -> Serve:
+    """The real command on these runs."""
+    return lambda *more: opened("serve", *runs, "--threads", "1", "--max-completion-tokens", "24", "--port", "0", *more)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the server of all tests: each looks at what its own person said."""
+    return tmp_path_factory.mktemp("served") / "project"
+
+
+@pytest.fixture(scope="module")
 def served(serve: Serve, project: Path) -> Iterator[Command]:
     with serve("--project", str(project)) as running:
         yield running
 
 
-def entered(context: BrowserContext, address: str) -> Page:
+def stand_in(*options: str) -> AbstractContextManager[Command]:
+    """A server whose models `policy` and `sft` write what no tiny base does."""
+    return started([sys.executable, str(REPOSITORY / "tests/browser/canned.py"), *options])
+
+
+@pytest.fixture
+def canned(tmp_path: Path) -> Iterator[Command]:
+    with stand_in("--project", str(tmp_path / "canned")) as running:
+        yield running
+
+
+def entered(context: BrowserContext, address: str, name: str = "") -> Page:
+    saved = json.dumps(json.dumps({"name": name}))
+    context.add_init_script(f"localStorage.getItem('{SAVED}') || localStorage.setItem('{SAVED}', {saved})")
     page = context.new_page()
     page.set_default_timeout(30_000)
     page.on("pageerror", lambda error: pytest.fail(str(error)))
@@ -53,9 +84,10 @@ def last(page: Page) -> Any:
     return page.locator(".answered").last
 
 
-def labels(project: Path) -> list[Label]:
+def labels(project: Path, name: str) -> list[Label]:
+    """What somebody said."""
     store = Store(project / "labels.sqlite")
-    found = store.labels()
+    found = [label for label in store.labels() if label.labeller.name == name]
     store.close()
     return found
 
@@ -67,9 +99,9 @@ def answered(page: Page, text: str = ORDER) -> None:
 
 
 def test_a_conversation_by_keyboard_alone(browser: Browser, served: Command, project: Path) -> None:
-    page = entered(browser.new_context(), served.address)
+    page = entered(browser.new_context(), served.address, "Ana")
 
-    def reach(name: str, role: str = "button") -> None:
+    def reach(name: str) -> None:
         """Tab leads there."""
         for _ in range(40):
             page.keyboard.press("Tab")
@@ -79,13 +111,13 @@ def test_a_conversation_by_keyboard_alone(browser: Browser, served: Command, pro
         raise AssertionError(f"Tab doesn't lead to {name}")
 
     page.focus("#text")
-    page.keyboard.type("A large latte\nto go, please.".split("\n")[0])
+    page.keyboard.type("A large latte")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("to go, please.")
     page.keyboard.press("Enter")
     expect(page.locator("#message")).to_have_text("The answer is complete.")
     expect(page.locator(".turn.own .text")).to_have_text("A large latte\nto go, please.")
-    expect(last(page).locator("td").first).to_have_text("latte")  # Markdown, once it is complete
+    expect(last(page).locator(".text")).not_to_be_empty()
     page.evaluate("() => document.activeElement.blur()")
     reach("Good")
     page.keyboard.press("Enter")
@@ -105,15 +137,14 @@ def test_a_conversation_by_keyboard_alone(browser: Browser, served: Command, pro
     expect(page.locator("#why .scored")).to_have_count(1)
     page.keyboard.press("Escape")
     expect(last(page).locator("[data-thumb=up]")).to_be_disabled()
-    served.stop()
-    (label,) = labels(project)
+    (label,) = labels(project, "Ana")
     said = label.said
     assert (said.verdict, said.reason, said.edit) == ("up", "It is polite.", "A large latte, of course.")
-    assert label.question.source.startswith("serve:policy@") and label.question.drawn == "served"
+    assert label.question.source == "serve:policy@1" and label.question.drawn == "served"
 
 
 def test_two_answers_are_blind_until_the_choice(browser: Browser, served: Command, project: Path) -> None:
-    page = entered(browser.new_context(), served.address)
+    page = entered(browser.new_context(), served.address, "Bo")
     page.check("#twice")
     page.select_option("#other", "sft")
     lefts: list[str] = []
@@ -131,8 +162,7 @@ def test_two_answers_are_blind_until_the_choice(browser: Browser, served: Comman
         side = 1 if key == "ArrowRight" else 0
         assert "goes on" in heads[side] and "goes on" not in heads[1 - side]
         assert page.evaluate("() => turns.length") == 2 * number + 2
-    served.stop()
-    found = labels(project)
+    found = labels(project, "Bo")
     for left, label, verdict in zip(lefts, found, verdicts.values(), strict=True):
         first, second = label.question.source.removeprefix("serve:").split(",")
         better = {"first": left, "second": "sft" if left == "policy" else "policy"}.get(verdict)
@@ -142,7 +172,7 @@ def test_two_answers_are_blind_until_the_choice(browser: Browser, served: Comman
 
 
 def test_no_score_before_an_opinion(browser: Browser, served: Command, project: Path) -> None:
-    page = entered(browser.new_context(), served.address)
+    page = entered(browser.new_context(), served.address, "Cy")
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     answered(page)
@@ -153,11 +183,11 @@ def test_no_score_before_an_opinion(browser: Browser, served: Command, project: 
     last(page).locator(".pass").click()
     last(page).locator(".score").click()
     expect(page.locator("#why .sentence")).not_to_have_count(0)
-    assert labels(project) == []
+    assert labels(project, "Cy") == []
 
 
-def test_without_a_project_nothing_is_asked_and_scores_are_shown(browser: Browser, serve: Serve) -> None:
-    with serve() as running:
+def test_without_a_project_nothing_is_asked_and_scores_are_shown(browser: Browser) -> None:
+    with stand_in() as running:
         page = entered(browser.new_context(), running.address)
         answered(page)
         expect(last(page).locator(".thumbs")).to_be_hidden()
@@ -210,8 +240,8 @@ def _streaming(body: str) -> Callable[[Route], None]:
     return lambda route: route.fulfill(status=200, body=body, content_type="text/event-stream")
 
 
-def test_stopping_keeps_what_came_and_asks_for_no_opinion(browser: Browser, served: Command) -> None:
-    page = entered(browser.new_context(), served.address)
+def test_stopping_keeps_what_came_and_asks_for_no_opinion(browser: Browser, canned: Command) -> None:
+    page = entered(browser.new_context(), canned.address)
     for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
         say(page, "Tell me slowly.")
         expect(last(page).locator(".text")).to_contain_text("word")
@@ -229,33 +259,36 @@ def test_stopping_keeps_what_came_and_asks_for_no_opinion(browser: Browser, serv
     expect(page.locator(".turn")).to_have_count(2)
 
 
-def test_feedback_that_cant_be_stored_waits_and_is_stored_once(browser: Browser, serve: Serve, project: Path) -> None:
-    with serve("--project", str(project)) as first:
+def test_feedback_that_cant_be_stored_waits_and_is_stored_once(browser: Browser, serve: Serve, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    with stand_in("--project", str(project)) as first:  # another knows its answers no more
         page = entered(browser.new_context(), first.address)
         page.click("#show-settings")
         page.fill("#name", "Ana")
         page.keyboard.press("Escape")
         answered(page)
+        answer = last(page).locator(".text").inner_text()
         page.route("**/v1/feedback", lambda route: route.fulfill(status=503, body="Full."))
         last(page).locator("[data-thumb=down]").click()
         expect(page.locator("#waiting")).to_contain_text("What you said is kept here")
-        assert first.stop() is not None
+        expect(last(page).locator(".stored")).to_have_text("Not stored yet.")
+        first.stop()
     page.unroute("**/v1/feedback")
     page.click("#deliver")
     expect(page.locator("#waiting")).to_contain_text("can't be reached")
     with serve("--project", str(project), "--port", str(first.port)):
         page.reload()
-        expect(last(page).locator(".text")).to_contain_text("Anything else?")  # the conversation is there still
-        expect(page.locator("#waiting")).to_be_hidden()
+        assert last(page).locator(".text").inner_text() == answer, "the conversation is there still"
         expect(last(page).locator(".stored")).to_have_text("Stored.")
-    (label,) = labels(project)
-    assert (label.said.verdict, label.labeller.name, label.question.source) == ("down", "Ana", "serve:policy")
+        expect(page.locator("#waiting")).to_be_hidden()
+    (label,) = labels(project, "Ana")
+    assert (label.said.verdict, label.question.source) == ("down", "serve:policy")
 
 
-def test_hostile_answers_are_text(browser: Browser, served: Command) -> None:
-    page = entered(browser.new_context(), served.address)
+def test_hostile_answers_are_text(browser: Browser, canned: Command) -> None:
+    page = entered(browser.new_context(), canned.address)
     elsewhere: list[str] = []
-    page.on("request", lambda r: None if r.url.startswith(served.address) else elsewhere.append(r.url))
+    page.on("request", lambda r: None if r.url.startswith(canned.address) else elsewhere.append(r.url))
     page.on("dialog", lambda dialog: pytest.fail(dialog.message))
     page.select_option("#model", "sft")
     hostile = "<img src=x onerror=alert(1)><script>alert(2)</script>"
@@ -264,6 +297,9 @@ def test_hostile_answers_are_text(browser: Browser, served: Command) -> None:
     page.keyboard.press("Escape")
     answered(page, hostile)
     expect(last(page).locator(".text")).to_contain_text("<script>alert(1)</script>")
+    page.select_option("#model", "policy")
+    answered(page)
+    expect(last(page).locator("td").first).to_have_text("latte")  # Markdown, once it is complete
     last(page).locator(".pass").click()
     last(page).locator(".score").click()
     expect(page.locator("#why .scored")).to_have_count(1)
@@ -308,14 +344,3 @@ def test_nothing_shuts_people_out(screen: str, browser: Browser, served: Command
     assert width <= SCREENS[screen]["viewport"]["width"], "nothing is wider than the screen"
     box = page.locator("#text").bounding_box()
     assert box is not None and box["y"] + box["height"] <= SCREENS[screen]["viewport"]["height"]
-
-
-def test_a_link_with_the_servers_key_is_used_and_not_kept_in_the_address(browser: Browser, served: Command) -> None:
-    page = browser.new_context().new_page()
-    seen: list[str | None] = []
-    page.on(
-        "request", lambda request: seen.append(request.headers.get("authorization")) if "/v1/" in request.url else None
-    )
-    page.goto(served.address + "#key=a-secret")
-    page.wait_for_selector("#model option", state="attached")
-    assert page.url == served.address and seen == ["Bearer a-secret"]

@@ -31,7 +31,7 @@ def labelled_rows(
     """
     by_question: dict[str, list[Label]] = defaultdict(list)
     for label in labels:
-        if label.question.known is None and label.said.verdict != "skip":
+        if label.question.known is None and label.said.verdict not in ("skip", "edited"):  # which judge nothing
             by_question[label.question.key].append(label)
     for found in by_question.values():
         verdicts = [_verdict(label, project) for label in found]

@@ -266,8 +266,8 @@ class Store:
             connection.execute(sa.insert(_questions).prefix_with("OR IGNORE").values(**_row(question)))
             number = connection.scalar(sa.select(_questions.c.id).where(_questions.c.key == question.key))
             assert number is not None
-            found = [person for person in self._people(connection) if person.name == name]
-            person = found[0] if found else self._new_person(connection, name)
+            row = connection.execute(sa.select(_labellers).where(_labellers.c.name == name)).one_or_none()
+            person = self._new_person(connection, name) if row is None else _person(row)
             told = sa.select(_labels, _tasks.c.labeller, _tasks.c.question).join(_tasks, _tasks.c.id == _labels.c.task)
             if key is not None and (row := connection.execute(told.where(_labels.c.key == key)).one_or_none()):
                 stored = Said(row.verdict, **row.said)
@@ -509,7 +509,7 @@ class Store:
 
     def _people(self, connection: sa.Connection) -> list[Labeller]:
         rows = connection.execute(sa.select(_labellers).order_by(_labellers.c.id))
-        return [Labeller(row.id, row.name, row.pseudonym, row.owner, row.left_out) for row in rows]
+        return [_person(row) for row in rows]
 
     def _new_person(self, connection: sa.Connection, name: str) -> Labeller:
         row = {"name": name, "pseudonym": f"labeller-{secrets.token_hex(4)}", "since": self._now()}
@@ -523,6 +523,10 @@ class Store:
     def _count_answer(self, connection: sa.Connection, question: int, by: int) -> None:
         more = {"answered": _questions.c.answered + by}
         connection.execute(sa.update(_questions).where(_questions.c.id == question).values(more))
+
+
+def _person(row: Any) -> Labeller:
+    return Labeller(row.id, row.name, row.pseudonym, row.owner, row.left_out)
 
 
 def _row(question: Question) -> dict[str, Any]:

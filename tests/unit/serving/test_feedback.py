@@ -1,6 +1,5 @@
 """What people say about served answers, from a request's body to records that stages read."""
 
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -8,18 +7,17 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kills import killed_at
 
 from perlhf.config.labelling import LabelConfig, LabelExportConfig, ProjectConfig, QuestionsConfig
-from perlhf.config.stages import DataConfig
 from perlhf.data.fields import prompt_group
 from perlhf.data.read import read_all
-from perlhf.data.records import Comparison, Demonstration, Prompt, Rating
+from perlhf.data.records import Comparison, Demonstration, Rating
 from perlhf.errors import ConfigError, PerlhfError, RunError
 from perlhf.labelling import records
 from perlhf.labelling.progress import progress
 from perlhf.labelling.project import export, settings_of
 from perlhf.labelling.questions import question
-from perlhf.labelling.rounds import in_use
 from perlhf.labelling.store import Said, Store
 from perlhf.serving.feedback import Answers, Feedback
 
@@ -114,7 +112,10 @@ def test_what_is_said_again_takes_the_place_of_what_was_said(feedback: Feedback,
     feedback.take(one(thumb="down"), answers, "Ana")
     feedback.take(one(thumb="up"), answers, "Bo")
     feedback.take(one(thumb="up"), answers, "Ana")
-    bo, ana = feedback.store.labels()
+    feedback.take(one(edit="Mine."), answers, "Cy")
+    rows = records.labelled_rows(feedback.store.labels(), feedback.project, "all")
+    assert [row["weight"] for row, _ in rows] == [0.5, 0.5], "an edit alone takes nobody's share"
+    bo, ana, _ = feedback.store.labels()
     assert (bo.labeller.name, ana.labeller.name) == ("Bo", "Ana")
     assert (ana.said.verdict, ana.said.edit) == ("up", "Better.")
 
@@ -321,6 +322,26 @@ def test_an_empty_answer_is_kept_and_nobody_learns_from_it(feedback: Feedback, t
     assert counts == {"records": 0, "edits": 1, "labels": 1}
 
 
+def test_killed_around_each_write_nothing_acknowledged_is_lost_or_doubled(answers: Answers, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    Feedback(tmp_path / "project").close()
+
+    def work() -> None:
+        own = Feedback(tmp_path / "project")
+        for number in range(6):
+            own.take(one(thumb="up", user=f"u{number}", key=f"k{number}"), answers, "Ana")
+            with open(told, "a") as file:  # acknowledged
+                file.write(f"u{number}\n")
+        own.close()
+
+    killed = [killed_at(number, work, (Store, "tell")) for number in range(1, 13)]
+    assert any(killed)
+    store = Store(tmp_path / "project" / "labels.sqlite")
+    kept = [label.labeller.name for label in store.labels()]
+    assert set(told.read_text().split()) <= set(kept) and sorted(kept) == [f"u{number}" for number in range(6)]
+    store.close()
+
+
 def test_an_export_goes_into_another_copy(feedback: Feedback, answers: Answers, tmp_path: Path) -> None:
     feedback.take(one(thumb="up"), answers, "Ana")
     feedback.take(one(thumb="down"), answers, "Ana")
@@ -346,28 +367,3 @@ def test_answers_are_bounded_by_number_and_bytes() -> None:
     assert small.find("a", 0) is None and small.find("c", 0) is not None
     small.remember("d", 0, "p" * 101, "", "m", 1)
     assert small.find("d", 0) is None
-
-
-def test_a_round_holds_out_what_its_prompts_hold_out_and_waits_for_both_thumbs(
-    feedback: Feedback, answers: Answers, capfd: pytest.CaptureFixture[str]
-) -> None:
-    data = DataConfig(validation=0.3, test=0.3)
-    from perlhf.data.splits import split_of
-
-    held = next(f"g{at}" for at in range(99) if split_of(f"g{at}", data) != "train")
-    learned = next(f"g{at}" for at in range(99) if split_of(f"g{at}", data) == "train")
-    feedback.take(one(thumb="up"), answers, "Ana")
-    feedback.take(two("first"), answers, "Ana")
-    other = {"messages": [{"role": "user", "content": "Tea!"}], "answer": "Tea."}
-    feedback.take({**other, "thumb": "up"}, answers, "Ana")
-    prompts = [Prompt(TALK, learned), Prompt(TALK, held), Prompt("tea", learned)]
-    said = feedback.store.labels()
-    taught = in_use.teaching(said, feedback.project, data, prompts)
-    assert [(label.question.group, label.said.verdict) for label in taught if label.question.group == held]
-    assert [label.said.verdict for label in taught] == [said[1].said.verdict], "one thumb alone teaches a constant"
-    assert "1 thumbs from serving are all up" in capfd.readouterr().err
-    assert [label.question.group for label in in_use.choices(taught, feedback.project, data)] == [held]
-    feedback.take({**other, "answer": "No tea.", "thumb": "down"}, answers, "Ana")
-    taught = in_use.teaching(feedback.store.labels(), feedback.project, data, prompts)
-    assert len(taught) == 4
-    assert json.dumps([label.question.group for label in taught]) == json.dumps([held, held, learned, learned])

@@ -35,7 +35,7 @@ def teaching(said: Sequence[Label], project: ProjectConfig, data: DataConfig, pr
     thumbs = [row["label"] for row in rows if "label" in row and split_of(row["group"], data) == "train"]
     if len(set(thumbs)) == 1:
         way = "up" if thumbs[0] else "down"
-        note(f"{len(thumbs)} thumbs from serving are all {way}: they are learned from once there are both")
+        note(f"thumbs from serving are all {way} ({len(thumbs)}): they are learned from once there are both")
         return [label for label in labels if label.said.verdict not in ("up", "down")]
     return labels
 

@@ -2,7 +2,7 @@
 // twice is stored once; it stays in the browser's storage until the server has said that it is on the disk.
 "use strict";
 
-const KEPT = "perlhf-chat", OWN = "perlhf-chat-settings", WAITING = "perlhf-chat-waiting", KEY = "perlhf-chat-key";
+const KEPT = "perlhf-chat", OWN = "perlhf-chat-settings", WAITING = "perlhf-chat-waiting";
 const at = (id) => document.getElementById(id);
 const talk = at("talk"), turnsAt = at("turns"), text = at("text"), message = at("message"), why = at("why");
 const newKey = () => (crypto.randomUUID ? crypto.randomUUID() : `${Date.now()}-${Math.random()}-${Math.random()}`);
@@ -43,7 +43,6 @@ function keepSettings() {
   for (const id of SETTINGS) if (at(id)) own[id] = id === "twice" ? at(id).checked : at(id).value;
   store(localStorage, OWN, own);
   document.body.classList.toggle("twice", at("twice").checked);
-  if (at("key").value) store(sessionStorage, KEY, at("key").value);
 }
 
 function restoreSettings() {
@@ -60,9 +59,8 @@ function restoreSettings() {
 // Requests
 
 async function ask(path, body, signal) {
-  const key = stored(sessionStorage, KEY, "");
-  const headers = { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-  const options = body === undefined ? { headers } : { method: "POST", body: JSON.stringify(body), headers };
+  const headers = { "Content-Type": "application/json" };
+  const options = body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers };
   return fetch(path, { ...options, signal });
 }
 
@@ -74,7 +72,7 @@ async function problemOf(response) {
     said = content.error?.message || content.problem || content.detail || said;
   } catch {} // then it is text, or nothing
   said = String(said).slice(0, 400);
-  if (response.status === 401 || response.status === 403) return `The server wants its key (Settings). ${said}`;
+  if (response.status === 401) return "The server wants its token again: load the page anew, nothing is lost.";
   if (response.status === 429) return `The server is busy: too many wait. ${said}`;
   if (response.status === 503) return `The server can't answer now. ${said}`;
   return said || `The server said ${response.status}.`;
@@ -89,8 +87,9 @@ async function json(path, body) {
 async function loadModels() {
   try {
     const found = (await json("/v1/models")).data;
-    rewards = found.filter((model) => model.kind === "reward").map((model) => model.id);
-    const chats = found.filter((model) => model.kind !== "reward").map((model) => model.id);
+    rewards = found.filter((model) => model.stage === "reward").map((model) => model.id);
+    const worth = ["policy", "sft", "base"]; // what was trained most is offered first
+    const chats = found.filter((model) => model.stage !== "reward").sort((a, b) => worth.indexOf(a.stage) - worth.indexOf(b.stage)).map((model) => model.id);
     for (const [id, names] of [["model", chats], ["other", chats], ["reward", rewards]]) {
       at(id).replaceChildren(...names.map((name) => new Option(name, name)));
     }
@@ -138,6 +137,7 @@ async function write(asked, model, place, signal) {
       for await (const chunk of events(response)) {
         if (chunk.error) throw new Error(chunk.error.message || "The server stopped.");
         answer.id = chunk.id ?? answer.id;
+        answer.by = chunk.system_fingerprint ?? model; // with its version
         const choice = chunk.choices?.[0];
         if (!choice) continue;
         answer.index = choice.index ?? 0;
@@ -307,7 +307,7 @@ async function answerTwice(signal) {
     element.querySelector(".verdicts").hidden = false;
     element.scrollIntoView({ block: "end" });
     say("Both answers are complete. Which is better?");
-    if (!text.value) element.querySelector("[data-verdict]").focus();
+    if (!text.value) element.focus({ preventScroll: true }); // on neither side
     return true;
   }
   const kept = whole[0] ?? both.find((answer) => answer.text);
@@ -328,7 +328,7 @@ function choose(verdict) {
   element.querySelector(".verdicts").hidden = true;
   const side = verdict === "second" ? 1 : 0;
   const [first, second] = both.map((answer) => ({ id: answer.id, index: answer.index }));
-  const inFull = both.map((answer) => ({ messages: answer.asked, answer: answer.text, model: answer.model }));
+  const inFull = both.map((answer) => ({ messages: answer.asked, answer: answer.text, model: answer.by }));
   goOn(number, element, both, side, true);
   const said = { equal: "About equal", both_bad: "Both bad" }[verdict];
   const how = `${said ? `${said}: the` : "The"} conversation goes on with the ${side ? "right" : "left"} one.`;
@@ -399,11 +399,12 @@ function tell(number, body, inFull) {
   const own = { key: newKey(), ...(name ? { user: name } : {}) };
   waiting.push({ conversation, number, body: { ...body, ...own }, inFull: { ...inFull, ...own } });
   store(localStorage, WAITING, waiting);
+  noted(number, "");
   deliver();
 }
 
 function tellOf(number, said) {
-  const { id, index, asked, text: answer, model } = turns[number];
+  const { id, index, asked, text: answer, by: model } = turns[number];
   turns[number].judged = true;
   tell(number, { id, index, ...said }, { messages: asked, answer, model, ...said });
   show(number);
@@ -430,7 +431,7 @@ async function deliver() {
       // An answer that the server has forgotten is given in full.
       if (response.status === 400 || response.status === 404) response = await ask("/v1/feedback", one.inFull);
       if (response.ok) noted(one.number, "Stored.", false, one.conversation);
-      else if (response.status === 429 || response.status >= 500 || response.status === 401 || response.status === 403) {
+      else if (response.status === 429 || response.status >= 500 || response.status === 401) {
         kept = await problemOf(response);
         break;
       } else {
@@ -445,7 +446,8 @@ async function deliver() {
     store(localStorage, WAITING, stored(localStorage, WAITING, []).filter(({ body }) => body.key !== one.body.key));
   }
   delivering = false;
-  const left = stored(localStorage, WAITING, []).length;
+  const unsent = stored(localStorage, WAITING, []), left = unsent.length;
+  for (const one of unsent) noted(one.number, "Not stored yet.", true, one.conversation);
   at("waiting").hidden = !kept;
   at("waiting-text").textContent = kept ? `${kept} ${left === 1 ? "What you said is" : `${left} things that you said are`} kept here and sent again.` : "";
   if (kept) setTimeout(deliver, 5000);
@@ -476,13 +478,14 @@ async function score(number) {
   why.showModal();
   try {
     const messages = [...turn.asked, { role: "assistant", content: turn.text }];
-    const found = await json("/v1/score", { model, messages, explain: true });
+    const { score: mean, spread, members, explanation } = (await json("/v1/score", { model, messages, explain: true })).data[0];
+    const models = Object.values(members).flat().length;
     turn.seen = true; // what was said of it stays
     show(number);
     keep();
-    const shown = await json("/chat/why", { explanations: found.explanations, models: found.scores.length });
+    const shown = await json("/chat/why", { explanations: [explanation ?? null], models });
     place.innerHTML = shown.html; // made and escaped by the server
-    told.textContent = `${model}: ${found.mean.toFixed(2)}${found.scores.length > 1 ? `, its members ${found.spread.toFixed(2)} apart` : ""}`;
+    told.textContent = `${model}: ${mean.toFixed(2)}${models > 1 ? `, its ${models} members ${spread.toFixed(2)} apart` : ""}`;
   } catch (error) {
     told.textContent = error instanceof TypeError ? "The score can't be asked for: the server can't be reached." : error.message;
   }
@@ -555,11 +558,5 @@ at("settings").addEventListener("close", () => {
 });
 for (const id of ["model", "other", "twice", "reward"]) at(id).addEventListener("change", keepSettings);
 
-const given = new URLSearchParams(location.hash.slice(1)).get("key"); // a link with the server's key, which isn't sent on
-if (given) {
-  store(sessionStorage, KEY, given);
-  history.replaceState(null, "", location.pathname);
-}
-at("key").value = stored(sessionStorage, KEY, "");
 restoreSettings();
 loadModels().then(restore).then(deliver);

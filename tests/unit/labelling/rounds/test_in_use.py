@@ -1,0 +1,36 @@
+"""What a round makes of what people said about served answers."""
+
+from pathlib import Path
+
+import pytest
+
+from perlhf.config.stages import DataConfig
+from perlhf.data.records import Prompt
+from perlhf.data.splits import split_of
+from perlhf.labelling.rounds import in_use
+from perlhf.serving.feedback import Answers, Feedback
+
+DATA = DataConfig(validation=0.3, test=0.3)
+HELD = next(f"g{at}" for at in range(99) if split_of(f"g{at}", DATA) != "train")
+LEARNED = next(f"g{at}" for at in range(99) if split_of(f"g{at}", DATA) == "train")
+COFFEE, TEA = ([{"role": "user", "content": text}] for text in ("A large latte, please.", "Tea!"))
+
+
+def test_a_round_holds_out_what_its_prompts_hold_out_and_waits_for_both_thumbs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    feedback, answers = Feedback(tmp_path), Answers()
+    latte = {"messages": COFFEE, "answer": "A latte."}
+    feedback.take({**latte, "thumb": "up"}, answers, "Ana")
+    feedback.take({"first": latte, "second": {**latte, "answer": "No."}, "verdict": "first"}, answers, "Ana")
+    feedback.take({"messages": TEA, "answer": "Tea.", "thumb": "up"}, answers, "Ana")
+    prompts = [Prompt(COFFEE, LEARNED), Prompt("tea", LEARNED), Prompt(COFFEE, HELD)]
+    said = feedback.store.labels()
+    taught = in_use.teaching(said, feedback.project, DATA, prompts)
+    assert [label.said for label in taught] == [said[1].said], "thumbs of one way teach a constant"
+    assert "thumbs from serving are all up (1)" in capfd.readouterr().err
+    assert [label.question.group for label in in_use.choices(taught, feedback.project, DATA)] == [HELD]
+    feedback.take({"messages": TEA, "answer": "No tea.", "thumb": "down"}, answers, "Ana")
+    taught = in_use.teaching(feedback.store.labels(), feedback.project, DATA, prompts)
+    assert [label.question.group for label in taught] == [HELD, HELD, LEARNED, LEARNED]
+    feedback.close()
