@@ -14,8 +14,8 @@ import json
 import sys
 from typing import Any
 
-from llama_cpp import GGML_TYPE_F32, Llama
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from llama_cpp import GGML_TYPE_F32, Llama  # pyright: ignore[reportMissingImports]
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:

@@ -200,8 +200,7 @@ def _export_gguf(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
         write_network(file, network, vocabulary, dtype, name, _sampling(run))
         if apart:
             write_adapter(temporary / "adapter.gguf", network.config, adapter, name)
-        else:
-            details |= logits_error(run, model, encoder, network, records)
+        details |= logits_error(run, model, encoder, network, records, merged=not apart)
         details |= other_tokens(read_tokenizer(read_header(file)), encoder, records)
         _write_details(temporary, details, run)
     return details

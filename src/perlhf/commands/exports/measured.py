@@ -77,16 +77,22 @@ def scores_error(
 
 @torch.no_grad()
 def logits_error(
-    run: FinishedRun, model: Model, encoder: Encoder, network: PreTrainedModel, records: Sequence[Record]
+    run: FinishedRun,
+    model: Model,
+    encoder: Encoder,
+    network: PreTrainedModel,
+    records: Sequence[Record],
+    merged: bool = True,
 ) -> dict[str, Any]:
-    """A merged network, as its files have it, against the adapter's own forward: logits of the token after each prompt.
+    """A network as its files have it against the run's own forward: logits of the token after each prompt.
 
-    Relative errors are the largest and the mean one over the largest and the mean logit. `share_lost` is the mean error
-    over the mean change that the adapter makes to the base.
+    A merged network has the adapter in it; any other is compared with the base without one. Relative errors are the
+    largest and the mean one over the largest and the mean logit. `share_lost` is the mean error over the mean change
+    that the adapter makes to the base.
     """
     texts = [encoder.cut_prompt(record.prompt, 1, record.tools) for record in records]
     wanted, base = (_outputs(model, adapter, texts) for adapter in (run.stage, None))
-    error = (_last(network, texts)[:, : model.vocabulary] - wanted).abs()
+    error = (_last(network, texts)[:, : model.vocabulary] - (wanted if merged else base)).abs()
     change = (wanted - base).abs()
     return {
         "texts_measured": len(texts),

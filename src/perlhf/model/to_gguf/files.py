@@ -65,9 +65,9 @@ def write_network(
             writer.add_int32("general.sampling.top_k", 0)
             writer.add_float32("general.sampling.top_p", 1.0)
             writer.add_float32("general.sampling.min_p", 0.0)
-        tensors = dict[str, Stored]()
+        tensors, name_of = dict[str, Stored](), _names(config)
         for own, weight in network.named_parameters():
-            tensors[_name(config, own)] = (weight, torch.float32 if weight.ndim == 1 else dtype, _layout(config, own))
+            tensors[name_of(own)] = (weight, torch.float32 if weight.ndim == 1 else dtype, _layout(config, own))
         if (factors := rope_factors(config)) is not None:
             tensors["rope_freqs.weight"] = (factors, torch.float32, _as_it_is)
         add_settings(writer, config, len(vocabulary.tokens))
@@ -90,9 +90,9 @@ def write_adapter(file: Path, config: PreTrainedConfig, adapter: Adapter, name: 
         ModelError: a layer that llama.cpp has no place for; OSError: it can't be written.
     """
     alpha = adapter.alpha or 1.0  # llama.cpp takes none for 0
-    tensors = dict[str, Stored]()
+    tensors, name_of = dict[str, Stored](), _names(config)
     for path, pair in adapter.pairs.items():
-        stored, layout = _name(config, f"{path}.weight"), _layout(config, f"{path}.weight")
+        stored, layout = name_of(f"{path}.weight"), _layout(config, f"{path}.weight")
         rank = pair.a.shape[0]
         more = pair.scale * rank / alpha
         b = pair.b.detach() if abs(more - 1) < 1e-9 else pair.b.detach() * more
@@ -107,19 +107,20 @@ def write_adapter(file: Path, config: PreTrainedConfig, adapter: Adapter, name: 
         _write(writer, tensors)
 
 
-def _name(config: Any, own: str) -> str:
-    """What llama.cpp calls a tensor.
-
-    Raises:
-        ModelError: it has none such.
-    """
+def _names(config: Any) -> Callable[[str], str]:
+    """What llama.cpp calls a tensor of the network; a ModelError says where it has none such."""
     architecture = SHAPES[config.model_type]
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    found = names.get_name(own, try_suffixes=(".weight", ".bias"))
-    if found is None:
-        raise ModelError(f"llama.cpp has no place for '{own}' in a {architecture} network", hint="leave out --gguf")
-    return found
+
+    def name_of(own: str) -> str:
+        found = names.get_name(own, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            what = f"llama.cpp has no place for '{own}' in a {architecture} network"
+            raise ModelError(what, where="gguf", hint="leave out --gguf")
+        return found
+
+    return name_of
 
 
 def _layout(config: Any, own: str) -> Callable[[Tensor], Tensor]:

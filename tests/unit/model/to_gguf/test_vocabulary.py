@@ -8,9 +8,9 @@ import gguf
 import numpy as np
 import pytest
 from gguf_files import BYTE, CONTROL, NORMAL, sentencepiece
-from gguf_written import GEMMA, MARKED, NAMES, SPACE_FIRST, TEXTS, byte_level, metaspace, pieces
+from gguf_written import BYTES, GEMMA, MARKED, NAMES, SPACE_FIRST, TEXTS, byte_level, metaspace, pieces
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from perlhf.errors import ModelError
 from perlhf.model.bases.gguf.header import read_header
@@ -50,6 +50,16 @@ class TestByteLevel:
         assert vocabulary.pre == name
         read = read_back(vocabulary, tmp_path / "a.gguf")
         for text in (*TEXTS, "ab<tool>12</s>"):
+            assert read(text)["input_ids"] == own(text)["input_ids"]
+
+    def test_qwens_own_class(self, tmp_path: Path):
+        """Its NFC is left out by llama.cpp; what is in that form already has the same tokens."""
+        merges: Any = [("a", "b")]
+        own = Qwen2Tokenizer(vocab={token: at for at, token in enumerate([*BYTES, "12", "ab"])}, merges=merges)
+        vocabulary = vocabulary_of(own, len(own), [len(own) - 1])
+        assert vocabulary.pre == "qwen2"
+        read = read_back(vocabulary, tmp_path / "a.gguf")
+        for text in TEXTS:
             assert read(text)["input_ids"] == own(text)["input_ids"]
 
     def test_kinds_of_tokens(self):
@@ -151,6 +161,16 @@ class TestSentencePiece:
         own = pieces(None, metaspace("first"))
         own.chat_template = template
         assert vocabulary_of(own, own.vocab_size, [2]).flags["add_space_prefix"] is space
+
+    @pytest.mark.parametrize(("kind", "space"), [(LlamaTokenizer, True), (GemmaTokenizer, False)])
+    def test_classes_of_transformers(self, kind: Any, space: bool):
+        state = json.loads(pieces(MARKED).backend_tokenizer.to_str())["model"]
+        vocabulary = state["vocab"] | {"<pad>": 1000, "<eos>": 1001, "<bos>": 1002, "<mask>": 1003}
+        own = kind(vocab=vocabulary, merges=[tuple(merge) for merge in state["merges"]])
+        table = vocabulary_of(own, 1004, [own.eos_token_id])
+        assert (table.model, table.flags["add_space_prefix"]) == ("llama", space)
+        wanted = own("abc ab", add_special_tokens=False)["input_ids"]
+        assert sentencepiece("abc ab", table.tokens, table.types, table.scores, space) == wanted
 
     def test_a_token_of_spaces_is_made_by_merges(self):
         """It is added as well, but looked for in texts whose spaces aren't marked yet."""
