@@ -4,7 +4,8 @@ The packaged base with a policy trained by the command line, merged and as base 
 all shapes. llama.cpp adds numbers in another order, so that one prompt may meet two tokens that are as likely.
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,13 @@ def greedy(network: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
         logits: Any = network(torch.tensor([ids]), use_cache=False).logits
         ids.append(int(logits[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+@pytest.fixture(autouse=True)
+def small_leftovers(tmp_path: Path) -> Iterator[None]:
+    """Files of half a gigabyte don't stay where pytest keeps those of the last sessions."""
+    yield
+    shutil.rmtree(tmp_path)
 
 
 @pytest.fixture(scope="module")

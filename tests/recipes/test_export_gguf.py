@@ -130,11 +130,25 @@ def test_a_quantised_base_is_written_as_it_is_read_back(stage: Any, perlhf: Any,
         assert details["largest_relative_error"] < 1e-3
 
 
-def test_a_reward_run_is_refused_with_what_to_do(runs: TinyRuns, perlhf: Any, tmp_path: Path):
-    done = perlhf("export", str(runs.reward), str(tmp_path / "out"), "--gguf")
+@pytest.mark.parametrize("members", ["1", "2"])
+def test_a_reward_run_is_refused_with_what_to_do(stage: Any, perlhf: Any, tmp_path: Path, members: str):
+    run, done = stage("reward", "--max-updates", "1", "--members", members)
+    assert done.code == 0, done.err
+    done = perlhf("export", str(run), str(tmp_path / "out"), "--gguf")
     assert (done.code, (tmp_path / "out").exists()) == (2, False)
     assert "gguf: llama.cpp has no place for the score head of a reward model" in done.err
     assert "leave out --gguf: --format merged writes a classifier" in " ".join(done.err.split())
+
+
+def test_an_adapter_of_another_tool_is_written(runs: TinyRuns, tiny_base: Path, tmp_path: Path):
+    export(ExportConfig(run=runs.sft, output=tmp_path / "peft", device="cpu"))
+    for name in ("perlhf.json", DETAILS):
+        (tmp_path / "peft" / name).unlink()
+    details = made(tmp_path / "peft", tmp_path / "theirs", base=str(tiny_base), dtype="float32")
+    assert (details["stage"], details["texts_with_other_tokens"]) == ("sft", 0)
+    made(runs.sft, tmp_path / "ours")
+    theirs, ours = (tensors(tmp_path / name / "adapter.gguf") for name in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
 def test_another_family_is_refused_by_name(tiny_base: Path, stage: Any, perlhf: Any, tmp_path: Path):

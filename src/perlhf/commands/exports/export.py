@@ -64,10 +64,10 @@ def export(config: ExportConfig) -> dict[str, Any]:
         StorageError: it can't be written.
     """
     run = read_run(config.run, given=Given(config.base, config.data, accept_changes=config.accept_changes))
+    _check_format(run, config)
     if (error := several_adapters(run.path)) is not None:
         raise error
     _check_output(config)
-    _check_format(run, config)
     run.check(data=(config.gguf or config.format == "merged") and config.data is None)
     if config.gguf:
         details = _export_gguf(run, config)
