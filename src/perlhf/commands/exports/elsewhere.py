@@ -160,10 +160,12 @@ def _gguf_readme(details: dict[str, Any], run: FinishedRun) -> str:
     """The same for files of llama.cpp."""
     merged = details["format"] == "merged"
     given = "-m model.gguf" if merged else "-m base.gguf --lora adapter.gguf"
-    what = "Base and adapter in one file" if merged else "The base, and an adapter for it in float32"
+    dtype = details["dtype"]
+    what = f"Base and adapter in one file ({dtype})" if merged else f"The base ({dtype}), and an adapter in float32"
     lines = [f"# {'A policy' if run.stage == 'policy' else 'An SFT model'} for llama.cpp, by perlhf", ""]
-    lines += [f"{what} ({details['dtype']}); base: {details['base']}.", ""]
+    lines += [f"{what}; base: {details['base']}.", ""]
     lines += ["```", f"llama-server {given}", f"llama-cli {given}", "```", ""]
+    lines += ["Older versions take the file's own chat template with `--jinja` alone.", ""]
     if (temperature := getattr(run.config, "temperature", None)) is not None:
         lines += [
             f"It was trained at temperature {temperature}, on all tokens, which the file says. Where that isn't read: "
