@@ -1,6 +1,6 @@
 # `make demo` and `make test` set everything up; nothing is reinstalled unless pyproject.toml or the constraints change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-bases test-lowest test-browser test-workers test-ray check bench results reproduce fuzz soak format docs clean
+.PHONY: help demo test test-bases test-lowest test-browser test-workers test-ray test-gguf check bench results reproduce fuzz soak format docs clean
 
 # The first interpreter that is new enough; `make demo PYTHON=/path/to/python` names another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOWEST := .venv-lowest
+LLAMA := build/llama-cpp
 # What can differ between versions: the network, the sampler and PEFT's files, and six unlike families.
 FAMILIES := gemma2 llama4_text qwen3_next mamba gpt_oss deepseek_v3
 LOWEST_TESTS ?= tests/equivalence tests/bases/test_command_line.py $(foreach family,$(FAMILIES), \
@@ -18,16 +19,19 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?=
 SOAK_ARGS ?=
+# Compilers at once; each takes up to 1 GB.
+LLAMA_JOBS ?= 1
 export NO_MKDOCS_2_WARNING := 1
 
 help:
 	@echo "make demo     the whole pipeline on the embedded feedback: SFT, reward, policy, report.html"
-	@echo "make test     all tests but those of the next four"
+	@echo "make test     all tests but those of the next five"
 	@echo "make test-lowest  equivalences and six families with the oldest versions that pyproject.toml allows"
 	@echo "make test-browser  the labelling page and the chat page in a real Chromium"
 	@echo "make test-bases  families of networks as bases: in float32, as in make test, and in bfloat16"
 	@echo "make test-workers  several workers beside one process: equality, kills, bad input"
 	@echo "make test-ray  workers as actors of Ray, which is installed for it"
+	@echo "make test-gguf  exports run by llama.cpp, which is compiled for it (some minutes; not in CI)"
 	@echo "make check    lint, formatting, types, import rules, documentation, wheel"
 	@echo "make bench    speed and memory beside TRL, PEFT and full tuning, into benchmarks/bench.json"
 	@echo "make results  tables and plots of docs/results from the numbers kept there, without training"
@@ -65,6 +69,17 @@ test-workers: $(VENV)/.installed-dev
 
 test-ray: $(VENV)/.installed-ray
 	$(BIN)/python -m pytest tests/ray $(PYTEST_ARGS)
+
+# An environment of its own, so that a crash of llama.cpp's is a failure and its packages change nothing of ours.
+test-gguf: $(VENV)/.installed-dev $(LLAMA)/.installed
+	$(BIN)/perlhf pull
+	PERLHF_LLAMA_PYTHON=$(LLAMA)/bin/python $(BIN)/python -m pytest -rP tests/llamacpp $(PYTEST_ARGS)
+
+$(LLAMA)/.installed: | $(BIN)/python
+	$(BIN)/python -m venv $(LLAMA)
+	CMAKE_BUILD_PARALLEL_LEVEL=$(LLAMA_JOBS) $(LLAMA)/bin/python -m pip --disable-pip-version-check install \
+		--progress-bar on llama-cpp-python==0.3.36
+	@touch $@
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

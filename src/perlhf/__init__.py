@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from perlhf.commands.average import average
     from perlhf.commands.chat import chat
     from perlhf.commands.demo import demo
-    from perlhf.commands.export import export
+    from perlhf.commands.exports.export import export
     from perlhf.commands.show import tabulate as table
     from perlhf.comparison.grid import compare
     from perlhf.config.commands import (
@@ -74,7 +74,7 @@ _MODULES = {
     "commands.average": "average",
     "commands.chat": "chat",
     "commands.demo": "demo",
-    "commands.export": "export",
+    "commands.exports.export": "export",
     "commands.show": "table:tabulate",
     "comparison.grid": "compare",
     "config.commands": "AverageConfig ChatConfig DemoConfig EvaluateConfig ExportConfig ScoreConfig",

@@ -17,7 +17,7 @@ import pytest
 from toy import Moment, command, comparisons, finish, outcome, read_json, read_lines, write_feedback
 
 from perlhf.commands.cli import main
-from perlhf.commands.export import DETAILS
+from perlhf.commands.exports.export import DETAILS
 from perlhf.training import checkpoint
 
 FAMILIES = ("gemma2", "llama4_text", "qwen3_next", "mamba", "gpt_oss", "deepseek_v3")

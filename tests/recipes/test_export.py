@@ -20,8 +20,9 @@ from transformers import (
     GenerationConfig,
 )
 
-from perlhf.commands import export as exporting
-from perlhf.commands.export import DETAILS, _prepare, chat_template, export
+from perlhf.commands.exports import export as exporting
+from perlhf.commands.exports.export import DETAILS, _prepare, export
+from perlhf.commands.exports.templates import chat_template
 from perlhf.config.commands import ExportConfig
 from perlhf.config.stages import EncodingConfig, SftConfig
 from perlhf.data.records import Rating

@@ -392,7 +392,7 @@ def _make(name: str, settings: BaseModel) -> None:
 
             show.result(f"{name}: {settings.output}", average(settings))
         case commands.ExportConfig():
-            from perlhf.commands.export import export
+            from perlhf.commands.exports.export import export
 
             export(settings)
             show.said(settings.output)

@@ -237,10 +237,12 @@ class ExportConfig(Frozen):
     """Directory to write."""
     format: Literal["peft", "merged"] = "peft"
     """`peft` directory, or `merged` safetensors; with tokenizer, chat template and what was measured of it."""
+    gguf: bool = False
+    """As GGUF files for llama.cpp: base and adapter apart (`format: peft`), or one file (`merged`)."""
     base_name: str | None = None
     """What others load as the base: a hub id, or a path on their machine; null is the base's hub id, or where it is."""
-    dtype: Literal["run", "bfloat16", "float32"] = "run"
-    """Of merged weights; `run` is that of the run."""
+    dtype: Literal["run", "bfloat16", "float16", "float32"] = "run"
+    """Of merged weights and of a base as GGUF file (`float16` of those alone); `run` is that of the run."""
     data: DataConfig | None = None
     """Records on which the export is measured; null takes the run's own, held out for validation."""
     base: str | None = None
@@ -249,6 +251,14 @@ class ExportConfig(Frozen):
     """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
+
+    @model_validator(mode="after")
+    def _fits_gguf(self) -> "ExportConfig":
+        if self.gguf and self.base_name is not None:
+            raise ValueError("base_name is for PEFT's files: with gguf the base is written too; leave one out")
+        if self.dtype == "float16" and not self.gguf:
+            raise ValueError("dtype: float16 is for GGUF files alone; give gguf as well, or take bfloat16 or float32")
+        return self
 
 
 class AverageConfig(Frozen):

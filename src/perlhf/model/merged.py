@@ -26,14 +26,23 @@ def merged_network(model: Model, adapter: Adapter, base: Base, dtype: torch.dtyp
     Raises:
         ConfigError: transformers has no such classifier; AdapterError: a layer that it lacks.
     """
-    if adapter.score_head is not None:
-        network = _classifier(base, model, dtype)
-    elif is_quantised(model.base):
-        network = _plain_network(model.base, AutoModelForCausalLM, dtype)
-    else:
-        network = load_base(base, dtype, model.device)
+    network = bare_network(model, base, dtype) if adapter.score_head is None else _classifier(base, model, dtype)
     _merge(network, adapter)
     return network
+
+
+def bare_network(model: Model, base: Base, dtype: torch.dtype) -> PreTrainedModel:
+    """A second network of plain layers without any adapter; of a quantised base with the weights that are read back."""
+    if is_quantised(model.base):
+        return _plain_network(model.base, AutoModelForCausalLM, dtype)
+    return load_base(base, dtype, model.device)
+
+
+@torch.no_grad()
+def rounded_to(network: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Makes each weight one that `dtype` can hold; weights stay in the dtype that they are in."""
+    for parameter in network.parameters():
+        parameter.copy_(parameter.to(dtype))
 
 
 def _classifier(base: Base, model: Model, dtype: torch.dtype) -> PreTrainedModel:

@@ -199,6 +199,16 @@ def _of_text(config: PreTrainedConfig, weights: Mapping[str, Stored]) -> dict[st
     return {own: fitted(weights[name], shapes.get(own, ())) for name, own in names.items()}
 
 
+def configuration(base: Base) -> PreTrainedConfig:
+    """The configuration of a base's language model, without its weights.
+
+    Raises:
+        ModelError: it can't be read.
+    """
+    with quiet(), _model_errors(base, "model"):
+        return _config(base)
+
+
 def comes_quantised(base: Base) -> bool:
     """Whether the checkpoint is quantised."""
     return method_of(_config(base)) is not None

@@ -37,7 +37,7 @@ _LIKE = {"stablelm2": "qwen2", "chatglm-bpe": "llama-bpe", "glm4": "llama-bpe"}
 _UNSAID = ("", "default")
 _LLAMA3 = "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano".split()
 """A text begins with the begin token unless the file says otherwise, as llama.cpp has it."""
-_WHOLE_FIRST = (*_LLAMA3, "tekken")
+WHOLE_FIRST = (*_LLAMA3, "tekken")
 """A word that is a token is that token, whether merges lead to it or not."""
 _NORMAL, _CONTROL, _USER = 1, 3, 4
 """Values of `tokenizer.ggml.token_type`; user-defined tokens are found whole in texts, and show in them."""
@@ -62,7 +62,7 @@ def read_tokenizer(header: Header) -> PreTrainedTokenizerFast:
     pre = str(settings.get("tokenizer.ggml.pre", ""))
     if model == "gpt2":
         backend = _byte_level(tables, pre, {settings.get(f"tokenizer.ggml.{kind}_token_id") for kind in _ENDS})
-        backend.pre_tokenizer = _cuts(pre, where)
+        backend.pre_tokenizer = cuts(pre, where)
     else:
         backend = _without_foreign(convert_gguf_tokenizer(architecture, tables)[0], len(tables["tokens"]))
         if model == "llama" and not settings.get("tokenizer.ggml.add_space_prefix", True):
@@ -102,7 +102,7 @@ def _byte_level(tables: dict[str, Any], pre: str, ends: set[Any]) -> Any:
     types = tables.get("token_type") or [_NORMAL] * len(tokens)
     merges = [tuple(merge.split(" ", 1)) for merge in tables.get("merges", [])]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    backend: Any = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WHOLE_FIRST))
+    backend: Any = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in WHOLE_FIRST))
     backend.decoder = decoders.ByteLevel()
     for number, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind == _CONTROL or number in ends:
@@ -121,7 +121,7 @@ def _without_foreign(backend: Any, tokens: int) -> Any:
     return Tokenizer.from_str(json.dumps(state))
 
 
-def _cuts(pre: str, where: str) -> Any:
+def cuts(pre: str, where: str) -> Any:
     """What cuts a text into words before a byte-level BPE joins their bytes."""
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pre in _DIGITS:

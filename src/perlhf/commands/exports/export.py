@@ -1,4 +1,5 @@
-"""A run for other tools: its adapter in PEFT's layout, or base and adapter merged into one transformers checkpoint.
+"""A run for other tools: its adapter in PEFT's layout, or base and adapter merged into one transformers checkpoint; or
+either as GGUF files, for llama.cpp.
 
 Tokenizer, chat template, end tokens and generation settings come with either, so that it loads elsewhere as it is. A
 reward model's template ends with the end token, whose state it scores. Merged weights are rounded, which loses part of
@@ -13,43 +14,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from perlhf.commands import elsewhere
+from perlhf.commands.exports import elsewhere
+from perlhf.commands.exports.measured import logits_error, other_tokens, records_of, scores_error
+from perlhf.commands.exports.templates import chat_template, ending_with
 from perlhf.commands.show import said
 from perlhf.config.commands import ExportConfig
-from perlhf.config.stages import PLAIN_TEMPLATES, DataConfig, EncodingConfig, PolicyConfig
-from perlhf.data import order
+from perlhf.config.stages import PolicyConfig
 from perlhf.data.records import Record
-from perlhf.data.splits import load
 from perlhf.errors import ConfigError
-from perlhf.evaluation.reward import score_records
-from perlhf.method.packing import Ids, Tokens, pack, pad
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
-from perlhf.model.bases.loading import end_ids, holds_more_than_text, load_base, pick_dtype, vocabulary
+from perlhf.model.bases.gguf.header import read_header
+from perlhf.model.bases.gguf.tokenizer import read_tokenizer
+from perlhf.model.bases.loading import configuration, end_ids, holds_more_than_text, load_base, pick_dtype, vocabulary
 from perlhf.model.bases.packaged import SMOLLM2, disk_errors, quiet
 from perlhf.model.bases.quantised import bitsandbytes_settings
 from perlhf.model.encoding.encode import Encoder
-from perlhf.model.encoding.templates import on_day, templates_of
-from perlhf.model.merged import merged_network
-from perlhf.model.model import Model
+from perlhf.model.merged import bare_network, merged_network, rounded_to
 from perlhf.model.open import FinishedRun, Given, read_run
+from perlhf.model.to_gguf.files import write_adapter, write_network
+from perlhf.model.to_gguf.settings import check_shape
+from perlhf.model.to_gguf.vocabulary import ends_left_out, vocabulary_of
 from perlhf.runs.earlier import several_adapters
 from perlhf.system.files import directory_atomic, strict_json
 from perlhf.system.machine import cache_dir
 
 DETAILS = "perlhf_export.json"
-PROMPTS = 8
-"""Prompts on which the error of merging is measured."""
-JUDGED = 64
-"""Comparisons and ratings on which a reward model's is."""
-_APART = "{{ '' }}"
-"""Between our tags and a template: keeps Jinja from trimming the template's own white space there."""
 BENT = (
     *("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size"),
     *("num_beams", "penalty_alpha", "top_h"),
@@ -69,11 +64,15 @@ def export(config: ExportConfig) -> dict[str, Any]:
         StorageError: it can't be written.
     """
     run = read_run(config.run, given=Given(config.base, config.data, accept_changes=config.accept_changes))
+    _check_format(run, config)
     if (error := several_adapters(run.path)) is not None:
         raise error
     _check_output(config)
-    run.check(data=config.format == "merged" and config.data is None)
-    details = _export_peft(run, config) if config.format == "peft" else _export_merged(run, config)
+    run.check(data=(config.gguf or config.format == "merged") and config.data is None)
+    if config.gguf:
+        details = _export_gguf(run, config)
+    else:
+        details = _export_peft(run, config) if config.format == "peft" else _export_merged(run, config)
     for key, value in details.items():
         said(f"{key}: {value}")
     for sentence in _notes(run, config, details):
@@ -90,18 +89,32 @@ def _check_output(config: ExportConfig) -> None:
         return
     if not output.is_dir():
         raise ConfigError(f"{output} is a file", where="output", allowed="a new directory")
-    if config.format == "peft":
+    if config.format == "peft" and not config.gguf:
         saved.check_replaceable(output)
     elif any(output.iterdir()):
         raise ConfigError(f"{output} holds something else", where="output", allowed="a new or empty directory")
 
 
-def _export_peft(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
+def _check_format(run: FinishedRun, config: ExportConfig) -> None:
+    """Refuses what a run can't be written as, before anything of it is loaded."""
+    if config.gguf and run.stage == "reward":
+        what = "llama.cpp has no place for the score head of a reward model"
+        hint = (
+            "leave out --gguf: --format merged writes a classifier for transformers; perlhf score reads the run itself"
+        )
+        raise ConfigError(what, where="gguf", allowed="SFT and policy runs", hint=hint)
+    if config.gguf:
+        check_shape(configuration(run.base))
+    if config.format == "merged":
+        return
     if run.config.tuning == "full":
         hint = "--format merged writes the trained weights as a checkpoint"
         raise ConfigError("a run with tuning: full has no adapter", where="format", allowed="merged", hint=hint)
-    if config.dtype != "run":
+    if config.dtype != "run" and not config.gguf:
         raise ConfigError("an adapter is written as it was trained, in float32", where="dtype", allowed="merged only")
+
+
+def _export_peft(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
     whole = saved.read_adapter(run.adapter)
     adapter = whole.adapter
     tokenizer, encoder = run.tokenizer(), Encoder(run.tokenizer(), run.config.encoding, end_ids(run.base))
@@ -130,7 +143,7 @@ def _export_merged(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
     model, encoder = run.open(config.device)
     adapter = model.adapters[run.stage]
     dtype = model.dtype if config.dtype == "run" else getattr(torch, config.dtype)
-    records = _records(run, config)
+    records = records_of(run, config)
     tokenizer = run.tokenizer()
     reward = adapter.score_head is not None
     merged = merged_network(model, adapter, run.base, dtype)
@@ -148,8 +161,47 @@ def _export_merged(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
             merged.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         del merged
-        measure = _measure_scores if reward else _measure_logits
-        details |= measure(run, model, encoder, temporary, records)
+        if reward:
+            details |= scores_error(run, model, encoder, temporary, records)
+        else:
+            details |= logits_error(run, model, encoder, load_base(Base(temporary), model.dtype, model.device), records)
+            details |= other_tokens(elsewhere.tokenizer_of(temporary), encoder, records)
+        _write_details(temporary, details, run)
+    return details
+
+
+def _export_gguf(run: FinishedRun, config: ExportConfig) -> dict[str, Any]:
+    """Files for llama.cpp: `model.gguf`, or `base.gguf` and `adapter.gguf`.
+
+    A network in float32 is rounded to another dtype of the file before it is measured.
+    """
+    if config.dtype == "float32":
+        run = replace(run, config=run.config.model_copy(update={"dtype": config.dtype}))
+    model, encoder = run.open(config.device)
+    adapter, apart = model.adapters[run.stage], config.format == "peft"
+    dtype = model.dtype if config.dtype == "run" else getattr(torch, config.dtype)
+    held = torch.bfloat16 if dtype == model.dtype == torch.bfloat16 else torch.float32
+    network = bare_network(model, run.base, held) if apart else merged_network(model, adapter, run.base, held)
+    rounded_to(network, dtype)
+    tokenizer, records = run.tokenizer(), records_of(run, config)
+    _prepare(tokenizer, encoder, reward=False, records=records)
+    embedding: Any = network.get_input_embeddings()
+    vocabulary = vocabulary_of(tokenizer, embedding.weight.shape[0], encoder.end_ids)
+    name = f"{Path(model.fingerprint['name']).name} {run.stage}"
+    details: dict[str, Any] = {"format": config.format, "stage": run.stage, "base": model.fingerprint["name"]}
+    details |= {"gguf": "base.gguf, adapter.gguf" if apart else "model.gguf"}
+    details |= {"dtype": str(dtype).removeprefix("torch."), "tuning": run.config.tuning} | _quantised(run)
+    if apart:
+        details |= {"rank": adapter.rank, "alpha": adapter.alpha}
+    if left_out := ends_left_out(tokenizer, encoder.end_ids):
+        details["end_tokens_left_out"] = left_out
+    with directory_atomic(config.output) as temporary, disk_errors(config.output):
+        file = temporary / ("base.gguf" if apart else "model.gguf")
+        write_network(file, network, vocabulary, dtype, name, _sampling(run))
+        if apart:
+            write_adapter(temporary / "adapter.gguf", network.config, adapter, name)
+        details |= logits_error(run, model, encoder, network, records, merged=not apart)
+        details |= other_tokens(read_tokenizer(read_header(file)), encoder, records)
         _write_details(temporary, details, run)
     return details
 
@@ -163,57 +215,6 @@ def base_name(run: FinishedRun, config: ExportConfig) -> str:
     name = run.base.fingerprint["name"]
     local = run.base.directory.parent == cache_dir() / "bases" or Path(name).expanduser().is_dir()
     return str(run.base.directory.resolve()) if local else name
-
-
-def chat_template(tokenizer: PreTrainedTokenizerBase, encoding: EncodingConfig) -> str:
-    """`encoding.template` as Jinja that stands alone: with its variables, its day and its system message.
-
-    Where a tokenizer has another template for conversations with tools, both are in it.
-    """
-    templates = templates_of(tokenizer, encoding.template)
-    body = templates["plain" if encoding.template in PLAIN_TEMPLATES else "default"]
-    if "tool_use" in templates:
-        body = f"{{% if tools %}}{_APART}{templates['tool_use']}{_APART}{{% else %}}{_APART}{body}{_APART}{{% endif %}}"
-    if encoding.day and "strftime_now" in body:
-        body = on_day(encoding.day) + body
-    for name, value in encoding.template_kwargs.items():
-        literal = "none" if value is None else json.dumps(value, ensure_ascii=False)
-        body = f"{{% if {name} is not defined %}}{{% set {name} = {literal} %}}{{% endif %}}{_APART}{body}"
-    if encoding.system is None:
-        return body
-    system = json.dumps(encoding.system, ensure_ascii=False)
-    lead = f"[{{'role': 'system', 'content': {system}}}]"
-    unled = "not messages or messages[0]['role'] not in ('system', 'developer')"
-    return f"{{% if {unled} %}}{{% set messages = {lead} + messages %}}{{% endif %}}{_APART}{body}"
-
-
-def ending_with(template: str, ends: Sequence[str], doubled: bool = False) -> str:
-    """A chat template whose conversations end with an end token where an assistant's turn is the last one.
-
-    Everything else is rendered as before: what stands between turns, and what makes room for an answer.
-
-    Args:
-        template: Jinja.
-        ends: the end token, and others that may close a turn in its place, such as the one after a call. The blank
-            that follows the last one goes; a conversation that none of them closes is given the first.
-        doubled: the template puts two of the first after an answer, of which one stays.
-    """
-    body = template.removesuffix("\n")  # Jinja drops it from a template's end, but not from within
-    name, listed = "perlhf_conversation", json.dumps(list(ends), ensure_ascii=False)
-    rest = "perlhf_parts[2]" + "".join(f".replace({json.dumps(end, ensure_ascii=False)}, '')" for end in ends)
-    kept = "perlhf_parts[0]"
-    if doubled:
-        kept += f".rpartition(perlhf_end)[0] if loop.first and {kept}.rstrip().endswith(perlhf_end) else {kept}"
-    whole = "not add_generation_prompt and messages and messages[-1]['role'] == 'assistant'"
-    return (
-        f"{{% set {name} %}}{_APART}{body}{_APART}{{% endset %}}"
-        f"{{% if {whole} %}}{{% set perlhf = namespace(text={name} ~ {listed}[0], open=true) %}}"
-        f"{{% for perlhf_end in {listed} %}}{{% set perlhf_parts = {name}.rpartition(perlhf_end) %}}"
-        f"{{% if perlhf.open and perlhf_parts[1] and not {rest} | trim %}}"
-        f"{{% set perlhf.text = ({kept}) ~ perlhf_end %}}"
-        "{% set perlhf.open = false %}{% endif %}{% endfor %}{{ perlhf.text }}"
-        f"{{% else %}}{{{{ {name} }}}}{{% endif %}}"
-    )
 
 
 def _prepare(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, *, reward: bool, records: Sequence[Record]) -> None:
@@ -283,12 +284,13 @@ def _write_details(directory: Path, details: dict[str, Any], run: FinishedRun) -
 def _notes(run: FinishedRun, config: ExportConfig, details: dict[str, Any]) -> list[str]:
     """What the user of an export should know before anyone else gets it."""
     notes = []
-    if config.format == "peft" and Path(details["base_model_name_or_path"]).is_absolute():
+    apart = config.format == "peft" and not config.gguf
+    if apart and Path(details["base_model_name_or_path"]).is_absolute():
         notes.append(
             f"base_model_name_or_path is {details['base_model_name_or_path']}, which is there on this machine alone; "
             "--base-name ID names the base as others find it"
         )
-    if config.format == "peft" and holds_more_than_text(run.base):
+    if apart and holds_more_than_text(run.base):
         notes.append(
             "the base is a multimodal checkpoint: other tools must load its text model under this adapter, not the "
             "whole; --format merged writes a text model that they load as it is"
@@ -296,6 +298,8 @@ def _notes(run: FinishedRun, config: ExportConfig, details: dict[str, Any]) -> l
     if (share := details.get("error_over_deviation")) is not None and share > LOST:
         hint = "" if details["dtype"] == "float32" else "; --dtype float32 writes weights that aren't rounded"
         notes.append(f"the mean error of a score is {share:.1%} of the scores' deviation{hint}")
+    if left_out := details.get("end_tokens_left_out"):
+        notes.append(f"a GGUF file has a place for three end tokens; answers don't end there at {', '.join(left_out)}")
     if other := details.get("texts_with_other_tokens"):
         notes.append(
             f"{other} of {details['texts_measured']} texts become other tokens elsewhere than in training, such as "
@@ -311,96 +315,3 @@ def _quantised(run: FinishedRun) -> dict[str, Any]:
     dtype = str(pick_dtype(run.config.dtype, "auto")[0]).removeprefix("torch.")
     settings = bitsandbytes_settings(run.config.quantize, dtype)
     return {"quantize": run.config.quantize, "quantization_config": settings}
-
-
-def _records(run: FinishedRun, config: ExportConfig) -> list[Record]:
-    """What the export is measured on: a few of the run's own records, held out for validation (or of all).
-
-    Of an adapter of another tool, nobody knows its records: those of the embedded set stand in.
-    """
-    data = config.data or run.config.data
-    if config.data is None and run.foreign:
-        data = DataConfig()
-    split = "validation" if data.validation else "all"
-    if run.stage == "reward":
-        return order.choose(load(data, ("comparison", "rating"), split), JUDGED, 0)
-    return order.choose(load(data, ("prompt",), split), PROMPTS, 0)
-
-
-def _measure_scores(
-    run: FinishedRun, model: Model, encoder: Encoder, directory: Path, records: Sequence[Record]
-) -> dict[str, Any]:
-    """Scores as plain transformers reads them from the files, against those of `perlhf score`."""
-    adapter = model.adapters[run.stage]
-    assert adapter.bias is not None
-    budget, packing = run.config.microbatch_tokens, model.packing(run.config.packing)
-    scored, _ = score_records(model, encoder, records, run.stage, budget, packing)
-    tokenizer = elsewhere.tokenizer_of(directory)
-    wanted: list[float] = []
-    texts: list[str] = []
-    tokens: list[Ids] = []
-    for record, scores in zip(records, scored, strict=True):
-        examples = elsewhere.examples(encoder, record)
-        if scores is None or any(example.cut for example in examples):  # others see the whole prompt
-            continue
-        wanted += scores
-        texts += elsewhere.rendered(encoder, record, tokenizer)
-        tokens += [example.tokens.ids for example in examples]
-    if not texts:
-        return {"texts_measured": 0}
-    found, ids = elsewhere.scores(directory, tokenizer, texts, model.device)
-    error = (torch.tensor(found) + adapter.bias.item() - torch.tensor(wanted)).abs()
-    deviation = torch.tensor(wanted).std(correction=0).item()
-    return {
-        "texts_measured": len(texts),
-        "largest_score_error": error.max().item(),
-        "mean_score_error": error.mean().item(),
-        "deviation_of_scores": deviation,
-        "error_over_deviation": error.mean().item() / deviation if deviation else None,
-        "largest_score": max(map(abs, wanted)),
-        "texts_with_other_tokens": sum(list(one) != list(other) for one, other in zip(ids, tokens, strict=True)),
-    }
-
-
-@torch.no_grad()
-def _measure_logits(
-    run: FinishedRun, model: Model, encoder: Encoder, directory: Path, records: Sequence[Record]
-) -> dict[str, Any]:
-    """Merged files against the adapter's own forward: logits of the token after each prompt.
-
-    Relative errors are the largest and the mean one over the largest and the mean logit. `share_lost` is the mean error
-    over the mean change that the adapter makes to the base.
-    """
-    texts = [encoder.cut_prompt(record.prompt, 1, record.tools) for record in records]
-    wanted, base = (_outputs(model, adapter, texts) for adapter in (run.stage, None))
-    network = load_base(Base(directory), model.dtype, model.device)
-    error = (_last(network, texts)[:, : model.vocabulary] - wanted).abs()
-    change = (wanted - base).abs()
-    tokenizer = elsewhere.tokenizer_of(directory)
-    others = [elsewhere.prompt_ids(tokenizer, encoder, record) for record in records]
-    return {
-        "texts_measured": len(texts),
-        "largest_logit_error": error.max().item(),
-        "mean_logit_error": error.mean().item(),
-        "largest_logit": wanted.abs().max().item(),
-        "largest_logit_change_by_adapter": change.max().item(),
-        "largest_relative_error": (error.max() / wanted.abs().max()).item(),
-        "mean_relative_error": (error.mean() / wanted.abs().mean()).item(),
-        "share_lost": (error.mean() / change.mean()).item() if change.any() else None,
-        "texts_with_other_tokens": sum(
-            list(ids[len(ids) - len(own) :]) != list(own) for ids, own in zip(others, texts, strict=True)
-        ),
-    }
-
-
-def _outputs(model: Model, adapter: str | None, texts: Sequence[Ids]) -> Tensor:
-    """Logits after each prompt [prompt, vocab], under the adapter as it is used here."""
-    batch = pack([[Tokens(ids)] for ids in texts], "none", model.device)
-    return model.logits(model.last_states(batch, adapter), adapter)
-
-
-def _last(network: PreTrainedModel, texts: Sequence[Ids]) -> Tensor:
-    """Logits after each prompt, float32 [prompt, vocab], on the same batch layout as `_outputs`."""
-    logits = network(input_ids=pad(texts, 0, network.device), use_cache=False).logits
-    last = torch.tensor([len(ids) - 1 for ids in texts], device=network.device)
-    return logits[torch.arange(len(texts), device=network.device), last].float()

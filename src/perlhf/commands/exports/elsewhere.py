@@ -115,6 +115,8 @@ def scores(
 
 def readme(details: dict[str, Any], run: FinishedRun) -> str:
     """What the directory holds, how it is used, and what was measured."""
+    if "gguf" in details:
+        return _gguf_readme(details, run)
     reward, merged = "score_bias" in details, details["format"] == "merged"
     what = {"sft": "an SFT model", "reward": "a reward model", "policy": "a policy"}[run.stage]
     lines = [f"# {what[0].upper()}{what[1:]}, by perlhf", ""]
@@ -150,6 +152,28 @@ def readme(details: dict[str, Any], run: FinishedRun) -> str:
     stop = getattr(run.config, "stop", ())
     if stop:
         lines += [f"Answers end at {', '.join(map(repr, stop))} as well.", ""]
+    lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in details.items()), ""]
+    return "\n".join(lines)
+
+
+def _gguf_readme(details: dict[str, Any], run: FinishedRun) -> str:
+    """The same for files of llama.cpp."""
+    merged = details["format"] == "merged"
+    given = "-m model.gguf" if merged else "-m base.gguf --lora adapter.gguf"
+    dtype = details["dtype"]
+    what = f"Base and adapter in one file ({dtype})" if merged else f"The base ({dtype}), and an adapter in float32"
+    lines = [f"# {'A policy' if run.stage == 'policy' else 'An SFT model'} for llama.cpp, by perlhf", ""]
+    lines += [f"{what}; base: {details['base']}.", ""]
+    lines += ["```", f"llama-server {given}", f"llama-cli {given}", "```", ""]
+    lines += ["Older versions take the file's own chat template with `--jinja` alone.", ""]
+    if (temperature := getattr(run.config, "temperature", None)) is not None:
+        lines += [
+            f"It was trained at temperature {temperature}, on all tokens, which the file says. Where that isn't read: "
+            f"`--temp {temperature} --top-k 0 --top-p 1 --min-p 0`.",
+            "",
+        ]
+    if stop := getattr(run.config, "stop", ()):
+        lines += [f"Answers end at {', '.join(map(repr, stop))} as well, which a file can't say.", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in details.items()), ""]
     return "\n".join(lines)
 
