@@ -23,9 +23,9 @@ from labelling_load import Load
 from perlhf.config.labelling import ProjectConfig
 from perlhf.labelling.explained import Explainer
 from perlhf.labelling.project import LABELS
-from perlhf.labelling.questions import Question
+from perlhf.labelling.questions import SERVED, Question
 from perlhf.labelling.server import BODY_BYTES, Limit, Page, application
-from perlhf.labelling.store import Store
+from perlhf.labelling.store import Said, Store
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> [a](javascript:alert(3)) ![b](http://c/d.png)"
 
@@ -129,6 +129,18 @@ def test_texts_are_text_in_every_field(served: Served) -> None:
         tags = re.findall(r"<(script|img|a)\b[^>]*>", page)
         assert "img" not in tags and tags.count("script") <= 1  # the page's own
         assert not re.findall(r'(?:src|href|action)="(?!/|data:,)', page)
+
+
+def test_the_owner_sees_what_was_said_about_served_answers(served: Served) -> None:
+    ana = served.browser().enter("Ana")
+    ana.say()
+    assert "served answers" not in ana.ask("GET", "/owner")[1]
+    question = Question("own", "p", ("a",), "g", f"serve:{HOSTILE}@1", 0.5, SERVED, wanted=0)
+    assert served.store.tell("Ana", question, Said("up"))
+    page = ana.ask("GET", "/owner")[1]
+    assert "Said about served answers, besides: 1 of serve:&lt;script&gt;" in page
+    assert ana.ask("POST", "/undo", "{}")[0] == 200
+    assert [label.said.verdict for label in served.store.labels()] == ["up"], "the page takes back what was said on it"
 
 
 def test_pages_load_nothing_from_elsewhere_and_run_their_own_script_alone(served: Served) -> None:
