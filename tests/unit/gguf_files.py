@@ -66,6 +66,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "gemma3_text",
         gemma_rope(rope_type="linear", factor=8.0) | {"sliding_window": 4, "query_pre_attn_scalar": WIDTH},
     ),
+    "gemma3, other windows": (
+        "gemma3",
+        "gemma3_text",
+        gemma_rope()
+        | {"sliding_window": 4, "query_pre_attn_scalar": WIDTH, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
     "phi3": ("phi3", "phi3", rope(5000.0) | _FULL_WIDTH),
     "phi3, long": (
         "phi3",
@@ -192,6 +198,8 @@ def write_settings(writer: gguf.GGUFWriter, architecture: str, config: Any) -> N
         writer.add_value_length(width)
     if architecture.startswith("gemma"):
         writer.add_sliding_window(config.sliding_window)
+    if architecture == "gemma3" and "full_attention" in layers:
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in layers])
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(50.0)
         writer.add_final_logit_softcapping(30.0)

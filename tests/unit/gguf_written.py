@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf_files import BYTE_LEVEL, FAMILIES, MERGES, gemma_rope
+from gguf_files import BYTE_LEVEL, MERGES
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -17,14 +17,6 @@ WRITTEN = [
     *("llama", "llama, untied", "llama, biases", "llama 3.1", "llama, linear", "llama, yarn"),
     *("qwen2", "qwen2, yarn", "qwen3", "gemma3", "gemma3, stretched", "gemma3, other windows"),
 ]
-FAMILIES["gemma3, other windows"] = (
-    "gemma3",
-    "gemma3_text",
-    gemma_rope()
-    | {"sliding_window": 4, "query_pre_attn_scalar": 16, "layer_types": ["full_attention", "sliding_attention"]},
-)
-
-
 TEXTS = (
     "A flat white, please: 2 of 1234!",
     "  two spaces\n\nand\tthree   ",
