@@ -4,11 +4,13 @@ into its weights by hand.
 
 import copy
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import families
 import networks
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from perlhf.model.model import Model
 from perlhf.model.supported import network_below
 from perlhf.rollout.ensemble import in_one_pass, member_scores, shares_trunk
 from perlhf.rollout.local import Ends, sample
+from perlhf.rollout.rows import Groups, Rows, Under, Wish
 
 TEMPERATURE = 0.7
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,6 +177,21 @@ def check_sampling(model: Model, merged: Any, tokens: int = 10) -> None:
         for _ in range(tokens):
             whole.append(int(merged(torch.tensor([whole]), use_cache=False).logits[0, -1].argmax()))
         assert rollout.completions[2 * number : 2 * number + 2] == [whole[len(prompt) :]] * 2
+    check_served(model, prompts, rollout.completions[::2], tokens)
+
+
+def check_served(model: Model, prompts: Sequence[Sequence[int]], expected: Sequence[list[int]], tokens: int) -> None:
+    """The same greedy answers of rows that come one after the other, beside one of the bare base where that may be."""
+    rows: Rows | Groups = Rows(model, 1000, pass_tokens=7) if model.way.packing == "tree" else Groups(model, 8)
+    under, greedy = Under("policy", model.hold("policy")), Wish(temperature=0.0)
+    if isinstance(rows, Rows):
+        rows.join(prompts[0], [np.random.default_rng()], tokens, Under("base", model.hold(None)), greedy)
+    joined = [rows.join(prompt, [np.random.default_rng()], tokens, under, greedy) for prompt in prompts]
+    while len(rows):
+        for token in rows.step():
+            if len(token.row.ids) == tokens:
+                rows.leave(token.row)
+    assert [own[0].ids for own in joined if own is not None] == list(expected)
 
 
 @torch.no_grad()

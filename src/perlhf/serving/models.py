@@ -12,10 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from perlhf.config.stages import DEFAULT_BASE, EncodingConfig, PolicyConfig
-from perlhf.errors import AdapterError, ConfigError, PerlhfError, RunError, nearest
+from perlhf.errors import ConfigError, PerlhfError, RunError, nearest
 from perlhf.method.packing import Packing
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
@@ -240,7 +238,6 @@ class Models:
                 names.append(f"{name}@{version}/{member}")
                 saved.load_adapter(self.model, directory, names[-1], trained)
                 self.model.freeze(names[-1])
-                self._check_finite(names[-1], directory)
         except PerlhfError:
             for adapter in names:
                 forget(self.model, adapter)
@@ -263,12 +260,6 @@ class Models:
             self._versions[name] = version
             self._hashes[name], self.paths[name] = (run.path, written), path
         return served
-
-    def _check_finite(self, name: str, directory: Path) -> None:
-        for key, tensor in self.model.adapters[name].tensors().items():
-            if not torch.isfinite(tensor).all():
-                what, hint = f"{key} holds numbers that are not finite", "train or fetch it again"
-                raise AdapterError(what, where=str(directory), allowed="finite numbers", hint=hint)
 
     def _is_tree(self) -> bool:
         return self.model.way.packing == "tree"

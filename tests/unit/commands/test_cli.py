@@ -84,9 +84,8 @@ def test_overviews_and_version(capsys):
     assert capsys.readouterr().out == f"perlhf {__version__}\n"
     assert main(["--help"]) == 0
     listed = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.M)
-    named = "demo pull base plan data label sft reward policy evaluate score launch chat loop compare table report"
-    named += " average"
-    assert listed == [*named.split(), "export"]
+    named = "demo pull base plan data label sft reward policy evaluate score launch chat serve loop compare table"
+    assert listed == [*named.split(), "report", "average", "export"]
     assert main([]) == 2
     assert capsys.readouterr().out.startswith("usage: perlhf COMMAND")
     assert main(["data", "-h"]) == 0
