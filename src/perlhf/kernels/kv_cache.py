@@ -242,7 +242,7 @@ class Pool:
     def __init__(self, places: int):
         self.places = places
         self.bytes = 0
-        """That the pool takes, once a pass was made."""
+        """That the pool may take, once a pass was made."""
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def kept(self, turn: tuple[int, int], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,7 +252,7 @@ class Pool:
         return self._kept[turn]
 
     def _empty(self, like: Tensor) -> Tensor:
-        made = like.new_zeros(len(like), self.places, like.shape[2])
+        made = like.new_empty(len(like), self.places, like.shape[2])  # memory is taken as places are first written
         self.bytes += made.numel() * made.element_size()
         return made
 

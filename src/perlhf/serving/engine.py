@@ -271,6 +271,8 @@ class Engine:
     def _step(self) -> list[tuple[Ticket, Sampled | Failed]]:
         told: list[tuple[Ticket, Sampled | Failed]] = []
         for token in (*self._rows.step(), *self._groups.step()):
+            if token.row not in self._running:
+                continue  # of a request that another of its rows has just ended
             ticket, index = self._running[token.row]
             if math.isnan(token.logprob):
                 for row in ticket.rows:
@@ -278,7 +280,7 @@ class Engine:
                         self._end(row)
                 self.counts.failed += 1
                 told.append((ticket, Failed("the model gives numbers that are not finite", 500)))
-            elif token.row in self._running:
+            else:
                 told.append((ticket, self._sampled(ticket, index, token)))
         self.counts.steps += bool(told)
         return told

@@ -202,10 +202,11 @@ class Models:
         for name, path in self.changed().items():
             try:
                 loaded.append(self.load(name, path))
-            except PerlhfError as error:
-                if self._told.get(name) != error.what:
-                    self._told[name] = error.what
-                    note(f"{name}: the new version can't be served, the old one stays: {error.what}")
+            except (PerlhfError, OSError) as error:
+                what = error.what if isinstance(error, PerlhfError) else str(error)
+                if self._told.get(name) != what:
+                    self._told[name] = what
+                    note(f"{name}: the new version can't be served, the old one stays: {what}")
         return loaded
 
     def drop_unused(self) -> list[Served]:

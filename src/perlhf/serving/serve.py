@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import torch
 import uvicorn
@@ -14,7 +15,7 @@ import uvicorn
 from perlhf.config.serving import ServeConfig
 from perlhf.errors import ConfigError, StorageError
 from perlhf.labelling.project import bound, is_here
-from perlhf.serving.engine import Engine, Limits
+from perlhf.serving.engine import Busy, Engine, Limits
 from perlhf.serving.feedback import Feedback
 from perlhf.serving.models import Models, named
 from perlhf.serving.server import Access, Service, application
@@ -77,7 +78,7 @@ def prepared(config: ServeConfig) -> Callable[[], None]:
         watching.start()
         try:
             with contextlib.suppress(KeyboardInterrupt):
-                uvicorn.Server(settings).run([listening])
+                _Server(settings, engine).run([listening])
         finally:
             stopped.set()
             engine.close()
@@ -89,11 +90,24 @@ def prepared(config: ServeConfig) -> Callable[[], None]:
     return answer
 
 
+class _Server(uvicorn.Server):
+    """Tells everybody who waits for an answer when it is stopped."""
+
+    def __init__(self, settings: uvicorn.Config, engine: Engine):
+        super().__init__(settings)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Ctrl-C, or SIGTERM."""
+        super().handle_exit(sig, frame)
+        threading.Thread(target=self._engine.close, daemon=True).start()
+
+
 def _refresh(engine: Engine, seconds: float, stopped: threading.Event) -> None:
     """Loads new versions of the runs as they come."""
     while seconds and not stopped.wait(seconds):
         if engine.models.changed():
-            with contextlib.suppress(Exception):  # the engine has ended; anything else is told by `refresh`
+            with contextlib.suppress(Busy):  # or ending; asked again later
                 for one in engine.run(engine.models.refresh).result():
                     note(f"{one.name}: version {one.version} is served")
 

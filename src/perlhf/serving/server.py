@@ -286,14 +286,28 @@ class _Handlers:
             asked.end()
             raise
         if wanted.stream:
-            stream = asked.stream(request)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+            return _Stream(request, asked)
         try:
             return JSONResponse(await asked.whole(request))
         except Over as over:
             return JSONResponse(answers.said(over.failed.what, "server_error"), over.failed.status)
         finally:
             asked.end()
+
+
+class _Stream(StreamingResponse):
+    """A growing answer, at whose end the request is over, even if nobody ever asked for its first piece."""
+
+    def __init__(self, request: Request, asked: Completing):
+        headers = {"X-Accel-Buffering": "no"}
+        super().__init__(asked.stream(request), media_type="text/event-stream", headers=headers)
+        self._asked = asked
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._asked.end()
 
 
 async def _body(request: Request) -> bytes:

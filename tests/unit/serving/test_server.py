@@ -95,6 +95,19 @@ def test_many_at_once_have_what_each_has_alone(server: Server) -> None:
         assert answer["choices"][0]["message"]["content"] == server.runs.encoder.decode(ids)
 
 
+def test_whole_weights_beside_adapters(runs: Runs) -> None:
+    """They can't be mixed: each is answered in groups of its own."""
+    runs.model.add_adapter("whole", "policy", tuning="full")
+    randomise(runs.model, "whole", 9)
+    runs.save("whole")
+    with serving(runs, ("whole", "kind")) as server, ThreadPoolExecutor(8) as pool:
+        asked = [(name, f"Tea {number}?", number) for number in range(6) for name in ("whole", "kind")]
+        found = list(pool.map(lambda one: server.chat(one[0], one[1], seed=one[2]), asked))
+    for (name, said, seed), answer in zip(asked, found, strict=True):
+        ids = expected(runs, name, said, seed).completions[0]
+        assert answer["choices"][0]["message"]["content"] == runs.encoder.decode(ids)
+
+
 def test_a_stream_is_the_whole_in_pieces(server: Server) -> None:
     body: dict[str, Any] = {"model": "kind", "messages": [{"role": "user", "content": "Tea?"}], "seed": 5, "n": 2}
     body |= {"max_tokens": 20, "logprobs": True, "top_logprobs": 1}
@@ -242,7 +255,7 @@ def test_scores_are_those_of_the_command(server: Server) -> None:
     names = ("judge", "other")
     tables, _ = score_by_members(runs.model, runs.encoder, records, names, 4096, "tree")
     for number, row in enumerate(rows):
-        first, second = (table[number][0] for table in tables if table[number])
+        first, second = (found[0] for table in tables if (found := table[number]))
         assert row["members"] == {"judge": [pytest.approx(first, abs=1e-4)], "other": [pytest.approx(second, abs=1e-4)]}
         assert row["score"] == pytest.approx((first + second) / 2, abs=1e-4)
         assert row["spread"] == pytest.approx(abs(first - second) / 2, abs=1e-4)
@@ -376,7 +389,7 @@ def test_who_may_ask(runs: Runs) -> None:
             assert server.ask(path)[0] == 401 and server.headers["WWW-Authenticate"] == "Bearer"
         assert server.ask("/health")[0] == 200
         assert server.ask("/v1/models", Authorization="Bearer wrong")[0] == 401
-        key = {"Authorization": f"Bearer {token}"}
+        key: Any = {"Authorization": f"Bearer {token}"}
         assert server.ask("/v1/models", **key)[0] == 200
         assert server.ask("/v1/models", Host="evil.example", **key)[0] == 421
         body = {"model": "kind", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
