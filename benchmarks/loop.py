@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--layers", default="all", help="of the network: all, or last:N")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--pairs", type=int, default=500, help="unseen pairs")
+    parser.add_argument("--candidates", type=int, default=400, help="pairs among which a round chooses, drawn anew")
     parser.add_argument("--noise", type=float, default=0.1)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
@@ -122,7 +123,8 @@ def run(
         chosen = here / "asked.json"
         if not chosen.exists():
             here.mkdir(parents=True, exist_ok=True)
-            write_json(chosen, {"asked": asked + more(config, arm, asked, before, labels, number, pool)})
+            new = more(config, arm, asked, before, labels, number, pool, arguments.candidates)
+            write_json(chosen, {"asked": asked + new})
         asked = json.loads(chosen.read_text())["asked"]
         rows = [row(config, pool[at], arguments.noise) for at in asked]
         rows += [row(config, pair, 0.0) for pair in unseen[:VALIDATED]]
@@ -154,12 +156,14 @@ def more(
     labels: int,
     number: int,
     pool: Sequence[Pair],
+    candidates: int,
 ) -> list[int]:
     """Numbers of the pairs that are asked about next, at most one of a prompt in a round. All arms begin alike."""
     taken = set(asked)
     left = [at for at in range(len(pool)) if at not in taken]
     worth = None
     if before is not None and arm in ("disagreement", "information"):
+        left = sorted(left, key=lambda at: uniform(config.seed, "candidates", number, at))[:candidates]
         scores = network.score_pairs(config, [before], [pool[at] for at in left])
         worth = disagreement(scores) if arm == "disagreement" else information(scores)
     prompts = [text_of(pool[at].prompt) for at in left]
