@@ -39,6 +39,7 @@ from perlhf.labelling.rounds.network import Pair
 from perlhf.labelling.rounds.order import choose, disagreement, information
 from perlhf.runs.manifest import CHECKPOINTS, RESULT
 from perlhf.system.files import remove_directory, write_atomic, write_json
+from perlhf.system.machine import peak_memory_bytes
 from perlhf.training.reward import train_reward
 
 ARMS = ("all", "random", "disagreement", "information")
@@ -141,6 +142,8 @@ def run(
             scores = network.score_pairs(config, [reward], unseen)
             said = {"correct": figures.right(scores, judged).tolist(), "each": each_right(scores, better)}
             said["disagreement"] = figures.spread(scores)
+            said["quarters"] = quarters(scores, figures.right(scores, judged))
+            said["memory"] = peak_memory_bytes()
             said["seconds"] = {"learning": learned - began, "scoring": time.monotonic() - learned}
             write_json(measured, said)
         results.append((labels, json.loads(measured.read_text())))
@@ -177,6 +180,13 @@ def each_right(scores: np.ndarray, better: np.ndarray) -> list[float]:
     return ((scores[:, :, 0] > scores[:, :, 1]) == better).mean(axis=1).tolist()
 
 
+def quarters(scores: np.ndarray, right: np.ndarray) -> list[float]:
+    """The share of pairs that are ranked rightly in each quarter of them, from those on which members agree most to
+    those on which they disagree most: it falls where disagreement says how far to trust them."""
+    order = np.argsort(disagreement(scores), kind="stable")
+    return [float(right[part].mean()) for part in np.array_split(order, 4)]
+
+
 def row(config: LoopConfig, pair: Pair, noise: float) -> dict[str, Any]:
     """A comparison as the labeller judges it."""
     first = gold(pair.prompt, pair.first) > gold(pair.prompt, pair.second)
@@ -200,6 +210,12 @@ def table(found: Sequence[dict[str, Any]]) -> None:
         alone, apart = fmean(fmean(one["each"]) for one in same), fmean(one["disagreement"] for one in same)
         learning, scoring = (fmean(one["seconds"][what] for one in same) for what in ("learning", "scoring"))
         print(f"{'':<13} a member alone {alone:.3f}, disagreement {apart:.3f}, {learning:.0f} s + {scoring:.0f} s")
+        if all("quarters" in one for one in same):
+            by_quarter = ", ".join(
+                f"{fmean(each):.2f}" for each in zip(*(one["quarters"] for one in same), strict=True)
+            )
+            memory = max(one["memory"] for one in same) / 2**30
+            print(f"{'':<13} from agreement to disagreement {by_quarter}; {memory:.2f} GiB")
 
 
 if __name__ == "__main__":
