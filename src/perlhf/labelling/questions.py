@@ -74,7 +74,8 @@ def question(
 ) -> Question | None:
     """One question of a project, at a random place among all; None where its two answers are the same."""
     if project.redact:
-        prompt, answers = masked(prompt), tuple(map(masked, answers))
+        # A group is often the first turn itself; prompts that differ in what is masked alone become one group.
+        prompt, answers, group = masked(prompt), tuple(map(masked, answers)), redacted(group)
     if len(answers) == 2 and answers[0] == answers[1]:
         return None
     key = hashlib.sha256(json.dumps([project.kind, prompt, answers], sort_keys=True).encode()).hexdigest()
