@@ -13,10 +13,11 @@ import yaml
 from safetensors.torch import load_file
 from toy import Moment, finish, lasting, prompts, read_json, read_lines, write_rows
 
+from perlhf.labelling.labels import Said
 from perlhf.labelling.project import LABELS
 from perlhf.labelling.records import labelled_rows
 from perlhf.labelling.rounds import labellers
-from perlhf.labelling.store import Said, Store
+from perlhf.labelling.store import Store
 from perlhf.serving.feedback import Answers, Feedback
 
 FIRST_KILL, LATER = 3, 9

@@ -10,7 +10,7 @@ from typing import Any
 import krippendorff
 import numpy as np
 
-from perlhf.labelling.store import Label, Labeller
+from perlhf.labelling.labels import Label, Labeller
 from perlhf.runs.evaluations import measured
 from perlhf.system.files import read_json
 

@@ -22,10 +22,10 @@ from perlhf.config.labelling import (
 from perlhf.config.recipe import load_recipe
 from perlhf.errors import ConfigError, RunError, StorageError, nearest
 from perlhf.labelling import records
-from perlhf.labelling.explained import Explainer
+from perlhf.labelling.pages.explained import Explainer
+from perlhf.labelling.pages.server import Page, application
 from perlhf.labelling.progress import progress
 from perlhf.labelling.questions import Question, questions
-from perlhf.labelling.server import Page, application
 from perlhf.labelling.store import Store
 from perlhf.system.files import storage_errors, write_atomic
 

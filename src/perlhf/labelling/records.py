@@ -11,8 +11,8 @@ from perlhf.config.labelling import ProjectConfig
 from perlhf.data.fields import is_blank
 from perlhf.data.records import Text
 from perlhf.errors import DataError
+from perlhf.labelling.labels import Label, as_json, from_json
 from perlhf.labelling.progress import Progress, mean_grade
-from perlhf.labelling.store import Label, as_json, from_json
 from perlhf.system.files import directory_atomic, write_atomic
 
 LABELS, RECORDS, EDITS, STATEMENT = "labels.jsonl", "records.jsonl", "edits.jsonl", "statement.md"

@@ -7,13 +7,12 @@ deleted: a label that is undone is kept with the time at which it was.
 
 import contextlib
 import hashlib
-import json
 import secrets
 import sqlite3
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy import event, exc
 
 from perlhf.errors import RunError, StorageError
+from perlhf.labelling.labels import Label, Labeller, Said, Task
 from perlhf.labelling.questions import SERVED, Question, uniform
 from perlhf.system.files import write_atomic
 
@@ -83,55 +83,6 @@ _explained = sa.Table(
     sa.Column("shown", sa.Float, nullable=False),
 )
 """Questions about whose answers a labeller knows what reward models say: they are asked of them no more."""
-
-
-@dataclass(frozen=True)
-class Labeller:
-    """One person."""
-
-    id: int
-    name: str
-    pseudonym: str
-    owner: bool = False
-    left_out: bool = False
-
-
-@dataclass(frozen=True)
-class Task:
-    """One question as one person sees it."""
-
-    id: int
-    question: Question
-    turned: bool
-    """The second answer stands left."""
-    given: float
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a person says to a task."""
-
-    verdict: str
-    """`first`, `second`, `equal`, `both_bad`; `up`, `down`; `graded`; `edited` (an edit alone); `skip`."""
-    reason: str = ""
-    span: str = ""
-    """A marked part of an answer."""
-    edit: str = ""
-    """A better answer, written by the labeller."""
-    grades: dict[str, int] = field(default_factory=dict[str, int])
-
-
-@dataclass(frozen=True)
-class Label:
-    """A stored answer with its question and who gave it."""
-
-    key: str
-    question: Question
-    labeller: Labeller
-    said: Said
-    turned: bool
-    seconds: float
-    stored: float
 
 
 class Store:
@@ -577,45 +528,3 @@ def _errors(path: Path) -> Iterator[None]:
             hint = "take a copy that `perlhf label backup` made"
             raise RunError(f"the labels can't be read: {reason}", where=str(path), hint=hint) from error
         raise StorageError(f"can't write: {reason}", where=str(path), hint="free some disk space") from error
-
-
-def as_json(label: Label) -> str:
-    """A label as one line, of which `from_json` makes it again."""
-    question = label.question
-    content: dict[str, Any] = {
-        "key": label.key,
-        "labeller": label.labeller.pseudonym,
-        "verdict": label.said.verdict,
-        "reason": label.said.reason,
-        "span": label.said.span,
-        "edit": label.said.edit,
-        "grades": label.said.grades,
-        "turned": label.turned,
-        "seconds": round(label.seconds, 3),
-        "stored": label.stored,
-        "question": {
-            "key": question.key,
-            "prompt": question.prompt,
-            "answers": question.answers,
-            "group": question.group,
-            "source": question.source,
-            "place": question.place,
-            "drawn": question.drawn,
-            "wanted": question.wanted,
-            "known": question.known,
-        },
-    }
-    return json.dumps(content, ensure_ascii=False)
-
-
-def from_json(line: str) -> Label:
-    """The label that `as_json` wrote.
-
-    Raises:
-        ValueError, KeyError, TypeError: it is no such line.
-    """
-    row = json.loads(line)
-    asked = row["question"] | {"answers": tuple(row["question"]["answers"])}
-    said = Said(row["verdict"], row["reason"], row["span"], row["edit"], row["grades"])
-    person = Labeller(0, row["labeller"], row["labeller"])
-    return Label(row["key"], Question(**asked), person, said, row["turned"], row["seconds"], row["stored"])

@@ -21,9 +21,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from perlhf.labelling import shown
-from perlhf.labelling.explained import Explained
-from perlhf.labelling.server import HEADERS
+from perlhf.labelling.pages import shown
+from perlhf.labelling.pages.explained import Explained
+from perlhf.labelling.pages.server import HEADERS
 
 __all__ = ["HEADERS", "BadRequest", "chat_routes", "render", "why"]
 

@@ -10,9 +10,9 @@ from perlhf.data.read import read_all
 from perlhf.data.records import Comparison, Demonstration, Rating
 from perlhf.errors import DataError
 from perlhf.labelling import records
+from perlhf.labelling.labels import Label, Labeller, Said
 from perlhf.labelling.progress import agreement, progress
 from perlhf.labelling.questions import Question
-from perlhf.labelling.store import Label, Labeller, Said
 
 ANA, BO, CY = (Labeller(i, name, f"labeller-{i}") for i, name in enumerate(("Ana", "Bo", "Cy")))
 

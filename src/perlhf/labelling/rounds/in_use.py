@@ -8,9 +8,9 @@ from perlhf.config.stages import DataConfig
 from perlhf.data.fields import prompt_group
 from perlhf.data.records import Prompt
 from perlhf.data.splits import split_of
+from perlhf.labelling.labels import Label
 from perlhf.labelling.questions import masked
 from perlhf.labelling.records import labelled_rows
-from perlhf.labelling.store import Label
 from perlhf.system.console import note
 
 

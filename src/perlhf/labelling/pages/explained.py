@@ -44,7 +44,7 @@ class Explainer:
 
     def __init__(self, runs: Sequence[str]):
         check_runs("reward runs of explain", [Path(run) for run in runs])
-        words = [sys.executable, "-m", "perlhf.labelling.explained", *runs]
+        words = [sys.executable, "-m", "perlhf.labelling.pages.explained", *runs]
         own = os.environ | {"OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=own

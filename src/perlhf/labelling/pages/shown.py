@@ -10,8 +10,8 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 
 from perlhf.data.records import Text, content_of
-from perlhf.labelling.explained import Explained
-from perlhf.labelling.store import Task
+from perlhf.labelling.labels import Task
+from perlhf.labelling.pages.explained import Explained
 
 # Neither HTML, nor links that lead away, nor pictures that would be fetched.
 _markdown = (

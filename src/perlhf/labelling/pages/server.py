@@ -26,9 +26,11 @@ from starlette.routing import Route
 
 from perlhf.config.labelling import ProjectConfig
 from perlhf.errors import PerlhfError, RunError, StorageError
-from perlhf.labelling import progress, shown
-from perlhf.labelling.explained import Explainer
-from perlhf.labelling.store import Labeller, Said, Store, Task
+from perlhf.labelling import progress
+from perlhf.labelling.labels import Labeller, Said, Task
+from perlhf.labelling.pages import shown
+from perlhf.labelling.pages.explained import Explainer
+from perlhf.labelling.store import Store
 
 COOKIE = "perlhf-labeller"
 BODY_BYTES = 256 * 1024
@@ -49,7 +51,7 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 _FILES = {"label.css": "text/css", "label.js": "text/javascript"}
-_PAGES = resources.files("perlhf.labelling") / "pages"
+_PAGES = resources.files("perlhf.labelling.pages")
 _SECONDS_MOST = 24 * 3600.0
 
 

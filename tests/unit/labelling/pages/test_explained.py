@@ -14,10 +14,10 @@ from perlhf.config.commands import ScoreConfig
 from perlhf.config.stages import DataConfig, RewardConfig
 from perlhf.errors import RunError
 from perlhf.evaluation.evaluate import score
-from perlhf.labelling.explained import Explained, Explainer
+from perlhf.labelling.labels import Task
+from perlhf.labelling.pages.explained import Explained, Explainer
+from perlhf.labelling.pages.shown import explanations
 from perlhf.labelling.questions import Question
-from perlhf.labelling.shown import explanations
-from perlhf.labelling.store import Task
 from perlhf.training.reward import train_reward
 
 
