@@ -144,7 +144,7 @@ def test_calls_of_tools(parrot: Server) -> None:
             assert stream.get_final_completion().choices[0].message.tool_calls is not None
         # What the tool says goes back to the model, as the client holds the call.
         back = [*TEA, whole.message.model_dump(), {"role": "tool", "tool_call_id": calls[0].id, "content": "Sunny."}]
-        again = client.chat.completions.create(**asked | {"messages": back, "tool_choice": "none"})
+        again = client.chat.completions.create(**{**asked, "messages": back, "tool_choice": "none"})
         assert again.choices[0].finish_reason == "stop" and again.usage is not None
         tokens = len("".join([calls[0].function.arguments, calls[1].function.arguments, "Sunny."]))
         assert again.usage.prompt_tokens > tokens, "and the model reads it: letters are tokens here"
@@ -179,7 +179,7 @@ def test_errors_are_the_classes_that_the_client_has(runs: Runs, client: OpenAI) 
         assert any(isinstance(error, openai.RateLimitError) for error in errors) and None in errors
         assert all(error is None or isinstance(error, openai.RateLimitError) for error in errors)
         with client_of(server, retries=20) as patient, ThreadPoolExecutor(3) as pool:  # comes again, as it is told to
-            short = slow | {"max_tokens": 20}
+            short: dict[str, Any] = {**slow, "max_tokens": 20}
             assert len(list(pool.map(lambda _: patient.chat.completions.create(**short).id, range(3)))) == 3
     with serving(runs, ("kind",), Limits(rows=1, waiting=1, tokens=2000, seconds=0.02)) as server:
         with client_of(server) as late:
@@ -277,3 +277,19 @@ def test_open_webui_calls_tools(parrot: Server) -> None:
     ]
     events = parrot.stream(model="base", messages=turns, tools=[WEATHER], temperature=0, max_tokens=40)
     assert events[-2]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_what_langchain_sends(server: Server, parrot: Server) -> None:
+    """`ChatOpenAI` and `OpenAI` name keys that they have no value for, and a called tool beside no content at all."""
+    nothing = {"frequency_penalty": 0, "presence_penalty": 0, "logprobs": None, "seed": None, "n": 1, "top_p": 1}
+    body: dict[str, Any] = {"model": "kind", "max_tokens": 6, "temperature": 0.7} | nothing
+    assert server.ask("/v1/completions", body | {"prompt": ["Tea"]})[1]["object"] == "text_completion"
+    assert server.stream("/v1/completions", **body, prompt="Tea")[-1] == "[DONE]"
+    call = {"type": "function", "id": "c1", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    turns = [
+        *TEA,
+        {"content": None, "role": "assistant", "tool_calls": [call]},
+        {"content": "Sunny.", "role": "tool", "tool_call_id": "c1"},
+    ]
+    answer = parrot.chat("base", messages=turns, tools=[WEATHER], temperature=0, max_tokens=40, stream=False)
+    assert answer["choices"][0]["finish_reason"] == "tool_calls"
