@@ -107,6 +107,7 @@ soak: $(VENV)/.installed-dev
 	$(BIN)/python scripts/soak.py $(SOAK_ARGS)
 	$(BIN)/python scripts/soak_workers.py
 	$(BIN)/python scripts/soak_labelling.py
+	$(BIN)/python scripts/soak_serving.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix-only .

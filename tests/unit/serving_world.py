@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
+from chat_templates import TEMPLATES
 from tiny_models import open_encoder, open_model, randomise
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perlhf.config.stages import EncodingConfig
 from perlhf.labelling.project import bound
@@ -54,6 +58,36 @@ def make_runs(place: Path, base: Path) -> Runs:
         randomise(model, name, seed + 10)
         runs.save(name)
     return runs
+
+
+def make_parrot(place: Path, base: Path, says: Sequence[str]) -> Runs:
+    """A base that says the same whatever it is asked, when it takes the likeliest; each piece of it is one token.
+
+    Its layers change nothing, and its head gives each token the one that follows it; the line break at the end of a
+    prompt is followed by the first. Its chat template has a place for tools.
+    """
+    network: Any = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in says])
+    tokenizer.chat_template = TEMPLATES["tools"]
+    network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        embedding = torch.nn.functional.normalize(torch.randn(len(tokenizer), network.config.hidden_size), dim=1)
+        network.get_input_embeddings().weight.copy_(embedding)
+        head = torch.zeros_like(embedding)
+        said = tokenizer.convert_tokens_to_ids(list(says))
+        for token, after in zip(
+            [tokenizer("\n")["input_ids"][-1], *said], [*said, tokenizer.eos_token_id], strict=True
+        ):
+            head[after] = 10 * embedding[token]
+        network.lm_head.weight = torch.nn.Parameter(head)
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    network.config.tie_word_embeddings = False
+    network.save_pretrained(place / "base")
+    tokenizer.save_pretrained(place / "base")
+    return Runs(place, place / "base", open_model(place / "base"), open_encoder(place / "base"))
 
 
 @dataclass

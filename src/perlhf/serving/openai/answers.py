@@ -13,8 +13,8 @@ from perlhf.rollout.local import Ends
 from perlhf.serving.engine import Busy, Refused, Sampled
 from perlhf.serving.models import Speaker
 
-CALL, CALL_END = "<tool_call>", "</tool_call>"
-"""Around a call in the text of networks that learned to call tools so, such as Qwen's, Hermes' and SmolLM's."""
+CALL = "<tool_call>"
+"""Before a call in the text of networks that learned to call tools so, such as Qwen's, Hermes' and SmolLM's."""
 _CALLS = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|$)", re.S)
 
 
@@ -57,8 +57,8 @@ class Growing:
             # Half a character waits for its other half, and what may begin a stop string or a call for the rest of it.
             text = self.ends.settled(text.rstrip("\ufffd"))
         if self.calls:
-            text = _before_call(text, whole=self.finish is not None)
-        if self.trimmed and self.finish is None:
+            text = _before_calls(text) if self.finish is None else parted(text)[0]
+        if self.trimmed:
             text = text.rstrip()
         added = text[len(self.shown) :] if text.startswith(self.shown) else ""
         self.shown += added
@@ -66,26 +66,30 @@ class Growing:
 
     def called(self) -> tuple[str, list[dict[str, Any]]]:
         """Its text without calls, and the calls that it holds."""
-        text = self.text
-        calls = calls_in(text) if self.calls else []
-        return (_before_call(text, whole=True).strip(), calls) if calls else (text, [])
+        if not self.calls:
+            return self.text, []
+        text, calls = parted(self.text)
+        return text.strip() if self.trimmed else text, calls
 
 
-def calls_in(text: str) -> list[dict[str, Any]]:
-    """Calls of tools in a text, as OpenAI has them."""
+def parted(text: str) -> tuple[str, list[dict[str, Any]]]:
+    """A text without the calls of tools in it, and these as OpenAI has them; what is no call in JSON stays text."""
     found: list[dict[str, Any]] = []
-    for body in _CALLS.findall(text):
+
+    def call(match: re.Match[str]) -> str:
         try:
-            call = json.loads(body)
+            content = json.loads(match[1])
         except (ValueError, RecursionError):
-            continue
-        name, given = call.get("name"), call.get("arguments", call.get("parameters", {}))
-        if isinstance(name, str):
-            said = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-            found.append(
-                {"id": f"call_{uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": said}}
-            )
-    return found
+            return match[0]
+        name, given = content.get("name"), content.get("arguments", content.get("parameters", {}))
+        if not isinstance(name, str):
+            return match[0]
+        said = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        function = {"name": name, "arguments": said}
+        found.append({"id": f"call_{uuid4().hex[:24]}", "type": "function", "function": function})
+        return ""
+
+    return _CALLS.sub(call, text), found
 
 
 def chat_choice(growing: Growing, index: int, logprobs: bool) -> dict[str, Any]:
@@ -184,12 +188,10 @@ def now() -> int:
     return int(time.time())
 
 
-def _before_call(text: str, *, whole: bool) -> str:
-    """The text before the first call; while it grows, before what may begin one."""
+def _before_calls(text: str) -> str:
+    """The part of a growing text before the first call, or before what may begin one."""
     if (at := text.find(CALL)) >= 0:
-        return text[:at] if not whole or calls_in(text) else text
-    if whole:
-        return text
+        return text[:at]
     begun = next((size for size in range(len(CALL) - 1, 0, -1) if text.endswith(CALL[:size])), 0)
     return text[: len(text) - begun]
 
