@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 300.0
 WORDS = "tea coffee water milk sugar please two large small a the with without hot cold and or to go".split()
 
 
@@ -316,7 +316,8 @@ async def kill_in_the_middle(load: Load, kill: Callable[[], None], streams: int 
         await asyncio.sleep(0.01)
     kill()
     over = True
-    await asyncio.gather(*reading, *talking)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await asyncio.gather(*reading, *talking)
     load.done["broken off"] += broken
     if not broken:
         load.wrong.append("no stream was broken off")
