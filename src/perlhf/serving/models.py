@@ -117,7 +117,8 @@ class Models:
         self.paths: dict[str, Path] = {}
         """The directories that names stand for."""
         template = "tokenizer" if tokenizer.chat_template else plain_template(tokenizer)
-        encoder = Encoder(tokenizer, EncodingConfig(template=template, max_tokens=self._context(512)), self._ends)
+        encoding = EncodingConfig(template=template, max_tokens=self._context(512))
+        encoder = Encoder(tokenizer, encoding, self._ends, remembers=False)
         self._current[BASE] = Speaker(BASE, 1, BASE, (), encoder, Under(BASE, self.model.hold(None)), self._is_tree())
         for name, run in found.items():
             self._take(name, runs[name], run)
@@ -214,6 +215,8 @@ class Models:
         with self._lock:
             gone = [served for served in self._old if not self._users[served]]
             self._old = [served for served in self._old if self._users[served]]
+            for served in gone:
+                del self._users[served]
         for served in gone:
             for adapter in served.adapters:
                 forget(self.model, adapter)
@@ -231,7 +234,7 @@ class Models:
         tokenizer = run.tokenizer()
         longest = self._context(config.encoding.max_tokens) if run.stage != "reward" else config.encoding.max_tokens
         encoding = config.encoding.model_copy(update={"max_tokens": longest})
-        encoder = Encoder(tokenizer, encoding, self._ends, self._untrained)
+        encoder = Encoder(tokenizer, encoding, self._ends, self._untrained, remembers=False)
         trained = Encoder(tokenizer, config.encoding, self._ends)
         names: list[str] = []
         try:

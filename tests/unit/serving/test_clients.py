@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +61,16 @@ def client_of(server: Server, key: str = "none", retries: int = 0) -> OpenAI:
 def client(server: Server) -> Iterator[OpenAI]:
     with client_of(server) as client:
         yield client
+
+
+def test_the_example_of_the_page_on_serving(runs: Runs, tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "serving.md").read_text("utf-8")
+    (code,) = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    runs.save("kind", "policy")
+    with serving(runs, ("policy",), project=tmp_path / "feedback") as server:
+        exec(compile(code.replace(":8000", f":{server.port}"), "docs/serving.md", "exec"), {})
+        assert server.service.feedback is not None
+        assert [label.said.verdict for label in server.service.feedback.store.labels()] == ["up"]
 
 
 def test_models(client: OpenAI) -> None:

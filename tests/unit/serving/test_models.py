@@ -1,5 +1,7 @@
 """What is served by which name, and what can't be."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +80,19 @@ def test_what_a_name_stands_for(runs: Runs) -> None:
     assert models.drop_unused() == [second] and models.speakers.keys() == {BASE}
     with pytest.raises(ConfigError, match="no run 'kind' is loaded"):
         models.unload("kind")
+
+
+def test_nothing_is_left_of_a_version_that_nobody_has(runs: Runs) -> None:
+    models = opened(runs, kind=runs.place / "kind")
+    first = weakref.ref(models.begin("kind", Speaker))
+    models.load("kind", runs.place / "curt")
+    found = first()
+    assert found is not None
+    models.end(found)
+    models.drop_unused()
+    del found
+    gc.collect()
+    assert first() is None, "its tokenizer and weights would add up with every version"
 
 
 def test_whole_weights_are_served_apart(runs: Runs, tmp_path: Path) -> None:

@@ -52,7 +52,12 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, config: EncodingConfig, tell: Callable[[str], None] = lambda _: None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EncodingConfig,
+        tell: Callable[[str], None] = lambda _: None,
+        *,
+        remembers: bool = True,
     ):
         self.tokenizer, self.config, self._tell = tokenizer, config, tell
         self.is_plain = config.template in PLAIN_TEMPLATES
@@ -73,7 +78,7 @@ class ChatTemplate:
         self._cuts = {token.content: self._visible[token.content] for token in simple if token.content.strip()}
         self._can_cut = bool(tokenizer.is_fast and self._cuts) and not any(t.normalized for t in added.values())
         self._all_added = alternatives(token.content for token in added.values())
-        self._piece_ids = lru_cache(maxsize=100_000)(self._tokenise)
+        self._piece_ids = lru_cache(maxsize=100_000 if remembers else 0)(self._tokenise)
         self._takes_parts = False
         self._takes_parts = self._wants_parts()
         self._markers = self._turn_markers()

@@ -55,6 +55,7 @@ class Encoder:
         network_ends: ids that the network itself ends an answer with (`model.base.end_ids`); each of them ends a
             completion that is sampled, beside the one that completions are trained to end with.
         untrained: tokens that the network never learned (`model.bases.untrained`); of each that is met, it is told.
+        remembers: whether ids of texts are kept for when they come again, as those of records do.
 
     Raises:
         ConfigError: a template that isn't there.
@@ -66,6 +67,8 @@ class Encoder:
         config: EncodingConfig,
         network_ends: Sequence[int] = (),
         untrained: Mapping[int, str] | None = None,
+        *,
+        remembers: bool = True,
     ):
         self.tokenizer, self.config = tokenizer, config
         self._untrained = dict(untrained or {})
@@ -77,7 +80,7 @@ class Encoder:
                 f"the tokenizer names a limit of {own_limit} tokens (model_max_length), the network takes more: "
                 f"encoding.max_tokens = {config.max_tokens} holds"
             )
-        self.chat = ChatTemplate(tokenizer, config, self._tell)
+        self.chat = ChatTemplate(tokenizer, config, self._tell, remembers=remembers)
         self.end_id = self.chat.end_id
         ends = [self.end_id, tokenizer.eos_token_id, *network_ends]
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys(int(end) for end in ends if isinstance(end, int)))
