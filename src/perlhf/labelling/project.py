@@ -3,8 +3,9 @@
 import contextlib
 import ipaddress
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -61,21 +62,12 @@ def prepared(config: LabelConfig) -> Callable[[], None]:
         raise
     port = listening.getsockname()[1]
     tokens = not is_here(config.host)
-    hosts = frozenset(name for host in _names(config) for name in (host.lower(), f"{host.lower()}:{port}"))
+    hosts = names(config.host, port, config.allow_hosts)
     shown = f"[{config.host}]" if ":" in config.host else config.host
     done, wanted = store.progress()
     print(f"{config.project}: {done:,} of {wanted:,} labels" + (f", {new:,} new questions" if new else ""))
     print(f"http://{shown}:{port}/" + (" (labellers need links: perlhf label invite)" if tokens else ""), flush=True)
-    settings = uvicorn.Config(
-        application(Page(project, store, hosts, tokens, explainer)),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        lifespan="off",
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
-    )
+    settings = web_settings(application(Page(project, store, hosts, tokens, explainer)))
 
     def answer() -> None:
         try:
@@ -214,10 +206,25 @@ def bound(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _names(config: LabelConfig) -> list[str]:
-    """Under which browsers may ask for the page."""
-    own = ["localhost", "127.0.0.1", "[::1]"] if is_here(config.host) else []
-    return [*own, f"[{config.host}]" if ":" in config.host else config.host, *config.allow_hosts]
+def names(host: str, port: int, further: Sequence[str] = ()) -> frozenset[str]:
+    """`name` and `name:port` under which a server at this address may be asked, in lower case."""
+    own = ["localhost", "127.0.0.1", "[::1]"] if is_here(host) else []
+    known = [*own, f"[{host}]" if ":" in host else host, *further]
+    return frozenset(spelt for name in known for spelt in (name.lower(), f"{name.lower()}:{port}"))
+
+
+def web_settings(application: Any) -> uvicorn.Config:
+    """How an application is served: it says nothing of who asks, nor believes what proxies say."""
+    return uvicorn.Config(
+        application,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=5,
+    )
 
 
 def is_here(host: str) -> bool:

@@ -14,7 +14,7 @@ import uvicorn
 
 from perlhf.config.serving import ServeConfig
 from perlhf.errors import ConfigError, StorageError
-from perlhf.labelling.project import bound, is_here
+from perlhf.labelling.project import bound, is_here, names, web_settings
 from perlhf.serving.engine import Busy, Engine, Limits
 from perlhf.serving.feedback import Feedback
 from perlhf.serving.models import Models, named
@@ -57,20 +57,12 @@ def prepared(config: ServeConfig) -> Callable[[], None]:
         raise
     limits = Limits(config.max_rows, config.max_waiting, config.max_tokens, config.timeout_seconds)
     engine = Engine(models, limits)
-    access = Access(_hosts(config, listening), token, frozenset(config.allow_origins))
+    hosts = names(config.host, listening.getsockname()[1], config.allow_hosts)
+    access = Access(hosts, token, frozenset(config.allow_origins))
     longest, logged = config.max_completion_tokens, config.log_requests
     service = Service(models, engine, access, feedback, config.adapters, longest, logged)
     _say(config, listening, models)
-    settings = uvicorn.Config(
-        application(service),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        lifespan="off",
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
-    )
+    settings = web_settings(application(service))
     stopped = threading.Event()
 
     def answer() -> None:
@@ -119,14 +111,6 @@ def _say(config: ServeConfig, listening: socket.socket, models: Models) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     port = listening.getsockname()[1]
     print(f"http://{host}:{port}/ (chat) and http://{host}:{port}/v1 (OpenAI's interface)", flush=True)
-
-
-def _hosts(config: ServeConfig, listening: socket.socket) -> frozenset[str]:
-    """Names under which clients may ask."""
-    port = listening.getsockname()[1]
-    own = ["localhost", "127.0.0.1", "[::1]"] if is_here(config.host) else []
-    known = [*own, f"[{config.host}]" if ":" in config.host else config.host, *config.allow_hosts]
-    return frozenset(name for host in known for name in (host.lower(), f"{host.lower()}:{port}"))
 
 
 def _token(config: ServeConfig) -> str | None:

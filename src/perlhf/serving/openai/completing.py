@@ -77,10 +77,7 @@ class Completing:
         """
         wanted, speaker, loop = self.wanted, self.speaker, asyncio.get_running_loop()
         ids = await loop.run_in_executor(self.desk.encoding, self._encoded)
-        if wanted.temperature is not None:
-            heat = wanted.temperature
-        else:
-            heat = speaker.temperature
+        heat = speaker.temperature if wanted.temperature is None else wanted.temperature
         wish = Wish(heat, wanted.top_p, wanted.logprobs or 0)
         seed = secrets.randbits(62) if wanted.seed is None else wanted.seed
         for number, prompt in enumerate(ids):
