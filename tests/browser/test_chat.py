@@ -237,6 +237,19 @@ def test_a_stream_that_breaks_off_says_so_and_is_asked_for_again(browser: Browse
     expect(page.locator(".turn")).to_have_count(0)
 
 
+def test_nothing_waits_for_an_answer_to_be_laid_out(browser: Browser, served: Command) -> None:
+    page = entered(browser.new_context(), served.address)
+    page.route("**/chat/render", lambda route: None)  # no answer ever comes
+    chunk = {"choices": [{"index": 0, "delta": {"content": "Half an "}, "finish_reason": None}]}
+    page.route("**/v1/chat/completions", _streaming(f"data: {json.dumps(chunk)}\n\n"))
+    say(page, ORDER)
+    expect(last(page).locator(".retry")).to_be_visible()
+    page.unroute("**/v1/chat/completions")
+    last(page).locator(".retry").click()
+    expect(last(page).locator(".opinion")).to_be_visible()
+    answered(page)
+
+
 def _streaming(body: str) -> Callable[[Route], None]:
     return lambda route: route.fulfill(status=200, body=body, content_type="text/event-stream")
 

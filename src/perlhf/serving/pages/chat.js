@@ -280,8 +280,8 @@ async function answerOnce(signal) {
   turns.push(answer);
   show(number);
   say(answer.problem || "The answer is complete.", Boolean(answer.problem) && answer.problem !== "Stopped.");
-  await render([[place, answer.text]]);
-  element.scrollIntoView({ block: "end" });
+  // Not waited for: an answer that is shown can be asked for again, or be followed, at once.
+  render([[place, answer.text]]).then(() => number === turns.length - 1 && element.scrollIntoView({ block: "end" }));
   return true;
 }
 
