@@ -148,13 +148,14 @@ def serving(
     origins: Sequence[str] = (),
 ) -> Iterator[Server]:
     """A server of these runs, on a port of its own."""
-    models = Models({name: runs.place / name for name in names}, str(runs.base), device="cpu", dtype="float32")
-    engine = Engine(models, limits or Limits(rows=8, waiting=64, tokens=4000, seconds=60))
+    paths = {name: runs.place / name for name in names}
+    limits = limits or Limits(rows=8, waiting=64, tokens=4000, seconds=60)
+    engine = Engine(lambda: Models(paths, str(runs.base), device="cpu", dtype="float32"), limits)
     listening = bound("127.0.0.1", 0)
     port = listening.getsockname()[1]
     access = Access(frozenset({f"127.0.0.1:{port}", f"localhost:{port}"}), token, frozenset(origins))
     feedback = Feedback(project) if project is not None else None
-    service = Service(models, engine, access, feedback, adapters=runs.place, longest=32)
+    service = Service(engine.models, engine, access, feedback, adapters=runs.place, longest=32)
     settings = uvicorn.Config(application(service), log_level="error", access_log=False, lifespan="off")
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))

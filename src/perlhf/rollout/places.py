@@ -59,9 +59,7 @@ class Places:
         while self.free < length:
             if not self._kept:
                 return None
-            _, oldest = self._kept.popitem(last=False)
-            for part, _ in oldest.parts:
-                self.give_back(part)
+            self._lose(next(iter(self._kept)))
         parts: list[Part] = []
         while length:
             fitting = [span for span in self._free if span[1] >= length]
@@ -96,22 +94,24 @@ class Places:
         return left
 
     def keep(self, key: Hashable, ids: Ids, parts: Sequence[tuple[Part, int]]) -> None:
-        """Keeps a sequence for others that begin like it, as a further owner of its parts.
+        """Keeps a sequence for others that begin like it, as a further owner of its parts. Those that are a beginning of
+        it are of no further use.
 
         Args:
             key: of what computed it: equal keys give equal keys and values for equal tokens.
             ids: its tokens.
             parts: where they lie, and how many of each part's places they take.
         """
-        parts = tuple((part, used) for part, used in parts if used)
-        for part, _ in parts:
+        new = _Kept(key, np.array(ids, dtype=np.int64), tuple((part, used) for part, used in parts if used))
+        for part, _ in new.parts:
             part.owners += 1
-        self._kept[self._next] = _Kept(key, np.array(ids, dtype=np.int64), parts)
+        for number, kept in list(self._kept.items()):
+            if kept.key == key and in_common(new.ids, kept.ids) == len(kept.ids):
+                self._lose(number)
+        self._kept[self._next] = new
         self._next += 1
         if len(self._kept) > MOST_KEPT:
-            _, oldest = self._kept.popitem(last=False)
-            for part, _ in oldest.parts:
-                self.give_back(part)
+            self._lose(next(iter(self._kept)))
 
     def begun(self, key: Hashable, ids: Ids) -> list[tuple[Part, int]]:
         """Parts that hold the longest beginning of these tokens, all but the last at the most, with how many of each;
@@ -120,27 +120,21 @@ class Places:
         wanted = np.array(ids[:-1], dtype=np.int64)
         best, longest = None, 0
         for number, kept in self._kept.items():
-            if kept.key == key:
-                size = min(len(wanted), len(kept.ids))
-                differ = np.flatnonzero(wanted[:size] != kept.ids[:size])
-                if (common := int(differ[0]) if len(differ) else size) > longest:
-                    best, longest = number, common
+            if kept.key == key and (common := in_common(wanted, kept.ids)) > longest:
+                best, longest = number, common
         if best is None:
             return []
         self._kept.move_to_end(best)
-        found: list[tuple[Part, int]] = []
-        for part, used in self._kept[best].parts:
-            if longest:
-                part.owners += 1
-                found.append((part, min(used, longest)))
-                longest -= found[-1][1]
-        return found
+        return beginning(self._kept[best].parts, longest)
 
     def forget(self, key: Hashable) -> None:
         """Nothing that was computed by `key` is kept any more."""
         for number in [number for number, kept in self._kept.items() if kept.key == key]:
-            for part, _ in self._kept.pop(number).parts:
-                self.give_back(part)
+            self._lose(number)
+
+    def _lose(self, number: int) -> None:
+        for part, _ in self._kept.pop(number).parts:
+            self.give_back(part)
 
     def _release(self, start: int, length: int) -> None:
         spans = sorted([*self._free, (start, length)])
@@ -151,6 +145,24 @@ class Places:
             else:
                 joined.append((at, room))
         self._free = joined
+
+
+def in_common(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
+    """How many tokens two sequences begin with in common."""
+    size = min(len(first), len(second))
+    differ = np.flatnonzero(first[:size] != second[:size])
+    return int(differ[0]) if len(differ) else size
+
+
+def beginning(parts: Sequence[tuple[Part, int]], length: int) -> list[tuple[Part, int]]:
+    """Those that hold the first `length` tokens of a sequence, with how many of each; the caller owns them, too."""
+    found: list[tuple[Part, int]] = []
+    for part, used in parts:
+        if length:
+            part.owners += 1
+            found.append((part, min(used, length)))
+            length -= found[-1][1]
+    return found
 
 
 def filled(parts: Sequence[Part], length: int) -> list[tuple[Part, int]]:

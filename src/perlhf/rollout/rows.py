@@ -11,10 +11,12 @@ is 0), before `top_p` takes anything away.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from perlhf.kernels.kv_cache import Placed, Pool
@@ -24,7 +26,7 @@ from perlhf.method.packing import Ids, Node, Span
 from perlhf.model.model import Cache, Held, Model
 from perlhf.rollout.ensemble import in_one_pass
 from perlhf.rollout.local import draw
-from perlhf.rollout.places import Part, Places, filled
+from perlhf.rollout.places import Part, Places, beginning, filled, in_common
 
 PASS_TOKENS = 256
 """Tokens of one step, so that a long prompt holds up nobody's next token for long."""
@@ -95,6 +97,18 @@ class _Coming:
     shared: list[tuple[Part, int]]
     own: list[Part]
     rows: list[Row]
+    behind: "tuple[_Coming, int] | None" = None
+    """Whose first tokens those of `shared` are, and how many, where that prompt was still being computed."""
+
+    @cached_property
+    def array(self) -> NDArray[np.int64]:
+        """Its tokens."""
+        return np.array(self.ids, dtype=np.int64)
+
+    @property
+    def parts(self) -> list[tuple[Part, int]]:
+        """Where all of its tokens lie."""
+        return [*self.shared, *filled(self.own, len(self.ids) - sum(used for _, used in self.shared))]
 
     @property
     def new(self) -> int:
@@ -129,7 +143,7 @@ class Rows:
         Args:
             longest: tokens that a completion may have.
         """
-        shared = self.places.begun(under.key, prompt)
+        shared, behind = self._begun(under, prompt)
         known = sum(used for _, used in shared)
         own = self.places.take(len(prompt) - known)
         completions = [self.places.take(longest) for _ in draws]
@@ -139,8 +153,22 @@ class Rows:
                 self.places.give_back(part)
             return None
         rows = [Row(under, wish, draw, prompt=prompt, own=parts) for draw, parts in zip(draws, taken[1:], strict=True)]
-        self._coming.append(_Coming(under, prompt, known, shared, own, list(rows)))
+        self._coming.append(_Coming(under, prompt, known, shared, own, list(rows), behind))
         return rows
+
+    def _begun(self, under: Under, prompt: Ids) -> "tuple[list[tuple[Part, int]], tuple[_Coming, int] | None]":
+        """Where the prompt's beginning lies already, or will by the time it is wanted, and with whose prompt."""
+        kept, wanted = self.places.begun(under.key, prompt), np.array(prompt[:-1], dtype=np.int64)
+        longest, behind = sum(used for _, used in kept), None
+        for coming in self._coming:
+            if coming.under.key == under.key:
+                if (common := in_common(wanted, coming.array)) > longest:
+                    longest, behind = common, (coming, common)
+        if behind is None:
+            return kept, None
+        for part, _ in kept:
+            self.places.give_back(part)
+        return beginning(behind[0].parts, longest), behind
 
     def leave(self, row: Row) -> None:
         """The row is at its end, or nobody wants it any more. What was computed is kept for others to begin with."""
@@ -154,11 +182,19 @@ class Rows:
             coming = next(coming for coming in self._coming if row in coming.rows)
             coming.rows.remove(row)
             parts = row.own
-            if not coming.rows:
-                self._coming.remove(coming)
-                parts = [*parts, *coming.own, *(part for part, _ in coming.shared)]
         for part in parts:
             self.places.give_back(part)
+        self._drop_unwanted()
+
+    def _drop_unwanted(self) -> None:
+        """Drops prompts that no row and, of their beginnings, no other prompt waits for."""
+        behind = [coming.behind for coming in self._coming if coming.behind is not None]
+        waited = {first for first, known in behind if known > first.done}
+        if gone := [coming for coming in self._coming if not coming.rows and coming not in waited]:
+            self._coming = [coming for coming in self._coming if coming not in gone]
+            for part in [part for coming in gone for part, _ in coming.parts]:
+                self.places.give_back(part)
+            self._drop_unwanted()
 
     def forget(self, under: Under) -> None:
         """Nothing that this adapter computed is kept; no row may have it."""
@@ -170,10 +206,14 @@ class Rows:
         """One more token for each row whose prompt is computed. (A row that has come to its end must `leave`.)"""
         pieces: list[tuple[Row | _Coming, int]] = [(row, 1) for row in self._rows]
         room = max(self.pass_tokens - len(pieces), 1)
+        after: dict[_Coming, int] = {}
         for coming in self._coming:
-            if room > 0:
+            first, known = coming.behind or (coming, 0)
+            # The beginning that it shares with another may be computed in this very pass.
+            if room > 0 and after.get(first, first.done) >= known:
                 count = min(room, len(coming.ids) - coming.done)
                 pieces.append((coming, count))
+                after[coming] = coming.done + count
                 room -= count
         if not pieces:
             return []
@@ -182,8 +222,9 @@ class Rows:
             for (piece, _), state in zip(run, self._computed(run), strict=True):
                 if isinstance(piece, Row):
                     ready.append((piece, state))
-                elif piece.done == len(piece.ids):
+                elif piece.rows and piece.done == len(piece.ids):
                     ready += [(row, state) for row in self._begin(piece)]
+        self._drop_unwanted()
         return _drawn(self.model, [row for row, _ in ready], torch.stack([s for _, s in ready])) if ready else []
 
     # inside
@@ -239,7 +280,8 @@ class Rows:
     def _begin(self, coming: _Coming) -> list[Row]:
         """The prompt's rows, now that it is computed, each an owner of its parts."""
         self._coming.remove(coming)
-        parts = [*coming.shared, *filled(coming.own, coming.new)]
+        parts = coming.parts
+        self.places.keep(coming.under.key, coming.ids, parts)
         for part, _ in parts:
             part.owners += len(coming.rows) - 1
         for row in coming.rows:

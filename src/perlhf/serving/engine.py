@@ -21,6 +21,7 @@ import numpy as np
 
 from perlhf.errors import PerlhfError
 from perlhf.method.packing import Ids
+from perlhf.model.model import Model
 from perlhf.rollout.local import Ends
 from perlhf.rollout.rows import Groups, Row, Rows, Token, Wish
 from perlhf.serving.models import Models, Speaker
@@ -120,20 +121,29 @@ class Counts:
 
 
 class Engine:
-    """Takes requests from any thread's event loop; `close` ends it."""
+    """Takes requests from any thread's event loop; `close` ends it.
 
-    def __init__(self, models: Models, limits: Limits | None = None):
-        self.models, self.limits = models, limits or Limits()
-        self.counts = Counts()
-        self._rows = Rows(models.model, self.limits.tokens)
-        self._groups = Groups(models.model, self.limits.rows)
+    Args:
+        opened: opens the models, in the engine's thread. No other thread of the process should compute anything: OpenMP
+            gives each thread that does a team of its own, and where the teams are larger than the processor, their
+            threads no longer wait for each other awake, which costs a fourth of the rate
+            (`benchmarks/serving_thread.py`).
+
+    Raises:
+        what `opened` does.
+    """
+
+    def __init__(self, opened: Callable[[], Models], limits: Limits | None = None):
+        self.limits, self.counts = limits or Limits(), Counts()
         self._waiting: deque[Ticket] = deque()
         self._running: dict[Row, tuple[Ticket, int]] = {}
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        models: Future[Models] = Future()
+        self._thread = threading.Thread(target=self._work, args=(opened, models), name="engine", daemon=True)
         self._thread.start()
+        self.models = models.result()
 
     @property
     def waiting(self) -> int:
@@ -203,7 +213,11 @@ class Engine:
 
     # the thread
 
-    def _work(self) -> None:
+    def _work(self, opened: Callable[[], Models], models: "Future[Models]") -> None:
+        _do(opened, models)
+        if models.exception() is not None:
+            return
+        self._prepare(models.result().model)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._jobs or self._waiting or self._running)
@@ -225,6 +239,9 @@ class Engine:
         _tell(ended)
         for _, future in self._jobs:
             future.set_exception(Busy("the server is ending"))
+
+    def _prepare(self, model: Model) -> None:
+        self._rows, self._groups = Rows(model, self.limits.tokens), Groups(model, self.limits.rows)
 
     def _all(self) -> list[Ticket]:
         return list(dict.fromkeys([*self._waiting, *(ticket for ticket, _ in self._running.values())]))
@@ -304,8 +321,7 @@ class Engine:
         note(f"a step of {len(self._running)} completions failed: {type(error).__name__}: {error}")
         tickets = list(dict.fromkeys(ticket for ticket, _ in self._running.values()))
         self._running.clear()
-        self._rows = Rows(self.models.model, self.limits.tokens)
-        self._groups = Groups(self.models.model, self.limits.rows)
+        self._prepare(self.models.model)
         self.counts.failed += len(tickets)
         what = error.what if isinstance(error, PerlhfError) else "computing it failed"
         return [(ticket, Failed(what, 500)) for ticket in tickets]

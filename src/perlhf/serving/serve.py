@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -49,19 +49,16 @@ def prepared(config: ServeConfig) -> Callable[[], None]:
     listening = bound(config.host, config.port)
     try:
         feedback = Feedback(config.project) if config.project is not None else None
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        models = Models(runs, config.base, config.device, config.dtype, accept_changes=config.accept_changes)
+        limits = Limits(config.max_rows, config.max_waiting, config.max_tokens, config.timeout_seconds)
+        engine = Engine(lambda: _opened(config, runs), limits)
     except BaseException:
         listening.close()
         raise
-    limits = Limits(config.max_rows, config.max_waiting, config.max_tokens, config.timeout_seconds)
-    engine = Engine(models, limits)
     hosts = names(config.host, listening.getsockname()[1], config.allow_hosts)
     access = Access(hosts, token, frozenset(config.allow_origins))
     longest, logged = config.max_completion_tokens, config.log_requests
-    service = Service(models, engine, access, feedback, config.adapters, longest, logged)
-    _say(config, listening, models)
+    service = Service(engine.models, engine, access, feedback, config.adapters, longest, logged)
+    _say(config, listening, engine.models)
     settings = web_settings(application(service))
     stopped = threading.Event()
 
@@ -80,6 +77,12 @@ def prepared(config: ServeConfig) -> Callable[[], None]:
                 feedback.close()
 
     return answer
+
+
+def _opened(config: ServeConfig, runs: Mapping[str, Path]) -> Models:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return Models(runs, config.base, config.device, config.dtype, accept_changes=config.accept_changes)
 
 
 class _Server(uvicorn.Server):

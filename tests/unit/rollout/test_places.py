@@ -51,6 +51,15 @@ def test_what_is_kept_is_a_beginning_for_others() -> None:
     assert places.free == 12
 
 
+def test_a_beginning_of_what_is_kept_is_not_kept_beside_it() -> None:
+    places = Places(12)
+    (prompt,), (answer,), (other,) = taken(places, 4), taken(places, 3), taken(places, 4)
+    places.keep("a@1", [1, 2, 3, 4], [(prompt, 4)])
+    places.keep("b@1", [1, 2, 3, 4], [(other, 4)])
+    places.keep("a@1", [1, 2, 3, 4, 5], [(prompt, 4), (answer, 1)])
+    assert (prompt.owners, answer.owners, other.owners) == (2, 2, 2)
+
+
 def test_forgotten_with_the_adapter_that_computed_it() -> None:
     places = Places(8)
     for key in ("old", "new"):

@@ -61,6 +61,14 @@ def to_the_end(rows: Rows | Groups, length: int = LENGTH) -> dict[Row, list[Toke
     raise AssertionError("rows that never end")
 
 
+def all_came_back(rows: Rows) -> None:
+    kept = {part for kept in rows.places._kept.values() for part, _ in kept.parts}
+    assert rows.places.free + sum(part.length for part in kept) == rows.places.count
+    for key in {kept.key for kept in rows.places._kept.values()}:
+        rows.places.forget(key)
+    assert rows.places.free == rows.places.count
+
+
 def alone(model: Model, prompt: Sequence[int], name: str | None, count: int, seed: int = 0, temperature: float = 1.0):
     draws = uniforms(seed, 0, [0], count, LENGTH)
     return sample(
@@ -82,24 +90,33 @@ def alone(model: Model, prompt: Sequence[int], name: str | None, count: int, see
         min_size=1,
         max_size=6,
     ),
+    alike=st.lists(st.integers(0, 30), min_size=6, max_size=6),
     pass_tokens=st.sampled_from([1, 7, 256]),
-    every=st.integers(1, 4),
+    every=st.integers(0, 4),
 )
 def test_each_has_what_it_would_have_alone(
-    model: Model, way: str, asked: list[tuple[str | None, int, int]], pass_tokens: int, every: int
+    model: Model,
+    way: str,
+    asked: list[tuple[str | None, int, int]],
+    alike: list[int],
+    pass_tokens: int,
+    every: int,
 ) -> None:
     rows = Rows(model, 400, pass_tokens)
-    prompts = random_ids([length for _, length, _ in asked])
+    beginning, *prompts = random_ids([30, *(length for _, length, _ in asked)])
+    prompts = [[*beginning[:same], *own[same:]][: len(own)] for same, own in zip(alike, prompts, strict=False)]
     waiting = list(zip(asked, prompts, strict=True))
     joined: list[list[Row]] = []
     found: dict[Row, list[Token]] = {}
     with WAYS[way]():
         for step in range(1000):
-            if waiting and step % every == 0:
+            while waiting and step % max(every, 1) == 0:
                 (name, _, count), prompt = waiting.pop(0)
                 own = rows.join(prompt, generators(count), LENGTH, under(model, name), Wish())
                 assert own is not None
                 joined.append(own)
+                if every:  # else all at once
+                    break
             if not waiting and not len(rows):
                 break
             for token in rows.step():
@@ -111,8 +128,7 @@ def test_each_has_what_it_would_have_alone(
             for row, ids, logprobs in zip(own, expected.completions, expected.sampler_logprobs, strict=True):
                 assert row.ids == ids
                 assert [token.logprob for token in found[row]] == pytest.approx(logprobs, abs=5e-4)
-    kept = sum(part.length for part in {part for kept in rows.places._kept.values() for part, _ in kept.parts})
-    assert rows.places.free + kept == 400, "all places came back"
+    all_came_back(rows)
 
 
 def test_against_the_merged_network_of_transformers(tiny_base: Path, model: Model) -> None:
@@ -127,17 +143,22 @@ def test_against_the_merged_network_of_transformers(tiny_base: Path, model: Mode
         assert [token.logprob for token in tokens] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_a_prompt_that_begins_as_an_earlier_one_is_not_computed_again(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows, computed = Rows(model, 300), []
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each pass."""
+    counts: list[int] = []
     extend = Model.extend
 
     def counted(self: Model, ids: torch.Tensor, *rest: object) -> torch.Tensor:
-        computed.append(len(ids))
+        counts.append(len(ids))
         return extend(self, ids, *rest)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(Model, "extend", counted)
+    return counts
+
+
+def test_a_prompt_that_begins_as_an_earlier_one_is_not_computed_again(model: Model, computed: list[int]) -> None:
+    rows = Rows(model, 300)
     (prompt,) = random_ids([20])
     rows.join(prompt, generators(1), LENGTH, under(model, "above"), Wish())
     (first,) = to_the_end(rows)
@@ -160,6 +181,52 @@ def test_a_prompt_that_begins_as_an_earlier_one_is_not_computed_again(
     rows.join(longer, generators(1), LENGTH, under(model, "above"), Wish())
     to_the_end(rows)
     assert computed[0] == len(longer)
+
+
+def test_what_prompts_that_come_together_have_in_common_is_computed_once(model: Model, computed: list[int]) -> None:
+    beginning, *ends = random_ids([12, 8, 8, 5])
+    prompts = [[*beginning, *ends[0]], [*beginning, *ends[1]], [*beginning[:4], *ends[2]], [*beginning, *ends[0]]]
+    names = ["above", "above", "above", "alone"]
+    rows = Rows(model, 300)
+    for prompt, name in zip(prompts, names, strict=True):
+        rows.join(prompt, generators(1), LENGTH, under(model, name), Wish())
+    found = to_the_end(rows)
+    assert computed == [20 + 8 + 5 + 20, 4, 4, 4, 4, 4], "another adapter's keys are other keys"
+    for row, prompt, name in zip(found, prompts, names, strict=True):
+        assert [row.ids] == alone(model, prompt, name, 1).completions
+    all_came_back(rows)
+    # In pieces of five: while the first twelve aren't computed, the second prompt waits for them, and the third goes on.
+    computed.clear()
+    rows = Rows(model, 300, pass_tokens=5)
+    own = [rows.join(prompt, generators(1), LENGTH, under(model, "above"), Wish()) for prompt in prompts[:3]]
+    found = to_the_end(rows)
+    assert sum(computed) == 20 + 8 + 5 + 3 * (LENGTH - 1)
+    for rows_of, prompt in zip(own, prompts[:3], strict=True):
+        assert rows_of and [rows_of[0].ids] == alone(model, prompt, "above", 1).completions
+    all_came_back(rows)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 5])
+def test_a_prompt_that_others_wait_for_may_be_given_up(model: Model, computed: list[int], steps: int) -> None:
+    beginning, *ends = random_ids([12, 8, 8])
+    prompts = [[*beginning, *end] for end in ends]
+    rows = Rows(model, 300, pass_tokens=5)
+    first, second, third = (
+        rows.join(prompt, generators(2), LENGTH, under(model, "above"), Wish())
+        for prompt in (prompts[0], prompts[1], [*prompts[1], 7, 8])
+    )
+    assert first and second and third
+    for _ in range(steps):
+        rows.step()
+    for row in (*first, *second):
+        rows.leave(row)
+    assert len(rows) == 2
+    found = to_the_end(rows)
+    assert [row.ids for row in third] == alone(model, [*prompts[1], 7, 8], "above", 2).completions
+    assert set(found) == set(third)
+    all_came_back(rows)
+    if not steps:
+        assert sum(computed) < 20 + 10 + 2 * (LENGTH - 1), "what nobody waits for isn't computed"
 
 
 def test_who_leaves_early_disturbs_nobody(model: Model) -> None:
