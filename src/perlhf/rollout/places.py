@@ -94,8 +94,8 @@ class Places:
         return left
 
     def keep(self, key: Hashable, ids: Ids, parts: Sequence[tuple[Part, int]]) -> None:
-        """Keeps a sequence for others that begin like it, as a further owner of its parts. Those that are a beginning of
-        it are of no further use.
+        """Keeps a sequence for others that begin like it, as a further owner of its parts; what is a beginning of it
+        is of no further use.
 
         Args:
             key: of what computed it: equal keys give equal keys and values for equal tokens.

@@ -195,7 +195,7 @@ def test_what_prompts_that_come_together_have_in_common_is_computed_once(model: 
     for row, prompt, name in zip(found, prompts, names, strict=True):
         assert [row.ids] == alone(model, prompt, name, 1).completions
     all_came_back(rows)
-    # In pieces of five: while the first twelve aren't computed, the second prompt waits for them, and the third goes on.
+    # In pieces of five: until the first twelve are computed, the second prompt waits for them; the third goes on.
     computed.clear()
     rows = Rows(model, 300, pass_tokens=5)
     own = [rows.join(prompt, generators(1), LENGTH, under(model, "above"), Wish()) for prompt in prompts[:3]]
