@@ -5,10 +5,10 @@ are asked, each by half). A client asks with a prompt of 56 tokens for 64 new on
 stream; tokens are those that the server counts (llama-cpp-python's tells none: its pieces), since some answers end
 early. Just before and after the 32, on the same threads and with one adapter, our own sampler draws 32 x 64 tokens
 for such prompts in one call (`perlhf.rollout.local.sample`, as `benchmarks/policy.py sampling_vs_generate` does):
-`ratio` is the server's rate at 32 clients over the mean of these two. With `--llama-cpp`, the Python of an
-environment that has llama-cpp-python[server], that server is asked the same once, on the file that `perlhf export
---gguf` makes of the first policy; it answers one request after the other. Medians of `--repeats` are printed as JSON.
-Run: python benchmarks/serving.py [--threads 2] [--repeats 3] [--llama-cpp PATH/TO/python]
+`ratio` is the server's rate at 32 clients over the mean of these two. With `--llama-server`, llama.cpp's program of
+that name, that server is asked the same once, on the file that `perlhf export --gguf` makes of the first policy, merged.
+Medians of `--repeats` are printed as JSON.
+Run: python benchmarks/serving.py [--threads 2] [--repeats 3] [--llama-server PATH]
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--llama-cpp", help="Python of an environment that has llama-cpp-python[server]")
+    parser.add_argument("--llama-server", help="llama.cpp's program")
     parser.add_argument("--sampler", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.sampler:
@@ -67,8 +67,8 @@ def main() -> None:
                 before = sample_alone()
                 both = measure(found, "perlhf serve", address, ROWS, ("one", "two"))
                 ratios.append(both["rate"] / statistics.mean([before, sample_alone()]))
-        if arguments.llama_cpp:
-            with llama_cpp(arguments.llama_cpp, _exported(place), arguments.threads) as address:
+        if arguments.llama_server:
+            with llama_cpp(arguments.llama_server, _exported(place), arguments.threads) as address:
                 asyncio.run(_streamed(address, ("one",), 2))
                 for streams in (1, 8, ROWS):
                     measure(found, "llama.cpp", address, streams, ("one",))
@@ -139,28 +139,20 @@ def ours(place: Path, threads: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def llama_cpp(python: str, file: Path, threads: int) -> Iterator[str]:
-    """llama.cpp's server, as llama-cpp-python brings it."""
+def llama_cpp(program: str, file: Path, threads: int) -> Iterator[str]:
+    """llama.cpp's server, with a place for each of the clients."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [python, "-m", "llama_cpp.server", "--model", str(file), "--port", str(port), "--n_ctx", "2048"]
-    words += [
-        "--n_threads",
-        str(threads),
-        "--n_threads_batch",
-        str(threads),
-        "--model_alias",
-        "one",
-        "--interrupt_requests",
-        "false",
-    ]
+    words = [program, "--model", str(file), "--port", str(port), "--alias", "one", "--no-ui"]
+    words += ["--parallel", str(ROWS), "--ctx-size", str(ROWS * 256), "--threads", str(threads)]
+    words += ["--threads-batch", str(threads)]
     with _started(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         address = f"http://127.0.0.1:{port}"
         while True:
             assert process.poll() is None, "llama.cpp's server has ended"
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{address}/v1/models").close()
+                urllib.request.urlopen(f"{address}/health").close()
                 break
             time.sleep(0.2)
         yield address
