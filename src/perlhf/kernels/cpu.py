@@ -106,16 +106,21 @@ def few_rows(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, pair: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, pair: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
+) -> Tensor:
     """x W^T, and with a pair (a [rank, in], b [out, rank], rank a multiple of BLOCK) + (x a^T) b^T, without gradients.
 
-    x: [..., in], bfloat16, as `few_rows` wants it.
+    Args:
+        x: [..., in], bfloat16, as `few_rows` wants it.
+        mask: [row, rank] float32; x a^T is multiplied by it.
     """
     assert _has_linear(), "ask `few_rows` first"
     x = x.contiguous()
     a, b = pair or (weight, weight)
     out = x.new_empty(*x.shape[:-1], len(weight))
-    call("linear", x, weight, a, b, out, x.numel() // x.shape[-1], *reversed(weight.shape), len(a) if pair else 0)
+    sizes = (x.numel() // x.shape[-1], *reversed(weight.shape), len(a) if pair else 0)
+    call("linear", x, weight, a, b, mask, out, *sizes)
     return out
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perlhf.kernels import cpu
 from perlhf.kernels.call import Call, HeldPair, calling, continued, current_call
 from perlhf.kernels.tree_attention import Tree
 from perlhf.method.lora import LowRank, Quantised, joined, quantised_linear
@@ -59,6 +60,8 @@ class Beside:
     """[outputs, sum of ranks], with the scales inside."""
     ranks: tuple[int, ...]
     """Of each adapter; 0 where it leaves the layer as it is."""
+    padded: tuple[Tensor, Tensor]
+    """Both, as `cpu.linear` takes them."""
 
 
 def beside(adapters: Sequence[Mapping[nn.Module, HeldPair]]) -> dict[nn.Module, Beside]:
@@ -69,7 +72,8 @@ def beside(adapters: Sequence[Mapping[nn.Module, HeldPair]]) -> dict[nn.Module, 
         own = [pairs[layer].pair if layer in pairs else None for pairs in adapters]
         there = [pair for pair in own if pair is not None]
         ranks = tuple(0 if pair is None else len(pair[0]) for pair in own)
-        found[layer] = Beside(torch.cat([a for a, _ in there]), torch.cat([b for _, b in there], 1), ranks)
+        a, b = torch.cat([a for a, _ in there]), torch.cat([b for _, b in there], 1)
+        found[layer] = Beside(a, b, ranks, cpu.padded(a, b))
     return found
 
 
@@ -83,7 +87,7 @@ class Mixed:
 
     def __init__(self, pairs: Mapping[nn.Module, Beside], numbers: Tensor):
         self.pairs, self.numbers = pairs, numbers
-        self._masks: dict[tuple[int, ...], Tensor] = {}
+        self._masks: dict[tuple[tuple[int, ...], int, torch.dtype], Tensor] = {}
 
     def added(self, y: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """The layer's output y [*batch, outputs] for x [*batch, inputs], and each token's own update; y is overwritten.
@@ -94,16 +98,25 @@ class Mixed:
         if pairs is None:
             return y
         low = F.linear(x.reshape(-1, x.shape[-1]), pairs.a)
-        y.view(-1, y.shape[-1]).addmm_(low.mul_(self._mask(pairs.ranks, low.dtype)), pairs.b.t())
+        y.view(-1, y.shape[-1]).addmm_(low.mul_(self._mask(pairs.ranks, len(pairs.a), low.dtype)), pairs.b.t())
         return y
 
-    def _mask(self, ranks: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """[tokens, sum of ranks], 1 where a rank is of the token's adapter, else 0."""
-        if ranks not in self._masks:
+    def of_few_rows(self, x: Tensor, weight: Tensor, layer: nn.Module) -> Tensor:
+        """The layer's output, each token's own update in it, where `cpu.few_rows` said yes."""
+        pairs = self.pairs.get(layer)
+        if pairs is None:
+            return cpu.linear(x, weight)
+        return cpu.linear(x, weight, pairs.padded, self._mask(pairs.ranks, len(pairs.padded[0]), torch.float32))
+
+    def _mask(self, ranks: tuple[int, ...], width: int, dtype: torch.dtype) -> Tensor:
+        """[tokens, width], 1 where a rank is of the token's adapter, else 0."""
+        key = ranks, width, dtype
+        if key not in self._masks:
             device = self.numbers.device
             owners = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(device)
-            self._masks[ranks] = (self.numbers[:, None] == owners).to(dtype)
-        return self._masks[ranks]
+            mask = (self.numbers[:, None] == owners).to(dtype)
+            self._masks[key] = F.pad(mask, (0, width - mask.shape[1]))
+        return self._masks[key]
 
 
 def repeated(tree: Tree, members: int, tokens: int) -> Tree:

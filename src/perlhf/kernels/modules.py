@@ -85,12 +85,14 @@ class AdaptedLinear(nn.Module):
         call, frozen = current_call(), self.quantised or self.dense()
         if call.members and any(own := [self._pairs(names) for names in call.members]):
             return members.linear(x, frozen, self.bias, own, self.dtype)
-        if call.mixed is not None:
-            return call.mixed.added(self._frozen(x, frozen), x, self)
         held = call.held.get(self) if call.held is not None else None
         pairs = self._pairs(call.adapters) if call.held is None else []
         if isinstance(frozen, Tensor) and not pairs and self.bias is None and cpu.few_rows(x, frozen):
+            if call.mixed is not None:
+                return call.mixed.of_few_rows(x, frozen, self)
             return cpu.linear(x, frozen, held.padded if held else None)
+        if call.mixed is not None:
+            return call.mixed.added(self._frozen(x, frozen), x, self)
         if held:
             return adapted_linear(x, frozen, self.bias, *held.pair)
         if not pairs:

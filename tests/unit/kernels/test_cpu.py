@@ -184,7 +184,7 @@ def test_a_gated_product_by_hand() -> None:
     assert by_gate.item() == pytest.approx(2 * 0.75 * (1 + math.log(3) * 0.25))
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 17, 33, 64])
 @pytest.mark.parametrize(("inputs", "outputs"), [(32, 32), (576, 192), (1536, 576)])
 def test_linear_layers_of_few_rows(rows: int, inputs: int, outputs: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -194,11 +194,14 @@ def test_linear_layers_of_few_rows(rows: int, inputs: int, outputs: int) -> None
     )
     with cpu.sampling():
         if not cpu.few_rows(x, weight):
-            pytest.skip("this processor has no AMX")
+            pytest.skip("this processor has neither AMX nor AVX-512 for bfloat16")
         near(cpu.linear(x, weight), F.linear(x.float(), weight.float()), torch.bfloat16)
         found = cpu.linear(x, weight, cpu.padded(a, b))
-    low = F.linear(x, a).float()
-    near(found, F.linear(x.float(), weight.float()) + F.linear(low, b.float()), torch.bfloat16)
+        mask = torch.rand(rows, 32, generator=generator)
+        masked = cpu.linear(x, weight, cpu.padded(a, b), mask)
+    whole, low = F.linear(x.float(), weight.float()), F.linear(x, a).float()
+    near(found, whole + F.linear(low, b.float()), torch.bfloat16)
+    near(masked, whole + F.linear(low * mask[:, None, :16], b.float()), torch.bfloat16)
 
 
 def four_bits(outputs: int, inputs: int) -> tuple[cpu.FourBits, Tensor]:

@@ -1,16 +1,132 @@
-// Linear layers of few rows, as sampling has them, in bfloat16 by AMX: each weight is read once, where it lies.
+// Linear layers of few rows, as sampling has them, in bfloat16: each weight is read once, where it lies. A low-rank part
+// is a few more products into the same sums; where a mask is given, each row has its own share of the rank.
 //
-// Outputs are computed transposed, so that weights are the left operands of the tiles, which need no packing; x, which
-// is small, is packed. A low-rank part is a few more products into the same sums.
+// By AMX outputs are computed transposed, so that weights are the left operands of the tiles, which need no packing; x,
+// which is small, is packed. By AVX-512 both are read as they are.
 
+#include <algorithm>
+
+#include "buffer.h"
+#include "numbers.h"
 #include "tiles.h"
+
+#ifdef __AVX512BF16__
+
+namespace {
+
+constexpr int64_t BLOCK = 32;  // outputs of one task
+
+struct Layer {
+    const Bfloat16 *weight, *a, *b;
+    const float* mask;  // [row][rank]; without one all rows have all of it
+    int64_t inputs, outputs, rank;
+    float share(int64_t row, int64_t at) const { return mask ? mask[row * rank + at] : 1.0f; }
+};
+
+// Sums of the products of M rows of `x` with N rows of `weight`, M * N = 16, each by a vector: sum m * N + n.
+template <int M, int N>
+struct Sums {
+    __m512 of[16];
+
+    void clear() {
+#pragma GCC unroll 16
+        for (int s = 0; s < 16; s++) of[s] = _mm512_setzero_ps();
+    }
+
+    void add(const Bfloat16* x, const Bfloat16* weight, int64_t depth) {
+        for (int64_t k = 0; k < depth; k += 32) {
+            __m512bh rows[M];
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) rows[m] = read(x + m * depth + k);
+#pragma GCC unroll 16
+            for (int n = 0; n < N; n++) {
+                const __m512bh own = read(weight + n * depth + k);
+#pragma GCC unroll 4
+                for (int m = 0; m < M; m++) of[m * N + n] = _mm512_dpbf16_ps(of[m * N + n], rows[m], own);
+            }
+        }
+    }
+
+    // to[m * to_row + n]: neighbours are added until each of 16 lanes has all of one vector.
+    void put(float* to, int64_t to_row) const {
+        __m512 quarters[4];
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; q++) {
+            const __m512 first = pairs(of[4 * q], of[4 * q + 1]), second = pairs(of[4 * q + 2], of[4 * q + 3]);
+            const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(first), _mm512_castps_pd(second));
+            const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(first), _mm512_castps_pd(second));
+            quarters[q] = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+        }
+        const __m512 all = halves(halves(quarters[0], quarters[1]), halves(quarters[2], quarters[3]));
+        alignas(64) float found[16];
+        _mm512_store_ps(found, all);
+        for (int m = 0; m < M; m++) std::memcpy(to + m * to_row, found + m * N, N * 4);
+    }
+
+    static __m512bh read(const Bfloat16* at) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(at)); }
+    static __m512 pairs(__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    static __m512 halves(__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+};
+
+// Of M rows and 16 outputs: sums[row][output], `row` apart; the low-rank part, of rank 0 or more, is added.
+template <int M>
+inline void products(const Bfloat16* x, const Bfloat16* weight, int64_t inputs, const Bfloat16* low, const Bfloat16* b,
+                     int64_t rank, float* sums, int64_t row) {
+    constexpr int N = 16 / M;
+    for (int n = 0; n < 16; n += N) {
+        Sums<M, N> own;
+        own.clear();
+        own.add(x, weight + n * inputs, inputs);
+        if (rank) own.add(low, b + n * rank, rank);
+        own.put(sums + n, row);
+    }
+}
+
+// out[row][output] of 16 outputs, for all rows.
+void outputs_of(const Bfloat16* x, const Bfloat16* weight, int64_t rows, int64_t inputs, const Bfloat16* low,
+                const Bfloat16* b, int64_t rank, float* sums) {
+    int64_t at = 0;
+    for (; at + 4 <= rows; at += 4)
+        products<4>(x + at * inputs, weight, inputs, low + at * rank, b, rank, sums + at * 16, 16);
+    for (; at + 2 <= rows; at += 2)
+        products<2>(x + at * inputs, weight, inputs, low + at * rank, b, rank, sums + at * 16, 16);
+    for (; at < rows; at++)
+        products<1>(x + at * inputs, weight, inputs, low + at * rank, b, rank, sums + at * 16, 16);
+}
+
+void by_vectors(const Layer& layer, const Bfloat16* x, Bfloat16* out, int64_t rows) {
+    const Buffer sums(rows * 16), words(rows * layer.rank / 2 + 1);
+    auto* low = reinterpret_cast<Bfloat16*>(words.at.get());
+    for (int64_t r = 0; r < layer.rank; r += 16) {
+        outputs_of(x, layer.a + r * layer.inputs, rows, layer.inputs, nullptr, nullptr, 0, sums);
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t own = 0; own < 16; own++)
+                put(low[row * layer.rank + r + own], sums[row * 16 + own] * layer.share(row, r + own));
+    }
+#pragma omp for schedule(static) nowait
+    for (int64_t start = 0; start < layer.outputs; start += BLOCK)
+        for (int64_t first = start; first < start + BLOCK; first += 16) {
+            outputs_of(x, layer.weight + first * layer.inputs, rows, layer.inputs, low, layer.b + first * layer.rank,
+                       layer.rank, sums);
+            for (int64_t row = 0; row < rows; row++)
+                store(out + row * layer.outputs + first, load(sums + row * 16));
+        }
+}
+
+}  // namespace
+
+#endif
 
 #ifdef TILES
 
 namespace {
 
 constexpr int64_t PACKED = TILE * DEPTH;  // numbers of a tile
-constexpr int64_t BLOCK = 2 * TILE;       // outputs of one task
+static_assert(BLOCK == 2 * TILE);
 
 // x as right operands: for each DEPTH inputs and TILE rows, 16 pairs of inputs by 16 rows.
 void pack(const Bfloat16* x, Bfloat16* packed, int64_t rows, int64_t inputs, int64_t tiles) {
@@ -59,14 +175,9 @@ inline void read(float* sums) {  // [BLOCK][2 * TILE]
     _tile_stored(3, sums + TILE * 2 * TILE + TILE, 128);
 }
 
-struct Layer {
-    const Bfloat16 *weight, *a, *b;
-    int64_t inputs, outputs, rank;
-};
-
-// Up to two tiles of rows: out[row][output].
+// Up to two tiles of rows, the first of them number `before`: out[row][output].
 template <bool TWO>
-void rows_of(const Layer& layer, const Bfloat16* packed, int64_t tiles, Bfloat16* out, int64_t rows) {
+void rows_of(const Layer& layer, const Bfloat16* packed, int64_t tiles, Bfloat16* out, int64_t rows, int64_t before) {
     alignas(64) float sums[BLOCK * 2 * TILE];
     const Bfloat16s low(layer.rank * 2 * TILE);  // packed as x is, by two tiles
     for (int64_t r = 0; r < layer.rank; r += BLOCK) {
@@ -76,7 +187,7 @@ void rows_of(const Layer& layer, const Bfloat16* packed, int64_t tiles, Bfloat16
         for (int64_t own = 0; own < BLOCK; own++)
             for (int64_t row = 0; row < 2 * TILE; row++)
                 put(low[(r / DEPTH * 2 + row / TILE) * PACKED + (own / 2 * TILE + row % TILE) * 2 + own % 2],
-                    sums[own * 2 * TILE + row]);
+                    row < rows ? sums[own * 2 * TILE + row] * layer.share(before + row, r + own) : 0.0f);
     }
     const __m512i ramp = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i places = _mm512_slli_epi32(ramp, 5);
@@ -95,30 +206,43 @@ void rows_of(const Layer& layer, const Bfloat16* packed, int64_t tiles, Bfloat16
     }
 }
 
+void by_tiles(const Layer& layer, const Bfloat16* packed, Bfloat16* out, int64_t rows) {
+    const int64_t tiles = (rows + TILE - 1) / TILE;
+    const TileShapes shapes;
+    for (int64_t tile = 0; tile < tiles; tile += 2) {
+        const int64_t before = tile * TILE, count = std::min(2 * TILE, rows - before);
+        const Bfloat16* own = packed + tile * PACKED;
+        Bfloat16* to = out + before * layer.outputs;
+        tile + 1 < tiles ? rows_of<true>(layer, own, tiles, to, count, before)
+                         : rows_of<false>(layer, own, tiles, to, count, before);
+    }
+}
+
 }  // namespace
 
-extern "C" {
-int has_linear() { return tiles_allowed(); }
+#endif
 
-// inputs, outputs and rank are multiples of 32; without a low-rank part rank is 0.
-void linear_bfloat16(const Bfloat16* x, const Bfloat16* weight, const Bfloat16* a, const Bfloat16* b, Bfloat16* out,
-                     int64_t rows, int64_t inputs, int64_t outputs, int64_t rank, int threads) {
-    const Layer layer{weight, a, b, inputs, outputs, rank};
-    const int64_t tiles = (rows + TILE - 1) / TILE;
-    const Bfloat16s packed(inputs * tiles * TILE);
-    pack(x, packed, rows, inputs, tiles);
+#ifdef __AVX512BF16__
+
+extern "C" {
+int has_linear() { return 1; }
+
+// inputs, outputs and rank are multiples of 32; without a low-rank part rank is 0. The mask is [row][rank], or null.
+void linear_bfloat16(const Bfloat16* x, const Bfloat16* weight, const Bfloat16* a, const Bfloat16* b, const float* mask,
+                     Bfloat16* out, int64_t rows, int64_t inputs, int64_t outputs, int64_t rank, int threads) {
+    const Layer layer{weight, a, b, mask, inputs, outputs, rank};
+#ifdef TILES
+    if (tiles_allowed()) {
+        const int64_t tiles = (rows + TILE - 1) / TILE;
+        const Bfloat16s packed(inputs * tiles * TILE);
+        pack(x, packed, rows, inputs, tiles);
 #pragma omp parallel num_threads(threads)
-    {
-        const TileShapes shapes;
-        for (int64_t tile = 0; tile < tiles; tile += 2) {
-            const int64_t count = std::min(2 * TILE, rows - tile * TILE);
-            Bfloat16* to = out + tile * TILE * outputs;
-            if (tile + 1 < tiles)
-                rows_of<true>(layer, packed + tile * PACKED, tiles, to, count);
-            else
-                rows_of<false>(layer, packed + tile * PACKED, tiles, to, count);
-        }
+        by_tiles(layer, packed, out, rows);
+        return;
     }
+#endif
+#pragma omp parallel num_threads(threads)
+    by_vectors(layer, x, out, rows);
 }
 }
 
