@@ -5,10 +5,11 @@ are asked, each by half). A client asks with a prompt of 56 tokens for 64 new on
 stream; tokens are those that the server counts (llama-cpp-python's tells none: its pieces), since some answers end
 early. Just before and after the 32, on the same threads and with one adapter, our own sampler draws 32 x 64 tokens
 for such prompts in one call (`perlhf.rollout.local.sample`, as `benchmarks/policy.py sampling_vs_generate` does):
-`ratio` is the server's rate at 32 clients over the mean of these two. With `--llama-server`, llama.cpp's program of
-that name, that server is asked the same once, on the file that `perlhf export --gguf` makes of the first policy, merged.
-Medians of `--repeats` are printed as JSON.
-Run: python benchmarks/serving.py [--threads 2] [--repeats 3] [--llama-server PATH]
+`ratio` is the server's rate at 32 clients over the mean of these two. With `--prompts 8` the 32 are four each of eight
+prompts, as in that benchmark. With `--llama-server`, llama.cpp's program of that name, that server is asked the same
+once, on the file that `perlhf export --gguf` makes of the first policy, merged. Medians of `--repeats` are printed as
+JSON.
+Run: python benchmarks/serving.py [--threads 2] [--repeats 3] [--prompts 32] [--llama-server PATH]
 """
 
 import argparse
@@ -41,17 +42,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=ROWS, help="different ones among the 32")
     parser.add_argument("--llama-server", help="llama.cpp's program")
     parser.add_argument("--sampler", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.sampler:
-        print(json.dumps(sampled(arguments.sampler, arguments.threads)))
+        print(json.dumps(sampled(arguments.sampler, arguments.threads, arguments.prompts)))
         return
     found: dict[str, list[dict[str, float]]] = {}
     ratios: list[float] = []
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         own = [sys.executable, __file__, "--threads", str(arguments.threads), "--sampler", str(place / "one")]
+        own += ["--prompts", str(arguments.prompts)]
         subprocess.run([sys.executable, "-c", _MAKE, str(place), str(RANK)], check=True)
 
         def sample_alone() -> float:
@@ -65,7 +68,7 @@ def main() -> None:
                 measure(found, "perlhf serve", address, 1, ("one",))
                 measure(found, "perlhf serve", address, 8, ("one",))
                 before = sample_alone()
-                both = measure(found, "perlhf serve", address, ROWS, ("one", "two"))
+                both = measure(found, "perlhf serve", address, ROWS, ("one", "two"), arguments.prompts)
                 ratios.append(both["rate"] / statistics.mean([before, sample_alone()]))
         if arguments.llama_server:
             with llama_cpp(arguments.llama_server, _exported(place), arguments.threads) as address:
@@ -99,8 +102,8 @@ for number, name in enumerate(("one", "two")):
 """Writes two untrained adapters; in a process of its own, so that this one stays small beside what it measures."""
 
 
-def sampled(adapter: Path, threads: int) -> dict[str, float]:
-    """Our sampler on 32 prompts at once."""
+def sampled(adapter: Path, threads: int, different: int) -> dict[str, float]:
+    """Our sampler on 32 rows at once, of so many different prompts."""
     import torch
 
     from perlhf.config.stages import DEFAULT_BASE, EncodingConfig
@@ -115,10 +118,10 @@ def sampled(adapter: Path, threads: int) -> dict[str, float]:
     base = Base.find(DEFAULT_BASE)
     model, encoder = Model.load(base), Encoder(load_tokenizer(base), EncodingConfig(), end_ids(base))
     load_adapter(model, adapter, "one")
-    prompts = [encoder.prompt([{"role": "user", "content": QUESTION.format(number)}]) for number in range(ROWS)]
+    prompts = [encoder.prompt([{"role": "user", "content": QUESTION.format(number)}]) for number in range(different)]
 
     def draw(length: int) -> int:
-        draws, ends = uniforms(0, 1, range(len(prompts)), 1, length), Ends.of(encoder)
+        draws, ends = uniforms(0, 1, range(different), ROWS // different, length), Ends.of(encoder)
         return sample(
             model, prompts, adapter="one", draws=draws, ends=ends, temperature=1.0, max_completion_tokens=length
         ).tokens
@@ -159,18 +162,24 @@ def llama_cpp(program: str, file: Path, threads: int) -> Iterator[str]:
 
 
 def measure(
-    found: dict[str, list[dict[str, float]]], side: str, address: str, streams: int, models: tuple[str, ...]
+    found: dict[str, list[dict[str, float]]],
+    side: str,
+    address: str,
+    streams: int,
+    models: tuple[str, ...],
+    different: int = ROWS,
 ) -> dict[str, float]:
     """Lets so many clients stream."""
-    done = asyncio.run(_streamed(address, models, streams))
+    done = asyncio.run(_streamed(address, models, streams, different))
     found.setdefault(f"{side}, {streams} streams", []).append(done)
     return done
 
 
-async def _streamed(address: str, models: tuple[str, ...], streams: int) -> dict[str, float]:
+async def _streamed(address: str, models: tuple[str, ...], streams: int, different: int = ROWS) -> dict[str, float]:
     host, port = address.removeprefix("http://").split(":")
     began = time.perf_counter()
-    asked = [_stream(host, int(port), models[n % len(models)], 100 * streams + n) for n in range(streams)]
+    numbers = [100 * streams + n % different for n in range(streams)]
+    asked = [_stream(host, int(port), models[n % len(models)], numbers[n], n) for n in range(streams)]
     done = await asyncio.gather(*asked)
     seconds = time.perf_counter() - began
     tokens = sum(count for count, _ in done)
@@ -179,10 +188,10 @@ async def _streamed(address: str, models: tuple[str, ...], streams: int) -> dict
     return {"rate": tokens / seconds, "tokens": tokens, "first_p50": p50, "first_p95": p95}
 
 
-async def _stream(host: str, port: int, model: str, number: int) -> tuple[int, float]:
+async def _stream(host: str, port: int, model: str, number: int, seed: int) -> tuple[int, float]:
     """Tokens of one answer, and seconds to the first of them."""
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": QUESTION.format(number)}]}
-    body |= {"max_tokens": TOKENS, "temperature": 1.0, "top_p": 1.0, "seed": number, "stream": True}
+    body |= {"max_tokens": TOKENS, "temperature": 1.0, "top_p": 1.0, "seed": seed, "stream": True}
     body["stream_options"] = {"include_usage": True}
     raw = json.dumps(body).encode()
     began, first, pieces, counted = time.perf_counter(), 0.0, 0, 0

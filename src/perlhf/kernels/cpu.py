@@ -106,9 +106,7 @@ def few_rows(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear(
-    x: Tensor, weight: Tensor, pair: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, pair: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
     """x W^T, and with a pair (a [rank, in], b [out, rank], rank a multiple of BLOCK) + (x a^T) b^T, without gradients.
 
     Args:
