@@ -28,11 +28,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    layers = [
-        tuple(torch.randn(*shape).bfloat16() for shape in ((outputs, inputs), (RANK, inputs), (outputs, RANK)))
-        for _ in range(LAYERS)
-        for outputs, inputs in SHAPES
-    ]
+    layers = [_layer(*shape) for _ in range(LAYERS) for shape in SHAPES]
     padded = {id(layer): cpu.padded(*layer[1:]) for layer in layers}
     ways: dict[str, Product] = {
         "kernel": lambda x, layer: cpu.linear(x, layer[0]),
@@ -55,6 +51,14 @@ def main() -> None:
                         product(states[layer[0].shape[1]], layer)
                     best[name] = min(best[name], time.perf_counter() - began)
             print(f"| {rows} |", " | ".join(f"{1000 * seconds:.1f}" for seconds in best.values()), "|", flush=True)
+
+
+def _layer(outputs: int, inputs: int) -> Layer:
+    return _random(outputs, inputs), _random(RANK, inputs), _random(outputs, RANK)
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).bfloat16()
 
 
 if __name__ == "__main__":
