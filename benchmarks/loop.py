@@ -1,5 +1,5 @@
 """How many labels a reward model needs, by how its questions are chosen: on the embedded set, judged by its rules with
-10 % wrong answers. An ensemble of reward adapters learns
+10 % wrong answers, or on comparisons of people (`--data`), judged as they were. An ensemble of reward adapters learns
 
     all           from N random labels at once
     random        from N random labels in rounds, warm
@@ -7,10 +7,12 @@
     information   likewise, where a label tells most
 
 and its accuracy (mean preference of the members) is measured against the rules, without noise, on unseen pairs.
-Questions come from pairs of the embedded answers; half of the groups are held out. It goes on where it was stopped;
+Questions come from pairs of the embedded answers (or of the file's that have at most 1,200 letters); half of the
+groups are held out. It goes on where it was stopped;
 `OUTPUT/results.json` has a line an arm, seed and number of labels, and a table is printed. Seeds may be run beside each
 other: the run that names them all then only gathers what they found.
 Run: python benchmarks/loop.py --output runs/loop-evidence --labels 20 40 80 160 320 --rounds 20 40 80 160
+     python benchmarks/loop.py --output runs/loop-hh --data FILE --layers last:4 --labels 80 320 --rounds 80 160 320
 """
 
 import argparse
@@ -18,6 +20,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -42,6 +45,9 @@ from perlhf.system.files import remove_directory, write_atomic, write_json
 from perlhf.system.machine import peak_memory_bytes
 from perlhf.training.reward import train_reward
 
+SYSTEM = "You take orders in a coffee bar."
+LETTERS = 1200
+"""Of a file's prompt with its longer answer, so that the shortest of passes hold it."""
 ARMS = ("all", "random", "disagreement", "information")
 VALIDATED = 16
 """Held-out pairs that a reward run wants to have; they choose nothing."""
@@ -58,17 +64,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--pairs", type=int, default=500, help="unseen pairs")
     parser.add_argument("--candidates", type=int, default=400, help="pairs among which a round chooses, drawn anew")
-    parser.add_argument("--noise", type=float, default=0.1)
+    parser.add_argument("--noise", type=float, help="share of wrong answers (default: 0.1; of --data none)")
+    parser.add_argument("--data", nargs="+", help="comparisons, as `data.paths` names them; else the embedded set")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     arguments = parser.parse_args()
+    noise = arguments.noise if arguments.noise is not None else 0.0 if arguments.data else 0.1
     found: list[dict[str, Any]] = []
     for seed in arguments.seeds:
         config = LoopConfig(
             base=arguments.base,
             seed=seed,
             data=DataConfig(validation=0.1, test=0.4),
-            encoding=EncodingConfig(system="You take orders in a coffee bar.", max_tokens=512),
+            encoding=EncodingConfig(system=None if arguments.data else SYSTEM, max_tokens=512),
             reward=LoopRewardConfig(
                 members=arguments.members,
                 adapter=AdapterConfig(rank=8, targets="all", layers=arguments.layers),
@@ -76,30 +84,56 @@ def main() -> None:
                 epochs=arguments.epochs,
             ),
         )
-        pool, unseen = pairs_of(config, arguments.pairs)
+        sides = published(config, arguments.data) if arguments.data else embedded(config)
+        pool, unseen = sides[True], choose_some(sides[False], arguments.pairs, 0)
         for arm in arguments.arms:
             place = arguments.output / f"{arm}-seed{seed}"
-            for labels, said in run(config, arm, place, arguments, pool, unseen):
+            for labels, said in run(config, arm, place, arguments, pool, unseen, noise):
                 correct = np.array(said.pop("correct"))
-                interval = figures.measured(correct, [pair.group for pair in unseen], 1000, seed)
+                interval = figures.measured(correct, [one.pair.group for one in unseen], 1000, seed)
                 found.append({"arm": arm, "seed": seed, "labels": labels, "accuracy": interval} | said)
                 write_json(arguments.output / "results.json", {"pairs": len(unseen), "pool": len(pool), "found": found})
     table(found)
 
 
-def pairs_of(config: LoopConfig, count: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs of different answers whose gold scores differ: those that may be asked about, and `count` unseen ones."""
+@dataclass(frozen=True)
+class Question:
+    """A pair, and whether its first answer is the better one."""
+
+    pair: Pair
+    first: bool
+
+
+def embedded(config: LoopConfig) -> dict[bool, list[Question]]:
+    """Pairs of different answers whose gold scores differ: those that may be asked about, and the others."""
     answers: dict[str, tuple[Any, str, list[str]]] = {}
     for record in load(DataConfig(paths=("builtin:coffee-bar",)), ("comparison", "rating"), "all"):
         assert isinstance(record, Comparison | Rating)
         _, _, texts = answers.setdefault(text_of(record.prompt), (record.prompt, record.group, []))
         texts += [text_of(text) for text in completions_of(record)]
-    sides: dict[bool, list[Pair]] = defaultdict(list)
+    sides: dict[bool, list[Question]] = defaultdict(list)
     for prompt, group, texts in answers.values():
         for first, second in combinations(dict.fromkeys(texts), 2):
-            if gold(prompt, first) != gold(prompt, second):
-                sides[split_of(group, config.data) == "train"].append(Pair(plain(prompt), first, second, group))
-    return sides[True], choose_some(sides[False], count, 0)
+            scores = gold(prompt, first), gold(prompt, second)
+            if scores[0] != scores[1]:
+                pair = Pair(plain(prompt), first, second, group)
+                sides[split_of(group, config.data) == "train"].append(Question(pair, scores[0] > scores[1]))
+    return sides
+
+
+def published(config: LoopConfig, paths: Sequence[str]) -> dict[bool, list[Question]]:
+    """Likewise of comparisons that people made, the better answer at a place drawn for each."""
+    sides: dict[bool, list[Question]] = defaultdict(list)
+    for record in load(DataConfig(paths=tuple(paths)), ("comparison",), "all"):
+        assert isinstance(record, Comparison)
+        prompt, texts = plain(record.prompt), [text_of(record.chosen), text_of(record.rejected)]
+        if len(text_of(prompt)) + max(map(len, texts)) > LETTERS or texts[0] == texts[1]:
+            continue
+        if not (first := uniform(0, "side", text_of(prompt), *texts) < 0.5):
+            texts.reverse()
+        pair = Pair(prompt, texts[0], texts[1], record.group)
+        sides[split_of(record.group, config.data) == "train"].append(Question(pair, first))
+    return sides
 
 
 def run(
@@ -107,16 +141,17 @@ def run(
     arm: str,
     place: Path,
     arguments: argparse.Namespace,
-    pool: Sequence[Pair],
-    unseen: Sequence[Pair],
+    pool: Sequence[Question],
+    unseen: Sequence[Question],
+    noise: float,
 ) -> list[tuple[int, dict[str, Any]]]:
     """For each number of labels, whether each unseen pair is ranked as by the rules, what share each member alone ranks
     so, how far members disagree, and seconds."""
     asked: list[int] = []
     before: Path | None = None
     results: list[tuple[int, dict[str, Any]]] = []
-    better = np.array([gold(pair.prompt, pair.first) > gold(pair.prompt, pair.second) for pair in unseen])
-    judged = figures.Judged(better, [pair.group for pair in unseen])
+    better, pairs = np.array([one.first for one in unseen]), [one.pair for one in unseen]
+    judged = figures.Judged(better, [pair.group for pair in pairs])
     for number, labels in enumerate(sorted(arguments.labels if arm == "all" else arguments.rounds or arguments.labels)):
         # The first round is the same for all arms.
         here = (place if number else arguments.output / f"{ARMS[0]}-seed{config.seed}") / f"labels-{labels:04d}"
@@ -127,8 +162,8 @@ def run(
             new = more(config, arm, asked, before, labels, number, pool, arguments.candidates)
             write_json(chosen, {"asked": asked + new})
         asked = json.loads(chosen.read_text())["asked"]
-        rows = [row(config, pool[at], arguments.noise) for at in asked]
-        rows += [row(config, pair, 0.0) for pair in unseen[:VALIDATED]]
+        rows = [row(config, pool[at], noise) for at in asked]
+        rows += [row(config, one, 0.0) for one in unseen[:VALIDATED]]
         reward = here / "reward"
         if not measured.exists():
             records = here / "records.jsonl"
@@ -139,7 +174,7 @@ def run(
                 train_reward(config.reward_stage(reward, records, start, keyed_seed(config.seed, "reward") % 2**31))
             learned = time.monotonic()
             remove_directory(reward / CHECKPOINTS)
-            scores = network.score_pairs(config, [reward], unseen)
+            scores = network.score_pairs(config, [reward], pairs)
             said = {"correct": figures.right(scores, judged).tolist(), "each": each_right(scores, better)}
             said["disagreement"] = figures.spread(scores)
             said["quarters"] = quarters(scores, figures.right(scores, judged))
@@ -158,7 +193,7 @@ def more(
     before: Path | None,
     labels: int,
     number: int,
-    pool: Sequence[Pair],
+    pool: Sequence[Question],
     candidates: int,
 ) -> list[int]:
     """Numbers of the pairs that are asked about next, at most one of a prompt in a round. All arms begin alike."""
@@ -167,9 +202,9 @@ def more(
     worth = None
     if before is not None and arm in ("disagreement", "information"):
         left = sorted(left, key=lambda at: uniform(config.seed, "candidates", number, at))[:candidates]
-        scores = network.score_pairs(config, [before], [pool[at] for at in left])
+        scores = network.score_pairs(config, [before], [pool[at].pair for at in left])
         worth = disagreement(scores) if arm == "disagreement" else information(scores)
-    prompts = [text_of(pool[at].prompt) for at in left]
+    prompts = [text_of(pool[at].pair.prompt) for at in left]
     order = "information" if arm == "information" else "disagreement" if arm == "disagreement" else "random"
     chosen = choose(prompts, worth, order, labels - len(asked), 0.25, config.seed, number)
     return [left[choice.at] for choice in chosen]
@@ -187,9 +222,9 @@ def quarters(scores: np.ndarray, right: np.ndarray) -> list[float]:
     return [float(right[part].mean()) for part in np.array_split(order, 4)]
 
 
-def row(config: LoopConfig, pair: Pair, noise: float) -> dict[str, Any]:
+def row(config: LoopConfig, question: Question, noise: float) -> dict[str, Any]:
     """A comparison as the labeller judges it."""
-    first = gold(pair.prompt, pair.first) > gold(pair.prompt, pair.second)
+    pair, first = question.pair, question.first
     if uniform(config.seed, "noise", text_of(pair.prompt), pair.first, pair.second) < noise:
         first = not first
     chosen, rejected = (pair.first, pair.second) if first else (pair.second, pair.first)
