@@ -87,7 +87,8 @@ class Mixed:
 
     def __init__(self, pairs: Mapping[nn.Module, Beside], numbers: Tensor):
         self.pairs, self.numbers = pairs, numbers
-        self._masks: dict[tuple[tuple[int, ...], int, torch.dtype], Tensor] = {}
+        self._others: dict[tuple[int, ...], Tensor] = {}
+        self._masks: dict[tuple[int, ...], Tensor] = {}
 
     def added(self, y: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """The layer's output y [*batch, outputs] for x [*batch, inputs], and each token's own update; y is overwritten.
@@ -98,7 +99,9 @@ class Mixed:
         if pairs is None:
             return y
         low = F.linear(x.reshape(-1, x.shape[-1]), pairs.a)
-        y.view(-1, y.shape[-1]).addmm_(low.mul_(self._mask(pairs.ranks, len(pairs.a), low.dtype)), pairs.b.t())
+        # Not a product: what another adapter makes of a token may be no number.
+        low.masked_fill_(self._of_others(pairs.ranks), 0.0)
+        y.view(-1, y.shape[-1]).addmm_(low, pairs.b.t())
         return y
 
     def of_few_rows(self, x: Tensor, weight: Tensor, layer: nn.Module) -> Tensor:
@@ -106,17 +109,18 @@ class Mixed:
         pairs = self.pairs.get(layer)
         if pairs is None:
             return cpu.linear(x, weight)
-        return cpu.linear(x, weight, pairs.padded, self._mask(pairs.ranks, len(pairs.padded[0]), torch.float32))
+        if pairs.ranks not in self._masks:
+            own = (~self._of_others(pairs.ranks)).float()
+            self._masks[pairs.ranks] = F.pad(own, (0, len(pairs.padded[0]) - own.shape[1]))
+        return cpu.linear(x, weight, pairs.padded, self._masks[pairs.ranks])
 
-    def _mask(self, ranks: tuple[int, ...], width: int, dtype: torch.dtype) -> Tensor:
-        """[tokens, width], 1 where a rank is of the token's adapter, else 0."""
-        key = ranks, width, dtype
-        if key not in self._masks:
+    def _of_others(self, ranks: tuple[int, ...]) -> Tensor:
+        """[tokens, sum of ranks], whether a rank isn't of the token's adapter."""
+        if ranks not in self._others:
             device = self.numbers.device
             owners = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(device)
-            mask = (self.numbers[:, None] == owners).to(dtype)
-            self._masks[key] = F.pad(mask, (0, width - mask.shape[1]))
-        return self._masks[key]
+            self._others[ranks] = self.numbers[:, None] != owners
+        return self._others[ranks]
 
 
 def repeated(tree: Tree, members: int, tokens: int) -> Tree:

@@ -202,6 +202,10 @@ def test_linear_layers_of_few_rows(rows: int, inputs: int, outputs: int) -> None
     whole, low = F.linear(x.float(), weight.float()), F.linear(x, a).float()
     near(found, whole + F.linear(low, b.float()), torch.bfloat16)
     near(masked, whole + F.linear(low * mask[:, None, :16], b.float()), torch.bfloat16)
+    a[3] = torch.inf
+    with cpu.sampling():
+        mask[:, 3] = 0
+        assert cpu.linear(x, weight, cpu.padded(a, b), mask).isfinite().all(), "what is masked may be anything"
 
 
 def four_bits(outputs: int, inputs: int) -> tuple[cpu.FourBits, Tensor]:

@@ -20,7 +20,11 @@ struct Layer {
     const Bfloat16 *weight, *a, *b;
     const float* mask;  // [row][rank]; without one all rows have all of it
     int64_t inputs, outputs, rank;
-    float share(int64_t row, int64_t at) const { return mask ? mask[row * rank + at] : 1.0f; }
+    // What is left of a low-rank number: nothing, whatever it is, where the mask is 0.
+    float left(float low, int64_t row, int64_t at) const {
+        const float share = mask ? mask[row * rank + at] : 1.0f;
+        return share == 0.0f ? 0.0f : low * share;
+    }
 };
 
 // Sums of the products of M rows of `x` with N rows of `weight`, M * N = 16, each by a vector: sum m * N + n.
@@ -105,7 +109,7 @@ void by_vectors(const Layer& layer, const Bfloat16* x, Bfloat16* out, int64_t ro
         outputs_of(x, layer.a + r * layer.inputs, rows, layer.inputs, nullptr, nullptr, 0, sums);
         for (int64_t row = 0; row < rows; row++)
             for (int64_t own = 0; own < 16; own++)
-                put(low[row * layer.rank + r + own], sums[row * 16 + own] * layer.share(row, r + own));
+                put(low[row * layer.rank + r + own], layer.left(sums[row * 16 + own], row, r + own));
     }
 #pragma omp for schedule(static) nowait
     for (int64_t start = 0; start < layer.outputs; start += BLOCK)
@@ -187,7 +191,7 @@ void rows_of(const Layer& layer, const Bfloat16* packed, int64_t tiles, Bfloat16
         for (int64_t own = 0; own < BLOCK; own++)
             for (int64_t row = 0; row < 2 * TILE; row++)
                 put(low[(r / DEPTH * 2 + row / TILE) * PACKED + (own / 2 * TILE + row % TILE) * 2 + own % 2],
-                    row < rows ? sums[own * 2 * TILE + row] * layer.share(before + row, r + own) : 0.0f);
+                    row < rows ? layer.left(sums[own * 2 * TILE + row], before + row, r + own) : 0.0f);
     }
     const __m512i ramp = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i places = _mm512_slli_epi32(ramp, 5);
