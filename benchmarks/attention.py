@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perlhf.kernels import cpu
-from perlhf.kernels.tree_attention import Tree, tree_attention
+from perlhf.kernels.attention.tree_attention import Tree, tree_attention
 from perlhf.method.packing import Node
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64

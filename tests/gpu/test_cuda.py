@@ -7,8 +7,11 @@ import pytest
 import torch
 from tiny_models import apart
 
+from perlhf.kernels.attention import flex
+from perlhf.kernels.attention.sight import FULL, Sight
+from perlhf.kernels.attention.tree_attention import Tree, tree_attention
 from perlhf.kernels.modules import AdaptedLinear
-from perlhf.method.packing import Batch, completed, pack
+from perlhf.method.packing import Batch, completed, lay_out, pack
 from perlhf.model.bases.found import Base
 from perlhf.model.model import Model
 from perlhf.rollout.local import Decoding, Ends, Rollout, probe, sample, uniforms
@@ -122,3 +125,31 @@ def test_a_tree_equals_separate_rows(tiny_base: Path, dtype: str) -> None:
         model.last_states(apart(sequences, packing, model.device), None).float() for packing in ("tree", "none")
     )
     assert ((tree - separate).norm() / separate.norm()).item() < (1e-3 if dtype == "float32" else 0.02)
+
+
+@pytest.mark.parametrize("bent", [False, True])
+def test_attention_by_blocks_equals_that_under_a_mask(monkeypatch: pytest.MonkeyPatch, bent: bool) -> None:
+    """Values and gradients; and trees of another shape compile nothing anew."""
+    monkeypatch.setattr(flex, "MIN_TOKENS", 1)
+    generator = torch.Generator("cuda").manual_seed(0)
+    sinks = torch.randn(9, device="cuda", generator=generator).requires_grad_() if bent else None
+    compiled: list[int] = []
+    for shared in (500, 900, 300, 1400):
+        layout = lay_out([[0] * shared + [number] * (60 * number) for number in range(1, 6)], "tree")
+        assert layout.nodes is not None
+        query, key, value = (
+            torch.randn(heads, layout.tokens, 64, device="cuda", generator=generator).requires_grad_()
+            for heads in (9, 3, 3)
+        )
+        for sight in (FULL, Sight(window=256)):
+            found = {}
+            for way in ("flex", ""):
+                monkeypatch.setenv(flex.VARIABLE, way)
+                tree = Tree(layout.nodes)
+                out = tree_attention(query, key, value, tree, 0.125, sight, 30.0 if bent else None, sinks)
+                learned = [query, key, value, *([sinks] if sinks is not None else [])]
+                found[way] = [out.detach(), *torch.autograd.grad(out.square().sum(), learned)]
+            for by_blocks, by_mask in zip(found["flex"], found[""], strict=True):
+                torch.testing.assert_close(by_blocks, by_mask, rtol=2e-2, atol=2e-2)  # tensor cores, in tf32
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert compiled[-1] == compiled[1]

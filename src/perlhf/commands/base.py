@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from perlhf.config.commands import BaseConfig, PlanConfig, amount
 from perlhf.config.stages import AdapterConfig, EncodingConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.errors import AdapterError, ModelError
-from perlhf.kernels.sight import FULL, Sight
+from perlhf.kernels.attention.sight import FULL, Sight
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import (
     by_configuration,

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from perlhf.kernels.attention.tree_attention import Tree
     from perlhf.kernels.kv_cache import KeyValueCache, Placed
     from perlhf.kernels.members import Mixed
-    from perlhf.kernels.tree_attention import Tree
 
 
 @dataclass(frozen=True)

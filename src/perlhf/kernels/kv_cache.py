@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perlhf.kernels import cpu
-from perlhf.kernels.sight import FULL, Sight
+from perlhf.kernels.attention.sight import FULL, Sight
 from perlhf.method.packing import length_mask
 
 ALIGNED = 16

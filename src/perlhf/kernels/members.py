@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perlhf.kernels import cpu
+from perlhf.kernels.attention.tree_attention import Tree
 from perlhf.kernels.call import Call, HeldPair, calling, continued, current_call
-from perlhf.kernels.tree_attention import Tree
 from perlhf.method.lora import LowRank, Quantised, joined, quantised_linear
 from perlhf.method.packing import Batch, Node
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from perlhf.errors import AdapterError
-from perlhf.kernels import cpu, members, tree_attention
+from perlhf.kernels import cpu, members
+from perlhf.kernels.attention import tree_attention
 from perlhf.kernels.call import HeldPair, current_call
 from perlhf.kernels.quantised import QuantisedLinear, dtype_of
 from perlhf.method.lora import (

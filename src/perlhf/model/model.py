@@ -15,7 +15,8 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from perlhf.errors import AdapterError, ModelError
-from perlhf.kernels import cpu, modules, tree_attention
+from perlhf.kernels import cpu, modules
+from perlhf.kernels.attention import tree_attention
 from perlhf.kernels.call import HeldPair, Turns, calling, current_call
 from perlhf.kernels.kv_cache import KeyValueCache, Placed
 from perlhf.kernels.members import Mixed

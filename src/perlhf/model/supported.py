@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedC
 
 from perlhf.config.stages import DEFAULT_BASE
 from perlhf.errors import ModelError
-from perlhf.kernels import modules, tree_attention
+from perlhf.kernels import modules
+from perlhf.kernels.attention import tree_attention
+from perlhf.kernels.attention.sight import FULL, Sight, watching
 from perlhf.kernels.modules import AdaptedLinear, features, match_targets
-from perlhf.kernels.sight import FULL, Sight, watching
 from perlhf.method.logprobs import PLAIN, Logits
 from perlhf.method.packing import Packing, pad
 from perlhf.parallel.watch import connection_broke

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from perlhf.errors import ModelError
 from perlhf.kernels import members
+from perlhf.kernels.attention.tree_attention import Tree
 from perlhf.kernels.modules import AdaptedLinear, features
-from perlhf.kernels.tree_attention import Tree
 from perlhf.method.lora import LowRank
 from perlhf.method.packing import Batch, Packing, Tokens, pack
 from perlhf.model.adapter import Adapter

@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from perlhf.kernels.attention.tree_attention import Tree
 from perlhf.kernels.kv_cache import Placed, Pool
 from perlhf.kernels.members import Beside, Mixed, beside
-from perlhf.kernels.tree_attention import Tree
 from perlhf.method.packing import Ids, Node, Span
 from perlhf.model.model import Cache, Held, Model
 from perlhf.rollout.ensemble import in_one_pass

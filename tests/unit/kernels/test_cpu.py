@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perlhf.kernels import cpu, modules, tree_attention
+from perlhf.kernels import cpu, modules
+from perlhf.kernels.attention import tree_attention
+from perlhf.kernels.attention.sight import FULL, Sight
+from perlhf.kernels.attention.tree_attention import Tree
 from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.kernels.modules import rotated
-from perlhf.kernels.sight import FULL, Sight
-from perlhf.kernels.tree_attention import Tree
 from perlhf.method.packing import lay_out
 
 # Not skipped where a compiler fails: then every run would go without the kernels and nobody would notice.

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from perlhf.kernels.sight import Sight
+from perlhf.kernels.attention.sight import Sight
 from perlhf.method.logprobs import Logits
 from perlhf.model import foretold, ways
 from perlhf.model.foretold import COPIED, foretell

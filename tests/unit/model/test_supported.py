@@ -47,9 +47,9 @@ from transformers import (
 from transformers.models.cohere_compass.modeling_cohere_compass import CohereCompassForCausalLM
 
 from perlhf.errors import AdapterError, ModelError
+from perlhf.kernels.attention.sight import Sight
 from perlhf.kernels.call import current_call
 from perlhf.kernels.modules import fused_experts
-from perlhf.kernels.sight import Sight
 from perlhf.method.logprobs import Logits
 from perlhf.method.packing import Tokens, completed, pack
 from perlhf.model.model import Model

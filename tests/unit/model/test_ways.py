@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
-from perlhf.kernels.sight import Sight
+from perlhf.kernels.attention.sight import Sight
 from perlhf.method.logprobs import Logits
 from perlhf.model import model, ways
 from perlhf.model.bases.found import Base

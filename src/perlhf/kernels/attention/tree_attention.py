@@ -16,10 +16,12 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from perlhf.kernels import cpu, sight
+from perlhf.kernels import cpu
+from perlhf.kernels.attention import flex, sight
+from perlhf.kernels.attention.flex import Blocks
+from perlhf.kernels.attention.sight import FULL, Sight
 from perlhf.kernels.call import current_call
 from perlhf.kernels.kv_cache import ALIGNED, KeyValueCache, without_sink, written_part
-from perlhf.kernels.sight import FULL, Sight
 from perlhf.method.packing import Node, Span
 
 Table = tuple[Any, Any, int]
@@ -48,6 +50,13 @@ class Tree:
         self._masks: dict[tuple[Sight, torch.device, torch.dtype], Tensor] = {}
         self._tables: dict[tuple[Sight, bool | None], Table] = {}
         self._places: Tensor | None = None
+        self._blocks: dict[tuple[Sight, torch.device], Blocks] = {}
+
+    def blocks(self, sight: Sight, device: torch.device) -> Blocks:
+        """As the kernel for GPUs reads it."""
+        if (sight, device) not in self._blocks:
+            self._blocks[sight, device] = Blocks(self.nodes, sight, device)
+        return self._blocks[sight, device]
 
     def table(self, sight: Sight, single: bool | None = None) -> "Table":
         """As our own kernel reads it: for each piece its first query, its first key's place, its length, first span,
@@ -127,6 +136,8 @@ def tree_attention(
         if tree.apart:
             return _attend_apart(query, key, value, tree, scaling, sight)
         return _NativeTreeAttention.apply(query, key, value, tree, scaling, sight)  # pyright: ignore[reportReturnType]
+    if not tree.apart and flex.usable(query):
+        return flex.attention(query, key, value, tree.blocks(sight, query.device), scaling, cap, sinks)
     return _masked_attention(query, key, value, tree, scaling, sight, cap, sinks)
 
 

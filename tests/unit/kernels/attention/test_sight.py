@@ -9,7 +9,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from perlhf.kernels.sight import FULL, Sight
+from perlhf.kernels.attention.sight import FULL, Sight
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 128, 4096, 1 << 17])

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perlhf.kernels import cpu, tree_attention
-from perlhf.kernels.sight import FULL, Sight
-from perlhf.kernels.tree_attention import Tree
+from perlhf.kernels import cpu
+from perlhf.kernels.attention import tree_attention
+from perlhf.kernels.attention.sight import FULL, Sight
+from perlhf.kernels.attention.tree_attention import Tree
 from perlhf.method.packing import Layout, Node, lay_out
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_size=1, max_size=5)
