@@ -146,11 +146,12 @@ def serving(
     token: str | None = None,
     project: Path | None = None,
     origins: Sequence[str] = (),
+    elsewhere: Any = None,
 ) -> Iterator[Server]:
     """A server of these runs, on a port of its own."""
     paths = {name: runs.place / name for name in names}
     limits = limits or Limits(rows=8, waiting=64, tokens=4000, seconds=60)
-    engine = Engine(lambda: Models(paths, str(runs.base), device="cpu", dtype="float32"), limits)
+    engine = Engine(lambda: Models(paths, str(runs.base), device="cpu", dtype="float32"), limits, elsewhere)
     listening = bound("127.0.0.1", 0)
     port = listening.getsockname()[1]
     access = Access(frozenset({f"127.0.0.1:{port}", f"localhost:{port}"}), token, frozenset(origins))

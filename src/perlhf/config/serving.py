@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from perlhf.config.labelling import Port
 from perlhf.config.stages import Frozen, Positive
@@ -50,5 +50,24 @@ class ServeConfig(Frozen):
     """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
     threads: Positive | None = None
     """CPU threads; null takes torch's choice."""
+    engine: Literal["local", "vllm"] = "local"
+    """What computes answers: this process, or a vLLM server; scores are computed here either way."""
+    vllm_python: Path | None = None
+    """Python of an environment with vLLM, which is started for `engine: vllm`."""
+    vllm_url: str | None = None
+    """Or address of a vLLM server that runs on the same base and files; its key is `$PERLHF_VLLM_KEY`."""
+    vllm_base: str = "base"
+    """What that server calls the base (`--served-model-name`)."""
     accept_changes: bool = False
     """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
+
+    @model_validator(mode="after")
+    def _one_vllm(self) -> "ServeConfig":
+        given = [key for key in ("vllm_python", "vllm_url") if getattr(self, key) is not None]
+        if self.engine == "local" and given:
+            raise ValueError(f"{given[0]} is of engine: vllm; leave it out, or set that")
+        if self.engine == "vllm" and len(given) != 1:
+            raise ValueError(
+                "engine: vllm takes one of vllm_python (to start a server) and vllm_url (of one that runs)"
+            )
+        return self

@@ -14,16 +14,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from perlhf.errors import PerlhfError
+from perlhf.errors import PerlhfError, ServiceError
 from perlhf.method.packing import Ids
 from perlhf.model.model import Model
 from perlhf.rollout.local import Ends
 from perlhf.rollout.rows import Groups, Row, Rows, Token, Wish
+from perlhf.serving.elsewhere import Elsewhere
 from perlhf.serving.models import Models, Speaker
 from perlhf.system.console import note
 
@@ -128,20 +130,27 @@ class Engine:
             gives each thread that does a team of its own, and where the teams are larger than the processor, their
             threads no longer wait for each other awake, which costs a fourth of the rate
             (`benchmarks/serving_thread.py`).
+        elsewhere: gives what computes completions instead of this process, and is ended with the engine.
 
     Raises:
-        what `opened` does.
+        what `opened` and `elsewhere` do.
     """
 
-    def __init__(self, opened: Callable[[], Models], limits: Limits | None = None):
+    def __init__(
+        self,
+        opened: Callable[[], Models],
+        limits: Limits | None = None,
+        elsewhere: Callable[[Models], AbstractContextManager[Elsewhere]] | None = None,
+    ):
         self.limits, self.counts = limits or Limits(), Counts()
         self._waiting: deque[Ticket] = deque()
         self._running: dict[Row, tuple[Ticket, int]] = {}
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self._elsewhere: Elsewhere | None = None
         models: Future[Models] = Future()
-        self._thread = threading.Thread(target=self._work, args=(opened, models), name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(opened, elsewhere, models), name="engine", daemon=True)
         self._thread.start()
         self.models = models.result()
 
@@ -213,11 +222,26 @@ class Engine:
 
     # the thread
 
-    def _work(self, opened: Callable[[], Models], models: "Future[Models]") -> None:
-        _do(opened, models)
-        if models.exception() is not None:
-            return
-        self._prepare(models.result().model)
+    def _work(
+        self,
+        opened: Callable[[], Models],
+        elsewhere: Callable[[Models], AbstractContextManager[Elsewhere]] | None,
+        models: "Future[Models]",
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+
+            def begin() -> Models:
+                found = opened()
+                if elsewhere is not None:
+                    self._elsewhere = stack.enter_context(elsewhere(found))
+                self._prepare(found.model)
+                return found
+
+            _do(begin, models)
+            if models.exception() is None:
+                self._serve()
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._jobs or self._waiting or self._running)
@@ -229,7 +253,7 @@ class Engine:
             told: list[tuple[Ticket, Sampled | Failed]] = []
             try:
                 self._leave(told)
-                self._join()
+                self._join(told)
                 told += self._step()
             except Exception as error:  # noqa: BLE001 -- one step's failure must not end the thread that all wait for
                 told += self._failed(error)
@@ -241,7 +265,10 @@ class Engine:
             future.set_exception(Busy("the server is ending"))
 
     def _prepare(self, model: Model) -> None:
-        self._rows, self._groups = Rows(model, self.limits.tokens), Groups(model, self.limits.rows)
+        if self._elsewhere is not None:
+            self._elsewhere.clear()
+        self._rows = Rows(model, self.limits.tokens) if self._elsewhere is None else self._elsewhere
+        self._groups = Groups(model, self.limits.rows)
 
     def _all(self) -> list[Ticket]:
         return list(dict.fromkeys([*self._waiting, *(ticket for ticket, _ in self._running.values())]))
@@ -263,7 +290,7 @@ class Engine:
                 self.counts.failed += 1
                 told.append((ticket, Failed(f"it took longer than {self.limits.seconds:g} seconds", 504)))
 
-    def _join(self) -> None:
+    def _join(self, told: list[tuple[Ticket, Sampled | Failed]]) -> None:
         """Begins with requests that there is room for, in the order in which they came."""
         closed: set[bool] = set()
         for ticket in list(self._waiting):
@@ -275,13 +302,19 @@ class Engine:
                 break
             draws = [_generator(ask.seed, number) for number in range(ask.count)]
             to = self._rows if mixes else self._groups
-            rows = to.join(ask.prompt, draws, ask.longest, ask.speaker.under, ask.wish)
+            try:
+                rows = to.join(ask.prompt, draws, ask.longest, ask.speaker.under, ask.wish)
+            except PerlhfError as error:
+                self.counts.failed += 1
+                told.append((ticket, _why(error)))
+                rows = []
             if rows is None:
                 closed.add(mixes)
                 continue
+            if rows:
+                self.counts.prompted += len(ask.prompt)
             ticket.rows, ticket.begun = rows, True
             self._running |= {row: (ticket, index) for index, row in enumerate(rows)}
-            self.counts.prompted += len(ask.prompt)
             with self._changed:
                 self._waiting.remove(ticket)
 
@@ -323,13 +356,17 @@ class Engine:
         self._running.clear()
         self._prepare(self.models.model)
         self.counts.failed += len(tickets)
-        what = error.what if isinstance(error, PerlhfError) else "computing it failed"
-        return [(ticket, Failed(what, 500)) for ticket in tickets]
+        return [(ticket, _why(error)) for ticket in tickets]
 
     def _drop(self) -> None:
         for served in self.models.drop_unused():
             if isinstance(served, Speaker):
                 self._rows.forget(served.under)
+
+
+def _why(error: Exception) -> Failed:
+    what = error.what if isinstance(error, PerlhfError) else "computing it failed"
+    return Failed(what, 502 if isinstance(error, ServiceError) else 500)
 
 
 def _do(job: Callable[[], Any], future: "Future[Any]") -> None:

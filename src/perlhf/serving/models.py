@@ -99,7 +99,7 @@ class Models:
         self._given = Given(base, dtype=dtype, accept_changes=accept_changes)
         found = {name: read_run(latest(path), given=self._given) for name, path in runs.items()}
         first = next(iter(found.values()), None)
-        network = first.base if first is not None else Base.find(base or DEFAULT_BASE)
+        network = self.base = first.base if first is not None else Base.find(base or DEFAULT_BASE)
         wanted = first.config.dtype if first is not None and dtype == "run" else dtype.replace("run", "auto")
         quantize = "none" if first is None else first.config.quantize
         tokenizer = load_tokenizer(network)

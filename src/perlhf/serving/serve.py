@@ -6,6 +6,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +16,7 @@ import uvicorn
 from perlhf.config.serving import ServeConfig
 from perlhf.errors import ConfigError, StorageError
 from perlhf.labelling.project import bound, is_here, names, web_settings
+from perlhf.serving.elsewhere import vllm
 from perlhf.serving.engine import Busy, Engine, Limits
 from perlhf.serving.feedback import Feedback
 from perlhf.serving.models import Models, named
@@ -50,7 +52,8 @@ def prepared(config: ServeConfig) -> Callable[[], None]:
     try:
         feedback = Feedback(config.project) if config.project is not None else None
         limits = Limits(config.max_rows, config.max_waiting, config.max_tokens, config.timeout_seconds)
-        engine = Engine(lambda: _opened(config, runs), limits)
+        elsewhere = partial(vllm, config) if config.engine == "vllm" else None
+        engine = Engine(lambda: _opened(config, runs), limits, elsewhere)
     except BaseException:
         listening.close()
         raise
