@@ -150,7 +150,8 @@ def test_several_answers_streams_and_seeds(server: Server) -> None:
     (_, first), (_, second) = (server.ask("/v1/chat/completions", body) for _ in range(2))
     texts = [choice["message"]["content"] for choice in first["choices"]]
     assert texts == [choice["message"]["content"] for choice in second["choices"]] and len(set(texts)) > 1
-    pieces = [event["choices"][0]["delta"].get("content", "") for event in server.stream(**body | {"n": 1})[:-1]]
+    events = server.stream("/v1/chat/completions", **{**body, "n": 1})
+    pieces = [event["choices"][0]["delta"].get("content", "") for event in events[:-1]]
     assert "".join(pieces) == texts[0]
     _, stopped = server.ask("/v1/chat/completions", body | {"n": 1, "stop": [texts[0][2:4]]})
     assert stopped["choices"][0]["message"]["content"] == texts[0][:2].strip()
