@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class StandIn:
             message = f"The model `{body['model']}` does not exist."
             return JSONResponse({"error": {"message": message, "type": "NotFoundError", "code": 404}}, 404)
 
-        async def events() -> Any:
+        async def events() -> AsyncIterator[str]:
             rows = Rows(self.model, 1000)
             wish = Wish(body["temperature"], body["top_p"], body["logprobs"])
             own = rows.join(body["prompt"], [np.random.default_rng(body["seed"])], body["max_tokens"], under, wish)
