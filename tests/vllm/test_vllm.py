@@ -240,3 +240,13 @@ def test_adapters_that_it_cannot_serve(beside: Beside, tiny_base: Path, tmp_path
         "it has learned to compare shapes: the docs say otherwise"
     )
     assert server.unload("other")[0] == 200
+
+
+def test_a_merged_policy_is_served_alone(vllm: Callable[..., Any], policy: Path) -> None:
+    """Another server, of the exported directory."""
+    model, encoder = read_run(policy / "run").open("cpu")
+    with vllm(policy / "merged", "float32") as server:
+        merged = Beside(server, model, encoder, "float32", {})
+        same = equal(greedy(merged, "policy"), theirs(merged, NAME))
+        print(f"merged: {same} of {len(QUESTIONS)} prompts have our {TOKENS} greedy tokens")
+        assert same >= len(QUESTIONS) - 1
