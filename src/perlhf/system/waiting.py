@@ -9,7 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import wait
+from concurrent.futures import CancelledError, wait
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -98,9 +98,25 @@ async def together_or_none(running: Iterable[Coroutine[Any, Any, Result]]) -> li
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def until_cancelled(coroutine: Coroutine[Any, Any, Result], cancelled: Callable[[], bool]) -> Result:
+    """The coroutine's result, unless `cancelled`, which is asked now and then, says that nobody wants it any more.
+
+    Raises:
+        CancelledError: of concurrent.futures.
+    """
+    task = asyncio.ensure_future(coroutine)
+    try:
+        while not (await asyncio.wait({task}, timeout=_POLL_SECONDS))[0]:
+            if cancelled():
+                raise CancelledError
+        return task.result()
+    finally:
+        task.cancel()
+
+
 def stopped() -> Interrupted:
     """What is raised where a stop was asked while something was waited for."""
-    return Interrupted("stopped while a reward was waited for", hint="run the same command to continue")
+    return Interrupted("stopped while a reward or a sampler was waited for", hint="run the same command to continue")
 
 
 async def _with_exits(coroutine: Coroutine[Any, Any, Result]) -> tuple[tuple[Result] | None, BaseException | None]:
