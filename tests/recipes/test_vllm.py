@@ -74,6 +74,7 @@ def test_what_a_server_lacks_is_told_before_anything_is_sampled(
 
     with_(version="0.12.1")
     assert "the server is vLLM 0.12.1" in refused()
+    assert "the server is vLLM 0.12.1" in refused("--dry-run")
     with_(version="0.32.0", longest=64)
     assert "--max-model-len 96" in refused()
     with_(longest=512, shift=1)
@@ -93,6 +94,7 @@ def test_what_a_server_lacks_is_told_before_anything_is_sampled(
         patched.setenv("PERLHF_VLLM_KEY", "wrong")
         assert "is the key in PERLHF_VLLM_KEY right?" in refused()
     assert "docs/vllm.md" in refused("--vllm.url", "http://127.0.0.1:9")
+    assert "docs/vllm.md" in refused("--vllm.url", "http://127.0.0.1:9", "--dry-run")
     assert "PERLHF_VLLM_KEY" in refused("--vllm.url", "http://me:secret@127.0.0.1:9")
     vllm.spoil()
     assert "aren't those of base" in refused()

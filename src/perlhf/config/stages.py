@@ -408,7 +408,7 @@ class PolicyConfig(StageConfig):
     vllm: VllmConfig = Field(default=VllmConfig(), exclude_if=lambda server: server == VllmConfig())
     """The server of `sampler: vllm`."""
     max_ratio: Annotated[float, Field(ge=1)] | None = Field(default=None, exclude_if=lambda limit: limit is None)
-    """Of `staleness: 1` or `sampler: vllm`: a completion's ratio of policy to sampler counts as at most this (or null)."""
+    """Of `staleness: 1` or `sampler: vllm`: ratios of policy to sampler count as at most this (2 is usual) or as is."""
     max_sampler_gap: Annotated[float, Field(gt=0)] = Field(default=0.2, exclude_if=lambda nats: nats == 0.2)
     """Of the same two: an update whose sampler and policy differ by more nats a token, in the mean, ends the run."""
     keep: Literal["best", "last"] = Field(default="best", exclude_if=lambda which: which == "best")

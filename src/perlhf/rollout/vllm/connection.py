@@ -2,14 +2,16 @@
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError
 from typing import Any, TypeVar, cast
 
 from perlhf.config.addresses import VLLM_KEY, filled, shown
-from perlhf.errors import ServiceError
+from perlhf.errors import ConfigError, ServiceError
 from perlhf.method.packing import Ids
+from perlhf.model.encoding.encode import Encoder
 from perlhf.rollout.vllm.probe import Answer
 from perlhf.system.console import note
 from perlhf.system.http import Service, all_answers
@@ -17,6 +19,10 @@ from perlhf.system.waiting import STOP_ASKED, finish, stopped, until_cancelled
 
 Result = TypeVar("Result")
 
+TESTED = ((0, 32), (0, 33))
+"""The version of vLLM that this was tried with, and the last one whose source was read for it."""
+TEXT = "Grüße, 12 cups of «coffee»?\n\tnaïve 日本 🙂"
+"""Its tokens tell whether the tokenizers are the same."""
 PAUSE_SECONDS = 1.0
 """Between attempts to reach a server that is gone."""
 AT_ONCE = 256
@@ -111,6 +117,46 @@ class Connection:
             what = f"{len(found)} of {count} completions have tokens with a log-probability each"
             raise ServiceError(what, where=self.shown, hint="is it vLLM, without speculative decoding?")
         return found
+
+
+def introduction(connection: Connection, encoder: Encoder) -> str:
+    """What the server calls its base, if it is one that we know how to ask.
+
+    Raises:
+        ServiceError: nobody answers there, or what answers isn't vLLM.
+        ConfigError: another version of it, another tokenizer than the encoder's, no room for its sequences.
+    """
+    try:
+        told = mapping(connection.once("/version"))
+    except ServiceError as error:
+        hint = "start it (docs/vllm.md has the command), or give its address: --vllm.url http://HOST:8000"
+        raise ServiceError(error.what, where=connection.shown, hint=error.hint if error.status else hint) from None
+    version = str(told.get("version", "unknown"))
+    numbers = re.match(r"v?(\d+)\.(\d+)", version)
+    if numbers is None or not TESTED[0] <= (int(numbers[1]), int(numbers[2])) <= TESTED[1]:
+        first, last = (".".join(map(str, one)) for one in TESTED)
+        what, hint = f"the server is vLLM {version:.40}", f"pip install 'vllm>={first},<={last}.99' where it runs"
+        raise ConfigError(what, where="vllm.url", allowed=f"vLLM {first} to {last}", hint=hint)
+    listed = mapping(connection.once("/v1/models")).get("data")
+    bases = [one for one in listed if not one.get("parent")] if isinstance(listed, list) else []
+    if not bases:
+        raise ServiceError("the server names no base", where=connection.shown, hint="is it a vLLM server?")
+    max_tokens = encoder.max_tokens
+    name, longest = str(bases[0].get("id")), bases[0].get("max_model_len")
+    if isinstance(longest, int) and longest < max_tokens:
+        what = f"the server takes sequences of {longest} tokens, and prompt and completion have up to {max_tokens}"
+        hint = f"start it with --max-model-len {max_tokens}, or lower encoding.max_tokens"
+        raise ConfigError(what, where="encoding.max_tokens", allowed=f"at most {longest}", hint=hint)
+    body = {"model": name, "prompt": TEXT, "add_special_tokens": False}
+    theirs = mapping(connection.once("/tokenize", [body])[0]).get("tokens")
+    if theirs != encoder.tokenizer.encode(TEXT, add_special_tokens=False):
+        raise ConfigError(
+            "the server's tokenizer gives other tokens than this base's",
+            where="vllm.url",
+            allowed="the tokenizer of this base",
+            hint="start it with the directory that perlhf base names",
+        )
+    return name
 
 
 def request(name: str, prompt: Ids, samples: int, seed: int, temperature: float, max_tokens: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.parallel.workers import Workers
 from perlhf.rollout.local import Ends, Rollout
-from perlhf.rollout.vllm.connection import Connection, mapping, request
+from perlhf.rollout.vllm.connection import Connection, introduction, mapping, request
 from perlhf.rollout.vllm.probe import (
     PROBE_TOKENS,
     Answer,
@@ -44,12 +44,8 @@ from perlhf.rollout.vllm.probe import (
 from perlhf.system.console import note
 from perlhf.system.files import remove_directory, remove_leftovers
 
-TESTED = ((0, 32), (0, 33))
-"""The version of vLLM that this was tried with, and the last one whose source was read for it."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank takes."""
-TEXT = "Grüße, 12 cups of «coffee»?\n\tnaïve 日本 🙂"
-"""Its tokens tell whether the tokenizers are the same."""
 FAREWELL_SECONDS = 5.0
 """For telling a server what it may forget, at the end of a run."""
 
@@ -116,7 +112,7 @@ class Server:
                 adapter's rank, for so many adapters or for such long sequences; a directory that it doesn't see.
             StaleSamplerError: it doesn't compute with the adapter.
         """
-        self._base = self._workers.once(self._introduction)
+        self._base = self._workers.once(lambda: introduction(self._connection, self._encoder))
         self._session = self._workers.once(lambda: f"{self._prefix}{secrets.token_hex(3)}-")
         self._workers.once(self._sweep)
         base = Version(self._base, None, (), self._greedy(None))
@@ -216,42 +212,6 @@ class Server:
             self._directory.rmdir()
 
     # before anything is sampled
-
-    def _introduction(self) -> str:
-        """What the server calls its base, if it is one that we know how to ask."""
-        try:
-            told = mapping(self._connection.once("/version"))
-        except ServiceError as error:
-            hint = "start it (docs/vllm.md has the command), or give its address: --vllm.url http://HOST:8000"
-            raise ServiceError(
-                error.what, where=self._connection.shown, hint=error.hint if error.status else hint
-            ) from None
-        version = str(told.get("version", "unknown"))
-        numbers = re.match(r"v?(\d+)\.(\d+)", version)
-        if numbers is None or not TESTED[0] <= (int(numbers[1]), int(numbers[2])) <= TESTED[1]:
-            first, last = (".".join(map(str, one)) for one in TESTED)
-            what, hint = f"the server is vLLM {version:.40}", f"pip install 'vllm>={first},<={last}.99' where it runs"
-            raise ConfigError(what, where="vllm.url", allowed=f"vLLM {first} to {last}", hint=hint)
-        listed = mapping(self._connection.once("/v1/models")).get("data")
-        bases = [one for one in listed if not one.get("parent")] if isinstance(listed, list) else []
-        if not bases:
-            raise ServiceError("the server names no base", where=self._connection.shown, hint="is it a vLLM server?")
-        max_tokens = self._encoder.max_tokens
-        name, longest = str(bases[0].get("id")), bases[0].get("max_model_len")
-        if isinstance(longest, int) and longest < max_tokens:
-            what = f"the server takes sequences of {longest} tokens, and prompt and completion have up to {max_tokens}"
-            hint = f"start it with --max-model-len {max_tokens}, or lower encoding.max_tokens"
-            raise ConfigError(what, where="encoding.max_tokens", allowed=f"at most {longest}", hint=hint)
-        body = {"model": name, "prompt": TEXT, "add_special_tokens": False}
-        theirs = mapping(self._connection.once("/tokenize", [body])[0]).get("tokens")
-        if theirs != self._encoder.tokenizer.encode(TEXT, add_special_tokens=False):
-            raise ConfigError(
-                "the server's tokenizer gives other tokens than this base's",
-                where="vllm.url",
-                allowed=f"the tokenizer of {self._model.fingerprint['name']}",
-                hint="start it with the directory that perlhf base names",
-            )
-        return name
 
     def _sweep(self) -> None:
         """Unloads and deletes what an earlier session of this run, which was killed, left."""
