@@ -2,12 +2,14 @@
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from toy import Moment, command, finish, metrics, outcome, read_lines
 from vllm_server import FakeVllm, vllm
 
+from perlhf.rollout.vllm import connection
 from perlhf.training import checkpoint
 
 __all__ = ["vllm"]
@@ -64,6 +66,7 @@ def test_what_a_server_lacks_is_told_before_anything_is_sampled(
         runs.append(tmp_path / str(len(runs)))
         done = perlhf(*words(tiny_base, feedback, runs[-1], vllm, *options))
         assert done.code == 2 and "try:" in done.err and not vllm.sampled and not vllm.loaded, done.err
+        assert not (runs[-1] / "sampler").exists()
         return done.err
 
     runs: list[Path] = []
@@ -116,11 +119,19 @@ def test_raw_logprobs_end_the_run_where_they_begin(tiny_base, feedback, tmp_path
     assert done.code == 3 and "max_sampler_gap" in done.err and "processed_logprobs" in done.err, done.err
 
 
-def test_a_server_that_stays_away_ends_the_run_and_the_command_goes_on(tiny_base, feedback, tmp_path, vllm, perlhf):
-    given = tiny_base, feedback, tmp_path / "run", vllm
-    vllm.forgets_at, vllm.away_seconds = 30, 6.0
-    done = perlhf(*words(*given, "--vllm.timeout-seconds", "2"))
-    assert done.code == 2 and "waited for, 2 seconds at most" in done.err and "no answer" in done.err, done.err
+def test_a_server_that_stays_away_ends_the_run_and_the_command_goes_on(
+    tiny_base, feedback, tmp_path, vllm, perlhf, monkeypatch
+):
+    given, clock = (tiny_base, feedback, tmp_path / "run", vllm), [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 100 * seconds
+
+    monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    vllm.forgets_at, vllm.away_seconds = 30, 1e9
+    done = perlhf(*words(*given))
+    assert done.code == 2 and "waited for, 600 seconds at most" in done.err and "no answer" in done.err, done.err
+    assert clock[0] == 700, "it was asked until 600 seconds were over"
     vllm._until, vllm.breaks_at = 0, vllm.asked + 20
     done = perlhf(*words(*given))
     assert done.code == 0 and "answered 500" in done.err and "answers again" in done.err, done.err

@@ -262,11 +262,12 @@ class Server:
         self._number += 1
         name = f"{self._session}{self._number}"
         new = Version(name, self._directory / name, self._model.version(adapter), greedy)
-        earlier = self._known.setdefault(adapter, [])
+        versions = self._known.setdefault(adapter, [])
+        versions.append(new)
         told = time.perf_counter()
 
         def send() -> tuple[float, list[Answer]]:
-            for old in earlier[:-1]:
+            for old in versions[:-2]:
                 self._remove(old)
             assert new.directory is not None
             saved.save_adapter(self._model, adapter, new.directory, self._encoder)
@@ -274,8 +275,7 @@ class Server:
             return time.perf_counter() - told, self._probed(new)
 
         loading, found = self._workers.once(send)
-        del earlier[:-1]
-        earlier.append(new)
+        del versions[:-2]
         self._check_probe(new, found)
         self._seconds["seconds_load"] += loading
         self._seconds["seconds_probe"] += time.perf_counter() - began - loading
@@ -344,9 +344,11 @@ class Server:
         return error
 
     def _remove(self, version: Version) -> None:
+        """Unloads a version and deletes its files; what can't be deleted now is swept by the next session."""
         if version.directory is not None:
             self._unload(version.name)
-            remove_directory(version.directory)
+            with contextlib.suppress(OSError):
+                remove_directory(version.directory)
 
     def _unload(self, name: str) -> None:
         """Has the server forget an adapter; one that doesn't know it, or is gone, has."""
