@@ -98,20 +98,26 @@ async def together_or_none(running: Iterable[Coroutine[Any, Any, Result]]) -> li
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def until_cancelled(coroutine: Coroutine[Any, Any, Result], cancelled: Callable[[], bool]) -> Result:
-    """The coroutine's result, unless `cancelled`, which is asked now and then, says that nobody wants it any more.
+def finish_unless(cancelled: Callable[[], bool], coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """As `finish`, unless `cancelled`, which is asked now and then, says that nobody wants the result any more.
 
     Raises:
         CancelledError: of concurrent.futures.
     """
-    task = asyncio.ensure_future(coroutine)
-    try:
-        while not (await asyncio.wait({task}, timeout=_POLL_SECONDS))[0]:
-            if cancelled():
-                raise CancelledError
-        return task.result()
-    finally:
-        task.cancel()
+
+    async def watched() -> tuple[Result] | None:
+        task = asyncio.ensure_future(coroutine)
+        try:
+            while not (await asyncio.wait({task}, timeout=_POLL_SECONDS))[0]:
+                if cancelled():
+                    return None
+            return (task.result(),)
+        finally:
+            task.cancel()
+
+    if (result := finish(watched())) is None:
+        raise CancelledError
+    return result[0]
 
 
 def stopped() -> Interrupted:

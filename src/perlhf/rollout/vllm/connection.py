@@ -15,7 +15,7 @@ from perlhf.model.encoding.encode import Encoder
 from perlhf.rollout.vllm.probe import Answer
 from perlhf.system.console import note
 from perlhf.system.http import Service, all_answers
-from perlhf.system.waiting import STOP_ASKED, finish, stopped, until_cancelled
+from perlhf.system.waiting import STOP_ASKED, finish_unless, stopped
 
 Result = TypeVar("Result")
 
@@ -94,7 +94,7 @@ class Connection:
             at_once=AT_ONCE,
             as_text=as_text,
         )
-        answers = finish(until_cancelled(work, cancelled))
+        answers = finish_unless(cancelled, work)
         return answers[0] if bodies is None else answers
 
     def choices(self, answer: object, count: int) -> list[Answer]:
