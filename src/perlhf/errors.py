@@ -72,7 +72,12 @@ class StorageError(PerlhfError, OSError):
 
 
 class ServiceError(PerlhfError, RuntimeError):
-    """A service that was asked over HTTP (judge, reward) doesn't answer, or answers nonsense."""
+    """A service that was asked over HTTP (judge, reward, sampler) doesn't answer, or answers nonsense."""
+
+    status: int | None = None
+    """Of the answer that was a refusal."""
+    passing = False
+    """Whether it may go by: nobody listens there, or who does is overloaded or broken."""
 
 
 class RewardFunctionError(PerlhfError, RuntimeError):

@@ -518,5 +518,5 @@ def wide(prompts, completions):
         finally:
             process.kill()
         assert process.returncode == 130, shown
-        assert "stopped while a reward was waited for" in shown and "Traceback" not in shown
+        assert "stopped while a reward or a sampler was waited for" in shown and "Traceback" not in shown
         assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 1

@@ -1,7 +1,7 @@
 """Addresses of services (rewards, judges): what they may hold, so that no secret reaches a file.
 
 What is given as an address is written to config.yaml, evaluation.json, reports and logs. So it must hold no secret:
-those come from the environment, as a key that is sent as a bearer token (PERLHF_REWARD_KEY, PERLHF_JUDGE_KEY), or as
+those come from the environment, as a key that is sent as a bearer token (PERLHF_REWARD_KEY and its like), or as
 `${NAME}` inside the address, which is saved as it was written and filled in when the service is asked.
 """
 
@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote_plus, urlsplit
 from perlhf.errors import ConfigError
 
 ALLOWED = "http(s)://host:port/path"
-REWARD_KEY, JUDGE_KEY = "PERLHF_REWARD_KEY", "PERLHF_JUDGE_KEY"
+REWARD_KEY, JUDGE_KEY, VLLM_KEY = "PERLHF_REWARD_KEY", "PERLHF_JUDGE_KEY", "PERLHF_VLLM_KEY"
 
 HARMLESS = frozenset(
     "adapter api-version api_version batch batch_size dataset dim dimension domain dtype format head lang language "
@@ -81,13 +81,13 @@ def check_addresses(sources: Iterable[str]) -> None:
             check_address(source)
 
 
-def filled(address: str) -> Filled:
+def filled(address: str, key_variable: str = REWARD_KEY) -> Filled:
     """The address with each `${NAME}` replaced by that environment variable.
 
     Raises:
         ConfigError: a variable that isn't set, or is empty; an address that `check_address` refuses.
     """
-    check_address(address)
+    check_address(address, key_variable)
     hidden: list[str] = []
 
     def value(match: re.Match[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from perlhf.config.addresses import check_addresses
+from perlhf.config.addresses import VLLM_KEY, check_address, check_addresses
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -327,6 +327,23 @@ class ValueConfig(Frozen):
     """Value-only updates before the policy learns."""
 
 
+class VllmConfig(Frozen):
+    """The server that samples for `sampler: vllm` (docs/design.md); its key, if it needs one, is PERLHF_VLLM_KEY."""
+
+    url: str = "http://127.0.0.1:8000"
+    """Where it listens."""
+    directory: Path | None = None
+    """Where versions of the adapter are written for it, which it sees by the same path; null takes RUN/sampler."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Limit of one request, and of waiting for a server that is gone, such as while it is started again."""
+
+    @field_validator("url")
+    @classmethod
+    def _without_secrets(cls, url: str) -> str:
+        check_address(url, VLLM_KEY)
+        return url
+
+
 class PolicyConfig(StageConfig):
     """REINFORCE with a KL anchor (the paper's objective; docs/method.md)."""
 
@@ -386,10 +403,14 @@ class PolicyConfig(StageConfig):
     """Stop after so many evaluations in a row without a better held-out reward; null runs all updates."""
     staleness: Literal[0, 1] = Field(default=0, exclude_if=lambda updates: updates == 0)
     """1 samples the next update's completions while this one is learned from, and corrects for the older policy."""
+    sampler: Literal["local", "vllm"] = Field(default="local", exclude_if=lambda engine: engine == "local")
+    """What samples: this process, or a vLLM server on the same base, which gets each version of the adapter."""
+    vllm: VllmConfig = Field(default=VllmConfig(), exclude_if=lambda server: server == VllmConfig())
+    """The server of `sampler: vllm`."""
     max_ratio: Annotated[float, Field(ge=1)] | None = Field(default=None, exclude_if=lambda limit: limit is None)
-    """Of `staleness: 1`: a completion's ratio of policy to sampler counts as at most this (2 is usual); null: as is."""
+    """Of `staleness: 1` or `sampler: vllm`: ratios of policy to sampler count as at most this (2 is usual) or as is."""
     max_sampler_gap: Annotated[float, Field(gt=0)] = Field(default=0.2, exclude_if=lambda nats: nats == 0.2)
-    """Of `staleness: 1`: an update whose sampler and policy differ by more nats a token, in the mean, ends the run."""
+    """Of the same two: an update whose sampler and policy differ by more nats a token, in the mean, ends the run."""
     keep: Literal["best", "last"] = Field(default="best", exclude_if=lambda which: which == "best")
     """Weights to keep: the `best` by held-out reward (the start, where none is clearly better), or the `last`."""
     bounded: bool = Field(default=False, exclude_if=lambda bounded: not bounded)
@@ -406,6 +427,11 @@ class PolicyConfig(StageConfig):
     def save_every(self) -> int:
         """Updates between checkpoints in force; adapters are small enough to save each time."""
         return self.checkpoint_every or (1 if self.tuning == "lora" else 20)
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether completions are of an older policy or another engine, and count by their ratio."""
+        return self.staleness > 0 or self.sampler != "local"
 
     @property
     def value_learning_rate(self) -> float:
@@ -440,12 +466,19 @@ class PolicyConfig(StageConfig):
         if self.staleness and self.tuning == "full":
             what = "staleness: 1 samples with a copy of the adapter, and tuning: full has none"
             raise ValueError(f"{what}; leave one of them out")
-        if self.staleness and self.shard != "none":
+        if self.sampler == "vllm" and self.tuning == "full":
+            raise ValueError(
+                "sampler: vllm is sent adapters, and tuning: full has none; leave one of them out, or take tuning: lora"
+            )
+        if self.sampler == "local" and self.vllm != VllmConfig():
+            raise ValueError("vllm is of sampler: vllm; leave it out, or set that")
+        if self.staleness and self.shard != "none" and self.sampler == "local":
             what = f"staleness: 1 samples while it learns, and shard: {self.shard} gathers layers in one order"
             raise ValueError(f"{what}; leave one of them out")
         for key in ("max_ratio", "max_sampler_gap"):
-            if not self.staleness and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is of staleness: 1, where an older policy samples; leave it out, or set that")
+            if not self.off_policy and getattr(self, key) != type(self).model_fields[key].default:
+                what = f"{key} is of staleness: 1, where an older policy samples, and of sampler: vllm"
+                raise ValueError(f"{what}; leave it out, or set one of them")
 
     def _check_weights(self) -> None:
         weights = self.reward_weights

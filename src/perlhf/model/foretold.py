@@ -241,10 +241,11 @@ def memory_of(
     mask = MASK_BYTES * tokens**2 if on_gpu and config.packing != "none" else 0
     passing = {"activations": kept + mask + _logits_bytes(config, network)}
     if isinstance(config, PolicyConfig):
-        passing["sampling"] = _sampling_bytes(config, network, width, devices.count, lengths)
+        if config.sampler == "local":
+            passing["sampling"] = _sampling_bytes(config, network, width, devices.count, lengths)
         if config.staleness:
             held["adapter that samples"] = trainable["policy"] * 4
-        if config.staleness and not on_gpu:  # on a GPU they take turns
+        if config.staleness and config.sampler == "local" and not on_gpu:  # on a GPU they take turns
             passing["both at once"] = passing["activations"] + passing["sampling"]
     if devices.count > 1:
         passing["sums of gradients"] = SUM_BYTES * sum(trainable.values())

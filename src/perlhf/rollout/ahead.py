@@ -3,7 +3,8 @@
 The copy is an adapter of the same base, `sampler`, with the policy's weights as they were when the update before began.
 So update u learns from what the policy wrote after u - 2 updates (the first two: before any), and what it wrote counts
 by the ratio of the policy that learns to the one that wrote (`method.losses.completion_ratio`). On a CPU a thread of
-its own samples; elsewhere completions are sampled in turn, when they are asked for, by the same copy.
+its own samples, or waits for a server that does (`sampler: vllm`); elsewhere completions are sampled in turn, when they
+are asked for, by the same copy.
 
 A checkpoint holds the copy: completions are a function of it, the seed and the update, and are sampled again.
 """
@@ -44,10 +45,18 @@ class Ahead:
         ask: what samples an update, made in the caller's thread; called in another one.
         last: update after which nothing is sampled.
         learned: updates that the copy has learned from.
+        elsewhere: whether another process computes what is sampled, so that a thread can wait for it on any device.
     """
 
     def __init__(
-        self, model: Model, policy: str, ask: Callable[[int], Work], last: int, workers: Workers, learned: int
+        self,
+        model: Model,
+        policy: str,
+        ask: Callable[[int], Work],
+        last: int,
+        workers: Workers,
+        learned: int,
+        elsewhere: bool = False,
     ):
         self.learned, self.seconds = learned, 0.0
         """Updates that what samples has learned from; how long the completions that were taken last took to sample."""
@@ -55,7 +64,7 @@ class Ahead:
         self._before: tuple[list[Tensor], int] | None = None
         self._future: Future[Share] | None = None
         self._cancelled = threading.Event()
-        self._pool = ThreadPoolExecutor(1, "perlhf-sampler") if model.device.type == "cpu" else None
+        self._pool = ThreadPoolExecutor(1, "perlhf-sampler") if elsewhere or model.device.type == "cpu" else None
         if self._pool is None:
             what = f"staleness: 1 gains no time on {model.device.type}"
             note(f"{what}: it samples and learns in turn there, from the same older policy as on a CPU")
@@ -71,6 +80,7 @@ class Ahead:
         Raises:
             what sampling them says.
         """
+        self._before = None  # should this fail, the copy stays what samples this update
         if self._future is None:
             share = self._sample(self._ask(update), torch.get_num_threads())
         else:
@@ -131,13 +141,20 @@ def padded(rollout: Rollout, like: Tensor) -> Tensor:
     return out
 
 
-def check_gap(gap: float, limit: float, update: int) -> None:
-    """Raises DivergenceError where sampler and policy differ by more than `limit` nats a token."""
+def check_gap(gap: float, limit: float, update: int, elsewhere: bool) -> None:
+    """Raises DivergenceError where sampler and policy differ by more than `limit` nats a token.
+
+    Args:
+        elsewhere: whether another engine sampled.
+    """
+    hint = "lower optim.learning_rate, or start again with staleness: 0"
+    if elsewhere:
+        hint = "have the server compute in this run's dtype, with --logprobs-mode processed_logprobs; else " + hint
     if not gap <= limit:
         raise DivergenceError(
             f"the policy's log-probabilities are {gap:.3g} nats a token from those it was sampled with, in the mean of "
             f"update {update}: too far for a ratio of the two to correct",
             where="max_sampler_gap",
             allowed=f"at most {limit:g}",
-            hint="lower optim.learning_rate, or start again with staleness: 0; the last checkpoint is kept",
+            hint=f"{hint}; the last checkpoint is kept",
         )

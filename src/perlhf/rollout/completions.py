@@ -1,13 +1,13 @@
 """The completions of a policy's prompts, sampled and scored: by each of several workers its share, known to all."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from perlhf.config.stages import PolicyConfig
 from perlhf.data import order
@@ -22,6 +22,7 @@ from perlhf.rollout import local
 from perlhf.rollout.functions import TrainerState
 from perlhf.rollout.local import Ends, Rollout, probe, uniforms
 from perlhf.rollout.scorers import Scorers
+from perlhf.rollout.vllm.server import Server, seeds_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Setup:
     """Held-out prompts that choose nothing: what is kept is reported on them."""
     workers: Workers = ALONE
     """Who shares each update."""
+    server: Server | None = None
+    """What samples, where that isn't this process (`sampler: vllm`)."""
 
     @property
     def packing(self) -> Packing:
@@ -108,9 +111,14 @@ def prompt_numbers(setup: Setup, step: int) -> list[int]:
 def asked(setup: Setup, adapter: str, step: int) -> Work:
     """What samples the completions of an update with an adapter, and proves that it did."""
     numbers = prompt_numbers(setup, step)
-    check = partial(probe, setup.model, adapter=adapter)
+    check = proof(setup, adapter)
     prompts, samples = [setup.prompts[i] for i in numbers], setup.config.completions_per_prompt
     return to_sample(setup, prompts, adapter, samples, step, numbers, check)
+
+
+def proof(setup: Setup, adapter: str) -> Callable[[Rollout], None]:
+    """What proves that a rollout was sampled from the adapter as it is; a server's versions are probed themselves."""
+    return partial(probe, setup.model, adapter=adapter) if setup.server is None else lambda own: None
 
 
 def to_sample(
@@ -122,21 +130,29 @@ def to_sample(
     numbers: Sequence[int],
     check: Callable[[Rollout], None],
 ) -> Work:
-    """What samples this worker's share of `samples` completions of each prompt."""
+    """What samples this worker's share of `samples` completions of each prompt: `local.sample`, or a server that gets
+    the adapter as it is now, from all workers together.
+
+    Raises:
+        StaleSamplerError, ServiceError, ConfigError, StorageError: as `Server.version`.
+    """
     config, longest = setup.config, setup.config.max_completion_tokens
-    return partial(
-        sample_share,
-        setup.model,
-        [setup.encoder.cut_prompt(record.prompt, longest, record.tools) for record in prompts],
-        adapter=adapter,
-        draws=lambda own: uniforms(config.seed, step, numbers, samples, longest, own),
-        samples=samples,
-        ends=Ends.of(setup.encoder, config.stop),
-        temperature=config.temperature,
-        max_completion_tokens=longest,
-        workers=setup.workers,
-        check=check,
-    )
+    ids = [setup.encoder.cut_prompt(record.prompt, longest, record.tools) for record in prompts]
+    ends = Ends.of(setup.encoder, config.stop)
+    given: dict[str, Any] = {"ends": ends, "temperature": config.temperature, "max_completion_tokens": longest}
+    version = None if setup.server is None else setup.server.version(adapter)
+
+    def sample(own: Sequence[int], cancelled: Callable[[], bool]) -> Rollout:
+        chosen = [ids[at] for at in own]
+        if setup.server is None or version is None:
+            draws = uniforms(config.seed, step, numbers, samples, longest, own)
+            return local.sample(setup.model, chosen, adapter=adapter, draws=draws, cancelled=cancelled, **given)
+        seeds = seeds_of(config.seed, step, numbers, samples, own)
+        return setup.server.sample(version, chosen, seeds, samples=samples, cancelled=cancelled, **given)
+
+    in_step = setup.workers.in_step and setup.server is None
+    shared = {"longest": longest, "ends": ends, "workers": setup.workers, "in_step": in_step, "check": check}
+    return partial(sample_share, sample, ids, samples, **shared)
 
 
 def sample_completions(
@@ -209,43 +225,33 @@ def reference_scores(
 
 
 def sample_share(
-    model: Model,
+    sample: Callable[[Sequence[int], Callable[[], bool]], Rollout],
     prompts: Sequence[Ids],
-    *,
-    adapter: str | None,
-    draws: Callable[[Collection[int]], Tensor],
     samples: int,
+    *,
+    longest: int,
     ends: Ends,
-    temperature: float,
-    max_completion_tokens: int,
     workers: Workers,
-    check: Callable[[Rollout], None] = lambda rollout: None,
+    in_step: bool,
+    check: Callable[[Rollout], None],
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Share:
     """This worker's share of `samples` completions of each prompt (`of_all`).
 
     Args:
-        draws: uniform numbers [prompt * sample, max_completion_tokens] of the prompts at these places.
-        ends, temperature, cancelled: as those of `sample`.
+        sample: gives those of the prompts at these places; asks its second argument whether they are still wanted.
+        longest: tokens of a completion.
+        ends: what ends them.
+        in_step: whether who has no share samples for nothing, beside the others.
         check: is called with what this worker sampled itself.
 
     Raises:
-        AdapterError, DivergenceError, CancelledError: as `sample`; what `check` says.
+        what `sample` and `check` say.
     """
-    own = balanced([len(ids) + samples * max_completion_tokens for ids in prompts], workers.count)[workers.number]
+    own = balanced([len(ids) + samples * longest for ids in prompts], workers.count)[workers.number]
     rollout = None
-    computed = own or ([0] if workers.in_step else [])  # who has none samples for nothing, beside the others
-    if computed:
-        rollout = local.sample(
-            model,
-            [prompts[i] for i in computed],
-            adapter=adapter,
-            draws=draws(computed),
-            ends=ends,
-            temperature=temperature,
-            max_completion_tokens=max_completion_tokens,
-            cancelled=cancelled,
-        )
+    if computed := own or ([0] if in_step else []):
+        rollout = sample(computed, cancelled)
         check(rollout)
     return Share(prompts, samples, own, rollout, ends)
 

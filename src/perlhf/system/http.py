@@ -1,4 +1,4 @@
-"""JSON over HTTP for the judge and HTTP rewards: a deadline for each request, limits on its answer, bounded retries.
+"""JSON over HTTP for judges, rewards and samplers: a deadline for each request, limits on its answer, bounded retries.
 
 httpx2 speaks HTTP. What no client has is here: a limit on the whole of a request's time (httpx2 and urllib3 limit each
 wait for a byte, so that a server which sends one byte a second is read for ever), and on the bytes and the depth of its
@@ -76,9 +76,11 @@ class Service:
 class _Again(Exception):
     """An attempt failed in a way that another may not."""
 
-    def __init__(self, failure: str, hint: str | None = None, wait_seconds: float | None = None):
+    def __init__(
+        self, failure: str, hint: str | None = None, wait_seconds: float | None = None, status: int | None = None
+    ):
         super().__init__(failure)
-        self.failure, self.hint, self.wait_seconds = failure, hint, wait_seconds
+        self.failure, self.hint, self.wait_seconds, self.status = failure, hint, wait_seconds, status
 
 
 def post_json(service: Service, body: object, **limits: Any) -> object:
@@ -133,22 +135,31 @@ async def all_answers(
     attempts: int = 4,
     backoff_seconds: float = 1.0,
     at_once: int = 4,
+    as_text: bool = False,
 ) -> list[object]:
-    """`post_all`, to be awaited."""
-    contents = [json.dumps(body, allow_nan=False).encode() for body in bodies]
+    """`post_all`, to be awaited.
+
+    Args:
+        bodies: one that is None is no post: the address is read (GET).
+        as_text: answers are given as the texts that they are, whether they hold JSON or not.
+    """
+    contents = [None if body is None else json.dumps(body, allow_nan=False).encode() for body in bodies]
     proxy = proxy_of(service.url)
     service = replace(service, hidden=(*service.hidden, *_password(proxy)))
     turns = asyncio.Semaphore(at_once)
 
-    async def answer(content: bytes) -> object:
+    async def answer(content: bytes | None) -> object:
         async with turns:
             for attempt in range(1, attempts + 1):
                 try:
-                    return await _attempt(transport, service, content, proxy, timeout_seconds)
+                    text = await _attempt(transport, service, content, proxy, timeout_seconds)
+                    return text.decode(errors="replace") if as_text else _parsed(text, service)
                 except _Again as again:
                     if attempt == attempts:
-                        failure = f"{again.failure} (attempt {attempt} of {attempts})"
-                        raise ServiceError(failure, where=service.shown, hint=again.hint) from None
+                        counted = f" (attempt {attempt} of {attempts})" if attempts > 1 else ""
+                        error = ServiceError(again.failure + counted, where=service.shown, hint=again.hint)
+                        error.status, error.passing = again.status, True
+                        raise error from None
                     pause = backoff_seconds * 2 ** (attempt - 1) if again.wait_seconds is None else again.wait_seconds
                 await _pause(min(pause, MAX_WAIT_SECONDS))
         raise AssertionError("the last attempt returns or raises")
@@ -211,16 +222,22 @@ def _transport(service: Service, proxy: str | None) -> "httpx2.AsyncHTTPTranspor
 
 
 async def _attempt(
-    transport: "httpx2.AsyncHTTPTransport", service: Service, content: bytes, proxy: str | None, timeout_seconds: float
-) -> object:
-    """One request; raises `_Again` where another one may do better."""
+    transport: "httpx2.AsyncHTTPTransport",
+    service: Service,
+    content: bytes | None,
+    proxy: str | None,
+    timeout_seconds: float,
+) -> bytes:
+    """What one request is answered; raises `_Again` where another one may do better."""
     import httpx2
 
     through = f", through the proxy {_without_password(proxy)}" if proxy else ""
     hint = "name the service's host in no_proxy, if it needs no proxy" if proxy else "is the service running there?"
     try:
         async with asyncio.timeout(timeout_seconds):
-            request = httpx2.Request("POST", service.url, headers=_headers(service), content=content)
+            request = httpx2.Request(
+                "GET" if content is None else "POST", service.url, headers=_headers(service), content=content
+            )
             response = await transport.handle_async_request(request)
             response.request = request
             try:
@@ -248,21 +265,23 @@ async def _attempt(
         raise ConfigError(f"{service.shown!r} is no http address", allowed="http(s)://host:port/path") from None
 
 
-async def _answer(response: "httpx2.Response", service: Service, through: str) -> object:
-    """The JSON of an answer 2xx; raises for others and for what is too long."""
+async def _answer(response: "httpx2.Response", service: Service, through: str) -> bytes:
+    """What an answer 2xx holds; raises for others and for what is too long."""
     status = response.status_code
     if 200 <= status < 300:
         raw, whole = await _read(response, MAX_ANSWER_BYTES, service)
         if not whole:
             failure = f"answered more than {MAX_ANSWER_BYTES // 2**20} MiB; the rest wasn't read"
             raise ServiceError(failure, where=service.shown)
-        return _parsed(raw, service)
+        return raw
     raw, _ = await _read(response, MAX_ERROR_BYTES, service)
     text = service.excerpt(raw.decode(errors="replace") or response.reason_phrase)
     failure = f"answered {status} {text}{through}"
     if status == 429 or status >= 500:
-        raise _Again(failure, wait_seconds=_retry_after(response.headers.get("Retry-After", "")))
-    raise ServiceError(failure, where=service.shown, hint=_hint(status, service, through))
+        raise _Again(failure, None, _retry_after(response.headers.get("Retry-After", "")), status)
+    error = ServiceError(failure, where=service.shown, hint=_hint(status, service, through))
+    error.status = status
+    raise error
 
 
 def _hint(status: int, service: Service, through: str) -> str | None:

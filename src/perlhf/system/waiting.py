@@ -9,7 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import wait
+from concurrent.futures import CancelledError, wait
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -98,9 +98,31 @@ async def together_or_none(running: Iterable[Coroutine[Any, Any, Result]]) -> li
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def finish_unless(cancelled: Callable[[], bool], coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """As `finish`, unless `cancelled`, which is asked now and then, says that nobody wants the result any more.
+
+    Raises:
+        CancelledError: of concurrent.futures.
+    """
+
+    async def watched() -> tuple[Result] | None:
+        task = asyncio.ensure_future(coroutine)
+        try:
+            while not (await asyncio.wait({task}, timeout=_POLL_SECONDS))[0]:
+                if cancelled():
+                    return None
+            return (task.result(),)
+        finally:
+            task.cancel()
+
+    if (result := finish(watched())) is None:
+        raise CancelledError
+    return result[0]
+
+
 def stopped() -> Interrupted:
     """What is raised where a stop was asked while something was waited for."""
-    return Interrupted("stopped while a reward was waited for", hint="run the same command to continue")
+    return Interrupted("stopped while a reward or a sampler was waited for", hint="run the same command to continue")
 
 
 async def _with_exits(coroutine: Coroutine[Any, Any, Result]) -> tuple[tuple[Result] | None, BaseException | None]:

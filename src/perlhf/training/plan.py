@@ -34,6 +34,7 @@ from perlhf.model.open import left_out, with_day
 from perlhf.model.supported import packing_of, states_width, target_paths
 from perlhf.parallel.traffic import Gathers, Lengths, Stage, microbatches_of, passes_of
 from perlhf.rollout.scorers import load_functions
+from perlhf.rollout.vllm.connection import Connection, introduction
 from perlhf.runs.earlier import check_disagreement, check_runs, earlier_runs, is_adapter
 from perlhf.system import before_torch
 from perlhf.training.loop import Sides, read_sides, tell, updates_of
@@ -83,6 +84,7 @@ def plan(config: Stage, workers: int = 1) -> Plan:
         AdapterError: a target that matches no layer; an adapter of another tool that can't be taken.
         ConfigError, RewardFunctionError: a reward function that can't be imported or called, a service's address.
         DataError, ConfigError, TooLong: what the encoder says of the records that are tried (`TRIED_RECORDS`).
+        ServiceError, ConfigError: a server that is to sample isn't there, or can't (`rollout.vllm.connection`).
     """
     network = without_weights(config.base, config.quantize, config.device)
     stage, kinds = _stage(config)
@@ -152,7 +154,8 @@ def way_in_words(foretold: Foretold, asked: str = "auto") -> str:
 
 
 def _try_out(config: Stage, sides: Sides) -> Lengths:
-    """Encodes some records of each side that training encodes; none where the packaged base isn't here yet.
+    """Encodes some records of each side that training encodes, and asks a server that is to sample whether it can; not
+    where the packaged base isn't here yet.
 
     Gives the longest that there are: of a policy's prompts those that were tried.
     """
@@ -164,6 +167,8 @@ def _try_out(config: Stage, sides: Sides) -> Lengths:
     config = with_day(config, base)
     encoder = Encoder(load_tokenizer(base), config.encoding, end_ids(base))
     of_policy = isinstance(config, PolicyConfig)
+    if isinstance(config, PolicyConfig) and config.sampler == "vllm":
+        introduction(Connection(config.vllm.url, config.vllm.timeout_seconds), encoder)
     for records in (sides.train, sides.validation, None if of_policy else sides.test):
         for record in (records[number] for number in telling(records, TRIED_RECORDS).tolist()) if records else ():
             if of_policy:
@@ -366,7 +371,7 @@ def parts_of(
 
 def seconds_of(config: Stage, parts: Mapping[str, Part]) -> float:
     """Of an update. With `staleness: 1` the longer of sampling and learning counts on a CPU, unless both compute; on a
-    GPU they take turns.
+    GPU they take turns. A server's sampling is that of a device like ours.
     """
     total = sum(part.seconds for part in parts.values())
     sampling = parts.get("sampling")

@@ -24,6 +24,8 @@ from perlhf.data.records import Prompt
 from perlhf.errors import Interrupted, RewardFunctionError, ServiceError
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
+from perlhf.model.encoding.encode import Encoder
+from perlhf.model.model import Model
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
 from perlhf.model.supported import told
 from perlhf.parallel.together import together
@@ -32,6 +34,8 @@ from perlhf.rollout.ahead import SAMPLER, Ahead, add_sampler, padded
 from perlhf.rollout.completions import Centre, Setup, asked
 from perlhf.rollout.local import Ends
 from perlhf.rollout.scorers import load_scorers
+from perlhf.rollout.vllm.probe import PROBE_TOKENS
+from perlhf.rollout.vllm.server import Server
 from perlhf.runs.earlier import check_disagreement
 from perlhf.runs.run import Run
 from perlhf.system.console import note, warn
@@ -79,7 +83,7 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
         StaleSamplerError: the sampler didn't use the current adapter.
         DivergenceError: a loss or gradient isn't finite; the last checkpoint is kept.
         RewardFunctionError, ServiceError: a reward failed, gave the reference no score at all, or none in several
-            updates in a row; what was learned is kept, and the same command goes on.
+            updates in a row, or the server that samples failed; what was learned is kept, and the same command goes on.
         Interrupted: a signal asked for it; likewise.
         DataError, ConfigError, ModelError, AdapterError, RunError: as the parts say.
     """
@@ -95,6 +99,15 @@ def train_policy(config: PolicyConfig) -> dict[str, Any]:
 def _train(config: PolicyConfig, base: Base, run: Run, workers: Workers) -> dict[str, Any]:
     """The run from where it is to its end; its result."""
     setup = _open(config, base, workers)
+    if setup.server is None:
+        return _learn(setup, run)
+    with setup.server as server:
+        server.check(POLICY, temperature=config.temperature, slots=config.staleness + 2)
+        return _learn(setup, run)
+
+
+def _learn(setup: Setup, run: Run) -> dict[str, Any]:
+    config, workers = setup.config, setup.workers
     run.note("way", told(setup.model.way, config.packing))
     model, optimizers = setup.model, _optimizers(setup)
     validation = _validation(setup)
@@ -159,7 +172,11 @@ def _update(
     try:
         done = policy_step(setup, optimizers, state.centre, At(step, state.learned + 1), ahead)
         _count(done, state, step, setup.config)
-    except (Interrupted, RewardFunctionError, ServiceError):  # the reward's; nothing was learned since
+    except (
+        Interrupted,
+        RewardFunctionError,
+        ServiceError,
+    ):  # the reward's, or the sampler's; nothing was learned since
         if ahead is not None:
             ahead.back()
         save(step - 1)
@@ -195,7 +212,26 @@ def _open(config: PolicyConfig, base: Base, workers: Workers) -> Setup:
     if (count := len(sides.train)) < config.prompts_per_update:
         several = f"an update's {config.prompts_per_update} (prompts_per_update) hold some more than once"
         warn(f"there are only {count} training prompts: {several}")
-    return Setup(config, model, encoder, scorers, prompts, held_out, reference, reported_on, workers)
+    server = _server(config, model, encoder, prompts, workers) if config.sampler == "vllm" else None
+    return Setup(config, model, encoder, scorers, prompts, held_out, reference, reported_on, workers, server)
+
+
+def _server(
+    config: PolicyConfig, model: Model, encoder: Encoder, prompts: Sequence[Prompt], workers: Workers
+) -> Server:
+    """The server that samples, as it is configured."""
+    longest = config.max_completion_tokens
+    return Server(
+        model,
+        encoder,
+        workers,
+        url=config.vllm.url,
+        directory=config.vllm.directory or config.run / "sampler",
+        run=config.run,
+        prompts=[encoder.cut_prompt(one.prompt, max(longest, PROBE_TOKENS), one.tools) for one in prompts[:2]],
+        max_gap=config.max_sampler_gap,
+        timeout_seconds=config.vllm.timeout_seconds,
+    )
 
 
 def _ahead(setup: Setup, step: int) -> AbstractContextManager[Ahead | None]:
@@ -203,7 +239,8 @@ def _ahead(setup: Setup, step: int) -> AbstractContextManager[Ahead | None]:
     if not setup.config.staleness:
         return nullcontext()
     ask = partial(asked, setup, SAMPLER)
-    return Ahead(setup.model, POLICY, ask, setup.config.updates, setup.workers, max(0, step - 1))
+    elsewhere = setup.server is not None
+    return Ahead(setup.model, POLICY, ask, setup.config.updates, setup.workers, max(0, step - 1), elsewhere)
 
 
 def _optimizers(setup: Setup) -> Optimizers:
@@ -376,7 +413,7 @@ def _rows(setup: Setup, done: Step, step: int) -> list[dict[str, Any]]:
                 "ended": rollout.ended[i],
             }
         )
-        if setup.config.staleness:
+        if setup.config.off_policy:
             rows[-1] |= {"sampler_step": done.sampler_step, "sampler_logprobs": rollout.sampler_logprobs[i]}
     return rows
 

@@ -9,7 +9,6 @@ micro-batch tells its own advantages.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,11 +26,12 @@ from perlhf.rollout.completions import (
     Scored,
     Setup,
     prompt_numbers,
+    proof,
     reference_scores,
     sample_completions,
     score,
 )
-from perlhf.rollout.local import Rollout, probe
+from perlhf.rollout.local import Rollout
 from perlhf.training import loop, optim
 
 POLICY, VALUE = "policy", "value"
@@ -86,15 +86,15 @@ def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, at: At, ah
     Raises:
         StaleSamplerError: the sampler didn't use the current adapter.
         DivergenceError: a loss, gradient or KL isn't finite or has exploded.
-        RewardFunctionError, ServiceError: a reward failed; nothing was learned.
-        Interrupted: a stop was asked while a reward was waited for; nothing was learned.
+        RewardFunctionError, ServiceError: a reward failed, or a server that samples; nothing was learned.
+        Interrupted: a stop was asked while one of these was waited for; nothing was learned.
     """
     config, step, began = setup.config, at.step, time.perf_counter()
     numbers, sampler_step, ahead_seconds = prompt_numbers(setup, step), step - 1, 0.0
     prompts = [setup.prompts[i] for i in numbers]
     if ahead is None:
-        check = partial(probe, setup.model, adapter=POLICY)
-        rollout = sample_completions(setup, prompts, POLICY, config.completions_per_prompt, step, numbers, check)
+        given = setup, prompts, POLICY, config.completions_per_prompt, step, numbers
+        rollout = sample_completions(*given, proof(setup, POLICY))
     else:
         rollout, sampler_step, ahead_seconds = ahead.take(step), ahead.learned, ahead.seconds
         ahead.begin(step + 1, step - 1)
@@ -113,12 +113,12 @@ def policy_step(setup: Setup, optimizers: Optimizers, centre: Centre, at: At, ah
     values["seconds_learn"] = time.perf_counter() - scored_at
     kl = advantages.completion_kl(known.old_logprobs, known.ref_logprobs, known.mask)
     weights = weights_of(setup, known.old_logprobs, padded(rollout, known.mask), known.mask)
+    if config.off_policy:
+        values |= {"ratio_mean": weights.mean().item(), "ratio_max": weights.max().item()}
     if ahead is not None:
-        values |= {
-            "seconds_ahead": ahead_seconds,
-            "ratio_mean": weights.mean().item(),
-            "ratio_max": weights.max().item(),
-        }
+        values["seconds_ahead"] = ahead_seconds
+    if setup.server is not None:
+        values |= setup.server.spent()
     return Step(prompts, scored, known, rewards, kl, weights, sampler_step, values)
 
 
@@ -301,19 +301,19 @@ def start_value(model: Model, mean: float) -> None:
 
 
 def weights_of(setup: Setup, logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """How much each completion counts: [batch], the ratio of the policy to the older one that sampled it, else 1."""
-    if not setup.config.staleness:
+    """How much each completion counts: [batch], the ratio of the policy to what sampled it, where that is another."""
+    if not setup.config.off_policy:
         return torch.ones(len(mask), device=mask.device)
     return completion_ratio(logprobs, sampler_logprobs, mask, limit=setup.config.max_ratio)
 
 
 def check_known(setup: Setup, known: Known, rollout: Rollout, step: int) -> None:
-    """Raises DivergenceError where the KL to the reference has exploded, or the gap to an older policy that sampled."""
+    """Raises DivergenceError where the KL to the reference has exploded, or the gap to what sampled."""
     kl = advantages.completion_kl(known.old_logprobs, known.ref_logprobs, known.mask)
     loop.check_bounded("kl", kl.mean().item(), step, loop.KL_LIMIT)
-    if setup.config.staleness:
+    if setup.config.off_policy:
         gap = (padded(rollout, known.mask) - known.old_logprobs)[known.mask].abs().mean().item()
-        check_gap(gap, setup.config.max_sampler_gap, step)
+        check_gap(gap, setup.config.max_sampler_gap, step, setup.server is not None)
 
 
 def completions_in(mask: Tensor) -> int:

@@ -17,7 +17,7 @@ import pytest
 from perlhf.errors import ConfigError, Interrupted, ServiceError
 from perlhf.system import http, waiting
 from perlhf.system.http import Service, post_all, proxy_of
-from perlhf.system.waiting import STOP_ASKED
+from perlhf.system.waiting import STOP_ASKED, finish
 
 Connection = socket.socket
 
@@ -99,6 +99,7 @@ def test_gives_up_after_the_last_attempt_and_says_what_came_back(serve):
     with pytest.raises(ServiceError) as raised:
         post_json(f"{address}/x?token=hidden", {}, attempts=3, backoff_seconds=0)
     assert str(raised.value) == f"{address}/x: answered 500 out of memory in layer 3 (attempt 3 of 3)"
+    assert raised.value.status == 500 and raised.value.passing, "a later attempt may do better"
     assert len(asked) == 3
 
 
@@ -122,9 +123,15 @@ def test_retry_after_is_heeded(serve):
 def test_a_refused_request_is_not_repeated(serve):
     asked = []
     address = serve(lambda request: (asked.append(request), ({"error": "no such model"}, 404))[1])
-    with pytest.raises(ServiceError, match=r"answered 404 .*no such model"):
+    with pytest.raises(ServiceError, match=r"answered 404 .*no such model") as raised:
         post_json(address, {}, backoff_seconds=0)
     assert len(asked) == 1
+    assert raised.value.status == 404 and not raised.value.passing
+
+
+def test_answers_that_are_no_json_are_given_as_text(serve):
+    service = Service(address := serve(lambda asked: (b"Success: added", 200)), address)
+    assert finish(http.all_answers(service, [{}], timeout_seconds=9, as_text=True)) == ["Success: added"]
 
 
 def test_a_redirect_is_not_followed(serve):

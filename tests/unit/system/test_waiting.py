@@ -3,10 +3,11 @@
 import asyncio
 import subprocess
 import sys
+from concurrent.futures import CancelledError
 
 import pytest
 
-from perlhf.system.waiting import finish
+from perlhf.system.waiting import finish, finish_unless
 
 
 async def give(value: int) -> int:
@@ -59,3 +60,19 @@ def test_a_fork_has_a_loop_of_its_own():
     """In a process of its own, for Python 3.12 warns of a fork beside threads, and a warning is an error here."""
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_nobody_wants_any_more_is_cancelled():
+    ended = []
+
+    async def last(seconds: float) -> str:
+        try:
+            await asyncio.sleep(seconds)
+            return "done"
+        finally:
+            ended.append(seconds)
+
+    assert finish_unless(lambda: False, last(0)) == "done"
+    with pytest.raises(CancelledError):
+        finish_unless(lambda: True, last(3600))
+    assert ended[0] == 0
