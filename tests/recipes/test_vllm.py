@@ -96,8 +96,8 @@ def test_what_a_server_lacks_is_told_before_anything_is_sampled(
     with monkeypatch.context() as patched:
         patched.setenv("PERLHF_VLLM_KEY", "wrong")
         assert "is the key in PERLHF_VLLM_KEY right?" in refused()
-    assert "docs/design.md" in refused("--vllm.url", "http://127.0.0.1:9")
-    assert "docs/design.md" in refused("--vllm.url", "http://127.0.0.1:9", "--dry-run")
+    assert "docs/vllm.md" in refused("--vllm.url", "http://127.0.0.1:9")
+    assert "docs/vllm.md" in refused("--vllm.url", "http://127.0.0.1:9", "--dry-run")
     assert "PERLHF_VLLM_KEY" in refused("--vllm.url", "http://me:secret@127.0.0.1:9")
     vllm.spoil()
     assert "aren't those of base" in refused()

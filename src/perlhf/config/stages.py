@@ -328,7 +328,7 @@ class ValueConfig(Frozen):
 
 
 class VllmConfig(Frozen):
-    """The server that samples for `sampler: vllm` (docs/design.md); its key, if it needs one, is PERLHF_VLLM_KEY."""
+    """The server that samples for `sampler: vllm` (docs/vllm.md); its key, if it needs one, is PERLHF_VLLM_KEY."""
 
     url: str = "http://127.0.0.1:8000"
     """Where it listens."""

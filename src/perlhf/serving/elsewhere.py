@@ -23,6 +23,7 @@ from typing import Any
 import httpx2
 import numpy as np
 
+from perlhf.config.addresses import VLLM_KEY
 from perlhf.config.serving import ServeConfig
 from perlhf.errors import ConfigError, ServiceError
 from perlhf.method.packing import Ids
@@ -32,7 +33,6 @@ from perlhf.serving.models import Models
 from perlhf.system.console import note
 from perlhf.system.files import remove_directory
 
-KEY = "PERLHF_VLLM_KEY"
 SERVED = "base"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Bounds that vLLM takes for adapters' ranks."""
@@ -213,7 +213,7 @@ def vllm(config: ServeConfig, models: Models) -> Iterator[Elsewhere]:
     Raises:
         ConfigError: the base is none for it. ServiceError: it isn't there, or ends while it starts.
     """
-    key = os.environ.get(KEY, "").strip() or None
+    key = os.environ.get(VLLM_KEY, "").strip() or None
     with tempfile.TemporaryDirectory(prefix="perlhf-vllm-") as place, contextlib.ExitStack() as stack:
         if config.vllm_url is not None:
             url = config.vllm_url.rstrip("/").removesuffix("/v1")

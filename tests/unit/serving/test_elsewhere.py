@@ -17,12 +17,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from perlhf.config.addresses import VLLM_KEY
 from perlhf.config.serving import ServeConfig
 from perlhf.errors import ConfigError, ServiceError
 from perlhf.labelling.project import bound
 from perlhf.model.saved import load_adapter
 from perlhf.rollout.rows import Row, Rows, Under, Wish
-from perlhf.serving.elsewhere import KEY, vllm
+from perlhf.serving.elsewhere import vllm
 from perlhf.serving.models import Models
 
 CHAT = {"messages": [{"role": "user", "content": "Tea?"}], "max_tokens": 8, "seed": 1}
@@ -110,7 +111,7 @@ def runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture
 def stand_in(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    monkeypatch.setenv(KEY, "a key")
+    monkeypatch.setenv(VLLM_KEY, "a key")
     server = StandIn(runs, str(runs.base))
     yield server
     server.server.should_exit = True

@@ -129,7 +129,7 @@ def introduction(connection: Connection, encoder: Encoder) -> str:
     try:
         told = mapping(connection.once("/version"))
     except ServiceError as error:
-        hint = "start it (docs/design.md, A vLLM server, has the command), or give its address: --vllm.url http://HOST:8000"
+        hint = "start it (docs/vllm.md has the command), or give its address: --vllm.url http://HOST:8000"
         raise ServiceError(error.what, where=connection.shown, hint=error.hint if error.status else hint) from None
     version = str(told.get("version", "unknown"))
     numbers = re.match(r"v?(\d+)\.(\d+)", version)
@@ -154,7 +154,7 @@ def introduction(connection: Connection, encoder: Encoder) -> str:
             "the server's tokenizer gives other tokens than this base's",
             where="vllm.url",
             allowed="the tokenizer of this base",
-            hint="start it with the directory that perlhf base names",
+            hint="start it with the directory that perlhf pull names",
         )
     return name
 

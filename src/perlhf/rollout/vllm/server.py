@@ -123,7 +123,7 @@ class Server:
                 f"the server's answers aren't those of base {self._model.fingerprint['name']}: {problem}",
                 where="vllm.url",
                 allowed="the same base, without adapter",
-                hint="start it with the directory that perlhf base names, and with the dtype of this run",
+                hint="start it with the directory that perlhf pull names, and with the dtype of this run",
             )
         self._check_processed(base, temperature)
         self._publish(adapter)
