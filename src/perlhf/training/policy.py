@@ -172,11 +172,8 @@ def _update(
     try:
         done = policy_step(setup, optimizers, state.centre, At(step, state.learned + 1), ahead)
         _count(done, state, step, setup.config)
-    except (
-        Interrupted,
-        RewardFunctionError,
-        ServiceError,
-    ):  # the reward's, or the sampler's; nothing was learned since
+    except (Interrupted, RewardFunctionError, ServiceError):
+        # The reward's, or the sampler's: nothing was learned since.
         if ahead is not None:
             ahead.back()
         save(step - 1)
