@@ -177,6 +177,10 @@ def outcome(run: Path) -> dict[str, Any]:
 # ---- a command in a process of its own ----------------------------------------------------------------------------
 
 
+ASKS = ("PERLHF_JUDGE_KEY", "PERLHF_REWARD_KEY", "PERLHF_VLLM_KEY", "no_proxy")
+"""Variables by which services are asked."""
+
+
 class Moment(NamedTuple):
     """The `count`-th call of a function, by its qualified name: where a process sends itself `signal`."""
 
@@ -205,10 +209,20 @@ def start(
         environment: variables that it has besides.
         changed: what modules have under these names instead, such as limits of seconds.
     """
+    # That process has the environment of whoever was the first to start one.
+    asks = {name: os.environ[name] for name in ASKS if name in os.environ}
     context = get_context("forkserver")
     stages = [f"perlhf.training.{stage}" for stage in ("sft", "reward", "policy")]
     context.set_forkserver_preload([*stages, "perlhf.parallel.together"])
-    given = (list(arguments), str(log), str(directory), moment, file_bytes, environment or {}, changed or {})
+    given = (
+        list(arguments),
+        str(log),
+        str(directory),
+        moment,
+        file_bytes,
+        asks | dict(environment or {}),
+        changed or {},
+    )
     process = context.Process(target=_run, args=given)
     process.start()
     return process
