@@ -29,13 +29,13 @@ from perlhf.errors import ConfigError, ServiceError
 from perlhf.method.packing import Ids
 from perlhf.model.saved import save_adapter
 from perlhf.rollout.rows import Row, Token, Under, Wish
+from perlhf.rollout.vllm.connection import request
+from perlhf.rollout.vllm.server import RANKS
 from perlhf.serving.models import Models
 from perlhf.system.console import note
 from perlhf.system.files import remove_directory
 
 SERVED = "base"
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Bounds that vLLM takes for adapters' ranks."""
 WAIT_SECONDS = 0.02
 """A step waits so long for a token, so that jobs and requests that have come aren't held up."""
 START_SECONDS = 900.0
@@ -260,7 +260,7 @@ def _started(config: ServeConfig, models: Models, key: str) -> Iterator[str]:
 def _words(python: Path, models: Models, port: int) -> list[str]:
     """The command line of a server."""
     ranks = [len(pair.a) for adapter in models.model.adapters.values() for pair in adapter.pairs.values()]
-    rank = next((bound for bound in RANKS if bound >= max(ranks, default=16)), RANKS[-1])
+    rank = next((bound for bound in RANKS if bound >= max([16, *ranks])), RANKS[-1])
     words = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     words += ["--model", str(models.base.directory), "--served-model-name", SERVED]
     words += ["--dtype", str(models.model.dtype).removeprefix("torch."), "--generation-config", "vllm"]
@@ -277,12 +277,9 @@ def _healthy(port: int) -> bool:
 
 def _request(name: str, row: Row, longest: int) -> dict[str, Any]:
     """Nothing bends the distribution but what was asked; ends are ours to see."""
-    wish = row.wish
-    plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    told = {"stream": True, "return_token_ids": True, "return_tokens_as_token_ids": True, "ignore_eos": True}
-    body = {"model": name, "prompt": list(row.prompt), "max_tokens": longest, "logprobs": wish.likeliest}
-    drawn = {"temperature": wish.temperature, "top_p": wish.top_p, "seed": int(row.draws.integers(2**31))}
-    return body | drawn | plain | told
+    wish, seed = row.wish, int(row.draws.integers(2**31))
+    asked = {"top_p": wish.top_p, "logprobs": wish.likeliest, "stream": True, "return_tokens_as_token_ids": True}
+    return request(name, row.prompt, 1, seed, wish.temperature, longest) | asked
 
 
 def _tokens(row: Row, event: dict[str, Any]) -> Iterator[Token]:
