@@ -127,6 +127,7 @@ soak: $(VENV)/.installed-dev
 	$(BIN)/python scripts/soak_workers.py
 	$(BIN)/python scripts/soak_labelling.py
 	$(BIN)/python scripts/soak_serving.py
+	$(BIN)/python scripts/soak_vllm.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix-only .

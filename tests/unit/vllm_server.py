@@ -212,7 +212,12 @@ def vllm(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVllm]
 def _handler(server: FakeVllm) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            self._reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            try:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            except (OSError, ValueError):  # the client was killed
+                self.close_connection = True
+            else:
+                self._reply(body)
 
         def do_GET(self) -> None:
             self._reply(None)

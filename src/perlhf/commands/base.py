@@ -3,6 +3,7 @@
 Weights aren't read; a plan needs none.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ from perlhf.training.plan import (
     lora_parameters,
     parts_of,
     seconds_of,
+    server_of,
     trainable_parameters,
     trained_tensors,
     way_in_words,
@@ -212,6 +214,7 @@ def forecast(asked: PlanConfig, config: Stage) -> dict[str, Any]:
     how = next((how for how, memory in found.items() if room is None or memory.total <= room), None)
     chosen = how or min(found, key=lambda one: found[one].total)
     devices, memory = ways[chosen], found[chosen]
+    server, on_gpu = server_of(config, network, lengths), config.device.startswith("cuda")
     gathers = gathers_of(network, width, devices.shards)
     received = exchanged(config, tensors, sum(trainable.values()), devices.count, lengths, gathers)
     rates = rates_of(asked, dtype, config.device)
@@ -232,6 +235,8 @@ def forecast(asked: PlanConfig, config: Stage) -> dict[str, Any]:
         "fits": None if room is None else how is not None,
         "said": _verdict(chosen, devices, memory, room),
         "memory_bytes": memory.parts(),
+        "server_memory_bytes": server,
+        "server_said": _beside(memory.total, server, room, on_gpu) if server else None,
         "memory_by_shard_bytes": {one: memory.total for one, memory in found.items()},
         "lengths": {"prompt": lengths.prompt, "completion": lengths.completion},
         "exchanged_bytes": {**received, "total": sum(received.values())},
@@ -281,6 +286,19 @@ def _verdict(how: str, devices: Devices, memory: Memory, room: int | None) -> st
         return f"does not fit: {where} takes {share:.0%} of a device's memory"
     near = f", within the {GOOD_TO:.0%} that the estimate may be off" if share > 1 / (1 + GOOD_TO) else ""
     return f"fits: {where} takes {share:.0%} of a device's memory{near}"
+
+
+def _beside(run: int, server: dict[str, int], room: int | None, on_gpu: bool) -> str:
+    """Whether a server that samples has room on the run's own device, and how it is held to its part."""
+    if room is None:
+        return "whether both fit on one device isn't known without --device-memory"
+    both = (run + server["total"]) / room
+    if both > 1:
+        return f"both on one device don't fit ({both:.0%}): it needs another one, or fewer rows an update"
+    part = f"--gpu-memory-utilization {math.ceil(100 * server['total'] / room) / 100:.2f}"
+    if not on_gpu:
+        part = f"VLLM_CPU_KVCACHE_SPACE={math.ceil(server['cache'] / 2**30)} in its environment"
+    return f"both fit on one device ({both:.0%}): start it with {part} there"
 
 
 def rates_of(asked: PlanConfig, dtype: str, device: str) -> Rates | None:

@@ -65,13 +65,14 @@ def plan(settings: BaseModel, planned: "Plan") -> None:
     rows.append(("allocator", hint if planned.allocator == "system" else planned.allocator))
     rows.append(("kernels of the CPU", planned.kernels))
     rows += _memory(planned.memory.parts())
+    rows += _memory(planned.server, "memory of the server") if planned.server else []
     _table(f"{planned.stage}: plan; nothing was trained or written", rows)
 
 
-def _memory(parts: Mapping[str, int]) -> list[tuple[str, str]]:
+def _memory(parts: Mapping[str, int], of: str = "memory") -> list[tuple[str, str]]:
     """A row for each that holds memory, and the peak."""
-    rows = [(f"memory, {part}", _mebibytes(size)) for part, size in parts.items() if part != "total"]
-    return [*rows, ("memory, estimated peak", _mebibytes(parts["total"]))]
+    rows = [(f"{of}, {part}", _mebibytes(size)) for part, size in parts.items() if part != "total"]
+    return [*rows, (f"{of}, estimated peak", _mebibytes(parts["total"]))]
 
 
 def forecast(facts: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> None:
@@ -89,6 +90,8 @@ def forecast(facts: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> None:
             ("devices", f"{one['devices']:,}" + ("" if room is None else f" of {_mebibytes(room)}")),
             *_memory(one["memory_bytes"]),
             ("verdict", one["said"]),
+            *(_memory(one["server_memory_bytes"], "memory of the server") if one["server_memory_bytes"] else ()),
+            *(("with the server", said) for said in [one["server_said"]] if said),
         ]
         for how, size in one["memory_by_shard_bytes"].items():
             if how != one["shard"]:

@@ -56,8 +56,6 @@ class ServeConfig(Frozen):
     """Python of an environment with vLLM, which is started for `engine: vllm`."""
     vllm_url: str | None = None
     """Or address of a vLLM server that runs on the same base and files; its key is `$PERLHF_VLLM_KEY`."""
-    vllm_base: str = "base"
-    """What that server calls the base (`--served-model-name`)."""
     accept_changes: bool = False
     """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
 

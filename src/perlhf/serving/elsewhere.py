@@ -23,13 +23,13 @@ from typing import Any
 import httpx2
 import numpy as np
 
-from perlhf.config.addresses import VLLM_KEY
+from perlhf.config.addresses import VLLM_KEY, shown
 from perlhf.config.serving import ServeConfig
 from perlhf.errors import ConfigError, ServiceError
 from perlhf.method.packing import Ids
 from perlhf.model.saved import save_adapter
 from perlhf.rollout.rows import Row, Token, Under, Wish
-from perlhf.rollout.vllm.connection import request
+from perlhf.rollout.vllm.connection import Connection, met, request
 from perlhf.rollout.vllm.server import RANKS
 from perlhf.serving.models import Models
 from perlhf.system.console import note
@@ -38,7 +38,8 @@ from perlhf.system.files import remove_directory
 SERVED = "base"
 WAIT_SECONDS = 0.02
 """A step waits so long for a token, so that jobs and requests that have come aren't held up."""
-START_SECONDS = 900.0
+START_SECONDS, MEET_SECONDS = 900.0, 60.0
+"""For a server to start, and for one that runs to say what it is."""
 LIMITS = httpx2.Timeout(600.0, connect=10.0)
 
 
@@ -137,14 +138,6 @@ class Elsewhere:
         self._thread.join()
         self._loop.close()
 
-    def version(self) -> str:
-        """What it says that it is.
-
-        Raises:
-            ServiceError: it isn't there.
-        """
-        return str(self._ask("/version").get("version", "?"))
-
     # inside
 
     def _name(self, under: Under) -> str:
@@ -211,18 +204,22 @@ def vllm(config: ServeConfig, models: Models) -> Iterator[Elsewhere]:
     """A vLLM server for these models: that at `config.vllm_url`, or one that is started and ended.
 
     Raises:
-        ConfigError: the base is none for it. ServiceError: it isn't there, or ends while it starts.
+        ConfigError: it can't be started; it is another version of vLLM than was tried, or has another tokenizer.
+        ServiceError: it isn't there, isn't vLLM, or ends while it starts.
     """
-    key = os.environ.get(VLLM_KEY, "").strip() or None
+    speakers = list(models.speakers.values())
     with tempfile.TemporaryDirectory(prefix="perlhf-vllm-") as place, contextlib.ExitStack() as stack:
         if config.vllm_url is not None:
-            url = config.vllm_url.rstrip("/").removesuffix("/v1")
+            url, key = config.vllm_url.rstrip("/").removesuffix("/v1"), os.environ.get(VLLM_KEY, "").strip() or None
+            base, longest = met(Connection(config.vllm_url, MEET_SECONDS), speakers[0].encoder, "vllm_url")
+            if longest is not None and longest < (context := max(one.encoder.max_tokens for one in speakers)):
+                note(f"the server takes {longest} tokens, prompt and answer together, of the {context} there could be")
         else:
-            key = secrets.token_urlsafe(24)
+            key, base = secrets.token_urlsafe(24), SERVED
             url = stack.enter_context(_started(config, models, key))
-        elsewhere = Elsewhere(url, key, models, Path(place), config.vllm_base)
+        elsewhere = Elsewhere(url, key, models, Path(place), base)
         stack.callback(elsewhere.close)
-        note(f"completions come from vLLM {elsewhere.version()} at {url}")
+        note(f"completions come from vLLM at {shown(url)}")
         yield elsewhere
 
 

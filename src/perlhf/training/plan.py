@@ -35,6 +35,7 @@ from perlhf.model.supported import packing_of, states_width, target_paths
 from perlhf.parallel.traffic import Gathers, Lengths, Stage, microbatches_of, passes_of
 from perlhf.rollout.scorers import load_functions
 from perlhf.rollout.vllm.connection import Connection, introduction
+from perlhf.rollout.vllm.memory import server_memory
 from perlhf.runs.earlier import check_disagreement, check_runs, earlier_runs, is_adapter
 from perlhf.system import before_torch
 from perlhf.training.loop import Sides, read_sides, tell, updates_of
@@ -64,6 +65,8 @@ class Plan:
     allocator: str
     kernels: str
     memory: Memory
+    server: dict[str, int]
+    """Memory of the vLLM server that samples, by what holds it; {} where none does."""
 
     @property
     def total_bytes(self) -> int:
@@ -130,7 +133,15 @@ def plan(config: Stage, workers: int = 1) -> Plan:
         before_torch.expected(),
         "not for a GPU" if config.device.startswith(("cuda", "mps")) else cpu.compiler()[1],
         memory_of(config, network, trainable, Devices(workers, shards), lengths, updates),
+        server_of(config, network, lengths),
     )
+
+
+def server_of(config: Stage, network: "PreTrainedModel", lengths: Lengths) -> dict[str, int]:
+    """Estimated bytes of a vLLM server that samples for the stage, by what holds them; {} where none does."""
+    if isinstance(config, PolicyConfig) and config.sampler == "vllm":
+        return server_memory(config, network, lengths)
+    return {}
 
 
 def foretell_way(config: Stage, network: "PreTrainedModel") -> Foretold:

@@ -1,6 +1,7 @@
 """`perlhf base` and `perlhf plan`: what is told of a base whose weights nobody reads."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from transformers import (
 from perlhf.commands.base import describe, forecast
 from perlhf.commands.cli import main
 from perlhf.config.commands import BaseConfig, PlanConfig
-from perlhf.config.stages import EncodingConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.config.stages import AdapterConfig, EncodingConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.errors import ModelError
 from perlhf.model import foretold, ways
 from perlhf.model.bases import found
 from perlhf.model.bases.found import Base
 from perlhf.model.foretold import LIBRARIES_BYTES, Devices, Shape, gathers_of, memory_of
 from perlhf.model.model import Model
+from perlhf.rollout.vllm.memory import PROCESS_BYTES
 from perlhf.system import before_torch
 from perlhf.training.plan import Part, Weights, seconds_of
 
@@ -211,6 +213,34 @@ def test_a_plan_by_hand_of_a_configuration_alone(tmp_path: Path) -> None:
     assert facts["seconds"]["learning"]["seconds"] == pytest.approx(64 * forward * 2 / 100e12)
     assert facts["seconds"]["exchange"]["seconds"] == pytest.approx(received / 10e9)
     assert facts["updates_per_hour"] == pytest.approx(3600 / (64 * forward * 2 / 100e12 + received / 10e9))
+
+
+def test_memory_of_a_server_that_samples_by_hand(tmp_path: Path) -> None:
+    base = configured(tmp_path / "base", LlamaConfig(**SMALL, tie_word_embeddings=False))
+    given: dict[str, Any] = {"prompts_per_update": 4, "completions_per_prompt": 2, "adapter": AdapterConfig(rank=12)}
+    config = PolicyConfig(base=base, reward=("a:b",), sampler="vllm", staleness=1, **given)
+    asked = PlanConfig(device_memory="20GB", prompt_tokens=32, completion_tokens=16)
+    facts = forecast(asked, config)
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64
+    # Ranks 1, 8, 16: three slots of 16, for all linear layers and the head.
+    slots = 3 * 16 * (4 * (2 * 128 + 2 * 96 + 3 * 192) + 64 + 272) * 2
+    found = facts["server_memory_bytes"]
+    assert found == {
+        "process": PROCESS_BYTES,
+        "base": 2 * (2 * 272 * 64 + 4 * (layer + 2 * 64) + 64),
+        "adapters": slots,
+        # Keys and values of 2 heads of 16 in 4 layers: prompts once, eight completions.
+        "cache": (4 * 32 + 8 * 16) * 4 * 2 * 2 * 16 * 2,
+        "step": 2048 * (3 * 64 + 2 * 6 * 16 + 3 * 128) * 2 + 8 * 272 * 4 * 3,
+        "total": sum(size for what, size in found.items() if what != "total"),
+    }
+    share = math.ceil(100 * found["total"] / 20e9) / 100
+    assert facts["server_said"].endswith(f"--gpu-memory-utilization {share:.2f} there")
+    assert "don't fit" in forecast(asked.model_copy(update={"device_memory": "1GB"}), config)["server_said"]
+    assert forecast(asked, config.model_copy(update={"device": "cpu"}))["server_said"].endswith(
+        "VLLM_CPU_KVCACHE_SPACE=1 in its environment there"
+    )
+    assert not forecast(asked, config.model_copy(update={"sampler": "local"}))["server_memory_bytes"]
 
 
 def test_what_does_not_fit_is_spread_where_that_helps(tmp_path: Path) -> None:

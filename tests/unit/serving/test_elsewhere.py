@@ -33,13 +33,17 @@ class StandIn:
     """What vLLM's address would answer."""
 
     def __init__(self, runs: Runs, base: str):
-        self.model = Models({}, base, device="cpu", dtype="float32").model
-        self.unders = {"base": Under("base", self.model.hold(None))}
+        models = Models({}, base, device="cpu", dtype="float32")
+        self.model, self.encoder = models.model, models.speakers["base"].encoder
+        self.version, self.shift = "0.32.0", 0
+        self.unders = {"tiny": Under("tiny", self.model.hold(None))}
         self.loaded: list[str] = []
         self.breaks_after: int | None = None
         self.open = 0
         routes = [
-            Route("/version", lambda request: JSONResponse({"version": "0.32.0"})),
+            Route("/version", lambda request: JSONResponse({"version": self.version})),
+            Route("/v1/models", self.models),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/v1/load_lora_adapter", self.load, methods=["POST"]),
             Route("/v1/unload_lora_adapter", self.unload, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
@@ -52,6 +56,16 @@ class StandIn:
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)
+
+    async def models(self, request: Request) -> Response:
+        """The base, by a name of its own, and what was loaded."""
+        base = {"id": "tiny", "parent": None, "max_model_len": 64}
+        return JSONResponse({"data": [base, *({"id": name, "parent": "tiny"} for name in self.loaded)]})
+
+    async def tokenize(self, request: Request) -> Response:
+        """Tokens of a text, moved by `shift` where another tokenizer is planted."""
+        ids = self.encoder.tokenizer.encode((await request.json())["prompt"], add_special_tokens=False)
+        return JSONResponse({"tokens": [one + self.shift for one in ids]})
 
     async def load(self, request: Request) -> Response:
         """An adapter of a directory."""
@@ -200,11 +214,31 @@ def test_what_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     with bound("127.0.0.1", 0) as nobody:
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
     models = Models({}, str(runs.base), device="cpu", dtype="float32")
-    with pytest.raises(ServiceError, match="can't be asked"), vllm(ServeConfig(engine="vllm", vllm_url=url), models):
+    with (
+        pytest.raises(ServiceError, match="--vllm-url") as raised,
+        vllm(ServeConfig(engine="vllm", vllm_url=url), models),
+    ):
         pass
+    assert raised.value.where == url
     config = ServeConfig(engine="vllm", vllm_python=Path("/nowhere/python"))
     with pytest.raises(ConfigError, match="can't be run"), vllm(config, models):
         pass
+
+
+def test_another_version_or_tokenizer_is_refused(
+    stand_in: StandIn, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = Models({}, str(runs.base), device="cpu", dtype="float32")
+    config = ServeConfig(engine="vllm", vllm_url=stand_in.url)
+    for name, planted, said in (("version", "0.12.1", "vLLM 0.12.1"), ("shift", 1, "tokenizer")):
+        usual = getattr(stand_in, name)
+        setattr(stand_in, name, planted)
+        with pytest.raises(ConfigError, match=said) as raised, vllm(config, models):
+            pass
+        assert raised.value.where == "vllm_url"
+        setattr(stand_in, name, usual)
+    with vllm(config, models):
+        assert "takes 64 tokens" in capsys.readouterr().err
 
 
 def test_a_row_has_one_token_a_step(stand_in: StandIn, runs: Runs) -> None:

@@ -120,43 +120,57 @@ class Connection:
 
 
 def introduction(connection: Connection, encoder: Encoder) -> str:
-    """What the server calls its base, if it is one that we know how to ask.
+    """What the server calls its base, if it is one to sample with in training.
 
     Raises:
         ServiceError: nobody answers there, or what answers isn't vLLM.
         ConfigError: another version of it, another tokenizer than the encoder's, no room for its sequences.
     """
+    name, longest = met(connection, encoder, "vllm.url")
+    if longest is not None and longest < (max_tokens := encoder.max_tokens):
+        what = f"the server takes sequences of {longest} tokens, and prompt and completion have up to {max_tokens}"
+        hint = f"start it with --max-model-len {max_tokens}, or lower encoding.max_tokens"
+        raise ConfigError(what, where="encoding.max_tokens", allowed=f"at most {longest}", hint=hint)
+    return name
+
+
+def met(connection: Connection, encoder: Encoder, key: str) -> tuple[str, int | None]:
+    """What the server calls its base and the longest sequence that it takes, if it is one that we know how to ask.
+
+    Args:
+        key: configuration key of its address, for errors.
+
+    Raises:
+        ServiceError: nobody answers there, or what answers isn't vLLM.
+        ConfigError: another version of it, or another tokenizer than the encoder's.
+    """
     try:
         told = mapping(connection.once("/version"))
     except ServiceError as error:
-        hint = "start it (docs/vllm.md has the command), or give its address: --vllm.url http://HOST:8000"
+        option = f"--{key.replace('_', '-')} http://HOST:8000"
+        hint = f"start it (docs/vllm.md has the command), or give its address: {option}"
         raise ServiceError(error.what, where=connection.shown, hint=error.hint if error.status else hint) from None
     version = str(told.get("version", "unknown"))
     numbers = re.match(r"v?(\d+)\.(\d+)", version)
     if numbers is None or not TESTED[0] <= (int(numbers[1]), int(numbers[2])) <= TESTED[1]:
         first, last = (".".join(map(str, one)) for one in TESTED)
         what, hint = f"the server is vLLM {version:.40}", f"pip install 'vllm>={first},<={last}.99' where it runs"
-        raise ConfigError(what, where="vllm.url", allowed=f"vLLM {first} to {last}", hint=hint)
+        raise ConfigError(what, where=key, allowed=f"vLLM {first} to {last}", hint=hint)
     listed = mapping(connection.once("/v1/models")).get("data")
     bases = [one for one in listed if not one.get("parent")] if isinstance(listed, list) else []
     if not bases:
         raise ServiceError("the server names no base", where=connection.shown, hint="is it a vLLM server?")
-    max_tokens = encoder.max_tokens
     name, longest = str(bases[0].get("id")), bases[0].get("max_model_len")
-    if isinstance(longest, int) and longest < max_tokens:
-        what = f"the server takes sequences of {longest} tokens, and prompt and completion have up to {max_tokens}"
-        hint = f"start it with --max-model-len {max_tokens}, or lower encoding.max_tokens"
-        raise ConfigError(what, where="encoding.max_tokens", allowed=f"at most {longest}", hint=hint)
     body = {"model": name, "prompt": TEXT, "add_special_tokens": False}
     theirs = mapping(connection.once("/tokenize", [body])[0]).get("tokens")
     if theirs != encoder.tokenizer.encode(TEXT, add_special_tokens=False):
         raise ConfigError(
             "the server's tokenizer gives other tokens than this base's",
-            where="vllm.url",
+            where=key,
             allowed="the tokenizer of this base",
             hint="start it with the directory that perlhf pull names",
         )
-    return name
+    return name, longest if isinstance(longest, int) else None
 
 
 def request(name: str, prompt: Ids, samples: int, seed: int, temperature: float, max_tokens: int) -> dict[str, Any]:
