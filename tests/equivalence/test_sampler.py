@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from perlhf.errors import DivergenceError, StaleSamplerError
 from perlhf.kernels import cpu, kv_cache
+from perlhf.kernels.attention.sight import FULL, Sight
 from perlhf.method.packing import Ids
-from perlhf.model.model import Model
+from perlhf.model.model import Held, Model
 from perlhf.rollout.local import Ends, Rollout, draw, probe, sample, uniforms
 
 PROMPTS = random_ids([7, 2, 11], seed=3)
@@ -38,6 +39,7 @@ def roll(
     end_id: int = END,
     temperature: float = 1.0,
     adapter: str | None = "policy",
+    max_rows: int | None = None,
 ) -> Rollout:
     return sample(
         model,
@@ -47,6 +49,7 @@ def roll(
         ends=Ends([end_id]),
         temperature=temperature,
         max_completion_tokens=LENGTH,
+        max_rows=max_rows,
     )
 
 
@@ -286,6 +289,74 @@ class TestCache:
         assert (found.completions, found.ended) == (expected.completions, expected.ended)
         for one, other in zip(found.sampler_logprobs, expected.sampler_logprobs, strict=True):
             assert one == pytest.approx(other, abs=1e-5)
+
+    @pytest.mark.parametrize(("max_rows", "places"), [(1, 1), (4, 1), (11, 2), (100, 5)])
+    def test_prompts_take_turns_in_places_that_stay(
+        self, adapted: Model, monkeypatch: pytest.MonkeyPatch, max_rows: int, places: int
+    ) -> None:
+        """Completions are those of all rows at once, and no step has another shape or another tensor until the last
+        prompt has a place."""
+        prompts = random_ids([7, 2, 11, 4, 9], seed=3)
+        given = {"prompts": prompts, "numbers": (0, 1, 2, 3, 4), "samples": 4}
+        end_id = roll(adapted, **given, end_id=-1).completions[0][1]
+        steps: list[tuple[int, int]] = []
+        decode, put, turns = Model.decode, kv_cache.KeyValueCache.put, list[int]()
+
+        def noted(self: Model, ids: torch.Tensor, cache: kv_cache.KeyValueCache, held: Held) -> torch.Tensor:
+            if len(turns) < len(prompts) - places:
+                steps.append((len(ids), next(iter(cache._own.values()))[0].data_ptr()))
+            return decode(self, ids, cache, held)
+
+        def turned(self: kv_cache.KeyValueCache, place: int, prompt: int) -> None:
+            turns.append(prompt)
+            put(self, place, prompt)
+
+        with cpu.off():
+            expected = roll(adapted, **given, end_id=end_id)
+            monkeypatch.setattr(kv_cache, "FIXED", ("cpu",))
+            monkeypatch.setattr(Model, "decode", noted)
+            monkeypatch.setattr(kv_cache.KeyValueCache, "put", turned)
+            found = roll(adapted, **given, end_id=end_id, max_rows=max_rows)
+            probe(adapted, found, "policy")
+        assert turns == list(range(places, 5))
+        assert {rows for rows, _ in steps} == ({places * 4} if turns else set()) and len(set(steps)) <= 1
+        assert (found.completions, found.ended) == (expected.completions, expected.ended)
+        for one, other in zip(found.sampler_logprobs, expected.sampler_logprobs, strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+
+    @pytest.mark.parametrize("sight", [FULL, Sight(window=3), Sight(chunk=4)])
+    def test_a_prompt_in_anothers_place_is_seen_as_one_alone(
+        self, monkeypatch: pytest.MonkeyPatch, sight: Sight
+    ) -> None:
+        lengths, draw, device = [4, 2, 5], torch.Generator().manual_seed(0), torch.device("cpu")
+        places = [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9, 10]]
+        keys, values = (torch.randn(2, sum(lengths), 8, generator=draw) for _ in range(2))
+        query, key, value = (torch.randn(6, 2, heads, 1, 8, generator=draw) for heads in (4, 2, 2))
+
+        def began(positions: list[list[int]]) -> kv_cache.KeyValueCache:
+            cache = kv_cache.KeyValueCache(positions, device, {0: sight})
+            cache.record(0, keys, values)
+            return cache
+
+        def stepped(cache: kv_cache.KeyValueCache, steps: range) -> list[torch.Tensor]:
+            found = list[torch.Tensor]()
+            for at in steps:
+                found.append(cache.attend(0, query[at], key[at], value[at], 0.3))
+                cache.advance()
+            return found
+
+        with cpu.off():
+            alone = began(places[2:])
+            alone.fork(2)
+            expected = stepped(alone, range(3, 6))
+            monkeypatch.setattr(kv_cache, "FIXED", ("cpu",))
+            cache = began(places)
+            cache.fork(2, 4, places=1)
+            stepped(cache, range(3))
+            cache.put(0, 2)
+            assert cache.positions().tolist() == [5, 5]
+            for one, other in zip(stepped(cache, range(3, 6)), expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
     def test_buffers_of_one_shape_grow(self, adapted: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kv_cache, "FIXED", ("cpu",))

@@ -103,6 +103,29 @@ def test_recorded_steps_equal_plain_ones(tiny_base: Path, monkeypatch, tuning, e
         assert one == pytest.approx(other, abs=1e-6)
 
 
+def test_prompts_that_take_turns_sample_as_all_at_once(tiny_base: Path) -> None:
+    """In two places of one recorded step, and in one."""
+    model, prompts = _model(tiny_base, "cuda"), [*PROMPTS, [9, 9], [5, 6, 7, 8, 11, 12]]
+    end_id = _roll(model, -1).completions[0][2]
+    found = [
+        sample(
+            model,
+            prompts,
+            adapter="policy",
+            draws=uniforms(0, 1, range(4), 6, 24),
+            ends=Ends([end_id]),
+            temperature=1.0,
+            max_completion_tokens=24,
+            max_rows=max_rows,
+        )
+        for max_rows in (None, 12, 6)
+    ]
+    for turns in found[1:]:
+        assert turns.completions == found[0].completions and turns.ended == found[0].ended
+        for one, other in zip(turns.sampler_logprobs, found[0].sampler_logprobs, strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+
+
 def test_the_sampler_uses_the_adapter_as_it_is_now(tiny_base: Path) -> None:
     """Sampled log-probabilities are the trainer's, before and after the adapter changes."""
     model = _model(tiny_base, "cuda")

@@ -21,6 +21,7 @@ from toy import command, comparisons, lasting, metrics, ratings, read_json, read
 from perlhf import EvaluateConfig
 from perlhf.commands.cli import main
 from perlhf.evaluation.evaluate import evaluate
+from perlhf.kernels import cpu, kv_cache
 from perlhf.training import policy as policy_stage
 from perlhf.training import reward as reward_stage
 from perlhf.training import sft as sft_stage
@@ -302,6 +303,22 @@ def test_packed_and_unpacked_updates_agree(stage):
         for key in ("sampler_gap_mean", "sampler_gap_max"):
             del one[key], other[key]
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_completions_that_take_turns_are_those_sampled_at_once(stage, monkeypatch):
+    """As on a GPU, two places for an update's four prompts. A CPU has no turns, and says so."""
+    with cpu.off():
+        whole, done = stage("policy", "--max-rows", "4", run="whole")
+        assert "max_rows is of a GPU" in done.err
+        monkeypatch.setattr(kv_cache, "FIXED", ("cpu",))
+        monkeypatch.setattr(policy_stage, "FIXED", ("cpu",))
+        turns, done = stage("policy", "--max-rows", "4", run="turns")
+    assert "max_rows" not in done.err
+    for one, other in zip(metrics(whole), metrics(turns), strict=True):
+        assert lasting(one) == pytest.approx(lasting(other), rel=1e-3, abs=1e-5)
+    for update in (1, 2, 3):
+        texts = [[row["completion"] for row in rollout(run, update)] for run in (whole, turns)]
+        assert texts[0] == texts[1]
 
 
 def test_steps_on_a_rollout_leave_the_ratio_behind(stage):

@@ -407,6 +407,8 @@ class PolicyConfig(StageConfig):
     """What samples: this process, or a vLLM server on the same base, which gets each version of the adapter."""
     vllm: VllmConfig = Field(default=VllmConfig(), exclude_if=lambda server: server == VllmConfig())
     """The server of `sampler: vllm`."""
+    max_rows: Positive | None = Field(default=None, exclude_if=lambda rows: rows is None)
+    """Completions that a GPU samples at a time; others wait for their places. Null: all of an update's at once."""
     max_ratio: Annotated[float, Field(ge=1)] | None = Field(default=None, exclude_if=lambda limit: limit is None)
     """Of `staleness: 1` or `sampler: vllm`: ratios of policy to sampler count as at most this (2 is usual) or as is."""
     max_sampler_gap: Annotated[float, Field(gt=0)] = Field(default=0.2, exclude_if=lambda nats: nats == 0.2)
@@ -470,6 +472,8 @@ class PolicyConfig(StageConfig):
             raise ValueError(
                 "sampler: vllm is sent adapters, and tuning: full has none; leave one of them out, or take tuning: lora"
             )
+        if self.sampler == "vllm" and self.max_rows is not None:
+            raise ValueError("max_rows is of sampler: local (a server has --max-num-seqs); leave it out")
         if self.sampler == "local" and self.vllm != VllmConfig():
             raise ValueError("vllm is of sampler: vllm; leave it out, or set that")
         if self.staleness and self.shard != "none" and self.sampler == "local":

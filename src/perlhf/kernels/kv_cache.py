@@ -1,7 +1,9 @@
 """Keys and values while completions are sampled: a prompt's once for all its rows, each row's own tokens beside them.
 
 `attention` hands over what every layer attends with: the prompts' keys and values by `record`, then one token a row by
-`attend`, which computes it over its prompt and what the row has sampled. Nothing is copied from step to step.
+`attend`, which computes it over its prompt and what the row has sampled. Nothing is copied from step to step. On a GPU
+no tensor changes its place or shape from step to step, also where prompts take turns (`put`), so that a step that was
+recorded once is replayed for all of them.
 
 A `Pool` is for rows that come and go while others are sampled, each under its own adapter (`serving`).
 """
@@ -46,7 +48,7 @@ class KeyValueCache:
         self.rows = torch.arange(0, device=device)
         """[row] the prompt of each row; none before `fork`."""
         self.time = 0
-        """Tokens that each row has beyond its prompt; on `FIXED` devices `_now` tells it."""
+        """Tokens that each row has beyond its prompt; on `FIXED` devices `_now` tells it, for each prompt."""
         self.fixed = device.type in FIXED
         """Whether a step changes no tensor's shape."""
         self._prompts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -56,10 +58,20 @@ class KeyValueCache:
         self._dtype = torch.float32 if device.type == "cpu" and cpu.library() is None else None
         self._adds_up_wide = device.type == "cuda"  # its kernel computes them so itself
 
-    def fork(self, samples: int, most: int | None = None) -> None:
-        """`samples` rows for each prompt, ordered by prompt; on `FIXED` devices with room for `most` tokens at once."""
+    def fork(self, samples: int, most: int | None = None, places: int | None = None) -> None:
+        """`samples` rows for each prompt, ordered by prompt; on `FIXED` devices with room for `most` tokens at once.
+
+        Args:
+            places: on `FIXED` devices only so many prompts have rows at a time, at first those that come first; others
+                wait to be `put` in their places. None: all have them.
+        """
         assert not len(self.rows), "forked already"
         self._times.clear()
+        self._waiting = self._prompts, self.lengths
+        if places is not None and places < len(self.lengths):
+            assert self.fixed, "steps of other devices have one time for all rows"
+            self._prompts = {layer: (k[:places].clone(), v[:places].clone()) for layer, (k, v) in self._prompts.items()}
+            self.lengths, self.seen = self.lengths[:places].clone(), self.seen[:places]
         device, room = self.lengths.device, most + -most % ALIGNED if most and self.fixed else GROW
         self.rows = torch.arange(len(self.lengths), device=device).repeat_interleave(samples)
         self._own = {
@@ -67,18 +79,27 @@ class KeyValueCache:
             for layer, (keys, values) in self._prompts.items()
         }
         if self.fixed:
-            dtype = next(iter(self._prompts.values()))[0].dtype
-            self._now = torch.zeros(1, dtype=torch.long, device=device)
-            self._later = torch.full((1, 1, 1, room), -torch.inf, dtype=dtype, device=device)
-            self._later[..., 0] = 0
+            self._grows, self._now = most is None, torch.zeros_like(self.lengths)
         self._arrange()
+
+    def put(self, place: int, prompt: int) -> None:
+        """The rows at this place of `fork` have ended, and are now so many new ones of another prompt."""
+        prompts, lengths = self._waiting
+        for turn, kept in self._prompts.items():
+            for own, waiting in zip(kept, prompts[turn], strict=True):
+                own[place].copy_(waiting[prompt])
+        self.lengths[place], self._now[place] = lengths[prompt], 0
+        self._see()
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these (ascending numbers), and prompts that have no row left."""
         self.rows = self.rows[rows]
         self._own = {layer: (k[rows], v[rows]) for layer, (k, v) in self._own.items()}
         left = torch.unique(self.rows)
+        self._waiting = {}, self.lengths
         if len(left) < len(self.lengths):
+            if self.fixed:
+                self._now = self._now[left]
             self._prompts = {layer: (k[left], v[left]) for layer, (k, v) in self._prompts.items()}
             self.lengths, self.seen = self.lengths[left], self.seen[left]
             self.rows = torch.searchsorted(left, self.rows)
@@ -86,7 +107,7 @@ class KeyValueCache:
 
     def positions(self) -> Tensor:
         """[row] depth of the token that comes next."""
-        return self.lengths[self.rows] + (self._now if self.fixed else self.time)
+        return (self.lengths + (self._now if self.fixed else self.time))[self.rows]
 
     def record(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Takes keys and values of the packed prompts [kv_heads, tokens, width] in one layer, each time that it
@@ -139,7 +160,8 @@ class KeyValueCache:
         past, past_sum = self._by_row(past, share), self._by_row(past_sum[..., None], share).squeeze(-1)
         for buffer, new in zip(self._own[turn], (key, value), strict=True):
             if self.fixed:
-                buffer.index_copy_(2, self._now, new.to(buffer.dtype))
+                at = self._now[self.rows].view(-1, 1, 1, 1)
+                buffer.scatter_(2, at.expand(-1, *new.shape[1:]), new.to(buffer.dtype))
             else:
                 buffer[:, :, self.time] = new[:, :, 0]
         seen, mask = (None, self._later.to(dtype)) if self.fixed else (self.time + 1, None)
@@ -172,13 +194,19 @@ class KeyValueCache:
         """The token of each row has gone through all layers."""
         self.time += 1
         self._times.clear()
-        if self.time == next(iter(self._own.values()))[0].shape[2]:
-            self._own = {layer: (_grown(keys, 0.0), _grown(values, 0.0)) for layer, (keys, values) in self._own.items()}
-            if self.fixed:
-                self._later = _grown(self._later.transpose(2, 3), -torch.inf).transpose(2, 3).contiguous()
         if self.fixed:
-            self._now += 1
-            self._later.index_fill_(3, self._now, 0)
+            # A row that has ended stays at its last place while others go on.
+            self._now.add_(1).clamp_(max=self._room if self._grows else self._room - 1)
+        if (not self.fixed or self._grows) and self.time == self._room:
+            self._own = {layer: (_grown(keys), _grown(values)) for layer, (keys, values) in self._own.items()}
+            self._lay_out()
+        if self.fixed:
+            self._see()
+
+    @property
+    def _room(self) -> int:
+        """Tokens of a row that its buffers take."""
+        return next(iter(self._own.values()))[0].shape[2]
 
     def _attend_natively(
         self, turn: tuple[int, int], query: Tensor, key: Tensor, value: Tensor, scaling: float
@@ -202,17 +230,31 @@ class KeyValueCache:
         return packed[:, self._places].transpose(0, 1).to(self._dtype or packed.dtype).contiguous()
 
     def _arrange(self) -> None:
-        """Places for the rows of each prompt: all prompts get as many as the one with most rows. Their mask, too."""
-        prompts, longest = self.seen.shape
-        dtype = next(iter(self._prompts.values()))[0].dtype if self._adds_up_wide else torch.float32
-        hidden = torch.zeros(prompts, longest + -longest % ALIGNED, dtype=dtype, device=self.seen.device)
-        self._hidden = hidden[:, :longest].masked_fill_(~self.seen, -torch.inf)[:, None, None]
+        """Places for the rows of each prompt: all prompts get as many as the one with most rows. Masks, too."""
+        self._lay_out()
+        if self.fixed:
+            self._see()
         counts = torch.bincount(self.rows, minlength=len(self.lengths))
         self._first_rows = F.pad(counts.cumsum(0), (1, 0))
         self._most = int(counts.max())
         first = counts.cumsum(0) - counts
         rank = torch.arange(len(self.rows), device=self.rows.device) - first[self.rows]
         self._slots = None if bool((counts == self._most).all()) else self.rows * self._most + rank
+
+    def _lay_out(self) -> None:
+        """Masks to be added, 0 or -inf: of prompts beyond their ends, and on `FIXED` devices of rows after now."""
+        prompts, longest = self.seen.shape
+        dtype = next(iter(self._prompts.values()))[0].dtype if self._adds_up_wide else torch.float32
+        hidden = torch.zeros(prompts, longest + -longest % ALIGNED, dtype=dtype, device=self.seen.device)
+        self._hidden = hidden[:, :longest].masked_fill_(~self.seen, -torch.inf)[:, None, None]
+        if self.fixed:
+            self._later = hidden.new_zeros(len(self.rows), 1, 1, self._room)
+
+    def _see(self) -> None:
+        """Writes both masks as rows are now, in their places."""
+        for mask, last in ((self._hidden, self.lengths - 1), (self._later, self._now[self.rows])):
+            depth = torch.arange(mask.shape[-1], device=mask.device)
+            mask.zero_().masked_fill_((depth > last[:, None])[:, None, None], -torch.inf)
 
     def _by_prompt(self, rows: Tensor) -> Tensor:
         """[row, kv_heads, share, x] as [prompt, kv_heads, most * share, x]: a prompt's rows side by side."""
@@ -333,5 +375,5 @@ def without_sink(mixed: Tensor, log_sum: Tensor, sinks: Tensor) -> Tensor:
     return mixed * torch.sigmoid(log_sum - sinks.float())[..., None].to(mixed.dtype)
 
 
-def _grown(buffer: Tensor, value: float) -> Tensor:
-    return torch.cat([buffer, buffer.new_full((*buffer.shape[:2], GROW, buffer.shape[3]), value)], 2)
+def _grown(buffer: Tensor) -> Tensor:
+    return torch.cat([buffer, buffer.new_zeros(*buffer.shape[:2], GROW, buffer.shape[3])], 2)

@@ -400,16 +400,20 @@ def _sampling_bytes(config: PolicyConfig, network: PreTrainedModel, width: int, 
     """Keys and values of a worker's prompts and completions, and beside them whichever is more: all its prompts' tokens
     in one layer, or float32 logits of all rows with their exponentials.
 
-    The reference's completions that centre scores, and those of a validation, are one for each prompt.
+    The reference's completions that centre scores, and those of a validation, are one for each prompt. Where prompts
+    take turns (`max_rows` on a GPU), all of them are kept beside those that have a place.
     """
     shape, prompt, longest = Shape.of(network.config), lengths.prompt, config.max_completion_tokens
+    on_gpu = config.device.startswith("cuda")
     mixed = 2 * (shape.heads + shape.kv_heads) * shape.head if shape.heads else 8 * shape.hidden
 
     def taken(prompts: int, samples: int) -> int:
         own = -(-prompts // workers)
-        cache = own * (prompt + samples * longest) * shape.cached * width
+        turns = config.max_rows is not None and on_gpu and config.max_rows < own * samples
+        places = max(1, (config.max_rows or 0) // samples) if turns else own
+        cache = (own * prompt * turns + places * (prompt + samples * longest)) * shape.cached * width
         prefill = own * prompt * (3 * shape.hidden + mixed + 3 * shape.feed_forward) * width
-        return cache + max(prefill, own * samples * shape.vocab * 4 * 3)
+        return cache + max(prefill, places * samples * shape.vocab * 4 * 3)
 
     once = max(config.validation_prompts, config.centre_prompts)
     return max(taken(config.prompts_per_update, config.completions_per_prompt), taken(once, 1))

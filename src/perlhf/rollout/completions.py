@@ -146,7 +146,8 @@ def to_sample(
         chosen = [ids[at] for at in own]
         if setup.server is None or version is None:
             draws = uniforms(config.seed, step, numbers, samples, longest, own)
-            return local.sample(setup.model, chosen, adapter=adapter, draws=draws, cancelled=cancelled, **given)
+            own_given = given | {"adapter": adapter, "draws": draws, "max_rows": config.max_rows}
+            return local.sample(setup.model, chosen, cancelled=cancelled, **own_given)
         seeds = seeds_of(config.seed, step, numbers, samples, own)
         return setup.server.sample(version, chosen, seeds, samples=samples, cancelled=cancelled, **given)
 

@@ -7,7 +7,7 @@ stop string, which is kept as well: what was sampled is what is learned.
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perlhf.errors import AdapterError, DivergenceError, StaleSamplerError
+from perlhf.kernels.kv_cache import KeyValueCache
 from perlhf.method.packing import Ids
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Cache, Held, Model
@@ -155,6 +156,7 @@ def sample(
     temperature: float,
     max_completion_tokens: int,
     cancelled: Callable[[], bool] = lambda: False,
+    max_rows: int | None = None,
 ) -> Rollout:
     """Samples `len(draws) / len(prompts)` completions of each prompt.
 
@@ -163,6 +165,8 @@ def sample(
         ends: what ends a completion.
         temperature: 0 takes the most likely token; its log-probabilities are then at temperature 1.
         cancelled: is asked at every token, by whoever may no longer want them.
+        max_rows: on a GPU, completions at a time: those of further prompts begin when those of others have ended. At
+            least one prompt's.
 
     Raises:
         CancelledError: it said yes.
@@ -179,7 +183,7 @@ def sample(
     logprobs: list[list[float]] = [[] for _ in draws]
     draws = draws[:, :max_completion_tokens]
     ended = [False] * len(draws)
-    for row, token, logprob, last in _tokens(model, held, prompt_states, cache, draws, ends, temperature):
+    for row, token, logprob, last in _tokens(model, held, prompt_states, cache, draws, ends, temperature, max_rows):
         if cancelled():
             raise CancelledError
         completions[row].append(token)
@@ -221,49 +225,72 @@ def stream(
 
 
 def _tokens(
-    model: Model, held: Held, states: Tensor, cache: Cache, draws: Tensor, ends: Ends, temperature: float
+    model: Model,
+    held: Held,
+    prompt_states: Tensor,
+    cache: Cache,
+    draws: Tensor,
+    ends: Ends,
+    temperature: float,
+    max_rows: int | None = None,
 ) -> Iterator[tuple[int, int, float, bool]]:
     """Row, token, log-probability and whether it ends its completion, of every sampled token; end tokens too.
 
-    All rows' first ones come before the second.
-
     Args:
-        states: [prompt, hidden] of each prompt's last token; the cache is of these prompts.
+        prompt_states: [prompt, hidden] of each prompt's last token; the cache is of these prompts.
         draws: uniform numbers [prompt * sample, max_completion_tokens].
+        max_rows: as in `sample`.
     """
-    count, longest = draws.shape
-    samples = count // len(states)
-    cache.fork(samples, longest)
+    (count, longest), prompts = draws.shape, len(prompt_states)
+    samples = count // prompts
+    places = prompts
+    if isinstance(cache, KeyValueCache) and cache.fixed:
+        places = min(prompts, max(1, (max_rows or count) // samples))
+        cache.fork(samples, longest, places)
+    else:
+        cache.fork(samples, longest)
+    waiting = deque(range(places, prompts))
     decoding = Decoding(model, cache, held)
-    states, draws = states.repeat_interleave(samples, 0), draws.to(model.device)
-    rows = torch.arange(count, device=model.device)
+    states, draws = prompt_states[:places].repeat_interleave(samples, 0), draws.to(model.device)
+    rows = torch.arange(places * samples, device=model.device)
+    """[row of the cache] number of the completion that is there."""
     going, sampled = [True] * count, [list[int]() for _ in range(count)]
-    for time in range(longest):
-        tokens, logprobs = draw(model.logits(states, held), draws[rows, time], temperature)
+    while True:
         numbers = rows.tolist()
+        times = torch.tensor([min(len(sampled[row]), longest - 1) for row in numbers], device=model.device)
+        tokens, logprobs = draw(model.logits(states, held), draws[rows, times], temperature)
         for row, token, logprob in zip(numbers, tokens.tolist(), logprobs.tolist(), strict=True):
             if going[row]:
                 sampled[row].append(token)
-                going[row] = not ends.end(sampled[row])
-                yield row, token, logprob, not going[row]
+                last = ends.end(sampled[row])
+                going[row] = not last and len(sampled[row]) < longest
+                yield row, token, logprob, last
         left = [at for at, row in enumerate(numbers) if going[row]]
-        if time + 1 == longest or not model.anybody(bool(left)):
+        if not model.anybody(bool(left or waiting)):
             return
         left = left or [0]  # a step for nothing, beside other workers' completions
-        if decoding.drops(len(left), len(rows)):
+        if not waiting and decoding.drops(len(left), len(rows)):
             staying = torch.tensor(left, device=model.device)
             decoding.keep(staying)
             rows, tokens = rows[staying], tokens[staying]
         states = decoding(tokens)
+        for place in range(places if waiting else 0):
+            first = place * samples
+            if waiting and not any(going[row] for row in numbers[first : first + samples]):
+                prompt = waiting.popleft()
+                assert isinstance(cache, KeyValueCache)
+                cache.put(place, prompt)
+                states[first : first + samples] = prompt_states[prompt]
+                rows[first : first + samples] = torch.arange(samples, device=rows.device) + prompt * samples
 
 
 class Decoding:
     """One more token for every row of a forked cache, again and again, under an adapter that is held meanwhile.
 
     On a GPU, where launching a step's small kernels takes longer than running them, the first step runs as it is, the
-    second is recorded as a graph, and all others replay it; rows that have ended stay until half of them have, since
-    the rest must then be recorded anew. On a CPU, and where a base is computed in rows or in parts, every step is
-    `Model.decode`.
+    second is recorded as a graph, and all others replay it. Rows that have ended stay until half of them have, and no
+    prompt waits for their places, since the rest must then be recorded anew. On a CPU, and where a base is computed in
+    rows or in parts, every step is `Model.decode`.
     """
 
     def __init__(self, model: Model, cache: Cache, held: Held):

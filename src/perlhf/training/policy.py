@@ -22,6 +22,7 @@ from perlhf.config.addresses import check_addresses
 from perlhf.config.stages import PolicyConfig
 from perlhf.data.records import Prompt
 from perlhf.errors import Interrupted, RewardFunctionError, ServiceError
+from perlhf.kernels.kv_cache import FIXED
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder
@@ -209,6 +210,8 @@ def _open(config: PolicyConfig, base: Base, workers: Workers) -> Setup:
     if (count := len(sides.train)) < config.prompts_per_update:
         several = f"an update's {config.prompts_per_update} (prompts_per_update) hold some more than once"
         warn(f"there are only {count} training prompts: {several}")
+    if config.max_rows is not None and not (model.device.type in FIXED and model.way.packing == "tree"):
+        warn("max_rows is of a GPU and a base that is computed as a tree: here all of an update are sampled at once")
     server = _server(config, model, encoder, prompts, workers) if config.sampler == "vllm" else None
     return Setup(config, model, encoder, scorers, prompts, held_out, reference, reported_on, workers, server)
 

@@ -297,6 +297,10 @@ def test_the_sampler_is_counted_where_it_takes_more_than_learning() -> None:
     prefill = 4 * 300 * (3 * 64 + 2 * 6 * 16 + 3 * 128) * 2
     assert memory.passing["sampling"] == (4 * 300 + 16 * 100) * 4 * 2 * 32 * 2 + prefill
     assert memory.total == sum(memory.held.values()) + memory.passing["sampling"]
+    # Two prompts with their four rows each have a place; beside them all four prompts wait.
+    turns = config.model_copy(update={"max_rows": 9})
+    memory = memory_of(turns, network, {"policy": 1, "value": 1}, Devices(2), foretold.Lengths(300, 100))
+    assert memory.passing["sampling"] == (4 * 300 + 2 * 300 + 8 * 100) * 4 * 2 * 32 * 2 + prefill
 
 
 def test_one_update_ahead_both_are_in_memory_and_take_the_longer_time() -> None:
