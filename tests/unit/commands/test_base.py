@@ -29,7 +29,7 @@ from perlhf.model.bases import found
 from perlhf.model.bases.found import Base
 from perlhf.model.foretold import LIBRARIES_BYTES, Devices, Shape, gathers_of, memory_of
 from perlhf.model.model import Model
-from perlhf.rollout.vllm.memory import PROCESS_BYTES
+from perlhf.rollout.vllm.memory import CONTEXT_BYTES
 from perlhf.system import before_torch
 from perlhf.training.plan import Part, Weights, seconds_of
 
@@ -226,7 +226,7 @@ def test_memory_of_a_server_that_samples_by_hand(tmp_path: Path) -> None:
     slots = 3 * 16 * (4 * (2 * 128 + 2 * 96 + 3 * 192) + 64 + 272) * 2
     found = facts["server_memory_bytes"]
     assert found == {
-        "process": PROCESS_BYTES,
+        "processes": CONTEXT_BYTES,
         "base": 2 * (2 * 272 * 64 + 4 * (layer + 2 * 64) + 64),
         "adapters": slots,
         # Keys and values of 2 heads of 16 in 4 layers: prompts once, eight completions.

