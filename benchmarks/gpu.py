@@ -86,7 +86,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="JSON that keeps the rows; without it nothing is kept")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all rows; 0 prints what there is (default: 8)")
-    parser.add_argument("--again", action="store_true", help="run rows that are there anew, too")
+    parser.add_argument("--again", action="store_true", help="run rows that are there anew, those that failed too")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU: tests the script")
     parser.add_argument("--process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
