@@ -70,7 +70,7 @@ class Server:
     Args:
         url: of the server.
         directory: where versions are written; the server sees it by the same path.
-        run: the run's directory, which names its versions.
+        run: a path that names its versions, such as the run's directory: nobody else asks under it meanwhile.
         prompts: two that the probe answers.
         max_gap: nats a token by which log-probabilities of the probe may differ in the mean, and within which two
             tokens are a tie.
