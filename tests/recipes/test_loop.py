@@ -1,4 +1,6 @@
-"""`perlhf loop`: two rounds with a judge over HTTP, killed and continued; with people; and what is refused."""
+"""`perlhf loop`: two rounds with a judge over HTTP, killed and continued; with people; with a server that samples; and
+what is refused.
+"""
 
 import json
 import re
@@ -12,13 +14,18 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 from toy import Moment, finish, lasting, prompts, read_json, read_lines, write_rows
+from vllm_server import vllm
 
+from perlhf.evaluation import shared
 from perlhf.labelling.labels import Said
 from perlhf.labelling.project import LABELS
 from perlhf.labelling.records import labelled_rows
 from perlhf.labelling.rounds import labellers
 from perlhf.labelling.store import Store
+from perlhf.rollout.vllm import connection
 from perlhf.serving.feedback import Answers, Feedback
+
+__all__ = ["vllm"]
 
 FIRST_KILL, LATER = 3, 9
 """At which file that is put in its place a loop is killed, and by how many more each continuation of it."""
@@ -275,3 +282,29 @@ def test_a_dry_run_says_how_many_labels_and_writes_nothing(tiny_base, tmp_path, 
     assert "labels to learn from 18" in said and "labels to measure with 6" in said
     assert "labels for duels, at most 12" in said and "people's time about 12" in said, said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_server_samples_for_every_step(tiny_base, tmp_path, capfd, monkeypatch, serve, vllm):
+    """Answers, training and duels come from it, it is started again on the way, and goes on at another address."""
+    from perlhf.commands.cli import main
+
+    monkeypatch.setattr(shared, "sample", lambda *_, **__: pytest.fail("this process sampled"))
+    monkeypatch.setattr(connection, "PAUSE_SECONDS", 0.1)
+    data, run = write_rows(tmp_path / "prompts.jsonl", prompts(64)), tmp_path / "run"
+    given = {"labeller": "judge", "judge": serve(judged), "sampler": "vllm"}
+    values = settings(tiny_base, data, run, **given)
+    words = ["loop", recipe(tmp_path / "loop.yaml", values | {"vllm": {"url": "http://127.0.0.1:9"}})]
+    assert main(words) == 2
+    said = capfd.readouterr().err
+    assert said.count("error: ") == 1 and "docs/vllm.md" in said
+    assert not list((run / "round-0001" / "answers").iterdir())
+    vllm.forgets_at, vllm.away_seconds = 40, 0.3
+    words = ["loop", recipe(tmp_path / "loop.yaml", values | {"vllm": {"url": vllm.url}})]
+    assert main(words) == 0
+    assert "answers again" in capfd.readouterr().err
+    for number in (1, 2):
+        place = run / f"round-{number:04d}"
+        assert read_json(place / "evaluation" / "evaluation.json")["sampler"] == "vllm"
+        assert "sampler_logprobs" in read_lines(place / "policy" / "rollouts" / "00000001.jsonl")[0]
+    assert {row["by"][0] for row in read_lines(run / "round-0002" / "answers" / "answers.jsonl")} == {"policy"}
+    assert vllm.loaded == {} and not list(run.rglob("sampler")), "nothing is left, there or here"

@@ -162,6 +162,8 @@ class FakeVllm:
             return None
         if self.breaks_at and 0 <= self.asked - self.breaks_at < 3:
             raise Refusal(500, "Internal Server Error")
+        if body["temperature"] == 0 and body["n"] > 1:
+            raise Refusal(400, f"n must be 1 when using greedy sampling, got {body['n']}.")
         name = body["model"]
         if name != "tiny" and name not in self.loaded:
             raise Refusal(404, f"The model `{name}` does not exist.")

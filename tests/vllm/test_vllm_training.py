@@ -1,5 +1,6 @@
-"""A policy that learns from what vLLM samples, and answers there as it does here."""
+"""A policy that learns from what vLLM samples, and answers and is evaluated there as it is here."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from real_server import KEY, NAME, RANK, SLOTS
-from toy import command, metrics, override, prompts, read_lines, write_feedback
+from toy import command, metrics, override, prompts, read_json, read_lines, write_feedback
 
 from perlhf.commands.cli import main
 from perlhf.model.open import read_run
@@ -47,6 +48,7 @@ def test_a_policy_is_trained_through_it(
         assert len(drawn) == UPDATES * PROMPTS * COMPLETIONS
         names = [entry["id"] for entry in server.ask("/v1/models")[1]["data"]]
         assert names == [NAME], "nothing is left of its versions"
+        _evaluated(run, server.address, tmp_path)
 
         # What was learned, by both engines: the same answers, and so the same score.
         assert server.load("learned", run / "adapter")[0] == 200
@@ -66,6 +68,23 @@ def test_a_policy_is_trained_through_it(
     assert same >= len(asked) - 1
     assert abs(scores[0] - scores[1]) < 0.05
     assert base != theirs
+
+
+def _evaluated(run: Path, address: str, tmp_path: Path) -> None:
+    """Greedy answers and their scores by both samplers, of the reference (the base) and of the policy."""
+    found: list[dict[str, Any]] = []
+    for name, through in (("local", []), ("vllm", ["--sampler", "vllm", "--vllm.url", address])):
+        began = time.monotonic()
+        words = ["--split", "all", "--prompts", "8", "--temperature", "0", "--best-of", "2", "--bootstrap", "20"]
+        assert main(["evaluate", str(run), *words, "--output", str(tmp_path / name), *through]) == 0
+        found.append(read_json(tmp_path / name))
+        assert found[-1]["sampler"] == name
+        score = found[-1]["after"]["score"]["value"]
+        print(f"evaluated by {name}: score {score:.4f}, {time.monotonic() - began:.0f} s")
+    pairs = list(zip(*(one["samples"] for one in found), strict=True))
+    same = {side: sum(one[side] == other[side] for one, other in pairs) for side in ("before", "after")}
+    print(f"greedy answers of {len(pairs)} that are the same: {same}")
+    assert min(same.values()) >= len(pairs) - 1
 
 
 def _letters(texts: list[str]) -> float:

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from toy import Moment, command, finish, finish_workers, metrics, read_lines, said
+from toy import Moment, command, finish, finish_workers, metrics, read_json, read_lines, said
 from vllm_server import vllm
 
 __all__ = ["vllm"]
@@ -40,3 +40,26 @@ def test_a_base_in_parts_is_trained_ahead_through_it(tiny_base, feedback, tmp_pa
     words = command("policy", tiny_base, feedback / "prompts.jsonl", tmp_path / "run", *own)
     assert finish_workers(2, words, tmp_path / "logs", feedback) == [0, 0], said(tmp_path / "logs")
     assert max(line["sampler_gap_mean"] for line in metrics(tmp_path / "run")) < 0.2
+
+
+def test_workers_evaluate_as_one_does(tiny_base, feedback, tmp_path, vllm):
+    """Each its share of the prompts; where the base is in parts all score what one of them was answered."""
+    own, log = ["--data.test", "0.4", "--keep", "last"], tmp_path / "log"
+    words = command("policy", tiny_base, feedback / "prompts.jsonl", tmp_path / "run", *own)
+    assert finish(words, log, feedback) == 0, log.read_text()
+
+    def evaluate(name: str, *options: str) -> list[str]:
+        through = ["--sampler", "vllm", "--vllm.url", vllm.url, "--temperature", "0.7"]
+        output = ["--bootstrap", "20", "--output", str(tmp_path / f"{name}.json")]
+        return ["evaluate", str(tmp_path / "run"), *output, *through, *options]
+
+    few = {"perlhf.evaluation.shared.ROWS": 4}
+    assert finish(evaluate("one"), log, feedback, None, None, None, few) == 0, log.read_text()
+    asked, logs = vllm.asked, tmp_path / "logs"
+    for name, options in (("shared", []), ("parts", ["--shard", "full"])):
+        before = vllm.asked
+        assert finish_workers(2, evaluate(name, *options), logs, feedback, changed=few) == [0, 0], said(logs)
+        assert vllm.asked - before == asked, "each answer is asked for once"
+    one, shared, parts = (read_json(tmp_path / f"{name}.json") for name in ("one", "shared", "parts"))
+    assert one == shared and one["samples"] == parts["samples"]
+    assert vllm.loaded == {}

@@ -7,7 +7,18 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from perlhf.config.addresses import JUDGE_KEY, check_address, check_addresses
-from perlhf.config.stages import DEFAULT_BASE, DataConfig, EncodingConfig, Frozen, LayoutConfig, NotNegative, Positive
+from perlhf.config.stages import (
+    DEFAULT_BASE,
+    DataConfig,
+    EncodingConfig,
+    Frozen,
+    LayoutConfig,
+    NotNegative,
+    Positive,
+    Sampler,
+    VllmConfig,
+    check_sampler,
+)
 
 
 class EvaluateConfig(Frozen):
@@ -37,6 +48,10 @@ class EvaluateConfig(Frozen):
     """Of sampling; 0 is greedy, null the temperature that a policy was trained at, 1 for an SFT run."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end an answer; none takes those of the run."""
+    sampler: Sampler = "local"
+    """For policies: what samples, whatever trained: this process, or a vLLM server on the same base."""
+    vllm: VllmConfig = VllmConfig()
+    """The server of `sampler: vllm`."""
     best_of: tuple[Positive, ...] = ()
     """For policies: also the best of so many answers of the reference, chosen by what the policy learned from."""
     judge: str | None = None
@@ -72,6 +87,11 @@ class EvaluateConfig(Frozen):
         if address is not None:
             check_address(address, JUDGE_KEY)
         return address
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EvaluateConfig":
+        check_sampler(self.sampler, self.vllm)
+        return self
 
 
 class PullConfig(Frozen):

@@ -119,6 +119,9 @@ class CompareConfig(Frozen):
                 f"{len(self.lora_learning_rates)} lora_learning_rates and {len(self.full_learning_rates)} "
                 "full_learning_rates: both sides get the same number of tries"
             )
+        if self.full and self.policy and self.policy.sampler == "vllm":
+            what = "policy.sampler: vllm is sent adapters, and full: true compares with runs that have none"
+            raise ValueError(f"{what}; leave one of them out")
         if missing := set(self.ranks_of_one_seed) - set(self.ranks):
             raise ValueError(f"ranks_of_one_seed names {min(missing)}, which isn't among ranks {list(self.ranks)}")
         if self.policy and (both := set(self.scorers) & set(self.policy.validation_reward)):

@@ -17,7 +17,10 @@ from perlhf.config.stages import (
     PolicyConfig,
     Positive,
     RewardConfig,
+    Sampler,
     StageConfig,
+    VllmConfig,
+    check_sampler,
 )
 
 DEMO: dict[str, Any] = {
@@ -156,6 +159,11 @@ class LoopConfig(Frozen):
     """The reward adapters."""
     policy: LoopPolicyConfig = LoopPolicyConfig()
     """The policy."""
+    # These are left out of what a loop records unless they are set: a record without them is the same loop.
+    sampler: Sampler = Field(default="local", exclude_if=lambda engine: engine == "local")
+    """What samples in training, for questions and for duels: this process, or a vLLM server on the same base."""
+    vllm: VllmConfig = Field(default=VllmConfig(), exclude_if=lambda server: server == VllmConfig())
+    """The server of `sampler: vllm`."""
     bootstrap: Positive = 1000
     """Resamples of groups behind every interval."""
 
@@ -194,6 +202,7 @@ class LoopConfig(Frozen):
             raise ValueError("policy.adapter.dropout must be 0: sampled and trained log-probabilities would differ")
         if not self.data.validation or not self.data.test:
             raise ValueError("data.validation and data.test must be above 0: the loop measures on groups held out")
+        check_sampler(self.sampler, self.vllm)
         return self
 
     @property
@@ -247,6 +256,8 @@ class LoopConfig(Frozen):
             keep="last",
             centre_prompts=16,
             validate_every=self.policy.updates,
+            sampler=self.sampler,
+            vllm=self.vllm,
             **self.policy.model_dump(),
             **self.shared(),
         )

@@ -327,6 +327,9 @@ class ValueConfig(Frozen):
     """Value-only updates before the policy learns."""
 
 
+Sampler = Literal["local", "vllm"]
+
+
 class VllmConfig(Frozen):
     """The server that samples for `sampler: vllm` (docs/vllm.md); its key, if it needs one, is PERLHF_VLLM_KEY."""
 
@@ -342,6 +345,12 @@ class VllmConfig(Frozen):
     def _without_secrets(cls, url: str) -> str:
         check_address(url, VLLM_KEY)
         return url
+
+
+def check_sampler(sampler: Sampler, vllm: VllmConfig) -> None:
+    """Raises ValueError where a server is described that nothing would ask."""
+    if sampler == "local" and vllm != VllmConfig():
+        raise ValueError("vllm is of sampler: vllm; leave it out, or set that")
 
 
 class PolicyConfig(StageConfig):
@@ -403,7 +412,7 @@ class PolicyConfig(StageConfig):
     """Stop after so many evaluations in a row without a better held-out reward; null runs all updates."""
     staleness: Literal[0, 1] = Field(default=0, exclude_if=lambda updates: updates == 0)
     """1 samples the next update's completions while this one is learned from, and corrects for the older policy."""
-    sampler: Literal["local", "vllm"] = Field(default="local", exclude_if=lambda engine: engine == "local")
+    sampler: Sampler = Field(default="local", exclude_if=lambda engine: engine == "local")
     """What samples: this process, or a vLLM server on the same base, which gets each version of the adapter."""
     vllm: VllmConfig = Field(default=VllmConfig(), exclude_if=lambda server: server == VllmConfig())
     """The server of `sampler: vllm`."""
@@ -474,8 +483,7 @@ class PolicyConfig(StageConfig):
             )
         if self.sampler == "vllm" and self.max_rows is not None:
             raise ValueError("max_rows is of sampler: local (a server has --max-num-seqs); leave it out")
-        if self.sampler == "local" and self.vllm != VllmConfig():
-            raise ValueError("vllm is of sampler: vllm; leave it out, or set that")
+        check_sampler(self.sampler, self.vllm)
         if self.staleness and self.shard != "none" and self.sampler == "local":
             what = f"staleness: 1 samples while it learns, and shard: {self.shard} gathers layers in one order"
             raise ValueError(f"{what}; leave one of them out")

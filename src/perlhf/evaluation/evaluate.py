@@ -111,6 +111,7 @@ def _check_asked(run: FinishedRun, config: EvaluateConfig) -> None:
         what, hint = "a run is evaluated with the encoding that it was trained with", "leave encoding out"
         raise ConfigError(what, where="encoding", allowed="encoding of directories of peft's", hint=hint)
     asked = [name for name in ("adapter", "reward", "best_of", "judge") if getattr(config, name)]
+    asked += ["sampler"] if config.sampler != "local" else []
     if asked and run.stage != "policy":
         raise ConfigError(f"{config.run} holds a run of stage {run.stage}", where=asked[0], allowed="a policy run")
     if config.adapter and config.output is None:

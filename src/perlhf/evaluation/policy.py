@@ -17,7 +17,7 @@ from perlhf.data.files import BUILTIN
 from perlhf.data.records import Prompt, Record
 from perlhf.errors import AdapterError, RewardFunctionError
 from perlhf.evaluation.judge import judge
-from perlhf.evaluation.shared import ROWS, Sampling, both_sides, measure, plain, progress, seen_groups
+from perlhf.evaluation.shared import ROWS, Sampling, both_sides, measure, plain, progress, seen_groups, server_of
 from perlhf.method import advantages, metrics
 from perlhf.method.packing import batches, completed
 from perlhf.model.encoding.encode import Encoder
@@ -27,7 +27,7 @@ from perlhf.parallel.workers import Workers
 from perlhf.rollout.functions import TrainerState
 from perlhf.rollout.local import Rollout
 from perlhf.rollout.scorers import Scorers, load_scorers
-from perlhf.runs.evaluations import Evaluation, Measured, Measures, WinRate, mapping
+from perlhf.runs.evaluations import EVALUATION, Evaluation, Measured, Measures, WinRate, mapping
 from perlhf.runs.manifest import RESULT
 from perlhf.system.files import read_json
 from perlhf.system.progress import Progress
@@ -88,6 +88,16 @@ class Answers:
 def evaluate_policy(run: FinishedRun, config: EvaluateConfig, workers: Workers) -> Callable[[], Evaluation]:
     """The evaluation of a policy run, once one of the workers that have sampled and scored concludes."""
     setting, trained_on = _set_up(run, config, workers)
+    sampling, sides = setting.sampling, (setting.reference, setting.policy_adapter)
+    given = setting.model, setting.encoder, sampling.prompts, sides
+    max_gap, key = setting.policy.max_sampler_gap, config.output or run.path / EVALUATION
+    with server_of(config, *given, run=run.path, key=key, max_gap=max_gap, workers=workers) as server:
+        setting = replace(setting, sampling=replace(sampling, server=server, workers=workers))
+        return _measured(setting, trained_on, run)
+
+
+def _measured(setting: Setting, trained_on: Sequence[Record], run: FinishedRun) -> Callable[[], Evaluation]:
+    """All that is sampled and scored; what concludes from it."""
     at_one = setting.temperature != 1
     with progress((2 + at_one) * len(setting.sampling.own(setting.workers)), "answers") as bar:
         before = _answers(setting, setting.reference, bar)
@@ -97,7 +107,7 @@ def evaluate_policy(run: FinishedRun, config: EvaluateConfig, workers: Workers) 
         # A KL at another temperature than that of the samples would be no expectation under the policy: sample again.
         kl_at_one = _kl_at_one(setting, setting.policy_adapter, bar) if at_one else after.kl
     assert kl_at_one is not None
-    best_of = _best_of(setting, before, run) if config.best_of else None
+    best_of = _best_of(setting, before, run) if setting.config.best_of else None
     return lambda: _concluded(setting, trained_on, before, after, kl_at_one, best_of)
 
 
@@ -129,6 +139,7 @@ def _concluded(
         win_rate_by_score=by_judge and by_score,
         best_of=best_of and best_of(),
         temperature=setting.temperature,
+        sampler=config.sampler,
         max_completion_tokens=setting.policy.max_completion_tokens,
         reward=list(sources),
         adapter=None if config.adapter is None else str(config.adapter),

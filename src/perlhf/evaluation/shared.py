@@ -1,18 +1,24 @@
-"""What the evaluations of the three stages share: intervals, sampling in batches, progress."""
+"""What the evaluations of the three stages share: intervals, sampling in batches (by this process or by a vLLM server),
+progress.
+"""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from perlhf.config.commands import EvaluateConfig
+from perlhf.config.loop import LoopConfig
+from perlhf.config.stages import PolicyConfig
 from perlhf.data.records import Record, Text
 from perlhf.data.splits import read_splits
 from perlhf.data.store import Records
-from perlhf.errors import DataError
+from perlhf.errors import ConfigError, DataError
 from perlhf.method import metrics
 from perlhf.method.metrics import Statistic
 from perlhf.method.packing import Ids
@@ -20,8 +26,10 @@ from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.open import FinishedRun
 from perlhf.parallel.shares import balanced
-from perlhf.parallel.workers import Workers
+from perlhf.parallel.workers import ALONE, Workers
 from perlhf.rollout.local import Ends, Rollout, sample, uniforms
+from perlhf.rollout.vllm.probe import PROBE_TOKENS
+from perlhf.rollout.vllm.server import Server, seeds_of
 from perlhf.runs.evaluations import Measured
 from perlhf.system.machine import peak_memory_bytes
 from perlhf.system.progress import Progress
@@ -30,6 +38,8 @@ ROWS = 32
 """Prompts sampled at a time."""
 DRAWS_STEP = -2
 """Key of the random draws; training uses 0 and up, its validation -1."""
+MAX_GAP: float = PolicyConfig.model_fields["max_sampler_gap"].default
+"""Nats a token by which a server's log-probabilities may differ from ours, where no policy's configuration says."""
 
 
 @contextmanager
@@ -63,6 +73,10 @@ class Sampling:
     seed: int
     stop: tuple[str, ...] = ()
     """Strings that end an answer."""
+    server: Server | None = None
+    """What samples, where that isn't this process (`server_of`)."""
+    workers: Workers = ALONE
+    """Who asks the server together."""
 
     @cached_property
     def batches(self) -> list[list[int]]:
@@ -86,15 +100,83 @@ class Sampling:
 
     def answer(self, batch: Sequence[int], adapter: str | None, temperature: float, samples: int = 1) -> Rollout:
         """Completions of each prompt that `batch` numbers; draws depend on the seed and the prompt's number alone."""
-        return sample(
-            self.model,
-            [self.prompts[i] for i in batch],
-            adapter=adapter,
-            draws=uniforms(self.seed, DRAWS_STEP, batch, samples, self.max_completion_tokens),
-            ends=self.ends,
-            temperature=temperature,
-            max_completion_tokens=self.max_completion_tokens,
-        )
+        prompts, longest = [self.prompts[i] for i in batch], self.max_completion_tokens
+        given: dict[str, Any] = {"ends": self.ends, "temperature": temperature, "max_completion_tokens": longest}
+        if self.server is None:
+            draws = uniforms(self.seed, DRAWS_STEP, batch, samples, longest)
+            return sample(self.model, prompts, adapter=adapter, draws=draws, **given)
+        seeds = seeds_of(self.seed, DRAWS_STEP, batch, samples, range(len(batch)))
+        ask = partial(self.server.sample, self.server.version(adapter), prompts, seeds, samples=samples, **given)
+        return self._asked_once(ask, prompts, samples) if self.workers.in_step else ask()
+
+    def _asked_once(self, ask: Callable[[], Rollout], prompts: Sequence[Ids], samples: int) -> Rollout:
+        """What one worker is told, for all: a server may answer again with other tokens, and passes in step are of the
+        same ones.
+        """
+
+        def told() -> tuple[list[list[int]], list[list[float]], list[bool]]:
+            found = ask()
+            return found.completions, found.sampler_logprobs, found.ended
+
+        completions, logprobs, ended = self.workers.once(told)
+        whole, states = [list(ids) for ids in prompts for _ in range(samples)], torch.zeros(0, self.model.hidden_size)
+        return Rollout(whole, completions, logprobs, ended, states, (), self.ends)
+
+
+@contextmanager
+def server_of(
+    config: EvaluateConfig | LoopConfig,
+    model: Model,
+    encoder: Encoder,
+    prompts: Sequence[Ids],
+    adapters: Iterable[str | None],
+    *,
+    run: Path,
+    key: Path,
+    max_gap: float = MAX_GAP,
+    workers: Workers = ALONE,
+) -> Iterator[Server | None]:
+    """The server of `sampler: vllm`, which has been seen to sample with each of the adapters; None of `sampler: local`.
+
+    What it was sent is unloaded and deleted at the end.
+
+    Args:
+        prompts: the probe answers the first two.
+        adapters: all that will answer; None is the base.
+        run: beside whose files adapters are written for it, where `vllm.directory` says nothing.
+        key: a path that names them: no other process asks under it meanwhile.
+
+    Raises:
+        ConfigError: an adapter that no files for it could hold; ServiceError, ConfigError, StaleSamplerError: as
+            `Server.check`.
+    """
+    if config.sampler == "local":
+        yield None
+        return
+    names = list(dict.fromkeys(name for name in adapters if name is not None))
+    for name in names:
+        if any(model.adapters[one].weights for one, _ in model.version(name)):
+            raise ConfigError(
+                f"adapter '{name}' holds all weights of a network (tuning: full), and a vLLM server is sent adapters",
+                where="sampler",
+                allowed="local",
+                hint="leave sampler out",
+            )
+    # Whatever limits their completions, the probe's answers fit beside them.
+    room = encoder.max_tokens - PROBE_TOKENS
+    with Server(
+        model,
+        encoder,
+        workers,
+        url=config.vllm.url,
+        directory=config.vllm.directory or run / "sampler",
+        run=key,
+        prompts=[ids[-room:] for ids in prompts[:2]],
+        max_gap=max_gap,
+        timeout_seconds=config.vllm.timeout_seconds,
+    ) as server:
+        server.check(*names, slots=len(names))
+        yield server
 
 
 def both_sides(run: FinishedRun, config: EvaluateConfig, kinds: Sequence[str]) -> tuple[Sequence[Record], Records]:

@@ -69,6 +69,8 @@ class Evaluation:
     best_of: dict[str, dict[str, Any]] | None = None
     """By n: measures of the reference's best of n answers, and `kl_at_most`."""
     temperature: float | None = None
+    sampler: str | None = None
+    """What sampled a policy's answers: `local` or `vllm`."""
     max_completion_tokens: int | None = None
     reward: list[str] | None = None
     """What scored a policy's answers."""
@@ -91,7 +93,7 @@ class Evaluation:
 
 
 _KINDS: dict[type | tuple[type, ...], set[str]] = {
-    str: {"kind", "split", "adapter"},
+    str: {"kind", "split", "sampler", "adapter"},
     int: {
         "n",
         "groups",

@@ -83,6 +83,7 @@ def test_every_side_gets_as_many_tries(tmp_path: Path, tiny_base: Path):
         ({"ranks_of_one_seed": (9,)}, "isn't among ranks"),
         ({"also_test": ("a/x", "b/x")}, "two sets of the name x"),
         ({"also_test": ("x",), "reward": None, "policy": PolicyConfig(reward=("a:b",))}, "also_test is for reward"),
+        ({"policy": PolicyConfig(reward=("a:b",), sampler="vllm")}, "vllm is sent adapters"),
     ],
 )
 def test_what_can_not_be_compared(tmp_path: Path, changed: dict[str, Any], message: str):

@@ -53,7 +53,7 @@ from perlhf.training.reward import train_reward
 from perlhf.training.sft import train_sft
 
 RECIPE = "loop.yaml"
-MAY_GROW = ("run", "demo", "rounds", "page", "bootstrap", "judge_timeout_seconds")
+MAY_GROW = ("run", "demo", "rounds", "page", "bootstrap", "judge_timeout_seconds", "vllm")
 """Keys that may differ when a loop is continued: nothing that is there depends on them."""
 SFT, DEMONSTRATIONS = "sft", 96
 """The demo's start: its directory, and how many demonstrations it learns from."""
@@ -267,6 +267,8 @@ def _evaluation(this: Round) -> None:
         device=config.device,
         output=places.evaluation,
         tokens_per_microbatch=config.tokens_per_microbatch,
+        sampler=config.sampler,
+        vllm=config.vllm,
     )
     samples = evaluate(settings).samples
     duels = [Pair(row["prompt"], row["before"], row["after"], row["group"]) for row in samples]

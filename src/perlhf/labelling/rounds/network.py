@@ -11,7 +11,7 @@ from perlhf.config.loop import LoopConfig
 from perlhf.data.order import keyed_seed
 from perlhf.data.records import Prompt, Rating, Text, text_of
 from perlhf.evaluation.reward import score_by_members
-from perlhf.evaluation.shared import Sampling, progress
+from perlhf.evaluation.shared import Sampling, progress, server_of
 from perlhf.labelling.rounds.order import Floats
 from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder
@@ -38,24 +38,32 @@ def sample_answers(
     Args:
         sides: by name, the policy run that answers (None: the start) and how many answers it gives to each prompt.
         key: of the random draws.
+
+    Raises:
+        ConfigError, ServiceError, StaleSamplerError: as `server_of`, where a server samples.
     """
     model, encoder = _opened(config)
     start = None if config.sft is None else load_sft(model, config.sft, encoder)
     longest = config.policy.max_completion_tokens
     ids = [encoder.cut_prompt(record.prompt, longest) for record in prompts]
+    adapters = {
+        name: start if run is None else load_earlier(model, run, "policy", encoder).name
+        for name, (run, _) in sides.items()
+    }
     found: dict[str, list[list[str]]] = {}
-    for name, (run, count) in sides.items():
-        adapter = start if run is None else load_earlier(model, run, "policy", encoder).name
-        sampling = Sampling(model, encoder, ids, longest, keyed_seed(config.seed, key, name))
-        answers: list[list[str]] = [[] for _ in prompts]
-        with progress(len(sampling.batches), f"answers of {name}") as bar:
-            for batch in sampling.batches:
-                rollout = sampling.answer(batch, adapter, config.policy.temperature, count)
-                texts = list(map(sampling.text, rollout.completions))
-                for place, number in enumerate(batch):
-                    answers[number] = texts[place * count : (place + 1) * count]
-                bar.advance()
-        found[name] = answers
+    with server_of(config, model, encoder, ids, adapters.values(), run=config.run, key=config.run) as server:
+        for name, (_, count) in sides.items():
+            seed = keyed_seed(config.seed, key, name)
+            sampling = Sampling(model, encoder, ids, longest, seed, server=server)
+            answers: list[list[str]] = [[] for _ in prompts]
+            with progress(len(sampling.batches), f"answers of {name}") as bar:
+                for batch in sampling.batches:
+                    rollout = sampling.answer(batch, adapters[name], config.policy.temperature, count)
+                    texts = list(map(sampling.text, rollout.completions))
+                    for place, number in enumerate(batch):
+                        answers[number] = texts[place * count : (place + 1) * count]
+                    bar.advance()
+            found[name] = answers
     return found
 
 

@@ -70,7 +70,7 @@ class Server:
     Args:
         url: of the server.
         directory: where versions are written; the server sees it by the same path.
-        run: the run's directory, which names its versions.
+        run: a path that names its versions, such as the run's directory: nobody else asks under it meanwhile.
         prompts: two that the probe answers.
         max_gap: nats a token by which log-probabilities of the probe may differ in the mean, and within which two
             tokens are a tie.
@@ -99,18 +99,18 @@ class Server:
         self._base, self._known = "", dict[str | None, list[Version]]()
         self._seconds = {"seconds_load": 0.0, "seconds_probe": 0.0}
 
-    def check(self, adapter: str, *, temperature: float, slots: int) -> None:
-        """Sees that the server is one to sample with, before anything is sampled; loads `adapter` for the first time.
+    def check(self, *adapters: str, slots: int, temperature: float = 1.0) -> None:
+        """Sees that the server is one to sample with, before anything is sampled; loads adapters for the first time.
 
         Args:
-            temperature: of sampling.
             slots: adapters that it must hold at a time.
+            temperature: of sampling, where something goes by the log-probabilities of what is sampled.
 
         Raises:
             ServiceError: nobody answers there, or what answers isn't vLLM.
             ConfigError: another version of vLLM, another base or tokenizer, raw log-probabilities, no room for the
-                adapter's rank, for so many adapters or for such long sequences; a directory that it doesn't see.
-            StaleSamplerError: it doesn't compute with the adapter.
+                adapters' rank, for so many adapters or for such long sequences; a directory that it doesn't see.
+            StaleSamplerError: it doesn't compute with one of the adapters.
         """
         self._base = self._workers.once(lambda: introduction(self._connection, self._encoder))
         self._session = self._workers.once(lambda: f"{self._prefix}{secrets.token_hex(3)}-")
@@ -126,8 +126,10 @@ class Server:
                 hint="start it with the directory that perlhf pull names, and with the dtype of this run",
             )
         self._check_processed(base, temperature)
-        self._publish(adapter)
-        self._workers.once(lambda: self._check_slots(slots))
+        for adapter in adapters:
+            self._publish(adapter)
+        if slots:
+            self._workers.once(lambda: self._check_slots(slots))
         self._connection.patient = True
 
     def version(self, adapter: str | None) -> Version:
@@ -172,11 +174,12 @@ class Server:
                 long, or its answers have no tokens and log-probabilities.
         """
         found: dict[int, list[tuple[Answer, bool]]] = {}
+        count = 1 if temperature == 0 else samples  # several greedy answers are alike, and vLLM refuses to give them
         # Should it see a stop string where we see none, the prompt is sampled once more without them.
         for stop in dict.fromkeys((ends.stop, ())):
             left = [at for at in range(len(prompts)) if at not in found]
             bodies = [
-                request(version.name, prompts[at], samples, seeds[at], temperature, max_completion_tokens)
+                request(version.name, prompts[at], count, seeds[at], temperature, max_completion_tokens)
                 | {"stop_token_ids": list(ends.ids), "stop": list(stop), "include_stop_str_in_output": True}
                 for at in left
             ]
@@ -187,7 +190,7 @@ class Server:
         if len(found) < len(prompts):
             what = "ended a completion before its last token, and with no end token"
             raise ServiceError(what, where=self._connection.shown, allowed=f"{max_completion_tokens} tokens, or an end")
-        rows = [row for at in range(len(prompts)) for row in found[at]]
+        rows = [row for at in range(len(prompts)) for row in found[at] * (samples // count)]
         return Rollout(
             [list(ids) for ids in prompts for _ in range(samples)],
             [ids for (ids, _), _ in rows],
@@ -248,7 +251,8 @@ class Server:
             note(f"{where} doesn't tell how many adapters the server holds; --max-loras {needed} is needed")
         elif int(found[1]) < needed:
             what, hint = f"the server holds {found[1]} adapters at a time", f"start it with --max-loras {needed}"
-            raise ConfigError(what, where="vllm.url", allowed=f"at least {needed} (staleness + 2)", hint=hint)
+            allowed = f"at least {needed}, which are in use at a time"
+            raise ConfigError(what, where="vllm.url", allowed=allowed, hint=hint)
 
     # versions
 
@@ -289,8 +293,10 @@ class Server:
     def _check_probe(self, version: Version, found: Sequence[Answer]) -> None:
         """Raises StaleSamplerError where the answers aren't those of the version."""
         others = [
-            ("the version before" if one.directory else "the base", one)
-            for one in (*self._known[None], *(old for versions in self._known.values() for old in versions[:-1]))
+            ("the base" if adapter is None else "the version before" if version in versions else f"'{adapter}'", one)
+            for adapter, versions in self._known.items()
+            for one in versions
+            if one is not version
         ]
         nearer = [what for what, other in others if follows(found, version.greedy, other.greedy)]
         problem = differs(version.greedy, found, self._max_gap) or self._too_far(version.greedy, found)
@@ -302,7 +308,7 @@ class Server:
                 where=self._connection.shown,
                 allowed="the local engine's greedy answers, ties apart, and log-probabilities within "
                 f"{self._max_gap:g} nats a token (max_sampler_gap)",
-                hint="start the server again, without what reloads adapters in place; the last checkpoint is kept",
+                hint="start the server again, without what reloads adapters in place; what was learned is kept",
             )
 
     def _too_far(self, greedy: Greedy, found: Sequence[Answer]) -> str | None:
@@ -329,7 +335,7 @@ class Server:
         if "max_lora_rank" in said:
             rank = max(len(pair.a) for pair in saved.read_adapter(cast(Path, version.directory)).adapter.pairs.values())
             room = next((f"--max-lora-rank {one}" for one in RANKS if one >= rank), "a lower rank")
-            hint = f"start it with {room}, or lower adapter.rank"
+            hint = f"start it with {room}, or train with a lower adapter.rank"
             return ConfigError(f"the server has no room for rank {rank}: {said}", where="adapter.rank", hint=hint)
         if "No adapter found" in said or "No such file" in said:
             what = f"the server doesn't see {version.directory}: {said}"

@@ -1,4 +1,4 @@
-"""Scores of pairs of answers, beside those of `perlhf score`."""
+"""Answers, by this process and by a server; scores of pairs of answers, beside those of `perlhf score`."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_runs import SYSTEM, TinyRuns, tiny_runs
+from vllm_server import FakeVllm, vllm
 
 from perlhf.config.commands import ScoreConfig
-from perlhf.config.loop import LoopConfig
-from perlhf.config.stages import DataConfig, EncodingConfig
+from perlhf.config.loop import LoopConfig, LoopPolicyConfig
+from perlhf.config.stages import DataConfig, EncodingConfig, VllmConfig
 from perlhf.data.records import Prompt
 from perlhf.evaluation.evaluate import score
 from perlhf.labelling.rounds.network import Pair, sample_answers, score_pairs
+
+__all__ = ["vllm"]
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +52,18 @@ def test_answers_depend_on_the_side_and_the_key_alone(runs: TinyRuns, tiny_base:
     assert [len(one) for one in found["policy"]] == [2, 2, 2] and [len(one) for one in found["start"]] == [1, 1, 1]
     assert found == sample_answers(config, prompts, sides, "round 2")
     assert found["start"] != sample_answers(config, prompts, {"start": (None, 1)}, "round 3")["start"]
+
+
+def test_a_servers_answers_are_the_local_engines(
+    runs: TinyRuns, tiny_base: Path, tmp_path: Path, vllm: FakeVllm
+) -> None:
+    """At a temperature at which the likeliest token is the one that is drawn."""
+    policy = LoopPolicyConfig(temperature=1e-5, max_completion_tokens=8)
+    config = settings(tiny_base, runs).model_copy(update={"policy": policy, "run": tmp_path})
+    prompts = [Prompt(f"a tea {at}", f"g{at}") for at in range(3)]
+    sides = {"policy": (runs.policy, 2), "start": (None, 1)}
+    through = config.model_copy(update={"sampler": "vllm", "vllm": VllmConfig(url=vllm.url)})
+    assert sample_answers(through, prompts, sides, "round 2") == sample_answers(config, prompts, sides, "round 2")
+    loads = [name for what, name in vllm.log if what == "load"]
+    assert len(loads) == 2 and vllm.sampled == loads, "the start, which is an SFT adapter, and the policy"
+    assert vllm.loaded == {} and not list(tmp_path.iterdir()), "nothing is left, there or here"

@@ -119,6 +119,18 @@ def test_a_stale_adapter_is_seen_by_its_logprobs_alone(server, stage, vllm):
         server.version(POLICY)
 
 
+def test_another_adapter_in_its_place_is_seen(server, stage, vllm):
+    """Such as the one that it started from, after a small step."""
+    changed(stage)
+    vllm.stale, vllm._first = True, server.version(POLICY).name
+    other = stage.model.copy_adapter(POLICY, "other", "policy")
+    with torch.no_grad():
+        for tensor in other.tensors().values():
+            tensor.mul_(1.002)
+    with pytest.raises(StaleSamplerError, match=f"those of '{POLICY}'"):
+        server.version("other")
+
+
 def test_a_server_without_the_adapter_is_seen(server, stage, vllm, monkeypatch):
     changed(stage)
     complete = vllm._complete
