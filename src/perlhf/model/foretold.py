@@ -233,8 +233,8 @@ def memory_of(
     held |= {f"adapter {name}": parameters * OPTIMISER_BYTES for name, parameters in trainable.items()}
     held |= {role: count * next(iter(trainable.values())) * 4 for role, count in frozen_adapters(config).items()}
     if config.tuning == "full":
-        # While they are used in another dtype than they are learned in, and while they are written to a file.
-        held["copies of the weights"] = size * (4 + (width if dtype != "float32" else 0))
+        # While they are used in another dtype than they are learned in, and, from a CPU's memory, written to a file.
+        held["copies of the weights"] = size * ((0 if on_gpu else 4) + (width if dtype != "float32" else 0))
     if read_back := layer_bytes(network, config.quantize, width):
         held["a layer read back"] = read_back
     if dtype == "bfloat16" and not on_gpu:
@@ -265,13 +265,13 @@ def keep_or_recompute(config: Stage, model: Model, workers: Workers = ALONE) -> 
     config = config.model_copy(update={"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")})
     trainable = {name: sum(p.numel() for p in one.trainable()) for name, one in model.adapters.items()}
     trainable = {name: count for name, count in trainable.items() if count}
-    can = config.tuning == "lora" and model.shards is None and layers_of(model.base) is not None
-    step = step_bytes(config, model.base, trainable, Devices(workers.count))
-    free = _free_bytes(model.device, workers.local[1])
-    if config.recompute == "always" and not can:
+    if config.recompute == "always" and layers_of(model.base) is None:
         what = f"{type(model.base).__name__} has no list of layers that could be recomputed"
         raise ModelError(what, where="recompute", allowed="auto, never", hint="leave recompute out")
-    chosen = can and (config.recompute == "always" or (config.recompute == "auto" and step > FREE_SHARE * free))
+    devices = Devices(workers.count, 1 if model.shards is None else workers.count)
+    step = _step_bytes(config, model.base, trainable, devices, Lengths.longest(config))
+    free = _free_bytes(model.device, workers.local[1])
+    chosen = _recomputes(config, model.base, devices, step, free)
     if chosen:
         model.recompute_layers()
     if chosen and config.recompute == "auto":
@@ -280,14 +280,31 @@ def keep_or_recompute(config: Stage, model: Model, workers: Workers = ALONE) -> 
     return {"recompute": chosen, "step_bytes": step, "free_bytes": free}
 
 
-def step_bytes(
-    config: Stage, network: PreTrainedModel, trainable: Mapping[str, int], devices: Devices = Devices()
+def with_recompute(
+    config: Stage, network: PreTrainedModel, trainable: Mapping[str, int], devices: Devices, lengths: Lengths, room: int
+) -> Stage:
+    """The configuration with `recompute` as a run would have it on a device of `room` bytes that nothing else uses."""
+    held = memory_of(config, network, trainable, devices, lengths).held
+    moments = sum(trainable.values()) * (OPTIMISER_BYTES - 4)
+    free = room - (sum(held.values()) - held.get("compiled products", 0) - moments)
+    step = _step_bytes(config, network, trainable, devices, lengths)
+    chosen = _recomputes(config, network, devices, step, free)
+    return config.model_copy(update={"recompute": "always" if chosen else "never"})
+
+
+def _recomputes(config: Stage, network: PreTrainedModel, devices: Devices, step: int, free: int) -> bool:
+    can = config.tuning == "lora" and devices.shards == 1 and layers_of(network) is not None
+    return can and (config.recompute == "always" or (config.recompute == "auto" and step > FREE_SHARE * free))
+
+
+def _step_bytes(
+    config: Stage, network: PreTrainedModel, trainable: Mapping[str, int], devices: Devices, lengths: Lengths
 ) -> int:
     """What a step that recomputes nothing takes beside the base and the adapters' weights, by the estimate: what
     learning keeps, gradients and AdamW's moments, and on a CPU products that are compiled.
     """
     config = config.model_copy(update={"recompute": "never"})
-    learning = _learning_bytes(config, network, devices, Lengths.longest(config))
+    learning = _learning_bytes(config, network, devices, lengths)
     compiles = dtype_in_force(config.dtype, config.device) == "bfloat16" and not config.device.startswith(
         ("cuda", "mps")
     )
@@ -435,13 +452,17 @@ def _activation_bytes(config: Stage, network: PreTrainedModel, width: int, token
     Per token and layer of an adapter on attention: three vectors of the hidden size (inputs of two norms and of the
     adapters), q, k, v and their mixture, and two of the feed-forward size (gate and up). Adapters on all linear layers
     and full tuning keep the inputs of the feed-forward layers as well. Layers below `adapter.layers` keep nothing.
+    Where attention is computed under a mask, keys and values are repeated for all heads that share them. Norms beyond
+    two (of queries and keys, behind attention) keep their inputs, too.
     Layers without heads (of a recurrence) count as four vectors of twice the hidden size in the place of q, k, v.
     Where layers are recomputed it is the input of each, and one layer at a time.
     """
     shape = Shape.of(network.config)
     layers = shape.layers
-    mixed = 2 * (shape.heads + shape.kv_heads) * shape.head if shape.heads else 8 * shape.hidden
-    per_token = 3 * shape.hidden + mixed + 2 * shape.feed_forward
+    masked = config.packing == "none" or config.device.startswith(("cuda", "mps")) or cpu.compiler()[0] is None
+    keys = shape.heads if masked else shape.kv_heads
+    mixed = 2 * (shape.heads + keys) * shape.head if shape.heads else 8 * shape.hidden
+    per_token = 3 * shape.hidden + mixed + 2 * shape.feed_forward + _beside_norms(network, shape)
     if config.tuning == "full" or config.adapter.targets != "attention":
         per_token += shape.hidden + shape.feed_forward
     if config.tuning == "lora" and config.adapter.layers != "all":
@@ -449,6 +470,21 @@ def _activation_bytes(config: Stage, network: PreTrainedModel, width: int, token
     if config.recompute == "always":
         return tokens * (layers * shape.hidden + per_token) * width
     return tokens * layers * per_token * width
+
+
+def _beside_norms(network: PreTrainedModel, shape: Shape) -> int:
+    """Numbers of one token that a layer's norms are given beyond the two of the hidden size that all layers have."""
+    most = 0
+    for block in layers_of(network) or ():
+        found = 0
+        for name, module in block.named_modules():
+            weights = list(module.parameters())
+            if not type(module).__name__.lower().endswith("norm") or not weights or weights[0].ndim != 1:
+                continue
+            of_heads = {"q": shape.heads, "k": shape.kv_heads}.get(name.rpartition(".")[2][:1], 1)
+            found += len(weights[0]) * (of_heads if len(weights[0]) == shape.head != shape.hidden else 1)
+        most = max(most, found - 2 * shape.hidden)
+    return most
 
 
 def _logits_bytes(config: Stage, network: PreTrainedModel) -> int:
