@@ -32,7 +32,7 @@ PROMPT_TOKENS, COMPLETION_TOKENS = 45, 20
 COMMON = "--device cpu --dtype bfloat16 --checkpoint-every 1000 --validate-every 1000 --data.limit 64".split()
 
 
-def options_of(stage: str, examples: int, tokens: int) -> list[str]:
+def options_of(stage: str, examples: int, tokens: int, recompute: str) -> list[str]:
     """A short run: few updates, of few tokens."""
     if stage == "policy":
         half = max(2, examples // 2)
@@ -40,7 +40,8 @@ def options_of(stage: str, examples: int, tokens: int) -> list[str]:
         own += f" --max-completion-tokens {tokens // 16} --centre-prompts {half} --validation-prompts {half}"
     else:
         own = f"--max-updates 3 --validation-examples 2 --examples-per-update {examples}"
-    return [*COMMON, *own.split(), "--encoding.max-tokens", str(tokens), "--tokens-per-microbatch", str(tokens)]
+    again = [] if recompute == "never" else ["--recompute", recompute]
+    return [*COMMON, *own.split(), "--encoding.max-tokens", str(tokens), "--tokens-per-microbatch", str(tokens), *again]
 
 
 def main() -> None:
@@ -55,10 +56,11 @@ def main() -> None:
     parser.add_argument(
         "--directory", type=Path, help="where weights are kept for the next time, and runs written for this one"
     )
+    parser.add_argument("--recompute", choices=("never", "always"), default="never", help="of layers")
     parser.add_argument("--kept", action="store_true", help="the peaks of benchmarks/bench.json, another machine")
     parser.add_argument("--step", choices=("1_7b", "7b"), help="one policy step alone, weights made in memory")
     arguments = parser.parse_args()
-    size = arguments.examples, arguments.tokens
+    size = arguments.examples, arguments.tokens, arguments.recompute
     if arguments.kept:
         for row in kept():
             print(json.dumps(row))
@@ -92,7 +94,9 @@ def write_base(directory: Path, shape: str) -> None:
             shutil.copy(file, directory)
 
 
-def compare(stage: str, shape: str, workers: int, base: Path, place: Path, size: tuple[int, int]) -> dict[str, Any]:
+def compare(
+    stage: str, shape: str, workers: int, base: Path, place: Path, size: tuple[int, int, str]
+) -> dict[str, Any]:
     """One line of the table: bytes of a worker, and seconds of an update."""
     run = place / f"{stage}-{workers}"
     words = [stage, *options_of(stage, *size), "--base", str(base), "--run", str(run)]

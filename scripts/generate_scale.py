@@ -13,10 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Glm4MoeConfig, GptOssConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
-from perlhf.config.stages import EncodingConfig, PolicyConfig
-from perlhf.model.foretold import Devices, gathers_of, memory_of
+from perlhf.config.recipe import load_recipe
+from perlhf.config.stages import EncodingConfig, PolicyConfig, RewardConfig, SftConfig
+from perlhf.model.bases.loading import by_configuration
+from perlhf.model.foretold import Devices, gathers_of, memory_of, with_recompute
 from perlhf.parallel.traffic import Gathers, Lengths, exchanged
 from perlhf.runs.words import number
 from perlhf.training.plan import Part, Rates, parts_of, trainable_parameters, trained_tensors
@@ -35,6 +45,17 @@ _SMALL |= {"num_attention_heads": 32, "head_dim": 64, "tie_word_embeddings": Tru
 _QWEN: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "tie_word_embeddings": False}
 
 
+CARDS = ROOT / "recipes" / "qwen3-4b"
+_QWEN_4B: dict[str, Any] = json.loads((CARDS / "config.json").read_text("utf-8"))
+_QWEN_7B: dict[str, Any] = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
 _GLM: dict[str, Any] = {
     "vocab_size": 151552,
     "hidden_size": 5120,
@@ -143,9 +164,10 @@ def gathered(name: str, shards: int) -> Gathers | None:
 class Planned:
     """The policy on a base and so many devices, the base in so many parts."""
 
-    def __init__(self, name: str, count: int, shards: int, microbatch: int):
+    def __init__(self, name: str, count: int, shards: int, microbatch: int, recompute: str = "never"):
         self.name, self.microbatch = name, microbatch
-        self.config, self.devices = policy(count, microbatch), Devices(count, shards)
+        self.config = policy(count, microbatch).model_copy(update={"recompute": recompute})
+        self.devices = Devices(count, shards)
         self.memory = memory_of(self.config, network_of(name), trained(name)[0], self.devices, LENGTHS)
 
     @cached_property
@@ -173,14 +195,15 @@ class Planned:
 
 
 def choose(name: str, count: int) -> tuple[int, Planned]:
-    """The fewest parts of the base that fit with the largest micro-batch, and the plan with them; of none that fits the
-    one that takes least."""
+    """The fewest parts of the base that fit with the largest micro-batch, recomputed where none else does and the base
+    is whole, and the plan with them; of none that fits the one that takes least."""
     found = 1, Planned(name, count, 1, MICROBATCHES[-1])
     for shards in dict.fromkeys([1, min(count, NODE), count]):
-        for microbatch in MICROBATCHES:
-            found = shards, Planned(name, count, shards, microbatch)
-            if found[1].fits:
-                return found
+        for recompute in ("never", "always") if shards == 1 else ("never",):
+            for microbatch in MICROBATCHES:
+                found = shards, Planned(name, count, shards, microbatch, recompute)
+                if found[1].fits:
+                    return found
     return found
 
 
@@ -235,7 +258,7 @@ def update_rows() -> Iterable[list[str]]:
                 name if count == 1 else "",
                 f"{count:,}",
                 in_parts(shards, count),
-                f"{found.microbatch:,}",
+                f"{found.microbatch:,}" + (", recomputed" if found.config.recompute == "always" else ""),
                 number(sum(found.received.values()) / 1e9) if count > 1 else "",
                 number(told / 1e9) if count > 1 else "",
                 number(found.seconds),
@@ -244,6 +267,52 @@ def update_rows() -> Iterable[list[str]]:
                 f"{alone / found.seconds:.0%}",
                 f"{longest}: {found.parts[longest].bound}",
             ]
+
+
+def card_rows() -> Iterable[list[str]]:
+    """The recipes for one card, the longest sequences that they let through, without the weights: by config.json."""
+    network = by_configuration(str(CARDS))
+    for card in (24, 80):
+        for stage, kind in (("sft", SftConfig), ("reward", RewardConfig), ("policy", PolicyConfig)):
+            config = load_recipe(CARDS / f"{stage}-{card}gb.yaml", kind).model_copy(update={"device": "cuda"})
+            own, lengths = trainable_parameters(config, network), Lengths.longest(config)
+            config = with_recompute(config, network, own, Devices(), lengths, card * 10**9)
+            memory = memory_of(config, network, own, Devices(), lengths)
+            kept = sum(size for part, size in memory.held.items() if part not in ("libraries", "base"))
+            yield [
+                f"{card} GB" if stage == "sft" else "",
+                stage,
+                f"{config.microbatch_tokens:,}",
+                "yes" if config.recompute == "always" else "no",
+                gigabytes(memory.held["base"]),
+                gigabytes(kept),
+                gigabytes(memory.passing["activations"]),
+                gigabytes(memory.passing["sampling"]) if "sampling" in memory.passing else "",
+                f"**{gigabytes(memory.total)}**" if memory.total <= card * 10**9 else gigabytes(memory.total),
+            ]
+
+
+def role_rows() -> Iterable[list[str]]:
+    """Four roles on one base, adapters of rank 16 on attention, and as four networks of which two learn adapters."""
+    for name, config in (("Qwen3 4B", Qwen3Config(**_QWEN_4B)), ("Qwen2.5 7B", Qwen2Config(**_QWEN_7B))):
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config)
+        stage = policy(1, MICROBATCHES[0])
+        own = trainable_parameters(stage, network)
+        memory, again = (
+            memory_of(stage.model_copy(update={"recompute": how}), network, own, Devices(), LENGTHS)
+            for how in ("never", "always")
+        )
+        held = memory.held
+        four = memory.total + 3 * held["base"]
+        yield [
+            f"{name}, {network.num_parameters() / 1e9:,.1f}B",
+            gigabytes(held["base"]),
+            *(gigabytes(held[role]) for role in ("adapter policy", "adapter value", "reference", "reward adapters")),
+            *(gigabytes(one.passing["activations"]) for one in (memory, again)),
+            gigabytes(memory.passing["sampling"]),
+            *(gigabytes(size) for size in (memory.total, again.total, four)),
+        ]
 
 
 def peer_rows() -> Iterable[list[str]]:
@@ -278,6 +347,16 @@ def measured_rows() -> Iterable[list[str]]:
 
 
 TABLES = {
+    "cards": (
+        "card|stage|micro-batch|recomputed|base|adapters|learning|sampling|peak".split("|"),
+        card_rows,
+    ),
+    "roles": (
+        ("base||policy|value|reference|reward|learning, 8,192|recomputed|sampling|peak|recomputed|four networks").split(
+            "|"
+        ),
+        role_rows,
+    ),
     "measured": (["shape", "stage", "workers", "planned, MiB", "measured, MiB", "off by"], measured_rows),
     "memory": (
         "base|weights are|base|gathered|adapters|learning, 1,024|8,192|sampling|peak, 1,024|8,192".split("|"),

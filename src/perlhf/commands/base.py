@@ -30,7 +30,7 @@ from perlhf.model.bases.loading import (
 )
 from perlhf.model.bases.quantised import is_kept
 from perlhf.model.encoding.encode import Encoder
-from perlhf.model.foretold import Devices, Memory, dtype_in_force, gathers_of, memory_of
+from perlhf.model.foretold import Devices, Memory, dtype_in_force, gathers_of, memory_of, with_recompute
 from perlhf.model.open import left_out
 from perlhf.model.supported import Way, target_paths
 from perlhf.parallel.traffic import Lengths, Stage, exchanged
@@ -210,7 +210,12 @@ def forecast(asked: PlanConfig, config: Stage) -> dict[str, Any]:
     room = _room(asked, config.device)
     updates = config.updates if isinstance(config, PolicyConfig) else config.max_updates
     ways = _spread(asked, config, network)
-    found = {how: memory_of(config, network, trainable, devices, lengths, updates) for how, devices in ways.items()}
+    stages = dict.fromkeys(ways, config)
+    if room is not None:
+        stages = {
+            how: with_recompute(config, network, trainable, devices, lengths, room) for how, devices in ways.items()
+        }
+    found = {how: memory_of(stages[how], network, trainable, ways[how], lengths, updates) for how in ways}
     how = next((how for how, memory in found.items() if room is None or memory.total <= room), None)
     chosen = how or min(found, key=lambda one: found[one].total)
     devices, memory = ways[chosen], found[chosen]
@@ -220,7 +225,7 @@ def forecast(asked: PlanConfig, config: Stage) -> dict[str, Any]:
     rates = rates_of(asked, dtype, config.device)
     parts: dict[str, Part] = {}
     if rates is not None and (gathers is None or asked.link is not None):  # gathers take most of the time
-        parts = parts_of(config, network, devices, lengths, rates, received, gathers)
+        parts = parts_of(stages[chosen], network, devices, lengths, rates, received, gathers)
     return {
         "base": config.base,
         "parameters": network.num_parameters(),
@@ -233,7 +238,8 @@ def forecast(asked: PlanConfig, config: Stage) -> dict[str, Any]:
         "shard": chosen,
         "shards": devices.shards,
         "fits": None if room is None else how is not None,
-        "said": _verdict(chosen, devices, memory, room),
+        "recompute": stages[chosen].recompute == "always",
+        "said": _verdict(chosen, devices, memory, room) + _recomputing(stages[chosen]),
         "memory_bytes": memory.parts(),
         "server_memory_bytes": server,
         "server_said": _beside(memory.total, server, room, on_gpu) if server else None,
@@ -241,7 +247,7 @@ def forecast(asked: PlanConfig, config: Stage) -> dict[str, Any]:
         "lengths": {"prompt": lengths.prompt, "completion": lengths.completion},
         "exchanged_bytes": {**received, "total": sum(received.values())},
         "seconds": {name: {"seconds": part.seconds, "bound": part.bound} for name, part in parts.items()},
-        "updates_per_hour": 3600 / seconds_of(config, parts) if parts else None,
+        "updates_per_hour": 3600 / seconds_of(stages[chosen], parts) if parts else None,
         "rates": None if rates is None else {"flops": rates.flops, "read": rates.read},
     }
 
@@ -299,6 +305,10 @@ def _beside(run: int, server: dict[str, int], room: int | None, on_gpu: bool) ->
     if not on_gpu:
         part = f"VLLM_CPU_KVCACHE_SPACE={math.ceil(server['cache'] / 2**30)} in its environment"
     return f"both fit on one device ({both:.0%}): start it with {part} there"
+
+
+def _recomputing(config: Stage) -> str:
+    return "; layers are computed once more in the backward pass" if config.recompute == "always" else ""
 
 
 def rates_of(asked: PlanConfig, dtype: str, device: str) -> Rates | None:

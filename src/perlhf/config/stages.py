@@ -200,6 +200,9 @@ class StageConfig(Frozen):
     """`tree` computes a shared prefix once and pads nothing; `none` pads sequences; `auto`: `tree` where a base can."""
     tokens_per_microbatch: Positive | None = None
     """Computed tokens in one forward pass; null takes 1024, or encoding.max_tokens if that is more."""
+    # Left out of what a run records unless it is set: a record without it is the same run.
+    recompute: Literal["auto", "always", "never"] = Field(default="auto", exclude_if=lambda how: how == "auto")
+    """Keep layers' inputs alone and compute the rest again in the backward: `auto` where a step wouldn't fit else."""
     checkpoint_every: Positive | None = None
     """Updates between checkpoints; null takes 20 (1 for a LoRA policy)."""
     log: LogConfig = LogConfig()
@@ -222,6 +225,12 @@ class StageConfig(Frozen):
                 f"tuning: full learns all weights, and shard: {self.shard} spreads weights that stay as they are; "
                 "leave shard out, or take tuning: lora"
             )
+        for key, value, plain in (("tuning", self.tuning, "lora"), ("shard", self.shard, "none")):
+            if self.recompute == "always" and value != plain:
+                raise ValueError(
+                    f"recompute: always goes with {key}: {plain} alone, not {value}; "
+                    f"leave recompute out, or take {key}: {plain}"
+                )
         return self
 
     @property

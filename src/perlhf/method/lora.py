@@ -55,8 +55,9 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  the decorator's own signature
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
-        x, weight, a, b, low = cast(tuple[Tensor, ...], ctx.saved_tensors[:5])
-        keep = cast(Tensor | None, ctx.saved_tensors[5])
+        saved: Any = ctx.saved_tensors  # looked at once: where layers are recomputed, a second time is refused
+        x, weight, a, b, low = cast(tuple[Tensor, ...], saved[:5])
+        keep = cast(Tensor | None, saved[5])
         grad = grads[0].reshape(-1, b.shape[0])
         grad_low = grad @ b
         grad_x = grad_a = grad_b = None

@@ -21,6 +21,7 @@ from perlhf.config.stages import PolicyConfig, RewardConfig
 from perlhf.errors import ModelError
 from perlhf.kernels import cpu
 from perlhf.kernels.modules import gated_parts
+from perlhf.kernels.recomputed import layers_of
 from perlhf.method.logprobs import chunk_tokens
 from perlhf.model.bases.found import first_line
 from perlhf.model.bases.packaged import quiet
@@ -29,9 +30,11 @@ from perlhf.model.model import Model
 from perlhf.model.supported import FAULTS, Way
 from perlhf.model.ways import recall
 from perlhf.parallel.traffic import Gathers, Lengths, Stage, microbatches_of, passes_of
+from perlhf.parallel.workers import ALONE, Workers
 from perlhf.runs.earlier import earlier_runs, reward_adapters
 from perlhf.system import before_torch
-from perlhf.system.machine import cpu_computes_in_bf16
+from perlhf.system.console import note
+from perlhf.system.machine import cpu_computes_in_bf16, free_memory_bytes
 
 KEPT, COPIED = "as found when it was last loaded", "as found on a small copy with random weights"
 UNKNOWN = "found out when it is loaded"
@@ -168,6 +171,10 @@ buffers. In the end, at the start, and after how many micro-batches 63 % of the 
 to 300 of them, docs/performance.md)."""
 
 
+FREE_SHARE = 0.85
+"""Of what is free: the part that a step may take by the estimate, which can be too low by so much."""
+
+
 @dataclass(frozen=True)
 class Devices:
     """What a run is spread over."""
@@ -216,11 +223,8 @@ def memory_of(
     size, dtype = network.num_parameters(), dtype_in_force(config.dtype, config.device)
     width = 2 if dtype == "bfloat16" else 4
     on_gpu = config.device.startswith(("cuda", "mps"))
-    compiles = dtype == "bfloat16" and not on_gpu
-    loose = not on_gpu and cpu.compiler()[0] is None and (compiles or before_torch.expected() == "system")
     lengths = lengths or Lengths.longest(config)
     first = next(passes_of(config, lengths))
-    share = max(lengths.prompt + lengths.completion, -(-first.tokens // devices.count))  # of a worker's tokens
     held = {"libraries": LIBRARIES_BYTES, "base": weight_bytes(network, config.quantize, width)}
     if devices.shards > 1:
         inside, around = _inside_and_around(network)
@@ -229,17 +233,14 @@ def memory_of(
     held |= {f"adapter {name}": parameters * OPTIMISER_BYTES for name, parameters in trainable.items()}
     held |= {role: count * next(iter(trainable.values())) * 4 for role, count in frozen_adapters(config).items()}
     if config.tuning == "full":
-        # While they are used in another dtype than they are learned in, and while they are written to a file.
-        held["copies of the weights"] = size * (4 + (width if dtype != "float32" else 0))
+        # While they are used in another dtype than they are learned in, and, from a CPU's memory, written to a file.
+        held["copies of the weights"] = size * ((0 if on_gpu else 4) + (width if dtype != "float32" else 0))
     if read_back := layer_bytes(network, config.quantize, width):
         held["a layer read back"] = read_back
-    if compiles:
+    if dtype == "bfloat16" and not on_gpu:
         met = math.inf if updates is None else updates * microbatches_of(first, config, devices.count)
         held["compiled products"] = int(FEW_BYTES + (COMPILED_BYTES - FEW_BYTES) * (1 - math.exp(-met / SETTLED)))
-    tokens = min(config.microbatch_tokens, share)
-    kept = int(_activation_bytes(config, network, width, tokens) * (HOLES if loose else 1))
-    mask = MASK_BYTES * tokens**2 if on_gpu and config.packing != "none" else 0
-    passing = {"activations": kept + mask + _logits_bytes(config, network)}
+    passing = {"activations": _learning_bytes(config, network, devices, lengths)}
     if isinstance(config, PolicyConfig):
         if config.sampler == "local":
             passing["sampling"] = _sampling_bytes(config, network, width, devices.count, lengths)
@@ -250,6 +251,74 @@ def memory_of(
     if devices.count > 1:
         passing["sums of gradients"] = SUM_BYTES * sum(trainable.values())
     return Memory(held, passing)
+
+
+def keep_or_recompute(config: Stage, model: Model, workers: Workers = ALONE) -> dict[str, Any]:
+    """Has the model recompute its layers in the backward pass, as `recompute` says; what of it a run records.
+
+    `auto` does where a step wouldn't fit into what is free now, with the base and the adapters' weights in place. Bits
+    of values and gradients are the same either way, so that workers and sessions of a run may choose apart.
+
+    Raises:
+        ModelError: `always`, of a network whose layers aren't in one list.
+    """
+    config = config.model_copy(update={"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")})
+    trainable = {name: sum(p.numel() for p in one.trainable()) for name, one in model.adapters.items()}
+    trainable = {name: count for name, count in trainable.items() if count}
+    if config.recompute == "always" and layers_of(model.base) is None:
+        what = f"{type(model.base).__name__} has no list of layers that could be recomputed"
+        raise ModelError(what, where="recompute", allowed="auto, never", hint="leave recompute out")
+    devices = Devices(workers.count, 1 if model.shards is None else workers.count)
+    step = _step_bytes(config, model.base, trainable, devices, Lengths.longest(config))
+    free = _free_bytes(model.device, workers.local[1])
+    chosen = _recomputes(config, model.base, devices, step, free)
+    if chosen:
+        model.recompute_layers()
+    if chosen and config.recompute == "auto":
+        sizes = f"about {step / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        note(f"layers are computed once more in the backward pass: a step would take {sizes}; recompute: never doesn't")
+    return {"recompute": chosen, "step_bytes": step, "free_bytes": free}
+
+
+def with_recompute(
+    config: Stage, network: PreTrainedModel, trainable: Mapping[str, int], devices: Devices, lengths: Lengths, room: int
+) -> Stage:
+    """The configuration with `recompute` as a run would have it on a device of `room` bytes that nothing else uses."""
+    held = memory_of(config, network, trainable, devices, lengths).held
+    moments = sum(trainable.values()) * (OPTIMISER_BYTES - 4)
+    free = room - (sum(held.values()) - held.get("compiled products", 0) - moments)
+    step = _step_bytes(config, network, trainable, devices, lengths)
+    chosen = _recomputes(config, network, devices, step, free)
+    return config.model_copy(update={"recompute": "always" if chosen else "never"})
+
+
+def _recomputes(config: Stage, network: PreTrainedModel, devices: Devices, step: int, free: int) -> bool:
+    can = config.tuning == "lora" and devices.shards == 1 and layers_of(network) is not None
+    return can and (config.recompute == "always" or (config.recompute == "auto" and step > FREE_SHARE * free))
+
+
+def _step_bytes(
+    config: Stage, network: PreTrainedModel, trainable: Mapping[str, int], devices: Devices, lengths: Lengths
+) -> int:
+    """What a step that recomputes nothing takes beside the base and the adapters' weights, by the estimate: what
+    learning keeps, gradients and AdamW's moments, and on a CPU products that are compiled.
+    """
+    config = config.model_copy(update={"recompute": "never"})
+    learning = _learning_bytes(config, network, devices, lengths)
+    compiles = dtype_in_force(config.dtype, config.device) == "bfloat16" and not config.device.startswith(
+        ("cuda", "mps")
+    )
+    return learning + compiles * COMPILED_BYTES + sum(trainable.values()) * (OPTIMISER_BYTES - 4)
+
+
+def _free_bytes(device: torch.device, sharing: int) -> int:
+    """What is free on a device: on a GPU with what torch holds unused, of a CPU's a part for each that shares it."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = free_memory_bytes("cpu")
+    assert free is not None, "a CPU's is known"
+    return free // sharing
 
 
 def dtype_in_force(dtype: str, device: str) -> str:
@@ -272,12 +341,6 @@ def frozen_adapters(config: Stage) -> dict[str, int]:
         "reward adapters": reward_adapters((*config.reward, *config.validation_reward)),
     }
     return {role: count for role, count in found.items() if count}
-
-
-def blocks_of(network: PreTrainedModel) -> nn.ModuleList | None:
-    """The network's layers, one module each; None where they aren't in one list."""
-    count = int(network.config.get_text_config().num_hidden_layers)
-    return next((part for part in network.modules() if isinstance(part, nn.ModuleList) and len(part) == count), None)
 
 
 def gathers_of(network: PreTrainedModel, width: int, shards: int) -> Gathers | None:
@@ -310,7 +373,7 @@ def _gathered_weights(network: PreTrainedModel) -> int:
     linear layer at a time, and a copy of what was gathered last, which stays until the next one is there.
     """
     most = 0
-    for block in blocks_of(network) or ():
+    for block in layers_of(network) or ():
         apart = [_size(part) for child in block.children() for part in gated_parts(child)]
         around, largest = _size(block) - sum(apart), max(apart, default=0)
         most = max(most, 2 * around + largest, around + 2 * largest)
@@ -371,23 +434,57 @@ class Shape:
         return self.layers * 2 * self.kv_heads * self.head
 
 
+def _learning_bytes(config: Stage, network: PreTrainedModel, devices: Devices, lengths: Lengths) -> int:
+    """What a micro-batch of a worker takes while it is learned from."""
+    dtype, on_gpu = dtype_in_force(config.dtype, config.device), config.device.startswith(("cuda", "mps"))
+    to_holes = dtype == "bfloat16" or before_torch.expected() == "system"
+    loose = not on_gpu and cpu.compiler()[0] is None and to_holes
+    share = -(-next(passes_of(config, lengths)).tokens // devices.count)
+    tokens = min(config.microbatch_tokens, max(lengths.prompt + lengths.completion, share))
+    kept = _activation_bytes(config, network, 2 if dtype == "bfloat16" else 4, tokens)
+    mask = MASK_BYTES * tokens**2 if on_gpu and config.packing != "none" else 0
+    return int(kept * (HOLES if loose else 1)) + mask + _logits_bytes(config, network)
+
+
 def _activation_bytes(config: Stage, network: PreTrainedModel, width: int, tokens: int) -> int:
     """Kept for the backward pass of one micro-batch of so many tokens.
 
     Per token and layer of an adapter on attention: three vectors of the hidden size (inputs of two norms and of the
     adapters), q, k, v and their mixture, and two of the feed-forward size (gate and up). Adapters on all linear layers
     and full tuning keep the inputs of the feed-forward layers as well. Layers below `adapter.layers` keep nothing.
+    Where attention is computed under a mask, keys and values are repeated for all heads that share them. Norms beyond
+    two (of queries and keys, behind attention) keep their inputs, too.
     Layers without heads (of a recurrence) count as four vectors of twice the hidden size in the place of q, k, v.
+    Where layers are recomputed it is the input of each, and one layer at a time.
     """
     shape = Shape.of(network.config)
     layers = shape.layers
-    mixed = 2 * (shape.heads + shape.kv_heads) * shape.head if shape.heads else 8 * shape.hidden
-    per_token = 3 * shape.hidden + mixed + 2 * shape.feed_forward
+    masked = config.packing == "none" or config.device.startswith(("cuda", "mps")) or cpu.compiler()[0] is None
+    keys = shape.heads if masked else shape.kv_heads
+    mixed = 2 * (shape.heads + keys) * shape.head if shape.heads else 8 * shape.hidden
+    per_token = 3 * shape.hidden + mixed + 2 * shape.feed_forward + _beside_norms(network, shape)
     if config.tuning == "full" or config.adapter.targets != "attention":
         per_token += shape.hidden + shape.feed_forward
     if config.tuning == "lora" and config.adapter.layers != "all":
         layers = min(layers, int(config.adapter.layers.removeprefix("last:")))
+    if config.recompute == "always":
+        return tokens * (layers * shape.hidden + per_token) * width
     return tokens * layers * per_token * width
+
+
+def _beside_norms(network: PreTrainedModel, shape: Shape) -> int:
+    """Numbers of one token that a layer's norms are given beyond the two of the hidden size that all layers have."""
+    most = 0
+    for block in layers_of(network) or ():
+        found = 0
+        for name, module in block.named_modules():
+            weights = list(module.parameters())
+            if not type(module).__name__.lower().endswith("norm") or not weights or weights[0].ndim != 1:
+                continue
+            of_heads = {"q": shape.heads, "k": shape.kv_heads}.get(name.rpartition(".")[2][:1], 1)
+            found += len(weights[0]) * (of_heads if len(weights[0]) == shape.head != shape.hidden else 1)
+        most = max(most, found - 2 * shape.hidden)
+    return most
 
 
 def _logits_bytes(config: Stage, network: PreTrainedModel) -> int:

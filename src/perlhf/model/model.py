@@ -5,7 +5,8 @@ forward uses it) and nowhere else.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,10 +18,11 @@ from transformers import PreTrainedModel
 from perlhf.errors import AdapterError, ModelError
 from perlhf.kernels import cpu, modules
 from perlhf.kernels.attention import tree_attention
-from perlhf.kernels.call import HeldPair, Turns, calling, current_call
+from perlhf.kernels.call import Call, HeldPair, Turns, calling, current_call
 from perlhf.kernels.kv_cache import KeyValueCache, Placed
 from perlhf.kernels.members import Mixed
 from perlhf.kernels.modules import AdaptedLinear, adapted, features, update_of
+from perlhf.kernels.recomputed import layers_of, recompute
 from perlhf.kernels.rows_cache import Forward, RowsCache
 from perlhf.method.logprobs import token_logprobs
 from perlhf.method.lora import dropout_keys, new_pair
@@ -232,6 +234,16 @@ class Model:
         for tensor in self.adapters[name].tensors().values():
             tensor.requires_grad_(False)
 
+    def recompute_layers(self) -> bool:
+        """From now on layers keep their input alone for the backward pass, and compute once more there; whether they
+        can. Adapters of all weights, which stand in the network while a pass runs, must not learn then.
+        """
+        assert self.shards is None, "the configuration refuses it"
+        layers = layers_of(self.base)
+        for layer in layers or ():
+            recompute(layer, self._again)
+        return layers is not None
+
     def version(self, name: str | None) -> tuple[tuple[str, int], ...]:
         """Name and version of each adapter that `name` makes active: whoever changes weights raises the version."""
         return tuple((adapter.name, adapter.version) for adapter in self._chain(name))
@@ -409,6 +421,12 @@ class Model:
             if inside:
                 return functional_call(self.decoder, inside, kwargs=inputs)
             return self.decoder(**inputs)
+
+    @contextmanager
+    def _again(self, call: Call) -> Iterator[None]:
+        """A layer is computed once more, beside passes of other threads."""
+        with self._turns.shared(), calling(call):
+            yield
 
     def _full_weights(self, chain: Sequence[Adapter], prefix: str = "") -> dict[str, Tensor]:
         """The uppermost full adapter's weights below `prefix` in the base's dtype; {} without one."""

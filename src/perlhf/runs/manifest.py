@@ -41,7 +41,7 @@ ADAPTER = "adapter_sha256"
 """Key of the manifest of a finished run: of what it made (`runs.earlier.files_hash`)."""
 CHECKPOINTS = "checkpoints"
 """Directory of a run's checkpoints; a finished run needs none."""
-FREE_KEYS = ("check_every", "checkpoint_every", "log", "reward_timeout_seconds", "shard", "vllm", "run")
+FREE_KEYS = ("check_every", "checkpoint_every", "log", "recompute", "reward_timeout_seconds", "shard", "vllm", "run")
 """Keys that may differ when a run continues: they change no result (`run` is the directory itself)."""
 
 

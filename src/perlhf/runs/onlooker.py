@@ -51,6 +51,9 @@ class Onlooker(Run):
     def note(self, key: str, value: dict[str, Any]) -> None:
         """Nothing."""
 
+    def note_session(self, key: str, value: Any) -> None:
+        """Nothing."""
+
     def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Nothing."""
 

@@ -207,6 +207,11 @@ class Run:
         self._manifest[key] = value
         write_json(self.path / MANIFEST, self._manifest)
 
+    def note_session(self, key: str, value: Any) -> None:
+        """Adds to the manifest what is so in this session, and changes no result."""
+        self._manifest["sessions"][-1][key] = value
+        write_json(self.path / MANIFEST, self._manifest)
+
     def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Appends one line to metrics.jsonl, and feeds the progress bar and the optional writers.
 

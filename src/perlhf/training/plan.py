@@ -29,6 +29,7 @@ from perlhf.model.foretold import (
     dtype_in_force,
     foretell,
     memory_of,
+    with_recompute,
 )
 from perlhf.model.open import left_out, with_day
 from perlhf.model.supported import packing_of, states_width, target_paths
@@ -38,6 +39,7 @@ from perlhf.rollout.vllm.connection import Connection, introduction
 from perlhf.rollout.vllm.memory import server_memory
 from perlhf.runs.earlier import check_disagreement, check_runs, earlier_runs, is_adapter
 from perlhf.system import before_torch
+from perlhf.system.machine import free_memory_bytes
 from perlhf.training.loop import Sides, read_sides, tell, updates_of
 
 if TYPE_CHECKING:
@@ -118,7 +120,11 @@ def plan(config: Stage, workers: int = 1) -> Plan:
         if workers == 1:
             how = "perlhf launch --workers N, or perlhf plan --devices N, tells it in parts"
             notes.append(f"memory is that of a device with the whole base; {how}")
-    updates = count_updates(config, sides)
+    updates, devices = count_updates(config, sides), Devices(workers, shards)
+    if (free := free_memory_bytes(config.device)) is not None and config.recompute == "auto":
+        config = with_recompute(config, network, trainable, devices, lengths, free // workers)
+        if config.recompute == "always":
+            notes.append("layers are computed once more in the backward pass: a step wouldn't fit into what is free")
     tell(sides)
     return Plan(
         stage,
@@ -132,7 +138,7 @@ def plan(config: Stage, workers: int = 1) -> Plan:
         dtype if config.quantize == "none" else f"{dtype}, linear layers in {config.quantize}",
         before_torch.expected(),
         "not for a GPU" if config.device.startswith(("cuda", "mps")) else cpu.compiler()[1],
-        memory_of(config, network, trainable, Devices(workers, shards), lengths, updates),
+        memory_of(config, network, trainable, devices, lengths, updates),
         server_of(config, network, lengths),
     )
 
@@ -330,8 +336,8 @@ def parts_of(
     what workers exchange besides.
 
     A pass forward takes two operations a weight and token, and attention four for each number of a head and token that
-    is seen. Its backward takes as many where adapters learn, twice as many where all weights do. A step of the sampler
-    reads the weights that its rows use, and the cache.
+    is seen. Its backward takes as many where adapters learn, twice as many where all weights do, and once more where
+    layers are recomputed. A step of the sampler reads the weights that its rows use, and the cache.
 
     Args:
         received: bytes of an update (`traffic.exchanged`).
@@ -343,7 +349,7 @@ def parts_of(
     forward = 2 * (weights.plain + weights.expert * share) + 4 * shape.layers * shape.heads * shape.head * seen
     size = weight_bytes(network, config.quantize, 2 if dtype_in_force(config.dtype, config.device) == "bfloat16" else 4)
     gathers, link = gathers or Gathers(0), rates.to(devices.shards)
-    backward = 2.0 if config.tuning == "full" else 1.0
+    backward = (2.0 if config.tuning == "full" else 1.0) + (config.recompute == "always")
     if config.tuning == "lora" and config.adapter.layers != "all":
         backward *= min(1.0, int(config.adapter.layers.removeprefix("last:")) / shape.layers)
     found: dict[str, Part] = {}

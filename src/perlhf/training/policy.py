@@ -26,6 +26,7 @@ from perlhf.kernels.kv_cache import FIXED
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder
+from perlhf.model.foretold import keep_or_recompute
 from perlhf.model.model import Model
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
 from perlhf.model.supported import told
@@ -110,6 +111,7 @@ def _train(config: PolicyConfig, base: Base, run: Run, workers: Workers) -> dict
 def _learn(setup: Setup, run: Run) -> dict[str, Any]:
     config, workers = setup.config, setup.workers
     run.note("way", told(setup.model.way, config.packing))
+    run.note_session("memory", keep_or_recompute(config, setup.model, workers))
     model, optimizers = setup.model, _optimizers(setup)
     validation = _validation(setup)
     frozen = [SAMPLER] if config.staleness else []

@@ -28,6 +28,7 @@ from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder, Example
+from perlhf.model.foretold import keep_or_recompute
 from perlhf.model.model import Model
 from perlhf.model.open import load_sft, load_starts, new_adapter, open_model, with_day
 from perlhf.model.supported import told
@@ -99,6 +100,7 @@ def _train(config: RewardConfig, base: Base, run: Run, workers: Workers) -> dict
     weights, balance = class_weights(train, config.class_weight)
     shares = Shares.of(train.records)
     adapters = _start(model, encoder, config, train)
+    run.note_session("memory", keep_or_recompute(config, model, workers))
     plan = loop.updates_of(config, train.records)
     learned = {adapter.name: (adapter.trainable_by_name(), config.learning_rate) for adapter in adapters}
     optimizers = optim.build(learned, config.optim)

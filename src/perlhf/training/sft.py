@@ -17,6 +17,7 @@ from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder, Example
+from perlhf.model.foretold import keep_or_recompute
 from perlhf.model.model import Model
 from perlhf.model.open import load_start, new_adapter, open_model, with_day
 from perlhf.model.supported import told
@@ -66,6 +67,7 @@ def _train(config: SftConfig, base: Base, run: Run, workers: Workers) -> dict[st
     validation = cache(lambda: laid_out(held_out, config, model))
     start = None if config.start is None else load_start(model, config, encoder, "sft")
     adapter = new_adapter(model, NAME, "sft", config, start=start)
+    run.note_session("memory", keep_or_recompute(config, model, workers))
     plan = loop.updates_of(config, train.records)
     optimizers = optim.build({NAME: (adapter.trainable_by_name(), config.learning_rate)}, config.optim)
     loop.tell(sides)

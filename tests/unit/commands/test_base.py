@@ -200,10 +200,11 @@ def test_a_plan_by_hand_of_a_configuration_alone(tmp_path: Path) -> None:
         "libraries": LIBRARIES_BYTES,
         "base": 2 * weights,
         "adapter reward": 16 * trained,
-        # The share of a worker, 2 x (32 + 2 x 16) tokens of two: 3 x 64, twice 4 + 2 heads of 16, 2 x 128. A mask.
-        "activations": 64 * 4 * (192 + 192 + 256) * 2 + 4 * 64**2,
+        # The share of a worker, 2 x (32 + 2 x 16) tokens of two: 3 x 64, four times 4 heads of 16 (keys and values are
+        # repeated under a mask), 2 x 128. A mask.
+        "activations": 64 * 4 * (192 + 256 + 256) * 2 + 4 * 64**2,
         "sums of gradients": 20 * trained,
-        "total": LIBRARIES_BYTES + 2 * weights + 16 * trained + max(64 * 4 * 640 * 2 + 4 * 64**2, 20 * trained),
+        "total": LIBRARIES_BYTES + 2 * weights + 16 * trained + max(64 * 4 * 704 * 2 + 4 * 64**2, 20 * trained),
     }
     # Piece and sum of 16,000 odd numbers are sent in pieces; the other worker's half each time.
     received = 2 * -(-(33 + trained) // 2) * 4 + 4 * 8 + 4 if 33 + trained > 16_384 else (33 + trained) * 4 + 4 * 8 + 4
@@ -213,6 +214,11 @@ def test_a_plan_by_hand_of_a_configuration_alone(tmp_path: Path) -> None:
     assert facts["seconds"]["learning"]["seconds"] == pytest.approx(64 * forward * 2 / 100e12)
     assert facts["seconds"]["exchange"]["seconds"] == pytest.approx(received / 10e9)
     assert facts["updates_per_hour"] == pytest.approx(3600 / (64 * forward * 2 / 100e12 + received / 10e9))
+    # Recomputed, each layer keeps its input of 64 and one of them the rest; and computes forward once more.
+    again = forecast(asked, config.model_copy(update={"recompute": "always"}))
+    assert again["memory_bytes"]["activations"] == 64 * (4 * 64 + 704) * 2 + 4 * 64**2
+    assert again["seconds"]["learning"]["seconds"] == pytest.approx(64 * forward * 3 / 100e12)
+    assert (facts["recompute"], again["recompute"]) == (False, True)
 
 
 def test_memory_of_a_server_that_samples_by_hand(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Plans: parameter counts worked by hand and compared with a real network, updates, memory, missing bases."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from perlhf.errors import AdapterError, ConfigError, DataError, ModelError, RunE
 from perlhf.kernels import cpu
 from perlhf.model.bases.loading import without_weights
 from perlhf.model.encoding.encode import TooLong
-from perlhf.model.foretold import COMPILED_BYTES, FEW_BYTES, dtype_in_force, memory_of
+from perlhf.model.foretold import COMPILED_BYTES, FEW_BYTES, FREE_SHARE, dtype_in_force, memory_of
 from perlhf.system import before_torch
+from perlhf.training import plan as plans
 from perlhf.training.loop import read_sides
 from perlhf.training.plan import (
     count_records,
@@ -166,7 +168,9 @@ def test_memory_parts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
     assert plan(settings).memory.passing["activations"] == 100 * 2 * layer * 4
     with monkeypatch.context() as without:
         without.setattr(cpu, "compiler", lambda: (None, "off"))
-        assert plan(settings).memory.passing["activations"] == 2 * 100 * 2 * layer * 4
+        # Without kernels keys and values are repeated for the heads that share them.
+        masked = layer + 2 * (4 - 2) * 16
+        assert plan(settings).memory.passing["activations"] == 2 * 100 * 2 * masked * 4
     full = plan(settings.model_copy(update={"tuning": "full"}))
     assert full.memory.held["adapter reward"] == 16 * (parameters + 64)
     assert full.memory.held["copies of the weights"] == 4 * parameters
@@ -182,9 +186,26 @@ def test_memory_parts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
     assert whole.held["compiled products"] == COMPILED_BYTES
     assert whole.passing == {"activations": 100 * 2 * layer * 2}
     monkeypatch.setattr(cpu, "compiler", lambda: (None, "off"))
-    assert plan(half).memory.passing["activations"] == 2 * 100 * 2 * layer * 2  # holes, as under glibc
+    assert plan(half).memory.passing["activations"] == 2 * 100 * 2 * masked * 2  # holes, as under glibc
     assert "compiled products" not in planned.memory.held
     assert "compiled products" not in plan(half.model_copy(update={"device": "cuda:1"})).memory.held
+
+
+def test_layers_that_are_recomputed_by_hand(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "compiler", lambda: ("g++", "compiled"))
+    settings = RewardConfig(base=str(tiny_base), dtype="float32", data=DATA, tokens_per_microbatch=100, device="cpu")
+    kept, (layer, inputs) = plan(settings), (192 + 192 + 256, 2 * 64)
+    always = plan(settings.model_copy(update={"recompute": "always"}))
+    assert always.memory.passing["activations"] == 100 * (layer + inputs) * 4
+    # Just enough is free: libraries, base, the adapter's weights, and a step with gradients and moments.
+    step = 100 * 2 * layer * 4 + 12 * kept.trainable["reward"]
+    held = kept.memory.held["libraries"] + kept.memory.held["base"] + 4 * kept.trainable["reward"]
+    enough = held + math.ceil(step / FREE_SHARE)
+    for free, memory in ((enough, kept.memory), (enough - 1, always.memory)):
+        monkeypatch.setattr(plans, "free_memory_bytes", lambda device, free=free: free)
+        found = plan(settings)
+        assert found.memory == memory
+        assert any("computed once more" in note for note in found.notes) == (free < enough)
 
 
 def test_frozen_adapters_of_a_policy_are_counted(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -28,6 +28,8 @@ VARIABLE = "PERLHF_GPU_ATTENTION"
 MIN_TOKENS = 1024
 """Shorter rows are faster under a mask (0.72 times at 512 tokens, 1.3 at 2,048 on an H200, of one layer alone)."""
 BLOCK = 128
+FORMS = 64
+"""Most that are compiled in a process."""
 
 
 def usable(query: Tensor) -> bool:
@@ -53,7 +55,8 @@ class Blocks:
         seen, whole = pairs_of_blocks(nodes, sight, (self.tokens + self.padding) // BLOCK)
         some, full = (_listed(torch.from_numpy(each).to(device)) for each in (seen & ~whole, whole))
         lengths = (self.tokens + self.padding, self.tokens + self.padding)
-        sees = _sees(*(torch.from_numpy(each).to(device) for each in (first, last, depth)), sight=sight)
+        at = [first, last] if sight == FULL else [first, last, depth, _first_seen(sight, depth)]
+        sees = _sees(*(torch.from_numpy(each).to(device) for each in at))
         self.mask = BlockMask.from_kv_blocks(*some, *full, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=lengths)
 
 
@@ -65,7 +68,7 @@ def attention(
 
     padded = (F.pad(each, (0, 0, 0, blocks.padding))[None] for each in (query, key, value))
     given: dict[str, Any] = {"block_mask": blocks.mask, "scale": scaling, "enable_gqa": len(query) != len(key)}
-    given["score_mod"] = None if cap is None else _capped(cap)
+    given["score_mod"] = None if cap is None else _capped(torch.tensor(cap, device=query.device))
     if sinks is None:
         return _flex(query.device.type)(*padded, **given)[0, :, : blocks.tokens]
     mixed, told = _flex(query.device.type)(*padded, **given, return_aux=AuxRequest(lse=True))
@@ -149,22 +152,31 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
-def _sees(first: Tensor, last: Tensor, depth: Tensor, sight: Sight) -> Any:
-    """Who sees whom, as BlockMask asks it."""
-    window, chunk = sight.window, sight.chunk
+def _first_seen(sight: Sight, depth: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Of each token's depth: the depth from which on it sees its path."""
+    return sight.first(torch.from_numpy(depth)).int().numpy()
+
+
+def _sees(first: Tensor, last: Tensor, depth: Tensor | None = None, back: Tensor | None = None) -> Any:
+    """Who sees whom, as BlockMask asks it. What it looks up are tensors: a window as a number would be compiled into
+    the kernel, and a network whose layers see differently would have one for each.
+
+    Args:
+        first, last: numbers of tokens (`numbered`).
+        depth, back: of tokens that don't see all of their path: their depth, and the first that they see.
+    """
 
     def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
         on_path = (first[key] <= first[query]) & (first[query] < last[key])
-        if window is not None:
-            return on_path & (depth[key] > depth[query] - window)
-        if chunk is not None:
-            return on_path & (depth[key] >= depth[query] - depth[query] % chunk)
-        return on_path
+        return on_path if depth is None or back is None else on_path & (depth[key] >= back[query])
 
     return sees
 
 
-def _capped(cap: float) -> Any:
+def _capped(cap: Tensor) -> Any:
+    """Scores under a cap, a tensor: beside a Python number torch falls back to computing step by step, with all of
+    the scores in memory, under `dynamic=True`."""
+
     def change(score: Tensor, *_: Tensor) -> Tensor:
         return torch.tanh(score / cap) * cap
 
@@ -173,7 +185,23 @@ def _capped(cap: float) -> Any:
 
 @functools.cache
 def _flex(device: str) -> Callable[..., Any]:
-    """Compiled once for rows of any length; step by step on a CPU, where tests compare it."""
+    """Compiled for rows of any length; step by step on a CPU, where tests compare it."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+    return compiled("inductor") if device == "cuda" else flex_attention
+
+
+def compiled(backend: Any) -> Callable[..., Any]:
+    """FlexAttention compiled once for each form: with and without gradients, a window, a cap or sinks; not for lengths
+    and trees. What can't be compiled, or would be too often, is an error: step by step all scores would be in memory.
+
+    Args:
+        backend: `torch.compile`'s.
+    """
+    from torch.fx.experimental import _config
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Else sizes that are equal in the first pack (as many blocks as heads) would be taken to be equal in all.
+    _config.use_duck_shape = False
+    compiling: Any = torch.compile  # whose annotations lack the limit
+    return compiling(flex_attention, dynamic=True, fullgraph=True, recompile_limit=FORMS, backend=backend)

@@ -1,6 +1,7 @@
 """Attention by blocks, as a GPU computes it: step by step on a CPU, against softmax over each sequence alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.attention.flex_attention as torchs
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental import _config
 
 from perlhf.kernels.attention import flex
 from perlhf.kernels.attention.flex import BLOCK, Blocks, numbered, pairs_of_blocks
@@ -18,6 +20,8 @@ from perlhf.method.packing import Layout, Node, lay_out
 SEQUENCES = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_size=1, max_size=5)
 SIGHTS = st.sampled_from([FULL, Sight(window=1), Sight(window=3), Sight(chunk=4)])
 CPU = torch.device("cpu")
+TREES = ((460, 0), (300, 3), (500, 2), (130, 1), (20, 5), (0, 4))
+"""Tokens that branches share, and how many there are. The first has as many blocks as the test has heads."""
 
 
 def nodes_of(layout: Layout) -> tuple[Node, ...]:
@@ -29,8 +33,10 @@ def nodes_of(layout: Layout) -> tuple[Node, ...]:
 def _gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch computes them step by step on a CPU, too, and refuses to because it has no kernel for them there."""
     monkeypatch.setattr(torchs, "_validate_device", lambda *given: None)
+    settings: Any = _config
     torch._dynamo.reset()
-    yield
+    with settings.patch(use_duck_shape=True):  # as it is, and becomes again
+        yield
     torch._dynamo.reset()
 
 
@@ -97,6 +103,38 @@ def test_values_and_gradients_are_those_under_a_mask(sight: Sight, bent: bool) -
         strict=True,
     ):
         torch.testing.assert_close(by_flex, by_mask, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("_gradients")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("bent", [False, True])
+def test_it_is_compiled_for_forms_and_not_for_trees(monkeypatch: pytest.MonkeyPatch, bent: bool) -> None:
+    """torch's tracer decides what is compiled anew, on a CPU as on a GPU: graphs are counted and run step by step."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, given: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    generator, by_sight = torch.Generator().manual_seed(0), []
+    compiled = flex.compiled(count)
+    monkeypatch.setattr(flex, "_flex", lambda device: compiled)
+    for sight in (FULL, Sight(window=40), Sight(chunk=64)):
+        for shared, branches in TREES:
+            sequences = [[0] * shared, *([0] * shared + [at] * (60 * at) for at in range(1, branches + 1))]
+            layout = lay_out([sequence for sequence in sequences if sequence], "tree")
+            drawn = (torch.randn(heads, layout.tokens, 16, generator=generator) for heads in (4, 2, 2))
+            query, key, value = (each.requires_grad_() for each in drawn)
+            cap, sinks = (5.0, torch.randn(4, generator=generator)) if bent else (None, None)
+            given = Blocks(nodes_of(layout), sight, CPU), 0.3, cap, sinks
+            found = flex.attention(query, key, value, *given)
+            expected = tree_attention(query, key, value, Tree(nodes_of(layout)), 0.3, sight, cap, sinks)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            with torch.no_grad():
+                flex.attention(query, key, value, *given)
+        by_sight.append(len(graphs))
+    # With gradients and without; of all that is seen, and of a part, a window or a chunk.
+    assert by_sight == [2, 4, 4]
 
 
 def test_nobody_takes_it_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
