@@ -358,6 +358,16 @@ class TestCache:
             for one, other in zip(stepped(cache, range(3, 6)), expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
+    def test_rows_that_have_ended_stay_at_their_last_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While others go on: a position beyond is one that the network may not have."""
+        monkeypatch.setattr(kv_cache, "FIXED", ("cpu",))
+        cache = kv_cache.KeyValueCache([[0, 1, 2], [3]], torch.device("cpu"))
+        cache.record(0, torch.randn(1, 4, 8), torch.randn(1, 4, 8))
+        cache.fork(1, 5)
+        for _ in range(20):
+            cache.advance()
+        assert cache.positions().tolist() == [3 + 4, 1 + 4]
+
     def test_buffers_of_one_shape_grow(self, adapted: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kv_cache, "FIXED", ("cpu",))
         monkeypatch.setattr(kv_cache, "GROW", 3)

@@ -79,7 +79,7 @@ class KeyValueCache:
             for layer, (keys, values) in self._prompts.items()
         }
         if self.fixed:
-            self._grows, self._now = most is None, torch.zeros_like(self.lengths)
+            self._longest, self._now = most, torch.zeros_like(self.lengths)
         self._arrange()
 
     def put(self, place: int, prompt: int) -> None:
@@ -195,9 +195,11 @@ class KeyValueCache:
         self.time += 1
         self._times.clear()
         if self.fixed:
-            # A row that has ended stays at its last place while others go on.
-            self._now.add_(1).clamp_(max=self._room if self._grows else self._room - 1)
-        if (not self.fixed or self._grows) and self.time == self._room:
+            self._now.add_(1)
+        if self.fixed and self._longest is not None:
+            # A row that has ended stays at its last token while others go on: the network may have no place beyond.
+            self._now.clamp_(max=self._longest - 1)
+        elif self.time == self._room:
             self._own = {layer: (_grown(keys), _grown(values)) for layer, (keys, values) in self._own.items()}
             self._lay_out()
         if self.fixed:

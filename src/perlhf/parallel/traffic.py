@@ -134,7 +134,7 @@ def exchanged(
         if isinstance(config, PolicyConfig):
             # Prompts, their probe, and each token after the first; logits of all tokens.
             found["base"] += (1 + lengths.completion) * gathers.forward
-            found["agreement"] += (lengths.completion - 1) * of_sum(1, 4, workers)  # whether anybody goes on
+            found["agreement"] += lengths.completion * of_sum(1, 4, workers)  # whether anybody goes on
     return found
 
 

@@ -74,8 +74,8 @@ def test_a_base_in_parts_is_gathered_for_each_micro_batch():
         update={"baseline": "none", "reward": ("a:b",), "adapter": AdapterConfig(), "tokens_per_microbatch": 1000}
     )
     found = exchanged(config, 4, 1000, 2, Lengths(60, 10), gathers)
-    # Reference and learning; prompts, probe and nine further tokens.
+    # Reference and learning; prompts, probe and nine further tokens; after each of ten whether anybody goes on.
     assert found["base"] == 1000 + 2000 + 11 * 1000
-    assert found["agreement"] == 3 * 8 + 4 + rows + 9 * 4
+    assert found["agreement"] == 3 * 8 + 4 + rows + 10 * 4
     judged = exchanged(config.model_copy(update={"reward": ("runs/a", "runs/b")}), 4, 1000, 2, Lengths(60, 10), gathers)
     assert judged["agreement"] == found["agreement"] + rows and judged["base"] == found["base"] + 2 * 1000
