@@ -197,7 +197,7 @@ def lost(run: Path, updates: int, adapters: list[str]) -> list[str]:
     lines, found = metrics(run), list[str]()
     rollouts = [read_lines(file) for file in sorted((run / "rollouts").glob("*.jsonl"))]
     if [line["step"] for line in lines] != list(range(1, updates + 1)):
-        found.append(f"updates {[line['update'] for line in lines]}")
+        found.append(f"updates {[line['step'] for line in lines]}")
     if [len(rows) for rows in rollouts] != [PROMPTS * COMPLETIONS] * updates:
         found.append(f"completions of rollouts: {[len(rows) for rows in rollouts]}")
     if lines[0]["kl"] != 0:

@@ -284,6 +284,45 @@ def test_a_dry_run_says_how_many_labels_and_writes_nothing(tiny_base, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_asks_the_server_that_is_to_sample(tiny_base, tmp_path, capfd, vllm):
+    from perlhf.commands.cli import main
+
+    data, run = write_rows(tmp_path / "prompts.jsonl", prompts(64)), tmp_path / "run"
+
+    def dry(**server: str) -> tuple[int, str]:
+        values = settings(tiny_base, data, run, sampler="vllm", vllm=server)
+        code = main(["loop", recipe(tmp_path / "loop.yaml", values), "--dry-run"])
+        found = capfd.readouterr()
+        return code, " ".join((found.out + found.err).replace("│", " ").split())
+
+    code, said = dry(url=vllm.url)
+    assert code == 0 and f"vLLM at {vllm.url}, which must hold 2 adapters" in said and not vllm.loaded, said
+    code, said = dry(url="http://127.0.0.1:9")
+    assert code == 2 and said.count("error: ") == 1 and "--vllm.url http://HOST:8000" in said, said
+    vllm.version = "0.12.1"
+    code, said = dry(url=vllm.url)
+    assert code == 2 and "allowed: vLLM 0.32" in said, said
+    assert not run.exists()
+
+
+def test_a_server_that_could_not_train_is_told_before_anybody_labels(tiny_base, tmp_path, capfd, monkeypatch, vllm):
+    """The start is the base, so that no adapter is sent for the first answers."""
+    from perlhf.commands.cli import main
+
+    monkeypatch.setattr(labellers, "label", lambda *_: pytest.fail("people were asked"))
+    data, run = write_rows(tmp_path / "prompts.jsonl", prompts(64)), tmp_path / "run"
+    values = settings(tiny_base, data, run, sampler="vllm", vllm={"url": vllm.url})
+    vllm.max_loras = 1
+    assert main(["loop", recipe(tmp_path / "loop.yaml", values)]) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert "the server holds 1 adapters at a time" in said and "--max-loras 2" in said, said
+    vllm.max_loras, vllm.raw = 2, True
+    values["policy"]["temperature"] = 0.7
+    assert main(["loop", recipe(tmp_path / "loop.yaml", values), "--run", str(tmp_path / "warm")]) == 2
+    assert "--logprobs-mode processed_logprobs" in " ".join(capfd.readouterr().err.split())
+    assert not list(tmp_path.rglob("answers.jsonl"))
+
+
 def test_a_server_samples_for_every_step(tiny_base, tmp_path, capfd, monkeypatch, serve, vllm):
     """Answers, training and duels come from it, it is started again on the way, and goes on at another address."""
     from perlhf.commands.cli import main

@@ -210,6 +210,11 @@ class LoopConfig(Frozen):
         """The labelling project."""
         return self.project or self.run / "labels"
 
+    @property
+    def slots(self) -> int:
+        """Adapters that a vLLM server must hold at a time, so that it can sample for all steps."""
+        return self.policy_stage(self.run, self.run, None, self.seed).slots
+
     def labels_in_all(self) -> dict[str, int]:
         """Labels that are asked for, by what for: to learn from, to measure reward models with, for the
         duels of policies with the start.

@@ -454,6 +454,11 @@ class PolicyConfig(StageConfig):
         return self.staleness > 0 or self.sampler != "local"
 
     @property
+    def slots(self) -> int:
+        """Adapters that a vLLM server must hold at a time: versions that are asked, and the one that is being sent."""
+        return self.staleness + 2
+
+    @property
     def value_learning_rate(self) -> float:
         """The value adapter's learning rate in force."""
         return self.value.learning_rate or (1e-4 if self.tuning == "lora" else 1e-5)

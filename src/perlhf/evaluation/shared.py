@@ -135,6 +135,8 @@ def server_of(
     key: Path,
     max_gap: float = MAX_GAP,
     workers: Workers = ALONE,
+    slots: int = 0,
+    temperature: float = 1.0,
 ) -> Iterator[Server | None]:
     """The server of `sampler: vllm`, which has been seen to sample with each of the adapters; None of `sampler: local`.
 
@@ -145,6 +147,8 @@ def server_of(
         adapters: all that will answer; None is the base.
         run: beside whose files adapters are written for it, where `vllm.directory` says nothing.
         key: a path that names them: no other process asks under it meanwhile.
+        slots: adapters that the server must hold at a time, should that be more than answer here.
+        temperature: as `Server.check`: of a policy that will be trained through it.
 
     Raises:
         ConfigError: an adapter that no files for it could hold; ServiceError, ConfigError, StaleSamplerError: as
@@ -175,7 +179,7 @@ def server_of(
         max_gap=max_gap,
         timeout_seconds=config.vllm.timeout_seconds,
     ) as server:
-        server.check(*names, slots=len(names))
+        server.check(*names, slots=max(slots, len(names)), temperature=temperature)
         yield server
 
 

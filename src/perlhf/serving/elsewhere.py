@@ -152,16 +152,15 @@ class Elsewhere:
             self._names[under.key] = name
         return self._names[under.key]
 
-    def _ask(self, path: str, body: Any = None) -> dict[str, Any]:
-        """What the server answers, {} where that is no JSON.
+    def _ask(self, path: str, body: Any) -> None:
+        """Has the server do something.
 
         Raises:
             ServiceError: it doesn't, or refuses.
         """
 
         async def ask() -> httpx2.Response:
-            method = "GET" if body is None else "POST"
-            return await self._client.request(method, self._url + path, json=body, headers=self._headers)
+            return await self._client.post(self._url + path, json=body, headers=self._headers)
 
         try:
             response = asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
@@ -169,9 +168,6 @@ class Elsewhere:
             raise self._gone(error) from None
         if response.status_code != 200:
             raise ServiceError(_said(response.text), where=self._url + path, hint="its own log says more")
-        with contextlib.suppress(ValueError):
-            return dict(response.json())
-        return {}
 
     async def _stream(self, row: Row, body: dict[str, Any]) -> None:
         """Puts a row's tokens into the queue as they come, or why there are no more."""

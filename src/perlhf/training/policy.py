@@ -104,7 +104,7 @@ def _train(config: PolicyConfig, base: Base, run: Run, workers: Workers) -> dict
     if setup.server is None:
         return _learn(setup, run)
     with setup.server as server:
-        server.check(POLICY, temperature=config.temperature, slots=config.staleness + 2)
+        server.check(POLICY, temperature=config.temperature, slots=config.slots)
         return _learn(setup, run)
 
 

@@ -7,9 +7,14 @@ import torch
 
 from perlhf.config.loop import LoopConfig
 from perlhf.data.records import text_of
+from perlhf.errors import ModelError
 from perlhf.labelling.rounds.loop import MORE, prompts_of
 from perlhf.labelling.rounds.results import Places
-from perlhf.model.bases.loading import without_weights
+from perlhf.model.bases.found import Base
+from perlhf.model.bases.loading import end_ids, load_tokenizer, without_weights
+from perlhf.model.encoding.encode import Encoder
+from perlhf.model.open import with_day
+from perlhf.rollout.vllm.connection import Connection, introduction
 from perlhf.runs.earlier import check_runs
 from perlhf.runs.words import duration
 from perlhf.system.files import read_json
@@ -29,11 +34,14 @@ def foretell(config: LoopConfig) -> list[tuple[str, str]]:
 
     Raises:
         DataError: no prompts; ModelError: no base; RunError: `sft` isn't finished.
+        ServiceError, ConfigError: a server that is to sample isn't there, or can't (`rollout.vllm.connection`).
     """
     check_runs("sft", [] if config.sft is None else [config.sft])
     sides = {side: prompts_of(config, side) for side in ("train", "validation", "test")}
+    server = _server(config) if config.sampler == "vllm" else None
     rows = [(f"prompts, {side}", f"{len(found):,}") for side, found in sides.items()]
     rows += [("rounds", f"{config.rounds:,}"), ("who answers", config.labeller)]
+    rows += [("what samples", server)] if server else []
     labels = config.labels_in_all()
     rows += [(f"labels {what}", f"{count:,}") for what, count in labels.items()]
     share = "" if config.order == "random" else f", {config.random_share:.0%} of each round's at random"
@@ -51,6 +59,18 @@ def foretell(config: LoopConfig) -> list[tuple[str, str]]:
     else:
         rows.append(("the machine's time", f"roughly {duration(_seconds(config, letters))}, from its speed alone"))
     return rows
+
+
+def _server(config: LoopConfig) -> str:
+    """Asks the server that is to sample whether it can; not where the packaged base isn't here yet."""
+    connection = Connection(config.vllm.url, config.vllm.timeout_seconds)
+    try:
+        base = Base.find(config.base)
+    except ModelError:
+        return f"vLLM at {connection.shown}, which isn't asked before the base is here"
+    stage = with_day(config.stage(), base)
+    introduction(connection, Encoder(load_tokenizer(base), stage.encoding, end_ids(base)))
+    return f"vLLM at {connection.shown}, which must hold {config.slots} adapters"
 
 
 def passes_forward(config: LoopConfig, letters: float, layers: int) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,10 @@ def sample_answers(
         for name, (run, _) in sides.items()
     }
     found: dict[str, list[list[str]]] = {}
-    with server_of(config, model, encoder, ids, adapters.values(), run=config.run, key=config.run) as server:
+    given: dict[str, Any] = {"run": config.run, "key": config.run}
+    # What the round's policy will need is told now, before people label.
+    given |= {"slots": config.slots, "temperature": config.policy.temperature}
+    with server_of(config, model, encoder, ids, adapters.values(), **given) as server:
         for name, (_, count) in sides.items():
             seed = keyed_seed(config.seed, key, name)
             sampling = Sampling(model, encoder, ids, longest, seed, server=server)

@@ -129,7 +129,7 @@ def introduction(connection: Connection, encoder: Encoder) -> str:
     name, longest = met(connection, encoder, "vllm.url")
     if longest is not None and longest < (max_tokens := encoder.max_tokens):
         what = f"the server takes sequences of {longest} tokens, and prompt and completion have up to {max_tokens}"
-        hint = f"start it with --max-model-len {max_tokens}, or lower encoding.max_tokens"
+        hint = f"start it with --max-model-len {max_tokens}, or train with a lower encoding.max_tokens"
         raise ConfigError(what, where="encoding.max_tokens", allowed=f"at most {longest}", hint=hint)
     return name
 

@@ -35,7 +35,7 @@ def server_memory(config: PolicyConfig, network: "PreTrainedModel", lengths: Len
     found = {
         "processes": CONTEXT_BYTES if config.device.startswith("cuda") else PROCESS_BYTES,
         "base": network.num_parameters() * width,
-        "adapters": (config.staleness + 2) * bound * (layers + states_width(network) + shape.vocab) * width,
+        "adapters": config.slots * bound * (layers + states_width(network) + shape.vocab) * width,
         "cache": tokens * shape.cached * width,
         "step": step + min(rows, STEP_ROWS) * shape.vocab * 4 * 3,
     }
