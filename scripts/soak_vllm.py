@@ -95,7 +95,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--python", help="of an environment with vLLM")
     options = parser.parse_args()
-    updates = 2 * (options.kills + options.restarts)
+    updates = 4 * options.kills + 2 * options.restarts
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         place = Path(directory)
         feedback = write_feedback(place / "feedback")

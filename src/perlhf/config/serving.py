@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from perlhf.config.addresses import VLLM_KEY, check_address
 from perlhf.config.labelling import Port
 from perlhf.config.stages import Frozen, Positive
 
@@ -58,6 +59,15 @@ class ServeConfig(Frozen):
     """Or address of a vLLM server that runs on the same base and files; its key is `$PERLHF_VLLM_KEY`."""
     accept_changes: bool = False
     """Go on where base, data, adapters or reward code aren't as the run recorded them; what changed is told."""
+
+    @field_validator("vllm_url")
+    @classmethod
+    def _check_url(cls, url: str | None) -> str | None:
+        if url is not None:
+            check_address(url, VLLM_KEY)
+            if "$" in url:
+                raise ValueError(f"variables aren't filled in here; the server's key is ${VLLM_KEY}")
+        return url
 
     @model_validator(mode="after")
     def _one_vllm(self) -> "ServeConfig":

@@ -88,6 +88,9 @@ class KeyValueCache:
         for turn, kept in self._prompts.items():
             for own, waiting in zip(kept, prompts[turn], strict=True):
                 own[place].copy_(waiting[prompt])
+        for own in (tensor for kept in self._own.values() for tensor in kept):
+            # Hidden is a weight of 0, which what isn't a number would outlive.
+            own[place * self._most : (place + 1) * self._most].zero_()
         self.lengths[place], self._now[place] = lengths[prompt], 0
         self._see()
 

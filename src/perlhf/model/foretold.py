@@ -506,7 +506,8 @@ def _sampling_bytes(config: PolicyConfig, network: PreTrainedModel, width: int, 
 
     def taken(prompts: int, samples: int) -> int:
         own = -(-prompts // workers)
-        turns = config.max_rows is not None and on_gpu and config.max_rows < own * samples
+        takes_turns = on_gpu and config.packing != "none"
+        turns = takes_turns and config.max_rows is not None and config.max_rows < own * samples
         places = max(1, (config.max_rows or 0) // samples) if turns else own
         cache = (own * prompt * turns + places * (prompt + samples * longest)) * shape.cached * width
         prefill = own * prompt * (3 * shape.hidden + mixed + 3 * shape.feed_forward) * width

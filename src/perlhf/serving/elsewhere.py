@@ -38,8 +38,7 @@ from perlhf.system.files import remove_directory
 SERVED = "base"
 WAIT_SECONDS = 0.02
 """A step waits so long for a token, so that jobs and requests that have come aren't held up."""
-START_SECONDS, MEET_SECONDS = 900.0, 60.0
-"""For a server to start, and for one that runs to say what it is."""
+START_SECONDS = 900.0
 LIMITS = httpx2.Timeout(600.0, connect=10.0)
 
 
@@ -207,7 +206,8 @@ def vllm(config: ServeConfig, models: Models) -> Iterator[Elsewhere]:
     with tempfile.TemporaryDirectory(prefix="perlhf-vllm-") as place, contextlib.ExitStack() as stack:
         if config.vllm_url is not None:
             url, key = config.vllm_url.rstrip("/").removesuffix("/v1"), os.environ.get(VLLM_KEY, "").strip() or None
-            base, longest = met(Connection(config.vllm_url, MEET_SECONDS), speakers[0].encoder, "vllm_url")
+            connection = Connection(config.vllm_url, config.timeout_seconds, "timeout_seconds")
+            base, longest = met(connection, speakers[0].encoder, "vllm_url")
             if longest is not None and longest < (context := max(one.encoder.max_tokens for one in speakers)):
                 note(f"the server takes {longest} tokens, prompt and answer together, of the {context} there could be")
         else:

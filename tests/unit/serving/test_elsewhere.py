@@ -211,6 +211,9 @@ def test_what_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     for given in ({"engine": "vllm"}, {"vllm_url": "http://127.0.0.1:1"}):
         with pytest.raises(ValueError, match="vllm"):
             ServeConfig.model_validate(given)
+    for url, said in (("http://127.0.0.1:1/${NAME}", "filled in"), ("http://me:secret@127.0.0.1:1", VLLM_KEY)):
+        with pytest.raises((ConfigError, ValueError), match=said):
+            ServeConfig.model_validate({"engine": "vllm", "vllm_url": url})
     with bound("127.0.0.1", 0) as nobody:
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
     models = Models({}, str(runs.base), device="cpu", dtype="float32")

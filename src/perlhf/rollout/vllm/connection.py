@@ -35,11 +35,13 @@ class Connection:
     Args:
         url: with or without `/v1`.
         timeout_seconds: limit of one request, and of waiting for a server that is gone.
+        timeout_key: its configuration key, for errors.
     """
 
-    def __init__(self, url: str, timeout_seconds: float):
+    def __init__(self, url: str, timeout_seconds: float, timeout_key: str = "vllm.timeout_seconds"):
         self._url, self._hidden = filled(url.rstrip("/").removesuffix("/v1"), VLLM_KEY)
         self.shown, self.timeout_seconds = shown(url), timeout_seconds
+        self._timeout_key = timeout_key
         self.patient = False
         """Whether a server that is gone is waited for: not before it was seen to be one to sample with."""
 
@@ -87,7 +89,7 @@ class Connection:
         """One request for each body; without any, what is read there."""
         given = (self._url + path, self.shown + path, os.environ.get(VLLM_KEY), VLLM_KEY, self._hidden)
         work: Coroutine[Any, Any, list[object]] = all_answers(
-            Service(*given, "vllm.timeout_seconds"),
+            Service(*given, self._timeout_key),
             [None] if bodies is None else bodies,
             timeout_seconds=self.timeout_seconds,
             attempts=1,
