@@ -338,7 +338,9 @@ def measured_rows() -> Iterable[list[str]]:
         planned, peaks = row["planned_bytes"], row["measured_bytes"]
         yield [
             row["shape"],
-            row["stage"],
+            row["stage"]
+            + (", 1,024 tokens" if "--tokens-per-microbatch 1024" in row["options"] else "")
+            + (", recomputed" if "--recompute always" in row["options"] else ""),
             f"{row['workers']}" + (", with AMX" if row["options"].startswith("benchmarks") else ""),
             f"{planned / 2**20:,.0f}",
             " and ".join(f"{size / 2**20:,.0f}" for size in peaks),

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perlhf.config.stages import SftConfig
 from perlhf.kernels.modules import is_transposed, update_of
 from perlhf.method.packing import completed, pack
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_base
 from perlhf.model.bases.packaged import quiet
+from perlhf.model.foretold import keep_or_recompute
 from perlhf.model.model import Model
 from perlhf.model.supported import network_below
 from perlhf.rollout.ensemble import in_one_pass, member_scores, shares_trunk
@@ -40,6 +42,8 @@ def ids(lengths: list[int]) -> list[list[int]]:
     return [torch.randint(5, 270, (length,), generator=draw).tolist() for length in lengths]
 
 
+NO_LIST = ("blt", "hrm_text", "longcat_flash")
+"""Families whose layers aren't in one list."""
 LONG, SHORT, *ANSWERS = ids([14, 4, 7, 3, 9, 5])
 NAMES = ("one", "two")
 PROMPTS = [LONG, LONG, SHORT, LONG[:9]]
@@ -95,6 +99,25 @@ def test_a_family_is_what_it_is_without_us(family: str, tmp_path: Path) -> None:
     check_saved(model, merged, tmp_path)
     check_generated(model, merged, use_cache=family not in families.CACHE_OFF)
     assert reference["layers_of"](model) == SAID[family], "make docs"
+
+
+@pytest.mark.parametrize("family", [*families.TREE, *families.ROWS])
+def test_layers_that_are_recomputed_give_the_same_bits(family: str) -> None:
+    """Log-probabilities and gradients; and what a step takes can be told of each family that has a list of layers."""
+    model, _ = adapted(networks.network(family))
+    batch = pack([[completed(p, c)] for p, c in zip(PROMPTS, ANSWERS, strict=True)], model.packing("auto"))
+    learned = model.adapters["policy"].trainable()
+
+    def passed() -> list[Tensor]:
+        logprobs = model.logprobs(batch, "policy").logprobs
+        gradients = torch.autograd.grad(logprobs.square().sum(), learned, allow_unused=True)
+        return [logprobs.detach(), *(each for each in gradients if each is not None)]
+
+    kept = passed()
+    told = keep_or_recompute(SftConfig(recompute="auto", dtype="float32", device="cpu"), model)
+    assert ("step_bytes" in told) == (family not in NO_LIST)
+    assert model.recompute_layers() == (family not in NO_LIST)
+    assert all(torch.equal(one, other) for one, other in zip(kept, passed(), strict=True))
 
 
 def test_attention_is_found_whatever_its_module_is_called() -> None:

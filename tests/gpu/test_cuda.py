@@ -150,6 +150,19 @@ def test_a_tree_equals_separate_rows(tiny_base: Path, dtype: str) -> None:
     assert ((tree - separate).norm() / separate.norm()).item() < (1e-3 if dtype == "float32" else 0.02)
 
 
+def test_layers_that_are_recomputed_give_the_same(tiny_base: Path) -> None:
+    """The backward pass runs in a thread of its own there, and computes by the call of the first time."""
+    model, found = _model(tiny_base, "cuda"), list[list[torch.Tensor]]()
+    learned = model.adapters["policy"].trainable()
+    for again in (False, True):
+        if again:
+            assert model.recompute_layers()
+        logprobs = model.logprobs(_answers(PROMPTS, [[5, 6, 7], [8]], "tree", model), "policy").logprobs
+        found.append([logprobs.detach(), *torch.autograd.grad(logprobs.square().sum(), learned)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bent", [False, True])
 def test_attention_by_blocks_equals_that_under_a_mask(monkeypatch: pytest.MonkeyPatch, bent: bool) -> None:
     """Values and gradients; and trees of another shape compile nothing anew."""

@@ -19,7 +19,7 @@ from perlhf.kernels.call import Call, current_call
 
 def layers_of(network: PreTrainedModel) -> nn.ModuleList | None:
     """The network's layers, one module each; None where they aren't in one list."""
-    count = int(network.config.get_text_config().num_hidden_layers)
+    count = getattr(network.config.get_text_config(), "num_hidden_layers", None)
     return next((part for part in network.modules() if isinstance(part, nn.ModuleList) and len(part) == count), None)
 
 

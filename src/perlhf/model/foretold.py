@@ -262,12 +262,15 @@ def keep_or_recompute(config: Stage, model: Model, workers: Workers = ALONE) -> 
     Raises:
         ModelError: `always`, of a network whose layers aren't in one list.
     """
+    can = layers_of(model.base) is not None
+    if config.recompute == "always" and not can:
+        what = f"{type(model.base).__name__} has no list of layers that could be recomputed"
+        raise ModelError(what, where="recompute", allowed="auto, never", hint="leave recompute out")
+    if config.recompute == "never" or not can:
+        return {"recompute": False}
     config = config.model_copy(update={"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")})
     trainable = {name: sum(p.numel() for p in one.trainable()) for name, one in model.adapters.items()}
     trainable = {name: count for name, count in trainable.items() if count}
-    if config.recompute == "always" and layers_of(model.base) is None:
-        what = f"{type(model.base).__name__} has no list of layers that could be recomputed"
-        raise ModelError(what, where="recompute", allowed="auto, never", hint="leave recompute out")
     devices = Devices(workers.count, 1 if model.shards is None else workers.count)
     step = _step_bytes(config, model.base, trainable, devices, Lengths.longest(config))
     free = _free_bytes(model.device, workers.local[1])
@@ -404,10 +407,11 @@ class Shape:
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Shape":
         """Of a configuration; where each layer has its own size, the largest."""
-        text = config.get_text_config()
+        text: Any = config.get_text_config()
+        parts = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
 
         def said(*keys: str) -> int:
-            return next((size for key in keys if (size := _most(getattr(text, key, None)))), 0)
+            return next((size for key in keys if (size := _most([_most(getattr(p, key, None)) for p in parts]))), 0)
 
         heads = said("num_attention_heads")
         experts = said("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
