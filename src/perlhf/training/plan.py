@@ -91,6 +91,8 @@ def plan(config: Stage, workers: int = 1) -> Plan:
         DataError, ConfigError, TooLong: what the encoder says of the records that are tried (`TRIED_RECORDS`).
         ServiceError, ConfigError: a server that is to sample isn't there, or can't (`rollout.vllm.connection`).
     """
+    if config.device == "auto":  # memory is that of the device that is taken
+        config = config.model_copy(update={"device": str(pick_device("auto"))})
     network = without_weights(config.base, config.quantize, config.device)
     stage, kinds = _stage(config)
     for key, runs in earlier_runs(config).items():
