@@ -306,7 +306,7 @@ def test_a_dry_run_asks_the_server_that_is_to_sample(tiny_base, tmp_path, capfd,
 
 
 def test_a_server_that_could_not_train_is_told_before_anybody_labels(tiny_base, tmp_path, capfd, monkeypatch, vllm):
-    """The start is the base, so that no adapter is sent for the first answers."""
+    """The start is the base: an adapter is sent for the first answers to see whether it can be."""
     from perlhf.commands.cli import main
 
     monkeypatch.setattr(labellers, "label", lambda *_: pytest.fail("people were asked"))
@@ -316,7 +316,13 @@ def test_a_server_that_could_not_train_is_told_before_anybody_labels(tiny_base, 
     assert main(["loop", recipe(tmp_path / "loop.yaml", values)]) == 2
     said = " ".join(capfd.readouterr().err.split())
     assert "the server holds 1 adapters at a time" in said and "--max-loras 2" in said, said
-    vllm.max_loras, vllm.raw = 2, True
+    vllm.max_loras, vllm.max_rank = 2, 1
+    assert main(["loop", recipe(tmp_path / "loop.yaml", values), "--run", str(tmp_path / "narrow")]) == 2
+    assert "--max-lora-rank 8" in " ".join(capfd.readouterr().err.split())
+    vllm.max_rank, vllm.updating = 8, False
+    assert main(["loop", recipe(tmp_path / "loop.yaml", values), "--run", str(tmp_path / "fixed")]) == 2
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in " ".join(capfd.readouterr().err.split())
+    vllm.updating, vllm.raw = True, True
     values["policy"]["temperature"] = 0.7
     assert main(["loop", recipe(tmp_path / "loop.yaml", values), "--run", str(tmp_path / "warm")]) == 2
     assert "--logprobs-mode processed_logprobs" in " ".join(capfd.readouterr().err.split())

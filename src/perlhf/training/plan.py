@@ -91,8 +91,7 @@ def plan(config: Stage, workers: int = 1) -> Plan:
         DataError, ConfigError, TooLong: what the encoder says of the records that are tried (`TRIED_RECORDS`).
         ServiceError, ConfigError: a server that is to sample isn't there, or can't (`rollout.vllm.connection`).
     """
-    if config.device == "auto":  # memory is that of the device that is taken
-        config = config.model_copy(update={"device": str(pick_device("auto"))})
+    config = _on_a_device(config)
     network = without_weights(config.base, config.quantize, config.device)
     stage, kinds = _stage(config)
     for key, runs in earlier_runs(config).items():
@@ -143,6 +142,11 @@ def plan(config: Stage, workers: int = 1) -> Plan:
         memory_of(config, network, trainable, devices, lengths, updates),
         server_of(config, network, lengths),
     )
+
+
+def _on_a_device(config: Stage) -> Stage:
+    """With the device that `auto` takes, whose memory counts; one that is named need not be here."""
+    return config.model_copy(update={"device": str(pick_device("auto"))}) if config.device == "auto" else config
 
 
 def server_of(config: Stage, network: "PreTrainedModel", lengths: Lengths) -> dict[str, int]:

@@ -17,7 +17,7 @@ from perlhf.labelling.rounds.order import Floats
 from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
-from perlhf.model.open import load_earlier, load_sft, open_model, with_day
+from perlhf.model.open import load_earlier, load_sft, new_adapter, open_model, with_day
 from perlhf.runs.earlier import adapters_of
 
 
@@ -53,9 +53,13 @@ def sample_answers(
     }
     found: dict[str, list[list[str]]] = {}
     given: dict[str, Any] = {"run": config.run, "key": config.run}
-    # What the round's policy will need is told now, before people label.
+    # What the round's policy will need is told now, before people label: a policy as it begins is sent as well.
     given |= {"slots": config.slots, "temperature": config.policy.temperature}
-    with server_of(config, model, encoder, ids, adapters.values(), **given) as server:
+    sent = list(adapters.values())
+    if config.sampler == "vllm" and set(sent) == {start}:
+        policy = config.policy_stage(config.run, config.run, None, config.seed)
+        sent.append(new_adapter(model, "policy", "policy", policy, beneath=start).name)
+    with server_of(config, model, encoder, ids, sent, **given) as server:
         for name, (_, count) in sides.items():
             seed = keyed_seed(config.seed, key, name)
             sampling = Sampling(model, encoder, ids, longest, seed, server=server)
