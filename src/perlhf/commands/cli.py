@@ -56,6 +56,7 @@ DATA_COMMANDS: Mapping[str, Command[Any]] = {
 LABEL_COMMANDS: Mapping[str, Command[Any]] = {
     "label": Command("perlhf label", labelling.LabelConfig, ("project",)),
     "invite": Command("perlhf label invite", labelling.LabelInviteConfig, ("project", "name")),
+    "answers": Command("perlhf label answers", labelling.LabelAnswersConfig, ("output",)),
     "export": Command("perlhf label export", labelling.LabelExportConfig, ("project", "output")),
     "import": Command("perlhf label import", labelling.LabelImportConfig, ("project", "source")),
     "backup": Command("perlhf label backup", labelling.LabelBackupConfig, ("project", "output")),
@@ -448,6 +449,10 @@ def _run_label(arguments: list[str]) -> int:
             project.serve(settings)
         case labelling.LabelInviteConfig():
             show.said(project.invite(settings))
+        case labelling.LabelAnswersConfig():
+            from perlhf.commands.answers import answer
+
+            show.said(f"{settings.output}: answers to {answer(settings):,} prompts")
         case labelling.LabelExportConfig():
             show.result(f"label export: {settings.output}", project.export(settings))
         case labelling.LabelImportConfig():

@@ -5,7 +5,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from perlhf.config.stages import Fraction, Frozen, LayoutConfig, Positive
+from perlhf.config.stages import (
+    DataConfig,
+    Fraction,
+    Frozen,
+    LayoutConfig,
+    Positive,
+    Sampler,
+    VllmConfig,
+    check_sampler,
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -104,6 +113,44 @@ class LabelInviteConfig(Frozen):
     """The link also opens the owner's page: progress, agreement, labellers."""
     address: str = "http://127.0.0.1:8765"
     """How labellers reach the page."""
+
+
+class LabelAnswersConfig(Frozen):
+    """Have runs answer prompts, and write the answers as a file that a project asks people about."""
+
+    output: Path
+    """JSON lines to write: prompts with `completions`, and `by` whom each is; name it in `questions.paths`."""
+    by: Annotated[tuple[str, ...], Field(min_length=1)] = ("base",)
+    """Who answers: `base`, SFT and policy runs (DIRECTORY or NAME=DIRECTORY); `@0.7` behind one is its temperature."""
+    answers: Positive = 2
+    """Of each of them, to each prompt."""
+    data: DataConfig = DataConfig()
+    """Prompts."""
+    split: Literal["train", "validation", "test", "all"] = "train"
+    """Groups whose prompts are answered; held-out ones are to measure with."""
+    base: str | None = None
+    """The network; null is the first run's, or the packaged one when none of them is a run."""
+    system: str | None = None
+    """System message; null is that of each run, and none for the base."""
+    max_completion_tokens: Positive = 256
+    """Longest answer."""
+    sampler: Sampler = "local"
+    """What samples: this process, or a vLLM server on the same base."""
+    vllm: VllmConfig = VllmConfig()
+    """The server of `sampler: vllm`."""
+    accept_changes: bool = False
+    """Go on where base or adapters aren't as a run recorded them; what changed is told."""
+    dtype: Literal["run", "bfloat16", "float32"] = "run"
+    """Of the base; `run` is that of the first run, or what the hardware is faster in."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or `mps` (never run)."""
+    seed: int = 0
+    """Of sampling."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LabelAnswersConfig":
+        check_sampler(self.sampler, self.vllm)
+        return self
 
 
 class LabelExportConfig(Frozen):

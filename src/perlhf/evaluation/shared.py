@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from perlhf.config.commands import EvaluateConfig
+from perlhf.config.labelling import LabelAnswersConfig
 from perlhf.config.loop import LoopConfig
 from perlhf.config.stages import PolicyConfig
 from perlhf.data.records import Record, Text
@@ -125,7 +126,7 @@ class Sampling:
 
 @contextmanager
 def server_of(
-    config: EvaluateConfig | LoopConfig,
+    config: EvaluateConfig | LoopConfig | LabelAnswersConfig,
     model: Model,
     encoder: Encoder,
     prompts: Sequence[Ids],
