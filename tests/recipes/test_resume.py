@@ -102,10 +102,11 @@ def test_a_run_killed_at_any_point_ends_bit_equal(stage, commands, uninterrupted
 def test_a_run_killed_between_its_last_update_and_its_result(stage, commands, uninterrupted, feedback, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     words, expected = commands(stage, run), uninterrupted(stage)
-    # Put in place: config.yaml, manifest.json, that again with the way of the base, a rollout each update,
-    # metrics.jsonl with the last validation, manifest.json and result.json. The way itself is kept already.
+    # Put in place: config.yaml, manifest.json, that again with the way of the base and once more with what the session
+    # recomputes, a rollout each update, metrics.jsonl with the last validation, manifest.json and result.json. The way
+    # itself is kept already.
     rollouts = UPDATES[stage] if stage == "policy" else 0
-    assert finish(words, log, feedback, Moment(PUT_IN_PLACE, 3 + rollouts + 2)) == -signal.SIGKILL, log.read_text()
+    assert finish(words, log, feedback, Moment(PUT_IN_PLACE, 4 + rollouts + 2)) == -signal.SIGKILL, log.read_text()
     assert len(metrics(run)) == LINES[stage]
     assert (run / "adapter").is_dir()
     assert not (run / "result.json").exists()
