@@ -68,6 +68,7 @@ def test_a_server_answers_the_same(words, tmp_path, perlhf, vllm, monkeypatch) -
     served = [*greedy, "--answers", "1", "--sampler", "vllm", "--vllm.url", vllm.url]
     served[2] = str(tmp_path / "served.jsonl")
     vllm.forgets_at, vllm.away_seconds = 12, 0.3
+    vllm.longest = 64  # of the 256 tokens that a conversation could have
     done = perlhf(*served)
     assert done.code == 0 and "answers again" in done.err, done.err
     assert read_lines(tmp_path / "served.jsonl") == expected

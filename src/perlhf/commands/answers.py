@@ -15,6 +15,7 @@ from perlhf.errors import ConfigError, DataError
 from perlhf.evaluation.shared import Sampling, plain, progress, server_of
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.open import Given, read_run
+from perlhf.rollout.vllm.probe import PROBE_TOKENS
 from perlhf.serving.models import BASE, Models, Speaker
 from perlhf.system.files import write_atomic
 
@@ -57,12 +58,16 @@ def answer(config: LabelAnswersConfig) -> int:
         name: [one.encoder.cut_prompt(record.prompt, config.max_completion_tokens) for record in prompts]
         for name, one in speakers.items()
     }
+    # A server needs room for the longest of these, not for all that a conversation may have.
+    longest = config.max_completion_tokens
+    room = max(len(ids) for asked in cut.values() for ids in asked) + max(longest, PROBE_TOKENS)
     first = next(iter(speakers))
+    encoder = _changed(speakers[first].encoder, max_tokens=room)
     given: dict[str, Any] = {"run": config.output.parent, "key": config.output}
     found: dict[str, list[list[str]]] = {}
-    with server_of(config, models.model, speakers[first].encoder, cut[first], adapters.values(), **given) as server:
+    with server_of(config, models.model, encoder, cut[first], adapters.values(), **given) as server:
         for name, one in speakers.items():
-            seed, longest = keyed_seed(config.seed, "answers", name), config.max_completion_tokens
+            seed = keyed_seed(config.seed, "answers", name)
             sampling = Sampling(models.model, one.encoder, cut[name], longest, seed, one.stop, server)
             found[name] = _answers(sampling, adapters[name], one.temperature, config.answers, name)
     write_atomic(config.output, "".join(_lines(prompts, found)))
@@ -107,11 +112,12 @@ def _speaker(models: Models, source: Source, config: LabelAnswersConfig) -> Spea
     assert isinstance(found, Speaker)
     changes: dict[str, Any] = {} if source.temperature is None else {"temperature": source.temperature}
     if config.system is not None:
-        old = found.encoder
-        changes["encoder"] = Encoder(
-            old.tokenizer, old.config.model_copy(update={"system": config.system}), old.end_ids
-        )
+        changes["encoder"] = _changed(found.encoder, system=config.system)
     return replace(found, **changes)
+
+
+def _changed(encoder: Encoder, **changes: Any) -> Encoder:
+    return Encoder(encoder.tokenizer, encoder.config.model_copy(update=changes), encoder.end_ids)
 
 
 def _answers(sampling: Sampling, adapter: str | None, temperature: float, count: int, name: str) -> list[list[str]]:
