@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,8 @@ from perlhf.data.order import keyed_seed
 from perlhf.data.records import Prompt
 from perlhf.data.splits import load
 from perlhf.errors import ConfigError, DataError
-from perlhf.evaluation.shared import Sampling, plain, progress, server_of
+from perlhf.evaluation.shared import Sampling, server_of
+from perlhf.labelling.rounds.network import answered
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.open import Given, read_run
 from perlhf.rollout.vllm.probe import PROBE_TOKENS
@@ -69,8 +70,8 @@ def answer(config: LabelAnswersConfig) -> int:
         for name, one in speakers.items():
             seed = keyed_seed(config.seed, "answers", name)
             sampling = Sampling(models.model, one.encoder, cut[name], longest, seed, one.stop, server)
-            found[name] = _answers(sampling, adapters[name], one.temperature, config.answers, name)
-    write_atomic(config.output, "".join(_lines(prompts, found)))
+            found[name] = sampling.texts(adapters[name], one.temperature, config.answers, name)
+    write_atomic(config.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered(prompts, found)))
     return len(prompts)
 
 
@@ -118,25 +119,3 @@ def _speaker(models: Models, source: Source, config: LabelAnswersConfig) -> Spea
 
 def _changed(encoder: Encoder, **changes: Any) -> Encoder:
     return Encoder(encoder.tokenizer, encoder.config.model_copy(update=changes), encoder.end_ids)
-
-
-def _answers(sampling: Sampling, adapter: str | None, temperature: float, count: int, name: str) -> list[list[str]]:
-    """Texts by prompt."""
-    answers: list[list[str]] = [[] for _ in sampling.prompts]
-    with progress(len(sampling.batches), f"answers of {name}") as bar:
-        for batch in sampling.batches:
-            rollout = sampling.answer(batch, adapter, temperature, count)
-            texts = list(map(sampling.text, rollout.completions))
-            for place, number in enumerate(batch):
-                answers[number] = texts[place * count : (place + 1) * count]
-            bar.advance()
-    return answers
-
-
-def _lines(prompts: Sequence[Prompt], answers: dict[str, list[list[str]]]) -> Iterable[str]:
-    """A row a prompt: its answers, by whom each is, and the prompt's group."""
-    for number, record in enumerate(prompts):
-        by = [name for name, found in answers.items() for _ in found[number]]
-        texts = [text for found in answers.values() for text in found[number]]
-        row = {"prompt": plain(record.prompt), "group": record.group, "completions": texts, "by": by}
-        yield json.dumps(row, ensure_ascii=False) + "\n"

@@ -110,6 +110,18 @@ class Sampling:
         ask = partial(self.server.sample, self.server.version(adapter), prompts, seeds, samples=samples, **given)
         return self._asked_once(ask, prompts, samples) if self.workers.in_step else ask()
 
+    def texts(self, adapter: str | None, temperature: float, samples: int, name: str) -> list[list[str]]:
+        """The texts of so many answers to each prompt, under a bar that says whose they are."""
+        found: list[list[str]] = [[] for _ in self.prompts]
+        with progress(len(self.batches), f"answers of {name}") as bar:
+            for batch in self.batches:
+                rollout = self.answer(batch, adapter, temperature, samples)
+                texts = list(map(self.text, rollout.completions))
+                for place, number in enumerate(batch):
+                    found[number] = texts[place * samples : (place + 1) * samples]
+                bar.advance()
+        return found
+
     def _asked_once(self, ask: Callable[[], Rollout], prompts: Sequence[Ids], samples: int) -> Rollout:
         """What one worker is told, for all: a server may answer again with other tokens, and passes in step are of the
         same ones.

@@ -173,15 +173,8 @@ def _answers(this: Round) -> None:
         held_out = [*prompts_of(config, "validation"), *prompts_of(config, "test")]
         asked = orders.choose(held_out, int(MORE * config.held_out_labels) + 1, config.seed)
         answers = network.sample_answers(config, asked, {"start": (None, 2)}, "held-out")
-        write_atomic(places.held_out_answers, _lines(_rows(asked, answers)))
-    write_atomic(places.answers, _lines(_rows(chosen, found)))
-
-
-def _rows(prompts: Sequence[Prompt], answers: dict[str, list[list[str]]]) -> Iterable[dict[str, Any]]:
-    for number, record in enumerate(prompts):
-        by = [name for name, found in answers.items() for _ in found[number]]
-        texts = [text for found in answers.values() for text in found[number]]
-        yield {"prompt": plain(record.prompt), "group": record.group, "completions": texts, "by": by}
+        write_atomic(places.held_out_answers, _lines(network.answered(asked, answers)))
+    write_atomic(places.answers, _lines(network.answered(chosen, found)))
 
 
 def _questions(this: Round) -> None:

@@ -1,6 +1,6 @@
 """What a round asks of the network between its training stages: answers to prompts, and scores of pairs of answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from perlhf.config.loop import LoopConfig
 from perlhf.data.order import keyed_seed
 from perlhf.data.records import Prompt, Rating, Text, text_of
 from perlhf.evaluation.reward import score_by_members
-from perlhf.evaluation.shared import Sampling, progress, server_of
+from perlhf.evaluation.shared import Sampling, plain, server_of
 from perlhf.labelling.rounds.order import Floats
 from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder
@@ -63,16 +63,16 @@ def sample_answers(
         for name, (_, count) in sides.items():
             seed = keyed_seed(config.seed, key, name)
             sampling = Sampling(model, encoder, ids, longest, seed, server=server)
-            answers: list[list[str]] = [[] for _ in prompts]
-            with progress(len(sampling.batches), f"answers of {name}") as bar:
-                for batch in sampling.batches:
-                    rollout = sampling.answer(batch, adapters[name], config.policy.temperature, count)
-                    texts = list(map(sampling.text, rollout.completions))
-                    for place, number in enumerate(batch):
-                        answers[number] = texts[place * count : (place + 1) * count]
-                    bar.advance()
-            found[name] = answers
+            found[name] = sampling.texts(adapters[name], config.policy.temperature, count, name)
     return found
+
+
+def answered(prompts: Sequence[Prompt], answers: Mapping[str, list[list[str]]]) -> Iterator[dict[str, Any]]:
+    """A row a prompt: its group, its answers, and by whom each is."""
+    for number, record in enumerate(prompts):
+        by = [name for name, found in answers.items() for _ in found[number]]
+        texts = [text for found in answers.values() for text in found[number]]
+        yield {"prompt": plain(record.prompt), "group": record.group, "completions": texts, "by": by}
 
 
 def score_pairs(config: LoopConfig, runs: Sequence[Path], pairs: Sequence[Pair]) -> Floats:
