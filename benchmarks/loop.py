@@ -67,6 +67,9 @@ def main() -> None:
     parser.add_argument("--noise", type=float, help="share of wrong answers (default: 0.1; of --data none)")
     parser.add_argument("--data", nargs="+", help="comparisons, as `data.paths` names them; else the embedded set")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the reward adapters")
+    parser.add_argument("--schedule", default="constant", choices=("constant", "linear", "cosine"))
+    parser.add_argument("--warmup-updates", type=int, default=0)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     arguments = parser.parse_args()
     noise = arguments.noise if arguments.noise is not None else 0.0 if arguments.data else 0.1
@@ -80,7 +83,11 @@ def main() -> None:
             reward=LoopRewardConfig(
                 members=arguments.members,
                 adapter=AdapterConfig(rank=8, targets="all", layers=arguments.layers),
-                optim=OptimConfig(learning_rate=1e-3),
+                optim=OptimConfig(
+                    learning_rate=arguments.learning_rate,
+                    schedule=arguments.schedule,
+                    warmup_updates=arguments.warmup_updates,
+                ),
                 epochs=arguments.epochs,
             ),
         )

@@ -19,8 +19,8 @@ from perlhf.data.coffee_bar.gold import gold
 from perlhf.data.order import choose, keyed_seed
 from perlhf.data.records import Prompt
 from perlhf.evaluation.shared import plain
+from perlhf.labelling.questions import prompts_of
 from perlhf.labelling.rounds import network
-from perlhf.labelling.rounds.loop import prompts_of
 from perlhf.method.metrics import cluster_bootstrap
 from perlhf.runs.manifest import CHECKPOINTS, RESULT
 from perlhf.system.files import remove_directory, write_json
@@ -72,7 +72,7 @@ def measured(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, l
     if not (run / RESULT).exists():
         train_policy(config.policy_stage(run, reward, None, keyed_seed(seed, "policy") % 2**31))
     remove_directory(run / CHECKPOINTS)
-    prompts: list[Prompt] = choose(prompts_of(config, "test"), arguments.prompts, 0)
+    prompts: list[Prompt] = choose(prompts_of(config.data, "test"), arguments.prompts, 0)
     said = network.sample_answers(config, prompts, {"policy": (run, 1), "start": (None, 1)}, "evidence")
     scores: dict[str, list[float]] = {
         side: [gold(plain(prompt.prompt), answer) for prompt, (answer,) in zip(prompts, answers, strict=True)]

@@ -82,7 +82,7 @@ def enter(context: BrowserContext, address: str, name: str) -> Page:
     page.goto(address)
     page.fill("#name", name)
     page.keyboard.press("Enter")
-    page.wait_for_selector("article")
+    page.wait_for_selector("article, .done")
     page.wait_for_load_state("load")  # keys are heard from here on
     assert problems == []
     return page

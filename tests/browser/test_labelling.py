@@ -2,15 +2,18 @@
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from people import SCREENS, enter, press, serious, serious_now
 from playwright.sync_api import Browser, expect
-from toy import command, finish, ratings, write_rows
+from toy import command, finish, prompts, ratings, write_rows
 
 from perlhf.data.read import read_all
+from perlhf.labelling.project import made
 from perlhf.labelling.store import Store
 
 KEYS = ["ArrowLeft", "ArrowRight", "=", "x", "1", "2", "3", "4", "s"]
@@ -72,6 +75,28 @@ def test_two_people_at_once_get_different_questions(browser: Browser, label: Any
         command.stop()
     keys = [one.question.key for one in Store(tmp_path / "project" / "labels.sqlite").labels()]
     assert len(keys) == len(set(keys)) == 10
+
+
+def test_answers_that_a_run_gives_while_the_page_is_open_are_asked_about(
+    browser: Browser, label: Any, tmp_path: Path, tiny_base: Path
+) -> None:
+    data = write_rows(tmp_path / "prompts.jsonl", prompts(5))
+    made(tmp_path / "project")
+    words = [sys.executable, "-m", "perlhf", "label", "answers", str(tmp_path / "answers.jsonl")]
+    words += ["--project", str(tmp_path / "project"), "--base", str(tiny_base), "--dtype", "float32"]
+    words += ["--data.paths", str(data), "--split", "all", "--max-completion-tokens", "6"]
+    with label(tmp_path / "project") as running:
+        page = enter(browser.new_context(), running.address, "Ana")
+        expect(page.locator(".done")).to_be_visible()
+        page.keyboard.press("i")  # what is open stays open
+        expect(page.locator("#instructions")).to_be_visible()
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        page.keyboard.press("Escape")
+        page.wait_for_selector("article")
+        press(page, "ArrowLeft")
+        running.stop()
+    assert len(Store(tmp_path / "project" / "labels.sqlite").labels()) == 1
 
 
 @pytest.mark.parametrize("screen", SCREENS)

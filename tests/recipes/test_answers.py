@@ -9,8 +9,10 @@ from serving_world import Runs, make_runs
 from toy import prompts, read_lines, write_rows
 from vllm_server import vllm
 
+from perlhf.commands import answers
 from perlhf.config.labelling import ProjectConfig, QuestionsConfig
 from perlhf.labelling.questions import questions
+from perlhf.labelling.store import Store
 from perlhf.rollout.local import Ends, sample
 
 __all__ = ["vllm"]
@@ -58,6 +60,34 @@ def test_each_answers_each_prompt_and_a_project_asks_about_them(words, tmp_path,
     again = perlhf(*words)
     assert again.code == 2 and "is there already" in again.err
     assert read_lines(tmp_path / "answers.jsonl") == rows
+
+
+def test_a_project_asks_as_answers_come_and_what_was_killed_goes_on(words, tmp_path, perlhf, monkeypatch) -> None:
+    monkeypatch.setattr("perlhf.evaluation.shared.ROWS", 4)
+    assert perlhf(*words).code == 0
+    whole = read_lines(tmp_path / "answers.jsonl")
+    asked, project = answers.bring, tmp_path / "project"
+    words[2] = str(tmp_path / "as-they-come.jsonl")
+    seen: list[int] = []
+
+    def bring(*given: Any) -> int:
+        new = asked(*given)
+        seen.append(len(Store(project / "labels.sqlite").keys()))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return new
+
+    monkeypatch.setattr(answers, "bring", bring)
+    assert perlhf(*words, "--project", str(project)).code == 130
+    assert len(read_lines(tmp_path / "as-they-come.jsonl")) == 8
+    assert 0 == seen[0] < seen[1] < seen[2], "each batch is asked about before the next is sampled"
+    assert perlhf(*words, "--project", str(project)).code == 0
+    assert read_lines(tmp_path / "as-they-come.jsonl") == whole
+    own = ProjectConfig(questions=QuestionsConfig(paths=(words[2],)))
+    assert Store(project / "labels.sqlite").keys() == {question.key for question in questions(own)}
+    more = perlhf(*words, "--project", str(project), "--answers", "1")
+    assert more.code == 2 and "as-they-come.jsonl:1" in more.err, more.err
+    assert read_lines(tmp_path / "as-they-come.jsonl") == whole
 
 
 def test_a_server_answers_the_same(words, tmp_path, perlhf, vllm, monkeypatch) -> None:

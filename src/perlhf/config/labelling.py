@@ -25,9 +25,9 @@ class QuestionsConfig(LayoutConfig):
     """Where questions come from, and in which order they are asked."""
 
     paths: tuple[str, ...] = ("builtin:coffee-bar/comparison",)
-    """Comparisons, ratings, or prompts with `completions`; `[]` where `perlhf loop` alone brings questions."""
+    """Comparisons, ratings, or prompts with `completions`; `[]` where a loop or `label answers` brings them."""
     limit: Positive | None = None
-    """Ask at most this many questions, chosen by a hash."""
+    """Ask at most this many questions of `paths`, chosen by a hash."""
     overlap: Share = 0.0
     """Share of questions that two people answer, so that agreement is known."""
     tests: tuple[str, ...] = ()
@@ -120,6 +120,8 @@ class LabelAnswersConfig(Frozen):
 
     output: Path
     """JSON lines to write: prompts with `completions`, and `by` whom each is; name it in `questions.paths`."""
+    project: Path | None = None
+    """Project that asks about answers as they come, its page open or not; killed, the same command goes on."""
     by: Annotated[tuple[str, ...], Field(min_length=1)] = ("base",)
     """Who answers: `base`, SFT and policy runs (DIRECTORY or NAME=DIRECTORY); `@0.7` behind one is its temperature."""
     answers: Positive = 2

@@ -115,12 +115,15 @@ class Sampling:
         found: list[list[str]] = [[] for _ in self.prompts]
         with progress(len(self.batches), f"answers of {name}") as bar:
             for batch in self.batches:
-                rollout = self.answer(batch, adapter, temperature, samples)
-                texts = list(map(self.text, rollout.completions))
-                for place, number in enumerate(batch):
-                    found[number] = texts[place * samples : (place + 1) * samples]
+                for number, texts in zip(batch, self.texts_of(batch, adapter, temperature, samples), strict=True):
+                    found[number] = texts
                 bar.advance()
         return found
+
+    def texts_of(self, batch: Sequence[int], adapter: str | None, temperature: float, samples: int) -> list[list[str]]:
+        """The texts of so many answers to each prompt that `batch` numbers."""
+        texts = list(map(self.text, self.answer(batch, adapter, temperature, samples).completions))
+        return [texts[start : start + samples] for start in range(0, len(texts), samples)]
 
     def _asked_once(self, ask: Callable[[], Rollout], prompts: Sequence[Ids], samples: int) -> Rollout:
         """What one worker is told, for all: a server may answer again with other tokens, and passes in step are of the

@@ -3,7 +3,7 @@
 import contextlib
 import ipaddress
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,8 +52,7 @@ def prepared(config: LabelConfig) -> Callable[[], None]:
     project = settings_of(config)
     asked = questions(project) if project.questions.paths else []
     store = Store(config.project / LABELS)
-    there = store.keys()
-    new = store.add(_in_order(project, [question for question in asked if question.key not in there]))
+    new = bring(project, store, asked)
     listening = bound(config.host, config.port)
     try:
         explainer = Explainer(project.explain) if project.explain else None
@@ -174,6 +173,16 @@ def made(directory: Path, seed: int = 0) -> ProjectConfig:
     exists = (directory / PROJECT).is_file()
     new = ProjectConfig(questions=QuestionsConfig(paths=(), seed=seed))
     return settings_of(LabelConfig(project=directory, settings=ProjectConfig() if exists else new))
+
+
+def bring(project: ProjectConfig, store: Store, questions: Iterable[Question]) -> int:
+    """Stores questions that aren't there yet, in the project's order; returns how many they are.
+
+    Raises:
+        as `ranked`, where reward models make that order.
+    """
+    there = store.keys()
+    return store.add(_in_order(project, [question for question in questions if question.key not in there]))
 
 
 def _in_order(project: ProjectConfig, new: list[Question]) -> list[Question]:

@@ -5,11 +5,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal, cast
 
 from perlhf.config.labelling import ProjectConfig
+from perlhf.config.stages import DataConfig
 from perlhf.data.read import read_all
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
+from perlhf.data.splits import Split, load
 from perlhf.errors import DataError
 from perlhf.labelling.redact import redacted
 
@@ -53,8 +55,8 @@ def questions(project: ProjectConfig) -> list[Question]:
         DataError: a file can't be read, or holds nothing that can be asked about.
     """
     rules = project.questions
-    found = list(_asked(_read(rules.paths, project), project, known=False))
-    tests = list(_asked(_read(rules.tests, project), project, known=True)) if rules.tests else []
+    found = list(asked(_read(rules.paths, project), project))
+    tests = list(asked(_read(rules.tests, project), project, known=True)) if rules.tests else []
     known = {question.key for question in tests}
     unique = {question.key: question for question in found if question.key not in known}
     chosen = sorted(unique.values(), key=lambda question: question.place)[: rules.limit]
@@ -67,6 +69,37 @@ def questions(project: ProjectConfig) -> list[Question]:
             hint="perlhf data inspect shows what the file holds",
         )
     return chosen + tests
+
+
+def asked(records: Iterable[Record], project: ProjectConfig, known: bool = False) -> Iterator[Question]:
+    """What records ask in a project; of hidden tests the right verdict is `known`.
+
+    Raises:
+        DataError: a hidden test has no verdict.
+    """
+    rules = project.questions
+    for record in records:
+        for answers, verdict in _answers(record, project.kind):
+            found = question(project, record.prompt, answers, record.group, record.source)
+            if found is None:
+                continue
+            if known and verdict is None:
+                raise DataError("a hidden test has no verdict", where=record.source, allowed="comparisons or ratings")
+            wanted = 1 + (uniform(rules.seed, "overlap", found.key) < rules.overlap)
+            yield replace(found, wanted=wanted, known=verdict if known else None)
+
+
+def prompts_of(data: DataConfig, split: Split | Literal["all"]) -> list[Prompt]:
+    """Prompts of one side, whose answers people can be asked about.
+
+    Raises:
+        DataError: there is none, or one comes with tools, which no page shows.
+    """
+    found = cast("Sequence[Prompt]", load(data, ("prompt",), split))
+    for record in found:
+        if record.tools:
+            raise DataError("its prompt comes with tools, which the labelling page can't show", where=record.source)
+    return list(found)
 
 
 def question(
@@ -98,19 +131,6 @@ def masked(text: Text) -> Text:
 def _read(paths: Sequence[str], project: ProjectConfig) -> Iterator[Record]:
     for path in paths:
         yield from read_all(path, project.questions.format, rules=project.questions).records
-
-
-def _asked(records: Iterable[Record], project: ProjectConfig, known: bool) -> Iterator[Question]:
-    rules = project.questions
-    for record in records:
-        for answers, verdict in _answers(record, project.kind):
-            found = question(project, record.prompt, answers, record.group, record.source)
-            if found is None:
-                continue
-            if known and verdict is None:
-                raise DataError("a hidden test has no verdict", where=record.source, allowed="comparisons or ratings")
-            wanted = 1 + (uniform(rules.seed, "overlap", found.key) < rules.overlap)
-            yield replace(found, wanted=wanted, known=verdict if known else None)
 
 
 def _answers(record: Record, kind: str) -> Iterator[tuple[tuple[Text, ...], str | None]]:

@@ -3,6 +3,7 @@
 "use strict";
 
 const WAITING = "perlhf-waiting";
+const LOOK_MS = 3000;
 const question = document.getElementById("question");
 const message = document.getElementById("message");
 const instructions = document.getElementById("instructions");
@@ -216,4 +217,15 @@ document.addEventListener("selectionchange", mark);
 document.addEventListener("keydown", mark, true);
 document.addEventListener("pointerdown", mark, true);
 
+// Questions may come while somebody has none: of a loop's next round, or of answers that runs still give.
+async function look() {
+  const idle = () => !sending && !document.hidden && !document.querySelector("dialog[open]") && question.querySelector(".done");
+  if (!idle()) return;
+  try {
+    const { status, content } = await ask("/next");
+    if (status === 200 && content.asked && idle()) show(content);
+  } catch {} // it looks again
+}
+
+setInterval(look, LOOK_MS);
 deliver();

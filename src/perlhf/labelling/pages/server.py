@@ -208,7 +208,8 @@ class _Handlers:
     async def _fragment(self, person: Labeller, task: Task | None) -> Response:
         values = await run_in_threadpool(self._shown, person, task)
         html = self.page.templates.get_template("question.html.j2").render(values)
-        return JSONResponse({"html": html, "done": values["done"], "wanted": values["wanted"]})
+        numbers = {"done": values["done"], "wanted": values["wanted"]}
+        return JSONResponse({"html": html, "asked": task is not None} | numbers)
 
     def _said(self, content: Mapping[str, Any]) -> tuple[Said, int, str, float]:
         """An answer as a page sends it, checked.

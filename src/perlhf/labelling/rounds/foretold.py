@@ -8,7 +8,8 @@ import torch
 from perlhf.config.loop import LoopConfig
 from perlhf.data.records import text_of
 from perlhf.errors import ModelError
-from perlhf.labelling.rounds.loop import MORE, prompts_of
+from perlhf.labelling.questions import prompts_of
+from perlhf.labelling.rounds.loop import MORE
 from perlhf.labelling.rounds.results import Places
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import end_ids, load_tokenizer, without_weights
@@ -37,7 +38,7 @@ def foretell(config: LoopConfig) -> list[tuple[str, str]]:
         ServiceError, ConfigError: a server that is to sample isn't there, or can't (`rollout.vllm.connection`).
     """
     check_runs("sft", [] if config.sft is None else [config.sft])
-    sides = {side: prompts_of(config, side) for side in ("train", "validation", "test")}
+    sides = {side: prompts_of(config.data, side) for side in ("train", "validation", "test")}
     server = _server(config) if config.sampler == "vllm" else None
     rows = [(f"prompts, {side}", f"{len(found):,}") for side, found in sides.items()]
     rows += [("rounds", f"{config.rounds:,}"), ("who answers", config.labeller)]

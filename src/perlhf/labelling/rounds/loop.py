@@ -17,10 +17,10 @@ end, so that people are asked once a round.
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
@@ -29,15 +29,14 @@ from perlhf.config.labelling import Order, ProjectConfig
 from perlhf.config.loop import LoopConfig
 from perlhf.config.stages import DataConfig, OptimConfig, SftConfig
 from perlhf.data import order as orders
-from perlhf.data.records import Prompt
-from perlhf.data.splits import SPLITS, load, split_of
+from perlhf.data.splits import SPLITS, split_of
 from perlhf.errors import ConfigError, DataError, RunError
 from perlhf.evaluation.evaluate import evaluate
 from perlhf.evaluation.shared import plain
 from perlhf.labelling import records
 from perlhf.labelling.progress import progress
 from perlhf.labelling.project import LABELS, made
-from perlhf.labelling.questions import question
+from perlhf.labelling.questions import prompts_of, question
 from perlhf.labelling.rounds import in_use, labellers, network, results
 from perlhf.labelling.rounds.network import Pair
 from perlhf.labelling.rounds.order import choose, disagreement, information
@@ -159,7 +158,7 @@ def _step(this: Round, name: str, done: Path, work: Callable[[], object]) -> Non
 def _answers(this: Round) -> None:
     """The policy's and the start's answers to the round's prompts; in the first round, to held-out ones as well."""
     config, places = this.config, this.places
-    trained_on = prompts_of(config, "train")
+    trained_on = prompts_of(config.data, "train")
     count = min(config.prompts_per_round, len(trained_on))
     numbers = dict.fromkeys(orders.cycle(len(trained_on), count, this.number, config.seed))
     chosen = [trained_on[number] for number in numbers]
@@ -170,7 +169,7 @@ def _answers(this: Round) -> None:
         sides = {"policy": (policy, config.answers_per_prompt - half), "start": (None, half)}
     found = network.sample_answers(config, chosen, sides, f"round {this.number}")
     if this.before is None:
-        held_out = [*prompts_of(config, "validation"), *prompts_of(config, "test")]
+        held_out = [*prompts_of(config.data, "validation"), *prompts_of(config.data, "test")]
         asked = orders.choose(held_out, int(MORE * config.held_out_labels) + 1, config.seed)
         answers = network.sample_answers(config, asked, {"start": (None, 2)}, "held-out")
         write_atomic(places.held_out_answers, _lines(network.answered(asked, answers)))
@@ -233,7 +232,7 @@ def _labels(this: Round) -> None:
     labellers.label(config, store, [one.question for one in [*places.asked(LEARN, MEASURE), *duels]])
     people = store.people()
     everybody = [one for one in store.labels(skips=True) if not one.labeller.left_out]
-    prompts = [record for split in SPLITS for record in prompts_of(config, split)]
+    prompts = [record for split in SPLITS for record in prompts_of(config.data, split)]
     said = in_use.teaching(everybody, this.project, config.data, prompts)
     numbers = progress(said, people, store.progress())
     found = records.labelled_rows(said, this.project, "all")
@@ -289,20 +288,6 @@ def _evaluation(this: Round) -> None:
     write_json(places.scores, found)
 
 
-def prompts_of(config: LoopConfig, split: str) -> list[Prompt]:
-    """Prompts of one side.
-
-    Raises:
-        DataError: there is none, or one comes with tools, which no page shows.
-    """
-    assert split in SPLITS
-    found = cast("Sequence[Prompt]", load(config.data, ("prompt",), split))
-    for record in found:
-        if record.tools:
-            raise DataError("its prompt comes with tools, which the labelling page can't show", where=record.source)
-    return list(found)
-
-
 def _check(config: LoopConfig) -> None:
     """Looks for what the rounds need before anything is written."""
     if config.demo:
@@ -310,7 +295,7 @@ def _check(config: LoopConfig) -> None:
     Base.find(config.base)
     check_runs("sft", [] if config.sft is None else [config.sft])
     for split in SPLITS:
-        prompts_of(config, split)
+        prompts_of(config.data, split)
 
 
 def _check_is_loop(run: Path) -> None:
