@@ -139,7 +139,7 @@ def step_in_place(shape: str) -> dict[str, Any]:
     """One policy step with reference, policy, value and reward adapters, weights made in place."""
     from harness import data_root
     from perlhf.data.records import Prompt
-    from perlhf.model.foretold import memory_of
+    from perlhf.model.foretold.memory import memory_of
     from perlhf.parallel.traffic import Lengths
     from perlhf.system.machine import peak_memory_bytes
     from perlhf.training.plan import trainable_parameters
@@ -176,7 +176,7 @@ def kept() -> Iterator[dict[str, Any]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from perlhf.config.stages import AdapterConfig, PolicyConfig
-    from perlhf.model.foretold import memory_of
+    from perlhf.model.foretold.memory import memory_of
     from perlhf.parallel.traffic import Lengths
     from perlhf.training.plan import trainable_parameters
     from policy import COMPLETIONS, PROMPT_TOKENS, PROMPTS, RANK, SHAPES, TOKENS

@@ -26,7 +26,8 @@ from transformers import (
 from perlhf.config.recipe import load_recipe
 from perlhf.config.stages import EncodingConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.model.bases.loading import by_configuration
-from perlhf.model.foretold import Devices, gathers_of, memory_of, with_recompute
+from perlhf.model.foretold.memory import memory_of, with_recompute
+from perlhf.model.foretold.sizes import Devices, gathers_of
 from perlhf.parallel.traffic import Gathers, Lengths, exchanged
 from perlhf.runs.words import number
 from perlhf.training.plan import Part, Rates, parts_of, trainable_parameters, trained_tensors

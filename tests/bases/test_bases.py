@@ -23,7 +23,7 @@ from perlhf.model import saved
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_base
 from perlhf.model.bases.packaged import quiet
-from perlhf.model.foretold import keep_or_recompute
+from perlhf.model.foretold.memory import keep_or_recompute
 from perlhf.model.model import Model
 from perlhf.model.supported import network_below
 from perlhf.rollout.ensemble import in_one_pass, member_scores, shares_trunk

@@ -11,7 +11,7 @@ from tiny_runs import SHORT, TinyRuns, tiny_runs
 from perlhf.config.recipe import load_recipe
 from perlhf.config.stages import PolicyConfig, RewardConfig, SftConfig
 from perlhf.errors import ModelError
-from perlhf.model import foretold
+from perlhf.model.foretold import memory
 from perlhf.runs.manifest import read_manifest
 from perlhf.training.policy import train_policy
 from perlhf.training.reward import train_reward
@@ -52,7 +52,7 @@ def test_a_run_that_recomputes_is_the_same_run(
         key: getattr(earlier, key) for key in ("base", "dtype", "threads", "data", "encoding", "adapter", "optim")
     }
     for name, size in free.items():
-        monkeypatch.setattr(foretold, "free_memory_bytes", lambda device, size=size: size)
+        monkeypatch.setattr(memory, "free_memory_bytes", lambda device, size=size: size)
         train(kind(run=tmp_path / name, **shared, **own))
     said = capsys.readouterr().err
     assert said.count("computed once more in the backward pass") == 1
@@ -79,6 +79,6 @@ def test_what_cannot_be_recomputed(runs: TinyRuns, tmp_path: Path, monkeypatch: 
         with pytest.raises(ValidationError, match="recompute: always goes with"):
             SftConfig(recompute="always", **other)  # pyright: ignore[reportArgumentType]
     earlier = load_recipe(runs.sft / "config.yaml", SftConfig)
-    monkeypatch.setattr(foretold, "layers_of", lambda network: None)
+    monkeypatch.setattr(memory, "layers_of", lambda network: None)
     with pytest.raises(ModelError, match="no list of layers"):
         train_sft(earlier.model_copy(update={"run": tmp_path / "run", "recompute": "always"}))

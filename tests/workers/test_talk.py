@@ -15,7 +15,7 @@ from toy import command, finish
 from perlhf.commands.cli import COMMANDS
 from perlhf.config.command_line import parse
 from perlhf.model.bases.loading import without_weights
-from perlhf.model.foretold import gathers_of
+from perlhf.model.foretold.sizes import gathers_of
 from perlhf.parallel import traffic
 from perlhf.parallel.together import together
 from perlhf.parallel.workers import ALONE, Workers

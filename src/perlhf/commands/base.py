@@ -30,7 +30,8 @@ from perlhf.model.bases.loading import (
 )
 from perlhf.model.bases.quantised import is_kept
 from perlhf.model.encoding.encode import Encoder
-from perlhf.model.foretold import Devices, Memory, dtype_in_force, gathers_of, memory_of, with_recompute
+from perlhf.model.foretold.memory import Memory, memory_of, with_recompute
+from perlhf.model.foretold.sizes import Devices, dtype_in_force, gathers_of
 from perlhf.model.open import left_out
 from perlhf.model.supported import Way, target_paths
 from perlhf.parallel.traffic import Lengths, Stage, exchanged

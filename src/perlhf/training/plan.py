@@ -1,7 +1,7 @@
 """What a stage would do: from its configuration, the record counts and the base's network without weights.
 
 Trainable parameters are exact: rank * (inputs + outputs) for each adapted layer, all weights for `tuning: full`, and
-hidden for a score head, hidden + 1 for a value head. Memory is an estimate (`model.foretold.memory_of`). What workers
+hidden for a score head, hidden + 1 for a value head. Memory is an estimate (`model.foretold.memory`). What workers
 exchange is counted by the rules that they follow (`parallel.traffic`); seconds follow from rates that are given.
 """
 
@@ -21,16 +21,9 @@ from perlhf.model.bases.loading import end_ids, load_tokenizer, pick_device, wit
 from perlhf.model.bases.quantised import is_kept, weight_bytes
 from perlhf.model.encoding.encode import Encoder, TooLong
 from perlhf.model.encoding.lengths import telling
-from perlhf.model.foretold import (
-    Devices,
-    Foretold,
-    Memory,
-    Shape,
-    dtype_in_force,
-    foretell,
-    memory_of,
-    with_recompute,
-)
+from perlhf.model.foretold.memory import Memory, memory_of, with_recompute
+from perlhf.model.foretold.sizes import Devices, Shape, dtype_in_force
+from perlhf.model.foretold.way import Foretold, foretell
 from perlhf.model.open import left_out, with_day
 from perlhf.model.supported import packing_of, states_width, target_paths
 from perlhf.parallel.traffic import Gathers, Lengths, Stage, microbatches_of, passes_of

@@ -26,7 +26,7 @@ from perlhf.kernels.kv_cache import FIXED
 from perlhf.model import saved
 from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder
-from perlhf.model.foretold import keep_or_recompute
+from perlhf.model.foretold.memory import keep_or_recompute
 from perlhf.model.model import Model
 from perlhf.model.open import load_sft, load_start, new_adapter, open_model, with_day
 from perlhf.model.supported import told

@@ -17,7 +17,7 @@ from perlhf.model import saved
 from perlhf.model.adapter import Adapter
 from perlhf.model.bases.found import Base
 from perlhf.model.encoding.encode import Encoder, Example
-from perlhf.model.foretold import keep_or_recompute
+from perlhf.model.foretold.memory import keep_or_recompute
 from perlhf.model.model import Model
 from perlhf.model.open import load_start, new_adapter, open_model, with_day
 from perlhf.model.supported import told

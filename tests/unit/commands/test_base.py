@@ -24,11 +24,14 @@ from perlhf.commands.cli import main
 from perlhf.config.commands import BaseConfig, PlanConfig
 from perlhf.config.stages import AdapterConfig, EncodingConfig, PolicyConfig, RewardConfig, SftConfig
 from perlhf.errors import ModelError
-from perlhf.model import foretold, ways
+from perlhf.model import ways
 from perlhf.model.bases import found
 from perlhf.model.bases.found import Base
-from perlhf.model.foretold import LIBRARIES_BYTES, Devices, Shape, gathers_of, memory_of
+from perlhf.model.foretold import way
+from perlhf.model.foretold.memory import LIBRARIES_BYTES, memory_of
+from perlhf.model.foretold.sizes import Devices, Shape, gathers_of
 from perlhf.model.model import Model
+from perlhf.parallel.traffic import Lengths
 from perlhf.rollout.vllm.memory import CONTEXT_BYTES
 from perlhf.system import before_torch
 from perlhf.training.plan import Part, Weights, seconds_of
@@ -133,7 +136,7 @@ def test_what_no_small_copy_can_be_made_of_is_found_out_later(tiny_base: Path, m
     def refuse(_: PreTrainedConfig) -> None:
         raise ValueError("sizes must go together\nand so on")
 
-    monkeypatch.setattr(foretold, "_random", refuse)
+    monkeypatch.setattr(way, "_random", refuse)
     facts = describe(BaseConfig(base=str(tiny_base)))
     assert facts["way"]["packing"] is None and facts["logits"] is None
     later = "found out when it is loaded, since a small copy of it doesn't compute (ValueError: sizes must go together)"
@@ -297,7 +300,7 @@ def test_the_sampler_is_counted_where_it_takes_more_than_learning() -> None:
         "centre_prompts": 2,
     }
     config = PolicyConfig(device="cuda", reward=("a:b",), validation_prompts=2, tokens_per_microbatch=8, **few)
-    memory = memory_of(config, network, {"policy": 1, "value": 1}, Devices(2), foretold.Lengths(300, 100))
+    memory = memory_of(config, network, {"policy": 1, "value": 1}, Devices(2), Lengths(300, 100))
     # A worker's four prompts of 300 tokens and their 16 rows of 100: keys and values of 4 layers, two heads of 16; and
     # the prompts in one layer, which is more than 16 rows of logits.
     prefill = 4 * 300 * (3 * 64 + 2 * 6 * 16 + 3 * 128) * 2
@@ -305,7 +308,7 @@ def test_the_sampler_is_counted_where_it_takes_more_than_learning() -> None:
     assert memory.total == sum(memory.held.values()) + memory.passing["sampling"]
     # Two prompts with their four rows each have a place; beside them all four prompts wait.
     turns = config.model_copy(update={"max_rows": 9})
-    memory = memory_of(turns, network, {"policy": 1, "value": 1}, Devices(2), foretold.Lengths(300, 100))
+    memory = memory_of(turns, network, {"policy": 1, "value": 1}, Devices(2), Lengths(300, 100))
     assert memory.passing["sampling"] == (4 * 300 + 2 * 300 + 8 * 100) * 4 * 2 * 32 * 2 + prefill
 
 

@@ -20,8 +20,9 @@ from transformers import (
 
 from perlhf.kernels.attention.sight import Sight
 from perlhf.method.logprobs import Logits
-from perlhf.model import foretold, ways
-from perlhf.model.foretold import COPIED, foretell
+from perlhf.model import ways
+from perlhf.model.foretold import way
+from perlhf.model.foretold.way import COPIED, foretell
 
 CPU = torch.device("cpu")
 
@@ -73,9 +74,9 @@ def test_layers_that_are_not_called_have_the_paths_of_the_base() -> None:
 def test_a_copy_that_would_be_large_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     # Embedding and head 256 x 32; of each layer four projections 32 x 32, an MLP of three 64 x 32, two norms; a norm.
     size = 2 * 256 * 32 + 2 * (4 * 32 * 32 + 3 * 64 * 32 + 2 * 32) + 32
-    monkeypatch.setattr(foretold, "_MOST", size - 1)
+    monkeypatch.setattr(way, "_MOST", size - 1)
     found = foretell(LlamaConfig(num_hidden_layers=2), torch.float32, CPU)
     assert found.way is None and found.uncalled == ()
     assert found.source.endswith(f"doesn't compute (ValueError: it would have {size:,} parameters)")
-    monkeypatch.setattr(foretold, "_MOST", size)
+    monkeypatch.setattr(way, "_MOST", size)
     assert foretell(LlamaConfig(num_hidden_layers=2), torch.float32, CPU).way is not None

@@ -18,7 +18,7 @@ from perlhf.config.stages import AdapterConfig, PolicyConfig, RewardConfig, SftC
 from perlhf.kernels import cpu
 from perlhf.method.packing import Tokens, pack
 from perlhf.model import ways
-from perlhf.model.foretold import memory_of
+from perlhf.model.foretold.memory import memory_of
 from perlhf.model.model import Model
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes" / "qwen3-4b"

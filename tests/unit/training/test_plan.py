@@ -22,7 +22,8 @@ from perlhf.errors import AdapterError, ConfigError, DataError, ModelError, RunE
 from perlhf.kernels import cpu
 from perlhf.model.bases.loading import without_weights
 from perlhf.model.encoding.encode import TooLong
-from perlhf.model.foretold import COMPILED_BYTES, FEW_BYTES, FREE_SHARE, dtype_in_force, memory_of
+from perlhf.model.foretold.memory import COMPILED_BYTES, FEW_BYTES, FREE_SHARE, memory_of
+from perlhf.model.foretold.sizes import dtype_in_force
 from perlhf.system import before_torch
 from perlhf.training import plan as plans
 from perlhf.training.loop import read_sides

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from perlhf.config.stages import PolicyConfig
-from perlhf.model.foretold import Shape, dtype_in_force
+from perlhf.model.foretold.sizes import Shape, dtype_in_force
 from perlhf.model.supported import states_width, target_paths
 from perlhf.parallel.traffic import Lengths
 from perlhf.rollout.vllm.server import RANKS
