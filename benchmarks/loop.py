@@ -27,6 +27,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from perlhf.config.loop import LoopConfig, LoopRewardConfig
 from perlhf.config.stages import AdapterConfig, DataConfig, EncodingConfig, OptimConfig
@@ -239,25 +240,34 @@ def row(config: LoopConfig, question: Question, noise: float) -> dict[str, Any]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> None:
-    """Mean accuracy of the seeds, and the mean difference to all labels at once with as many."""
+    """Means over seeds, and paired differences to all labels at once: to as many, and to four times as many."""
     by: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
     for one in found:
         by[one["arm"], one["labels"]][one["seed"]] = one["accuracy"]["value"]
     for (arm, labels), seeds in by.items():
-        paired = [value - by["all", labels][seed] for seed, value in seeds.items() if seed in by["all", labels]]
-        difference = f"{fmean(paired):+.3f} against all at once" if paired else ""
-        each = ", ".join(f"{value:.3f}" for value in seeds.values())
-        print(f"{arm:<13} {labels:>4} labels  {fmean(seeds.values()):.3f}  ({each})  {difference}")
+        each = ", ".join(f"{seeds[seed]:.3f}" for seed in sorted(seeds))
+        print(f"{arm:<13} {labels:>4} labels  {fmean(seeds.values()):.3f}  ({each})")
+        for others in (labels, 4 * labels):
+            if said := paired(seeds, by.get(("all", others), {})):
+                print(f"{'':<13} {said} against all {others} at once")
         same = [one for one in found if (one["arm"], one["labels"]) == (arm, labels)]
         alone, apart = fmean(fmean(one["each"]) for one in same), fmean(one["disagreement"] for one in same)
         learning, scoring = (fmean(one["seconds"][what] for one in same) for what in ("learning", "scoring"))
         print(f"{'':<13} a member alone {alone:.3f}, disagreement {apart:.3f}, {learning:.0f} s + {scoring:.0f} s")
-        if all("quarters" in one for one in same):
-            by_quarter = ", ".join(
-                f"{fmean(each):.2f}" for each in zip(*(one["quarters"] for one in same), strict=True)
-            )
-            memory = max(one["memory"] for one in same) / 2**30
-            print(f"{'':<13} from agreement to disagreement {by_quarter}; {memory:.2f} GiB")
+        by_quarter = ", ".join(f"{fmean(each):.2f}" for each in zip(*(one["quarters"] for one in same), strict=True))
+        memory = max(one["memory"] for one in same) / 2**30
+        print(f"{'':<13} from agreement to disagreement {by_quarter}; {memory:.2f} GiB")
+
+
+def paired(one: dict[int, float], other: dict[int, float]) -> str:
+    """The mean difference of the seeds that both have, with its 95 % interval by t; empty where it is of itself."""
+    differences = np.array([one[seed] - other[seed] for seed in sorted(one) if seed in other])
+    if not differences.any():
+        return ""
+    if len(differences) == 1:
+        return f"{differences[0]:+.3f} (one seed)"
+    half = stdtrit(len(differences) - 1, 0.975) * differences.std(ddof=1) / len(differences) ** 0.5
+    return f"{differences.mean():+.3f} ({differences.mean() - half:+.3f} to {differences.mean() + half:+.3f})"
 
 
 if __name__ == "__main__":
