@@ -79,6 +79,7 @@ def main() -> None:
         config = LoopConfig(
             base=arguments.base,
             seed=seed,
+            order="random",  # arms choose by themselves, and one member alone has nobody to disagree with
             data=DataConfig(validation=0.1, test=0.4),
             encoding=EncodingConfig(system=None if arguments.data else SYSTEM, max_tokens=512),
             reward=LoopRewardConfig(
