@@ -102,11 +102,11 @@ async def _labeller(address: str, number: int, pause: float, end: float, explain
     headers, _ = await ask("POST", "/name", f"name=labeller+{number}")
     cookie = headers["set-cookie"].partition(";")[0]
     _, page = await ask("GET", "/", cookie=cookie)
-    while (found := re.search(r'data-task=\\?"(\d+)', page)) is not None:
+    while (found := re.search(r'data-task=\\?"([\w.]+)', page)) is not None:
         await asyncio.sleep(draw.expovariate(1 / pause))
         if time.monotonic() > end:
             break
-        content: dict[str, Any] = {"task": int(found.group(1)), "verdict": draw.choice(["up", "down"]), "seconds": 1.0}
+        content: dict[str, Any] = {"task": found.group(1), "verdict": draw.choice(["up", "down"]), "seconds": 1.0}
         began = time.perf_counter()
         _, page = await ask("POST", "/answer", json.dumps(content | {"key": f"key of {number}: {len(times)}"}), cookie)
         times.append(time.perf_counter() - began)

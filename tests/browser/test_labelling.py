@@ -169,6 +169,35 @@ def test_an_answer_outlives_a_server_that_is_killed(browser: Browser, label: Any
     assert len(said) == 2
 
 
+def test_an_answer_that_waits_goes_to_no_other_project_and_no_other_person(
+    browser: Browser, label: Any, tmp_path: Path
+) -> None:
+    context = browser.new_context()
+    with label(tmp_path / "one") as command:
+        port = command.port
+        page = enter(context, command.address, "Ana")
+        command.stop(signal.SIGKILL)
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#message")).to_contain_text("Your answer is kept here and sent again")
+        page.close()
+    with label(tmp_path / "two", "--port", str(port)) as command:
+        page = enter(context, command.address, "Ana")
+        press(page, "ArrowLeft")
+        expect(page.locator("#count")).to_have_text("1 of 800")
+        page.close()
+    with label(tmp_path / "one", "--port", str(port)) as command:
+        context.clear_cookies()
+        page = enter(context, command.address, "Bo")
+        press(page, "ArrowLeft")
+        page.click("text=Bo, leave")
+        page.fill("#name", "Ana")
+        page.keyboard.press("Enter")
+        expect(page.locator("#count")).to_have_text("2 of 800", timeout=30_000)
+    for project, people in (("one", {"Ana", "Bo"}), ("two", {"Ana"})):
+        said = Store(tmp_path / project / "labels.sqlite").labels()
+        assert {one.labeller.name for one in said} == people and len(said) == len(people)
+
+
 def test_exports_what_was_said(browser: Browser, label: Any, tmp_path: Path) -> None:
     from perlhf.commands.cli import main
 

@@ -1,5 +1,6 @@
 """`perlhf label answers`: who answers what, and what a project asks about it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,25 @@ def test_a_project_asks_as_answers_come_and_what_was_killed_goes_on(words, tmp_p
     assert read_lines(tmp_path / "as-they-come.jsonl") == whole
     own = ProjectConfig(questions=QuestionsConfig(paths=(words[2],)))
     assert Store(project / "labels.sqlite").keys() == {question.key for question in questions(own)}
-    more = perlhf(*words, "--project", str(project), "--answers", "1")
-    assert more.code == 2 and "as-they-come.jsonl:1" in more.err, more.err
+    for other in (("--answers", "1"), ("--seed", "5"), ("--system", "In French."), ("--max-completion-tokens", "9")):
+        more = perlhf(*words, "--project", str(project), *other)
+        assert more.code == 2 and "as-they-come.jsonl:1" in more.err, more.err
     assert read_lines(tmp_path / "as-they-come.jsonl") == whole
+
+
+def test_any_text_is_read_back_and_a_place_is_made_or_told_first(words, tmp_path, perlhf) -> None:
+    odd = "tea\u2028or\u2029coffee\x85?"
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": odd}) + "\n", "utf-8")
+    words[2] = str(tmp_path / "new" / "place" / "answers.jsonl")
+    words += ["--split", "all", "--project", str(tmp_path / "project")]
+    assert [perlhf(*words).code, perlhf(*words).code] == [0, 0]
+    assert [row["prompt"] for row in read_lines(Path(words[2]))] == [odd]
+    Path(words[2]).write_bytes(b"\xff\n")
+    done = perlhf(*words)
+    assert done.code == 2 and "answers.jsonl:1" in done.err, done.err
+    words[2] = str(tmp_path / "prompts.jsonl" / "answers.jsonl")
+    done = perlhf(*words)
+    assert done.code == 2 and "answers 1/1" not in done.err, done.err
 
 
 def test_a_server_answers_the_same(words, tmp_path, perlhf, vllm, monkeypatch) -> None:

@@ -19,7 +19,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perlhf.config.stages import EncodingConfig
-from perlhf.labelling.project import bound
+from perlhf.labelling.addresses import bound
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.model import Model
 from perlhf.model.saved import save_adapter

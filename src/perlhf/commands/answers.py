@@ -1,5 +1,6 @@
 """Answers of runs to prompts, as a file whose rows a labelling project asks people about, or asks at once."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from perlhf.model.encoding.encode import Encoder
 from perlhf.model.open import Given, read_run
 from perlhf.rollout.vllm.probe import PROBE_TOKENS
 from perlhf.serving.models import BASE, Models, Speaker
-from perlhf.system.files import from_json, write_atomic
+from perlhf.system.files import from_json, storage_errors, write_atomic
 
 HEAT = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
 
@@ -48,6 +49,8 @@ def answer(config: LabelAnswersConfig) -> int:
             are none. DataError: no prompts, or one with tools.
         ServiceError, StaleSamplerError: of `sampler: vllm`, as `server_of`. As `bring`, of a project with an order.
     """
+    with storage_errors(config.output):
+        config.output.parent.mkdir(parents=True, exist_ok=True)  # what can't be is told before anything is sampled
     if config.project is None and config.output.exists():
         what, hint = f"{config.output} is there already", "name another file, or remove this one"
         raise ConfigError(what, where="output", allowed="a new file", hint=hint)
@@ -88,7 +91,7 @@ def _sampled(
     models = Models(runs, config.base, config.device, config.dtype, accept_changes=config.accept_changes)
     speakers = {source.name: _speaker(models, source, config) for source in sources}
     adapters = {name: next(iter(one.adapters), None) for name, one in speakers.items()}
-    longest = config.max_completion_tokens
+    longest, options = config.max_completion_tokens, _options(config)
     cut = {
         name: [one.encoder.cut_prompt(record.prompt, longest) for record in prompts] for name, one in speakers.items()
     }
@@ -118,7 +121,8 @@ def _sampled(
                     name: sampling.texts_of(batch, adapters[name], speakers[name].temperature, config.answers)
                     for name, sampling in samplings.items()
                 }
-                yield dict(zip(batch, answered([prompts[number] for number in batch], found), strict=True))
+                rows = answered([prompts[number] for number in batch], found)
+                yield {number: row | {"options": options} for number, row in zip(batch, rows, strict=True)}
                 bar.advance()
 
 
@@ -137,19 +141,26 @@ def _answered_before(
     for number, record in enumerate(prompts):
         numbers.setdefault((text_of(record.prompt), record.group), []).append(number)
     found: dict[int, dict[str, Any]] = {}
-    for line, text in enumerate(config.output.read_text("utf-8").splitlines(), 1):
+    for line, text in enumerate(config.output.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
         try:
             row = from_json(text)
             number = numbers[text_of(row["prompt"]), row["group"]].pop(0)
-            fits = row["by"] == by and len(row["completions"]) == len(by)
+            fits = row["by"] == by and len(row["completions"]) == len(by) and row["options"] == _options(config)
         except (ValueError, TypeError, LookupError, AttributeError):
             fits, number = False, -1
         if not fits:
-            what = "it holds something else than answers of these to these prompts"
+            what = "it holds something else than answers of these, with these options, to these prompts"
             where, hint = f"{config.output}:{line}", "name another file, or go on with the same options"
             raise ConfigError(what, where=where, allowed="a new file, or one that this command began", hint=hint)
         found[number] = row
     return found
+
+
+def _options(config: LabelAnswersConfig) -> str:
+    """A hash of what decides how prompts are answered, so that a file isn't continued otherwise."""
+    elsewhere = {"output", "project", "data", "split", "sampler", "vllm", "device", "accept_changes"}
+    said = config.model_dump_json(exclude=elsewhere)
+    return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
 def _questions(project: ProjectConfig, prompts: Sequence[Prompt], rows: Mapping[int, dict[str, Any]]) -> list[Question]:

@@ -110,7 +110,7 @@ class LabelInviteConfig(Frozen):
     name: Annotated[str, Field(min_length=1, max_length=60)]
     """Who gets it: seen by the project's owner alone."""
     owner: bool = False
-    """The link also opens the owner's page: progress, agreement, labellers."""
+    """The link also opens the owner's page: progress, agreement, labellers; who had it keeps it."""
     address: str = "http://127.0.0.1:8765"
     """How labellers reach the page."""
 

@@ -16,6 +16,8 @@ class Labeller:
     pseudonym: str
     owner: bool = False
     left_out: bool = False
+    token_hash: str = field(default="", repr=False, compare=False)
+    """Of the link that opens the page; a new one ends what the older has opened."""
 
 
 @dataclass(frozen=True)

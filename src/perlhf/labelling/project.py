@@ -1,11 +1,8 @@
 """A labelling project on disk, and what is done with it: opened as a page, invited to, exported, taken in, copied."""
 
 import contextlib
-import ipaddress
-import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -21,8 +18,9 @@ from perlhf.config.labelling import (
     QuestionsConfig,
 )
 from perlhf.config.recipe import load_recipe
-from perlhf.errors import ConfigError, RunError, StorageError, nearest
+from perlhf.errors import ConfigError, RunError, nearest
 from perlhf.labelling import records
+from perlhf.labelling.addresses import bound, is_known_elsewhere, names, web_settings
 from perlhf.labelling.pages.explained import Explainer
 from perlhf.labelling.pages.server import Page, application
 from perlhf.labelling.progress import progress
@@ -31,6 +29,7 @@ from perlhf.labelling.store import Store
 from perlhf.system.files import storage_errors, write_atomic
 
 PROJECT, LABELS = "project.yaml", "labels.sqlite"
+_REPLACEABLE = "a new directory, or an earlier export, which is replaced"
 
 
 def serve(config: LabelConfig) -> None:
@@ -49,8 +48,9 @@ def prepared(config: LabelConfig) -> Callable[[], None]:
         ConfigError: settings for a project that has its own, or the address isn't one of this machine's.
         DataError: no questions. RunError: a reward run of `explain` can't be used.
     """
-    project = settings_of(config)
+    project = settings_of(config, write=False)
     asked = questions(project) if project.questions.paths else []
+    settings_of(config)  # a project whose questions can't be read isn't begun
     store = Store(config.project / LABELS)
     new = bring(project, store, asked)
     listening = bound(config.host, config.port)
@@ -60,13 +60,14 @@ def prepared(config: LabelConfig) -> Callable[[], None]:
         listening.close()
         raise
     port = listening.getsockname()[1]
-    tokens = not is_here(config.host)
+    tokens = is_known_elsewhere(config.host, config.allow_hosts)
     hosts = names(config.host, port, config.allow_hosts)
     shown = f"[{config.host}]" if ":" in config.host else config.host
     done, wanted = store.progress()
     print(f"{config.project}: {done:,} of {wanted:,} labels" + (f", {new:,} new questions" if new else ""))
     print(f"http://{shown}:{port}/" + (" (labellers need links: perlhf label invite)" if tokens else ""), flush=True)
-    settings = web_settings(application(Page(project, store, hosts, tokens, explainer)))
+    page = Page(project, store, hosts, tokens, explainer, config.allow_hosts)
+    settings = web_settings(application(page))
 
     def answer() -> None:
         try:
@@ -89,17 +90,18 @@ def invite(config: LabelInviteConfig) -> str:
     if urlsplit(config.address).scheme not in ("http", "https"):
         raise ConfigError(f"{config.address} is no address", where="address", allowed="http://NAME:PORT")
     with _opened(config.project) as store:
-        return f"{config.address.rstrip('/')}/join?token={store.invite(config.name, config.owner)}"
+        return f"{config.address.rstrip('/')}/join?token={store.invite(config.name, config.owner or None)}"
 
 
 def export(config: LabelExportConfig) -> dict[str, int]:
     """Writes a project's labels (`records.write`); returns how many lines each file has.
 
     Raises:
-        ConfigError: a name of no labeller.
+        ConfigError: a name of no labeller; a directory that holds the project, or something else than an export.
     """
+    _check_export(config)
     project = load_recipe(config.project / PROJECT, ProjectConfig)
-    with _opened(config.project) as store:
+    with _opened(config.project, begun=True) as store:
         people = store.people()
         names = [person.name for person in people]
         for name in config.without:
@@ -125,13 +127,38 @@ def take(config: LabelImportConfig) -> int:
 
 
 def back_up(config: LabelBackupConfig) -> None:
-    """Copies the labels into a file."""
-    with _opened(config.project) as store:
+    """Copies the labels into a file.
+
+    Raises:
+        ConfigError: that file is the database itself.
+    """
+    own = config.project / LABELS
+    if config.output.resolve() in [Path(f"{own.resolve()}{end}") for end in ("", "-wal", "-shm")]:
+        hint = "name another file"
+        raise ConfigError(f"{config.output} is the project's database", where="output", allowed="a new file", hint=hint)
+    with _opened(config.project, begun=True) as store:
         store.back_up(config.output)
 
 
+def _check_export(config: LabelExportConfig) -> None:
+    """Refuses to replace what is no export."""
+    output, project = config.output.resolve(), config.project.resolve()
+    if output == project or output in project.parents:
+        hint = f"name another directory, such as {config.project / 'export'}"
+        raise ConfigError(f"{config.output} holds the project", where="output", allowed=_REPLACEABLE, hint=hint)
+    if not output.is_dir():
+        return
+    others = sorted(entry.name for entry in output.iterdir() if not records.is_exported(entry.name))
+    if others:
+        what, hint = f"{config.output} holds {others[0]}, which is of no export", "name another directory"
+        raise ConfigError(what, where="output", allowed=_REPLACEABLE, hint=hint)
+
+
 @contextlib.contextmanager
-def _opened(directory: Path) -> Iterator[Store]:
+def _opened(directory: Path, begun: bool = False) -> Iterator[Store]:
+    if begun and (directory / PROJECT).is_file() and not (directory / LABELS).is_file():
+        hint = f"perlhf label {directory} asks for the first; or put a backup in its place"
+        raise RunError(f"there are no labels: {LABELS} is missing", where=str(directory), hint=hint)
     if not (directory / PROJECT).is_file():
         hint = f"perlhf label {directory} makes one"
         raise RunError(f"no labelling project: {PROJECT} is missing", where=str(directory), hint=hint)
@@ -142,8 +169,8 @@ def _opened(directory: Path) -> Iterator[Store]:
         store.close()
 
 
-def settings_of(config: LabelConfig) -> ProjectConfig:
-    """Those of the project; a new one is made of what was given."""
+def settings_of(config: LabelConfig, write: bool = True) -> ProjectConfig:
+    """Those of the project; a new one is made of what was given, unless nothing is to be written."""
     file = config.project / PROJECT
     given = config.settings.model_copy(update={"redact": True}) if config.redact else config.settings
     if file.is_file():
@@ -156,6 +183,8 @@ def settings_of(config: LabelConfig) -> ProjectConfig:
         if given not in (ProjectConfig(redact=config.redact), project):
             raise ConfigError("the project has settings already", where=str(file), hint="change them in that file")
         return project
+    if not write:
+        return given
     with storage_errors(config.project):
         config.project.mkdir(parents=True, exist_ok=True)
     said = given.model_dump(mode="json", exclude_defaults=True)
@@ -192,53 +221,3 @@ def _in_order(project: ProjectConfig, new: list[Question]) -> list[Question]:
     from perlhf.labelling.rounds.ranked import ranked  # imports torch, which no other page needs
 
     return ranked(project, new)
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """Listens at an address.
-
-    Raises:
-        StorageError: it isn't free, or not of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-        listening.listen(128)
-    except OSError as error:
-        listening.close()
-        hint = "--port 0 takes a free one" if port else "an address of this machine"
-        raise StorageError(
-            f"can't listen at {host}:{port}: {error.strerror or error}", where="port", hint=hint
-        ) from error
-    return listening
-
-
-def names(host: str, port: int, further: Sequence[str] = ()) -> frozenset[str]:
-    """`name` and `name:port` under which a server at this address may be asked, in lower case."""
-    own = ["localhost", "127.0.0.1", "[::1]"] if is_here(host) else []
-    known = [*own, f"[{host}]" if ":" in host else host, *further]
-    return frozenset(spelt for name in known for spelt in (name.lower(), f"{name.lower()}:{port}"))
-
-
-def web_settings(application: Any) -> uvicorn.Config:
-    """How an application is served: it says nothing of who asks, nor believes what proxies say."""
-    return uvicorn.Config(
-        application,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        lifespan="off",
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
-    )
-
-
-def is_here(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

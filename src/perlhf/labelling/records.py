@@ -59,6 +59,12 @@ def edit_rows(labels: Iterable[Label]) -> Iterator[dict[str, Any]]:
             }
 
 
+def is_exported(name: str) -> bool:
+    """Whether a file of this name is one that `write` writes."""
+    table = name in ("dataset_info.json", "state.json") or (name.startswith("data-") and name.endswith(".arrow"))
+    return table or name in (RECORDS, EDITS, LABELS, STATEMENT)
+
+
 def write(
     output: Path,
     labels: Sequence[Label],

@@ -7,6 +7,7 @@ deleted: a label that is undone is kept with the time at which it was.
 
 import contextlib
 import hashlib
+import hmac
 import secrets
 import sqlite3
 import time
@@ -111,11 +112,24 @@ class Store:
                     allowed=f"version {VERSION}",
                     hint="pip install --upgrade perlhf",
                 )
-        self.secret = self._setting("secret")
+        self._secret = self._setting("secret")
 
     def close(self) -> None:
         """Lets go of the file; it may be used again."""
         self._engine.dispose()
+
+    @property
+    def name(self) -> str:
+        """What tells this project from others, for everybody to see."""
+        return self.signed("name")[:12]
+
+    def signed(self, text: str) -> str:
+        """What nobody can make of the text who doesn't have the database: 64 hexadecimal digits."""
+        return hmac.new(self._secret.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+    def mark(self, task: int, question: str) -> str:
+        """What a page sends back with the number of a task, so that no answer goes to another question."""
+        return self.signed(f"task {task} {question}")[:16]
 
     # questions
 
@@ -183,16 +197,23 @@ class Store:
 
     # labels
 
-    def say(self, labeller: Labeller, task: int, said: Said, key: str, seconds: float) -> bool:
+    def say(self, labeller: Labeller, task: int, said: Said, key: str, seconds: float, mark: str | None = None) -> bool:
         """Stores an answer and returns after it is on the disk; False where this key, or this task, has one already.
 
+        Args:
+            mark: of the question that was answered (`mark`): numbers of tasks are another database's, too, and may be
+                given anew.
+
         Raises:
-            RunError: the task is none of the labeller's.
+            RunError: the task is none of the labeller's, or another question's.
         """
         with self._writing() as connection:
             row = connection.execute(sa.select(_tasks).where(_tasks.c.id == task)).one_or_none()
             if row is None or row.labeller != labeller.id:
                 raise RunError("this question isn't yours", hint="load the page again")
+            asked = connection.scalar(sa.select(_questions.c.key).where(_questions.c.id == row.question))
+            if mark is not None and not hmac.compare_digest(mark, self.mark(task, str(asked))):
+                raise RunError("it was an answer to another question", hint="load the page again")
             again = connection.scalar(sa.select(_labels.c.id).where(_labels.c.key == key))
             if again is not None or row.finished is not None:
                 return False
@@ -339,13 +360,25 @@ class Store:
         with self._reading() as connection:
             return self._people(connection)
 
-    def invite(self, name: str, owner: bool = False) -> str:
-        """A new token of this person, made if there is none; any older one no longer opens the page."""
+    def answered_by(self, labeller: Labeller) -> int:
+        """Questions that this person has answered and not skipped, hidden tests among them."""
+        stands = (_tasks.c.labeller == labeller.id, _labels.c.undone.is_(None), _labels.c.verdict != "skip")
+        counted = sa.select(sa.func.count()).select_from(_labels.join(_tasks, _tasks.c.id == _labels.c.task))
+        with self._reading() as connection:
+            return connection.scalar(counted.where(*stands)) or 0
+
+    def invite(self, name: str, owner: bool | None = None) -> str:
+        """A new token of this person, made if there is none; any older one no longer opens the page, nor does a browser
+        that it let in.
+
+        Args:
+            owner: whether they see the owner's page; None leaves that as it is.
+        """
         token = secrets.token_urlsafe(24)
         with self._writing() as connection:
             found = [person for person in self._people(connection) if person.name == name]
             person = found[0] if found else self._new_person(connection, name)
-            values = {"token_hash": _hashed(token), "owner": owner}
+            values = {"token_hash": _hashed(token), "owner": person.owner if owner is None else owner}
             connection.execute(sa.update(_labellers).where(_labellers.c.id == person.id).values(**values))
         return token
 
@@ -477,7 +510,7 @@ class Store:
 
 
 def _person(row: Any) -> Labeller:
-    return Labeller(row.id, row.name, row.pseudonym, row.owner, row.left_out)
+    return Labeller(row.id, row.name, row.pseudonym, row.owner, row.left_out, row.token_hash or "")
 
 
 def _row(question: Question) -> dict[str, Any]:

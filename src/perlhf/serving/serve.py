@@ -15,7 +15,7 @@ import uvicorn
 
 from perlhf.config.serving import ServeConfig
 from perlhf.errors import ConfigError, StorageError
-from perlhf.labelling.project import bound, is_here, names, web_settings
+from perlhf.labelling.addresses import bound, is_known_elsewhere, names, web_settings
 from perlhf.serving.elsewhere import vllm
 from perlhf.serving.engine import Busy, Engine, Limits
 from perlhf.serving.feedback import Feedback
@@ -58,7 +58,7 @@ def prepared(config: ServeConfig) -> Callable[[], None]:
         listening.close()
         raise
     hosts = names(config.host, listening.getsockname()[1], config.allow_hosts)
-    access = Access(hosts, token, frozenset(config.allow_origins))
+    access = Access(hosts, token, frozenset(config.allow_origins), config.allow_hosts)
     longest, logged = config.max_completion_tokens, config.log_requests
     service = Service(engine.models, engine, access, feedback, config.adapters, longest, logged)
     _say(config, listening, engine.models)
@@ -133,7 +133,7 @@ def _token(config: ServeConfig) -> str | None:
         raise ConfigError(what, where=where, allowed=f"at least {SHORTEST} letters of ASCII")
     if not token and config.token_file is not None:
         raise ConfigError("the file holds no token", where=where, allowed=f"at least {SHORTEST} letters of ASCII")
-    if not token and not is_here(config.host):
+    if not token and is_known_elsewhere(config.host, config.allow_hosts):
         token = secrets.token_urlsafe(24)
         print(f"token: {token}")
     return token or None

@@ -9,11 +9,12 @@ import asyncio
 import hashlib
 import hmac
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -34,6 +35,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from perlhf.errors import ConfigError, PerlhfError, StorageError
+from perlhf.labelling.addresses import is_own
 from perlhf.serving.engine import Busy, Engine, Refused
 from perlhf.serving.feedback import Answers, Feedback
 from perlhf.serving.models import Judge, Models, Speaker
@@ -43,7 +45,6 @@ from perlhf.serving.openai.requests import Wanted
 from perlhf.serving.page import HEADERS, chat_routes
 
 BODY_BYTES = 4 * 2**20
-COOKIE = "perlhf-serve"
 SLOW_SECONDS = 60.0
 """A client that takes no byte of its answer for so long is let go."""
 _OPEN = ("/health", "/enter")
@@ -59,6 +60,13 @@ class Access:
     """What everybody has to send; None where this machine alone can ask."""
     origins: frozenset[str] = frozenset()
     """Of other pages whose scripts may ask."""
+    further: Sequence[str] = ()
+    """Names of a proxy before the server, whose pages are its own."""
+
+    @property
+    def cookie_name(self) -> str:
+        """Of this token alone: browsers send cookies to all ports of a machine."""
+        return "perlhf-serve-" + hmac.new((self.token or "").encode(), b"name", hashlib.sha256).hexdigest()[:12]
 
     @property
     def cookie(self) -> str:
@@ -71,7 +79,7 @@ class Access:
             return True
         kind, _, sent = headers.get("authorization", "").partition(" ")
         by_key = kind.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), self.token.encode())
-        return by_key or hmac.compare_digest(cookies.get(COOKIE, "").encode(), self.cookie.encode())
+        return by_key or hmac.compare_digest(cookies.get(self.cookie_name, "").encode(), self.cookie.encode())
 
 
 @dataclass
@@ -256,7 +264,9 @@ class _Handlers:
             return HTMLResponse(_ENTER, 403, headers=HEADERS)
         response = RedirectResponse("/", 303)
         kept = self.service.access.cookie
-        response.set_cookie(COOKIE, kept, httponly=True, samesite="strict", max_age=90 * 24 * 3600)
+        # "lax", so that a link in a mail opens the page; what changes something is a POST, whose Origin is looked at.
+        name = self.service.access.cookie_name
+        response.set_cookie(name, kept, httponly=True, samesite="lax", max_age=90 * 24 * 3600)
         return response
 
     # inside
@@ -364,7 +374,7 @@ class _Guard:
             return
         headers, began = Headers(scope=scope), time.monotonic()
         origin = headers.get("origin")
-        foreign = origin is not None and urlsplit(origin).netloc.lower() not in self._access.hosts
+        foreign = origin is not None and not is_own(origin, headers.get("host", ""), self._access.further)
         allowed = foreign and origin in self._access.origins
         status = 500
 

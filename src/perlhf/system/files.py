@@ -208,7 +208,9 @@ def directory_atomic(path: Path) -> Iterator[Path]:
         StorageError: something can't be written, or there is a file.
     """
     with storage_errors(path):
-        target = _behind_links(path)
+        target = _behind_links(path if path.name else Path(os.path.abspath(path)))
+        if os.path.realpath(target) == os.path.realpath(os.curdir):
+            raise OSError(errno.EBUSY, "it is the working directory, which isn't replaced")
         _sweep_once(target.parent, os.getpid())
         before = _status(path)
         if before is not None and not stat.S_ISDIR(before.st_mode):

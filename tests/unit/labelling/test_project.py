@@ -4,10 +4,13 @@ import pytest
 
 from perlhf.commands.cli import LABEL_COMMANDS
 from perlhf.config.command_line import parse
-from perlhf.config.labelling import LabelConfig, ProjectConfig
-from perlhf.errors import ConfigError, RunError
-from perlhf.labelling.project import PROJECT, prepared, settings_of
-from perlhf.labelling.questions import questions
+from perlhf.config.labelling import LabelBackupConfig, LabelConfig, LabelExportConfig, ProjectConfig
+from perlhf.errors import ConfigError, DataError, RunError
+from perlhf.labelling.addresses import is_known_elsewhere
+from perlhf.labelling.labels import Said
+from perlhf.labelling.project import LABELS, PROJECT, back_up, bring, export, made, prepared, settings_of
+from perlhf.labelling.questions import question, questions
+from perlhf.labelling.store import Store
 
 
 def typed(project: Path, *options: str) -> LabelConfig:
@@ -47,3 +50,66 @@ def test_what_is_asked_is_masked(tmp_path: Path) -> None:
 def test_a_run_that_explains_nothing_lets_go_of_the_port(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="nowhere is no finished run"):
         prepared(typed(tmp_path / "project", "--port", "0", "--settings.explain", "nowhere"))
+
+
+def labelled(place: Path) -> Path:
+    """A project with one label."""
+    project, store = made(place), Store(place / LABELS)
+    asked = question(project, "Tea?", ("Yes.", "No."), "tea", "by hand")
+    assert asked is not None
+    bring(project, store, [asked])
+    ana = store.labeller("Ana")
+    task = store.next_task(ana, 60.0)
+    assert task is not None and store.say(ana, task.id, Said("first"), "key of Ana", 1.0)
+    store.close()
+    return place
+
+
+def test_an_export_replaces_an_export_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = labelled(tmp_path / "all" / "project")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    monkeypatch.chdir(tmp_path / "all")
+    for output in (place, tmp_path / "all", Path(), Path("project"), tmp_path / "thesis"):
+        with pytest.raises(ConfigError, match="holds"):
+            export(LabelExportConfig(project=place, output=output))
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+    assert sorted(entry.name for entry in place.iterdir() if "-" not in entry.name) == [LABELS, PROJECT]
+    for form in ("jsonl", "datasets", "jsonl"):
+        found = export(LabelExportConfig(project=place, output=place / "export", format=form))
+        assert found["labels"] == 1
+
+
+def test_a_backup_is_of_labels_and_never_onto_them(tmp_path: Path) -> None:
+    place = labelled(tmp_path / "project")
+    (tmp_path / "link").symlink_to(place)
+    for output in (place / LABELS, tmp_path / "link" / LABELS, place / f"{LABELS}-wal"):
+        with pytest.raises(ConfigError, match="is the project's database"):
+            back_up(LabelBackupConfig(project=place, output=output))
+    back_up(LabelBackupConfig(project=place, output=tmp_path / "copy.sqlite"))
+    before = (tmp_path / "copy.sqlite").read_bytes()
+    (place / LABELS).unlink()
+    with pytest.raises(RunError, match=r"there are no labels: labels\.sqlite is missing"):
+        back_up(LabelBackupConfig(project=place, output=tmp_path / "copy.sqlite"))
+    assert (tmp_path / "copy.sqlite").read_bytes() == before
+
+
+def test_a_project_whose_questions_cant_be_read_isnt_begun(tmp_path: Path) -> None:
+    place = tmp_path / "project"
+    with pytest.raises(DataError):
+        prepared(typed(place, "--port", "0", "--settings.questions.paths", str(tmp_path / "piars.jsonl")))
+    assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "further", "expected"),
+    [
+        ("127.0.0.1", (), False),
+        ("127.0.0.1", ("localhost:8000", "[::1]:80", "127.0.0.2"), False),
+        ("127.0.0.1", ("labels.example.org",), True),
+        ("127.0.0.1", ("labels.example.org:8443",), True),
+        ("0.0.0.0", (), True),
+    ],
+)
+def test_a_proxy_makes_a_page_known_elsewhere(host: str, further: tuple[str, ...], expected: bool) -> None:
+    assert is_known_elsewhere(host, further) == expected

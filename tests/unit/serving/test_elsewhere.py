@@ -20,7 +20,7 @@ from starlette.routing import Route
 from perlhf.config.addresses import VLLM_KEY
 from perlhf.config.serving import ServeConfig
 from perlhf.errors import ConfigError, ServiceError
-from perlhf.labelling.project import bound
+from perlhf.labelling.addresses import bound
 from perlhf.model.saved import load_adapter
 from perlhf.rollout.rows import Row, Rows, Under, Wish
 from perlhf.serving.elsewhere import vllm

@@ -85,6 +85,15 @@ def test_an_exception_in_the_block_keeps_the_old_directory(tmp_path):
     assert names(target) == ["old"] and names(tmp_path) == ["adapter"]
 
 
+@pytest.mark.parametrize("name", [".", "", "../here", "{}/here"])
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(StorageError, match="working directory"), directory_atomic(Path(name.format(tmp_path))):
+        raise AssertionError
+    assert names(tmp_path) == ["here"]
+
+
 def test_an_error_that_already_says_where_is_passed_on(tmp_path):
     with pytest.raises(StorageError, match=r"^inner: disk full$"), directory_atomic(tmp_path / "adapter"):
         raise StorageError("disk full", where="inner")

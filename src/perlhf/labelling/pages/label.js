@@ -2,9 +2,9 @@
 // once; it stays in the browser's storage until the server has said that it is on the disk.
 "use strict";
 
-const WAITING = "perlhf-waiting";
 const LOOK_MS = 3000;
 const question = document.getElementById("question");
+const WAITING = `perlhf-waiting:${question.dataset.project}:${question.dataset.labeller}`; // of this project and person alone
 const message = document.getElementById("message");
 const instructions = document.getElementById("instructions");
 const why = document.getElementById("why"); // null where no reward model explains its scores
@@ -21,10 +21,12 @@ const say = (text, problem = false) => {
 
 function show(found) {
   question.innerHTML = found.html; // made and escaped by the server's templates
-  const progress = document.getElementById("progress");
-  progress.max = found.wanted;
-  progress.value = found.done;
-  document.getElementById("count").textContent = `${found.done} of ${found.wanted}`;
+  const progress = document.getElementById("progress"); // none where hidden tests could be told by it
+  if (progress) {
+    progress.max = found.wanted;
+    progress.value = found.done;
+  }
+  document.getElementById("count").textContent = progress ? `${found.done} of ${found.wanted}` : `${found.done} answered`;
   shownAt = performance.now();
   marked = "";
   window.scrollTo(0, 0);
@@ -57,9 +59,11 @@ async function deliver() {
     } else if (content.again) {
       say(`${content.problem} It is kept here and sent again.`, true);
       again = true;
+    } else if (status === 403) {
+      say(`${content.problem.replace(/\.$/, "")}. Your answer is kept here: open the page anew.`, true);
     } else {
       localStorage.removeItem(WAITING);
-      say(content.problem, true);
+      say(`Your answer isn’t stored: ${content.problem.replace(/\.$/, "")}.`, true);
     }
   } catch {
     say("The server can't be reached. Your answer is kept here and sent again.", true);
@@ -87,7 +91,7 @@ function answer(verdict) {
     return;
   }
   const said = {
-    task: Number(task().dataset.task),
+    task: task().dataset.task,
     key: crypto.randomUUID ? crypto.randomUUID() : `${Date.now()}-${Math.random()}-${Math.random()}`,
     verdict,
     reason: document.getElementById("reason").value,

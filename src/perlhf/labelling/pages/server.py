@@ -5,15 +5,15 @@ the page is known by alone (against DNS rebinding), and what changes anything fr
 may load nothing from elsewhere and run no script but their own (CSP). All texts are escaped by the templates.
 """
 
-import hashlib
 import hmac
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import jinja2
 from starlette.applications import Starlette
@@ -27,12 +27,12 @@ from starlette.routing import Route
 from perlhf.config.labelling import ProjectConfig
 from perlhf.errors import PerlhfError, RunError, StorageError
 from perlhf.labelling import progress
+from perlhf.labelling.addresses import is_own
 from perlhf.labelling.labels import Labeller, Said, Task
 from perlhf.labelling.pages import shown
 from perlhf.labelling.pages.explained import Explainer
 from perlhf.labelling.store import Store
 
-COOKIE = "perlhf-labeller"
 BODY_BYTES = 256 * 1024
 TEXT_LETTERS = 20_000
 """Of a reason, a marked part or an edited answer."""
@@ -53,6 +53,8 @@ HEADERS = {
 _FILES = {"label.css": "text/css", "label.js": "text/javascript"}
 _PAGES = resources.files("perlhf.labelling.pages")
 _SECONDS_MOST = 24 * 3600.0
+_TASK = re.compile(r"([1-9]\d{0,17})\.([0-9a-f]{16})")
+"""A question as a page sends it back: its number, and a mark that no other has (`Store.mark`)."""
 
 
 @dataclass
@@ -85,8 +87,28 @@ class Page:
     """Whether a labeller needs a link; otherwise a name is enough."""
     explainer: Explainer | None = None
     """What in an answer moved its score, for who has answered; None where the project names no reward runs."""
+    further: Sequence[str] = ()
+    """Names of a proxy before the page, whose forms are its own."""
     templates: jinja2.Environment = field(default_factory=lambda: _environment())
     limit: Limit = field(default_factory=Limit)
+
+    @property
+    def cookie(self) -> str:
+        """The name of this project's cookie: browsers send one to all ports of a machine."""
+        return f"perlhf-labeller-{self.store.name}"
+
+    def signed(self, person: Labeller) -> str:
+        """What a labeller's browser keeps until a new link is made for them."""
+        return f"{person.id}.{self.store.signed(f'{person.id} {person.token_hash}')}"
+
+    def person(self, cookies: Mapping[str, str]) -> Labeller | None:
+        """Whose browser it is."""
+        sent = cookies.get(self.cookie, "")
+        number = sent.partition(".")[0]
+        if not (number.isascii() and number.isdecimal()) or len(number) > 15:
+            return None
+        found = self.store.person(int(number))
+        return found if found and hmac.compare_digest(sent.encode(), self.signed(found).encode()) else None
 
 
 def application(page: Page) -> Starlette:
@@ -138,7 +160,7 @@ class _Handlers:
 
     async def leave(self, _: Request) -> Response:
         response = RedirectResponse("/", 303)
-        response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+        response.delete_cookie(self.page.cookie, httponly=True, samesite="lax")
         return response
 
     async def next(self, request: Request) -> Response:
@@ -148,8 +170,8 @@ class _Handlers:
     async def answer(self, request: Request) -> Response:
         person = await self._required(request)
         content = _object(await request.body())
-        said, task, key, seconds = self._said(content)
-        await run_in_threadpool(self.store.say, person, task, said, key, seconds)
+        said, task, mark, key, seconds = self._said(content)
+        await run_in_threadpool(self.store.say, person, task, said, key, seconds, mark)
         return await self._fragment(person, await run_in_threadpool(self._next, person))
 
     async def undo(self, request: Request) -> Response:
@@ -199,7 +221,10 @@ class _Handlers:
 
     def _shown(self, person: Labeller, task: Task | None) -> dict[str, Any]:
         done, wanted = self.store.progress()
+        if self.page.project.questions.tests:  # of which a count that stands still would tell
+            done, wanted = self.store.answered_by(person), None
         shared = {"project": self.page.project, "person": person, "task": task, "done": done, "wanted": wanted}
+        shared |= {"mark": "" if task is None else self.store.mark(task.id, task.question.key), "own": self.store.name}
         shared |= {"instructions": shown.markdown(self.page.project.instructions), "owner": self._owns(person)}
         if task is None:
             return shared
@@ -211,7 +236,7 @@ class _Handlers:
         numbers = {"done": values["done"], "wanted": values["wanted"]}
         return JSONResponse({"html": html, "asked": task is not None} | numbers)
 
-    def _said(self, content: Mapping[str, Any]) -> tuple[Said, int, str, float]:
+    def _said(self, content: Mapping[str, Any]) -> tuple[Said, int, str, str, float]:
         """An answer as a page sends it, checked.
 
         Raises:
@@ -221,30 +246,31 @@ class _Handlers:
         verdict, task, key, seconds = (content.get(name) for name in ("verdict", "task", "key", "seconds"))
         texts = [content.get(name, "") for name in ("reason", "span", "edit")]
         grades = content.get("grades") or {}
+        asked = _TASK.fullmatch(task) if isinstance(task, str) else None
         fits = (
             verdict in VERDICTS[project.kind]
-            and type(task) is int
-            and 0 < task < 2**63
+            and asked is not None
             and isinstance(key, str)
             and 8 <= len(key) <= 80
+            and key.isascii()
             and isinstance(seconds, int | float)
-            and all(isinstance(text, str) and len(text) <= TEXT_LETTERS for text in texts)
+            and not abs(seconds) > 1e9
+            and all(isinstance(text, str) for text in texts)
             and isinstance(grades, dict)
             and all(type(grade) is int and 1 <= grade <= 5 for grade in grades.values())
             and set(grades) == (set(project.criteria) if verdict == "graded" else set())
         )
         if not fits:
             raise RunError("that is no answer to this question", hint="load the page again")
-        assert isinstance(task, int) and isinstance(key, str) and isinstance(seconds, int | float)
+        if max(map(len, texts)) > TEXT_LETTERS:
+            raise RunError(f"a reason, a marked part and a better answer have at most {TEXT_LETTERS:,} letters each")
+        assert asked is not None and isinstance(key, str) and isinstance(seconds, int | float)
         reason, span, edit = (text.encode("utf-8", "replace").decode().replace("\0", "") for text in texts)
         spent = min(max(float(seconds), 0.0), _SECONDS_MOST) if seconds == seconds else 0.0
-        return Said(str(verdict), reason, span, edit, dict(grades)), task, key, spent
+        return Said(str(verdict), reason, span, edit, dict(grades)), int(asked[1]), asked[2], key, spent
 
     async def _person(self, request: Request) -> Labeller | None:
-        number, _, signature = request.cookies.get(COOKIE, "").partition(".")
-        if not number.isdecimal() or len(number) > 15 or not hmac.compare_digest(signature, self._signature(number)):
-            return None
-        return await run_in_threadpool(self.store.person, int(number))
+        return await run_in_threadpool(self.page.person, request.cookies)
 
     async def _required(self, request: Request, owner: bool = False) -> Labeller:
         person = await self._person(request)
@@ -255,13 +281,11 @@ class _Handlers:
     def _owns(self, person: Labeller) -> bool:
         return person.owner or not self.page.tokens
 
-    def _signature(self, number: str) -> str:
-        return hmac.new(self.store.secret.encode(), number.encode(), hashlib.sha256).hexdigest()
-
     def _signed_in(self, person: Labeller) -> Response:
         response = RedirectResponse("/", 303)
-        value = f"{person.id}.{self._signature(str(person.id))}"
-        response.set_cookie(COOKIE, value, httponly=True, samesite="strict", max_age=90 * 24 * 3600)
+        # "lax", so that a link in a mail opens the page; what changes something is a POST, whose Origin is looked at.
+        value = self.page.signed(person)
+        response.set_cookie(self.page.cookie, value, httponly=True, samesite="lax", max_age=90 * 24 * 3600)
         return response
 
     def _render(self, name: str, status: int = 200, **values: Any) -> Response:
@@ -295,12 +319,13 @@ async def _refusal(page: Page, request: Request) -> Response | None:
         return PlainTextResponse("This page isn't known by that name.", 421)
     if request.method not in ("GET", "HEAD", "POST"):
         return PlainTextResponse("Not taken.", 405)
-    sender = request.cookies.get(COOKIE) or (request.client.host if request.client else "")
+    person = await run_in_threadpool(page.person, request.cookies) if page.cookie in request.cookies else None
+    sender = str(person.id) if person else f"at {request.client.host}" if request.client else ""
     if not page.limit.allows(sender, time.monotonic()):
         return PlainTextResponse("Too many requests; wait a moment.", 429, {"Retry-After": "2"})
     if request.method == "POST":
         origin = request.headers.get("origin")
-        if origin is None or urlsplit(origin).netloc.lower() not in page.hosts:
+        if origin is None or not is_own(origin, host, page.further):
             return PlainTextResponse("Only this page's own forms are taken.", 403)
         length = request.headers.get("content-length", "")
         if not length.isdecimal() or int(length) > BODY_BYTES:

@@ -132,7 +132,7 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
         RunError: it is damaged.
     """
     try:
-        yield from (json.loads(line) for line in file.read_text("utf-8").splitlines())
+        yield from (json.loads(line) for line in file.read_text("utf-8").split("\n") if line)
     except (OSError, ValueError) as error:
         raise damaged(file, str(error)) from error
 

@@ -58,9 +58,9 @@ class Browser:
 
     def say(self, **content: Any) -> tuple[int, Any]:
         if "task" not in content:
-            found = re.search(r'data-task="(\d+)"', self.ask("GET", "/")[1])
+            found = re.search(r'data-task="([\w.]+)"', self.ask("GET", "/")[1])
             assert found is not None
-            content["task"] = int(found.group(1))
+            content["task"] = found.group(1)
         whole = {"key": f"the-key-of-{content['task']}", "verdict": "first", "seconds": 1.0} | content
         status, text, _ = self.ask("POST", "/answer", json.dumps(whole))
         return status, json.loads(text)
@@ -161,7 +161,14 @@ def test_other_names_and_other_origins_are_refused(served: Served) -> None:
     ana = served.browser().enter("Ana")
     for host in ("evil.example", "evil.example:80", f"127.0.0.1.evil.example:{served.port}"):
         assert ana.ask("GET", "/", Host=host)[0] == 421
-    for origin in ("http://evil.example", "null", ""):
+    for origin in (
+        "http://evil.example",
+        "null",
+        "",
+        "http://[",
+        "http://127.0.0.1",
+        f"http://localhost:{served.port}",
+    ):
         assert ana.ask("POST", "/undo", "{}", Origin=origin)[0] == 403
     assert ana.ask("PUT", "/answer", "{}")[0] == 405
 
@@ -170,8 +177,57 @@ def test_a_cookie_that_was_not_given_opens_nothing(served: Served) -> None:
     ana = served.browser().enter("Ana")
     number, signature = ana.cookie.partition("=")[2].split(".")
     for forged in (f"2.{signature}", f"{number}.", f"{number}.{'0' * 64}", "x.y", f"{number}.{signature}é"):
-        other = Browser(served.port, "perlhf-labeller=" + quote(forged))
+        other = Browser(served.port, ana.cookie.partition("=")[0] + "=" + quote(forged))
         assert other.ask("POST", "/answer", "{}")[0] == 403
+
+
+def test_a_browser_keeps_cookie_and_answer_for_each_project_alone(served: Served, tmp_path: Path) -> None:
+    ana = served.browser().enter("Ana")
+    (tmp_path / "other").mkdir()
+    for other in serve(tmp_path / "other"):
+        at_other = other.browser().enter("Ana")
+        assert at_other.cookie.partition("=")[0] != ana.cookie.partition("=")[0]
+        waiting = re.search(r'data-task="([\w.]+)"', ana.ask("GET", "/")[1])
+        assert waiting is not None
+        assert at_other.ask("GET", "/")[0] == 200  # their task has the same number
+        status, found = at_other.say(task=waiting.group(1))
+        assert status == 400 and "another question" in found["problem"]
+        assert other.store.labels() == []
+    assert ana.say(task=waiting.group(1))[0] == 200
+
+
+def test_a_new_link_ends_what_the_older_opened_and_leaves_the_owner_one(with_tokens: Served) -> None:
+    owner, store = with_tokens.browser(), with_tokens.store
+    status, _, headers = owner.ask("GET", f"/join?token={store.invite('Olga', owner=True)}")
+    assert status == 303 and "SameSite=lax" in headers["Set-Cookie"], "a link in a mail comes from another site"
+    assert owner.ask("GET", "/owner")[0] == 200
+    token = store.invite("Olga")
+    assert owner.ask("GET", "/")[0] == 403
+    assert owner.ask("GET", f"/join?token={token}")[0] == 303
+    assert owner.ask("GET", "/owner")[0] == 200
+    assert owner.ask("GET", f"/join?token={store.invite('Olga', owner=False)}")[0] == 303
+    assert owner.ask("GET", "/owner")[0] == 403
+
+
+def test_made_up_cookies_dont_get_around_the_limit(with_tokens: Served) -> None:
+    name = with_tokens.page.cookie
+    found = [Browser(with_tokens.port, f"{name}={n}.x").ask("GET", "/join?token=wrong")[0] for n in range(1, 200)]
+    assert 429 in found
+
+
+def test_the_count_doesnt_tell_a_hidden_test(tmp_path: Path) -> None:
+    questions = {"tests": ("tests.jsonl",), "test_share": 0.5}
+    for served in serve(tmp_path, questions=questions):
+        served.store.add([Question("t", "2 + 2?", ("4", "5"), "g", "tests", 0.0, known="first")])
+        ana, counts = served.browser().enter("Ana"), []
+        for _ in range(6):
+            status, found = ana.say()
+            assert status == 200 and found["wanted"] is None
+            counts.append(found["done"])
+        assert counts == [1, 2, 3, 4, 5, 6]
+        assert sum(label.question.known is not None for label in served.store.labels()) == 1
+        page = ana.ask("GET", "/")[1]
+        assert "6 answered" in page and "<progress" not in page
 
 
 def test_without_a_link_nobody_comes_in(with_tokens: Served) -> None:
@@ -199,12 +255,16 @@ def test_without_a_link_nobody_comes_in(with_tokens: Served) -> None:
         {"verdict": 1},
         {"verdict": ["first"]},
         {"task": "1"},
+        {"task": 1},
         {"task": True},
-        {"task": 2**80},
-        {"task": 4711},
+        {"task": f"{2**80}.{'0' * 16}"},
+        {"task": f"4711.{'0' * 16}"},
+        {"task": f"1.{'0' * 16}"},
         {"key": "short"},
         {"key": None},
+        {"key": "half \ud83d a pair"},
         {"seconds": "1"},
+        {"seconds": 10**400},
         {"reason": 1},
         {"reason": "x" * 20_001},
         {"grades": {"helpful": 3}},

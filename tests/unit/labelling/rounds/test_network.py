@@ -13,6 +13,7 @@ from perlhf.config.loop import LoopConfig, LoopPolicyConfig
 from perlhf.config.stages import DataConfig, EncodingConfig, VllmConfig
 from perlhf.data.records import Prompt
 from perlhf.evaluation.evaluate import score
+from perlhf.labelling.rounds import results
 from perlhf.labelling.rounds.network import Pair, sample_answers, score_pairs
 
 __all__ = ["vllm"]
@@ -67,3 +68,10 @@ def test_a_servers_answers_are_the_local_engines(
     loads = [name for what, name in vllm.log if what == "load"]
     assert len(loads) == 2 and vllm.sampled == loads, "the start, which is an SFT adapter, and the policy"
     assert vllm.loaded == {} and not list(tmp_path.iterdir()), "nothing is left, there or here"
+
+
+def test_rows_of_a_round_may_hold_any_text(tmp_path: Path) -> None:
+    written = [{"prompt": "a\u2028b\u2029c\x85d"}, {"prompt": "e"}]
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), "utf-8")
+    assert list(results.rows(file)) == written
