@@ -53,10 +53,10 @@ def _refuse(name: str, now: str, was: str, file: Path) -> None:
     now, was = (text.replace('"', "") for text in (now, was))
     what = f"{name} is {now}, but questions are stored that were made with {name}: {was}"
     where = read_recipe(file).where((name,))
-    other = "name another directory for a new project"
+    hint = f"put {name}: {was} back, or name another directory for a new project"
     if name == "redact":
-        other = f"make another project with {name}: {now} and take the labels there (label export, label import)"
-    raise ConfigError(what, where=where, allowed=f"{name}: {was}", hint=f"put {name}: {was} back, or {other}")
+        hint = f"put {name}: {was} back, then take the labels into another project, of {name}: {now} (label export)"
+    raise ConfigError(what, where=where, allowed=f"{name}: {was}", hint=hint)
 
 
 def as_stored(labels: Iterable[Label], project: ProjectConfig, file: Path) -> list[Label]:
