@@ -25,6 +25,7 @@ from perlhf.labelling.pages.explained import Explainer
 from perlhf.labelling.pages.server import Page, application
 from perlhf.labelling.progress import progress
 from perlhf.labelling.questions import Question, questions
+from perlhf.labelling.settled import as_stored, check, settled
 from perlhf.labelling.store import Store
 from perlhf.system.files import storage_errors, write_atomic
 
@@ -100,7 +101,7 @@ def export(config: LabelExportConfig) -> dict[str, int]:
         ConfigError: a name of no labeller; a directory that holds the project, or something else than an export.
     """
     _check_export(config)
-    project = load_recipe(config.project / PROJECT, ProjectConfig)
+    project = _read(config.project)
     with _opened(config.project, begun=True) as store:
         people = store.people()
         names = [person.name for person in people]
@@ -116,14 +117,16 @@ def export(config: LabelExportConfig) -> dict[str, int]:
 
 
 def take(config: LabelImportConfig) -> int:
-    """Takes an export's labels into the project; returns how many were new.
+    """Takes an export's labels into the project, all or none; returns how many were new.
 
     Raises:
-        DataError: it is no export.
+        DataError: it is no export, or one of another kind of project. ConfigError: as `check` says of the project.
     """
     labels = records.read(config.source)
     with _opened(config.project) as store:
-        return store.take(labels)
+        project = _read(config.project)
+        store.settle(settled(project))
+        return store.take(as_stored(labels, project, config.source / records.LABELS))
 
 
 def back_up(config: LabelBackupConfig) -> None:
@@ -174,7 +177,7 @@ def settings_of(config: LabelConfig, write: bool = True) -> ProjectConfig:
     file = config.project / PROJECT
     given = config.settings.model_copy(update={"redact": True}) if config.redact else config.settings
     if file.is_file():
-        project = load_recipe(file, ProjectConfig)
+        project = _read(config.project)
         if config.redact and not project.redact:
             what = "the project doesn't mask anything, and its questions are stored as they were read"
             raise ConfigError(
@@ -191,6 +194,17 @@ def settings_of(config: LabelConfig, write: bool = True) -> ProjectConfig:
     said = {"title": given.title, "instructions": given.instructions, **said}
     write_atomic(file, yaml.safe_dump(said, allow_unicode=True, sort_keys=False))
     return given
+
+
+def _read(directory: Path) -> ProjectConfig:
+    """The settings of a project that is there: whoever uses one, uses these.
+
+    Raises:
+        ConfigError: project.yaml is wrong, or asks for something else than the questions that are stored.
+    """
+    project = load_recipe(directory / PROJECT, ProjectConfig)
+    check(project, directory / PROJECT, directory / LABELS)
+    return project
 
 
 def made(directory: Path, seed: int = 0) -> ProjectConfig:
@@ -210,6 +224,7 @@ def bring(project: ProjectConfig, store: Store, questions: Iterable[Question]) -
     Raises:
         as `ranked`, where reward models make that order.
     """
+    store.settle(settled(project))
     there = store.keys()
     return store.add(_in_order(project, [question for question in questions if question.key not in there]))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal, cast
 
-from perlhf.config.labelling import ProjectConfig
+from perlhf.config.labelling import ProjectConfig, QuestionsConfig
 from perlhf.config.stages import DataConfig
 from perlhf.data.read import read_all
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
@@ -85,8 +85,17 @@ def asked(records: Iterable[Record], project: ProjectConfig, known: bool = False
                 continue
             if known and verdict is None:
                 raise DataError("a hidden test has no verdict", where=record.source, allowed="comparisons or ratings")
-            wanted = 1 + (uniform(rules.seed, "overlap", found.key) < rules.overlap)
-            yield replace(found, wanted=wanted, known=verdict if known else None)
+            yield replace(found, wanted=labels_wanted(rules, found.key), known=verdict if known else None)
+
+
+def labels_wanted(rules: QuestionsConfig, key: str) -> int:
+    """Of how many people the question of this key wants a label: of two in the share `overlap`."""
+    return 1 + (uniform(rules.seed, "overlap", key) < rules.overlap)
+
+
+def served_key(source: str, key: str) -> str:
+    """The key of what is said about a served answer, of who wrote that and the question's key by its texts."""
+    return hashlib.sha256(json.dumps([SERVED, source, key]).encode()).hexdigest()
 
 
 def prompts_of(data: DataConfig, split: Split | Literal["all"]) -> list[Prompt]:

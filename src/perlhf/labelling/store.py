@@ -8,11 +8,13 @@ deleted: a label that is undone is kept with the time at which it was.
 import contextlib
 import hashlib
 import hmac
+import json
+import re
 import secrets
 import sqlite3
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event, exc
 
-from perlhf.errors import RunError, StorageError
+from perlhf.errors import DataError, RunError, StorageError
 from perlhf.labelling.labels import Label, Labeller, Said, Task
 from perlhf.labelling.questions import SERVED, Question, uniform
 from perlhf.system.files import write_atomic
 
 VERSION = 1
+_PSEUDONYM = re.compile("labeller-[0-9a-f]{8}")
 _metadata = sa.MetaData()
 _project = sa.Table("project", _metadata, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
 _questions = sa.Table(
@@ -113,6 +116,7 @@ class Store:
                     hint="pip install --upgrade perlhf",
                 )
         self._secret = self._setting("secret")
+        self._settled: dict[str, str] = {}
 
     def close(self) -> None:
         """Lets go of the file; it may be used again."""
@@ -133,11 +137,34 @@ class Store:
 
     # questions
 
+    def settle(self, settings: Mapping[str, str]) -> dict[str, str]:
+        """Has settings kept for good from the first question on; returns those that are kept."""
+        self._settled = dict(settings)
+        with self._writing() as connection:
+            return self._kept(connection) if self._count(connection) else {}
+
+    def want(self, wanted: Callable[[str, str], int]) -> None:
+        """Sets how many labels each question of the page wants, never fewer than it has of those it wanted.
+
+        Args:
+            wanted: that number, by a question's key and source.
+        """
+        of = _questions.c
+        asked = sa.select(of.id, of.key, of.source, of.wanted, of.answered)
+        with self._writing() as connection:
+            for row in connection.execute(asked.where(of.known.is_(None), of.drawn != SERVED)).all():
+                number = max(wanted(row.key, row.source), min(row.answered, row.wanted))
+                if number != row.wanted:
+                    values = {"wanted": number}
+                    connection.execute(sa.update(_questions).where(of.id == row.id).values(**values))
+
     def add(self, questions: Iterable[Question]) -> int:
         """Stores questions that aren't there yet; returns how many they were."""
         rows = [_row(question) for question in questions]
         with self._writing() as connection:
             before = self._count(connection)
+            if rows:
+                self._keep_settings(connection)
             for row in rows:
                 connection.execute(sa.insert(_questions).prefix_with("OR IGNORE").values(**row))
             return self._count(connection) - before
@@ -235,9 +262,8 @@ class Store:
             RunError: the key has stored something else.
         """
         with self._writing() as connection:
-            connection.execute(sa.insert(_questions).prefix_with("OR IGNORE").values(**_row(question)))
-            number = connection.scalar(sa.select(_questions.c.id).where(_questions.c.key == question.key))
-            assert number is not None
+            self._keep_settings(connection)
+            number = self._stored(connection, question).id
             row = connection.execute(sa.select(_labellers).where(_labellers.c.name == name)).one_or_none()
             person = self._new_person(connection, name) if row is None else _person(row)
             told = sa.select(_labels, _tasks.c.labeller, _tasks.c.question).join(_tasks, _tasks.c.id == _labels.c.task)
@@ -275,8 +301,9 @@ class Store:
                 raise RunError("You have seen how your last answer is scored, so that it stays.")
             now = self._now()
             connection.execute(sa.update(_labels).where(_labels.c.id == label).values(undone=now))
-            # What was open meanwhile goes back to everybody.
-            mine = (_tasks.c.labeller == labeller.id, _tasks.c.finished.is_(None))
+            # What was open meanwhile goes back to everybody; what was taken back before stays open, too.
+            taken_back = sa.select(_labels.c.task).where(_labels.c.task == _tasks.c.id).exists()
+            mine = (_tasks.c.labeller == labeller.id, _tasks.c.finished.is_(None), ~taken_back)
             connection.execute(sa.delete(_tasks).where(*mine))
             connection.execute(sa.update(_tasks).where(_tasks.c.id == task).values(finished=None, given=now))
             if verdict != "skip":
@@ -394,21 +421,20 @@ class Store:
             connection.execute(sa.update(_labellers).where(_labellers.c.name == name).values(left_out=left_out))
 
     def take(self, labels: Sequence[Label]) -> int:
-        """Stores labels of another copy; those that are here already stay as they are. Returns how many were new."""
-        new = 0
-        self.add([label.question for label in labels])
-        for label in labels:
-            with self._writing() as connection:
-                named = (label.labeller.name, label.labeller.pseudonym)
-                found = [person for person in self._people(connection) if {person.name, person.pseudonym} & {*named}]
-                person = found[0] if found else self._new_person(connection, label.labeller.name)
-                if connection.scalar(sa.select(_labels.c.id).where(_labels.c.key == label.key)) is not None:
-                    continue
-                question = connection.scalar(sa.select(_questions.c.id).where(_questions.c.key == label.question.key))
-                assert question is not None
-                self._insert(connection, label, person, question)
-                new += 1
-        return new
+        """Stores labels of another copy, all or none; returns how many were new.
+
+        Those that are here already stay as they are. Of what one person said of one question what was stored last
+        stands, wherever it was said: an older label isn't taken, a newer one takes the older's place.
+
+        Raises:
+            DataError: a question's key is that of another question.
+        """
+        with self._writing() as connection:
+            if labels:
+                self._keep_settings(connection)
+            everybody = self._people(connection)
+            people = {one.name: one for one in everybody} | {one.pseudonym: one for one in everybody}
+            return sum(self._take(connection, label, people) for label in labels)
 
     def back_up(self, output: Path) -> None:
         """A copy of the file as it is now, also while others write.
@@ -491,12 +517,65 @@ class Store:
         if label.said.verdict != "skip":
             self._count_answer(connection, question, 1)
 
+    def _take(self, connection: sa.Connection, label: Label, people: dict[str, Labeller]) -> bool:
+        """Whether a label of another copy was new."""
+        asked = self._stored(connection, label.question)
+        if _texts(asked.body) != _texts(_row(label.question)["body"]):
+            what = f"the question of the label {label.key!r:.60} is here with another prompt or other answers"
+            raise DataError(what, where=f"question.key {asked.key!r:.80}", allowed="a key for each question")
+        if connection.scalar(sa.select(_labels.c.id).where(_labels.c.key == label.key)) is not None:
+            return False
+        name, pseudonym = label.labeller.name, label.labeller.pseudonym
+        person = people.get(pseudonym) or people.get(name)
+        if person is None:
+            # Another copy's pseudonym stays, so that what its labeller says later is theirs in every copy.
+            person = self._new_person(connection, name, pseudonym if _PSEUDONYM.fullmatch(pseudonym) else None)
+            people |= {name: person, person.pseudonym: person}
+        mine = (_tasks.c.labeller == person.id, _tasks.c.question == asked.id)
+        standing = (
+            sa.select(_labels).join(_tasks, _tasks.c.id == _labels.c.task).where(*mine, _labels.c.undone.is_(None))
+        )
+        before = connection.execute(standing).all()
+        if any(row.stored >= label.stored for row in before):
+            return False
+        for row in before:
+            connection.execute(sa.update(_labels).where(_labels.c.id == row.id).values(undone=self._now()))
+            if row.verdict != "skip":
+                self._count_answer(connection, asked.id, -1)
+        # A question that is open on the labeller's page has its answer now.
+        waiting = sa.update(_tasks).where(*mine, _tasks.c.finished.is_(None))
+        connection.execute(waiting.values(finished=label.stored))
+        self._insert(connection, label, person, asked.id)
+        return True
+
+    def _stored(self, connection: sa.Connection, question: Question) -> Any:
+        """The row of a question, which is stored unless it is there."""
+        connection.execute(sa.insert(_questions).prefix_with("OR IGNORE").values(**_row(question)))
+        return connection.execute(sa.select(_questions).where(_questions.c.key == question.key)).one()
+
+    def _keep_settings(self, connection: sa.Connection) -> None:
+        """Keeps what `settle` was given, before a question is stored.
+
+        Raises:
+            RunError: others are kept: the project was changed after this process had read it.
+        """
+        if self._settled and self._kept(connection) != self._settled:
+            what = "the project's settings were changed after this was started"
+            raise RunError(what, where=str(self.path.parent), hint="start it again")
+
+    def _kept(self, connection: sa.Connection) -> dict[str, str]:
+        """The settings that are kept; those that aren't are from now on."""
+        for key, value in self._settled.items():
+            connection.execute(sa.insert(_project).prefix_with("OR IGNORE").values(key=key, value=value))
+        kept = sa.select(_project).where(_project.c.key.in_(self._settled))
+        return {row.key: row.value for row in connection.execute(kept)}
+
     def _people(self, connection: sa.Connection) -> list[Labeller]:
         rows = connection.execute(sa.select(_labellers).order_by(_labellers.c.id))
         return [_person(row) for row in rows]
 
-    def _new_person(self, connection: sa.Connection, name: str) -> Labeller:
-        row = {"name": name, "pseudonym": f"labeller-{secrets.token_hex(4)}", "since": self._now()}
+    def _new_person(self, connection: sa.Connection, name: str, pseudonym: str | None = None) -> Labeller:
+        row = {"name": name, "pseudonym": pseudonym or f"labeller-{secrets.token_hex(4)}", "since": self._now()}
         made = connection.execute(sa.insert(_labellers).values(**row)).inserted_primary_key
         assert made is not None
         return Labeller(made[0], name, row["pseudonym"])
@@ -534,6 +613,11 @@ def _question(row: Any) -> Question:
     return Question(
         row.key, row.body["prompt"], answers, row.group, row.source, row.place, row.drawn, row.wanted, row.known
     )
+
+
+def _texts(body: Any) -> str:
+    """What is asked, as text that is the same for the same."""
+    return json.dumps(body, sort_keys=True)
 
 
 def _shares_an_answer(one: Any, other: Any) -> bool:

@@ -27,9 +27,10 @@ from perlhf.data.records import Message, Text
 from perlhf.errors import ConfigError, DataError, nearest
 from perlhf.labelling.labels import Label, Labeller, Said
 from perlhf.labelling.project import LABELS, made
-from perlhf.labelling.questions import SERVED, Question, masked, question, uniform
+from perlhf.labelling.questions import SERVED, Question, masked, question, served_key, uniform
 from perlhf.labelling.records import edit_rows, labelled_rows
 from perlhf.labelling.redact import redacted
+from perlhf.labelling.settled import settled
 from perlhf.labelling.store import Store
 
 TEXT_LETTERS, NAME_LETTERS, DEEPEST = 100_000, 200, 20
@@ -95,6 +96,7 @@ class Feedback:
     def __init__(self, project_directory: Path):
         self.project = made(project_directory)
         self.store = Store(project_directory / LABELS)
+        self.store.settle(settled(self.project))
         self._groups: dict[str, str] = {}
         self._seen, self._lock = 0, threading.Lock()
 
@@ -167,7 +169,7 @@ class Feedback:
     def _question(self, prompt: Text, answers: tuple[str, ...], who: str) -> Question:
         found = question(self.project, prompt, answers, "", f"serve:{who}", SERVED)
         assert found is not None
-        key = _hash([SERVED, found.source, found.key])
+        key = served_key(found.source, found.key)
         return replace(found, key=key, group=self._group(found.prompt), wanted=0)
 
     def _group(self, prompt: Text) -> str:

@@ -90,6 +90,23 @@ def test_undo_opens_the_last_question_again_and_keeps_what_was_said(store: Store
     assert store.undo(store.labeller("Bo")) is None
 
 
+def test_several_answers_are_taken_back_one_after_the_other_and_given_again(store: Store) -> None:
+    ana = store.labeller("Ana")
+    for number in range(3):
+        answer(store, "Ana", key=f"first time {number}")
+    undone = [store.undo(ana) for _ in range(4)]
+    assert [task and task.question.key for task in undone] == ["k2", "k1", "k0", None]
+    assert store.progress() == (0, 5)
+    assert [answer(store, "Ana", "second", f"second time {number}") for number in range(5)] == [
+        "k0",
+        "k1",
+        "k2",
+        "k3",
+        "k4",
+    ]
+    assert [label.said.verdict for label in store.labels()] == ["second"] * 5
+
+
 def test_skipped_questions_go_to_others(store: Store) -> None:
     answer(store, "Ana", "skip")
     assert answer(store, "Ana") == "k1"

@@ -282,8 +282,8 @@ def test_the_page_and_its_numbers_are_not_disturbed(answers: Answers, tmp_path: 
     store = Store(place / "labels.sqlite")
     asked = question(ProjectConfig(), TALK, (GOOD, BAD), "their own group", "file:1")
     assert asked is not None
-    store.add([asked])
     feedback = Feedback(place)
+    store.add([asked])
     ana = store.labeller("Ana")
     task = store.next_task(ana, 60)
     assert task is not None

@@ -41,6 +41,7 @@ from perlhf.labelling.rounds import in_use, labellers, network, results
 from perlhf.labelling.rounds.network import Pair
 from perlhf.labelling.rounds.order import choose, disagreement, information
 from perlhf.labelling.rounds.results import DUEL, LEARN, MEASURE, Asked, Places
+from perlhf.labelling.settled import settled
 from perlhf.labelling.store import Store
 from perlhf.model.bases.found import Base, pull
 from perlhf.runs.earlier import check_runs
@@ -98,6 +99,7 @@ def loop(config: LoopConfig) -> dict[str, Any]:
         project = _project(config)
         store = Store(config.labels / LABELS)
         try:
+            store.settle(settled(project))
             if config.page is not None:
                 labellers.open_page(config)
             for number in range(1, config.rounds + 1):
