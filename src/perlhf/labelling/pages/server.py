@@ -195,7 +195,8 @@ class _Handlers:
         return self.store.next_task(person, lease, rules.test_share, rules.seed)
 
     def _progress(self) -> progress.Progress:
-        return progress.progress(self.store.labels(skips=True), self.store.people(), self.store.progress())
+        labels, people = self.store.labels(skips=True), self.store.people()
+        return progress.progress(labels, people, self.store.progress(), self.page.project.up)
 
     def _shown(self, person: Labeller, task: Task | None) -> dict[str, Any]:
         done, wanted = self.store.progress()

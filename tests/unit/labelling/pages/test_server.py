@@ -144,6 +144,19 @@ def test_the_owner_sees_what_was_said_about_served_answers(served: Served) -> No
     assert [label.said.verdict for label in served.store.labels()] == ["up"], "the page takes back what was said on it"
 
 
+def test_the_owner_sees_whose_labels_are_left_out(served: Served) -> None:
+    ana, bo = served.browser().enter("Ana"), served.browser().enter("Bo")
+    ana.say(verdict="equal")
+    bo.say(verdict="both_bad")
+    page = ana.ask("GET", "/owner")[1]
+    assert "2 of 5 labels" in page and "both bad" in page and "left out:" not in page
+    served.store.leave_out("Bo")
+    page = ana.ask("GET", "/owner")[1]
+    assert "2 of 5 labels" in page
+    assert "1 is of people who are left out" in page
+    assert "about equal" in page and "both bad" not in page
+
+
 def test_pages_load_nothing_from_elsewhere_and_run_their_own_script_alone(served: Served) -> None:
     status, text, headers = served.browser().ask("GET", "/")
     assert status == 200
