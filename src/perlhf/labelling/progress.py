@@ -31,7 +31,7 @@ class Share:
     median_seconds: float
     hours: float
     agreement: float | None
-    """Share of the questions that others answered too on which they and this one said the same."""
+    """Share of the others' labels of the same questions that say the same (`verdict`); of labels that are used."""
     compared: int
     tests_right: int
     tests: int
@@ -44,12 +44,16 @@ class Progress:
     """Of a project."""
 
     labels: int
+    """As the database counts them, those of people who are left out among them: nobody is asked for theirs again."""
     wanted: int
+    left_out: int
+    """Labels of people who are left out; no number but `labels` and their own share counts them."""
     alpha: float | None
     """Krippendorff's alpha over the questions that several people answered; None where there are fewer than two."""
     several: int
     """Such questions."""
     verdicts: dict[str, int]
+    """How many labels say what; grades are `up` or `down`, as records have them."""
     served: dict[str, int]
     """What was said about served answers, by `serve:MODEL@VERSION`; no number above counts that."""
     left: float | None
@@ -57,28 +61,30 @@ class Progress:
     shares: list[Share]
 
 
-def progress(labels: Sequence[Label], people: Sequence[Labeller], done: tuple[int, int]) -> Progress:
+def progress(labels: Sequence[Label], people: Sequence[Labeller], done: tuple[int, int], up: float) -> Progress:
     """The numbers of the owner's page and of the data statement.
 
     Args:
         labels: all that stand, skips among them.
         people: everybody.
         done: labels so far and wanted.
+        up: the mean grade from which an answer is good.
     """
     served = Counter(one.question.source for one in labels if one.question.served and not one.labeller.left_out)
     everything, labels = labels, [label for label in labels if not label.question.served]
     judged = [label for label in labels if label.said.verdict != "skip"]
     by_question: dict[str, list[Label]] = defaultdict(list)
-    for label in judged:
-        if label.question.known is None and not label.labeller.left_out:
-            by_question[label.question.key].append(label)
-    several = {key: found for key, found in by_question.items() if len({label.labeller.id for label in found}) > 1}
-    verdicts = Counter(label.said.verdict for label in judged if label.question.known is None)
-    sides = [(label.said.verdict == "first") != label.turned for label in judged if label.said.verdict in _SIDES]
+    asked = [label for label in judged if label.question.known is None]
+    used = [label for label in asked if not label.labeller.left_out]
+    for label in used:
+        by_question[label.question.key].append(label)
+    several = [found for found in by_question.values() if len({label.labeller.id for label in found}) > 1]
+    verdicts = Counter(verdict(label, up) for label in used)
+    sides = [(label.said.verdict == "first") != label.turned for label in used if label.said.verdict in _SIDES]
     left = sum(sides) / len(sides) if sides else None
-    shares = [_share(person, everything, several) for person in people]
-    alpha = agreement(list(several.values()))
-    return Progress(*done, alpha, len(several), dict(verdicts), dict(served), left, shares)
+    shares = [_share(person, everything, by_question, up) for person in people]
+    out = len(asked) - len(used)
+    return Progress(*done, out, agreement(several), len(several), dict(verdicts), dict(served), left, shares)
 
 
 def learned(directory: Path) -> dict[str, Any]:
@@ -117,16 +123,23 @@ def mean_grade(label: Label) -> float:
     return sum(label.said.grades.values()) / len(label.said.grades)
 
 
-def _share(person: Labeller, labels: Sequence[Label], several: dict[str, list[Label]]) -> Share:
+def verdict(label: Label, up: float) -> str:
+    """What a label says as a record: grades are `up` where their mean is at least that, else `down`."""
+    if label.said.verdict == "graded":
+        return "up" if mean_grade(label) >= up else "down"
+    return label.said.verdict
+
+
+def _share(person: Labeller, labels: Sequence[Label], used: dict[str, list[Label]], up: float) -> Share:
     every = [label for label in labels if label.labeller.id == person.id]
     own = [label for label in every if not label.question.served]
     judged = [label for label in own if label.said.verdict != "skip"]
     tests = [label for label in judged if label.question.known is not None]
     times = [min(label.seconds, IDLE_SECONDS) for label in own]
     pairs = [
-        (mine.said.verdict == other.said.verdict)
+        verdict(mine, up) == verdict(other, up)
         for mine in judged
-        for other in several.get(mine.question.key, [])
+        for other in used.get(mine.question.key, [])
         if other.labeller.id != person.id
     ]
     return Share(
@@ -137,7 +150,7 @@ def _share(person: Labeller, labels: Sequence[Label], several: dict[str, list[La
         sum(times) / 3600,
         sum(pairs) / len(pairs) if pairs else None,
         len(pairs),
-        sum(label.said.verdict == label.question.known for label in tests),
+        sum(verdict(label, up) == label.question.known for label in tests),
         len(tests),
         len(every) - len(own),
     )

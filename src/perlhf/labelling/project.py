@@ -111,7 +111,7 @@ def export(config: LabelExportConfig) -> dict[str, int]:
                 raise ConfigError(what, where="without", allowed=allowed, hint=nearest(name, names))
         said = store.labels(skips=True)
         used = [one for one in said if not one.labeller.left_out and one.labeller.name not in config.without]
-        numbers = progress(used, people, store.progress())
+        numbers = progress(used, people, store.progress(), project.up)
     datasets = config.format == "datasets"
     return records.write(config.output, used, project, numbers, overlap=config.overlap, datasets=datasets)
 

@@ -134,7 +134,7 @@ def masked(text: Text) -> Text:
     """What may be stored of a text in a project that redacts: of messages, what they call and think is masked too."""
     if isinstance(text, str):
         return redacted(text)
-    return [{key: part if key == "role" else _masked(part) for key, part in turn.items()} for turn in text]
+    return [{**_masked(turn), "role": turn["role"]} if "role" in turn else _masked(turn) for turn in text]
 
 
 def _read(paths: Sequence[str], project: ProjectConfig) -> Iterator[Record]:
@@ -182,8 +182,23 @@ def _listed(columns: Mapping[str, Any]) -> list[Text]:
 
 
 def _masked(part: Any) -> Any:
-    if isinstance(part, str):
-        return redacted(part)
-    if isinstance(part, Mapping):
-        return {key: _masked(value) for key, value in part.items()}
-    return [_masked(value) for value in part] if isinstance(part, list | tuple) else part
+    """The same with texts, numbers and names of keys masked; keys that become the same are numbered."""
+    match part:
+        case str():
+            return redacted(part)
+        case int() | float():
+            number = redacted(str(part))
+            return part if number == str(part) else number
+        case Mapping():
+            found: dict[Any, Any] = {}
+            for key, value in part.items():
+                name, again = _masked(key), 1
+                while name in found:
+                    again += 1
+                    name = f"{_masked(key)} {again}"
+                found[name] = _masked(value)
+            return found
+        case list() | tuple():
+            return [_masked(value) for value in part]
+        case _:
+            return part

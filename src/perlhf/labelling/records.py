@@ -1,6 +1,7 @@
 """From labels to records that stages learn from, with a statement of how they came about; and back."""
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from perlhf.data.fields import is_blank
 from perlhf.data.records import Text
 from perlhf.errors import DataError
 from perlhf.labelling.labels import Label, as_json, from_json
-from perlhf.labelling.progress import Progress, mean_grade
+from perlhf.labelling.progress import Progress, verdict
 from perlhf.system.files import directory_atomic, write_atomic
 
 LABELS, RECORDS, EDITS, STATEMENT = "labels.jsonl", "records.jsonl", "edits.jsonl", "statement.md"
@@ -34,7 +35,7 @@ def labelled_rows(
         if label.question.known is None and label.said.verdict not in ("skip", "edited"):  # which judge nothing
             by_question[label.question.key].append(label)
     for found in by_question.values():
-        verdicts = [_verdict(label, project) for label in found]
+        verdicts = [verdict(label, project.up) for label in found]
         if overlap == "majority":
             (most, number), *others = Counter(verdicts).most_common()
             if others and others[0][1] == number:
@@ -43,8 +44,8 @@ def labelled_rows(
             if row is not None:
                 yield row | {"annotator": "majority", "weight": 1.0}, found[0]
             continue
-        for label, verdict in zip(found, verdicts, strict=True):
-            row = _row(label, verdict)
+        for label, said in zip(found, verdicts, strict=True):
+            row = _row(label, said)
             if row is not None:
                 yield row | {"annotator": label.labeller.pseudonym, "weight": 1 / len(found)}, label
 
@@ -89,7 +90,7 @@ def write(
         if edits:
             write_atomic(directory / EDITS, _lines(edits))
         write_atomic(directory / LABELS, "".join(as_json(label) + "\n" for label in labels))
-        write_atomic(directory / STATEMENT, statement(project, numbers, len(records), overlap, _drawn(labels)))
+        write_atomic(directory / STATEMENT, statement(project, numbers, len(records), overlap, labels))
     return {"records": len(records), "edits": len(edits), "labels": len(labels)}
 
 
@@ -108,31 +109,29 @@ def read(source: Path) -> list[Label]:
     return [from_json(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if lines != [""]]
 
 
-def statement(project: ProjectConfig, numbers: Progress, records: int, overlap: str, drawn: Mapping[str, int]) -> str:
-    """How the labels came about, in the words of a data statement (Bender and Friedman, TACL 2018).
-
-    Args:
-        drawn: questions that were answered, by what they were chosen.
-    """
+def statement(project: ProjectConfig, numbers: Progress, records: int, overlap: str, labels: Iterable[Label]) -> str:
+    """How the labels came about, in the words of a data statement (Bender and Friedman, TACL 2018)."""
+    asked = {one.question.key: one.question for one in labels if one.question.known is None}.values()
+    sources = Counter(_source(question.source) for question in asked if not question.served)
+    drawn = Counter(question.drawn for question in asked)
     used = [share for share in numbers.shares if share.labels and not share.labeller.left_out]
     by_source = ", ".join(f"{source} ({count})" for source, count in sorted(numbers.served.items()))
     in_use = [f"- Said about served answers, besides: {sum(numbers.served.values())}, of {by_source}."]
     shares = sorted((share.labels for share in used), reverse=True)
     most = f"{shares[0] / sum(shares):.0%} of them by one person" if shares else "none by anybody"
     alpha = "not known" if numbers.alpha is None else f"{numbers.alpha:.2f}"
-    sources = ", ".join(project.questions.paths) or "answers of a policy and its start, in rounds"
-    chosen = ", ".join(f"{name} ({count})" for name, count in sorted(drawn.items())) or "nothing yet"
     lines = [
         f"# {project.title}",
         "",
-        f"- What was asked: {project.kind} ({sources}), blind, sides in random order.",
+        f"- What was asked: {_asked(project)}.",
+        f"- Questions, with an answer or a skip, by where prompts or answers were read: {_counted(sources)}.",
         f"- Labels: {sum(shares)} of {len(used)} people, {most}; {records} records.",
         f"- Time: {sum(share.hours for share in used):.2f} hours in all; "
         f"medians of {', '.join(f'{share.median_seconds:.0f} s' for share in used) or 'nobody'} a question.",
         f"- Agreement: Krippendorff's alpha {alpha} on {numbers.several} questions that several people answered.",
         f"- Answers: {', '.join(f'{count} {name}' for name, count in sorted(numbers.verdicts.items())) or 'none'}.",
         f"- Several labels of one question: {overlap}.",
-        f"- Questions were chosen by: {chosen}.",
+        f"- Questions were chosen by: {_counted(drawn)}.",
         f"- Mail addresses, phone and card numbers were {'masked' if project.redact else 'not masked'}.",
         *in_use[: bool(by_source)],
         *_EXPLAINED[: bool(project.explain)],
@@ -147,15 +146,28 @@ def statement(project: ProjectConfig, numbers: Progress, records: int, overlap: 
     return "\n".join(lines)
 
 
-def _drawn(labels: Iterable[Label]) -> Counter[str]:
-    questions = {label.question.key: label.question.drawn for label in labels if label.question.known is None}
-    return Counter(questions.values())
+def _asked(project: ProjectConfig) -> str:
+    """What people were asked, and what they couldn't see."""
+    match project.kind:
+        case "comparison":
+            return "comparison of two answers, blind, sides in random order"
+        case "rating":
+            return "rating of one answer as good or bad, blind"
+        case "scale":
+            criteria = ", ".join(project.criteria)
+            return (
+                f"grades of one answer, 1 to 5 on {criteria}, blind; a mean of {project.up:g} or more is up, else down"
+            )
 
 
-def _verdict(label: Label, project: ProjectConfig) -> str:
-    if label.said.verdict == "graded":
-        return "up" if mean_grade(label) >= project.up else "down"
-    return label.said.verdict
+def _source(source: str) -> str:
+    """The file of `file:line`, and the round of a loop without what it asked for."""
+    of_loop = re.match(r"round \d+(?=: )", source)
+    return f"{of_loop[0]} of a loop" if of_loop else re.sub(r":\d+$", "", source)
+
+
+def _counted(names: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in sorted(names.items())) or "nothing yet"
 
 
 def _row(label: Label, verdict: str) -> dict[str, Any] | None:

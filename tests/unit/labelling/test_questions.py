@@ -76,6 +76,21 @@ def test_what_identifies_people_is_masked_before_it_is_stored(tmp_path: Path) ->
     assert "@" not in question.group, "which is often the first turn"
 
 
+def test_numbers_and_names_of_keys_in_tool_calls_are_masked(tmp_path: Path) -> None:
+    arguments = {"number": 4111111111111111, "a@b.org": 3, "c@d.org": [True, 7, 0.5, None], "card": 4111111111111111.0}
+    called = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+    rows = [{"prompt": "p", "completions": [called, "y"]}]
+    (question,) = asked(rows, tmp_path, redact=True)
+    (answer,) = (answer for answer in question.answers if isinstance(answer, list))
+    assert answer[0]["role"] == "assistant"
+    assert answer[0]["tool_calls"][0]["function"]["arguments"] == {
+        "number": "[card number]",
+        "[mail address]": 3,
+        "[mail address] 2": [True, 7, 0.5, None],
+        "card": "[card number].0",
+    }
+
+
 def test_nothing_to_ask_says_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="two answers of one prompt"):
         asked([{"prompt": "p"}], tmp_path)

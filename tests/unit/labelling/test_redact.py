@@ -1,3 +1,5 @@
+from random import Random
+
 import pytest
 
 from perlhf.labelling.redact import redacted
@@ -19,7 +21,51 @@ from perlhf.labelling.redact import redacted
         ("population 83000000", "population 83000000"),
         ("pi is 3.14159265358979", "pi is 3.14159265358979"),
         ("a@b is no address", "a@b is no address"),
+        ("My card is 4111 1111 1111 1111 12/27 ok?", "My card is [card number] 12/27 ok?"),
+        ("4111 1111 1111 1111 123", "[card number] 123"),
+        ("Card: 4111111111111111 123", "Card: [card number] 123"),
+        ("4111 1111 1111 1111 5500 0000 0000 0004", "[card number] [card number]"),
+        ("3782 822463 10005 1234", "[card number] 1234"),
+        ("4111 - 1111 - 1111 - 1111", "[card number]"),
+        ("4111\u00a01111\u202f1111\u20091111", "[card number]"),
+        ("4111\u20131111\u20111111\u20141111", "[card number]"),
+        ("\uff14\uff11\uff11\uff11 1111 1111 1111", "[card number]"),  # digits as wide as Chinese letters
+        ("\u5361\u53f7\u662f4111111111111111\u5417", "\u5361\u53f7\u662f[card number]\u5417"),
+        ("_4111111111111111_", "_[card number]_"),
+        ("Nr.4111111111111111", "Nr.[card number]"),
+        ("Tel.030 1234567", "Tel.[phone number]"),
+        ("5 0301234567", "5 [phone number]"),
+        ("0151 12345678 030 1234567", "[phone number] [phone number]"),
+        ("+49 151 12345678 +49 30 1234567", "[phone number] [phone number]"),
+        ("0301234567 555 123 4567", "[phone number] [phone number]"),
+        ("555-123-4567 555-123-4568", "[phone number] [phone number]"),
+        ("(555) 123-4567 (555) 123-4568", "[phone number] [phone number]"),
+        ("0151 12345678 4111 1111 1111 1111", "[phone number] [card number]"),
+        ("0301234567 28.11.2026", "[phone number] 28.11.2026"),
+        ("+49 (0)30 1234567", "[phone number]"),
+        ("at 2026-11-28 12:30:45 (28.11.2026)", "at 2026-11-28 12:30:45 (28.11.2026)"),
+        ("0.30000000000000004 or 0.33333333", "0.30000000000000004 or 0.33333333"),
+        ("1. 2010\n2. 2011\n3. 2012\n4. 2013", "1. 2010\n2. 2011\n3. 2012\n4. 2013"),
+        ("1.299,00 or 12.50, order 2026-000123", "1.299,00 or 12.50, order 2026-000123"),
+        ("commit a4111111111111111 of x4111", "commit a4111111111111111 of x4111"),
     ],
 )
 def test_masks_what_it_says(text: str, masked: str) -> None:
     assert redacted(text) == masked
+
+
+def test_a_card_is_found_whatever_stands_beside_it() -> None:
+    """Each number of 13 to 19 digits with a right check digit, in one piece or in fours, among other groups."""
+    random = Random(0)
+    for _ in range(300):
+        digits = [random.randrange(10) for _ in range(random.randint(12, 18))]
+        # From the right, before the check digit: doubled, not, doubled; a product of two digits counts both.
+        doubled = [(2 * d - 9 if d > 4 else 2 * d) if i % 2 == 0 else d for i, d in enumerate(reversed(digits))]
+        number = "".join(map(str, digits)) + str(-sum(doubled) % 10)
+        fours = " ".join(number[at : at + 4] for at in range(0, len(number), 4))
+        beside = [str(random.randrange(10 ** random.randint(1, 8))) for _ in range(4)]
+        for card in (number, fours):
+            text = " ".join([*beside[:2], card, *beside[2:]])
+            assert card not in redacted(text) and "[card number]" in redacted(text), text
+            shown = redacted(text).split()
+            assert not [four for four in card.split() if four in shown and four not in beside], text

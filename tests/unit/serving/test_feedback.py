@@ -261,7 +261,7 @@ def test_any_json_is_stored_or_refused_and_what_is_stored_is_read(
         return
     output = tmp_path_factory.mktemp("export")
     labels = fuzzed.store.labels()[-1:]
-    numbers = progress(labels, fuzzed.store.people(), fuzzed.store.progress())
+    numbers = progress(labels, fuzzed.store.people(), fuzzed.store.progress(), 4.0)
     counts = records.write(output / "out", labels, fuzzed.project, numbers)
     for name, file in (("records", records.RECORDS), ("edits", records.EDITS)):
         if counts[name]:
@@ -288,12 +288,12 @@ def test_the_page_and_its_numbers_are_not_disturbed(answers: Answers, tmp_path: 
     task = store.next_task(ana, 60)
     assert task is not None
     store.say(ana, task.id, Said("first"), "a key of the page", 4.0)
-    before = progress(store.labels(skips=True), store.people(), store.progress())
+    before = progress(store.labels(skips=True), store.people(), store.progress(), 4.0)
     for index in range(2):
         feedback.take(one(index=index, thumb="down"), answers, "Ana")
     feedback.take(two("both_bad"), answers, "Ana")
     assert store.next_task(ana, 60) is None and store.next_task(store.labeller("Bo"), 60) is None
-    after = progress(store.labels(skips=True), store.people()[:1], store.progress())
+    after = progress(store.labels(skips=True), store.people()[:1], store.progress(), 4.0)
     assert after.served == {"serve:policy@3": 2, "serve:policy@3,policy@3": 1} and after.shares[0].served == 3
     same = ("labels", "wanted", "alpha", "several", "verdicts", "left")
     assert [getattr(after, name) for name in same] == [getattr(before, name) for name in same]

@@ -31,6 +31,7 @@ from perlhf.labelling.addresses import is_own
 from perlhf.labelling.labels import Labeller, Said, Task
 from perlhf.labelling.pages import shown
 from perlhf.labelling.pages.explained import Explainer
+from perlhf.labelling.redact import redacted
 from perlhf.labelling.store import Store
 
 BODY_BYTES = 256 * 1024
@@ -217,7 +218,8 @@ class _Handlers:
         return self.store.next_task(person, lease, rules.test_share, rules.seed)
 
     def _progress(self) -> progress.Progress:
-        return progress.progress(self.store.labels(skips=True), self.store.people(), self.store.progress())
+        labels, people = self.store.labels(skips=True), self.store.people()
+        return progress.progress(labels, people, self.store.progress(), self.page.project.up)
 
     def _shown(self, person: Labeller, task: Task | None) -> dict[str, Any]:
         done, wanted = self.store.progress()
@@ -266,6 +268,8 @@ class _Handlers:
             raise RunError(f"a reason, a marked part and a better answer have at most {TEXT_LETTERS:,} letters each")
         assert asked is not None and isinstance(key, str) and isinstance(seconds, int | float)
         reason, span, edit = (text.encode("utf-8", "replace").decode().replace("\0", "") for text in texts)
+        if project.redact:
+            reason, span, edit = map(redacted, (reason, span, edit))
         spent = min(max(float(seconds), 0.0), _SECONDS_MOST) if seconds == seconds else 0.0
         return Said(str(verdict), reason, span, edit, dict(grades)), int(asked[1]), asked[2], key, spent
 

@@ -2,8 +2,10 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from markdown_it import MarkdownIt
@@ -19,7 +21,9 @@ _markdown = (
 )
 _SIDES, _ALONE = ("Left", "Right"), ("Answer",)
 _COMPARED_WORDS = 4000
-"""Longer texts are shown without their differences: finding them would take seconds."""
+_COMPARED_PLACES = 1_000_000
+"""Longer texts, and those that repeat themselves, are shown without their differences: finding them would take seconds,
+before an answer is acknowledged."""
 
 
 @dataclass(frozen=True)
@@ -161,13 +165,44 @@ def _content(turn: object) -> str:
 
 
 def _differences(left: str, right: str) -> tuple[Markup, Markup]:
-    words = [re.findall(r"\s+|[^\s]+", text) for text in (left, right)]
-    if max(map(len, words)) > _COMPARED_WORDS:
+    found = [re.findall(r"\s*\S+\s*|\s+", text) for text in (left, right)]
+    blocks = _alike(*([piece.strip() for piece in pieces] for pieces in found))
+    if blocks is None:
         return Markup(), Markup()
     marked: tuple[list[Markup], list[Markup]] = ([], [])
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
-        for into, piece in ((marked[0], words[0][i:j]), (marked[1], words[1][k:m])):
-            text = escape("".join(piece))
-            if piece:
-                into.append(text if kind == "equal" else Markup("<mark>{}</mark>").format(text))
+    i = k = 0
+    for j, m, size in [*blocks, (len(found[0]), len(found[1]), 0)]:
+        for into, pieces, begin, end in ((marked[0], found[0], i, j), (marked[1], found[1], k, m)):
+            other, same = "".join(pieces[begin:end]), "".join(pieces[end : end + size])
+            words = other.strip()
+            if words:
+                before, after = other[: other.index(words)], other[other.index(words) + len(words) :]
+                into.append(escape(before) + Markup("<mark>{}</mark>").format(words) + escape(after))
+            into.append(escape(same if words or not other else other + same))
+        i, k = j + size, m + size
     return Markup().join(marked[0]), Markup().join(marked[1])
+
+
+def _alike(left: Sequence[str], right: Sequence[str]) -> list[tuple[int, int, int]] | None:
+    """Words that are the same in both: where they begin in each, and how many; longest first, then on both sides of it.
+
+    None where the words are too many, or the places that would be compared (of each word all at which the other text
+    has it too), summed over all searches.
+    """
+    if max(len(left), len(right)) > _COMPARED_WORDS:
+        return None
+    times = Counter(right)
+    places = list(accumulate((1 + times[word] for word in left), initial=0))
+    matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)
+    open_ones, found, compared = [(0, len(left), 0, len(right))], list[tuple[int, int, int]](), 0
+    while open_ones:
+        i, j, k, m = open_ones.pop()
+        compared += places[j] - places[i]
+        if compared > _COMPARED_PLACES:
+            return None
+        at, other, size = matcher.find_longest_match(i, j, k, m)
+        if size:
+            found.append((at, other, size))
+            sides = ((i, at, k, other), (at + size, j, other + size, m))
+            open_ones += [side for side in sides if side[0] < side[1] and side[2] < side[3]]
+    return sorted(found)

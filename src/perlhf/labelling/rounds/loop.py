@@ -236,7 +236,7 @@ def _labels(this: Round) -> None:
     everybody = [one for one in store.labels(skips=True) if not one.labeller.left_out]
     prompts = [record for split in SPLITS for record in prompts_of(config.data, split)]
     said = in_use.teaching(everybody, this.project, config.data, prompts)
-    numbers = progress(said, people, store.progress())
+    numbers = progress(said, people, store.progress(), this.project.up)
     found = records.labelled_rows(said, this.project, "all")
     sides = [split_of(row["group"], config.data) for row, _ in found if "chosen" in row]
     for side, wanted in (("train", "to learn from"), ("held-out", "to measure with")):

@@ -144,6 +144,19 @@ def test_the_owner_sees_what_was_said_about_served_answers(served: Served) -> No
     assert [label.said.verdict for label in served.store.labels()] == ["up"], "the page takes back what was said on it"
 
 
+def test_the_owner_sees_whose_labels_are_left_out(served: Served) -> None:
+    ana, bo = served.browser().enter("Ana"), served.browser().enter("Bo")
+    ana.say(verdict="equal")
+    bo.say(verdict="both_bad")
+    page = ana.ask("GET", "/owner")[1]
+    assert "2 of 5 labels" in page and "both bad" in page and "left out:" not in page
+    served.store.leave_out("Bo")
+    page = ana.ask("GET", "/owner")[1]
+    assert "2 of 5 labels" in page
+    assert "1 is of people who are left out" in page
+    assert "about equal" in page and "both bad" not in page
+
+
 def test_pages_load_nothing_from_elsewhere_and_run_their_own_script_alone(served: Served) -> None:
     status, text, headers = served.browser().ask("GET", "/")
     assert status == 200
@@ -213,6 +226,13 @@ def test_made_up_cookies_dont_get_around_the_limit(with_tokens: Served) -> None:
     name = with_tokens.page.cookie
     found = [Browser(with_tokens.port, f"{name}={n}.x").ask("GET", "/join?token=wrong")[0] for n in range(1, 200)]
     assert 429 in found
+
+
+def test_what_people_write_is_masked_where_the_project_masks(tmp_path: Path) -> None:
+    for served in serve(tmp_path, redact=True):
+        assert served.browser().enter("Ana").say(reason="as a@b.org says", edit="Call 0151 12345678.")[0] == 200
+        (label,) = served.store.labels()
+        assert (label.said.reason, label.said.edit) == ("as [mail address] says", "Call [phone number].")
 
 
 def test_the_count_doesnt_tell_a_hidden_test(tmp_path: Path) -> None:
