@@ -51,7 +51,8 @@ def prepared(config: LabelConfig) -> Callable[[], None]:
     """
     project = settings_of(config, write=False)
     asked = questions(project) if project.questions.paths else []
-    settings_of(config)  # a project whose questions can't be read isn't begun
+    if not (config.project / PROJECT).is_file():
+        settings_of(config)  # a project whose questions can't be read isn't begun
     store = Store(config.project / LABELS)
     new = bring(project, store, asked)
     listening = bound(config.host, config.port)

@@ -274,7 +274,7 @@ class _Handlers:
         return Said(str(verdict), reason, span, edit, dict(grades)), int(asked[1]), asked[2], key, spent
 
     async def _person(self, request: Request) -> Labeller | None:
-        return await run_in_threadpool(self.page.person, request.cookies)
+        return request.state.person  # whom `_refusal` has found
 
     async def _required(self, request: Request, owner: bool = False) -> Labeller:
         person = await self._person(request)
@@ -324,6 +324,7 @@ async def _refusal(page: Page, request: Request) -> Response | None:
     if request.method not in ("GET", "HEAD", "POST"):
         return PlainTextResponse("Not taken.", 405)
     person = await run_in_threadpool(page.person, request.cookies) if page.cookie in request.cookies else None
+    request.state.person = person
     sender = str(person.id) if person else f"at {request.client.host}" if request.client else ""
     if not page.limit.allows(sender, time.monotonic()):
         return PlainTextResponse("Too many requests; wait a moment.", 429, {"Retry-After": "2"})
