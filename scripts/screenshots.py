@@ -19,10 +19,10 @@ from typing import Any
 from playwright.sync_api import Browser, Page, expect
 
 from perlhf.data.coffee_bar.gold import gold
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Said
 from perlhf.labelling.progress import LEARNED
 from perlhf.labelling.project import LABELS
-from perlhf.labelling.store import Store
 from perlhf.reports import loop
 from perlhf.system.files import read_json
 

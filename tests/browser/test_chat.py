@@ -13,8 +13,8 @@ from people import REPOSITORY, SCREENS, Command, opened, serious, serious_now, s
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 from toy import command, finish, write_feedback
 
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Label
-from perlhf.labelling.store import Store
 
 Serve = Callable[..., AbstractContextManager[Command]]
 ORDER = "A large latte to go, please."

@@ -13,8 +13,8 @@ from playwright.sync_api import Browser, expect
 from toy import command, finish, prompts, ratings, write_rows
 
 from perlhf.data.read import read_all
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.project import made
-from perlhf.labelling.store import Store
 
 KEYS = ["ArrowLeft", "ArrowRight", "=", "x", "1", "2", "3", "4", "s"]
 

@@ -10,7 +10,7 @@ from people import SCREENS, enter, press, serious
 from playwright.sync_api import Browser, Error, Page
 from toy import prompts, read_json, write_rows
 
-from perlhf.labelling.store import Store
+from perlhf.labelling.database.store import Store
 from perlhf.reports import loop
 
 

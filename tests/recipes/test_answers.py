@@ -12,8 +12,8 @@ from vllm_server import vllm
 
 from perlhf.commands import answers
 from perlhf.config.labelling import ProjectConfig, QuestionsConfig
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.questions import questions
-from perlhf.labelling.store import Store
 from perlhf.rollout.local import Ends, sample
 
 __all__ = ["vllm"]

@@ -17,11 +17,11 @@ from toy import Moment, finish, lasting, prompts, read_json, read_lines, write_r
 from vllm_server import vllm
 
 from perlhf.evaluation import shared
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Said
 from perlhf.labelling.project import LABELS
 from perlhf.labelling.records import labelled_rows
 from perlhf.labelling.rounds import labellers
-from perlhf.labelling.store import Store
 from perlhf.rollout.vllm import connection
 from perlhf.serving.feedback import Answers, Feedback
 

@@ -13,10 +13,10 @@ from perlhf.data.order import keyed_seed
 from perlhf.data.records import Prompt, text_of
 from perlhf.errors import ConfigError
 from perlhf.evaluation.shared import Sampling, progress, server_of
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.project import LABELS, bring, made
 from perlhf.labelling.questions import Question, asked, prompts_of
 from perlhf.labelling.rounds.network import answered
-from perlhf.labelling.store import Store
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.open import Given, read_run
 from perlhf.rollout.vllm.probe import PROBE_TOKENS

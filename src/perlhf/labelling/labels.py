@@ -1,20 +1,20 @@
 """A label: what one person said to one question; and as a line of an export."""
 
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from perlhf.config.stages import Frozen
 from perlhf.data.readers.messages import messages
 from perlhf.errors import DataError
 from perlhf.labelling.questions import SERVED, Question
 
 VERDICTS_OF = {1: ("up", "down", "graded", "edited", "skip"), 2: ("first", "second", "equal", "both_bad", "skip")}
 """What can be said of so many answers."""
-_VERDICTS = tuple(dict.fromkeys(verdict for some in VERDICTS_OF.values() for verdict in some))
-_DRAWN = ("random", "disagreement", "information", SERVED)
+Verdict = Literal["first", "second", "equal", "both_bad", "up", "down", "graded", "edited", "skip"]
 _YEAR_10000 = 253_402_300_800.0
-_MOST_SECONDS, _MOST_WANTED, _MOST_LETTERS = 1e9, 1000, 1000
 
 
 @dataclass(frozen=True)
@@ -106,125 +106,123 @@ def from_json(line: str, where: str = "") -> Label:
     Raises:
         DataError: it is no such line, or a value of it is none that a label has.
     """
-    row = _object(line, where)
-    _check(row, _LABEL, where)
-    asked, verdict = row["question"], row["verdict"]
-    _check(asked, _QUESTION, where, "question.")
-    for text in (asked["prompt"], *asked["answers"]):
+    try:
+        row = _Line.model_validate_json(line, strict=True)
+    except ValidationError as error:
+        raise _refused(error, where) from None
+    asked = Question(**(row.question.model_dump(exclude_unset=True)))
+    for text in (asked.prompt, *asked.answers):
         if not isinstance(text, str):
             messages(text, "question", where)
-    fitting = VERDICTS_OF[len(asked["answers"])]
-    for name, found in (("verdict", verdict), ("question.known", asked["known"])):
+    _check(row, asked, where)
+    said = Said(row.verdict, row.reason, row.span, row.edit, row.grades)
+    person = Labeller(0, row.labeller, row.labeller)
+    return Label(row.key, asked, person, said, row.turned, row.seconds, row.stored)
+
+
+def _printable(name: str) -> str:
+    if not name.strip() or not name.isprintable():
+        raise ValueError("a name")
+    return name
+
+
+class _Turn(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    role: str
+    content: str | None = None
+
+
+_Key = Annotated[str, Field(min_length=1, max_length=1000)]
+_Text = str | Annotated[list[_Turn], Field(min_length=1)]
+
+
+class _Asked(Frozen):
+    """The question of a line; what is said of each key is what it may be."""
+
+    key: _Key
+    """Text of 1 to 1,000 letters."""
+    prompt: _Text
+    """Text, or a list of messages."""
+    answers: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=2)]
+    """A list of one answer, or of two that differ: texts or lists of messages."""
+    group: str
+    """Text."""
+    source: str
+    """Text."""
+    place: Annotated[float, Field(ge=0, le=1)]
+    """A number from 0 to 1."""
+    drawn: Literal["random", "disagreement", "information", "served"]
+    """How it was drawn: random, disagreement, information or served."""
+    wanted: Annotated[int, Field(ge=0, le=1000)]
+    """0 to 1,000."""
+    known: Verdict | None
+    """Null, or a verdict."""
+
+
+class _Line(Frozen):
+    """A line of an export; what is said of each key is what it may be."""
+
+    key: _Key
+    """Text of 1 to 1,000 letters."""
+    labeller: Annotated[_Key, AfterValidator(_printable)]
+    """A name of 1 to 1,000 letters, digits and signs."""
+    verdict: Verdict
+    """First, second, equal, both_bad, up, down, graded, edited or skip."""
+    reason: str
+    """Text."""
+    span: str
+    """Text."""
+    edit: str
+    """Text."""
+    grades: dict[str, Annotated[int, Field(ge=1, le=5)]]
+    """Whole numbers from 1 to 5 by their criteria."""
+    turned: bool
+    """True or false."""
+    seconds: Annotated[float, Field(ge=0, le=1e9)]
+    """A number of seconds."""
+    stored: Annotated[float, Field(ge=0, lt=_YEAR_10000)]
+    """Seconds since 1970."""
+    question: _Asked
+    """What was asked, with keys as exported."""
+
+
+def _check(row: _Line, asked: Question, where: str) -> None:
+    """What one key says of another."""
+    fitting, many = VERDICTS_OF[len(asked.answers)], f"of {len(asked.answers)} answers"
+    if many == "of 2 answers" and asked.answers[0] == asked.answers[1]:
+        _refuse(f"question.answers is {list(asked.answers)!r:.60}", where, "two answers that differ")
+    for name, found in (("verdict", row.verdict), ("question.known", asked.known)):
         if found is not None and found not in fitting:
-            _refuse(f"{name} is {found!r} of {len(asked['answers'])} answers", where, ", ".join(fitting))
-    if (verdict == "graded") != bool(row["grades"]):
-        _refuse(f"verdict is {verdict!r} with the grades {row['grades']!r:.60}", where, "grades where it is graded")
-    if verdict == "edited" and not row["edit"].strip():
+            _refuse(f"{name} is {found!r} {many}", where, ", ".join(fitting))
+    if (row.verdict == "graded") != bool(row.grades):
+        _refuse(f"verdict is {row.verdict!r} with the grades {row.grades!r:.60}", where, "grades where it is graded")
+    if row.verdict == "edited" and not row.edit.strip():
         _refuse("verdict is 'edited' without an edit", where, "edit: a better answer")
-    if (asked["drawn"] == SERVED) != (asked["wanted"] == 0):
-        _refuse(f"question.wanted is {asked['wanted']}", where, f"0 where drawn is {SERVED}, else 1 or more")
-    said = Said(verdict, row["reason"], row["span"], row["edit"], row["grades"])
-    person = Labeller(0, row["labeller"], row["labeller"])
-    question = Question(**(asked | {"answers": tuple(asked["answers"])}))
-    return Label(row["key"], question, person, said, row["turned"], float(row["seconds"]), float(row["stored"]))
+    if asked.served != (asked.wanted == 0):
+        _refuse(f"question.wanted is {asked.wanted}", where, f"0 where drawn is {SERVED}, else 1 or more")
 
 
-Rule = tuple[str, Callable[[Any], bool]]
-"""What a key may hold, in words and as a test."""
-
-
-def _is_text(content: Any) -> bool:
-    return isinstance(content, str)
-
-
-def _is_key(content: Any) -> bool:
-    return isinstance(content, str) and 1 <= len(content) <= _MOST_LETTERS
-
-
-def _is_name(content: Any) -> bool:
-    return _is_key(content) and bool(content.strip()) and content.isprintable()
-
-
-def _is_flag(content: Any) -> bool:
-    return isinstance(content, bool)
-
-
-def _is_number(content: Any, most: float) -> bool:
-    return isinstance(content, int | float) and not isinstance(content, bool) and 0 <= content <= most
-
-
-def _is_grades(content: Any) -> bool:
-    return isinstance(content, dict) and all(type(grade) is int and 1 <= grade <= 5 for grade in content.values())
-
-
-def _is_said(content: Any) -> bool:
-    """Whether it is text, or chat messages."""
-    if not isinstance(content, list):
-        return isinstance(content, str)
-    turns = [turn for turn in content if isinstance(turn, dict) and isinstance(turn.get("role"), str)]
-    return bool(content) and len(turns) == len(content) and all(_has_content(turn) for turn in turns)
-
-
-def _has_content(turn: Mapping[str, Any]) -> bool:
-    return turn.get("content") is None or isinstance(turn["content"], str)
-
-
-def _is_answers(content: Any) -> bool:
-    if not isinstance(content, list) or len(content) not in VERDICTS_OF or not all(map(_is_said, content)):
-        return False
-    return len(content) == 1 or content[0] != content[1]
-
-
-_TEXT: Rule = ("text", _is_text)
-_KEY: Rule = (f"text of 1 to {_MOST_LETTERS:,} letters", _is_key)
-_LABEL: dict[str, Rule] = {
-    "key": _KEY,
-    "labeller": (f"a name of 1 to {_MOST_LETTERS:,} letters, digits and signs", _is_name),
-    "verdict": (", ".join(_VERDICTS), lambda content: _is_text(content) and content in _VERDICTS),
-    "reason": _TEXT,
-    "span": _TEXT,
-    "edit": _TEXT,
-    "grades": ("whole numbers from 1 to 5 by their criteria", _is_grades),
-    "turned": ("true or false", _is_flag),
-    "seconds": ("a number of seconds", lambda content: _is_number(content, _MOST_SECONDS)),
-    "stored": ("seconds since 1970", lambda content: _is_number(content, _YEAR_10000 - 1)),
-    "question": ("an object", lambda content: isinstance(content, dict)),
-}
-_QUESTION: dict[str, Rule] = {
-    "key": _KEY,
-    "prompt": ("text, or a list of messages", _is_said),
-    "answers": ("a list of one answer, or of two that differ: texts or lists of messages", _is_answers),
-    "group": _TEXT,
-    "source": _TEXT,
-    "place": ("a number from 0 to 1", lambda content: _is_number(content, 1)),
-    "drawn": (", ".join(_DRAWN), lambda content: _is_text(content) and content in _DRAWN),
-    "wanted": (f"0 to {_MOST_WANTED:,}", lambda content: type(content) is int and 0 <= content <= _MOST_WANTED),
-    "known": ("null, or a verdict", lambda content: content is None or (_is_text(content) and content in _VERDICTS)),
-}
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError:
-        _refuse("text holds half of a surrogate pair", where, "text that can be written as UTF-8")
-    except (ValueError, RecursionError) as error:
-        _refuse(f"no label: {error!r:.100}", where, "lines as exported")
-    if not isinstance(row, dict):
-        _refuse(f"no label: {row!r:.60}", where, "lines as exported")
-    return row
-
-
-def _check(row: Mapping[str, Any], rules: Mapping[str, Rule], where: str, within: str = "") -> None:
-    for name in row:
-        if name not in rules:
-            _refuse(f"{within}{name!s:.60} is no key of a label", where, ", ".join(rules))
-    for name, (allowed, fits) in rules.items():
-        if name not in row:
-            _refuse(f"{within}{name} is missing", where, allowed)
-        if not fits(row[name]):
-            _refuse(f"{within}{name} is {row[name]!r:.60}", where, allowed)
+def _refused(error: ValidationError, where: str) -> DataError:
+    """The first thing that is wrong with a line; unknown keys before all else, since they explain missing ones."""
+    problems = error.errors(include_url=False)
+    problem = min(problems, key=lambda one: one["type"] != "extra_forbidden")
+    location = problem["loc"]
+    if not location:
+        reason = problem["msg"] if problem["type"] == "json_invalid" else f"{problem['input']!r:.60}"
+        return DataError(f"no label: {reason}", where=where, allowed="lines as exported")
+    named = location[:2] if location[0] == "question" else location[:1]
+    name = ".".join(map(str, named))
+    fields = (_Asked if len(named) == 2 else _Line).model_fields
+    if problem["type"] == "extra_forbidden":
+        return DataError(f"{name:.60} is no key of a label", where=where, allowed=", ".join(fields))
+    said = fields[str(named[-1])].description or ""
+    allowed = said[0].lower() + said[1:].rstrip(".")
+    if problem["type"] == "missing":
+        return DataError(f"{name} is missing", where=where, allowed=allowed)
+    # What follows names a place in a list or a criterion, or which of several types was tried.
+    within = [part for part in location[len(named) :] if isinstance(part, int) or name == "grades"]
+    at = "".join(f"[{part!r:.60}]" for part in within)
+    return DataError(f"{name}{at} is {problem['input']!r:.60}", where=where, allowed=allowed)
 
 
 def _refuse(what: str, where: str, allowed: str) -> NoReturn:

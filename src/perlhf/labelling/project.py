@@ -21,12 +21,12 @@ from perlhf.config.recipe import load_recipe
 from perlhf.errors import ConfigError, RunError, nearest
 from perlhf.labelling import records
 from perlhf.labelling.addresses import bound, is_known_elsewhere, names, web_settings
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.pages.explained import Explainer
 from perlhf.labelling.pages.server import Page, application
 from perlhf.labelling.progress import progress
 from perlhf.labelling.questions import Question, questions
 from perlhf.labelling.settled import as_stored, check, settled
-from perlhf.labelling.store import Store
 from perlhf.system.files import storage_errors, write_atomic
 
 PROJECT, LABELS = "project.yaml", "labels.sqlite"

@@ -9,11 +9,11 @@ from pathlib import Path
 from perlhf.config.labelling import ProjectConfig
 from perlhf.config.recipe import read_recipe
 from perlhf.errors import ConfigError, DataError
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Label
 from perlhf.labelling.pages.server import VERDICTS
 from perlhf.labelling.questions import labels_wanted, question, served_key
 from perlhf.labelling.redact import redacted
-from perlhf.labelling.store import Store
 
 _OF_A_ROUND = re.compile(r"round \d+: ")
 """The source of a question that `perlhf loop` asks: it wants one label, whatever the project's overlap."""

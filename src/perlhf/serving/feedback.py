@@ -25,13 +25,13 @@ from perlhf.data.readers.messages import messages as read_messages
 from perlhf.data.readers.trl import trl
 from perlhf.data.records import Message, Text
 from perlhf.errors import ConfigError, DataError, nearest
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Label, Labeller, Said
 from perlhf.labelling.project import LABELS, made
 from perlhf.labelling.questions import SERVED, Question, masked, question, served_key, uniform
 from perlhf.labelling.records import edit_rows, labelled_rows
 from perlhf.labelling.redact import redacted
 from perlhf.labelling.settled import settled
-from perlhf.labelling.store import Store
 
 TEXT_LETTERS, NAME_LETTERS, DEEPEST = 100_000, 200, 20
 """At most, of an answer, an edit or a reason; of a name, a key, an id or a model; levels of a body."""

@@ -7,10 +7,10 @@ from perlhf.config.command_line import parse
 from perlhf.config.labelling import LabelBackupConfig, LabelConfig, LabelExportConfig, ProjectConfig
 from perlhf.errors import ConfigError, DataError, RunError
 from perlhf.labelling.addresses import is_known_elsewhere
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Said
 from perlhf.labelling.project import LABELS, PROJECT, back_up, bring, export, made, prepared, settings_of
 from perlhf.labelling.questions import question, questions
-from perlhf.labelling.store import Store
 
 
 def typed(project: Path, *options: str) -> LabelConfig:

@@ -13,12 +13,12 @@ import yaml
 from perlhf.commands.cli import main
 from perlhf.config.labelling import LabelConfig, LabelExportConfig, LabelImportConfig, ProjectConfig
 from perlhf.errors import ConfigError, RunError
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Said, as_json
 from perlhf.labelling.project import LABELS, PROJECT, bring, export, made, prepared, settings_of, take
 from perlhf.labelling.questions import SERVED, Question, question, questions, uniform
 from perlhf.labelling.records import LABELS as EXPORTED
 from perlhf.labelling.settled import settled
-from perlhf.labelling.store import Store
 from perlhf.serving.feedback import Answers, Feedback
 
 
@@ -255,15 +255,15 @@ def with_label(**values: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "seconds in words": (with_label(seconds="long"), "seconds is 'long'"),
-    "no number": (with_question(place=float("nan")), "not JSON compliant"),
-    "an endless number": (with_label(stored=float("inf")), "not JSON compliant"),
+    "no number": (with_question(place=float("nan")), "question.place is nan"),
+    "an endless number": (with_label(stored=float("inf")), "stored is inf"),
     "a place beyond": (with_question(place=2), "question.place is 2"),
     "a huge number": (with_question(wanted=10**30), "question.wanted is 1000000"),
     "a time that is none": (with_label(stored=1e15), "stored is 1000000000000000.0"),
     "negative seconds": (with_label(seconds=-1), "seconds is -1"),
     "a flag for a number": (with_label(seconds=True), "seconds is True"),
     "graded without grades": (with_label(verdict="graded"), "verdict is 'graded' of 2 answers"),
-    "grades that are none": (with_label(grades={"a": 9}), "grades is {'a': 9}"),
+    "grades that are none": (with_label(grades={"a": 9}), "grades['a'] is 9"),
     "grades of a comparison": (with_label(grades={"a": 3}), "verdict is 'first' with the grades"),
     "a reason that is a number": (with_label(reason=7), "reason is 7"),
     "an edit that is a number": (with_label(edit=5), "edit is 5"),
@@ -274,9 +274,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "messages that are none": (with_question(prompt=[5]), "question.prompt is [5]"),
     "a role that is none": (with_question(prompt=[{"role": "x", "content": "y"}]), "message of role 'x'"),
     "answers in one text": (with_question(answers="ab"), "question.answers is 'ab'"),
+    "an answer that is a number": (with_question(answers=["a", 5]), "question.answers[1] is 5"),
     "three answers": (with_question(answers=["a", "b", "c"]), "question.answers is ['a', 'b', 'c']"),
     "the same answer twice": (with_question(answers=["a", "a"]), "question.answers is ['a', 'a']"),
-    "half a surrogate pair": (with_label(key="\ud800"), "half of a surrogate pair"),
+    "half a surrogate pair": (with_label(key="\ud800"), "unexpected end of hex escape"),
     "an empty key": (with_label(key=""), "key is ''"),
     "a name that is none": (with_label(labeller="\x1b[2J"), "labeller is '\\x1b[2J'"),
     "drawn in another way": (with_question(drawn="first"), "question.drawn is 'first'"),

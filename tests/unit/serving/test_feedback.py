@@ -15,11 +15,11 @@ from perlhf.data.read import read_all
 from perlhf.data.records import Comparison, Demonstration, Rating
 from perlhf.errors import ConfigError, PerlhfError, RunError
 from perlhf.labelling import records
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Said
 from perlhf.labelling.progress import progress
 from perlhf.labelling.project import export, settings_of
 from perlhf.labelling.questions import question
-from perlhf.labelling.store import Store
 from perlhf.serving.feedback import Answers, Feedback
 
 TALK = [{"role": "user", "content": "A large latte, please."}]

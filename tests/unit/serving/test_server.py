@@ -18,8 +18,8 @@ from tiny_models import randomise
 
 from perlhf.data.records import Rating
 from perlhf.evaluation.reward import score_by_members
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.project import LABELS
-from perlhf.labelling.store import Store
 from perlhf.method.packing import completed, pack
 from perlhf.rollout.local import Ends, sample, uniforms
 from perlhf.serving.engine import Limits

@@ -28,11 +28,11 @@ from perlhf.config.labelling import ProjectConfig
 from perlhf.errors import PerlhfError, RunError, StorageError
 from perlhf.labelling import progress
 from perlhf.labelling.addresses import is_own
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Labeller, Said, Task
 from perlhf.labelling.pages import shown
 from perlhf.labelling.pages.explained import Explainer
 from perlhf.labelling.redact import redacted
-from perlhf.labelling.store import Store
 
 BODY_BYTES = 256 * 1024
 TEXT_LETTERS = 20_000

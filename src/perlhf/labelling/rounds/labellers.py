@@ -11,10 +11,10 @@ from perlhf.config.loop import LoopConfig
 from perlhf.data.coffee_bar.gold import gold
 from perlhf.evaluation.judge import judge
 from perlhf.evaluation.shared import progress
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Label, Labeller, Said
 from perlhf.labelling.project import prepared
 from perlhf.labelling.questions import Question, uniform
-from perlhf.labelling.store import Store
 from perlhf.system.console import note
 
 AT_ONCE = 8

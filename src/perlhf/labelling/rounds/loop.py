@@ -34,6 +34,7 @@ from perlhf.errors import ConfigError, DataError, RunError
 from perlhf.evaluation.evaluate import evaluate
 from perlhf.evaluation.shared import plain
 from perlhf.labelling import records
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.progress import progress
 from perlhf.labelling.project import LABELS, made
 from perlhf.labelling.questions import prompts_of, question
@@ -42,7 +43,6 @@ from perlhf.labelling.rounds.network import Pair
 from perlhf.labelling.rounds.order import choose, disagreement, information
 from perlhf.labelling.rounds.results import DUEL, LEARN, MEASURE, Asked, Places
 from perlhf.labelling.settled import settled
-from perlhf.labelling.store import Store
 from perlhf.model.bases.found import Base, pull
 from perlhf.runs.earlier import check_runs
 from perlhf.runs.manifest import LOCK, RESULT, check_continues, locked

@@ -12,12 +12,12 @@ import numpy as np
 from perlhf.config.loop import LoopConfig
 from perlhf.data.coffee_bar.gold import gold
 from perlhf.data.splits import split_of
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Label
 from perlhf.labelling.progress import LEARNED
 from perlhf.labelling.questions import Question
 from perlhf.labelling.rounds import figures
 from perlhf.labelling.rounds.order import Floats
-from perlhf.labelling.store import Store
 from perlhf.reports import loop as page
 from perlhf.runs.evaluations import as_json, mapping, read_evaluation
 from perlhf.runs.manifest import RESULT

@@ -21,12 +21,12 @@ from forks import forked
 from labelling_load import Load
 
 from perlhf.config.labelling import ProjectConfig
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Said
 from perlhf.labelling.pages.explained import Explainer
 from perlhf.labelling.pages.server import BODY_BYTES, Limit, Page, application
 from perlhf.labelling.project import LABELS
 from perlhf.labelling.questions import SERVED, Question
-from perlhf.labelling.store import Store
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> [a](javascript:alert(3)) ![b](http://c/d.png)"
 

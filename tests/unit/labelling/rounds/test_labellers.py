@@ -10,10 +10,10 @@ import pytest
 from perlhf.config.labelling import ProjectConfig
 from perlhf.config.loop import LoopConfig
 from perlhf.errors import ServiceError, StorageError
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Said
 from perlhf.labelling.questions import Question, question
 from perlhf.labelling.rounds import labellers
-from perlhf.labelling.store import Store
 
 PROMPT = [{"role": "user", "content": "A large latte to go, please."}]
 GOOD, BAD = "Of course! A large latte to go. Anything else?", "Whatever."

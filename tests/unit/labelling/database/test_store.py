@@ -8,9 +8,9 @@ from forks import forked
 from kills import killed_at
 
 from perlhf.errors import RunError
+from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Said, as_json, from_json
 from perlhf.labelling.questions import Question
-from perlhf.labelling.store import Store
 
 
 def question(number: int, wanted: int = 1, known: str | None = None) -> Question:
