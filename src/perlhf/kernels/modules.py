@@ -1,9 +1,8 @@
 """The network's modules as we compute them: adapted linear layers, norms, gated MLPs, attention with rotary positions.
 
 `fuse` puts them in the place of the network's own. They do what those do, operation by operation, so that their
-outputs are the same bit for bit; a module whose output differs on random input stays as it is. Their backwards take
-fewer passes over memory and keep fewer tensors. A CPU's own kernels (`cpu`) then add up in another order. Parameters
-keep their names.
+outputs are the same bit for bit; a module whose output differs on random input stays as it is. Parameters keep their
+names.
 """
 
 import zlib
@@ -12,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +18,7 @@ from perlhf.errors import AdapterError
 from perlhf.kernels import cpu, members
 from perlhf.kernels.attention import tree_attention
 from perlhf.kernels.call import HeldPair, current_call
+from perlhf.kernels.elementwise import rms_norm, rotated, silu_product
 from perlhf.kernels.quantised import QuantisedLinear, dtype_of
 from perlhf.method.lora import (
     LowRank,
@@ -135,14 +134,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same shape and dtype."""
-        if not torch.is_grad_enabled():
-            # Without the cost of a graph's node, which shows where there are few rows.
-            own_kernel = cpu.usable(x, self.weight)
-            plain = x.dtype == self.weight.dtype == torch.float32 and not own_kernel
-            if plain or (x.device.type == "cuda" and current_call().sampling):
-                return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-            return _normed(x, self.weight, self.eps, own_kernel=own_kernel)[0]
-        return cast(Tensor, _RmsNorm.apply(x, self.weight, self.eps))
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GatedMlp(nn.Module):
@@ -154,12 +146,7 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to the same shape."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.is_grad_enabled():
-            product = _SiluProduct.apply(gate, up)
-        else:
-            product = _gated(gate, up, own_kernel=cpu.usable(gate, up))
-        return self.down_proj(cast(Tensor, product))
+        return self.down_proj(silu_product(self.gate_proj(x), self.up_proj(x)))
 
 
 class Linear(nn.Linear):
@@ -405,75 +392,6 @@ def _random(module: Any) -> Tensor:
     return torch.randn(1, 5, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float, *, own_kernel: bool) -> tuple[Tensor, Tensor]:
-    """The output and 1 / sqrt(mean(x^2) + eps)."""
-    if own_kernel:
-        x = x.contiguous()
-        out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-        cpu.call("norm", x, weight, out, inverse, inverse.numel(), x.shape[-1], float(eps))
-        return out, inverse
-    wide = x.float()
-    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (wide * inverse).to(x.dtype), inverse
-
-
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.own_kernel = cpu.usable(x, weight)
-        out, inverse = _normed(x, weight, eps, own_kernel=ctx.own_kernel)
-        ctx.save_for_backward(x, weight, inverse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, inverse = cast(tuple[Tensor, ...], ctx.saved_tensors)
-        if ctx.own_kernel and not ctx.needs_input_grad[1]:
-            x, above = x.contiguous(), grads[0].contiguous()
-            grad_x = torch.empty_like(x)
-            cpu.call("norm_backward", x, weight, inverse, above, grad_x, inverse.numel(), x.shape[-1])
-            return grad_x, None, None
-        wide, grad = x.float(), grads[0].float()
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * (wide * inverse)).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        # With n = x r and r = (mean(x^2) + eps)^(-1/2): dx = r (g w) - x r^3 mean(g w x).
-        grad = grad * weight.float()
-        along = torch.linalg.vecdot(grad, wide).unsqueeze(-1) * inverse.pow(3) / -x.shape[-1]
-        return grad.mul_(inverse).addcmul_(wide, along).to(x.dtype), grad_weight, None
-
-
-def _gated(gate: Tensor, up: Tensor, *, own_kernel: bool) -> Tensor:
-    if not own_kernel:
-        return F.silu(gate).mul_(up)
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    cpu.call("gated", gate, up, out, gate.numel())
-    return out
-
-
-class _SiluProduct(torch.autograd.Function):
-    """silu(gate) * up; keeps gate and up, not silu(gate)."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.own_kernel = cpu.usable(gate, up)
-        ctx.save_for_backward(gate, up)
-        return _gated(gate, up, own_kernel=ctx.own_kernel)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gate, up = cast(tuple[Tensor, ...], ctx.saved_tensors)
-        if ctx.own_kernel:
-            gate, up, above = gate.contiguous(), up.contiguous(), grads[0].contiguous()
-            by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
-            cpu.call("gated_backward", gate, up, above, by_gate, by_up, gate.numel())
-            return by_gate, by_up
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
-
-
 def _is_llama_attention(module: nn.Module) -> bool:
     """Whether `SelfAttention` may take the place of `module`: it has the same layers and nothing else."""
     return (
@@ -514,51 +432,3 @@ def _same_bits(module: nn.Module, own: Any, x: Tensor, turn: tuple[Tensor, Tenso
                     raise
                 return False
     return all(equal)
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + (-second half, first half of x) sin: rotary positions (arXiv 2104.09864), halves as in Llama.
-
-    Args:
-        x: [batch, time, heads, width].
-        cos, sin: [batch or 1, time, width], or narrower: the rest of each head isn't turned.
-    """
-    if (turned := cos.shape[-1]) < x.shape[-1]:
-        return torch.cat([rotated(x[..., :turned], cos, sin), x[..., turned:]], -1)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return cast(Tensor, _Rotated.apply(x, cos, sin))
-    return _rotated(x, cos, sin, back=False, own_kernel=_can_rotate(x, cos, sin))
-
-
-def _can_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    return x.shape[-1] % 2 == 0 and cpu.usable(x, cos, sin)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool, own_kernel: bool) -> Tensor:
-    """The rotation, or with `back` its gradient by x of a gradient by its output."""
-    batch, time, heads, width = x.shape
-    if own_kernel:
-        x, (cos, sin) = x.contiguous(), (t.expand(batch, -1, -1).contiguous() for t in (cos, sin))
-        out = torch.empty_like(x)
-        cpu.call("rotate", x, cos, sin, out, batch * time, heads, width, int(back))
-        return out
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    if not back:
-        first, second = x.chunk(2, -1)
-        return (x * cos) + (torch.cat((-second, first), -1) * sin)
-    first, second = (x * sin).chunk(2, -1)
-    return (x * cos) + torch.cat((second, -first), -1)
-
-
-class _Rotated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.own_kernel = _can_rotate(x, cos, sin)
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, back=False, own_kernel=ctx.own_kernel)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        cos, sin = cast(tuple[Tensor, Tensor], ctx.saved_tensors)
-        return _rotated(grads[0], cos, sin, back=True, own_kernel=ctx.own_kernel), None, None

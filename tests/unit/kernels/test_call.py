@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from perlhf.kernels import cpu
 from perlhf.kernels.call import Call, Turns, calling, current_call
-from perlhf.kernels.modules import GatedMlp, RmsNorm, rotated
+from perlhf.kernels.elementwise import rotated
+from perlhf.kernels.modules import GatedMlp, RmsNorm
 
 WAIT_SECONDS = 30.0
 

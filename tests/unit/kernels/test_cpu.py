@@ -18,8 +18,8 @@ from perlhf.kernels import cpu, modules
 from perlhf.kernels.attention import tree_attention
 from perlhf.kernels.attention.sight import FULL, Sight
 from perlhf.kernels.attention.tree_attention import Tree
+from perlhf.kernels.elementwise import rms_norm, rotated, silu_product
 from perlhf.kernels.kv_cache import KeyValueCache
-from perlhf.kernels.modules import rotated
 from perlhf.method.packing import lay_out
 
 # Not skipped where a compiler fails: then every run would go without the kernels and nobody would notice.
@@ -151,8 +151,8 @@ def test_norms_and_gated_products(dtype: torch.dtype, rows: int, width: int) -> 
     for exact in (False, True):
         own = [t.detach().float().requires_grad_() if exact else t for t in (x, up)]
         with cpu.off() if exact else cpu.sampling():
-            normed = modules._RmsNorm.apply(own[0], weight.float() if exact else weight, 1e-5)
-            gated = modules._SiluProduct.apply(*own)
+            normed = rms_norm(own[0], weight.float() if exact else weight, 1e-5)
+            gated = silu_product(*own)
             grads = [torch.autograd.grad(out, own, grad.to(out.dtype), allow_unused=True) for out in (normed, gated)]
         results.append([normed, gated, grads[0][0], *grads[1]])
     for ours, wanted in zip(*results, strict=True):
@@ -178,7 +178,7 @@ def test_rotary_positions(batch: int, time: int, heads: int, width: int, dtype: 
 def test_a_gated_product_by_hand() -> None:
     # silu(ln 3) = ln 3 * 3/4; its slope = 3/4 (1 + ln 3 (1 - 3/4)).
     gate, up = torch.tensor([math.log(3.0)], requires_grad=True), torch.tensor([2.0], requires_grad=True)
-    out = modules._SiluProduct.apply(gate, up)
+    out = silu_product(gate, up)
     assert isinstance(out, Tensor) and out.item() == pytest.approx(2 * math.log(3) * 0.75)
     by_gate, by_up = torch.autograd.grad(out, (gate, up))
     assert by_up.item() == pytest.approx(math.log(3) * 0.75)

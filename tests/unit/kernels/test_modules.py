@@ -19,7 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from perlhf.errors import AdapterError
 from perlhf.kernels import cpu, modules
 from perlhf.kernels.call import Call, calling
-from perlhf.kernels.modules import AdaptedLinear, SelfAttention, match_targets, rotated
+from perlhf.kernels.elementwise import rotated
+from perlhf.kernels.modules import AdaptedLinear, SelfAttention, match_targets
 from perlhf.method.lora import LowRank
 
 SMALL = LlamaConfig(hidden_size=12, intermediate_size=20, num_attention_heads=2)
