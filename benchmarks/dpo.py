@@ -34,7 +34,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     from perlhf.data.splits import load
     from perlhf.model.bases.loading import load_tokenizer, pick_device, pick_dtype
     from perlhf.model.encoding.encode import Encoder
-    from perlhf.model.open import read_run
+    from perlhf.model.finished import read_run
     from perlhf.system.machine import peak_memory_bytes
 
     sft = read_run(arguments.sft, ("sft",))

@@ -21,7 +21,8 @@ from perlhf.data.splits import load
 from perlhf.evaluation.explain import explain, mean_explanation, sentences
 from perlhf.evaluation.reward import mean_of_members, score_by_members
 from perlhf.method.metrics import cluster_bootstrap
-from perlhf.model.open import load_earlier, read_run
+from perlhf.model.finished import read_run
+from perlhf.model.open import load_earlier
 
 RISE = 0.1
 NEUTRAL = ("Okay.", "Sure.", "Yes.", "Thank you!")

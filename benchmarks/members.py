@@ -19,7 +19,8 @@ from scipy.stats import spearmanr
 
 from perlhf.data.coffee_bar.gold import gold
 from perlhf.method.packing import batches
-from perlhf.model.open import load_earlier, read_run
+from perlhf.model.finished import read_run
+from perlhf.model.open import load_earlier
 from perlhf.rollout.scorers import Combine, Level, centred, combine, score_batches
 
 HOW: tuple[Combine, ...] = ("mean", "min", "mean_minus_std")

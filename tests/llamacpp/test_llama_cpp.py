@@ -32,7 +32,7 @@ from perlhf.commands.cli import main
 from perlhf.commands.exports.export import export
 from perlhf.config.commands import ExportConfig
 from perlhf.model.bases.gguf.tokenizer import cuts
-from perlhf.model.open import read_run
+from perlhf.model.finished import read_run
 from perlhf.model.to_gguf.files import write_adapter, write_network
 from perlhf.model.to_gguf.vocabulary import vocabulary_of
 from perlhf.rollout.local import Ends, stream

@@ -12,7 +12,7 @@ from toy import BAD, GOOD, read_json
 from perlhf.commands.cli import main
 from perlhf.model import saved
 from perlhf.model.adapter import Adapter
-from perlhf.model.open import FinishedRun, read_run
+from perlhf.model.finished import FinishedRun, read_run
 
 TEXTS = [(f"a tea please {number}", text) for number, text in enumerate((*GOOD, *BAD))]
 

@@ -11,7 +11,7 @@ from perlhf.commands import chat as chatting
 from perlhf.commands.chat import chat
 from perlhf.config.commands import ChatConfig
 from perlhf.errors import ConfigError, RunError
-from perlhf.model.open import read_run
+from perlhf.model.finished import read_run
 from perlhf.rollout.local import Ends, sample, stream, uniforms
 
 

@@ -23,7 +23,7 @@ from perlhf.evaluation.evaluate import evaluate, score
 from perlhf.model.bases.found import Base
 from perlhf.model.bases.loading import load_tokenizer
 from perlhf.model.encoding.encode import Encoder
-from perlhf.model.open import read_run
+from perlhf.model.finished import read_run
 from perlhf.runs.evaluations import as_json
 from perlhf.runs.read import read_runs
 from perlhf.training.policy import train_policy

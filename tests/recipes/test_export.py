@@ -29,7 +29,7 @@ from perlhf.data.records import Rating
 from perlhf.data.splits import load
 from perlhf.errors import AdapterError, ConfigError
 from perlhf.model.encoding.encode import Encoder
-from perlhf.model.open import read_run
+from perlhf.model.finished import read_run
 from perlhf.training.sft import train_sft
 
 # peft asks transformers for a name that is on its way out.

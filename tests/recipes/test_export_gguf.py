@@ -22,8 +22,8 @@ from perlhf.model.bases.found import Base
 from perlhf.model.bases.gguf.header import read_header
 from perlhf.model.bases.gguf.tokenizer import read_tokenizer
 from perlhf.model.bases.loading import load_base
+from perlhf.model.finished import read_run
 from perlhf.model.merged import merged_network, rounded_to
-from perlhf.model.open import read_run
 from perlhf.training.sft import train_sft
 
 

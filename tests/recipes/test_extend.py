@@ -11,7 +11,7 @@ from toy import command, demonstrations, lasting, metrics, outcome, read_json, w
 from perlhf.data.records import Rating
 from perlhf.data.splits import load
 from perlhf.evaluation.reward import score_records
-from perlhf.model.open import read_run
+from perlhf.model.finished import read_run
 from perlhf.training import checkpoint
 
 TOTAL = {"sft": "--max-updates", "reward": "--max-updates", "policy": "--updates"}

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from perlhf.data.records import Rating
 from perlhf.data.splits import load
 from perlhf.model.bases.found import Base
+from perlhf.model.finished import read_run
 from perlhf.model.model import Model
-from perlhf.model.open import read_run
 
 # peft asks transformers for a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

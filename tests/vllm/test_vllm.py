@@ -15,8 +15,8 @@ from toy import command, write_feedback
 
 from perlhf.commands.cli import main
 from perlhf.model.encoding.encode import Encoder
+from perlhf.model.finished import Given, read_run
 from perlhf.model.model import Model
-from perlhf.model.open import Given, read_run
 from perlhf.model.saved import save_adapter
 from perlhf.rollout.local import Ends, sample
 

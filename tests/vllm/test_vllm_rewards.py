@@ -12,7 +12,7 @@ from toy import command, comparisons, write_feedback
 from perlhf.commands.cli import main
 from perlhf.commands.exports import elsewhere
 from perlhf.method.packing import pack
-from perlhf.model.open import read_run
+from perlhf.model.finished import read_run
 
 NEAR = 1e-3
 """Scores in float32 differ by the order in which numbers are added, over 30 layers."""

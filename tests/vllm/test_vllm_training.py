@@ -11,7 +11,7 @@ from real_server import KEY, NAME, RANK, SLOTS
 from toy import command, metrics, override, prompts, read_json, read_lines, write_feedback
 
 from perlhf.commands.cli import main
-from perlhf.model.open import read_run
+from perlhf.model.finished import read_run
 from perlhf.rollout.local import Ends, sample
 
 UPDATES, PROMPTS, COMPLETIONS, TOKENS = 3, 4, 4, 32

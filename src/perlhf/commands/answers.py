@@ -18,7 +18,7 @@ from perlhf.labelling.project import LABELS, bring, made
 from perlhf.labelling.questions import Question, asked, prompts_of
 from perlhf.labelling.rounds.network import answered
 from perlhf.model.encoding.encode import Encoder
-from perlhf.model.open import Given, read_run
+from perlhf.model.finished import Given, read_run
 from perlhf.rollout.vllm.probe import PROBE_TOKENS
 from perlhf.serving.models import BASE, Models, Speaker
 from perlhf.system.files import from_json, storage_errors, write_atomic

@@ -18,7 +18,7 @@ from perlhf.config.stages import RewardConfig
 from perlhf.errors import AdapterError, ConfigError, RunError
 from perlhf.method import lora
 from perlhf.model.adapter import Adapter
-from perlhf.model.open import FinishedRun, read_run
+from perlhf.model.finished import FinishedRun, read_run
 from perlhf.model.saved import ENCODING, SavedAdapter, read_adapter, write_adapter
 from perlhf.runs.earlier import adapter_of, files_hash
 from perlhf.runs.evaluations import mapping

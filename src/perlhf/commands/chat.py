@@ -8,8 +8,8 @@ from typing import Any
 from perlhf.config.commands import ChatConfig
 from perlhf.data.records import Message
 from perlhf.model.encoding.encode import Encoder
+from perlhf.model.finished import Given, read_run
 from perlhf.model.model import Model
-from perlhf.model.open import Given, read_run
 from perlhf.rollout.local import Ends, stream, uniforms
 from perlhf.serving.models import BASE, Models, Speaker
 

@@ -24,8 +24,8 @@ from perlhf.evaluation.reward import evaluate_reward, mean_of_members, score_by_
 from perlhf.evaluation.sft import evaluate_sft
 from perlhf.evaluation.shared import progress
 from perlhf.model.encoding.encode import Encoder
+from perlhf.model.finished import FinishedRun, Given, read_run
 from perlhf.model.model import Model
-from perlhf.model.open import FinishedRun, Given, read_run
 from perlhf.parallel.together import together
 from perlhf.parallel.workers import Workers
 from perlhf.rollout.functions import code_of, importable

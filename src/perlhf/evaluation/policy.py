@@ -21,8 +21,9 @@ from perlhf.evaluation.shared import ROWS, Sampling, both_sides, measure, plain,
 from perlhf.method import advantages, metrics
 from perlhf.method.packing import batches, completed
 from perlhf.model.encoding.encode import Encoder
+from perlhf.model.finished import FinishedRun
 from perlhf.model.model import Model
-from perlhf.model.open import FinishedRun, load_earlier, load_sft
+from perlhf.model.open import load_earlier, load_sft
 from perlhf.parallel.workers import Workers
 from perlhf.rollout.functions import TrainerState
 from perlhf.rollout.local import Rollout

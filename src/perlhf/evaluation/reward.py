@@ -18,8 +18,8 @@ from perlhf.method import metrics
 from perlhf.method.metrics import Statistic
 from perlhf.method.packing import Packing, batches
 from perlhf.model.encoding.encode import Encoder
+from perlhf.model.finished import FinishedRun
 from perlhf.model.model import Model
-from perlhf.model.open import FinishedRun
 from perlhf.parallel.shares import own_of
 from perlhf.parallel.workers import ALONE, Workers
 from perlhf.rollout.ensemble import passes

@@ -16,8 +16,8 @@ from perlhf.evaluation.shared import Sampling, both_sides, measure, plain, progr
 from perlhf.method.metrics import Statistic
 from perlhf.method.packing import batches
 from perlhf.model.encoding.encode import Encoder, Example
+from perlhf.model.finished import FinishedRun
 from perlhf.model.model import Model
-from perlhf.model.open import FinishedRun
 from perlhf.parallel.shares import own_of
 from perlhf.parallel.workers import Workers
 from perlhf.rollout.local import check_finite

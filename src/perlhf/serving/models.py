@@ -21,8 +21,8 @@ from perlhf.model.bases.loading import end_ids, load_tokenizer, vocabulary
 from perlhf.model.bases.untrained import untrained_tokens
 from perlhf.model.encoding.encode import Encoder
 from perlhf.model.encoding.templates import plain_template
+from perlhf.model.finished import FinishedRun, Given, read_run
 from perlhf.model.model import Model
-from perlhf.model.open import FinishedRun, Given, read_run
 from perlhf.rollout.ensemble import forget
 from perlhf.rollout.rows import Under
 from perlhf.runs.earlier import adapter_of, files_hash, is_adapter

@@ -17,7 +17,7 @@ from forks import forked
 
 from perlhf.config.stages import LogConfig, OptimConfig, RewardConfig, SftConfig
 from perlhf.errors import ConfigError, RunError, StorageError
-from perlhf.model.open import read_run
+from perlhf.model.finished import read_run
 from perlhf.runs.run import open_run
 
 FACTS = {"data": {"feedback.json": "aa11"}, "base": {"name": "tiny", "sha256": "bb22"}}

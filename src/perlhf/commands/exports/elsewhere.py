@@ -15,7 +15,7 @@ from perlhf.config.stages import PLAIN_TEMPLATES
 from perlhf.data.records import Record, Text, completions_of
 from perlhf.model.bases.packaged import SMOLLM2, quiet
 from perlhf.model.encoding.encode import Encoder, Example
-from perlhf.model.open import FinishedRun
+from perlhf.model.finished import FinishedRun
 
 AT_ONCE = 8
 """Texts in one padded batch."""

@@ -35,8 +35,8 @@ from perlhf.model.bases.loading import configuration, end_ids, holds_more_than_t
 from perlhf.model.bases.packaged import SMOLLM2, disk_errors, quiet
 from perlhf.model.bases.quantised import bitsandbytes_settings
 from perlhf.model.encoding.encode import Encoder
+from perlhf.model.finished import FinishedRun, Given, read_run
 from perlhf.model.merged import bare_network, merged_network, rounded_to
-from perlhf.model.open import FinishedRun, Given, read_run
 from perlhf.model.to_gguf.files import write_adapter, write_network
 from perlhf.model.to_gguf.settings import check_shape
 from perlhf.model.to_gguf.vocabulary import ends_left_out, vocabulary_of

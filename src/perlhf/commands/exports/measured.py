@@ -17,8 +17,8 @@ from perlhf.data.splits import load
 from perlhf.evaluation.reward import score_records
 from perlhf.method.packing import Ids, Tokens, pack, pad
 from perlhf.model.encoding.encode import Encoder
+from perlhf.model.finished import FinishedRun
 from perlhf.model.model import Model
-from perlhf.model.open import FinishedRun
 
 PROMPTS = 8
 """Prompts on which the error of merging is measured."""

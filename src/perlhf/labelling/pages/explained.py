@@ -154,7 +154,8 @@ def _opened(runs: Sequence[str]) -> tuple[int, Callable[[Text, Sequence[Text]], 
     import torch
 
     from perlhf.evaluation.explain import explain, mean_explanation
-    from perlhf.model.open import load_earlier, read_run
+    from perlhf.model.finished import read_run
+    from perlhf.model.open import load_earlier
 
     found = [read_run(Path(run), ("reward",)) for run in runs]
     for run in found:

@@ -12,7 +12,7 @@ from perlhf.errors import ConfigError
 from perlhf.evaluation.reward import score_by_members
 from perlhf.labelling.questions import Question, uniform
 from perlhf.labelling.rounds.order import Floats, disagreement, information
-from perlhf.model.open import read_run
+from perlhf.model.finished import read_run
 
 
 def ranked(project: ProjectConfig, questions: Sequence[Question]) -> list[Question]:
