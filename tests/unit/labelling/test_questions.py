@@ -91,6 +91,31 @@ def test_numbers_and_names_of_keys_in_tool_calls_are_masked(tmp_path: Path) -> N
     }
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("half \ud800", "half of a surrogate pair"),
+        (["x", "y"], "which is no object"),
+        ([{"content": "x"}], "'role' is missing"),
+        ([{"role": "assistant", "content": 5}], "which is no text"),
+        ([{"role": "assistant", "content": "half \ud800"}], "half of a surrogate pair"),
+        ([{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}], "holds assistant, user"),
+        ([{"role": "assistant", "content": [{"type": "image_url"}]}], "perlhf reads no images"),
+    ],
+)
+def test_an_answer_that_cant_be_shown_or_learned_from_is_refused(answer: Any, said: str, tmp_path: Path) -> None:
+    for row in ({"completions": ["a", answer]}, {"completion_a": answer, "completion_b": "a"}):
+        with pytest.raises(DataError, match=said) as error:
+            asked([{"prompt": "p"} | row], tmp_path)
+        assert str(error.value).startswith(f"{tmp_path / 'rows.jsonl'}:1: ")
+
+
+def test_messages_whose_content_comes_in_parts_are_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]
+    (question,) = asked([{"prompt": "p", "completions": [[{"role": "assistant", "content": parts}], "z"]}], tmp_path)
+    assert question.answers == ([{"role": "assistant", "content": "xy"}], "z")
+
+
 def test_nothing_to_ask_says_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="two answers of one prompt"):
         asked([{"prompt": "p"}], tmp_path)
