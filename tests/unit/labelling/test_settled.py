@@ -358,6 +358,15 @@ def test_a_project_that_masks_masks_what_it_takes(tmp_path: Path) -> None:
     assert len(there.questions()) == 12, "the same questions as those that it asks itself"
 
 
+def test_what_comes_back_masked_asks_nothing_anew(tmp_path: Path) -> None:
+    place, out, _ = exported(tmp_path)
+    target = copy(tmp_path / "copy", redact=True)
+    assert take(LabelImportConfig(project=target, source=out)) == 2
+    export(LabelExportConfig(project=target, output=tmp_path / "masked"))
+    assert take(LabelImportConfig(project=place, source=tmp_path / "masked")) == 0
+    assert len(Store(place / LABELS).questions()) == 12
+
+
 def test_settings_are_kept_by_a_copy_that_was_filled_by_an_import(tmp_path: Path) -> None:
     _, out, _ = exported(tmp_path)
     target = copy(tmp_path / "copy")

@@ -67,12 +67,12 @@ def take(connection: sa.Connection, label: Label, known: dict[str, Labeller], no
     Raises:
         DataError: its question's key is that of another question.
     """
+    if connection.scalar(sa.select(LABELS.c.id).where(LABELS.c.key == label.key)) is not None:
+        return False
     asked = _stored(connection, label.question)
     if _texts(asked.body) != _texts(row_of(label.question)["body"]):
         what = f"the question of the label {label.key!r:.60} is here with another prompt or other answers"
         raise DataError(what, where=f"question.key {asked.key!r:.80}", allowed="a key for each question")
-    if connection.scalar(sa.select(LABELS.c.id).where(LABELS.c.key == label.key)) is not None:
-        return False
     name, pseudonym = label.labeller.name, label.labeller.pseudonym
     person = known.get(pseudonym) or known.get(name)
     if person is None:
