@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from perlhf.config.labelling import ProjectConfig, QuestionsConfig
 from perlhf.config.stages import DataConfig
-from perlhf.data.fields import refuse_surrogates
+from perlhf.data.fields import prompt_group, refuse_surrogates
 from perlhf.data.read import read_all
 from perlhf.data.readers.messages import messages
 from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text, content_of
@@ -118,8 +118,10 @@ def question(
 ) -> Question | None:
     """One question of a project, at a random place among all; None where its two answers are the same."""
     if project.redact:
-        # A group is often the first turn itself; prompts that differ in what is masked alone become one group.
-        prompt, answers, group = masked(prompt), tuple(map(masked, answers)), redacted(group)
+        given, prompt, answers = prompt_group(prompt), masked(prompt), tuple(map(masked, answers))
+        # A group is often the first turn's words without their signs, among which no address is found any more; prompts
+        # that differ in what is masked alone become one group.
+        group = prompt_group(prompt) if group == given else redacted(group)
     if len(answers) == 2 and answers[0] == answers[1]:
         return None
     key = hashlib.sha256(json.dumps([project.kind, prompt, answers], sort_keys=True).encode()).hexdigest()

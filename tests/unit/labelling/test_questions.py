@@ -73,7 +73,9 @@ def test_what_identifies_people_is_masked_before_it_is_stored(tmp_path: Path) ->
     (question,) = asked(rows, tmp_path, redact=True)
     assert question.prompt == [{"role": "user", "content": "I am [mail address]"}]
     assert question.answers == ("x", "call [phone number]")
-    assert "@" not in question.group, "which is often the first turn"
+    assert question.group == "i am mail address", "no aborg: it is often the first turn's words without their signs"
+    rows = [{"prompt": "call (0301) 234567", "completions": ["x", "y"], "group": "of a@b.org"}]
+    assert [question.group for question in asked(rows, tmp_path, redact=True)] == ["of [mail address]"]
 
 
 def test_numbers_and_names_of_keys_in_tool_calls_are_masked(tmp_path: Path) -> None:
