@@ -115,6 +115,8 @@ function answer(verdict) {
 }
 
 async function undo() {
+  // The one before it would be taken back, and the question of the one that waits with it.
+  if (localStorage.getItem(WAITING) !== null) return say("Your last answer isn’t stored yet.", true);
   if (sending) return;
   lock(true);
   try {
