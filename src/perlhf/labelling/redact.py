@@ -9,8 +9,8 @@ dashes, dots, slashes or brackets between one and the next, are a run; in it
   more and all that stands there, or all between two spaces.
 
 Dates (2026-11-28, 28.11.2026, 28/11/2026, 28-11-2026), fractions of seven or more places (3.14159265) and what is
-nothing but years, or decimal numbers and IPv4 addresses (10.00 - 18.00, 192.168.0.1), stay. Digits that touch a letter
-of the Latin alphabet are no group: names of files, hashes.
+nothing but years, or decimal numbers and addresses in private networks (10.00 - 18.00, 192.168.0.1), stay. Digits that
+touch a letter of the Latin alphabet are no group: names of files, hashes.
 """
 
 import re
@@ -35,9 +35,10 @@ _DIGITS = rf"(?!\+?\(?{_KEPT})\+?\(?\d+(?![\dA-Za-z])"
 _SPACE = r"[^\S\n\r\f\v\x85\u2028\u2029]"
 _BETWEEN = rf"(?:{_SPACE}|[-\u2010-\u2015\u2212./()]){{1,3}}"
 _RUN = re.compile(rf"(?P<kept>{_KEPT})|(?<![\dA-Za-z]){_DIGITS}(?:{_BETWEEN}{_DIGITS})*")
-# Four pairs of digits with dots between them are a phone number rather than an IPv4 address.
-_BYTE = r"(?:0|1\d{0,2}|2[0-4]\d|25[0-5]|[2-9]\d?)"
-_NUMBER = rf"(?:{_WHOLE}\.\d+|(?=[\d.]*\d{{3}}){_BYTE}(?:\.{_BYTE}){{3}})"
+# IPv4 addresses of private networks, and masks; others look like phone numbers (91.234.56.78 in Spain).
+_BYTE = r"\.(?:0|1\d{0,2}|2[0-4]\d|25[0-5]|[2-9]\d?)"
+_ADDRESS = rf"(?:(?:10|127|255){_BYTE}|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:{_BYTE}){{2}}"
+_NUMBER = rf"(?:{_WHOLE}\.\d+|{_ADDRESS})"
 _APART = rf"(?:{_SPACE}|[-\u2010-\u2015\u2212/()]){{1,3}}"
 _LIST = re.compile("|".join(rf"\(?{one}(?:{_APART}{one})*" for one in (r"(?:1[5-9]|20)\d\d", _NUMBER)))
 

@@ -58,7 +58,8 @@ from perlhf.labelling.redact import redacted
         ("[0.12 -0.34 0.56] with 0.001-0.005", "[0.12 -0.34 0.56] with 0.001-0.005"),
         ("at 52.5200 13.4050 in 2010 2011 2012", "at 52.5200 13.4050 in 2010 2011 2012"),
         ("ping 192.168.0.1 192.168.1.20:8080", "ping 192.168.0.1 192.168.1.20:8080"),
-        ("call 12.34.56.78 or 02.123.45.67", "call [phone number] or [phone number]"),  # no addresses of machines
+        ("10.0.0.1 - 10.0.0.255, 172.31.255.254 255.255.255.0", "10.0.0.1 - 10.0.0.255, 172.31.255.254 255.255.255.0"),
+        ("call 12.34.56.78, 02.123.45.67 or 91.234.56.78", "call [phone number], [phone number] or [phone number]"),
         ("call 030 12.34 56.78 or 212.555 1934", "call [phone number] or [phone number]"),  # more than decimal numbers
     ],
 )
