@@ -273,6 +273,10 @@ def test_stopping_keeps_what_came_and_asks_for_no_opinion(browser: Browser, cann
     expect(page.locator(".turn")).to_have_count(2)
 
 
+def _saying(status: int, body: str) -> Callable[[Route], None]:
+    return lambda route: route.fulfill(status=status, body=body)
+
+
 def test_feedback_that_cant_be_stored_waits_and_is_stored_once(browser: Browser, serve: Serve, tmp_path: Path) -> None:
     project = tmp_path / "project"
     with stand_in("--project", str(project)) as first:  # another knows its answers no more
@@ -287,6 +291,11 @@ def test_feedback_that_cant_be_stored_waits_and_is_stored_once(browser: Browser,
         last(page).locator("[data-thumb=down]").click()
         expect(page.locator("#waiting")).to_contain_text("What you said is kept here")
         expect(last(page).locator(".stored")).to_have_text("Not stored yet.")
+        for status in (200, 403):  # what a proxy says in the server's place
+            page.route("**/v1/feedback", _saying(status, "<h1>Log in"))
+            page.click("#deliver")
+            expect(page.locator("#waiting")).to_contain_text(f"The server said {status}. What you said is kept here")
+            expect(last(page).locator(".stored")).to_have_text("Not stored yet.")
         first.stop()
     page.unroute("**/v1/feedback")
     page.click("#deliver")

@@ -169,6 +169,41 @@ def test_an_answer_outlives_a_server_that_is_killed(browser: Browser, label: Any
     assert len(said) == 2
 
 
+@pytest.mark.parametrize(
+    ("status", "kind"), [(502, "text/html"), (503, "application/json"), (500, "text/plain"), (200, "text/html")]
+)
+def test_an_answer_outlives_what_a_proxy_says_instead_of_the_server(
+    status: int, kind: str, browser: Browser, label: Any, tmp_path: Path
+) -> None:
+    project = tmp_path / "project"
+    with label(project) as command:
+        page = enter(browser.new_context(), command.address, "Ana")
+        page.route("**/answer", lambda route: route.fulfill(status=status, content_type=kind, body="{}"))
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#message")).to_contain_text("It is kept here and sent again")
+        expect(page.locator("article")).to_be_visible()
+        page.unroute("**/answer")
+        expect(page.locator("#count")).to_have_text("1 of 800", timeout=10_000)
+    assert len(Store(project / "labels.sqlite").labels()) == 1
+
+
+def test_an_answer_that_waits_cant_be_taken_back_nor_the_one_before_it(
+    browser: Browser, label: Any, tmp_path: Path
+) -> None:
+    project = tmp_path / "project"
+    with label(project) as command:
+        page = enter(browser.new_context(), command.address, "Ana")
+        press(page, "ArrowLeft")
+        page.route("**/answer", lambda route: route.fulfill(status=429, content_type="text/plain", body="Wait."))
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#message")).to_contain_text("It is kept here and sent again")
+        page.keyboard.press("u")
+        expect(page.locator("#message")).to_have_text("Your last answer isn’t stored yet.")
+        page.unroute("**/answer")
+        expect(page.locator("#count")).to_have_text("2 of 800", timeout=10_000)
+    assert len(Store(project / "labels.sqlite").labels()) == 2
+
+
 def test_an_answer_that_waits_goes_to_no_other_project_and_no_other_person(
     browser: Browser, label: Any, tmp_path: Path
 ) -> None:

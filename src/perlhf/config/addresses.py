@@ -8,8 +8,10 @@ those come from the environment, as a key that is sent as a bearer token (PERLHF
 import os
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 from urllib.parse import quote, unquote_plus, urlsplit
+
+from pydantic import AfterValidator
 
 from perlhf.errors import ConfigError
 
@@ -24,6 +26,7 @@ HARMLESS = frozenset(
 """Names in a query whose values are shown and saved as they are. Whatever isn't here may be a secret under a name that
 nobody thought of (`code`, `sig`, `k`), and is taken from the environment."""
 
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
 _LIKE_ADDRESS = re.compile(r"\s*[A-Za-z][-+.A-Za-z0-9]+:/")
 _PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SECRET = re.compile(
@@ -38,6 +41,16 @@ class Filled(NamedTuple):
 
     url: str
     hidden: tuple[str, ...]
+
+
+def _host(name: str) -> str:
+    if not _HOST.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a host; allowed: NAME or NAME:PORT, as browsers send it")
+    return name
+
+
+HostName = Annotated[str, AfterValidator(_host)]
+"""`name`, or `name:port`, under which a server of ours is asked."""
 
 
 def is_address(source: str) -> bool:

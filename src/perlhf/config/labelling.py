@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from perlhf.config.addresses import HostName
 from perlhf.config.stages import (
     DataConfig,
     Fraction,
@@ -98,8 +99,16 @@ class LabelConfig(Frozen):
     """Address to listen at. Any but this machine's own needs a link for each labeller (`perlhf label invite`)."""
     port: Port = 8765
     """Port to listen at; 0 takes a free one."""
-    allow_hosts: tuple[str, ...] = ()
+    allow_hosts: tuple[HostName, ...] = ()
     """Further names under which browsers may ask for the page, such as that of a proxy."""
+
+
+def _name(name: str) -> str:
+    """As the page takes names: one space between words."""
+    name = " ".join(name.split())
+    if not name or not name.isprintable():
+        raise ValueError("a name has letters, and nothing that can't be shown")
+    return name
 
 
 class LabelInviteConfig(Frozen):
@@ -107,7 +116,7 @@ class LabelInviteConfig(Frozen):
 
     project: Path
     """Directory of the project."""
-    name: Annotated[str, Field(min_length=1, max_length=60)]
+    name: Annotated[str, Field(min_length=1, max_length=60), AfterValidator(_name)]
     """Who gets it: seen by the project's owner alone."""
     owner: bool = False
     """The link also opens the owner's page: progress, agreement, labellers; who had it keeps it."""

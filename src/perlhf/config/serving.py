@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from perlhf.config.addresses import VLLM_KEY, check_address
+from perlhf.config.addresses import VLLM_KEY, HostName, check_address
 from perlhf.config.labelling import Port
 from perlhf.config.stages import Frozen, Positive
 
@@ -23,7 +23,7 @@ class ServeConfig(Frozen):
     """Address to listen at. Any but this machine's own needs a token."""
     port: Port = 8000
     """Port to listen at; 0 takes a free one."""
-    allow_hosts: tuple[str, ...] = ()
+    allow_hosts: tuple[HostName, ...] = ()
     """Further names under which clients may ask, such as that of a proxy."""
     allow_origins: tuple[str, ...] = ()
     """Origins of other pages whose scripts may ask (CORS), such as `https://chat.example`; none by default."""

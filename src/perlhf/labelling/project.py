@@ -89,7 +89,11 @@ def invite(config: LabelInviteConfig) -> str:
     Raises:
         ConfigError: `address` is no address of a page.
     """
-    if urlsplit(config.address).scheme not in ("http", "https"):
+    try:
+        fits = urlsplit(config.address).scheme in ("http", "https") and bool(urlsplit(config.address).hostname)
+    except ValueError:
+        fits = False
+    if not fits:
         raise ConfigError(f"{config.address} is no address", where="address", allowed="http://NAME:PORT")
     with _opened(config.project) as store:
         return f"{config.address.rstrip('/')}/join?token={store.invite(config.name, config.owner or None)}"

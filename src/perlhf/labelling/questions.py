@@ -9,8 +9,10 @@ from typing import Any, Literal, cast
 
 from perlhf.config.labelling import ProjectConfig, QuestionsConfig
 from perlhf.config.stages import DataConfig
+from perlhf.data.fields import prompt_group, refuse_surrogates
 from perlhf.data.read import read_all
-from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text
+from perlhf.data.readers.messages import messages
+from perlhf.data.records import Comparison, Demonstration, Prompt, Rating, Record, Text, content_of
 from perlhf.data.splits import Split, load
 from perlhf.errors import DataError
 from perlhf.labelling.redact import redacted
@@ -116,8 +118,10 @@ def question(
 ) -> Question | None:
     """One question of a project, at a random place among all; None where its two answers are the same."""
     if project.redact:
-        # A group is often the first turn itself; prompts that differ in what is masked alone become one group.
-        prompt, answers, group = masked(prompt), tuple(map(masked, answers)), redacted(group)
+        given, prompt, answers = prompt_group(prompt), masked(prompt), tuple(map(masked, answers))
+        # A group is often the first turn's words without their signs, among which no address is found any more; prompts
+        # that differ in what is masked alone become one group.
+        group = prompt_group(prompt) if group == given else redacted(group)
     if len(answers) == 2 and answers[0] == answers[1]:
         return None
     key = hashlib.sha256(json.dumps([project.kind, prompt, answers], sort_keys=True).encode()).hexdigest()
@@ -159,26 +163,50 @@ def _answers(record: Record, kind: str) -> Iterator[tuple[tuple[Text, ...], str 
         case Demonstration() if kind != "comparison":
             yield (record.completion,), None
         case Prompt():
-            listed = _listed(record.columns)
+            listed = _listed(record)
             together = list(combinations(listed, 2)) if kind == "comparison" else [(answer,) for answer in listed]
             yield from ((answers, None) for answers in together)
         case _:
             return
 
 
-def _listed(columns: Mapping[str, Any]) -> list[Text]:
+def _listed(record: Prompt) -> list[Text]:
     """Answers in a row's other columns."""
+    columns = record.columns
     for name in _LISTS:
         if isinstance(columns.get(name), list):
             found: list[Any] = columns[name]
-            return [answer for answer in found if answer and isinstance(answer, str | list)]
+            return [
+                _answer(answer, name, record.source) for answer in found if answer and isinstance(answer, str | list)
+            ]
     for name in _PAIR_NAMES:
         for pair in _PAIRS:
-            both = [columns.get(f"{name}{joint}{letter}") for letter in pair for joint in ("_", "")]
-            texts: list[Text] = [text for text in both if text and isinstance(text, str | list)]
+            both = [
+                (of, columns.get(of)) for letter in pair for joint in ("_", "") for of in [f"{name}{joint}{letter}"]
+            ]
+            texts = [_answer(text, of, record.source) for of, text in both if text and isinstance(text, str | list)]
             if len(texts) == 2:
                 return texts
     return []
+
+
+def _answer(answer: str | list[Any], column: str, where: str) -> Text:
+    """An answer that a page can show and stages can learn from; messages stay messages.
+
+    Raises:
+        DataError: it is none.
+    """
+    if isinstance(answer, str):
+        refuse_surrogates(answer, where)
+        return answer
+    turns = list(messages(answer, column, where))
+    for turn in turns:
+        refuse_surrogates(content_of(turn), where)
+    if not turns[0]["role"] == turns[-1]["role"] == "assistant":
+        what = f"an answer of {column!r} holds {', '.join(turn['role'] for turn in turns)}"
+        allowed = "text, an assistant message, or turns that begin and end with the assistant's"
+        raise DataError(what, where=where, allowed=allowed)
+    return turns
 
 
 def _masked(part: Any) -> Any:

@@ -1,33 +1,46 @@
 """Masking of what identifies people: mail addresses, phone numbers, card numbers.
 
 Rules that can be said in a sentence each, not a search for names. A mail address is what has an @ between a local part
-and a dotted domain. Groups of digits on one line, with at most three spaces, dashes, dots, slashes or brackets between
-one and the next, are a run; in it
+and a dotted domain, whose last part begins with two letters. Groups of digits on one line, with at most three spaces,
+dashes, dots, slashes or brackets between one and the next, are a run; in it
 
 - a card number is whole groups of 13 to 19 digits together with a right check digit (Luhn);
 - a phone number is whole groups of 8 to 15 digits together, beside cards, that begin with + or 0, or that are three or
   more and all that stands there, or all between two spaces.
 
-Dates (2026-11-28, 28.11.2026, 28/11/2026) and fractions of seven or more places (3.14159265) stay. Digits that touch
-a letter of the Latin alphabet are no group: names of files, hashes.
+Dates (2026-11-28, 28.11.2026, 28/11/2026, 28-11-2026), fractions of seven or more places (3.14159265) and what is
+nothing but years, or decimal numbers and addresses in private networks (10.00 - 18.00, 192.168.0.1), stay. Digits that
+touch a letter of the Latin alphabet are no group: names of files, hashes.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 MASKS = {"mail": "[mail address]", "card": "[card number]", "phone": "[phone number]"}
 # Each begins where none of its letters stands before it: a long word is looked through once.
-_MAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]+@[\w-]+(?:\.[\w-]+)+")
-_KEPT = (
-    r"(?<![\d+])(?<!\d[-./])"
-    r"(?:\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4}|(?:0|[1-9]\d{0,2})\.\d{7,})"
-    r"(?!\d|[-./]\d)"
+_LETTERS = r"\w\u0300-\u036f"  # also with accents of their own
+_MAIL = re.compile(
+    rf"(?<![{_LETTERS}.+%-])[{_LETTERS}.+%-]+@[{_LETTERS}-]+(?:\.[{_LETTERS}-]+)*\.[^\W\d_]{{2}}[{_LETTERS}-]*"
 )
-_DIGITS = rf"(?![+(]*{_KEPT})\+?\(?\d+(?![\dA-Za-z])"
-_BETWEEN = r"(?:[^\S\n\r\f\v\x85\u2028\u2029]|[-\u2010-\u2015\u2212./()]){1,3}"
+_DAY, _YEAR = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:1\d|20)\d\d"
+_DATE = (
+    r"(?:\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4}"
+    rf"|{_YEAR}[./-]{_DAY}[./-]{_DAY}|{_DAY}-{_DAY}-{_YEAR})"
+)
+_WHOLE = r"(?:0|[1-9]\d{0,2})"
+_KEPT = rf"(?<![\d+])(?<!\d[-./])(?:{_DATE}(?:[-/]{_DATE})*|{_WHOLE}\.\d{{7,}})(?!\d|[-./]\d)"
+_DIGITS = rf"(?!\+?\(?{_KEPT})\+?\(?\d+(?![\dA-Za-z])"
+_SPACE = r"[^\S\n\r\f\v\x85\u2028\u2029]"
+_BETWEEN = rf"(?:{_SPACE}|[-\u2010-\u2015\u2212./()]){{1,3}}"
 _RUN = re.compile(rf"(?P<kept>{_KEPT})|(?<![\dA-Za-z]){_DIGITS}(?:{_BETWEEN}{_DIGITS})*")
+# IPv4 addresses of private networks, and masks; others look like phone numbers (91.234.56.78 in Spain).
+_BYTE = r"\.(?:0|1\d{0,2}|2[0-4]\d|25[0-5]|[2-9]\d?)"
+_ADDRESS = rf"(?:(?:10|127|255){_BYTE}|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:{_BYTE}){{2}}"
+_NUMBER = rf"(?:{_WHOLE}\.\d+|{_ADDRESS})"
+_APART = rf"(?:{_SPACE}|[-\u2010-\u2015\u2212/()]){{1,3}}"
+_LIST = re.compile("|".join(rf"\(?{one}(?:{_APART}{one})*" for one in (r"(?:1[5-9]|20)\d\d", _NUMBER)))
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ def redacted(text: str) -> str:
 
 def _masked(found: re.Match[str]) -> str:
     run = found.group()
-    if found["kept"]:
+    if found["kept"] or _LIST.fullmatch(run):
         return run
     groups = _groups(run)
     parts, at = [], 0
@@ -103,13 +116,16 @@ def _cards(groups: Sequence[_Group], usual: bool) -> list[tuple[int, int]]:
         usual: those alone that are written as cards are.
     """
     found: list[tuple[int, int]] = []
-    for first in range(len(groups)):
-        digits = ""
-        for end in range(first + 1, len(groups) + 1):
-            digits += groups[end - 1].digits
-            if len(digits) > 19:
+    places = list(accumulate((len(group.digits) for group in groups), initial=0))
+    sums = _luhn_sums("".join(group.digits for group in groups))
+    for first, start in enumerate(places[:-1]):
+        for end in range(first + 1, len(places)):
+            stop = places[end]
+            if stop - start > 19:
                 break
-            if len(digits) < 13 or (usual and not _as_on_a_card(groups[first:end])) or not _check_digit_holds(digits):
+            if stop - start < 13 or (sums[stop % 2][stop] - sums[stop % 2][start]) % 10:
+                continue
+            if usual and not _as_on_a_card(groups[first:end]):
                 continue
             if found and first < found[-1][1]:
                 found[-1] = (found[-1][0], max(found[-1][1], end))
@@ -171,7 +187,17 @@ def _length(groups: Sequence[_Group]) -> int:
     return sum(len(group.digits) for group in groups)
 
 
-def _check_digit_holds(digits: str) -> bool:
-    """Luhn: from the right, each second digit doubled, digits of products added."""
-    doubled = [int(d) if i % 2 == 0 else sum(divmod(2 * int(d), 10)) for i, d in enumerate(reversed(digits))]
-    return sum(doubled) % 10 == 0
+def _luhn_sums(digits: str) -> tuple[list[int], list[int]]:
+    """Sums of the first 0, 1, 2, ... digits, for numbers that end before an even place, and before an odd one: of a
+    number's digits each second from the right is doubled, and the digits of products are added (Luhn)."""
+    single = [int(digit) for digit in digits]
+    double = [sum(divmod(2 * digit, 10)) for digit in single]
+    even, odd = (
+        list(
+            accumulate(
+                (pair[(at + end) % 2 == 0] for at, pair in enumerate(zip(single, double, strict=True))), initial=0
+            )
+        )
+        for end in (0, 1)
+    )
+    return even, odd

@@ -143,6 +143,21 @@ def test_bad_files_are_one_clear_error(tmp_path: Path, name: str, content: bytes
     assert error.where == path + where
 
 
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [{"name": "f", "arguments": {"half \ud800": 1}}],
+        json.dumps([{"name": "half \ud800", "arguments": {}}]),
+        json.dumps([{"name": "f", "arguments": {"a": {"half \ud800": 1}}}]),
+    ],
+)
+def test_half_a_surrogate_pair_is_found_in_calls(tmp_path: Path, calls: object) -> None:
+    turn = {"role": "assistant", "content": None, "tool_calls": calls}
+    asked = [{"role": "user", "content": "Tea?"}, turn, {"role": "tool", "content": "Yes"}]
+    error = failure(put(tmp_path / "a.jsonl", json.dumps({"prompt": asked})))
+    assert "half of a surrogate pair" in error.what and str(error.where).endswith(":1")
+
+
 def test_missing_paths_say_what_is_near(tmp_path: Path) -> None:
     put(tmp_path / "ratings.jsonl", json.dumps(ROW))
     error = failure(str(tmp_path / "rating.jsonl"))

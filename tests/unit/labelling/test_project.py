@@ -4,12 +4,12 @@ import pytest
 
 from perlhf.commands.cli import LABEL_COMMANDS
 from perlhf.config.command_line import parse
-from perlhf.config.labelling import LabelBackupConfig, LabelConfig, LabelExportConfig, ProjectConfig
+from perlhf.config.labelling import LabelBackupConfig, LabelConfig, LabelExportConfig, LabelInviteConfig, ProjectConfig
 from perlhf.errors import ConfigError, DataError, RunError
 from perlhf.labelling.addresses import is_known_elsewhere
 from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Said
-from perlhf.labelling.project import LABELS, PROJECT, back_up, bring, export, made, prepared, settings_of
+from perlhf.labelling.project import LABELS, PROJECT, back_up, bring, export, invite, made, prepared, settings_of
 from perlhf.labelling.questions import question, questions
 
 
@@ -113,3 +113,25 @@ def test_a_project_whose_questions_cant_be_read_isnt_begun(tmp_path: Path) -> No
 )
 def test_a_proxy_makes_a_page_known_elsewhere(host: str, further: tuple[str, ...], expected: bool) -> None:
     assert is_known_elsewhere(host, further) == expected
+
+
+@pytest.mark.parametrize("name", ["[bad", "http://labels.example.org", "labels.example.org/page", "a b", ""])
+def test_what_is_no_name_of_a_host_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no name of a host"):
+        typed(tmp_path / "project", "--allow-hosts", name)
+
+
+def test_names_and_addresses_of_links(tmp_path: Path) -> None:
+    place = tmp_path / "project"
+    project = settings_of(typed(place))
+    store = Store(place / LABELS)
+    bring(project, store, [])
+    for address in ("http://[x", "labels.example.org", "http://"):
+        with pytest.raises(ConfigError, match="is no address"):
+            invite(LabelInviteConfig(project=place, name="Ana", address=address))
+    for name in ("  ", "A\x1bna"):
+        with pytest.raises(ConfigError, match="a name has letters"):
+            parse(LABEL_COMMANDS["invite"], [str(place), name])
+    for name in ("Ana Lima", " Ana  Lima "):
+        assert invite(LabelInviteConfig(project=place, name=name)).startswith("http://127.0.0.1:8765/join?token=")
+    assert [person.name for person in store.people()] == ["Ana Lima"]

@@ -73,7 +73,9 @@ def test_what_identifies_people_is_masked_before_it_is_stored(tmp_path: Path) ->
     (question,) = asked(rows, tmp_path, redact=True)
     assert question.prompt == [{"role": "user", "content": "I am [mail address]"}]
     assert question.answers == ("x", "call [phone number]")
-    assert "@" not in question.group, "which is often the first turn"
+    assert question.group == "i am mail address", "no aborg: it is often the first turn's words without their signs"
+    rows = [{"prompt": "call (0301) 234567", "completions": ["x", "y"], "group": "of a@b.org"}]
+    assert [question.group for question in asked(rows, tmp_path, redact=True)] == ["of [mail address]"]
 
 
 def test_numbers_and_names_of_keys_in_tool_calls_are_masked(tmp_path: Path) -> None:
@@ -89,6 +91,31 @@ def test_numbers_and_names_of_keys_in_tool_calls_are_masked(tmp_path: Path) -> N
         "[mail address] 2": [True, 7, 0.5, None],
         "card": "[card number].0",
     }
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("half \ud800", "half of a surrogate pair"),
+        (["x", "y"], "which is no object"),
+        ([{"content": "x"}], "'role' is missing"),
+        ([{"role": "assistant", "content": 5}], "which is no text"),
+        ([{"role": "assistant", "content": "half \ud800"}], "half of a surrogate pair"),
+        ([{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}], "holds assistant, user"),
+        ([{"role": "assistant", "content": [{"type": "image_url"}]}], "perlhf reads no images"),
+    ],
+)
+def test_an_answer_that_cant_be_shown_or_learned_from_is_refused(answer: Any, said: str, tmp_path: Path) -> None:
+    for row in ({"completions": ["a", answer]}, {"completion_a": answer, "completion_b": "a"}):
+        with pytest.raises(DataError, match=said) as error:
+            asked([{"prompt": "p"} | row], tmp_path)
+        assert str(error.value).startswith(f"{tmp_path / 'rows.jsonl'}:1: ")
+
+
+def test_messages_whose_content_comes_in_parts_are_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]
+    (question,) = asked([{"prompt": "p", "completions": [[{"role": "assistant", "content": parts}], "z"]}], tmp_path)
+    assert question.answers == ([{"role": "assistant", "content": "xy"}], "z")
 
 
 def test_nothing_to_ask_says_what_is_needed(tmp_path: Path) -> None:

@@ -230,8 +230,15 @@ def test_a_question_that_is_open_here_has_the_answer_that_was_taken(tmp_path: Pa
     there = Store(tmp_path / "copy.sqlite")
     answer(there, "Ana", Said("second"), "said in the copy")
     assert task is not None and store.take(there.labels()) == 1
-    assert not store.say(ana, task.id, Said("first"), "said here", 1.0)
+    waiting = store.next_task(ana, 60)
+    assert waiting is not None and waiting.id != task.id, "it is asked no more"
     assert [label.said.verdict for label in store.labels()] == ["first", "first", "second"]
+    # What she says on the page that shows it still is her last word.
+    assert store.say(ana, task.id, Said("equal"), "said here", 1.0)
+    assert not store.say(ana, task.id, Said("equal"), "said here", 1.0)
+    assert not store.say(ana, task.id, Said("first"), "said here again", 1.0)
+    assert [label.said.verdict for label in store.labels()] == ["first", "first", "equal"]
+    assert store.progress()[0] == 3 and store.take(there.labels()) == 0
 
 
 def test_texts_with_every_end_of_line_come_back(tmp_path: Path) -> None:
@@ -356,6 +363,15 @@ def test_a_project_that_masks_masks_what_it_takes(tmp_path: Path) -> None:
     told = "".join(as_json(label) for label in there.labels())
     assert "example.org" not in told and told.count("[mail address]") == 6
     assert len(there.questions()) == 12, "the same questions as those that it asks itself"
+
+
+def test_what_comes_back_masked_asks_nothing_anew(tmp_path: Path) -> None:
+    place, out, _ = exported(tmp_path)
+    target = copy(tmp_path / "copy", redact=True)
+    assert take(LabelImportConfig(project=target, source=out)) == 2
+    export(LabelExportConfig(project=target, output=tmp_path / "masked"))
+    assert take(LabelImportConfig(project=place, source=tmp_path / "masked")) == 0
+    assert len(Store(place / LABELS).questions()) == 12
 
 
 def test_settings_are_kept_by_a_copy_that_was_filled_by_an_import(tmp_path: Path) -> None:

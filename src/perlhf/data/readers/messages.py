@@ -195,6 +195,8 @@ def without_nulls(content: Any, where: str, depth: int = 0) -> Any:
     if depth > _DEEPEST:
         raise DataError("a message is nested too deeply", where=where, allowed=f"{_DEEPEST} levels")
     if isinstance(content, Mapping):
+        for key in content:
+            refuse_surrogates(str(key), where)
         return {key: without_nulls(part, where, depth + 1) for key, part in content.items() if part is not None}
     if isinstance(content, list):
         return [without_nulls(part, where, depth + 1) for part in content]
@@ -251,11 +253,7 @@ def _turn(part: dict[str, Any], column: str, where: str) -> Message:
 
 
 def _built(role: str, part: dict[str, Any], key: str, column: str, where: str) -> Message:
-    extra = {
-        name: without_nulls(value, where)
-        for name, value in part.items()
-        if name not in ("role", "from", key) and value is not None
-    }
+    extra = without_nulls({name: given for name, given in part.items() if name not in ("role", "from", key)}, where)
     if "function_call" in extra and "tool_calls" not in extra:
         extra["tool_calls"] = [extra["function_call"]]
     extra.pop("function_call", None)
@@ -304,6 +302,7 @@ def _calls(content: Any, where: str) -> list[dict[str, Any]]:
         function = dict(mapping(_json_object(call["function"]), "a tool call's function", where))
         text(function, "name", where)
         calls.append(call | {"function": function})
+    without_nulls(calls, where)  # JSON text's nulls stay, and what else is refused is refused there, too
     return calls
 
 

@@ -33,6 +33,12 @@ def take_back(connection: sa.Connection, label: int, question: int, verdict: str
     _count(connection, question, verdict, -1)
 
 
+def standing(connection: sa.Connection, labeller: int, question: int) -> list[Any]:
+    """What a person says of a question."""
+    mine = (TASKS.c.labeller == labeller, TASKS.c.question == question)
+    return list(connection.execute(LABELS_GIVEN.where(*mine)))
+
+
 def tell(
     connection: sa.Connection, person: Labeller, question: Question, said: Said, key: str | None, now: float
 ) -> bool:
@@ -48,7 +54,7 @@ def tell(
         if (row.labeller, row.question) != (person.id, number) or _joined(stored, said) != stored:
             raise RunError("this key has stored something else", where="key", allowed="one key for each")
         return False
-    for row in _standing(connection, person, number):
+    for row in standing(connection, person.id, number):
         before = said_of(row)
         said = _joined(before, said)
         if said == before:
@@ -67,19 +73,19 @@ def take(connection: sa.Connection, label: Label, known: dict[str, Labeller], no
     Raises:
         DataError: its question's key is that of another question.
     """
+    if connection.scalar(sa.select(LABELS.c.id).where(LABELS.c.key == label.key)) is not None:
+        return False
     asked = _stored(connection, label.question)
     if _texts(asked.body) != _texts(row_of(label.question)["body"]):
         what = f"the question of the label {label.key!r:.60} is here with another prompt or other answers"
         raise DataError(what, where=f"question.key {asked.key!r:.80}", allowed="a key for each question")
-    if connection.scalar(sa.select(LABELS.c.id).where(LABELS.c.key == label.key)) is not None:
-        return False
     name, pseudonym = label.labeller.name, label.labeller.pseudonym
     person = known.get(pseudonym) or known.get(name)
     if person is None:
         # Another copy's pseudonym stays, so that what its labeller says later is theirs in every copy.
         person = people.new(connection, name, now, pseudonym if _PSEUDONYM.fullmatch(pseudonym) else None)
         known |= {name: person, person.pseudonym: person}
-    before = _standing(connection, person, asked.id)
+    before = standing(connection, person.id, asked.id)
     if any(row.stored >= label.stored for row in before):
         return False
     for row in before:
@@ -95,12 +101,6 @@ def _stored(connection: sa.Connection, question: Question) -> Any:
     """The row of a question, which is stored unless it is there."""
     connection.execute(sa.insert(QUESTIONS).prefix_with("OR IGNORE").values(**row_of(question)))
     return connection.execute(sa.select(QUESTIONS).where(QUESTIONS.c.key == question.key)).one()
-
-
-def _standing(connection: sa.Connection, person: Labeller, question: int) -> list[Any]:
-    """What the person says of the question."""
-    mine = (TASKS.c.labeller == person.id, TASKS.c.question == question)
-    return list(connection.execute(LABELS_GIVEN.where(*mine)))
 
 
 def _insert(connection: sa.Connection, label: Label, question: int) -> None:

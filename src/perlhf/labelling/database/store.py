@@ -168,9 +168,12 @@ class Store:
             if mark is not None and not hmac.compare_digest(mark, self.mark(task, row.key)):
                 raise RunError("it was an answer to another question", hint="load the page again")
             again = connection.scalar(sa.select(LABELS.c.id).where(LABELS.c.key == key))
-            if again is not None or row.finished is not None:
+            before, now = answers.standing(connection, labeller.id, row.question), self._now()
+            if again is not None or any(label.task == task for label in before):
                 return False
-            answers.store(connection, row.id, row.question, said, key, seconds, self._now())
+            for label in before:  # of another copy, taken while the question was open here
+                answers.take_back(connection, label.id, row.question, label.verdict, now)
+            answers.store(connection, row.id, row.question, said, key, seconds, now)
             return True
 
     def tell(self, name: str, question: Question, said: Said, key: str | None = None) -> bool:

@@ -33,11 +33,21 @@ function show(found) {
   question.focus({ preventScroll: true });
 }
 
+// The server answers in JSON. Who says something else in its place (a proxy whose server is gone, a page to log in at)
+// has stored nothing: what was sent waits.
 async function ask(path, body) {
   const options = body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } };
   const response = await fetch(path, options);
-  const isJson = (response.headers.get("Content-Type") || "").startsWith("application/json");
-  return { status: response.status, content: isJson ? await response.json() : { problem: await response.text(), again: response.status === 429 } };
+  const { status } = response;
+  const text = await response.text();
+  let content = {};
+  try {
+    content = JSON.parse(text);
+  } catch {} // said below
+  if (status === 200 ? "html" in content : status === 202 || "problem" in content) return { status, content };
+  const plain = (response.headers.get("Content-Type") || "").startsWith("text/plain");
+  const problem = plain ? text.slice(0, 200) : `Instead of the server something else answers (${status}).`;
+  return { status: status === 200 ? 0 : status, content: { problem, again: status !== 403 } };
 }
 
 function lock(on) {
@@ -105,6 +115,8 @@ function answer(verdict) {
 }
 
 async function undo() {
+  // The one before it would be taken back, and the question of the one that waits with it.
+  if (localStorage.getItem(WAITING) !== null) return say("Your last answer isn’t stored yet.", true);
   if (sending) return;
   lock(true);
   try {

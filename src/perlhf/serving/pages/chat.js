@@ -75,7 +75,7 @@ async function problemOf(response) {
   if (response.status === 401) return "The server wants its token again: load the page anew, nothing is lost.";
   if (response.status === 429) return `The server is busy: too many wait. ${said}`;
   if (response.status === 503) return `The server can't answer now. ${said}`;
-  return said || `The server said ${response.status}.`;
+  return said && !said.startsWith("<") ? said : `The server said ${response.status}.`;
 }
 
 async function json(path, body) {
@@ -430,8 +430,10 @@ async function deliver() {
       let response = await ask("/v1/feedback", one.body);
       // An answer that the server has forgotten is given in full.
       if (response.status === 400 || response.status === 404) response = await ask("/v1/feedback", one.inFull);
-      if (response.ok) noted(one.number, "Stored.", false, one.conversation);
-      else if (response.status === 429 || response.status >= 500 || response.status === 401) {
+      const content = await response.clone().json().catch(() => ({}));
+      if (content.stored) noted(one.number, "Stored.", false, one.conversation);
+      // Who answers neither that it is stored nor why not isn't the server: a proxy, or a page to log in at.
+      else if (response.status === 429 || response.status >= 500 || response.status === 401 || !content.error) {
         kept = await problemOf(response);
         break;
       } else {
