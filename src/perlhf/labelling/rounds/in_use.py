@@ -11,6 +11,7 @@ from perlhf.data.splits import split_of
 from perlhf.labelling.labels import Label
 from perlhf.labelling.questions import masked
 from perlhf.labelling.records import labelled_rows
+from perlhf.labelling.redact import redacted
 from perlhf.system.console import note
 
 
@@ -38,6 +39,14 @@ def teaching(said: Sequence[Label], project: ProjectConfig, data: DataConfig, pr
         note(f"thumbs from serving are all {way} ({len(thumbs)}): they are learned from once there are both")
         return [label for label in labels if label.said.verdict not in ("up", "down")]
     return labels
+
+
+def keeps_side(group: str, project: ProjectConfig, data: DataConfig) -> bool:
+    """Whether a group is held out, or isn't, by what the project stores of it as well: a masked group has another hash,
+    and prompts that differ in what is masked alone become one group.
+    """
+    stored = redacted(group) if project.redact else group
+    return (split_of(stored, data) == "train") == (split_of(group, data) == "train")
 
 
 def choices(labels: Sequence[Label], project: ProjectConfig, data: DataConfig) -> list[Label]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from perlhf.config.labelling import ProjectConfig
 from perlhf.config.stages import DataConfig
 from perlhf.data.records import Prompt
 from perlhf.data.splits import split_of
@@ -34,3 +35,12 @@ def test_a_round_holds_out_what_its_prompts_hold_out_and_waits_for_both_thumbs(
     taught = in_use.teaching(feedback.store.labels(), feedback.project, DATA, prompts)
     assert [label.question.group for label in taught] == [HELD, HELD, LEARNED, LEARNED]
     feedback.close()
+
+
+def test_a_masked_group_may_be_on_another_side() -> None:
+    masked = ProjectConfig(redact=True)
+    groups = [f"mail ana{at}@example.com please" for at in range(40)]
+    stored = split_of("mail [mail address] please", DATA) == "train"
+    same = [group for group in groups if (split_of(group, DATA) == "train") == stored]
+    assert [group for group in groups if in_use.keeps_side(group, masked, DATA)] == same and 0 < len(same) < 40
+    assert all(in_use.keeps_side(group, ProjectConfig(), DATA) for group in groups)
