@@ -1,5 +1,8 @@
-"""What people said about served answers (`perlhf serve --project`), as a round of a loop uses it."""
+"""What people said about served answers (`perlhf serve --project`), and to questions that a project asks besides, as a
+round of a loop uses it.
+"""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,10 +17,13 @@ from perlhf.labelling.records import labelled_rows
 from perlhf.labelling.redact import redacted
 from perlhf.system.console import note
 
+_OF_A_ROUND = re.compile(r"round \d+: ")
+"""The source of a question that a loop asks, whose group is the prompt's."""
+
 
 def teaching(said: Sequence[Label], project: ProjectConfig, data: DataConfig, prompts: Sequence[Prompt]) -> list[Label]:
-    """The labels of a round: those about served answers in the groups that its prompts have, so that what is held out
-    stays so.
+    """The labels of a round: those about served answers, and of questions from elsewhere, in the groups that its
+    prompts have, so that what is held out stays so.
 
     Thumbs that all go one way would teach a constant: they wait until there are both.
 
@@ -28,8 +34,10 @@ def teaching(said: Sequence[Label], project: ProjectConfig, data: DataConfig, pr
 
     def moved(label: Label) -> Label:
         asked = label.question
+        if _OF_A_ROUND.match(asked.source):
+            return label
         group = known.get(prompt_group(asked.prompt), asked.group)
-        return replace(label, question=replace(asked, group=group)) if asked.served else label
+        return replace(label, question=replace(asked, group=group))
 
     labels = [moved(label) for label in said]
     rows = (row for row, _ in labelled_rows(labels, project, "all"))
