@@ -92,6 +92,37 @@ def test_a_project_asks_as_answers_come_and_what_was_killed_goes_on(words, tmp_p
     assert read_lines(tmp_path / "as-they-come.jsonl") == whole
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_at_once_on_one_file_answer_and_ask_everything_once(words, tmp_path, perlhf, monkeypatch, killed) -> None:
+    """The other begins and ends between two batches of the one, which may be killed after its next one."""
+    monkeypatch.setattr("perlhf.evaluation.shared.ROWS", 4)
+    assert perlhf(*words).code == 0
+    whole, asked = read_lines(tmp_path / "answers.jsonl"), answers.bring
+    file, project = tmp_path / "both.jsonl", tmp_path / "project"
+    words = [*words[:2], str(file), *words[3:], "--project", str(project)]
+    new: list[int] = []
+
+    def bring(*given: Any) -> int:
+        new.append(asked(*given))
+        if len(new) == 2:
+            assert perlhf(*words).code == 0 and read_lines(file) == whole
+            new.append(-1)
+        if killed and new[-2:-1] == [-1]:
+            raise KeyboardInterrupt
+        return new[-1]
+
+    monkeypatch.setattr(answers, "bring", bring)
+    assert perlhf(*words).code == (130 if killed else 0)
+    after = new[new.index(-1) + 1 :]
+    assert after and not any(after), "what the other has asked isn't asked again"
+    if killed:
+        assert 4 < len(read_lines(file)) < len(whole), "the one has written what it has answered"
+        assert perlhf(*words).code == 0
+    assert read_lines(file) == whole
+    own = ProjectConfig(questions=QuestionsConfig(paths=(str(file),)))
+    assert Store(project / "labels.sqlite").keys() == {question.key for question in questions(own)}
+
+
 def test_any_text_is_read_back_and_a_place_is_made_or_told_first(words, tmp_path, perlhf) -> None:
     odd = "tea\u2028or\u2029coffee\x85?"
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": odd}) + "\n", "utf-8")

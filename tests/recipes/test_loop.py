@@ -272,6 +272,78 @@ def test_a_directory_of_something_else_and_another_loop_are_refused(tiny_base, t
     assert "seed is 0, but 5 in the loop that is here" in capfd.readouterr().err
 
 
+def test_a_project_that_masks_asks_about_groups_that_stay_on_their_side(tiny_base, tmp_path, serve, held_out):
+    from perlhf.commands.cli import main
+
+    rows = [{"prompt": f"Call +49 170 {1000000 + 7 * at} when table {at % 9} is free."} for at in range(96)]
+    data, run, project = write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "run", tmp_path / "project"
+    project.mkdir()
+    (project / "project.yaml").write_text("redact: true\nquestions: {paths: []}\n")
+    given = {"labeller": "judge", "judge": serve(judged), "project": str(project), "rounds": 1, "duels": 12}
+    assert main(["loop", recipe(tmp_path / "loop.yaml", settings(tiny_base, data, run, **given))]) == 0
+    place = run / "round-0001"
+    asked = [
+        row for file in ("questions/questions.jsonl", "evaluation/duels.jsonl") for row in read_lines(place / file)
+    ]
+    assert {row["what"] for row in asked} == {"learn", "measure", "duel"}
+    for row in asked:
+        assert held_out(row["question"]["group"]) == (row["what"] != "learn")
+        assert "[phone number]" in row["question"]["prompt"]
+    assert read_json(run / "loop.json")["rounds"][0]["judged_duels"] < read_json(run / "loop.json")["duels"] == 12
+
+
+def test_what_may_change_between_two_runs_of_a_loop(tiny_base, tmp_path, serve, capfd):
+    from perlhf.commands.cli import main
+
+    data, run = write_rows(tmp_path / "prompts.jsonl", prompts(24)), tmp_path / "run"
+    values = settings(tiny_base, data, run, labeller="judge", judge=serve(judged), duels=40)
+    words = ["loop", recipe(tmp_path / "loop.yaml", values)]
+    assert main(words) == 0
+    whole = (run / "loop.json").read_bytes()
+    assert json.loads(whole)["duels"] == len(read_json(run / "round-0001/evaluation/evaluation.json")["samples"]) < 40
+    assert main([*words, "--rounds", "1", "--judge", serve(judged)]) == 0
+    assert (run / "loop.json").read_bytes() == whole, "what more rounds have shown stays"
+    capfd.readouterr()
+    write_rows(data, prompts(25))
+    assert main(words) == 2
+    said = capfd.readouterr().err
+    assert "prompts.jsonl isn't what it was when the loop began" in said and "--project" in said
+    assert main([*words, "--run", str(tmp_path / "new"), "--project", str(run / "labels"), "--rounds", "1"]) == 0
+    records = [len(read_lines(place / "round-0001/labels/records.jsonl")) for place in (run, tmp_path / "new")]
+    assert records[1] > records[0], "labels of the other loop are learned from"
+
+
+def test_what_is_too_long_is_neither_asked_for_its_worth_nor_counted(tiny_base, tmp_path, serve):
+    from perlhf.commands.cli import main
+
+    data, run = write_rows(tmp_path / "prompts.jsonl", prompts(64)), tmp_path / "run"
+    short = {"encoding": {"max_tokens": 12, "drop_long": True}, "held_out_labels": 16, "prompts_per_round": 24}
+    values = settings(tiny_base, data, run, labeller="judge", judge=serve(judged), random_share=0.0, **short)
+    assert main(["loop", recipe(tmp_path / "loop.yaml", values)]) == 0
+    asked = read_lines(run / "round-0002/questions/questions.jsonl")
+    assert all(row["known"].keys() == {"disagreement", "information"} for row in asked)
+    found, scores = read_json(run / "loop.json"), read_json(run / "round-0001/evaluation/scores.json")["held_out"]
+    measure = [row["question"]["key"] for row in read_lines(run / "round-0001/questions/questions.jsonl")][-16:]
+    said = {label.question.key: label.said.verdict for label in Store(run / "labels" / LABELS).labels()}
+    judged_ones = [said[key] in ("first", "second") for key in measure]
+    both = [judged and None not in pair for judged, pair in zip(judged_ones, scores[0], strict=True)]
+    assert 0 < found["held_out_questions"] == sum(both) < sum(judged_ones)
+    for one in found["rounds"]:
+        place = run / f"round-{one['round']:04d}"
+        assert one["labels"] == read_json(place / "reward/result.json")["train_examples"]
+
+
+def test_adapters_that_do_not_fit_are_told_before_anybody_labels(tiny_base, tmp_path, capfd, monkeypatch):
+    from perlhf.commands.cli import main
+
+    monkeypatch.setattr(labellers, "label", lambda *_: pytest.fail("people were asked"))
+    data = write_rows(tmp_path / "prompts.jsonl", prompts(64))
+    for stage in ("reward", "policy"):
+        words = ["loop", recipe(tmp_path / "loop.yaml", settings(tiny_base, data, tmp_path / stage))]
+        assert main([*words, f"--{stage}.adapter.targets", "nonsense"]) == 2
+        assert "adapter target 'nonsense' matches no linear layer" in capfd.readouterr().err
+
+
 def test_a_dry_run_says_how_many_labels_and_writes_nothing(tiny_base, tmp_path, capfd):
     from perlhf.commands.cli import main
 

@@ -110,7 +110,7 @@ def _said_of(error: BaseException, words: Sequence[str]) -> tuple[str, int]:
     match error:
         case PerlhfError():
             return str(error), error.exit_code
-        case KeyboardInterrupt():
+        case KeyboardInterrupt() | RuntimeError(__cause__=KeyboardInterrupt()):  # as a module was loaded
             return "interrupted", 130
         case Exception():
             return unforeseen.said_of(error, _named(words))

@@ -338,6 +338,17 @@ def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path):
     assert shown == "error: interrupted\n"
 
 
+def test_an_interrupt_while_a_class_is_made_is_one(monkeypatch, capsys):
+    """As modules are loaded; Python 3.11 makes it the cause of an error of its own."""
+
+    def interrupted(_: object) -> int:
+        raise RuntimeError("Error calling __set_name__ on 'cached_property' instance") from KeyboardInterrupt()
+
+    monkeypatch.setattr(cli, "_dispatch", interrupted)
+    assert cli.main(["data", "formats"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
 def test_a_full_gpu_is_a_mistake_with_a_way_out(monkeypatch, capsys):
     def full(_: object) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")

@@ -82,11 +82,11 @@ def learning_curve(labels: Sequence[int], correct: Floats, judged: Judged, resam
 def pleasing_alone(
     predicted: Sequence[Floats], preferred: Sequence[Floats], groups: Sequence[str], resamples: int, seed: int
 ) -> tuple[int | None, str]:
-    """The first round in which the policy rose for its reward models and not for the labels; and a sentence.
+    """Since which round the policy has risen for its reward models and not for the labels; and a sentence.
 
     It rose for the reward models where the probability that they give it against the start is above that of the round
     before by more than chance (its interval is above 0), and it didn't for the labels where it won no more duels than
-    before. Before the first round both are 1/2.
+    before; and no later round won more than before it. Before the first round both are 1/2.
 
     Args:
         predicted: of each round, by prompt: the mean of the members' preferences for the policy's answer.
@@ -101,7 +101,8 @@ def pleasing_alone(
             continue
         low, value, high = rose["low"], liked["value"], liked["high"]
         assert value is not None
-        if low is not None and low > 0 and value <= 0:
+        again = any(_mean(later - before[1]) > 0 for later in preferred[number:])
+        if low is not None and low > 0 and value <= 0 and not again:
             sure = "the interval ends below 0" if high is not None and high < 0 else "chance can't be ruled out"
             return number, (
                 f"From round {number} on the policy pleases the reward models more, and the labels no more than before "
@@ -115,6 +116,12 @@ def pleasing_alone(
     if not predicted:
         return None, "No round is finished."
     return None, "In no round did the policy rise for its reward models alone."
+
+
+def _mean(values: Floats) -> float:
+    """Of what is known; nan where nothing is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def points(verdict: str | None, start: str, policy: str) -> float:

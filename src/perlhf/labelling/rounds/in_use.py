@@ -1,5 +1,8 @@
-"""What people said about served answers (`perlhf serve --project`), as a round of a loop uses it."""
+"""What people said about served answers (`perlhf serve --project`), and to questions that a project asks besides, as a
+round of a loop uses it.
+"""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,12 +14,16 @@ from perlhf.data.splits import split_of
 from perlhf.labelling.labels import Label
 from perlhf.labelling.questions import masked
 from perlhf.labelling.records import labelled_rows
+from perlhf.labelling.redact import redacted
 from perlhf.system.console import note
+
+_OF_A_ROUND = re.compile(r"round \d+: ")
+"""The source of a question that a loop asks, whose group is the prompt's."""
 
 
 def teaching(said: Sequence[Label], project: ProjectConfig, data: DataConfig, prompts: Sequence[Prompt]) -> list[Label]:
-    """The labels of a round: those about served answers in the groups that its prompts have, so that what is held out
-    stays so.
+    """The labels of a round: those about served answers, and of questions from elsewhere, in the groups that its
+    prompts have, so that what is held out stays so.
 
     Thumbs that all go one way would teach a constant: they wait until there are both.
 
@@ -27,8 +34,10 @@ def teaching(said: Sequence[Label], project: ProjectConfig, data: DataConfig, pr
 
     def moved(label: Label) -> Label:
         asked = label.question
+        if _OF_A_ROUND.match(asked.source):
+            return label
         group = known.get(prompt_group(asked.prompt), asked.group)
-        return replace(label, question=replace(asked, group=group)) if asked.served else label
+        return replace(label, question=replace(asked, group=group))
 
     labels = [moved(label) for label in said]
     rows = (row for row, _ in labelled_rows(labels, project, "all"))
@@ -38,6 +47,14 @@ def teaching(said: Sequence[Label], project: ProjectConfig, data: DataConfig, pr
         note(f"thumbs from serving are all {way} ({len(thumbs)}): they are learned from once there are both")
         return [label for label in labels if label.said.verdict not in ("up", "down")]
     return labels
+
+
+def keeps_side(group: str, project: ProjectConfig, data: DataConfig) -> bool:
+    """Whether a group is held out, or isn't, by what the project stores of it as well: a masked group has another hash,
+    and prompts that differ in what is masked alone become one group.
+    """
+    stored = redacted(group) if project.redact else group
+    return (split_of(stored, data) == "train") == (split_of(group, data) == "train")
 
 
 def choices(labels: Sequence[Label], project: ProjectConfig, data: DataConfig) -> list[Label]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from perlhf.config.labelling import LabelConfig
 from perlhf.config.loop import LoopConfig
 from perlhf.data.coffee_bar.gold import gold
+from perlhf.errors import ServiceError
 from perlhf.evaluation.judge import judge
 from perlhf.evaluation.shared import progress
 from perlhf.labelling.database.store import Store
@@ -28,7 +29,8 @@ def label(config: LoopConfig, store: Store, asked: Sequence[Question]) -> None:
     """Returns once each question has an answer, or was skipped.
 
     Raises:
-        ConfigError, ServiceError: as the judge says; what it answered before is stored.
+        ConfigError, ServiceError: as the judge says, or it answers neither 1 nor 2 to many in a row; what it answered
+            before is stored.
     """
     open_ones = _open(store, asked)
     if not open_ones:
@@ -85,6 +87,7 @@ def _wait(config: LoopConfig, store: Store, asked: Sequence[Question], count: in
 
 def _judge(config: LoopConfig, store: Store, asked: Sequence[Question]) -> None:
     assert config.judge is not None
+    unparsable = 0
     with progress(len(asked), "judge") as bar:
         for at in range(0, len(asked), AT_ONCE):
             some = asked[at : at + AT_ONCE]
@@ -92,11 +95,21 @@ def _judge(config: LoopConfig, store: Store, asked: Sequence[Question]) -> None:
             firsts, seconds = ([str(question.answers[side]) for question in some] for side in (0, 1))
             limit = config.judge_timeout_seconds
             given = prompts, firsts, seconds, config.judge, config.judge_model
-            outcomes = judge(*given, timeout_seconds=limit).outcomes
-            who = f"judge {config.judge_model}"
-            store.take([_answer(one, _VERDICTS[outcome], who) for one, outcome in zip(some, outcomes, strict=True)])
+            judged = judge(*given, timeout_seconds=limit)
+            if judged.unparsable == 2 * AT_ONCE:  # a few may be refused, which are ties; not all of so many
+                raise ServiceError(
+                    f"no answer to {AT_ONCE} questions, each asked in both orders, was 1 or 2; none of these is stored",
+                    where=f"the judge {config.judge_model}",
+                    allowed="the character 1 or 2 alone",
+                    hint="mend the judge; the same command goes on",
+                )
+            unparsable += judged.unparsable
+            who, answers = f"judge {config.judge_model}", zip(some, judged.outcomes, strict=True)
+            store.take([_answer(one, _VERDICTS[outcome], who) for one, outcome in answers])
             for _ in some:
                 bar.advance()
+    if unparsable:
+        note(f"{unparsable} of the judge's {2 * len(asked)} answers were neither 1 nor 2: such a question is a tie")
 
 
 def _answer(question: Question, verdict: str, name: str) -> Label:

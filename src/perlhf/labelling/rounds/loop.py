@@ -1,6 +1,6 @@
 """`perlhf loop RECIPE`: answers, questions, labels, reward models, policy, evaluation; again.
 
-    run/loop.yaml                      the configuration
+    run/loop.yaml, data.json           the configuration, and hashes of the prompts' files
     run/labels/                        the labelling project: its database holds every label
     run/round-0001/answers/            what the policy and the start answered
                    questions/          what was asked, and by what it was chosen
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from perlhf.config.commands import EvaluateConfig
@@ -29,7 +30,8 @@ from perlhf.config.labelling import Order, ProjectConfig
 from perlhf.config.loop import LoopConfig
 from perlhf.config.stages import DataConfig, OptimConfig, SftConfig
 from perlhf.data import order as orders
-from perlhf.data.splits import SPLITS, split_of
+from perlhf.data.records import Prompt
+from perlhf.data.splits import SPLITS, Split, content_hash, split_of
 from perlhf.errors import ConfigError, DataError, RunError
 from perlhf.evaluation.evaluate import evaluate
 from perlhf.evaluation.shared import plain
@@ -47,13 +49,14 @@ from perlhf.model.bases.found import Base, pull
 from perlhf.runs.earlier import check_runs
 from perlhf.runs.manifest import LOCK, RESULT, check_continues, locked
 from perlhf.system.console import note
-from perlhf.system.files import damaged, from_yaml, storage_errors, write_atomic, write_json
+from perlhf.system.files import damaged, from_yaml, read_json, storage_errors, write_atomic, write_json
 from perlhf.training.policy import train_policy
 from perlhf.training.reward import train_reward
 from perlhf.training.sft import train_sft
 
 RECIPE = "loop.yaml"
-MAY_GROW = ("run", "demo", "rounds", "page", "bootstrap", "judge_timeout_seconds", "vllm")
+DATA = "data.json"
+MAY_GROW = ("run", "demo", "rounds", "page", "bootstrap", "judge", "judge_timeout_seconds", "vllm")
 """Keys that may differ when a loop is continued: nothing that is there depends on them."""
 SFT, DEMONSTRATIONS = "sft", 96
 """The demo's start: its directory, and how many demonstrations it learns from."""
@@ -95,6 +98,7 @@ def loop(config: LoopConfig) -> dict[str, Any]:
         config.run.mkdir(parents=True, exist_ok=True)
     with locked(config.run):
         _claim(config)
+        _check_data(config)
         config = _with_start(config)
         project = _project(config)
         store = Store(config.labels / LABELS)
@@ -104,9 +108,9 @@ def loop(config: LoopConfig) -> dict[str, Any]:
                 labellers.open_page(config)
             for number in range(1, config.rounds + 1):
                 _round(Round(config, number, store, project))
-                results.write(config, store, number)
+                results.write(config, store)
             labellers.label(config, store, [asked.question for asked in Places(config, config.rounds).asked(DUEL)])
-            return results.write(config, store, config.rounds)
+            return results.write(config, store)
         finally:
             store.close()
 
@@ -160,7 +164,7 @@ def _step(this: Round, name: str, done: Path, work: Callable[[], object]) -> Non
 def _answers(this: Round) -> None:
     """The policy's and the start's answers to the round's prompts; in the first round, to held-out ones as well."""
     config, places = this.config, this.places
-    trained_on = prompts_of(config.data, "train")
+    trained_on = _prompts(this, "train")
     count = min(config.prompts_per_round, len(trained_on))
     numbers = dict.fromkeys(orders.cycle(len(trained_on), count, this.number, config.seed))
     chosen = [trained_on[number] for number in numbers]
@@ -171,11 +175,25 @@ def _answers(this: Round) -> None:
         sides = {"policy": (policy, config.answers_per_prompt - half), "start": (None, half)}
     found = network.sample_answers(config, chosen, sides, f"round {this.number}")
     if this.before is None:
-        held_out = [*prompts_of(config.data, "validation"), *prompts_of(config.data, "test")]
+        held_out = _prompts(this, "validation", "test")
         asked = orders.choose(held_out, int(MORE * config.held_out_labels) + 1, config.seed)
         answers = network.sample_answers(config, asked, {"start": (None, 2)}, "held-out")
         write_atomic(places.held_out_answers, _lines(network.answered(asked, answers)))
     write_atomic(places.answers, _lines(network.answered(chosen, found)))
+
+
+def _prompts(this: Round, *splits: Split) -> list[Prompt]:
+    """Those that can be asked about: what a project that masks stores of their group is on their side, too."""
+    found = [record for split in splits for record in prompts_of(this.config.data, split)]
+    kept = [record for record in found if in_use.keeps_side(record.group, this.project, this.config.data)]
+    if not kept:
+        raise DataError(
+            f"once they are masked, none of {len(found)} prompts is in a group of its side",
+            where=", ".join(this.config.data.paths),
+            allowed="prompts whose groups stay on one side of data.validation and data.test",
+            hint="give the prompts a column `group` in which nothing has to be masked",
+        )
+    return kept
 
 
 def _questions(this: Round) -> None:
@@ -190,18 +208,21 @@ def _questions(this: Round) -> None:
     chosen = choose(prompts, worth.get(config.order), config.order, config.labels_per_round, config.random_share, *key)
     asked: list[Asked] = []
     for choice in chosen:
-        known = {name: float(values[choice.at]) for name, values in worth.items() if values is not None}
+        values = {name: found[choice.at] for name, found in worth.items() if found is not None}
+        known = {name: float(value) for name, value in values.items() if np.isfinite(value)}
         asked += _asked(this, pairs[choice.at], LEARN, choice.drawn, known)
     if this.before is None:
         whose, held_out = _pairs(places.held_out_answers)
         measured = choose(whose, None, "random", config.held_out_labels, 1.0, config.seed, "held-out")
         asked += [one for choice in measured for one in _asked(this, held_out[choice.at], MEASURE)]
-    if not any(one.what == LEARN for one in asked):
-        raise DataError(
-            f"no two answers to {len(set(prompts))} prompts differ, so that there is nothing to ask",
-            where=str(places.answers),
-            hint="raise policy.temperature, answers_per_prompt or prompts_per_round in a new loop (another --run)",
-        )
+    for what, file in ((LEARN, places.answers), (MEASURE, places.held_out_answers)):
+        if (what == LEARN or this.before is None) and not any(one.what == what for one in asked):
+            raise DataError(
+                f"no two answers to a prompt differ, so that there is nothing to {what}",
+                where=str(file),
+                hint="raise policy.temperature, answers_per_prompt, prompts_per_round or held_out_labels in a new loop "
+                "(another --run)",
+            )
     places.write_asked(places.questions, asked)
 
 
@@ -245,7 +266,9 @@ def _labels(this: Round) -> None:
                 f"no label {wanted} prefers one of two answers",
                 where=str(config.labels),
                 allowed="at least one preference among training groups, and one among held-out groups",
-                hint=f"take answers back (u) and judge again: perlhf label {config.labels}",
+                hint=f"take answers back (u) and judge again: perlhf label {config.labels}"
+                if config.labeller == "people"
+                else "begin another loop (--run NEW): with another labeller, or with more questions",
             )
     records.write(places.labels, said, this.project, numbers)
 
@@ -279,6 +302,7 @@ def _evaluation(this: Round) -> None:
         one
         for at, duel in enumerate(duels)
         if duel.first.strip() and duel.second.strip() and duel.first.strip() != duel.second.strip()
+        if in_use.keeps_side(duel.group, this.project, config.data)
         for one in _asked(this, duel, DUEL, known={"prompt": at})
     ]
     places.write_asked(places.duels, asked)
@@ -323,6 +347,20 @@ def _claim(config: LoopConfig) -> None:
         check_continues(path, then, values, MAY_GROW, "loop", "--run")
         values["rounds"] = max(values["rounds"], then["rounds"])
     write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _check_data(config: LoopConfig) -> None:
+    """Refuses prompts other than those of the rounds so far: the same held-out ones measure all rounds."""
+    path, now = config.run / DATA, content_hash(config.data)
+    then = read_json(path) if path.exists() else now
+    if changed := [name for name, found in now.items() if then.get(name) != found]:
+        raise RunError(
+            f"{changed[0]} isn't what it was when the loop began",
+            where=str(path),
+            allowed="the same prompts in all rounds, since held-out ones measure all of them",
+            hint=f"put it back, or begin another loop with these labels: --run NEW --project {config.labels}",
+        )
+    write_json(path, now)
 
 
 def _project(config: LoopConfig) -> ProjectConfig:

@@ -42,6 +42,7 @@ def sample_answers(
 
     Raises:
         ConfigError, ServiceError, StaleSamplerError: as `server_of`, where a server samples.
+        AdapterError: adapters that the loop is to train don't fit the base.
     """
     model, encoder = _opened(config)
     start = None if config.sft is None else load_sft(model, config.sft, encoder)
@@ -53,12 +54,15 @@ def sample_answers(
     }
     found: dict[str, list[list[str]]] = {}
     given: dict[str, Any] = {"run": config.run, "key": config.run}
-    # What the round's policy will need is told now, before people label: a policy as it begins is sent as well.
+    # What a round will need is told now, before people label: adapters are made, and a server gets the policy's.
     given |= {"slots": config.slots, "temperature": config.policy.temperature}
     sent = list(adapters.values())
-    if config.sampler == "vllm" and set(sent) == {start}:
+    if set(sent) == {start}:
+        reward = config.reward_stage(config.run, config.run, None, config.seed)
+        new_adapter(model, "reward", "reward", reward)
         policy = config.policy_stage(config.run, config.run, None, config.seed)
-        sent.append(new_adapter(model, "policy", "policy", policy, beneath=start).name)
+        begun = new_adapter(model, "policy", "policy", policy, beneath=start).name
+        sent += [begun] if config.sampler == "vllm" else []
     with server_of(config, model, encoder, ids, sent, **given) as server:
         for name, (_, count) in sides.items():
             seed = keyed_seed(config.seed, key, name)

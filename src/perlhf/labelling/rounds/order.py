@@ -77,13 +77,15 @@ def choose(
 
     Args:
         prompts: of each candidate, what it asks about.
-        worth: of each candidate; None draws all at random, as the first round does, which has no reward models.
+        worth: of each candidate, nan (too long for the models) below all others; None draws all at random, as the
+            first round does, which has no reward models.
         order: what `worth` is.
         count: pairs wanted; there are fewer where prompts are.
         random_share: of them.
         key: of the draws, which depend on nothing else.
     """
     places = [uniform(*key, at) for at in range(len(prompts))]
+    worth = None if worth is None else np.nan_to_num(np.asarray(worth, dtype=float), nan=-np.inf)
     at_random = sorted(range(len(prompts)), key=lambda at: places[at])
     wanted = count if worth is None or order == "random" else round(count * random_share)
     chosen = _of_new_prompts(at_random, prompts, set(), wanted, "random")

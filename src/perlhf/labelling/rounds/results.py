@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,13 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
         raise damaged(file, str(error)) from error
 
 
-def write(config: LoopConfig, store: Store, finished: int) -> dict[str, Any]:
-    """Writes loop.json, loop.html and the project's learned.json about the finished rounds; returns the first."""
+def write(config: LoopConfig, store: Store) -> dict[str, Any]:
+    """Writes loop.json, loop.html and the project's learned.json about all finished rounds, also where fewer are asked
+    for now; returns the first.
+    """
+    finished = 1
+    while Places(config, finished + 1).scores.exists():
+        finished += 1
     found = conclude(config, store, finished)
     write_json(config.run / "loop.json", found)
     write_atomic(config.run / "loop.html", page.render(found, config.run.name))
@@ -152,16 +157,19 @@ def conclude(config: LoopConfig, store: Store, finished: int) -> dict[str, Any]:
     """What loop.json holds."""
     said = _verdicts(store.labels())
     held_out = [one.question for one in Places(config, 1).asked(MEASURE)]
-    judged, known = _judged(held_out, [said.get(one.key) for one in held_out])
+    first = np.array(read_json(Places(config, 1).scores)["held_out"], dtype=float)
+    # What is too long for the models is so in every round.
+    scored = set(np.flatnonzero(np.isfinite(first).all(axis=(0, 2))).tolist())
+    judged, known = _judged(held_out, [said.get(one.key) for one in held_out], scored)
     golden = _golden_verdicts(held_out, config)
-    by_gold, known_by_gold = _judged(held_out, golden)
+    by_gold, known_by_gold = _judged(held_out, golden, scored)
     correct: list[Floats] = []
     rounds: list[dict[str, Any]] = []
     predicted, preferred, groups = list[Floats](), list[Floats](), list[str]()
     for number in range(1, finished + 1):
         places = Places(config, number)
-        scored = read_json(places.scores)
-        scores = {key: np.array(scored[key], dtype=float) for key in ("held_out", "duels")}
+        found = read_json(places.scores)
+        scores = {key: np.array(found[key], dtype=float) for key in ("held_out", "duels")}
         evaluation = read_evaluation(places.evaluation)
         groups = [row["group"] for row in evaluation.samples]
         verdicts = {int(one.known["prompt"]): said.get(one.question.key) for one in places.asked(DUEL)}
@@ -180,8 +188,8 @@ def conclude(config: LoopConfig, store: Store, finished: int) -> dict[str, Any]:
             "judged_duels": int((~np.isnan(preferred[-1])).sum()),
             "stopped": read_json(places.policy / RESULT).get("stopped"),
         }
-        if "in_use" in scored:
-            one["accuracy_in_use"] = _in_use(scored, *own)
+        if "in_use" in found:
+            one["accuracy_in_use"] = _in_use(found, *own)
         if golden:
             right = figures.right(scores["held_out"][:, known_by_gold], by_gold)
             one["accuracy_by_rules"] = figures.measured(right, by_gold.groups, *own)
@@ -201,7 +209,7 @@ def conclude(config: LoopConfig, store: Store, finished: int) -> dict[str, Any]:
         "random_share": config.random_share,
         "members": config.reward.members,
         "held_out_questions": len(judged.groups),
-        "duels": config.duels,
+        "duels": len(groups),
         "rounds": rounds,
         "curve": curve,
         "pleasing_alone_since": since,
@@ -222,7 +230,7 @@ def _counts(places: Places, config: LoopConfig, said: dict[str, str]) -> dict[st
     learned = [row for row in rows(places.records) if split_of(row["group"], config.data) == "train"]
     asked = places.asked(LEARN)
     return {
-        "labels": len(learned),
+        "labels": read_json(places.reward / RESULT)["train_examples"],  # less those that are too long
         "served": sum(str(row.get("source", "")).startswith("serve") for row in learned),
         "asked": len(asked),
         "answered": sum(one.question.key in said for one in asked),
@@ -244,9 +252,11 @@ def _most(votes: Counter[str]) -> str:
     return "equal" if others and others[0][1] == count else first
 
 
-def _judged(asked: Sequence[Question], verdicts: Sequence[str | None]) -> tuple[figures.Judged, list[int]]:
-    """Those of the questions that have a preference, and their numbers."""
-    known = [at for at, verdict in enumerate(verdicts) if verdict in ("first", "second")]
+def _judged(
+    asked: Sequence[Question], verdicts: Sequence[str | None], scored: Collection[int]
+) -> tuple[figures.Judged, list[int]]:
+    """Those of the questions that have a preference and are among the scored ones, and their numbers."""
+    known = [at for at, verdict in enumerate(verdicts) if verdict in ("first", "second") and at in scored]
     first = np.array([verdicts[at] == "first" for at in known], dtype=bool)
     return figures.Judged(first, [asked[at].group for at in known]), known
 

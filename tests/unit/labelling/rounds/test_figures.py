@@ -81,6 +81,10 @@ def test_when_the_loop_began_to_please_its_reward_models_alone() -> None:
     assert since == 2 and "the interval ends below 0" in sentence
     since, sentence = pleasing_alone(predicted, [constant(0.6), constant(0.7), constant(0.8)], GROUPS, 50, 0)
     assert since is None and "In no round" in sentence
+    since, sentence = pleasing_alone(predicted, [constant(0.6), constant(0.5), constant(0.7)], GROUPS, 50, 0)
+    assert since is None and "In no round" in sentence, "a later round is liked more than any before"
+    since, _ = pleasing_alone(predicted, [constant(0.7), constant(0.5), constant(0.6)], GROUPS, 50, 0)
+    assert since == 2, "a later round is liked more than the second, and less than the first"
     since, _ = pleasing_alone([constant(0.5)], [constant(0.3)], GROUPS, 50, 0)
     assert since is None, "its reward models weren't pleased either"
     since, sentence = pleasing_alone([constant(0.6)], [constant(0.4)], GROUPS, 50, 0)

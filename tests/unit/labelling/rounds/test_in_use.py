@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from perlhf.config.labelling import ProjectConfig
 from perlhf.config.stages import DataConfig
 from perlhf.data.records import Prompt
 from perlhf.data.splits import split_of
+from perlhf.labelling.database.store import Store
+from perlhf.labelling.labels import Said
+from perlhf.labelling.questions import question
 from perlhf.labelling.rounds import in_use
 from perlhf.serving.feedback import Answers, Feedback
 
@@ -34,3 +38,26 @@ def test_a_round_holds_out_what_its_prompts_hold_out_and_waits_for_both_thumbs(
     taught = in_use.teaching(feedback.store.labels(), feedback.project, DATA, prompts)
     assert [label.question.group for label in taught] == [HELD, HELD, LEARNED, LEARNED]
     feedback.close()
+
+
+def test_questions_from_elsewhere_about_a_held_out_prompt_are_not_learned_from(tmp_path: Path) -> None:
+    store, project = Store(tmp_path / "labels.sqlite"), ProjectConfig()
+    sources = {"own.jsonl:1": LEARNED, "round 1: learn": LEARNED}
+    answers = iter((("Yes.", "No."), ("Yes!", "No!")))
+    asked = [question(project, COFFEE, next(answers), group, source) for source, group in sources.items()]
+    store.add(one for one in asked if one is not None)
+    ana = store.labeller("ana")
+    while (task := store.next_task(ana, 60)) is not None:
+        store.say(ana, task.id, Said("first"), f"key of {task.id}", 1.0)
+    taught = in_use.teaching(store.labels(), project, DATA, [Prompt(COFFEE, HELD)])
+    assert {one.question.source: one.question.group for one in taught} == sources | {"own.jsonl:1": HELD}
+    store.close()
+
+
+def test_a_masked_group_may_be_on_another_side() -> None:
+    masked = ProjectConfig(redact=True)
+    groups = [f"mail ana{at}@example.com please" for at in range(40)]
+    stored = split_of("mail [mail address] please", DATA) == "train"
+    same = [group for group in groups if (split_of(group, DATA) == "train") == stored]
+    assert [group for group in groups if in_use.keeps_side(group, masked, DATA)] == same and 0 < len(same) < 40
+    assert all(in_use.keeps_side(group, ProjectConfig(), DATA) for group in groups)

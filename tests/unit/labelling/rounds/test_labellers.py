@@ -76,6 +76,25 @@ def test_a_judge_answers_and_what_it_said_before_it_failed_is_kept(store: Store,
     assert {label.labeller.name for label in labels} == {"judge large"}
 
 
+def test_a_judge_that_answers_rubbish_labels_nothing_and_one_that_does_at_times_is_told(
+    store: Store, serve, capfd
+) -> None:
+    said = ["Reply one."]
+    address = serve(lambda request: {"choices": [{"message": {"content": said[0]}}]})
+    config, questions = LoopConfig(labeller="judge", judge=address), asked(9)
+    store.add(questions)
+    with pytest.raises(ServiceError, match="no answer to 8 questions, each asked in both orders, was 1 or 2"):
+        labellers.label(config, store, questions)
+    assert store.labels() == []
+    labellers.label(config, store, questions[:2])  # which a judge may refuse
+    assert "4 of the judge's 4 answers were neither 1 nor 2" in capfd.readouterr().err
+    said[0] = "1"
+    labellers.label(config, store, questions)
+    assert [label.said.verdict for label in store.labels()] == ["equal"] * 9 and not capfd.readouterr().err.count(
+        "1 nor"
+    )
+
+
 def test_the_page_is_open_beside_the_loop_and_a_taken_port_is_one_sentence(tmp_path: Path, capfd) -> None:
     config = LoopConfig(run=tmp_path / "loop", page=0)
     config.labels.mkdir(parents=True)

@@ -61,6 +61,11 @@ def test_the_random_share_does_not_look_at_the_worth() -> None:
     assert at_random != [choice for choice in again if choice.drawn == "random"]
 
 
+def test_what_models_cannot_score_comes_last() -> None:
+    worth = [0.1, math.nan, 0.3, math.nan, 0.2]
+    assert [choice.at for choice in choose(list(range(5)), worth, "information", 3, 0.0, "key")] == [2, 4, 0]
+
+
 def test_without_reward_models_all_are_random() -> None:
     found = choose(list(range(9)), None, "information", 4, 0.0, "key")
     assert len(found) == 4 and {choice.drawn for choice in found} == {"random"}

@@ -12,7 +12,9 @@ from tiny_runs import TinyRuns, tiny_runs
 
 from perlhf.config.labelling import ProjectConfig, QuestionsConfig
 from perlhf.errors import ConfigError, RunError
-from perlhf.labelling.questions import questions
+from perlhf.labelling.database.store import Store
+from perlhf.labelling.project import LABELS, bring, made
+from perlhf.labelling.questions import Question, questions
 from perlhf.labelling.rounds import ranked as module
 from perlhf.labelling.rounds.ranked import ranked
 
@@ -40,6 +42,37 @@ def test_the_best_come_first_and_the_random_share_keeps_its_place(runs: TinyRuns
     some = ranked(project(runs, 0.5), [replace(asked[0], known="first"), *asked[1:]])
     kept = [at for at, one in enumerate(some) if one.drawn == "random"]
     assert 0 in kept and 5 < len(kept) < 25 and all(some[at].place == asked[at].place for at in kept)
+
+
+def test_new_questions_are_ranked_by_what_the_project_says_now(runs: TinyRuns, tmp_path: Path, monkeypatch) -> None:
+    """`order` and `rewards` come later, then another `order` and run: what is there keeps its place."""
+    every, place, asked_of = questions(project(runs, 0.0)), tmp_path / "project", list[str]()
+    worth = {one.key: number for number, one in enumerate(every)}  # the last is the best
+
+    def scores(run: Path, some: list[Question]) -> np.ndarray:
+        asked_of.append(run.name)
+        sign = 1.0 if run.name == "one" else -1.0
+        return np.array([[[sign * worth[one.key], 0.0] for one in some]])
+
+    monkeypatch.setattr(module, "_scores", scores)
+
+    def brought(count: int, rules: str) -> list[tuple[str, float]]:
+        place.mkdir(exist_ok=True)
+        (place / "project.yaml").write_text(f"questions: {{paths: [x.jsonl], random_share: 0.0{rules}}}\n")
+        store = Store(place / LABELS)
+        bring(made(place), store, every[:count])
+        found = {one.key: (one.drawn, one.place) for one in store.questions().values()}
+        store.close()
+        return [found[one.key] for one in every[:count]]
+
+    first = brought(5, "")
+    assert first == [("random", one.place) for one in every[:5]] and not asked_of
+    second = brought(9, ", order: disagreement, rewards: [one, other]")
+    assert second[:5] == first and asked_of == ["one", "other"]
+    assert second[5:] == [("disagreement", at / 4) for at in (3, 2, 1, 0)]
+    third = brought(11, ", order: information, rewards: [third, one]")
+    assert third[:9] == second and asked_of[2:] == ["third", "one"]
+    assert third[9:] == [("information", 0.5), ("information", 0.0)]
 
 
 def test_reward_runs_score_both_answers(runs: TinyRuns) -> None:
