@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -19,6 +20,9 @@ from perlhf.labelling.redact import redacted
 
 SERVED = "served"
 """What `drawn` says of questions that nobody asked: people said something about an answer that was served to them."""
+OF_A_ROUND = re.compile(r"round \d+: ")
+"""The source of a question that `perlhf loop` asks: it is in its prompt's group, and wants one label whatever the
+project's overlap."""
 _LISTS = ("completions", "answers", "responses", "candidates", "generations")
 _PAIRS = (("a", "b"), ("1", "2"), ("0", "1"))
 _PAIR_NAMES = ("completion", "answer", "response", "output")
@@ -118,10 +122,7 @@ def question(
 ) -> Question | None:
     """One question of a project, at a random place among all; None where its two answers are the same."""
     if project.redact:
-        given, prompt, answers = prompt_group(prompt), masked(prompt), tuple(map(masked, answers))
-        # A group is often the first turn's words without their signs, among which no address is found any more; prompts
-        # that differ in what is masked alone become one group.
-        group = prompt_group(prompt) if group == given else redacted(group)
+        group, prompt, answers = masked_group(prompt, group), masked(prompt), tuple(map(masked, answers))
     if len(answers) == 2 and answers[0] == answers[1]:
         return None
     key = hashlib.sha256(json.dumps([project.kind, prompt, answers], sort_keys=True).encode()).hexdigest()
@@ -207,6 +208,14 @@ def _answer(answer: str | list[Any], column: str, where: str) -> Text:
         allowed = "text, an assistant message, or turns that begin and end with the assistant's"
         raise DataError(what, where=where, allowed=allowed)
     return turns
+
+
+def masked_group(prompt: Text, group: str) -> str:
+    """What a project that masks stores of a prompt's group: prompts that differ in what is masked alone become one.
+
+    A group is often the first turn's words without their signs, among which no address is found any more.
+    """
+    return prompt_group(masked(prompt)) if group == prompt_group(prompt) else redacted(group)
 
 
 def _masked(part: Any) -> Any:

@@ -1,7 +1,6 @@
 """What of a project is settled once questions are stored, and labels of an export as a project stores them."""
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,8 @@ from perlhf.errors import ConfigError, DataError
 from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Label
 from perlhf.labelling.pages.server import VERDICTS
-from perlhf.labelling.questions import labels_wanted, question, served_key
+from perlhf.labelling.questions import OF_A_ROUND, labels_wanted, question, served_key
 from perlhf.labelling.redact import redacted
-
-_OF_A_ROUND = re.compile(r"round \d+: ")
-"""The source of a question that `perlhf loop` asks: it wants one label, whatever the project's overlap."""
 
 
 def settled(project: ProjectConfig) -> dict[str, str]:
@@ -44,7 +40,7 @@ def check(project: ProjectConfig, file: Path, database: Path) -> None:
             if was != now[name]:
                 _refuse(name, now[name], was, file)
         rules = project.questions
-        store.want(lambda key, source: 1 if _OF_A_ROUND.match(source) else labels_wanted(rules, key))
+        store.want(lambda key, source: 1 if OF_A_ROUND.match(source) else labels_wanted(rules, key))
     finally:
         store.close()
 

@@ -2,23 +2,18 @@
 round of a loop uses it.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 from perlhf.config.labelling import ProjectConfig
 from perlhf.config.stages import DataConfig
 from perlhf.data.fields import prompt_group
-from perlhf.data.records import Prompt
+from perlhf.data.records import Prompt, Text
 from perlhf.data.splits import split_of
 from perlhf.labelling.labels import Label
-from perlhf.labelling.questions import masked
+from perlhf.labelling.questions import OF_A_ROUND, masked, masked_group
 from perlhf.labelling.records import labelled_rows
-from perlhf.labelling.redact import redacted
 from perlhf.system.console import note
-
-_OF_A_ROUND = re.compile(r"round \d+: ")
-"""The source of a question that a loop asks, whose group is the prompt's."""
 
 
 def teaching(said: Sequence[Label], project: ProjectConfig, data: DataConfig, prompts: Sequence[Prompt]) -> list[Label]:
@@ -34,7 +29,7 @@ def teaching(said: Sequence[Label], project: ProjectConfig, data: DataConfig, pr
 
     def moved(label: Label) -> Label:
         asked = label.question
-        if _OF_A_ROUND.match(asked.source):
+        if OF_A_ROUND.match(asked.source):
             return label
         group = known.get(prompt_group(asked.prompt), asked.group)
         return replace(label, question=replace(asked, group=group))
@@ -49,11 +44,9 @@ def teaching(said: Sequence[Label], project: ProjectConfig, data: DataConfig, pr
     return labels
 
 
-def keeps_side(group: str, project: ProjectConfig, data: DataConfig) -> bool:
-    """Whether a group is held out, or isn't, by what the project stores of it as well: a masked group has another hash,
-    and prompts that differ in what is masked alone become one group.
-    """
-    stored = redacted(group) if project.redact else group
+def keeps_side(prompt: Text, group: str, project: ProjectConfig, data: DataConfig) -> bool:
+    """Whether what the project stores of a prompt's group is held out as the group is: masked, it has another hash."""
+    stored = masked_group(prompt, group) if project.redact else group
     return (split_of(stored, data) == "train") == (split_of(group, data) == "train")
 
 

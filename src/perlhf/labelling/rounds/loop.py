@@ -184,12 +184,13 @@ def _answers(this: Round) -> None:
 
 def _prompts(this: Round, *splits: Split) -> list[Prompt]:
     """Those that can be asked about: what a project that masks stores of their group is on their side, too."""
-    found = [record for split in splits for record in prompts_of(this.config.data, split)]
-    kept = [record for record in found if in_use.keeps_side(record.group, this.project, this.config.data)]
+    data = this.config.data
+    found = [record for split in splits for record in prompts_of(data, split)]
+    kept = [record for record in found if in_use.keeps_side(record.prompt, record.group, this.project, data)]
     if not kept:
         raise DataError(
             f"once they are masked, none of {len(found)} prompts is in a group of its side",
-            where=", ".join(this.config.data.paths),
+            where=", ".join(data.paths),
             allowed="prompts whose groups stay on one side of data.validation and data.test",
             hint="give the prompts a column `group` in which nothing has to be masked",
         )
@@ -302,7 +303,7 @@ def _evaluation(this: Round) -> None:
         one
         for at, duel in enumerate(duels)
         if duel.first.strip() and duel.second.strip() and duel.first.strip() != duel.second.strip()
-        if in_use.keeps_side(duel.group, this.project, config.data)
+        if in_use.keeps_side(duel.prompt, duel.group, this.project, config.data)
         for one in _asked(this, duel, DUEL, known={"prompt": at})
     ]
     places.write_asked(places.duels, asked)

@@ -6,12 +6,14 @@ import pytest
 
 from perlhf.config.labelling import ProjectConfig
 from perlhf.config.stages import DataConfig
+from perlhf.data.fields import prompt_group
 from perlhf.data.records import Prompt
 from perlhf.data.splits import split_of
 from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Said
 from perlhf.labelling.questions import question
 from perlhf.labelling.rounds import in_use
+from perlhf.labelling.rounds.in_use import keeps_side
 from perlhf.serving.feedback import Answers, Feedback
 
 DATA = DataConfig(validation=0.3, test=0.3)
@@ -55,9 +57,12 @@ def test_questions_from_elsewhere_about_a_held_out_prompt_are_not_learned_from(t
 
 
 def test_a_masked_group_may_be_on_another_side() -> None:
-    masked = ProjectConfig(redact=True)
-    groups = [f"mail ana{at}@example.com please" for at in range(40)]
-    stored = split_of("mail [mail address] please", DATA) == "train"
-    same = [group for group in groups if (split_of(group, DATA) == "train") == stored]
-    assert [group for group in groups if in_use.keeps_side(group, masked, DATA)] == same and 0 < len(same) < 40
-    assert all(in_use.keeps_side(group, ProjectConfig(), DATA) for group in groups)
+    masked, plain = ProjectConfig(redact=True), ProjectConfig()
+    prompts = [f"mail ana{at}@example.com please" for at in range(40)]
+    # Groups that are named are masked; those that are the prompt's own are of the masked prompt.
+    for groups, now in ((prompts, "mail [mail address] please"), (list(map(prompt_group, prompts)), None)):
+        stored = split_of(now or prompt_group("mail [mail address] please"), DATA)
+        kept = [group for prompt, group in zip(prompts, groups, strict=True) if keeps_side(prompt, group, masked, DATA)]
+        assert kept == [group for group in groups if (split_of(group, DATA) == "train") == (stored == "train")]
+        assert 0 < len(kept) < 40
+        assert all(keeps_side(prompt, group, plain, DATA) for prompt, group in zip(prompts, groups, strict=True))
