@@ -70,12 +70,14 @@ async function problemOf(response) {
     said = await response.text();
     const content = JSON.parse(said);
     said = content.error?.message || content.problem || content.detail || said;
-  } catch {} // then it is text, or nothing
+  } catch {
+    if (said.trimStart().startsWith("<")) said = ""; // a page that something else sent in the server's place
+  }
   said = String(said).slice(0, 400);
   if (response.status === 401) return "The server wants its token again: load the page anew, nothing is lost.";
   if (response.status === 429) return `The server is busy: too many wait. ${said}`;
   if (response.status === 503) return `The server can't answer now. ${said}`;
-  return said && !said.startsWith("<") ? said : `The server said ${response.status}.`;
+  return said || `The server said ${response.status}.`;
 }
 
 async function json(path, body) {
