@@ -74,9 +74,17 @@ def started(words: Sequence[str]) -> Iterator[Command]:
         process.communicate()
 
 
-def enter(context: BrowserContext, address: str, name: str) -> Page:
+def new_page(context: BrowserContext) -> Page:
+    """A page whose requests a test may catch from here on. A page that was loaded before its first route may send some
+    more past it, so there is one beforehand, for an address that no page asks for."""
+    context.route("**/asked-by-no-page", lambda route: route.abort())
     page = context.new_page()
     page.set_default_timeout(30_000)
+    return page
+
+
+def enter(context: BrowserContext, address: str, name: str) -> Page:
+    page = new_page(context)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(address)

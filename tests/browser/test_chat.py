@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from people import REPOSITORY, SCREENS, Command, opened, serious, serious_now, started
+from people import REPOSITORY, SCREENS, Command, new_page, opened, serious, serious_now, started
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 from toy import command, finish, write_feedback
 
@@ -68,8 +68,7 @@ def canned(tmp_path: Path) -> Iterator[Command]:
 def entered(context: BrowserContext, address: str, name: str = "") -> Page:
     saved = json.dumps(json.dumps({"name": name}))
     context.add_init_script(f"localStorage.getItem('{SAVED}') || localStorage.setItem('{SAVED}', {saved})")
-    page = context.new_page()
-    page.set_default_timeout(30_000)
+    page = new_page(context)
     page.on("pageerror", lambda error: pytest.fail(str(error)))
     page.goto(address)
     page.wait_for_selector("#model option", state="attached")
