@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, DATA_SUMMARY, LABEL_COMMANDS, summaries
+from perlhf.commands.names import COMMANDS, DATA_COMMANDS, DATA_SUMMARY, LABEL_COMMANDS, summaries
 from perlhf.config.command_line import FLAGS, Command
 from perlhf.config.recipe import describe, submodel
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, LABEL_COMMANDS, launched, planned
+from perlhf.commands.cli import launched, planned
+from perlhf.commands.names import COMMANDS, DATA_COMMANDS, LABEL_COMMANDS
 from perlhf.config.command_line import parse
 from perlhf.config.commands import EvaluateConfig
 from perlhf.config.recipe import submodel

@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(perlhf.__path__, "perlhf."))
 WITHOUT_TORCH = (
     "commands.cli",
+    "commands.names",
     "commands.show",
     "comparison",
     "config",

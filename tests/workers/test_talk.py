@@ -12,7 +12,7 @@ import torch.distributed as dist
 from forks import talk
 from toy import command, finish
 
-from perlhf.commands.cli import COMMANDS
+from perlhf.commands.names import COMMANDS
 from perlhf.config.command_line import parse
 from perlhf.model.bases.loading import without_weights
 from perlhf.model.foretold.sizes import gathers_of

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 
 from perlhf import __version__
 from perlhf.commands import cli
-from perlhf.commands.cli import COMMANDS, DATA_COMMANDS, LABEL_COMMANDS, evaluated_data, main
+from perlhf.commands.cli import evaluated_data, main
+from perlhf.commands.names import COMMANDS, DATA_COMMANDS, LABEL_COMMANDS
 from perlhf.config import stages
 from perlhf.config.command_line import parse
 from perlhf.config.recipe import submodel

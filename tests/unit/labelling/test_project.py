@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from perlhf.commands.cli import LABEL_COMMANDS
+from perlhf.commands.names import LABEL_COMMANDS
 from perlhf.config.command_line import parse
 from perlhf.config.labelling import LabelBackupConfig, LabelConfig, LabelExportConfig, LabelInviteConfig, ProjectConfig
 from perlhf.errors import ConfigError, DataError, RunError
