@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from people import REPOSITORY, SCREENS, Command, new_page, opened, serious, serious_now, started
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
-from toy import command, finish, write_feedback
+from toy import command, joined, start, write_feedback
 
 from perlhf.labelling.database.store import Store
 from perlhf.labelling.labels import Label
@@ -26,13 +26,15 @@ def runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
     """Two tiny runs that answer, and a reward run of two members."""
     place = tmp_path_factory.mktemp("runs")
     data = write_feedback(place / "feedback")
+    started = []
     for stage, name, file, *more in (
         ("sft", "policy", "demonstrations.jsonl", "--seed", "1"),
         ("sft", "sft", "demonstrations.jsonl", "--seed", "2"),
         ("reward", "taste", "ratings.jsonl", "--members", "2"),
     ):
         words = command(stage, tiny_base, data / file, place / name, "--encoding.max-tokens", "512", *more)
-        assert finish(words, place / "log", place) == 0
+        started.append(start(words, place / f"{name}.log", place))
+    assert joined(started) == [0, 0, 0]
     return [str(place / name) for name in ("policy", "sft", "taste")]
 
 

@@ -4,12 +4,13 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from people import SCREENS, enter, press, serious, serious_now
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 from toy import command, finish, prompts, ratings, write_rows
 
 from perlhf.data.read import read_all
@@ -169,22 +170,25 @@ def test_an_answer_outlives_a_server_that_is_killed(browser: Browser, label: Any
     assert len(said) == 2
 
 
-@pytest.mark.parametrize(
-    ("status", "kind"), [(502, "text/html"), (503, "application/json"), (500, "text/plain"), (200, "text/html")]
-)
 def test_an_answer_outlives_what_a_proxy_says_instead_of_the_server(
-    status: int, kind: str, browser: Browser, label: Any, tmp_path: Path
+    browser: Browser, label: Any, tmp_path: Path
 ) -> None:
     project = tmp_path / "project"
+    ways = ((502, "text/html"), (503, "application/json"), (500, "text/plain"), (200, "text/html"))
     with label(project) as command:
         page = enter(browser.new_context(), command.address, "Ana")
-        page.route("**/answer", lambda route: route.fulfill(status=status, content_type=kind, body="{}"))
-        page.keyboard.press("ArrowRight")
-        expect(page.locator("#message")).to_contain_text("It is kept here and sent again")
-        expect(page.locator("article")).to_be_visible()
-        page.unroute("**/answer")
-        expect(page.locator("#count")).to_have_text("1 of 800", timeout=10_000)
-    assert len(Store(project / "labels.sqlite").labels()) == 1
+        for number, (status, kind) in enumerate(ways, start=1):
+            page.route("**/answer", _saying(status, kind))
+            page.keyboard.press("ArrowRight")
+            expect(page.locator("#message")).to_contain_text("It is kept here and sent again")
+            expect(page.locator("article")).to_be_visible()
+            page.unroute("**/answer")
+            expect(page.locator("#count")).to_have_text(f"{number} of 800", timeout=10_000)
+    assert len(Store(project / "labels.sqlite").labels()) == len(ways)
+
+
+def _saying(status: int, kind: str) -> Callable[[Route], None]:
+    return lambda route: route.fulfill(status=status, content_type=kind, body="{}")
 
 
 def test_an_answer_that_waits_cant_be_taken_back_nor_the_one_before_it(
