@@ -333,6 +333,40 @@ def test_what_is_too_long_is_neither_asked_for_its_worth_nor_counted(tiny_base, 
         assert one["labels"] == read_json(place / "reward/result.json")["train_examples"]
 
 
+def test_labels_about_answers_that_are_too_long_are_left_out_and_told(tiny_base, tmp_path, serve, held_out):
+    from perlhf.commands.cli import main
+    from perlhf.labelling.project import made
+
+    data, run = write_rows(tmp_path / "prompts.jsonl", prompts(64)), tmp_path / "run"
+    asked = [row["prompt"] for row in read_lines(data)]
+    project = tmp_path / "project"
+    made(project)
+    answers, feedback = Answers(), Feedback(project)
+    for prompt in asked:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        answers.remember("long", 0, messages, "word " * 200, "policy", 1)
+        answers.remember("short", 0, messages, "no", "sft", 2)
+        feedback.take({"first": {"id": "long"}, "second": {"id": "short"}, "verdict": "second"}, answers, "cy")
+    feedback.close()
+    values = settings(tiny_base, data, run, labeller="judge", judge=serve(judged), rounds=1)
+    assert main(["loop", recipe(tmp_path / "loop.yaml", values | {"project": str(project)})]) == 0
+    (found,) = read_json(run / "loop.json")["rounds"]
+    rows = read_lines(run / "round-0001/labels/records.jsonl")
+    served = [row for row in rows if "source" in row]
+    assert len(served) == len(asked), "they are labels as others are"
+    assert found["too_long"] == sum(not held_out(row["group"]) for row in served) > 0
+    assert found["labels"] == len(rows) - len(served) - sum(
+        held_out(row["group"]) for row in rows if "source" not in row
+    )
+    scores = read_json(run / "round-0001/evaluation/scores.json")
+    assert scores["in_use"] and all(pair[0] is None or pair[1] is None for pair in scores["in_use"][0])
+    assert found["accuracy_in_use"] is None
+    assert (
+        f"{found['too_long']} labels are about answers longer than encoding.max_tokens"
+        in (run / "loop.html").read_text()
+    )
+
+
 def test_adapters_that_do_not_fit_are_told_before_anybody_labels(tiny_base, tmp_path, capfd, monkeypatch):
     from perlhf.commands.cli import main
 
@@ -351,9 +385,17 @@ def test_a_dry_run_says_how_many_labels_and_writes_nothing(tiny_base, tmp_path, 
     path = recipe(tmp_path / "loop.yaml", settings(tiny_base, data, tmp_path / "run"))
     assert main(["loop", path, "--dry-run", "--rounds", "3"]) == 0
     said = " ".join(capfd.readouterr().out.replace("│", " ").split())
-    assert "labels to learn from 18" in said and "labels to measure with 6" in said
+    assert "labels to learn from, at most 18" in said and "labels to measure with, at most 6" in said
     assert "labels for duels, at most 12" in said and "people's time about 12" in said, said
     assert not (tmp_path / "run").exists()
+    few = write_rows(tmp_path / "few.jsonl", prompts(8))
+    given = settings(tiny_base, few, tmp_path / "run", labels_per_round=8, held_out_labels=40, duels=40)
+    assert main(["loop", recipe(tmp_path / "few.yaml", given), "--dry-run"]) == 0
+    said = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    sides = {side: int(re.search(rf"prompts, {side} (\d+)", said)[1]) for side in ("train", "validation", "test")}
+    assert sum(sides.values()) == 8 and f"to learn from, at most {2 * sides['train']}" in said
+    assert f"to measure with, at most {sides['validation'] + sides['test']} " in said
+    assert f"for duels, at most {2 * sides['test']} " in said
 
 
 def test_a_dry_run_asks_the_server_that_is_to_sample(tiny_base, tmp_path, capfd, vllm):

@@ -52,6 +52,13 @@ DEMO: dict[str, Any] = {
 """What `--demo` stands for; a recipe and options override it."""
 
 
+class LoopEncodingConfig(EncodingConfig):
+    """How a record becomes tokens; the same for all steps."""
+
+    drop_long: bool = True
+    """Leave out (and count) labels about answers that alone exceed max_tokens; `false` stops the loop at one."""
+
+
 class LoopRewardConfig(Frozen):
     """The ensemble of reward adapters on the base, trained on from the last round's, on all labels so far."""
 
@@ -151,7 +158,7 @@ class LoopConfig(Frozen):
     """SFT run, or a directory of peft's, that the policy starts from; null starts from the base, as rewards do."""
     data: DataConfig = DataConfig()
     """Prompts. Validation and test groups are never learned from: they measure."""
-    encoding: EncodingConfig = EncodingConfig()
+    encoding: LoopEncodingConfig = LoopEncodingConfig()
     """From records to tokens."""
     tokens_per_microbatch: Positive | None = None
     """Computed tokens in one forward pass; null takes 1024, or encoding.max_tokens if that is more."""
@@ -214,18 +221,6 @@ class LoopConfig(Frozen):
     def slots(self) -> int:
         """Adapters that a vLLM server must hold at a time, so that it can sample for all steps."""
         return self.policy_stage(self.run, self.run, None, self.seed).slots
-
-    def labels_in_all(self) -> dict[str, int]:
-        """Labels that are asked for, by what for: to learn from, to measure reward models with, for the
-        duels of policies with the start.
-
-        Duels whose two answers are the same text need none.
-        """
-        return {
-            "to learn from": self.rounds * self.labels_per_round,
-            "to measure with": self.held_out_labels,
-            "for duels, at most": self.rounds * self.duels,
-        }
 
     def stage(self) -> StageConfig:
         """What the stages share, to open the base with."""

@@ -114,6 +114,11 @@ def _labels(one: Mapping[str, Any]) -> str:
 def _notes(one: Mapping[str, Any]) -> Iterator[str]:
     if one["stopped"]:
         yield f"Round {one['round']}: {one['stopped']}."
+    if one.get("too_long"):
+        yield (
+            f"Round {one['round']}: {count(one['too_long'])} labels are about answers longer than encoding.max_tokens, "
+            "and aren't learned from."
+        )
     if one.get("accuracy_in_use"):
         agrees = words(one["accuracy_in_use"])
         yield f"Round {one['round']}: reward models agree with {agrees} of the choices made in use on held-out prompts."

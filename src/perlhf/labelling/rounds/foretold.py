@@ -1,12 +1,14 @@
 """What a loop would do, before anything is done: prompts, labels, and roughly how long (`perlhf loop --dry-run`)."""
 
 import time
+from collections.abc import Mapping
 from statistics import fmean
 
 import torch
 
 from perlhf.config.loop import LoopConfig
 from perlhf.data.records import text_of
+from perlhf.data.splits import SPLITS, Split
 from perlhf.errors import ModelError
 from perlhf.labelling.questions import prompts_of
 from perlhf.labelling.rounds.loop import MORE
@@ -38,12 +40,12 @@ def foretell(config: LoopConfig) -> list[tuple[str, str]]:
         ServiceError, ConfigError: a server that is to sample isn't there, or can't (`rollout.vllm.connection`).
     """
     check_runs("sft", [] if config.sft is None else [config.sft])
-    sides = {side: prompts_of(config.data, side) for side in ("train", "validation", "test")}
+    sides = {side: prompts_of(config.data, side) for side in SPLITS}
     server = _server(config) if config.sampler == "vllm" else None
     rows = [(f"prompts, {side}", f"{len(found):,}") for side, found in sides.items()]
     rows += [("rounds", f"{config.rounds:,}"), ("who answers", config.labeller)]
     rows += [("what samples", server)] if server else []
-    labels = config.labels_in_all()
+    labels = _labels_in_all(config, {side: len(found) for side, found in sides.items()})
     rows += [(f"labels {what}", f"{count:,}") for what, count in labels.items()]
     share = "" if config.order == "random" else f", {config.random_share:.0%} of each round's at random"
     rows.append(("questions", f"by {config.order}{share}; those of the first round at random"))
@@ -60,6 +62,19 @@ def foretell(config: LoopConfig) -> list[tuple[str, str]]:
     else:
         rows.append(("the machine's time", f"roughly {duration(_seconds(config, letters))}, from its speed alone"))
     return rows
+
+
+def _labels_in_all(config: LoopConfig, prompts: Mapping[Split, int]) -> dict[str, int]:
+    """At most how many labels are asked for: to learn from, to measure reward models with, and for the duels of
+    policies with the start; no prompt is asked about twice in a round.
+
+    Pairs of which both answers are the same text need none.
+    """
+    return {
+        "to learn from, at most": config.rounds * min(config.labels_per_round, prompts["train"]),
+        "to measure with, at most": min(config.held_out_labels, prompts["validation"] + prompts["test"]),
+        "for duels, at most": config.rounds * min(config.duels, prompts["test"]),
+    }
 
 
 def _server(config: LoopConfig) -> str:

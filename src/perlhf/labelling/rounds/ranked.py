@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from perlhf.config.labelling import ProjectConfig
-from perlhf.data.records import Comparison, text_of
+from perlhf.data.records import Comparison, completions_of, text_of
 from perlhf.errors import ConfigError
 from perlhf.evaluation.reward import score_by_members
 from perlhf.labelling.questions import Question, uniform
 from perlhf.labelling.rounds.order import Floats, disagreement, information
+from perlhf.model.encoding.encode import Encoder, TooLong
 from perlhf.model.finished import read_run
 
 
@@ -42,16 +43,25 @@ def _scores(run: Path, questions: Sequence[Question]) -> Floats:
     """Of both answers by each member: [members, questions, 2]; nan where there is none."""
     opened = read_run(run, ("reward",))
     model, encoder = opened.open("auto")
-    whole = [at for at, one in enumerate(questions) if all(text_of(answer).strip() for answer in one.answers)]
-    records = [
-        Comparison(one.prompt, one.answers[0], one.answers[1], one.group, source=one.source)
-        for one in (questions[at] for at in whole)
-    ]
-    budget, packing = opened.config.microbatch_tokens, model.packing(opened.config.packing)
-    tables, _ = score_by_members(model, encoder, records, tuple(opened.members), budget, packing)
-    scores = np.full((len(tables), len(questions), 2), np.nan)
-    for member, scored in enumerate(tables):
-        for at, values in zip(whole, scored, strict=True):
-            if values is not None:
-                scores[member, at] = values
+    asked = {
+        at: Comparison(one.prompt, one.answers[0], one.answers[1], one.group, source=one.source)
+        for at, one in enumerate(questions)
+        if all(text_of(answer).strip() for answer in one.answers)
+    }
+    fitting = {at: record for at, record in asked.items() if _fits(encoder, record)}
+    scores = np.full((len(opened.members), len(questions), 2), np.nan)
+    if fitting:
+        budget, packing = opened.config.microbatch_tokens, model.packing(opened.config.packing)
+        records = list(fitting.values())
+        tables, _ = score_by_members(model, encoder, records, tuple(opened.members), budget, packing)
+        scores[:, list(fitting)] = np.array(tables, dtype=float)
     return scores
+
+
+def _fits(encoder: Encoder, record: Comparison) -> bool:
+    """Whether both answers can be scored; a project that people answer isn't stopped by one that can't."""
+    try:
+        encoder.examples(record.prompt, completions_of(record), record.source)
+    except TooLong:
+        return False
+    return True

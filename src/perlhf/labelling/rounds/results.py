@@ -229,8 +229,10 @@ def _counts(places: Places, config: LoopConfig, said: dict[str, str]) -> dict[st
     """Labels that the round's reward models learned from, and by what its own questions were chosen."""
     learned = [row for row in rows(places.records) if split_of(row["group"], config.data) == "train"]
     asked = places.asked(LEARN)
+    used = read_json(places.reward / RESULT)
     return {
-        "labels": read_json(places.reward / RESULT)["train_examples"],  # less those that are too long
+        "labels": used["train_examples"],
+        "too_long": used["counts"]["dropped_long"],
         "served": sum(str(row.get("source", "")).startswith("serve") for row in learned),
         "asked": len(asked),
         "answered": sum(one.question.key in said for one in asked),

@@ -77,8 +77,12 @@ def test_new_questions_are_ranked_by_what_the_project_says_now(runs: TinyRuns, t
 
 def test_reward_runs_score_both_answers(runs: TinyRuns) -> None:
     asked = questions(project(runs, 0.0))
-    (scores,) = module._scores(runs.reward, [replace(asked[0], answers=("x", " ")), *asked[1:]])
-    assert np.isnan(scores[0]).all() and np.isfinite(scores[1:]).all() and scores.shape == (len(asked), 2)
+    unscored = [replace(asked[0], answers=("x", " ")), replace(asked[1], answers=("x", "word " * 2000))]
+    (scores,) = module._scores(runs.reward, [*unscored, *asked[2:]])
+    assert np.isnan(scores[:2]).all() and np.isfinite(scores[2:]).all() and scores.shape == (len(asked), 2)
+    assert np.array_equal(module._scores(runs.reward, asked)[0, 2:], scores[2:])
+    for few in ([], unscored[:1], unscored[1:]):  # what `label answers` brings at a time
+        assert np.isnan(module._scores(runs.reward, few)).all()
     with pytest.raises(RunError, match="holds a run of stage sft"):
         module._scores(runs.sft, asked)
 
