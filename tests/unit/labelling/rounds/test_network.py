@@ -9,8 +9,8 @@ from tiny_runs import SYSTEM, TinyRuns, tiny_runs
 from vllm_server import FakeVllm, vllm
 
 from perlhf.config.commands import ScoreConfig
-from perlhf.config.loop import LoopConfig, LoopPolicyConfig
-from perlhf.config.stages import DataConfig, EncodingConfig, VllmConfig
+from perlhf.config.loop import LoopConfig, LoopEncodingConfig, LoopPolicyConfig
+from perlhf.config.stages import DataConfig, VllmConfig
 from perlhf.data.records import Prompt
 from perlhf.evaluation.evaluate import score
 from perlhf.labelling.rounds import results
@@ -25,7 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> TinyRuns:
 
 
 def settings(base: Path, runs: TinyRuns) -> LoopConfig:
-    encoding = EncodingConfig(system=SYSTEM, max_tokens=256)
+    encoding = LoopEncodingConfig(system=SYSTEM, max_tokens=256)
     return LoopConfig(base=str(base), dtype="float32", threads=1, sft=runs.sft, encoding=encoding)
 
 
