@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from perlhf.config.loop import LoopConfig, LoopRewardConfig
-from perlhf.config.stages import AdapterConfig, DataConfig, EncodingConfig, OptimConfig
+from perlhf.config.loop import LoopConfig, LoopEncodingConfig, LoopRewardConfig
+from perlhf.config.stages import AdapterConfig, DataConfig, OptimConfig
 from perlhf.data.coffee_bar.gold import gold
 from perlhf.data.order import choose as choose_some
 from perlhf.data.order import keyed_seed
@@ -81,7 +81,7 @@ def main() -> None:
             seed=seed,
             order="random",  # arms choose by themselves, and one member alone has nobody to disagree with
             data=DataConfig(validation=0.1, test=0.4),
-            encoding=EncodingConfig(system=None if arguments.data else SYSTEM, max_tokens=512),
+            encoding=LoopEncodingConfig(system=None if arguments.data else SYSTEM, max_tokens=512),
             reward=LoopRewardConfig(
                 members=arguments.members,
                 adapter=AdapterConfig(rank=8, targets="all", layers=arguments.layers),

@@ -13,8 +13,8 @@ from statistics import fmean
 
 import numpy as np
 
-from perlhf.config.loop import LoopConfig, LoopPolicyConfig
-from perlhf.config.stages import AdapterConfig, DataConfig, EncodingConfig, OptimConfig
+from perlhf.config.loop import LoopConfig, LoopEncodingConfig, LoopPolicyConfig
+from perlhf.config.stages import AdapterConfig, DataConfig, OptimConfig
 from perlhf.data.coffee_bar.gold import gold
 from perlhf.data.order import choose, keyed_seed
 from perlhf.data.records import Prompt
@@ -58,7 +58,7 @@ def measured(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, l
         seed=seed,
         sft=arguments.sft,
         data=DataConfig(validation=0.1, test=0.4),
-        encoding=EncodingConfig(system="You take orders in a coffee bar.", max_tokens=512),
+        encoding=LoopEncodingConfig(system="You take orders in a coffee bar.", max_tokens=512),
         policy=LoopPolicyConfig(
             updates=arguments.updates,
             adapter=AdapterConfig(rank=8, targets="all"),

@@ -392,10 +392,9 @@ def test_a_dry_run_says_how_many_labels_and_writes_nothing(tiny_base, tmp_path, 
     given = settings(tiny_base, few, tmp_path / "run", labels_per_round=8, held_out_labels=40, duels=40)
     assert main(["loop", recipe(tmp_path / "few.yaml", given), "--dry-run"]) == 0
     said = " ".join(capfd.readouterr().out.replace("│", " ").split())
-    sides = {side: int(re.search(rf"prompts, {side} (\d+)", said)[1]) for side in ("train", "validation", "test")}
-    assert sum(sides.values()) == 8 and f"to learn from, at most {2 * sides['train']}" in said
-    assert f"to measure with, at most {sides['validation'] + sides['test']} " in said
-    assert f"for duels, at most {2 * sides['test']} " in said
+    train, validation, test = (int(number) for number in re.findall(r"prompts, \w+ (\d+)", said))
+    assert train + validation + test == 8 and f"to learn from, at most {2 * train} " in said
+    assert f"to measure with, at most {validation + test} " in said and f"for duels, at most {2 * test} " in said
 
 
 def test_a_dry_run_asks_the_server_that_is_to_sample(tiny_base, tmp_path, capfd, vllm):

@@ -1,14 +1,13 @@
 """What a loop would do, before anything is done: prompts, labels, and roughly how long (`perlhf loop --dry-run`)."""
 
 import time
-from collections.abc import Mapping
 from statistics import fmean
 
 import torch
 
 from perlhf.config.loop import LoopConfig
 from perlhf.data.records import text_of
-from perlhf.data.splits import SPLITS, Split
+from perlhf.data.splits import SPLITS
 from perlhf.errors import ModelError
 from perlhf.labelling.questions import prompts_of
 from perlhf.labelling.rounds.loop import MORE
@@ -45,7 +44,7 @@ def foretell(config: LoopConfig) -> list[tuple[str, str]]:
     rows = [(f"prompts, {side}", f"{len(found):,}") for side, found in sides.items()]
     rows += [("rounds", f"{config.rounds:,}"), ("who answers", config.labeller)]
     rows += [("what samples", server)] if server else []
-    labels = _labels_in_all(config, {side: len(found) for side, found in sides.items()})
+    labels = _labels_in_all(config, **{side: len(found) for side, found in sides.items()})
     rows += [(f"labels {what}", f"{count:,}") for what, count in labels.items()]
     share = "" if config.order == "random" else f", {config.random_share:.0%} of each round's at random"
     rows.append(("questions", f"by {config.order}{share}; those of the first round at random"))
@@ -64,16 +63,19 @@ def foretell(config: LoopConfig) -> list[tuple[str, str]]:
     return rows
 
 
-def _labels_in_all(config: LoopConfig, prompts: Mapping[Split, int]) -> dict[str, int]:
+def _labels_in_all(config: LoopConfig, train: int, validation: int, test: int) -> dict[str, int]:
     """At most how many labels are asked for: to learn from, to measure reward models with, and for the duels of
     policies with the start; no prompt is asked about twice in a round.
 
     Pairs of which both answers are the same text need none.
+
+    Args:
+        train, validation, test: prompts of each side.
     """
     return {
-        "to learn from, at most": config.rounds * min(config.labels_per_round, prompts["train"]),
-        "to measure with, at most": min(config.held_out_labels, prompts["validation"] + prompts["test"]),
-        "for duels, at most": config.rounds * min(config.duels, prompts["test"]),
+        "to learn from, at most": config.rounds * min(config.labels_per_round, train),
+        "to measure with, at most": min(config.held_out_labels, validation + test),
+        "for duels, at most": config.rounds * min(config.duels, test),
     }
 
 
