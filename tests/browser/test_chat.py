@@ -119,7 +119,7 @@ def test_a_conversation_by_keyboard_alone(browser: Browser, served: Command, pro
     page.keyboard.press("Enter")
     expect(page.locator("#message")).to_have_text("The answer is complete.")
     expect(page.locator(".turn.own .text")).to_have_text("A large latte\nto go, please.")
-    expect(last(page).locator(".text")).not_to_be_empty()
+    expect(last(page).locator(".opinion")).to_be_visible()
     page.evaluate("() => document.activeElement.blur()")
     reach("Good")
     page.keyboard.press("Enter")
@@ -184,7 +184,7 @@ def test_no_score_before_an_opinion(browser: Browser, served: Command, project: 
     assert not any(url.endswith("/v1/score") for url in asked)
     last(page).locator(".pass").click()
     last(page).locator(".score").click()
-    expect(page.locator("#why .sentence")).not_to_have_count(0)
+    expect(page.locator("#why .scored")).to_have_count(1)
     assert labels(project, "Cy") == []
 
 

@@ -150,7 +150,7 @@ def _is_explanation(row: Any) -> bool:
         and _is_number(row.get("score"))
         and isinstance(parts, list)
         and isinstance(tokens, list)
-        and 1 <= len(parts) <= MOST_TOKENS
+        and len(parts) <= MOST_TOKENS  # none of an empty answer
         and 1 <= len(tokens) <= MOST_TOKENS
         and all(
             isinstance(part, dict)

@@ -82,6 +82,10 @@ def test_what_moved_a_score_is_shown_as_text(port: int) -> None:
     assert status == 200 and "2 reward models" in found["html"] and "−0.25" in found["html"]
     assert "&lt;script&gt;" in found["html"] and not re.search(r"<(script|img|a)\b", found["html"])
     assert "too long for the model" in found["html"], "an answer that doesn't fit"
+    empty = {"score": -0.5, "sentences": [], "tokens": [["<|im_end|>", -0.5]]}
+    status, found = post(port, "/chat/why", {"explanations": [empty]})
+    assert status == 200 and "−0.50" in found["html"] and "It is empty" in found["html"]
+    assert "too long" not in found["html"]
 
 
 @pytest.mark.parametrize("path", ["/chat/render", "/chat/why"])

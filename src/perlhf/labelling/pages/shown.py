@@ -63,10 +63,11 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Scored:
-    """What moved the score of one answer; `sentences` is empty where it couldn't be scored."""
+    """What moved the score of one answer; an empty one has no sentences."""
 
     name: str
-    score: float
+    score: float | None
+    """None where it couldn't be scored."""
     sentences: list[Sentence]
     points: str
     """The score at each token, as a line of an SVG of 100 by 30."""
@@ -88,7 +89,7 @@ def scored(rows: Explained, names: Sequence[str]) -> list[Scored]:
     heights = [score for row in there for _, score in row["tokens"]]
     largest, low, high = max(effects, default=0.0), min(heights, default=0.0), max(heights, default=0.0)
     return [
-        Scored(name, 0.0, [], "", "")
+        Scored(name, None, [], "", "")
         if row is None
         else Scored(
             name,
