@@ -255,6 +255,16 @@ def _streaming(body: str) -> Callable[[Route], None]:
     return lambda route: route.fulfill(status=200, body=body, content_type="text/event-stream")
 
 
+def test_an_empty_answer_is_scored_as_one(browser: Browser, served: Command) -> None:
+    page = entered(browser.new_context(), served.address)
+    chunk = {"id": "chatcmpl-0", "choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}]}
+    page.route("**/v1/chat/completions", _streaming(f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"))
+    answered(page)
+    last(page).locator(".pass").click()
+    last(page).locator(".score").click()
+    expect(page.locator("#why .scored")).to_contain_text("It is empty")
+
+
 def test_stopping_keeps_what_came_and_asks_for_no_opinion(browser: Browser, canned: Command) -> None:
     page = entered(browser.new_context(), canned.address)
     for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
