@@ -183,7 +183,7 @@ def test_an_answer_outlives_what_a_proxy_says_instead_of_the_server(
             expect(page.locator("#message")).to_contain_text("It is kept here and sent again")
             expect(page.locator("article")).to_be_visible()
             page.unroute("**/answer")
-            expect(page.locator("#count")).to_have_text(f"{number} of 800", timeout=10_000)
+            expect(page.locator("#count")).to_have_text(f"{number} of 800")
     assert len(Store(project / "labels.sqlite").labels()) == len(ways)
 
 
@@ -204,7 +204,7 @@ def test_an_answer_that_waits_cant_be_taken_back_nor_the_one_before_it(
         page.keyboard.press("u")
         expect(page.locator("#message")).to_have_text("Your last answer isn’t stored yet.")
         page.unroute("**/answer")
-        expect(page.locator("#count")).to_have_text("2 of 800", timeout=10_000)
+        expect(page.locator("#count")).to_have_text("2 of 800")
     assert len(Store(project / "labels.sqlite").labels()) == 2
 
 
@@ -231,7 +231,7 @@ def test_an_answer_that_waits_goes_to_no_other_project_and_no_other_person(
         page.click("text=Bo, leave")
         page.fill("#name", "Ana")
         page.keyboard.press("Enter")
-        expect(page.locator("#count")).to_have_text("2 of 800", timeout=30_000)
+        expect(page.locator("#count")).to_have_text("2 of 800")
     for project, people in (("one", {"Ana", "Bo"}), ("two", {"Ana"})):
         said = Store(tmp_path / project / "labels.sqlite").labels()
         assert {one.labeller.name for one in said} == people and len(said) == len(people)
@@ -282,7 +282,7 @@ def test_what_moved_the_score_is_shown_after_the_answer(
                 page.tap("#show-why")
             else:
                 page.keyboard.press("w")
-            expect(page.locator("#why .scored")).to_have_count(2, timeout=30_000)
+            expect(page.locator("#why .scored")).to_have_count(2)
             expect(page.locator("#why .sentence")).to_have_count(6)
             expect(page.locator("#why-shown")).to_contain_text("<script>alert(1)</script><img src=x onerror=alert(2)>.")
             expect(page.locator("#why-message")).to_be_empty()
